@@ -1,0 +1,3 @@
+#![doc = "The map; filled in below."]
+pub mod error;
+pub mod matrix;

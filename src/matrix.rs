@@ -1,0 +1,271 @@
+//! Dtypes, shapes and borrowed matrices; every size is computed with checked arithmetic here and nowhere else.
+
+use crate::error::{Error, Result};
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
+/// Element types, by the names that safetensors gives them. The number is the code in file and memory formats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+#[allow(missing_docs)]
+pub enum Dtype {
+    F32 = 1,
+    BF16 = 2,
+    F16 = 3,
+    F64 = 4,
+    U8 = 5,
+    I8 = 6,
+    BOOL = 7,
+    F8_E4M3 = 8,
+    F8_E5M2 = 9,
+    U16 = 10,
+    I16 = 11,
+    U32 = 12,
+    I32 = 13,
+    U64 = 14,
+    I64 = 15,
+}
+
+impl Dtype {
+    /// Every dtype, in the order of their codes.
+    pub const ALL: [Self; 15] = [
+        Self::F32,
+        Self::BF16,
+        Self::F16,
+        Self::F64,
+        Self::U8,
+        Self::I8,
+        Self::BOOL,
+        Self::F8_E4M3,
+        Self::F8_E5M2,
+        Self::U16,
+        Self::I16,
+        Self::U32,
+        Self::I32,
+        Self::U64,
+        Self::I64,
+    ];
+
+    /// The dtype of a format code, or `None` for an unknown one.
+    pub fn from_code(code: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|d| *d as u8 == code)
+    }
+
+    /// The dtype of a safetensors name such as `BF16`, or `None` for an unknown one.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|d| d.name() == name)
+    }
+
+    /// The safetensors name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "F32",
+            Self::BF16 => "BF16",
+            Self::F16 => "F16",
+            Self::F64 => "F64",
+            Self::U8 => "U8",
+            Self::I8 => "I8",
+            Self::BOOL => "BOOL",
+            Self::F8_E4M3 => "F8_E4M3",
+            Self::F8_E5M2 => "F8_E5M2",
+            Self::U16 => "U16",
+            Self::I16 => "I16",
+            Self::U32 => "U32",
+            Self::I32 => "I32",
+            Self::U64 => "U64",
+            Self::I64 => "I64",
+        }
+    }
+
+    /// Bytes of one word (element): 1, 2, 4 or 8.
+    pub fn word_bytes(self) -> usize {
+        match self {
+            Self::U8 | Self::I8 | Self::BOOL | Self::F8_E4M3 | Self::F8_E5M2 => 1,
+            Self::BF16 | Self::F16 | Self::U16 | Self::I16 => 2,
+            Self::F32 | Self::U32 | Self::I32 => 4,
+            Self::F64 | Self::U64 | Self::I64 => 8,
+        }
+    }
+
+    /// Whether linear layers compute on it: f32, bf16, f16.
+    pub fn computes(self) -> bool {
+        matches!(self, Self::F32 | Self::BF16 | Self::F16)
+    }
+}
+
+impl std::fmt::Display for Dtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The matrix shape of a tensor: `n` rows of `k` words. The first dimension is the rows; 1-D and 0-D tensors are one row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// Rows.
+    pub n: usize,
+    /// Columns.
+    pub k: usize,
+}
+
+impl Shape {
+    /// The matrix shape of a tensor's dimensions.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if the number of elements overflows.
+    pub fn of_dims(dims: &[usize]) -> Result<Self> {
+        let product = |d: &[usize]| {
+            d.iter()
+                .try_fold(1usize, |a, &b| a.checked_mul(b))
+                .ok_or_else(|| Error::invalid(format!("shape {dims:?} has too many elements")))
+        };
+        match dims {
+            [] => Ok(Self { n: 1, k: 1 }),
+            [k] => Ok(Self { n: 1, k: *k }),
+            [n, rest @ ..] => {
+                product(dims)?;
+                Ok(Self { n: *n, k: product(rest)? })
+            }
+        }
+    }
+
+    /// Number of words.
+    ///
+    /// # Errors
+    /// `InvalidArgument` on overflow.
+    pub fn words(self) -> Result<usize> {
+        self.n
+            .checked_mul(self.k)
+            .ok_or_else(|| Error::invalid(format!("shape {self} has too many elements")))
+    }
+
+    /// Number of bytes at `dtype`, at most `isize::MAX`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` on overflow.
+    pub fn bytes(self, dtype: Dtype) -> Result<usize> {
+        self.words()?
+            .checked_mul(dtype.word_bytes())
+            .filter(|&b| isize::try_from(b).is_ok())
+            .ok_or_else(|| Error::invalid(format!("shape {self} of {dtype} has too many bytes")))
+    }
+}
+
+impl std::fmt::Display for Shape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "[{}, {}]", self.n, self.k)
+    }
+}
+
+/// A borrowed contiguous row-major matrix of little-endian words.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a> {
+    dtype: Dtype,
+    shape: Shape,
+    bytes: &'a [u8],
+}
+
+impl<'a> Matrix<'a> {
+    /// A matrix over `bytes`, which hold exactly `shape` at `dtype`. No alignment is asked.
+    ///
+    /// # Errors
+    /// `Mismatch` if the length is another.
+    pub fn new(dtype: Dtype, shape: Shape, bytes: &'a [u8]) -> Result<Self> {
+        let want = shape.bytes(dtype)?;
+        if bytes.len() != want {
+            return Err(Error::mismatch(format!(
+                "a {shape} matrix of {dtype} takes {want} bytes, but {} were given",
+                bytes.len()
+            )));
+        }
+        Ok(Self { dtype, shape, bytes })
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Rows and columns.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// The words' bytes, row after row.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// Bytes of one row.
+    pub fn row_bytes(&self) -> usize {
+        self.shape.k * self.dtype.word_bytes()
+    }
+
+    /// The bytes of `words` words from column `c` of row `r`. The caller keeps within the shape.
+    pub fn span(&self, r: usize, c: usize, words: usize) -> &'a [u8] {
+        let w = self.dtype.word_bytes();
+        let at = (r * self.shape.k + c) * w;
+        &self.bytes[at..at + words * w]
+    }
+
+    /// Rows `r0..r1` as a matrix of their own. The caller keeps within the shape.
+    pub fn rows(&self, r0: usize, r1: usize) -> Self {
+        let row = self.row_bytes();
+        let shape = Shape { n: r1 - r0, k: self.shape.k };
+        Self { dtype: self.dtype, shape, bytes: &self.bytes[r0 * row..r1 * row] }
+    }
+
+    /// The matrix's digest; see [`Digest`].
+    pub fn digest(&self) -> Digest {
+        let leaves = (0..self.shape.n.div_ceil(Digest::LEAF_ROWS)).map(|i| self.digest_leaf(i));
+        Digest::of_leaves(self.dtype, self.shape, leaves)
+    }
+
+    /// The digest's leaf `i`: xxh3-128 of the bytes of rows `i * LEAF_ROWS ..`.
+    pub fn digest_leaf(&self, i: usize) -> [u8; 16] {
+        let r0 = i * Digest::LEAF_ROWS;
+        let r1 = (r0 + Digest::LEAF_ROWS).min(self.shape.n);
+        xxh3_128(self.rows(r0, r1).bytes).to_le_bytes()
+    }
+}
+
+/// A digest of one matrix: a tree of xxh3-128 over groups of rows, so that it can be computed in parallel and by shard.
+///
+/// `root = xxh3_128(code: u8, n: u64, k: u64, leaf 0, leaf 1, ...)`, little-endian. It catches mistakes, not attackers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Digest(pub [u8; 16]);
+
+impl Digest {
+    /// Rows of one leaf.
+    pub const LEAF_ROWS: usize = 64;
+
+    /// The root over leaves computed by [`Matrix::digest_leaf`], in order.
+    pub fn of_leaves(dtype: Dtype, shape: Shape, leaves: impl Iterator<Item = [u8; 16]>) -> Self {
+        let mut h = Xxh3::new();
+        h.update(&[dtype as u8]);
+        h.update(&(shape.n as u64).to_le_bytes());
+        h.update(&(shape.k as u64).to_le_bytes());
+        leaves.for_each(|l| h.update(&l));
+        Self(h.digest128().to_le_bytes())
+    }
+
+    /// Parse 32 hexadecimal digits.
+    pub fn from_hex(s: &str) -> Option<Self> {
+        let b = s.as_bytes();
+        if b.len() != 32 {
+            return None;
+        }
+        let mut out = [0u8; 16];
+        for (o, pair) in out.iter_mut().zip(b.chunks_exact(2)) {
+            let hi = (pair[0] as char).to_digit(16)?;
+            let lo = (pair[1] as char).to_digit(16)?;
+            *o = u8::try_from(hi * 16 + lo).ok()?;
+        }
+        Some(Self(out))
+    }
+}
+
+impl std::fmt::Display for Digest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
