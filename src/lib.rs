@@ -1,3 +1,5 @@
 #![doc = "The map; filled in below."]
 pub mod error;
 pub mod matrix;
+
+pub mod ffi;

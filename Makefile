@@ -1,0 +1,81 @@
+# Everything a developer runs. Each target does its own set-up from a fresh clone: Python environment, torch, Rust and
+# C++ build, install. What is up to date is left alone. Needed beforehand: cargo, a C and C++ compiler, python3 with venv.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+CC     ?= cc
+CARGO  ?= cargo
+NICE   ?=
+
+# The stamps live inside the environment that they speak about: whoever removes it, removes them.
+REQUIREMENTS := $(VENV)/.xorz-requirements
+INSTALLED    := $(VENV)/.xorz-installed
+
+RUST_SOURCES   := $(shell find src -name '*.rs') $(wildcard build.rs) Cargo.toml Cargo.lock
+SHIM_SOURCES   := $(wildcard csrc/*) CMakeLists.txt
+PYTHON_SOURCES := $(shell find python -name '*.py' -o -name py.typed) pyproject.toml README.md
+PYTHON_LINTED  := $(wildcard python tests benches examples)
+
+.PHONY: build demo test test-rust test-capi test-python lint format bench clean
+.DELETE_ON_ERROR:
+
+build: $(INSTALLED)
+
+$(REQUIREMENTS): requirements-dev.txt
+	@command -v $(PYTHON) >/dev/null || { echo "xorz: $(PYTHON) is missing; install Python 3.10 or newer" >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "xorz: $(PYTHON) cannot make virtual environments; install python3-venv" >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(INSTALLED): $(REQUIREMENTS) $(RUST_SOURCES) $(SHIM_SOURCES) $(PYTHON_SOURCES)
+	@command -v $(CARGO) >/dev/null || { echo "xorz: cargo is missing; install Rust 1.90 or newer" >&2; exit 1; }
+	@command -v c++ >/dev/null || { echo "xorz: a C++ compiler (c++) is missing; install g++ or clang" >&2; exit 1; }
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(NICE) $(PY) -m pip install --quiet --disable-pip-version-check \
+	  --no-build-isolation --no-deps --force-reinstall .
+	@touch $@
+
+demo: build
+	$(PY) examples/demo.py
+
+test: test-rust test-capi test-python
+
+test-rust:
+	$(NICE) $(CARGO) test --locked --quiet
+
+# A plain C program over the C ABI, linked with the static library as anyone would.
+test-capi:
+	@command -v $(CC) >/dev/null || { echo "xorz: a C compiler ($(CC)) is missing; install gcc or clang" >&2; exit 1; }
+	$(NICE) $(CARGO) build --locked --quiet --lib --release
+	@mkdir -p build/capi
+	$(CC) -std=c11 -Wall -Wextra -Werror -O1 -g -Icsrc tests/capi/test_capi.c target/release/libxorz.a \
+	  -lm -lpthread -ldl -o build/capi/test_capi
+	build/capi/test_capi build/capi
+
+test-python: build
+	$(PY) -m pytest
+
+lint: $(REQUIREMENTS)
+	$(CARGO) fmt --check
+	$(NICE) $(CARGO) clippy --locked --quiet --all-targets -- -D warnings
+	$(NICE) $(CARGO) clippy --locked --quiet --lib --features bridge -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(NICE) $(CARGO) doc --locked --quiet --no-deps --lib
+	$(PY) -m ruff check $(PYTHON_LINTED)
+	$(PY) -m ruff format --check $(PYTHON_LINTED)
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests -name '*.c' -o -name '*.cpp' -o -name '*.h')
+	@echo "lint: all clean"
+
+format: $(REQUIREMENTS)
+	$(CARGO) fmt
+	$(PY) -m ruff check --fix-only --quiet $(PYTHON_LINTED)
+	$(PY) -m ruff format --quiet $(PYTHON_LINTED)
+	$(VENV)/bin/clang-format -i $$(find csrc tests -name '*.c' -o -name '*.cpp' -o -name '*.h')
+
+bench: build
+	$(PY) benches/bench.py
+
+clean:
+	rm -rf build target
+	rm -f $(INSTALLED)

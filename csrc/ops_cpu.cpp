@@ -1,0 +1,2 @@
+// CPU kernels of the ops.
+#include "xorz/src/ffi/bridge.rs.h"

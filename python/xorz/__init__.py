@@ -1,0 +1,1 @@
+"""Exact fine-tunes of one base model."""
