@@ -1,0 +1,199 @@
+//! `exponent`: the wrapping difference of *every* word, in a width that follows from the base word's exponent.
+//!
+//! AdamW moves a weight by about the learning rate, so the base's exponent tells both whether a word changed and by how
+//! many steps; positions cost nothing. 32 lanes, each a bit stream of its own, interleaved in the order in which a
+//! decoder needs them (the scheme of interleaved entropy coders: Giesen, arXiv 1402.3392; widths instead of an entropy
+//! code), so that 32 SIMD lanes, or a warp, decode 32 words at a time without prefix sums.
+//!
+//! Step order: for each row of the tile, for each group of 32 columns; lane `l` holds column `32 * group + l` and
+//! sits out where that lies beyond the tile. With `w = widths[class(base)]`, a lane that holds fewer than `w` bits first
+//! takes the next unit (one word of the matrix's word size) of the shared stream, lanes in order; then
+//! `fine_tuned = base + (v - 2^(w-1))` for the lane's next `w` bits `v`, least significant bit first. `w = 0`: unchanged.
+//! Lanes carry their bits through the whole tile and end it on a unit.
+
+use super::Exceptions;
+use super::word::Word;
+use crate::error::{Error, Result};
+use crate::matrix::Dtype;
+
+/// Lanes of a step.
+pub const LANES: usize = 32;
+/// Classes of base words.
+pub const CLASSES: usize = 32;
+
+/// One tile.
+#[derive(Clone, Copy, Debug)]
+pub struct ExponentTile<'a> {
+    /// Bits by class of the base word; at most the word's bits (checked when the view is made).
+    pub widths: &'a [u8; CLASSES],
+    /// Units of all lanes in the order of use.
+    pub stream: &'a [u8],
+    /// Words whose difference does not fit; the stream holds unspecified bits for them.
+    pub exceptions: Exceptions<'a>,
+}
+
+/// Bits of a word below its exponent field; integers of the same size are treated alike.
+pub fn mantissa_bits(dtype: Dtype) -> u32 {
+    match (dtype, dtype.word_bytes()) {
+        (Dtype::F16, _) => 10,
+        (_, 1) => 3,
+        (_, 2) => 7,
+        (_, 4) => 23,
+        _ => 52,
+    }
+}
+
+/// The class of a base word: the low five bits of its exponent field.
+#[inline]
+pub fn class<W: Word>(word: W, mantissa_bits: u32) -> usize {
+    ((word.to_u64() >> mantissa_bits) & 31) as usize
+}
+
+impl ExponentTile<'_> {
+    pub(crate) fn decode<W: Word>(
+        &self,
+        dtype: Dtype,
+        _rows: usize,
+        cols: usize,
+        words: &mut [W],
+    ) -> Result<()> {
+        let mut decoder = Decoder::<W>::new(self, dtype);
+        for row in words.chunks_exact_mut(cols) {
+            decoder.advance(row)?;
+        }
+        decoder.finish()
+    }
+}
+
+/// Decodes a tile from its start, a run of columns at a time, in step order.
+///
+/// Runs must begin at a multiple of 32 columns and only a row's last run may end elsewhere.
+pub struct Decoder<'a, W: Word> {
+    widths: &'a [u8; CLASSES],
+    stream: &'a [u8],
+    mantissa_bits: u32,
+    lanes: [W::Lane; LANES],
+    held: [u32; LANES],
+}
+
+impl<'a, W: Word> Decoder<'a, W> {
+    /// At the tile's first word.
+    pub fn new(tile: &ExponentTile<'a>, dtype: Dtype) -> Self {
+        Self {
+            widths: tile.widths,
+            stream: tile.stream,
+            mantissa_bits: mantissa_bits(dtype),
+            lanes: [W::Lane::default(); LANES],
+            held: [0; LANES],
+        }
+    }
+
+    /// Decode the next `words.len()` columns in place: base words in, fine-tuned ones out (exceptions apart).
+    ///
+    /// # Errors
+    /// `Truncated` where the stream ends early: it is cut, or belongs to another base.
+    #[inline]
+    pub fn advance(&mut self, words: &mut [W]) -> Result<()> {
+        for group in words.chunks_mut(LANES) {
+            for (l, word) in group.iter_mut().enumerate() {
+                let w = u32::from(self.widths[class(*word, self.mantissa_bits)]);
+                if w == 0 {
+                    continue;
+                }
+                if self.held[l] < w {
+                    let (unit, rest) = self.stream.split_at_checked(W::BYTES).ok_or_else(ended)?;
+                    self.stream = rest;
+                    W::load(unit).refill(&mut self.lanes[l], self.held[l]);
+                    self.held[l] += W::BITS;
+                }
+                self.held[l] -= w;
+                *word = word.plus(W::take(&mut self.lanes[l], w).minus(W::from_u64(1 << (w - 1))));
+            }
+        }
+        Ok(())
+    }
+
+    /// After the tile's last word.
+    ///
+    /// # Errors
+    /// `Corrupt` if units are left over.
+    pub fn finish(self) -> Result<()> {
+        match self.stream.len() {
+            0 => Ok(()),
+            left => Err(Error::corrupt(format!(
+                "a tile of encoding exponent leaves {left} bytes of its stream unused: corrupt, or of another base"
+            ))),
+        }
+    }
+}
+
+#[cold]
+fn ended() -> Error {
+    Error::truncated("a tile of encoding exponent needs more bits than it has: cut, or of another base")
+}
+
+/// Append a tile's units for `rows` x `cols` words; exceptions go to `exceptions` as (position, word).
+/// Returns how many words differ.
+pub(crate) fn encode<W: Word>(
+    dtype: Dtype,
+    widths: &[u8; CLASSES],
+    cols: usize,
+    tile_cols: usize,
+    (base, fine_tuned): (&[W], &[W]),
+    (units, exceptions): (&mut Vec<u8>, &mut Vec<(u16, u64)>),
+) -> u64 {
+    let mantissa_bits = mantissa_bits(dtype);
+    let mut lanes = Lanes::new(units);
+    let mut changed = 0u64;
+    for (r, (br, fr)) in base.chunks_exact(cols).zip(fine_tuned.chunks_exact(cols)).enumerate() {
+        for (c, (&b, &f)) in br.iter().zip(fr).enumerate() {
+            let w = u32::from(widths[class(b, mantissa_bits)]);
+            let d = f.minus(b);
+            changed += u64::from(b != f);
+            if d.width() > w {
+                exceptions.push(((r * tile_cols + c) as u16, f.to_u64()));
+            }
+            if w > 0 {
+                lanes.put(c % LANES, d.plus(W::from_u64(1 << (w - 1))), w);
+            }
+        }
+    }
+    changed
+}
+
+/// The encoder's side of the lanes: a unit gets its place when a decoder would take it, its bits as they come.
+struct Lanes<'a> {
+    units: &'a mut Vec<u8>,
+    /// Where each lane's open unit lies.
+    place: [usize; LANES],
+    /// Bits still free in it; 0 before the first.
+    free: [u32; LANES],
+}
+
+impl<'a> Lanes<'a> {
+    fn new(units: &'a mut Vec<u8>) -> Self {
+        Self { units, place: [0; LANES], free: [0; LANES] }
+    }
+
+    fn put<W: Word>(&mut self, lane: usize, value: W, width: u32) {
+        let value = value.to_u64() & (u64::MAX >> (64 - width));
+        let low = self.free[lane].min(width);
+        if low > 0 {
+            self.or::<W>(lane, value, W::BITS - self.free[lane]);
+            self.free[lane] -= low;
+        }
+        if low < width {
+            self.place[lane] = self.units.len();
+            self.units.resize(self.units.len() + W::BYTES, 0);
+            self.or::<W>(lane, value >> low, 0);
+            self.free[lane] = W::BITS - (width - low);
+        }
+    }
+
+    /// OR `value << shift` into the lane's open unit; bits beyond the unit fall off.
+    fn or<W: Word>(&mut self, lane: usize, value: u64, shift: u32) {
+        let unit = &mut self.units[self.place[lane]..self.place[lane] + W::BYTES];
+        let word = W::load(unit).to_u64() | (value << shift);
+        unit.copy_from_slice(&word.to_le_bytes()[..W::BYTES]);
+    }
+}
