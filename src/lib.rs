@@ -1,5 +1,23 @@
-#![doc = "The map; filled in below."]
-pub mod error;
-pub mod matrix;
+//! xorz: exact fine-tunes of one base model. One base in memory, a small lossless delta per tenant, linear layers
+//! computed on base + delta.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`error`] | the one error type |
+//! | [`matrix`] | dtypes, shapes, digests: all arithmetic on sizes |
+//! | [`codec`] | what a delta is, tile by tile, in scalar code: the oracle |
+//! | [`resident`] | a delta of one matrix in memory: layout, writer, view, slice, concat |
+//!
+//! Dependencies point one way: `error, matrix <- codec <- {resident, package, cpu} <- ffi <- csrc <- python`.
+//! `unsafe` lives in `cpu/<arch>` and `ffi` only.
 
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::todo, clippy::unimplemented)
+)]
+
+pub mod codec;
+pub mod error;
 pub mod ffi;
+pub mod matrix;
+pub mod resident;
