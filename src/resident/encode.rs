@@ -1,7 +1,7 @@
 //! Writes a resident delta tile by tile: one pass to choose, one to write; never a dense matrix.
 
 use super::analyze::{Plan, Stats};
-use super::header::{ALIGN, HEADER_BYTES, Header};
+use super::header::{ALIGN, CONTENT_AT, HEADER_BYTES, Header, content_digest};
 use crate::codec::sparse::Builder;
 use crate::codec::word::{Word, with_word};
 use crate::codec::{Encoding, Prefer, Rect, Tile, exponent};
@@ -270,6 +270,8 @@ impl Writer {
             let words = self.out[layout.exception_words].chunks_exact_mut(w);
             words.zip(&self.exceptions).for_each(|(o, e)| o.copy_from_slice(&e.1.to_le_bytes()[..w]));
         }
+        let content = content_digest(&self.out);
+        self.out[CONTENT_AT].copy_from_slice(&content.0);
         Ok(self.out)
     }
 }

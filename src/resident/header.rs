@@ -5,6 +5,7 @@ use crate::codec::{Encoding, GapKind, Grid};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Shape};
 use std::ops::Range;
+use xxhash_rust::xxh3::Xxh3;
 
 /// First bytes of every resident delta.
 pub const MAGIC: [u8; 8] = *b"XORZDLT\0";
@@ -12,6 +13,8 @@ pub const MAGIC: [u8; 8] = *b"XORZDLT\0";
 pub const VERSION: u16 = 0;
 /// Bytes of the header.
 pub const HEADER_BYTES: usize = 192;
+/// Where the header keeps the digest of all other bytes.
+pub(crate) const CONTENT_AT: Range<usize> = 160..176;
 /// Sections begin at multiples of it.
 pub(crate) const ALIGN: usize = 64;
 
@@ -57,6 +60,14 @@ pub(crate) struct Layout {
     pub exception_words: Range<usize>,
     /// Bytes of the whole delta.
     pub total: usize,
+}
+
+/// xxh3-128 of a whole resident delta but for the place where this digest is kept.
+pub(crate) fn content_digest(bytes: &[u8]) -> Digest {
+    let mut h = Xxh3::new();
+    h.update(&bytes[..CONTENT_AT.start]);
+    h.update(&bytes[CONTENT_AT.end..]);
+    Digest(h.digest128().to_le_bytes())
 }
 
 impl Header {

@@ -1,12 +1,12 @@
 //! A borrowed resident delta: sizes checked when it is made, every tile handed out within bounds whatever the bytes.
 
-use super::header::{Header, Layout};
+use super::header::{CONTENT_AT, Header, Layout, content_digest};
 use crate::codec::word::{Word, with_word};
 use crate::codec::{
     Encoding, Exceptions, ExponentTile, Grid, RawTile, SparseTile, Tile, decode_tile, exponent,
 };
 use crate::error::{Error, Result};
-use crate::matrix::Matrix;
+use crate::matrix::{Digest, Matrix};
 use std::ops::Range;
 
 /// A view of one resident delta. Made in constant time by [`Resident::parse`]; memory-safe on any bytes.
@@ -136,11 +136,21 @@ impl<'a> Resident<'a> {
         })
     }
 
-    /// Check everything that can be checked without the base, in time proportional to the bytes.
+    /// Check everything that can be checked without the base, in time proportional to the bytes: the digest of the
+    /// content first, then that what it says holds together (a digest is easily forged).
     ///
     /// # Errors
-    /// `Corrupt`, naming the tile.
+    /// `Corrupt`, naming both digests or the tile.
     pub fn check(&self) -> Result<()> {
+        let (kept, found) = (&self.bytes[CONTENT_AT], content_digest(self.bytes));
+        if kept != found.0 {
+            let mut digest = [0u8; 16];
+            digest.copy_from_slice(kept);
+            return Err(Error::corrupt(format!(
+                "resident delta: its bytes have digest {found}, but its header says {}",
+                Digest(digest)
+            )));
+        }
         self.check_directories()?;
         self.check_padding()?;
         if matches!(self.header.encoding, Encoding::Unchanged | Encoding::Raw) {
@@ -189,7 +199,7 @@ impl<'a> Resident<'a> {
         let ends =
             [&l.directory, &l.payload, &l.exception_directory, &l.exception_positions, &l.exception_words]
                 .map(|r| r.end..r.end.next_multiple_of(super::header::ALIGN).min(l.total));
-        let tail = std::iter::once(112 + 16 + 32..super::HEADER_BYTES).chain(ends);
+        let tail = std::iter::once(CONTENT_AT.end..super::HEADER_BYTES).chain(ends);
         match tail.into_iter().flatten().find(|&i| self.bytes[i] != 0) {
             Some(i) => Err(Error::corrupt(format!("resident delta: byte {i} is padding but not zero"))),
             None => Ok(()),

@@ -1,0 +1,155 @@
+//! Promise: whatever the bytes of a resident delta, an error or the right answer: no panic, no hang, no allocation
+//! beyond a small multiple of the input.
+
+mod common;
+
+use common::{Rng, adversarial, matrix, perturbed, stepped};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use xorz::codec::Encoding;
+use xorz::matrix::{Dtype, Matrix, Shape};
+use xorz::resident::{Pair, Resident, encode_as, restore, slice};
+
+/// Counts the largest single request, so that an allocation on an unearned number shows.
+struct Largest;
+
+static LARGEST: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: it only counts; the system's allocator does the work.
+unsafe impl GlobalAlloc for Largest {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promises are passed on.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Largest = Largest;
+
+struct Case {
+    dtype: Dtype,
+    shape: Shape,
+    base: Vec<u8>,
+    fine_tuned: Vec<u8>,
+    blob: Vec<u8>,
+}
+
+fn cases() -> Vec<Case> {
+    let mut rng = Rng::new(11);
+    let mut out = vec![];
+    for dtype in [Dtype::BF16, Dtype::F32, Dtype::I8] {
+        let shape = Shape { n: 18, k: 40 };
+        let base = rng.weights(dtype, 720);
+        let changed = if dtype == Dtype::I8 {
+            perturbed(&mut rng, dtype, &base, 0.3)
+        } else {
+            stepped(&mut rng, dtype, &base, 1e-3)
+        };
+        let odd = if dtype == Dtype::I8 { rng.bytes(720) } else { adversarial(&mut rng, dtype, 720) };
+        let fine_tuned = rng.mix(dtype, &changed, &odd, 0.02);
+        for encoding in Encoding::ALL {
+            let f = if encoding == Encoding::Unchanged { &base } else { &fine_tuned };
+            let pair = Pair::new(matrix(dtype, shape, &base), matrix(dtype, shape, f));
+            let blob = encode_as(&mut pair.unwrap(), encoding).unwrap();
+            assert_eq!(Resident::parse(&blob).unwrap().header().encoding, encoding);
+            out.push(Case { dtype, shape, base: base.clone(), fine_tuned: f.clone(), blob });
+        }
+    }
+    out
+}
+
+/// Everything a caller may do with bytes that were not checked. Returns what restoring gave.
+fn use_it(blob: &[u8], base: &Matrix<'_>) -> Option<Vec<u8>> {
+    let delta = Resident::parse(blob).ok()?;
+    let _ = delta.check();
+    let _ = delta.check_base(base);
+    for i in 0..delta.grid().tiles().min(64) {
+        let _ = delta.tile(i);
+    }
+    let _ = slice(&delta, base, 0, 3..base.shape().n);
+    let mut out = vec![0; base.bytes().len()];
+    restore(&delta, base, &mut out).ok().map(|()| out)
+}
+
+#[test]
+fn every_flipped_byte_is_found_by_a_check_and_harms_no_one_without() {
+    for case in cases() {
+        let base = matrix(case.dtype, case.shape, &case.base);
+        LARGEST.store(0, Ordering::Relaxed);
+        for i in 0..case.blob.len() {
+            for flip in [0x01, 0x80, 0xFF, case.blob[i]] {
+                let mut bad = case.blob.clone();
+                bad[i] ^= flip;
+                let _ = use_it(&bad, &base);
+                if bad != case.blob {
+                    let found = Resident::parse(&bad).and_then(|d| d.check_full(&base));
+                    assert!(found.is_err(), "byte {i} ^ {flip:#x} of {} {}", case.dtype, case.blob.len());
+                }
+            }
+        }
+        let largest = LARGEST.load(Ordering::Relaxed);
+        assert!(largest <= 16 * (case.blob.len() + case.base.len()) + (1 << 16), "{largest} bytes at once");
+    }
+}
+
+#[test]
+fn forged_digests_do_not_help() {
+    // With the content's digest made good again, the structure itself must hold or decoding must stay within bounds.
+    let mut rng = Rng::new(5);
+    for case in cases() {
+        let base = matrix(case.dtype, case.shape, &case.base);
+        for _ in 0..3000 {
+            let mut bad = case.blob.clone();
+            for _ in 0..=rng.next() % 3 {
+                let i = (rng.next() % bad.len() as u64) as usize;
+                bad[i] = rng.next() as u8;
+            }
+            let content = xxhash_rust::xxh3::xxh3_128(&[&bad[..160], &bad[176..]].concat());
+            bad[160..176].copy_from_slice(&content.to_le_bytes());
+            let restored = use_it(&bad, &base);
+            if bad == case.blob {
+                assert!(restored == Some(case.fine_tuned.clone()));
+            }
+        }
+    }
+}
+
+#[test]
+fn every_cut_is_refused() {
+    for case in cases() {
+        for len in 0..case.blob.len() {
+            assert!(Resident::parse(&case.blob[..len]).is_err(), "{len} of {}", case.blob.len());
+        }
+        let longer = [case.blob.clone(), vec![0; 64]].concat();
+        assert!(Resident::parse(&longer).is_err());
+    }
+}
+
+#[test]
+fn a_header_of_a_huge_matrix_allocates_nothing() {
+    let case = &cases()[0];
+    for (n, k) in
+        [(u64::MAX, 1), (1 << 62, 1), (1 << 40, 1 << 20), (0, u64::MAX), (u64::MAX, 0), (1 << 31, 1 << 31)]
+    {
+        let mut bad = case.blob.clone();
+        bad[16..24].copy_from_slice(&n.to_le_bytes());
+        bad[24..32].copy_from_slice(&k.to_le_bytes());
+        let content = xxhash_rust::xxh3::xxh3_128(&[&bad[..160], &bad[176..]].concat());
+        bad[160..176].copy_from_slice(&content.to_le_bytes());
+        LARGEST.store(0, Ordering::Relaxed);
+        if let Ok(delta) = Resident::parse(&bad) {
+            let _ = delta.check();
+            assert!(
+                restore(&delta, &matrix(case.dtype, case.shape, &case.base), &mut vec![0; case.base.len()])
+                    .is_err()
+            );
+        }
+        assert!(LARGEST.load(Ordering::Relaxed) < 1 << 16, "{n} x {k}");
+    }
+}
