@@ -7,6 +7,7 @@
 //! | [`matrix`] | dtypes, shapes, digests: all arithmetic on sizes |
 //! | [`codec`] | what a delta is, tile by tile, in scalar code: the oracle |
 //! | [`resident`] | a delta of one matrix in memory: layout, writer, view, slice, concat |
+//! | [`package`] | a delta of a checkpoint at rest: one `.xorz` file, written, read, packed, unpacked |
 //!
 //! Dependencies point one way: `error, matrix <- codec <- {resident, package, cpu} <- ffi <- csrc <- python`.
 //! `unsafe` lives in `cpu/<arch>` and `ffi` only.
@@ -20,4 +21,5 @@ pub mod codec;
 pub mod error;
 pub mod ffi;
 pub mod matrix;
+pub mod package;
 pub mod resident;

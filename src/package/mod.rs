@@ -1,0 +1,110 @@
+//! Bytes at rest: a delta of a whole checkpoint in one `.xorz` file, which is a valid safetensors file.
+//!
+//! [`Writer`] makes one tensor by tensor, [`Package`] reads one, and the `*_files` functions go from checkpoint to package
+//! and back. Everything read here may come from a stranger: [`SafeTensors`] and [`Package`] are the only parsers, and what
+//! they hand on is checked. Knows nothing of torch, of Python, or of kernels.
+//!
+#![doc = include_str!("SPEC.md")]
+#![forbid(unsafe_code)]
+
+mod blob;
+mod container;
+mod files;
+mod frames;
+mod reader;
+mod record;
+mod report;
+mod source;
+mod temp;
+mod writer;
+
+pub use container::{Header, MAX_HEADER_BYTES, SafeTensors, TensorInfo};
+pub use files::{pack_files, unpack_files, verify_files};
+pub use reader::Package;
+pub use record::{BaseTensor, Entry, SourceFile};
+pub use report::{Report, inspect_json};
+pub use writer::{Tensor, Writer};
+
+use crate::codec::Prefer;
+use crate::error::{Error, Result};
+
+/// How one tensor is stored. SPEC.md says what the bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Codec {
+    /// One zstd frame of the raw XOR bytes; the notebook's own decompressor reads it. Only on request.
+    Xor = 0,
+    /// The resident delta's bytes.
+    Resident = 1,
+    /// zstd over the resident delta's sections.
+    ResidentZstd = 2,
+    /// zstd over the byte planes of the XOR, in frames of 1 MiB that decode alone.
+    Planes = 3,
+    /// The fine-tuned bytes themselves: no base tensor of this name, dtype and shape exists.
+    Alone = 4,
+    /// One zstd frame of the fine-tuned bytes.
+    AloneZstd = 5,
+}
+
+impl Codec {
+    /// Every codec, in the order of their codes.
+    pub const ALL: [Self; 6] =
+        [Self::Xor, Self::Resident, Self::ResidentZstd, Self::Planes, Self::Alone, Self::AloneZstd];
+
+    /// The name in packages and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Xor => "xor",
+            Self::Resident => "resident",
+            Self::ResidentZstd => "resident-zstd",
+            Self::Planes => "planes",
+            Self::Alone => "alone",
+            Self::AloneZstd => "alone-zstd",
+        }
+    }
+
+    /// The codec of a name, or `None`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|c| c.name() == name)
+    }
+
+    /// Whether the tensor is stored without reference to a base.
+    pub fn alone(self) -> bool {
+        matches!(self, Self::Alone | Self::AloneZstd)
+    }
+}
+
+impl std::str::FromStr for Codec {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        Self::from_name(s).filter(|c| !c.alone()).ok_or_else(|| {
+            Error::invalid(format!("codec `{s}` is none of xor, resident, resident-zstd, planes"))
+        })
+    }
+}
+
+/// How to pack.
+#[derive(Clone, Debug)]
+pub struct PackOptions {
+    /// What resident deltas are encoded for. Packages are mostly stored and moved, so the default is memory.
+    pub prefer: Prefer,
+    /// One codec for all deltas; `None` takes the smallest of resident, resident-zstd and planes for each tensor.
+    pub codec: Option<Codec>,
+    /// zstd level; `None` is 3, and 10 for [`Codec::Xor`], as in the notebook.
+    pub level: Option<i32>,
+    /// A prefix that is dropped from tensor names on both sides before they are paired, such as `bert.`.
+    pub strip_prefix: Option<String>,
+}
+
+impl Default for PackOptions {
+    fn default() -> Self {
+        Self { prefer: Prefer::Memory, codec: None, level: None, strip_prefix: None }
+    }
+}
+
+impl PackOptions {
+    pub(crate) fn level(&self) -> i32 {
+        self.level.unwrap_or(if self.codec == Some(Codec::Xor) { 10 } else { 3 })
+    }
+}
