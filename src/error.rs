@@ -3,6 +3,8 @@
 //! Messages name the argument or tensor and both values of whatever disagreed. Nothing here formats for
 //! a particular front end: the C ABI, the shim and the command line map kinds to their own conventions.
 
+#![forbid(unsafe_code)]
+
 use std::fmt;
 
 /// Result of every fallible function of this crate.

@@ -1,5 +1,7 @@
 //! Dtypes, shapes and borrowed matrices; every size is computed with checked arithmetic here and nowhere else.
 
+#![forbid(unsafe_code)]
+
 use crate::error::{Error, Result};
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 

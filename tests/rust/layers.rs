@@ -1,0 +1,125 @@
+//! Promise: the tree is as the design draws it. Modules know only what lies below them, `unsafe` stays in its rooms,
+//! torch in csrc, cxx in one file, intrinsics in cpu/<arch>.
+
+use std::path::{Path, PathBuf};
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn files(dir: &Path, ends: &[&str]) -> Vec<PathBuf> {
+    let mut out = vec![];
+    for entry in std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()) {
+        if entry.is_dir() {
+            out.extend(files(&entry, ends));
+        } else if ends.iter().any(|e| entry.to_string_lossy().ends_with(e)) {
+            out.push(entry);
+        }
+    }
+    out
+}
+
+fn name(path: &Path) -> String {
+    path.strip_prefix(root()).unwrap().to_string_lossy().into_owned()
+}
+
+/// The file's code: no line comments, so that prose may name what code may not.
+fn code(path: &Path) -> String {
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines().map(|l| l.split("//").next().unwrap_or("")).collect::<Vec<_>>().join("\n")
+}
+
+fn source() -> Vec<(String, String)> {
+    let mut found: Vec<_> = files(&root().join("src"), &[".rs"]).iter().map(|p| (name(p), code(p))).collect();
+    found.sort();
+    assert!(found.len() > 15, "the search found only {} files", found.len());
+    found
+}
+
+#[test]
+fn modules_use_only_what_lies_below_them() {
+    let below: &[(&str, &[&str])] = &[
+        ("error", &[]),
+        ("matrix", &["error"]),
+        ("codec", &["error", "matrix"]),
+        ("resident", &["error", "matrix", "codec"]),
+        ("package", &["error", "matrix", "codec", "resident"]),
+        ("cpu", &["error", "matrix", "codec", "resident"]),
+        ("ffi", &["error", "matrix", "codec", "resident", "package", "cpu"]),
+    ];
+    for (file, text) in source() {
+        let inside = file.trim_start_matches("src/");
+        let Some((module, allowed)) =
+            below.iter().find(|(m, _)| inside.starts_with(&format!("{m}/")) || inside == format!("{m}.rs"))
+        else {
+            continue;
+        };
+        for used in text.match_indices("crate::").map(|(i, m)| &text[i + m.len()..]) {
+            let used: String = used.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            assert!(
+                used == *module || allowed.contains(&used.as_str()) || used.is_empty(),
+                "{file} uses crate::{used}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_binary_uses_package_and_what_it_speaks() {
+    for (file, text) in source().iter().filter(|(f, _)| f.starts_with("src/bin/")) {
+        for hidden in ["xorz::ffi", "xorz::cpu"] {
+            assert!(!text.contains(hidden), "{file} uses {hidden}");
+        }
+    }
+}
+
+#[test]
+fn unsafe_stays_in_its_rooms() {
+    let rooms = ["src/cpu/x86_64/", "src/cpu/aarch64/", "src/cuda/", "src/ffi/"];
+    let mut used = 0;
+    for (file, text) in source() {
+        let here = text.split(|c: char| !c.is_alphanumeric() && c != '_').any(|w| w == "unsafe");
+        used += usize::from(here);
+        assert!(!here || rooms.iter().any(|r| file.starts_with(r)), "unsafe in {file}");
+    }
+    assert!(used > 0, "the search finds nothing");
+    for module in [
+        "src/codec/mod.rs",
+        "src/resident/mod.rs",
+        "src/package/mod.rs",
+        "src/error.rs",
+        "src/matrix.rs",
+        "src/bin/xorz/main.rs",
+    ] {
+        let text = std::fs::read_to_string(root().join(module)).unwrap();
+        assert!(text.contains("#![forbid(unsafe_code)]"), "{module} does not forbid unsafe code");
+    }
+}
+
+#[test]
+fn foreign_worlds_stay_behind_their_doors() {
+    for (file, text) in source() {
+        let cxx = text.contains("cxx::");
+        assert!(!cxx || file == "src/ffi/bridge.rs", "cxx in {file}");
+        let intrinsics = text.contains("std::arch") || text.contains("core::arch");
+        let detected = text.replace("std::arch::is_x86_feature_detected", "");
+        let at_home = file.starts_with("src/cpu/x86_64/") || file.starts_with("src/cpu/aarch64/");
+        let really = intrinsics && (detected.contains("std::arch") || detected.contains("core::arch"));
+        assert!(!really || at_home, "intrinsics in {file}");
+        assert!(!text.contains("libtorch") && !text.contains("pyo3"), "torch or Python in {file}");
+    }
+    let folders = ["csrc", "cuda", "tests/capi"].map(|d| root().join(d));
+    for path in
+        folders.iter().filter(|d| d.is_dir()).flat_map(|d| files(d, &[".h", ".cpp", ".c", ".cu", ".cuh"]))
+    {
+        let (file, text) = (name(&path), std::fs::read_to_string(&path).unwrap());
+        assert!(!text.contains("#include <torch/") || file.starts_with("csrc/"), "torch in {file}");
+    }
+}
+
+#[test]
+fn files_hold_one_idea() {
+    for (file, text) in source() {
+        assert!(text.lines().count() <= 450, "{file} has {} lines", text.lines().count());
+    }
+}
