@@ -1,10 +1,10 @@
-"""``delta_linear`` beside PyTorch in one run: ``python benches/bench.py [--quick] [--json F]`` (``make bench``).
+"""``delta_linear`` beside PyTorch in one run: ``make bench``, or ``python benches/bench.py --help``.
 
 Floor: a small-m product must read the base (n * k words) and the delta once; "roof" is those bytes over the
 read bandwidth measured in the same run. Opponents: ``F.linear`` on the fine-tune's own dense weights in the
 same dtype, and, since PyTorch has no fast bf16 product on CPUs without AVX-512, also on an fp32 copy of
-them, at twice the memory. Every variant takes a turn in every round over matrices that together exceed the caches;
-medians are reported. The machine is noisy: believe the ratios.
+them, at twice the memory. Every variant takes a turn in every round over matrices that together exceed the
+caches; medians are reported. The machine is noisy: believe the ratios.
 """
 
 from __future__ import annotations

@@ -200,9 +200,8 @@ def report(results: list[Result]) -> None:
             times = f"dense {dense:.2f} ms, base + delta {delta:.2f} ms ({dense / delta:.2f}x)"
             print(f"  all linear layers, {m} row{'s' * (m > 1)}: {times}")
         for t, (copies, shared) in r.memory.items():
-            print(
-                f"  base and {t:>2} tenants: {copies / MB:>7.1f} MB as copies, {shared / MB:>7.1f} MB with xorz"
-            )
+            sizes = f"{copies / MB:>7.1f} MB as copies, {shared / MB:>7.1f} MB with xorz"
+            print(f"  base and {t:>2} tenants: {sizes}")
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """The demo's models: a real fine-tune out of a published package, and one that is trained here.
 
-Nothing is imported from the package and no pickle is run: ``torch.load(weights_only=True)`` reads its weights.
+Nothing is imported from the package and no pickle is run: its weights are read by
+``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
