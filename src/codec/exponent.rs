@@ -143,57 +143,75 @@ pub(crate) fn encode<W: Word>(
     (units, exceptions): (&mut Vec<u8>, &mut Vec<(u16, u64)>),
 ) -> u64 {
     let mantissa_bits = mantissa_bits(dtype);
-    let mut lanes = Lanes::new(units);
+    let mut lanes = Lanes::<W>::new(units);
     let mut changed = 0u64;
     for (r, (br, fr)) in base.chunks_exact(cols).zip(fine_tuned.chunks_exact(cols)).enumerate() {
         for (c, (&b, &f)) in br.iter().zip(fr).enumerate() {
             let w = u32::from(widths[class(b, mantissa_bits)]);
-            let d = f.minus(b);
             changed += u64::from(b != f);
-            if d.width() > w {
+            if w == 0 {
+                if b != f {
+                    exceptions.push(((r * tile_cols + c) as u16, f.to_u64()));
+                }
+                continue;
+            }
+            let v = f.minus(b).plus(W::from_u64(1 << (w - 1))).to_u64();
+            let kept = v & (u64::MAX >> (64 - w));
+            if v != kept {
                 exceptions.push(((r * tile_cols + c) as u16, f.to_u64()));
             }
-            if w > 0 {
-                lanes.put(c % LANES, d.plus(W::from_u64(1 << (w - 1))), w);
-            }
+            lanes.put(c % LANES, kept, w);
         }
     }
+    lanes.finish();
     changed
 }
 
-/// The encoder's side of the lanes: a unit gets its place when a decoder would take it, its bits as they come.
-struct Lanes<'a> {
+/// The encoder's side of the lanes: a unit gets its place when a decoder would take it, its bits when it is full.
+struct Lanes<'a, W: Word> {
     units: &'a mut Vec<u8>,
     /// Where each lane's open unit lies.
     place: [usize; LANES],
-    /// Bits still free in it; 0 before the first.
-    free: [u32; LANES],
+    /// The open unit's bits so far.
+    open: [u64; LANES],
+    /// How many; `W::BITS` before the first unit.
+    used: [u32; LANES],
+    word: std::marker::PhantomData<W>,
 }
 
-impl<'a> Lanes<'a> {
+impl<'a, W: Word> Lanes<'a, W> {
     fn new(units: &'a mut Vec<u8>) -> Self {
-        Self { units, place: [0; LANES], free: [0; LANES] }
+        let word = std::marker::PhantomData;
+        Self { units, place: [usize::MAX; LANES], open: [0; LANES], used: [W::BITS; LANES], word }
     }
 
-    fn put<W: Word>(&mut self, lane: usize, value: W, width: u32) {
-        let value = value.to_u64() & (u64::MAX >> (64 - width));
-        let low = self.free[lane].min(width);
-        if low > 0 {
-            self.or::<W>(lane, value, W::BITS - self.free[lane]);
-            self.free[lane] -= low;
+    /// Append the `width` low bits of `value`, which has no others.
+    #[inline]
+    fn put(&mut self, lane: usize, value: u64, width: u32) {
+        let used = self.used[lane];
+        let free = W::BITS - used;
+        if free > 0 {
+            self.open[lane] |= value << used;
         }
-        if low < width {
-            self.place[lane] = self.units.len();
-            self.units.resize(self.units.len() + W::BYTES, 0);
-            self.or::<W>(lane, value >> low, 0);
-            self.free[lane] = W::BITS - (width - low);
+        if width <= free {
+            self.used[lane] = used + width;
+            return;
+        }
+        self.close(lane);
+        self.place[lane] = self.units.len();
+        self.units.extend_from_slice(&[0; 8][..W::BYTES]);
+        self.open[lane] = value >> free;
+        self.used[lane] = width - free;
+    }
+
+    fn close(&mut self, lane: usize) {
+        // A lane without a unit has no place yet.
+        if let Some(unit) = self.units.get_mut(self.place[lane]..).and_then(|u| u.get_mut(..W::BYTES)) {
+            unit.copy_from_slice(&self.open[lane].to_le_bytes()[..W::BYTES]);
         }
     }
 
-    /// OR `value << shift` into the lane's open unit; bits beyond the unit fall off.
-    fn or<W: Word>(&mut self, lane: usize, value: u64, shift: u32) {
-        let unit = &mut self.units[self.place[lane]..self.place[lane] + W::BYTES];
-        let word = W::load(unit).to_u64() | (value << shift);
-        unit.copy_from_slice(&word.to_le_bytes()[..W::BYTES]);
+    fn finish(mut self) {
+        (0..LANES).for_each(|l| self.close(l));
     }
 }

@@ -28,9 +28,6 @@ pub trait Word: bytemuck::Pod + Eq + Default + Debug + Send + Sync + 'static {
     fn refill(self, lane: &mut Self::Lane, have: u32);
     /// Take the low `width` bits (1 ..= BITS) out of a lane.
     fn take(lane: &mut Self::Lane, width: u32) -> Self;
-    /// Append the low `width` bits of `self` above the `have` bits of a lane.
-    fn put(self, lane: &mut Self::Lane, have: u32, width: u32);
-
     /// Smallest offset-binary width that holds the wrapping difference `self`: 0 for 0, else `w` with
     /// `-2^(w-1) <= self < 2^(w-1)`.
     fn width(self) -> u32 {
@@ -79,10 +76,6 @@ macro_rules! words {
                 let v = (*lane as $w) & (<$w>::MAX >> (<$w>::BITS - width));
                 *lane >>= width;
                 v
-            }
-            #[inline]
-            fn put(self, lane: &mut $lane, have: u32, width: u32) {
-                *lane |= <$lane>::from(self & (<$w>::MAX >> (<$w>::BITS - width))) << have;
             }
         }
     )*};
@@ -133,9 +126,10 @@ mod tests {
     #[test]
     fn lanes_give_back_what_was_put() {
         let mut lane = 0u32;
-        7u16.put(&mut lane, 0, 3);
-        0xABCDu16.put(&mut lane, 3, 16);
-        assert_eq!(u16::take(&mut lane, 3), 7);
-        assert_eq!(u16::take(&mut lane, 16), 0xABCD);
+        0xABCFu16.refill(&mut lane, 0);
+        assert_eq!(u16::take(&mut lane, 4), 0xF);
+        0x1234u16.refill(&mut lane, 12);
+        assert_eq!(u16::take(&mut lane, 16), 0x4ABC);
+        assert_eq!(u16::take(&mut lane, 12), 0x123);
     }
 }

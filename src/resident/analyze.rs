@@ -90,9 +90,17 @@ impl Stats {
         for (records, kind) in self.records.iter_mut().zip(GAPS) {
             *records += builder.records(kind) as u64;
         }
-        for (b, f) in base.iter().zip(fine_tuned) {
-            self.need[exponent::class(*b, mantissa_bits)][f.minus(*b).width() as usize] += 1;
+        let mut words = [0u64; exponent::CLASSES];
+        base.iter().for_each(|b| words[exponent::class(*b, mantissa_bits)] += 1);
+        if builder.changed > 0 {
+            for (b, f) in base.iter().zip(fine_tuned).filter(|(b, f)| b != f) {
+                let class = exponent::class(*b, mantissa_bits);
+                self.need[class][f.minus(*b).width() as usize] += 1;
+                words[class] -= 1;
+            }
         }
+        // What is left did not change and needs no bits.
+        self.need.iter_mut().zip(words).for_each(|(need, words)| need[0] += words);
     }
 
     fn word_bits(&self) -> u64 {
