@@ -1,0 +1,82 @@
+//! How numbers and tables look.
+
+use xorz::package::Report;
+
+/// `label     text`
+pub(crate) fn row(label: &str, text: &str) -> String {
+    format!("{label:<10}{text}\n")
+}
+
+/// The totals of a package.
+pub(crate) fn report(r: &Report) -> String {
+    let deltas = r.tensors - r.alone;
+    let mut tensors =
+        format!("{}: {deltas} deltas ({} unchanged), {} stored alone", r.tensors, r.unchanged, r.alone);
+    if r.removed > 0 {
+        tensors += &format!("; {} of the base removed", r.removed);
+    }
+    let codecs: Vec<_> = r.codecs.iter().map(|(name, n)| format!("{name} {n}")).collect();
+    let changed = format!("{} of {} words in deltas", percent(r.changed, r.words), r.words);
+    let size = format!(
+        "{} for {} of tensors, {}",
+        bytes(r.package_bytes),
+        bytes(r.tensor_bytes),
+        percent(r.package_bytes, r.tensor_bytes)
+    );
+    let mut out = row("tensors", &tensors) + &row("changed", &changed) + &row("size", &size);
+    out += &row("codecs", &codecs.join(", "));
+    if let Some(sha256) = &r.sha256 {
+        out += &row("sha256", &name(sha256));
+    }
+    out
+}
+
+/// A name from a file, made harmless for a terminal.
+pub(crate) fn name(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
+/// `1.5 MiB`
+pub(crate) fn bytes(n: u64) -> String {
+    let mut value = n as f64;
+    let mut unit = "B";
+    for next in ["KiB", "MiB", "GiB", "TiB", "PiB"] {
+        if value < 1024.0 {
+            break;
+        }
+        (value, unit) = (value / 1024.0, next);
+    }
+    if unit == "B" { format!("{n} B") } else { format!("{value:.2} {unit}") }
+}
+
+/// `12.34 %`, with more digits where there is little.
+pub(crate) fn percent(part: u64, whole: u64) -> String {
+    if whole == 0 {
+        return "-".into();
+    }
+    let p = 100.0 * part as f64 / whole as f64;
+    if p == 0.0 || p >= 1.0 { format!("{p:.1} %") } else { format!("{p:.3} %") }
+}
+
+/// Stored bits of one word.
+pub(crate) fn bits(bytes: u64, words: u64) -> String {
+    if words == 0 { "-".into() } else { format!("{:.3}", 8.0 * bytes as f64 / words as f64) }
+}
+
+/// Columns, the last three right-aligned.
+pub(crate) fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let width: [usize; N] =
+        std::array::from_fn(|c| rows.iter().map(|r| r[c].chars().count()).max().unwrap_or(0));
+    let mut out = String::new();
+    for r in rows {
+        let cells: Vec<String> = (0..N)
+            .map(|c| {
+                let w = width[c];
+                if c + 3 >= N { format!("{:>w$}", r[c]) } else { format!("{:<w$}", r[c]) }
+            })
+            .collect();
+        out += cells.join("  ").trim_end();
+        out += "\n";
+    }
+    out
+}

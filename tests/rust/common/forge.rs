@@ -1,0 +1,89 @@
+//! Packages put together by hand from SPEC.md, independently of the writer: what a stranger with bad intentions could send.
+
+#![allow(dead_code, unreachable_pub)]
+
+use std::collections::BTreeMap;
+use xorz::package::SafeTensors;
+use xxhash_rust::xxh3::xxh3_128;
+
+/// The parts of a package. [`Forge::build`] makes every digest right, so that nothing is caught early.
+#[derive(Clone, Default)]
+pub struct Forge {
+    pub metadata: BTreeMap<String, String>,
+    pub entries: Vec<(String, Vec<u8>)>,
+}
+
+pub fn hex(bytes: &[u8]) -> String {
+    xxh3_128(bytes).to_le_bytes().iter().map(|b| format!("{b:02x}")).collect()
+}
+
+impl Forge {
+    /// Take a package apart.
+    pub fn of(package: &[u8]) -> Self {
+        let file = SafeTensors::from_bytes(package.to_vec()).unwrap();
+        let entries = file.header().tensors.iter().map(|t| (t.name.clone(), file.read(t).unwrap()));
+        Self { metadata: file.header().metadata.clone(), entries: entries.collect() }
+    }
+
+    /// An empty package.
+    pub fn new() -> Self {
+        let metadata = [("format", "xorz"), ("format_version", "0")];
+        Self { metadata: metadata.map(|(k, v)| (k.into(), v.into())).into(), entries: Vec::new() }
+    }
+
+    /// Add a tensor; its record gets the field `check`.
+    pub fn tensor(mut self, name: &str, record: &str, blob: Vec<u8>) -> Self {
+        self.metadata.insert(format!("xorz:tensor:{name}"), record.into());
+        self.entries.push((name.into(), blob));
+        self
+    }
+
+    /// The package's bytes, with all digests recomputed.
+    pub fn build(&self) -> Vec<u8> {
+        let mut metadata = self.metadata.clone();
+        for (name, blob) in &self.entries {
+            let Some(text) = metadata.get_mut(&format!("xorz:tensor:{name}")) else { continue };
+            if let Ok(serde_json::Value::Object(mut record)) = serde_json::from_str(text) {
+                record.insert("check".into(), hex(blob).into());
+                *text = serde_json::Value::Object(record).to_string();
+            }
+        }
+        metadata.remove("xorz:check");
+        let mut fields: Vec<Vec<u8>> = Vec::new();
+        for (k, v) in &metadata {
+            fields.extend([k.clone().into_bytes(), v.clone().into_bytes()]);
+        }
+        let (mut infos, mut at) = (serde_json::Map::new(), 0u64);
+        for (name, blob) in &self.entries {
+            let end = at + blob.len() as u64;
+            fields.extend([name.clone().into_bytes(), b"U8".to_vec()]);
+            fields.extend([blob.len() as u64, at, end].map(|n| n.to_le_bytes().to_vec()));
+            let info = serde_json::json!({"dtype": "U8", "shape": [blob.len()], "data_offsets": [at, end]});
+            infos.insert(name.clone(), info);
+            at = end;
+        }
+        let sequence: Vec<u8> = fields
+            .iter()
+            .flat_map(|f| [(f.len() as u64).to_le_bytes().to_vec(), f.clone()].concat())
+            .collect();
+        metadata.insert("xorz:check".into(), hex(&sequence));
+        infos.insert("__metadata__".into(), serde_json::json!(metadata));
+        let mut header = serde_json::Value::Object(infos).to_string();
+        header += &" ".repeat(header.len().wrapping_neg().wrapping_sub(8) % 64);
+        let mut out = (header.len() as u64).to_le_bytes().to_vec();
+        out.extend(header.into_bytes());
+        self.entries.iter().for_each(|(_, blob)| out.extend(blob));
+        out
+    }
+}
+
+/// A framed blob of `frames`, each with the decompressed size that it claims.
+pub fn framed(frames: &[(Vec<u8>, u32)]) -> Vec<u8> {
+    let mut out = (frames.len() as u32).to_le_bytes().to_vec();
+    for (frame, raw) in frames {
+        out.extend((frame.len() as u32).to_le_bytes());
+        out.extend(raw.to_le_bytes());
+    }
+    frames.iter().for_each(|(frame, _)| out.extend(frame));
+    out
+}
