@@ -353,7 +353,7 @@ fn loading_a_delta_makes_no_dense_matrix() {
     let ft = {
         let mut mixed = base.clone();
         for (i, w) in mixed.chunks_mut(2).enumerate() {
-            if rng.next() % 100 == 0 {
+            if rng.next().is_multiple_of(100) {
                 w.copy_from_slice(&ft[2 * i..2 * i + 2]);
             }
         }
