@@ -1,0 +1,60 @@
+//! Any bytes as a package; any stored bytes behind right digests. Nothing may panic, hang or allocate much.
+#![no_main]
+
+#[path = "../../rust/common/forge.rs"]
+mod forge;
+
+use forge::Forge;
+use libfuzzer_sys::fuzz_target;
+use xorz::codec::Prefer;
+use xorz::matrix::{Dtype, Matrix, Shape};
+use xorz::package::{Codec, Package};
+use xorz::resident::{Resident, restore};
+
+const SHAPE: Shape = Shape { n: 20, k: 300 };
+
+fuzz_target!(|data: &[u8]| {
+    let [how, rest @ ..] = data else { return };
+    let dtype = Dtype::ALL[usize::from(how >> 4) % Dtype::ALL.len()];
+    let base: Vec<u8> = (0..20 * 300 * dtype.word_bytes()).map(|i| (i * 7 + i / 300) as u8).collect();
+    let Ok(base) = Matrix::new(dtype, SHAPE, &base) else { return };
+    let codec = Codec::ALL.get(usize::from(how & 7));
+    let bytes = codec.map_or_else(|| rest.to_vec(), |codec| forged(*codec, &base, rest));
+    if let Ok(package) = Package::parse(bytes) {
+        walk(&package, &base);
+    }
+});
+
+/// A package with the one tensor `w`, stored as `blob`, whose every digest is right.
+fn forged(codec: Codec, base: &Matrix<'_>, blob: &[u8]) -> Vec<u8> {
+    let more = match codec {
+        Codec::Alone | Codec::AloneZstd => String::new(),
+        _ => {
+            let encoding = ["unchanged", "sparse", "exponent", "raw"][blob.len() % 4];
+            let resident = matches!(codec, Codec::Resident | Codec::ResidentZstd);
+            let encoding = if resident { format!(r#","encoding":"{encoding}""#) } else { String::new() };
+            format!(r#","base":"{}","prefer":"memory","changed":{}{encoding}"#, base.digest(), blob.len() % 5)
+        }
+    };
+    let record = format!(
+        r#"{{"dtype":"{}","shape":[20,300],"bytes":{},"codec":"{}","check":""{more}}}"#,
+        base.dtype(),
+        base.bytes().len(),
+        codec.name()
+    );
+    Forge::new().tensor("w", &record, blob.to_vec()).build()
+}
+
+fn walk(package: &Package, base: &Matrix<'_>) {
+    let mut out = vec![0; base.bytes().len()];
+    for e in package.entries() {
+        let len = usize::try_from(e.bytes).unwrap_or(0).min(out.len());
+        let _ = package.restore(&e.name, Some(base), &mut out[..len]);
+        for prefer in [None, Some(Prefer::Speed), Some(Prefer::Memory)] {
+            if let Ok(bytes) = package.resident(&e.name, base, prefer) {
+                let delta = Resident::parse(&bytes).expect("what is handed out parses");
+                let _ = restore(&delta, base, &mut out);
+            }
+        }
+    }
+}
