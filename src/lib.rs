@@ -18,6 +18,7 @@
 )]
 
 pub mod codec;
+pub mod cpu;
 pub mod error;
 pub mod ffi;
 pub mod matrix;

@@ -1,0 +1,101 @@
+//! Which instance of the vector trait runs: chosen once, on the first op, from what the machine has.
+//!
+//! `XORZ_ISA=scalar|avx2|avx512` in the environment asks for a lower one; an unknown or unavailable value is an error
+//! of the first op, not a silent other choice. Must hold no kernel.
+
+use super::scalar::Scalar;
+use super::simd::Simd;
+use crate::error::{Error, Result};
+use std::sync::OnceLock;
+
+/// An instruction set that the kernels are compiled for. All give the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Isa {
+    /// Portable code; every machine has it.
+    Scalar,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// AVX-512 F and BW.
+    Avx512,
+}
+
+impl Isa {
+    /// Every instruction set, slowest first.
+    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+
+    /// The name that `XORZ_ISA` takes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        }
+    }
+
+    /// Whether this machine has it.
+    pub fn is_available(self) -> bool {
+        struct Any;
+        impl Visitor for Any {
+            type Out = ();
+            fn visit<S: Simd>(self, _: S) {}
+        }
+        self.with(Any).is_ok()
+    }
+
+    /// The one that ops use: the fastest that the machine has, or the one that `XORZ_ISA` names.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an unknown `XORZ_ISA`, `Unsupported` for one that this machine lacks.
+    pub fn active() -> Result<Self> {
+        static ACTIVE: OnceLock<Result<Isa>> = OnceLock::new();
+        ACTIVE.get_or_init(|| Self::choose(std::env::var("XORZ_ISA").ok().as_deref())).clone()
+    }
+
+    /// [`Isa::active`] for a given value of the environment variable.
+    ///
+    /// # Errors
+    /// As [`Isa::active`].
+    pub fn choose(asked: Option<&str>) -> Result<Self> {
+        let Some(asked) = asked.filter(|a| !a.is_empty()) else {
+            return Ok(Self::ALL.into_iter().rfind(|isa| isa.is_available()).unwrap_or(Self::Scalar));
+        };
+        let isa = Self::ALL.into_iter().find(|isa| isa.name() == asked).ok_or_else(|| {
+            Error::invalid(format!("XORZ_ISA is \"{asked}\"; it takes scalar, avx2 or avx512"))
+        })?;
+        if !isa.is_available() {
+            return Err(Error::unsupported(format!("XORZ_ISA is \"{asked}\", which this machine lacks")));
+        }
+        Ok(isa)
+    }
+
+    /// Call `visitor` with the instance.
+    pub(super) fn with<V: Visitor>(self, visitor: V) -> Result<V::Out> {
+        match self {
+            Self::Scalar => Ok(visitor.visit(Scalar)),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => match super::x86_64::avx2::Avx2::detect() {
+                Some(s) => Ok(visitor.visit(s)),
+                None => Err(lacking(self)),
+            },
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => match super::x86_64::avx512::Avx512::detect() {
+                Some(s) => Ok(visitor.visit(s)),
+                None => Err(lacking(self)),
+            },
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx2 | Self::Avx512 => Err(lacking(self)),
+        }
+    }
+}
+
+fn lacking(isa: Isa) -> Error {
+    Error::unsupported(format!("this machine lacks {}", isa.name()))
+}
+
+/// Code that is generic over the instance.
+pub(super) trait Visitor {
+    /// What it gives back.
+    type Out;
+    /// Run on `s`.
+    fn visit<S: Simd>(self, s: S) -> Self::Out;
+}

@@ -1,0 +1,144 @@
+//! Products with `exponent` tiles: words are decoded in step order, at most [`MICRO`] at a time on the stack, and
+//! multiplied at once. No panel is made.
+
+use super::dot::{Rows, Split, dot_block};
+use super::float::{Float, padded};
+use super::simd::{GROUP, Kernel, LANES, Simd};
+use crate::codec::exponent::Decoder;
+use crate::codec::{Exceptions, ExponentTile, Grid, Rect};
+use crate::error::{Error, Result};
+use std::marker::PhantomData;
+
+/// Words decoded at a time; a multiple of the group and of the encoding's 32 lanes.
+pub(super) const MICRO: usize = 256;
+
+/// Decodes a tile row after row, some columns at a time, exceptions included.
+pub(super) struct Stream<'a, D: Float> {
+    decoder: Decoder<'a, D::Word>,
+    exceptions: Exceptions<'a>,
+    next: usize,
+    tile_cols: usize,
+}
+
+impl<'a, D: Float> Stream<'a, D> {
+    pub(super) fn new(tile: &ExponentTile<'a>, tile_cols: usize) -> Self {
+        Self { decoder: Decoder::new(tile, D::DTYPE), exceptions: tile.exceptions, next: 0, tile_cols }
+    }
+
+    /// Decode columns `c..c + words.len()` of row `r` of the tile from their base words; in step order.
+    pub(super) fn decode(&mut self, r: usize, c: usize, base: &[u8], words: &mut [D::Word]) -> Result<()> {
+        bytemuck::cast_slice_mut::<D::Word, u8>(words).copy_from_slice(base);
+        self.decoder.advance(words)?;
+        let start = r * self.tile_cols + c;
+        while self.next < self.exceptions.len() {
+            let (position, word) = self.exceptions.get(self.next);
+            if position >= start + words.len() {
+                break;
+            }
+            let at = position.checked_sub(start).ok_or_else(|| misplaced(position))?;
+            words[at] = <D::Word as crate::codec::word::Word>::from_u64(word);
+            self.next += 1;
+        }
+        Ok(())
+    }
+
+    /// After the last word.
+    pub(super) fn finish(self) -> Result<()> {
+        if self.next < self.exceptions.len() {
+            return Err(misplaced(self.exceptions.get(self.next).0));
+        }
+        self.decoder.finish()
+    }
+}
+
+#[cold]
+fn misplaced(position: usize) -> Error {
+    Error::corrupt(format!("exception at position {position} is out of order or out of its tile"))
+}
+
+/// Give `add` the sum of every row of the tile with every one of the `m` rows of x (split order).
+#[allow(clippy::too_many_arguments)]
+pub(super) fn product<S: Simd, D: Float>(
+    s: S,
+    tile: &ExponentTile<'_>,
+    base: Rows<'_>,
+    grid: &Grid,
+    rect: &Rect,
+    (x, m): (&[Split], usize),
+    partial: &mut [[f32; LANES]],
+    mut add: impl FnMut(usize, usize, f32),
+) -> Result<()> {
+    let mut stream = Stream::<D>::new(tile, grid.tile_cols);
+    let groups = padded(rect.cols()) / GROUP;
+    let mut words = [D::Word::default(); MICRO];
+    for r in 0..rect.rows() {
+        let row = base.row(r);
+        partial[..m].fill([0.0; LANES]);
+        for c in (0..rect.cols()).step_by(MICRO) {
+            let words = &mut words[..MICRO.min(rect.cols() - c)];
+            stream.decode(r, c, &row[c * D::BYTES..(c + words.len()) * D::BYTES], words)?;
+            let words = bytemuck::cast_slice(words);
+            s.run(Piece::<D> { words, x, groups, from: c / GROUP, m, partial, dtype: PhantomData });
+        }
+        for j in 0..m {
+            add(r, j, s.run(Sum(&partial[j])));
+        }
+    }
+    stream.finish()
+}
+
+/// `partial[j] += words . x[j]`, the columns from group `from` on.
+struct Piece<'a, D> {
+    words: &'a [u8],
+    x: &'a [Split],
+    groups: usize,
+    from: usize,
+    m: usize,
+    partial: &'a mut [[f32; LANES]],
+    dtype: PhantomData<D>,
+}
+
+impl<D: Float> Kernel for Piece<'_, D> {
+    type Out = ();
+
+    #[inline(always)]
+    fn call<S: Simd>(mut self, s: S) {
+        let mut j = 0;
+        while j + 4 <= self.m {
+            self.rows::<S, 4>(s, j);
+            j += 4;
+        }
+        while j < self.m {
+            self.rows::<S, 1>(s, j);
+            j += 1;
+        }
+    }
+}
+
+impl<D: Float> Piece<'_, D> {
+    #[inline(always)]
+    fn rows<S: Simd, const M: usize>(&mut self, s: S, j: usize) {
+        let mut x: [&[Split]; M] = [&[]; M];
+        let mut acc = [[s.splat(0.0); M]];
+        for i in 0..M {
+            x[i] = &self.x[(j + i) * self.groups + self.from..(j + i + 1) * self.groups];
+            acc[0][i] = s.load(&self.partial[j + i]);
+        }
+        dot_block::<S, D, 1, M>(s, [self.words], x, &mut acc);
+        for i in 0..M {
+            s.store(acc[0][i], &mut self.partial[j + i]);
+        }
+    }
+}
+
+/// The sum of sixteen partial sums.
+struct Sum<'a>(&'a [f32; LANES]);
+
+impl Kernel for Sum<'_> {
+    type Out = f32;
+
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) -> f32 {
+        s.sum(s.load(self.0))
+    }
+}

@@ -1,0 +1,197 @@
+//! Fine-tuned words: `delta_restore`, `delta_restore_rows`, `delta_apply`, and the tiles that products restore into
+//! scratch. Every dtype; equal to `resident::restore` bit for bit. A word without an entry is copied, never computed with.
+
+use super::exec::{Executor, try_run};
+use crate::codec::split::{narrow, no_op, widen};
+use crate::codec::word::{Word, with_word};
+use crate::codec::{SparseTile, Tile};
+use crate::error::{Error, Result};
+use crate::matrix::{Dtype, Matrix, Shape};
+use crate::resident::Resident;
+use std::ops::Range;
+use std::sync::Mutex;
+
+/// See [`super::delta_restore_rows`].
+pub(super) fn rows(
+    delta: &Resident<'_>,
+    base: &Matrix<'_>,
+    rows: Range<usize>,
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    delta.check_base(base)?;
+    let (shape, row_bytes) = (base.shape(), base.row_bytes());
+    if rows.start > rows.end || rows.end > shape.n {
+        return Err(Error::invalid(format!("rows {rows:?} of a matrix of {} rows", shape.n)));
+    }
+    let want = rows.len() * row_bytes;
+    if out.len() != want {
+        return Err(Error::mismatch(format!("out has {} bytes, but rows {rows:?} take {want}", out.len())));
+    }
+    if want == 0 {
+        return Ok(());
+    }
+    let tile_rows = delta.grid().tile_rows;
+    let (first, last) = (rows.start / tile_rows, rows.end.div_ceil(tile_rows));
+    // The rows of out that each band of tiles covers: the first and the last band may be cut.
+    let mut rest = out;
+    let mut parts = Vec::with_capacity(last - first);
+    for band in first..last {
+        let from = (band * tile_rows).max(rows.start);
+        let to = ((band + 1) * tile_rows).min(rows.end);
+        let (part, tail) = rest.split_at_mut((to - from) * row_bytes);
+        rest = tail;
+        parts.push(Mutex::new((from..to, part)));
+    }
+    try_run(exec, parts.len(), |task| {
+        let mut part = parts[task].lock().unwrap_or_else(|p| p.into_inner());
+        let (rows, out) = &mut *part;
+        let band = first + task;
+        let whole = band * tile_rows..((band + 1) * tile_rows).min(shape.n);
+        if *rows == whole {
+            out.copy_from_slice(base.rows(whole.start, whole.end).bytes());
+            return apply_band(delta, band, out);
+        }
+        let mut words = base.rows(whole.start, whole.end).bytes().to_vec();
+        apply_band(delta, band, &mut words)?;
+        out.copy_from_slice(&words[(rows.start - whole.start) * row_bytes..(rows.end - whole.start) * row_bytes]);
+        Ok(())
+    })
+}
+
+/// See [`super::delta_apply`].
+pub(super) fn apply(
+    delta: &Resident<'_>,
+    dtype: Dtype,
+    shape: Shape,
+    weight: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    delta.check_base(&Matrix::new(dtype, shape, weight)?)?;
+    // All that can be refused without decoding is refused before the first word changes.
+    delta.check()?;
+    if weight.is_empty() {
+        return Ok(());
+    }
+    let band_bytes = delta.grid().tile_rows * shape.k * dtype.word_bytes();
+    let bands: Vec<_> = weight.chunks_mut(band_bytes).map(Mutex::new).collect();
+    try_run(exec, bands.len(), |band| {
+        let mut words = bands[band].lock().unwrap_or_else(|p| p.into_inner());
+        apply_band(delta, band, &mut words)
+    })
+}
+
+/// Turn the base words of row band `band` into the fine-tuned ones; `words` holds the band's whole rows.
+fn apply_band(delta: &Resident<'_>, band: usize, words: &mut [u8]) -> Result<()> {
+    let (grid, dtype) = (delta.grid(), delta.header().dtype);
+    let across = grid.tile_cols_count();
+    (band * across..(band + 1) * across).try_for_each(|index| {
+        let rect = grid.rect(index);
+        let (w, k) = (dtype.word_bytes(), grid.shape.k);
+        let stripe = Stripe { stride: k * w, from: rect.c0 * w, to: rect.c1 * w, rows: rect.rows() };
+        apply_tile(delta, index, stripe, words)
+    })
+}
+
+/// The fine-tuned words of tile `index`, row after row, into `words`.
+pub(super) fn tile_words(delta: &Resident<'_>, base: &Matrix<'_>, index: usize, words: &mut [u8]) -> Result<()> {
+    let rect = delta.grid().rect(index);
+    let len = rect.cols() * base.dtype().word_bytes();
+    for (r, row) in words.chunks_exact_mut(len).enumerate() {
+        row.copy_from_slice(base.span(rect.r0 + r, rect.c0, rect.cols()));
+    }
+    let stripe = Stripe { stride: len, from: 0, to: len, rows: rect.rows() };
+    apply_tile(delta, index, stripe, words)
+}
+
+/// Where a tile lies in a buffer of words: bytes `from..to` of each of `rows` rows of `stride` bytes.
+#[derive(Clone, Copy)]
+struct Stripe {
+    stride: usize,
+    from: usize,
+    to: usize,
+    rows: usize,
+}
+
+impl Stripe {
+    fn row<'a>(&self, words: &'a mut [u8], r: usize) -> &'a mut [u8] {
+        &mut words[r * self.stride + self.from..r * self.stride + self.to]
+    }
+}
+
+/// Turn a tile's base words into its fine-tuned ones, in place.
+fn apply_tile(delta: &Resident<'_>, index: usize, stripe: Stripe, words: &mut [u8]) -> Result<()> {
+    let done = match delta.tile(index)? {
+        Tile::Unchanged => Ok(()),
+        Tile::Raw(raw) => {
+            (0..stripe.rows).for_each(|r| stripe.row(words, r).copy_from_slice(raw.row(r)));
+            Ok(())
+        }
+        Tile::Sparse(t) => {
+            let (dtype, tile_cols) = (delta.header().dtype, delta.grid().tile_cols);
+            with_word!(dtype, W => patch::<W>(&t, dtype, tile_cols, stripe, words))
+        }
+        Tile::Exponent(_) if stripe.stride == stripe.to - stripe.from => delta.decode(index, words),
+        Tile::Exponent(_) => {
+            // A tile of at most 65536 words, out and back.
+            let mut tile = Vec::with_capacity((stripe.to - stripe.from) * stripe.rows);
+            (0..stripe.rows).for_each(|r| tile.extend_from_slice(stripe.row(words, r)));
+            let done = delta.decode(index, &mut tile);
+            if done.is_ok() {
+                let rows = tile.chunks_exact(stripe.to - stripe.from);
+                rows.enumerate().for_each(|(r, row)| stripe.row(words, r).copy_from_slice(row));
+            }
+            done
+        }
+    };
+    done.map_err(|e| e.within(format!("delta, tile {index}")))
+}
+
+/// Patch a `sparse` tile's words: the entries of each lane, then the exceptions.
+fn patch<W: Word>(
+    tile: &SparseTile<'_>,
+    dtype: Dtype,
+    tile_cols: usize,
+    stripe: Stripe,
+    words: &mut [u8],
+) -> Result<()> {
+    let nothing = W::from_u64(no_op(dtype));
+    // Per lane: the column so far, the column of the last entry that did something, and its exact sum, since a second
+    // entry there adds to the sum and not to the word.
+    let mut column = [0usize; 16];
+    let mut last = [(usize::MAX, 0f32); 16];
+    for (j, diffs) in tile.diffs.chunks_exact(16 * W::BYTES).enumerate() {
+        for (lane, diff) in diffs.chunks_exact(W::BYTES).enumerate() {
+            let (gap, diff) = (tile.gap_at(j, lane), W::load(diff));
+            column[lane] = if tile.gap == crate::codec::GapKind::U16 { gap } else { column[lane] + gap };
+            if diff == nothing || lane >= stripe.rows {
+                continue;
+            }
+            let c = column[lane];
+            let row = stripe.row(words, lane);
+            let word = row
+                .get_mut(c * W::BYTES..(c + 1) * W::BYTES)
+                .ok_or_else(|| Error::corrupt(format!("lane {lane} names column {c} beyond its tile")))?;
+            let base = W::load(word).to_u64();
+            let now = if tile.additive {
+                let from = if last[lane].0 == c { last[lane].1 } else { widen(dtype, base) };
+                let sum = from + widen(dtype, diff.to_u64());
+                last[lane] = (c, sum);
+                narrow(dtype, sum)
+            } else {
+                base ^ diff.to_u64()
+            };
+            word.copy_from_slice(&now.to_le_bytes()[..W::BYTES]);
+        }
+    }
+    let exceptions = &tile.exceptions;
+    for i in 0..exceptions.len() {
+        let (position, word) = exceptions.get(i);
+        let (r, c) = (position / tile_cols, position % tile_cols);
+        let place = if r < stripe.rows { stripe.row(words, r).get_mut(c * W::BYTES..(c + 1) * W::BYTES) } else { None };
+        place
+            .ok_or_else(|| Error::corrupt(format!("exception {i} lies outside its tile, at {position}")))?
+            .copy_from_slice(&word.to_le_bytes()[..W::BYTES]);
+    }
+    Ok(())
+}

@@ -1,0 +1,50 @@
+//! The decode path: outputs whose f32 sum is not finite are computed again, from the fine-tuned words themselves, in
+//! f64, where products of two f32 are exact and do not overflow. So NaN and infinities are those of the fine-tuned
+//! weights, whatever the base, the differences and the order of f32 sums made of them. Slow and plain on purpose.
+
+use super::float::Float;
+use super::linear::Job;
+use super::scratch::Scratch;
+use super::simd::LANES;
+use crate::error::Result;
+
+/// Compute and write outputs of row band `band` again: bit j of `again[r]` asks for row r of the band and row
+/// `m0 + j` of x.
+pub(super) fn linear<D: Float>(
+    job: &Job<'_, D>,
+    band: usize,
+    m0: usize,
+    again: &[u16],
+    sc: &mut Scratch,
+) -> Result<()> {
+    let across = job.grid.tile_cols_count();
+    let r0 = band * job.grid.tile_rows;
+    let sums = sc.wide.zeroed(again.len() * LANES);
+    for tc in 0..across {
+        let index = band * across + tc;
+        let rect = job.grid.rect(index);
+        let words = sc.words.bytes_mut(rect.words() * D::BYTES);
+        super::restore::tile_words(job.delta, &job.base, index, words)?;
+        let x = job.x_rows(m0, &rect);
+        let rows = words.chunks_exact(rect.cols() * D::BYTES).zip(again);
+        for (r, (row, &flags)) in rows.enumerate().filter(|(_, (_, flags))| **flags != 0) {
+            for j in (0..LANES).filter(|j| flags >> j & 1 == 1) {
+                sums[r * LANES + j] += dot::<D>(row, x.row(j));
+            }
+        }
+    }
+    for (r, &flags) in again.iter().enumerate() {
+        for j in (0..LANES).filter(|j| flags >> j & 1 == 1) {
+            let bias = job.bias.map_or(0.0, |b| f64::from(D::value_at(b, r0 + r)));
+            let value = D::round_wide(sums[r * LANES + j] + bias);
+            D::put(&job.out[(m0 + j) * job.n + r0 + r], value);
+        }
+    }
+    Ok(())
+}
+
+/// The dot product of two rows of words; exact products, f64 sums.
+fn dot<D: Float>(a: &[u8], b: &[u8]) -> f64 {
+    let words = a.len() / D::BYTES;
+    (0..words).map(|i| f64::from(D::value_at(a, i)) * f64::from(D::value_at(b, i))).sum()
+}
