@@ -39,7 +39,6 @@ pub(super) struct Job<'a, D: Float> {
     /// No other call's.
     id: u64,
     pub(super) x: &'a [u8],
-    m: usize,
     pub(super) base: Matrix<'a>,
     pub(super) delta: &'a Resident<'a>,
     pub(super) bias: Option<&'a [u8]>,
@@ -56,7 +55,6 @@ pub(super) fn run<S: Simd, D: Float>(s: S, args: &LinearArgs<'_>, out: &mut [u8]
     let job = Job::<D> {
         id: CALLS.fetch_add(1, Relaxed),
         x: args.x,
-        m: args.m,
         base: args.base,
         delta: &args.delta,
         bias: args.bias,

@@ -63,11 +63,6 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn add(self, a: Self::F, b: Self::F) -> Self::F {
-        map(|i| a[i] + b[i])
-    }
-
-    #[inline(always)]
     fn sum(self, mut v: Self::F) -> f32 {
         for half in [8, 4, 2, 1] {
             for i in 0..half {

@@ -41,8 +41,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn store(self, v: Self::F, to: &mut [f32; LANES]);
     /// `a * b + c`, one rounding.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-    /// `a + b`.
-    fn add(self, a: Self::F, b: Self::F) -> Self::F;
     /// Sum of the lanes: halves are added until one is left (8, 4, 2, 1 apart).
     fn sum(self, v: Self::F) -> f32;
 

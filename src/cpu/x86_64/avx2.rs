@@ -128,12 +128,6 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn add(self, a: F, b: F) -> F {
-        // SAFETY: the token proves AVX.
-        unsafe { F(_mm256_add_ps(a.0, b.0), _mm256_add_ps(a.1, b.1)) }
-    }
-
-    #[inline(always)]
     fn sum(self, v: F) -> f32 {
         // SAFETY: the token proves AVX. Lanes 8, 4, 2 and 1 apart are added in turn.
         unsafe {

@@ -74,12 +74,6 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn add(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: the token proves AVX-512F.
-        unsafe { _mm512_add_ps(a, b) }
-    }
-
-    #[inline(always)]
     fn sum(self, v: __m512) -> f32 {
         // SAFETY: the token proves AVX-512F. Lanes 8, 4, 2 and 1 apart are added in turn.
         unsafe {

@@ -1,0 +1,149 @@
+//! What products may take: at most 2 MiB of scratch a thread and no restored panel at small m, measured by an
+//! allocator that counts and by the crate's own counters. One test function at a time touches the counters.
+
+mod common;
+#[path = "common/linear.rs"]
+mod linear;
+
+use common::{Rng, matrix};
+use linear::{Case, DTYPES, ENCODINGS, MODES};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicIsize, Ordering::Relaxed};
+use xorz::codec::{Encoding, Prefer};
+use xorz::cpu::{Isa, LinearArgs, Mode, Serial, counters, delta_linear, delta_linear_grad_input};
+use xorz::matrix::{Dtype, Shape};
+use xorz::resident::{Resident, encode_pair};
+
+/// The system's allocator, counting what is held and the most that was.
+struct Counting;
+
+static HELD: AtomicIsize = AtomicIsize::new(0);
+static PEAK: AtomicIsize = AtomicIsize::new(0);
+
+fn note(bytes: isize) {
+    let held = HELD.fetch_add(bytes, Relaxed) + bytes;
+    PEAK.fetch_max(held, Relaxed);
+}
+
+// SAFETY: every call is passed on to the system's allocator unchanged; counting allocates nothing.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        note(layout.size() as isize);
+        // SAFETY: the caller's own promise, passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        note(-(layout.size() as isize));
+        // SAFETY: the caller's own promise, passed on.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// The most that `f` held beyond what was held before; on a thread of its own, whose scratch starts empty.
+fn peak_of(f: impl FnOnce() + Send) -> isize {
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            let before = HELD.load(Relaxed);
+            PEAK.store(before, Relaxed);
+            f();
+            PEAK.load(Relaxed) - before
+        })
+        .join()
+        .unwrap()
+    })
+}
+
+const LIMIT: isize = 2 << 20;
+
+#[test]
+fn products_take_at_most_2_mib_of_scratch_a_thread() {
+    let _one = ONE_AT_A_TIME.lock().unwrap();
+    let mut rng = Rng::new(31);
+    // Wide tiles, many tiles, many rows of x; NaN in x sends everything through the decode path too.
+    for (n, k, m) in [(16, 4096, 16), (8, 70_000, 9), (256, 256, 16), (40, 300, 9000), (3, 4096, 300)] {
+        for dtype in DTYPES {
+            for encoding in ENCODINGS {
+                let base = rng.weights(dtype, n * k);
+                let fresh = rng.weights(dtype, n * k);
+                let fine_tuned = rng.mix(dtype, &base, &fresh, 0.1);
+                let case = Case::new(dtype, Shape { n, k }, encoding, &base, &fine_tuned);
+                let mut x = rng.weights(dtype, k).repeat(m);
+                x[..dtype.word_bytes()].copy_from_slice(&common::word(dtype, f64::NAN));
+                let grad = rng.weights(dtype, n).repeat(m);
+                let (mut y, mut gx) = (vec![0; m * n * dtype.word_bytes()], vec![0; m * k * dtype.word_bytes()]);
+                counters::reset();
+                for mode in MODES.into_iter().take(if m > 1000 { 1 } else { 2 }) {
+                    let peak = peak_of(|| delta_linear(&case.args(&x, m, None, mode), &mut y, &Serial).unwrap());
+                    assert!(peak <= LIMIT, "{} m {m} {mode:?}: {peak} bytes", case.name());
+                }
+                if m <= 300 {
+                    let args = case.args(&x, m, None, Mode::Fast);
+                    let peak = peak_of(|| {
+                        delta_linear_grad_input(&grad, m, &args.base, &args.delta, &mut gx, &Serial).unwrap();
+                    });
+                    assert!(peak <= LIMIT, "{} m {m} gradient: {peak} bytes", case.name());
+                }
+                let counted = counters::scratch_peak_bytes();
+                assert!(counted > 0 && counted <= LIMIT as u64, "{counted}");
+            }
+        }
+    }
+}
+
+#[test]
+fn no_panel_is_restored_at_small_m() {
+    let _one = ONE_AT_A_TIME.lock().unwrap();
+    let mut rng = Rng::new(32);
+    let shape = Shape { n: 48, k: 600 };
+    for dtype in DTYPES {
+        let base = rng.weights(dtype, shape.n * shape.k);
+        for share in [0.0, 0.002, 0.01, 0.1, 0.3] {
+            let fine_tuned = common::perturbed(&mut rng, dtype, &base, share);
+            for prefer in [Prefer::Speed, Prefer::Memory] {
+                let (b, f) = (matrix(dtype, shape, &base), matrix(dtype, shape, &fine_tuned));
+                let blob = encode_pair(&b, &f, prefer).unwrap();
+                let encoding = Resident::parse(&blob).unwrap().header().encoding;
+                let case = Case { dtype, shape, base: base.clone(), fine_tuned: fine_tuned.clone(), encoding, blob };
+                for m in 1..=16 {
+                    assert_eq!(panels(&case, &mut rng, m, Mode::Fast), 0, "{} m {m}", case.name());
+                }
+                assert_eq!(panels(&case, &mut rng, 40, Mode::Deterministic), 0, "{}", case.name());
+                // The counter counts: a large m restores each tile once.
+                let tiles = Resident::parse(&case.blob).unwrap().grid().tiles() as u64;
+                assert_eq!(panels(&case, &mut rng, 40, Mode::Fast), tiles, "{}", case.name());
+            }
+        }
+    }
+}
+
+fn panels(case: &Case, rng: &mut Rng, m: usize, mode: Mode) -> u64 {
+    let x = rng.weights(case.dtype, m * case.shape.k);
+    counters::reset();
+    case.linear(Isa::active().unwrap(), &x, m, None, mode);
+    counters::panels_restored()
+}
+
+#[test]
+fn scratch_does_not_grow_with_n() {
+    let _one = ONE_AT_A_TIME.lock().unwrap();
+    let mut rng = Rng::new(33);
+    let peak = |rng: &mut Rng, n: usize| {
+        let (dtype, shape) = (Dtype::BF16, Shape { n, k: 512 });
+        let base = rng.weights(dtype, n * 512);
+        let fine_tuned = common::perturbed(rng, dtype, &base, 0.05);
+        let case = Case::new(dtype, shape, Encoding::Sparse, &base, &fine_tuned);
+        let x = rng.weights(dtype, 8 * 512);
+        let mut y = vec![0; 8 * n * 2];
+        let args: LinearArgs<'_> = case.args(&x, 8, None, Mode::Fast);
+        peak_of(|| delta_linear(&args, &mut y, &Serial).unwrap())
+    };
+    let (small, large) = (peak(&mut rng, 1024), peak(&mut rng, 8192));
+    assert!(small == large, "{small} bytes for 1024 rows, {large} for 8192");
+}
