@@ -7,6 +7,7 @@
 //! | [`matrix`] | dtypes, shapes, digests: all arithmetic on sizes |
 //! | [`codec`] | what a delta is, tile by tile, in scalar code: the oracle |
 //! | [`resident`] | a delta of one matrix in memory: layout, writer, view, slice, concat |
+//! | [`cpu`] | the ops on the CPU: products on base + delta, restore, apply; one algorithm per instruction set |
 //! | [`package`] | a delta of a checkpoint at rest: one `.xorz` file, written, read, packed, unpacked |
 //!
 //! Dependencies point one way: `error, matrix <- codec <- {resident, package, cpu} <- ffi <- csrc <- python`.

@@ -46,11 +46,13 @@ fn halves(group: &Split) -> (&[f32; LANES], &[f32; LANES]) {
     (&halves[0], &halves[1])
 }
 
-/// `acc[i][j] += words[i] . x[j]`, partial sums; the rows of words are equally long, `x[j]` covers them.
+/// `acc[i][j] += words[i] . x[j]`, partial sums; the rows of words are equally long, `x[j]` covers them. While a group
+/// is used, the words `ahead` bytes on are asked for (0: none).
 #[inline(always)]
 pub(crate) fn dot_block<S: Simd, D: Float, const R: usize, const M: usize>(
     s: S,
     words: [&[u8]; R],
+    ahead: usize,
     x: [&[Split]; M],
     acc: &mut [[S::F; M]; R],
 ) {
@@ -65,6 +67,11 @@ pub(crate) fn dot_block<S: Simd, D: Float, const R: usize, const M: usize>(
         xs[j] = &x[j][..full + usize::from(tail)];
     }
     for g in 0..full {
+        if ahead > 0 {
+            for words in words {
+                s.prefetch(words, g * GROUP * D::BYTES + ahead);
+            }
+        }
         let mut loaded = [D::load(s, &groups[0][g]); R];
         for i in 1..R {
             loaded[i] = D::load(s, &groups[i][g]);
@@ -179,7 +186,7 @@ impl<D: Float> TileProduct<'_, D> {
             *w = self.words.row(r + i);
         }
         let mut acc = [[s.splat(0.0)]; R];
-        dot_block::<S, D, R, 1>(s, words, [self.x], &mut acc);
+        dot_block::<S, D, R, 1>(s, words, R * self.words.stride, [self.x], &mut acc);
         for (i, a) in acc.iter().enumerate() {
             self.sums[(r + i) * self.strides.row] += s.sum(a[0]);
         }
@@ -223,7 +230,7 @@ impl<D: Float> TileProduct<'_, D> {
                 }
             }
         }
-        dot_block::<S, D, R, M>(s, words, x, &mut acc);
+        dot_block::<S, D, R, M>(s, words, 0, x, &mut acc);
         for (i, acc) in acc.iter().enumerate() {
             for (l, acc) in acc.iter().enumerate() {
                 s.store(*acc, &mut self.partial[(r + i) * self.m + j + l]);
@@ -306,7 +313,7 @@ impl<D: Float> PanelProduct<'_, D> {
             *p = &self.panel[(r + i) * self.groups + from..(r + i + 1) * self.groups];
         }
         let mut acc = [[s.splat(0.0); R]; M];
-        dot_block::<S, D, M, R>(s, x, panel, &mut acc);
+        dot_block::<S, D, M, R>(s, x, 0, panel, &mut acc);
         let zero = s.splat(0.0);
         let mut four = [zero; 4];
         for (l, acc) in acc.iter().enumerate() {

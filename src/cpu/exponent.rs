@@ -124,7 +124,7 @@ impl<D: Float> Piece<'_, D> {
             x[i] = &self.x[(j + i) * self.groups + self.from..(j + i + 1) * self.groups];
             acc[0][i] = s.load(&self.partial[j + i]);
         }
-        dot_block::<S, D, 1, M>(s, [self.words], x, &mut acc);
+        dot_block::<S, D, 1, M>(s, [self.words], 0, x, &mut acc);
         for i in 0..M {
             s.store(acc[0][i], &mut self.partial[j + i]);
         }

@@ -117,7 +117,9 @@ impl<D: Float> Job<'_, D> {
             let rows = STEP.min(rect.rows() - r);
             self.grads(m0, rect.r0 + r, rows, &mut g);
             let words = match &tile {
-                Tile::Raw(raw) => Rows { bytes: &raw.bytes[r * raw.stride + offset..], stride: raw.stride, len },
+                Tile::Raw(raw) => {
+                    Rows { bytes: &raw.bytes[r * raw.stride + offset..], stride: raw.stride, len }
+                }
                 _ => {
                     let at = (rect.r0 + r) * self.base.row_bytes() + columns.start * w;
                     Rows { bytes: &self.base.bytes()[at..], stride: self.base.row_bytes(), len }

@@ -49,7 +49,12 @@ pub(super) struct Job<'a, D: Float> {
 }
 
 /// Run a checked call.
-pub(super) fn run<S: Simd, D: Float>(s: S, args: &LinearArgs<'_>, out: &mut [u8], exec: &dyn Executor) -> Result<()> {
+pub(super) fn run<S: Simd, D: Float>(
+    s: S,
+    args: &LinearArgs<'_>,
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
     static CALLS: AtomicU64 = AtomicU64::new(0);
     let shape = args.base.shape();
     let job = Job::<D> {
@@ -120,7 +125,8 @@ impl<D: Float> Job<'_, D> {
             self.prepare(s, block, tc, sc);
             for tr in block.r0 / self.grid.tile_rows..block.r1.div_ceil(self.grid.tile_rows) {
                 let index = tr * across + tc;
-                self.tile(s, index, block, strides, sc).map_err(|e| e.within(format!("delta, tile {index}")))?;
+                self.tile(s, index, block, strides, sc)
+                    .map_err(|e| e.within(format!("delta, tile {index}")))?;
             }
         }
         let sums = std::mem::take(&mut sc.sums);
@@ -154,7 +160,14 @@ impl<D: Float> Job<'_, D> {
     }
 
     /// Add one tile's part to the totals.
-    fn tile<S: Simd>(&self, s: S, index: usize, block: Block, strides: Strides, sc: &mut Scratch) -> Result<()> {
+    fn tile<S: Simd>(
+        &self,
+        s: S,
+        index: usize,
+        block: Block,
+        strides: Strides,
+        sc: &mut Scratch,
+    ) -> Result<()> {
         let rect = self.grid.rect(index);
         let tile = self.delta.tile(index)?;
         match &tile {
@@ -162,9 +175,18 @@ impl<D: Float> Job<'_, D> {
                 let (x, partial) = (sc.split.get(block.m * padded(rect.cols())), &mut [[0.0; LANES]; BLOCK]);
                 let x = x.as_chunks::<GROUP>().0;
                 let sums = &mut sc.sums.all_mut()[(rect.r0 - block.r0) * strides.row..];
-                exponent::product::<S, D>(s, t, self.base_rows(&rect), &self.grid, &rect, (x, block.m), partial, |r, j, v| {
-                    sums[r * strides.row + j * strides.column] += v;
-                })
+                exponent::product::<S, D>(
+                    s,
+                    t,
+                    self.base_rows(&rect),
+                    &self.grid,
+                    &rect,
+                    (x, block.m),
+                    partial,
+                    |r, j, v| {
+                        sums[r * strides.row + j * strides.column] += v;
+                    },
+                )
             }
             Tile::Raw(raw) => {
                 let rows = Rows { bytes: raw.bytes, stride: raw.stride, len: raw.row_bytes };
@@ -183,7 +205,15 @@ impl<D: Float> Job<'_, D> {
     }
 
     /// The product of a tile's rows of words with the block's rows of x.
-    fn product<S: Simd>(&self, s: S, words: Rows<'_>, rect: &Rect, block: Block, strides: Strides, sc: &mut Scratch) {
+    fn product<S: Simd>(
+        &self,
+        s: S,
+        words: Rows<'_>,
+        rect: &Rect,
+        block: Block,
+        strides: Strides,
+        sc: &mut Scratch,
+    ) {
         let width = padded(rect.cols());
         let x = sc.split.get(block.m * width).as_chunks::<GROUP>().0;
         let partial = sc.panel.get(LANES * LANES * BLOCK).as_chunks_mut::<LANES>().0;
@@ -224,7 +254,15 @@ impl<D: Float> Job<'_, D> {
             s.run(Transposed::<D> { tile, x, sums: sums.as_chunks_mut().0, dtype: PhantomData })
         } else {
             let x = sc.entries.get(width * block.m);
-            s.run(Gathered::<D> { tile, x, width, m: block.m, sums, stride: strides.column, dtype: PhantomData })
+            s.run(Gathered::<D> {
+                tile,
+                x,
+                width,
+                m: block.m,
+                sums,
+                stride: strides.column,
+                dtype: PhantomData,
+            })
         };
         if tile.records > 0 && largest as usize >= width {
             return Err(Error::corrupt(format!("an entry names column {largest} of {width}")));

@@ -54,7 +54,9 @@ pub(super) fn rows(
         }
         let mut words = base.rows(whole.start, whole.end).bytes().to_vec();
         apply_band(delta, band, &mut words)?;
-        out.copy_from_slice(&words[(rows.start - whole.start) * row_bytes..(rows.end - whole.start) * row_bytes]);
+        out.copy_from_slice(
+            &words[(rows.start - whole.start) * row_bytes..(rows.end - whole.start) * row_bytes],
+        );
         Ok(())
     })
 }
@@ -94,7 +96,12 @@ fn apply_band(delta: &Resident<'_>, band: usize, words: &mut [u8]) -> Result<()>
 }
 
 /// The fine-tuned words of tile `index`, row after row, into `words`.
-pub(super) fn tile_words(delta: &Resident<'_>, base: &Matrix<'_>, index: usize, words: &mut [u8]) -> Result<()> {
+pub(super) fn tile_words(
+    delta: &Resident<'_>,
+    base: &Matrix<'_>,
+    index: usize,
+    words: &mut [u8],
+) -> Result<()> {
     let rect = delta.grid().rect(index);
     let len = rect.cols() * base.dtype().word_bytes();
     for (r, row) in words.chunks_exact_mut(len).enumerate() {
@@ -188,7 +195,11 @@ fn patch<W: Word>(
     for i in 0..exceptions.len() {
         let (position, word) = exceptions.get(i);
         let (r, c) = (position / tile_cols, position % tile_cols);
-        let place = if r < stripe.rows { stripe.row(words, r).get_mut(c * W::BYTES..(c + 1) * W::BYTES) } else { None };
+        let place = if r < stripe.rows {
+            stripe.row(words, r).get_mut(c * W::BYTES..(c + 1) * W::BYTES)
+        } else {
+            None
+        };
         place
             .ok_or_else(|| Error::corrupt(format!("exception {i} lies outside its tile, at {position}")))?
             .copy_from_slice(&word.to_le_bytes()[..W::BYTES]);

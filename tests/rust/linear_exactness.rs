@@ -140,8 +140,8 @@ fn errors_stay_within_the_documented_bound() {
                         + bv[r].abs();
                     let rounding = match dtype {
                         Dtype::F32 => 0.0,
-                        Dtype::BF16 => 2f64.powi(-9) * want[i].abs() * 1.01,
-                        _ => (2f64.powi(-12) * want[i].abs()).max(2f64.powi(-26)) * 1.01,
+                        Dtype::BF16 => 2f64.powi(-8) * want[i].abs() * 1.01,
+                        _ => (2f64.powi(-11) * want[i].abs()).max(2f64.powi(-25)) * 1.01,
                     };
                     let bound = chain as f64 * 2f64.powi(-24) * size + k as f64 * 2f64.powi(-126) + rounding;
                     let error = (got[i] - want[i]).abs();
@@ -199,7 +199,8 @@ fn a_row_never_depends_on_the_values_of_another() {
             }
             let out = shape.n * dtype.word_bytes();
             for mode in MODES {
-                let (a, b) = (case.linear(isa, &clean, m, None, mode), case.linear(isa, &dirty, m, None, mode));
+                let (a, b) =
+                    (case.linear(isa, &clean, m, None, mode), case.linear(isa, &dirty, m, None, mode));
                 let at = keep * out..(keep + 1) * out;
                 assert!(a[at.clone()] == b[at], "{isa:?} {} m {m} {mode:?}", case.name());
             }
@@ -410,7 +411,10 @@ fn mutants_are_caught() {
             let caught = |blob: Vec<u8>, what: &str| {
                 let mutant = Case { blob, base: case.base.clone(), fine_tuned: vec![], ..case_like(&case) };
                 let got = mutant.linear(Isa::active().unwrap(), &x, m, None, Mode::Fast);
-                assert!(first_difference(dtype, &got, &want).is_some(), "{what} went unnoticed, {dtype} m {m}");
+                assert!(
+                    first_difference(dtype, &got, &want).is_some(),
+                    "{what} went unnoticed, {dtype} m {m}"
+                );
             };
             let got = case.linear(Isa::active().unwrap(), &x, m, None, Mode::Fast);
             assert_eq!(first_difference(dtype, &got, &want), None);

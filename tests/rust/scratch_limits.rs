@@ -77,10 +77,12 @@ fn products_take_at_most_2_mib_of_scratch_a_thread() {
                 let mut x = rng.weights(dtype, k).repeat(m);
                 x[..dtype.word_bytes()].copy_from_slice(&common::word(dtype, f64::NAN));
                 let grad = rng.weights(dtype, n).repeat(m);
-                let (mut y, mut gx) = (vec![0; m * n * dtype.word_bytes()], vec![0; m * k * dtype.word_bytes()]);
+                let (mut y, mut gx) =
+                    (vec![0; m * n * dtype.word_bytes()], vec![0; m * k * dtype.word_bytes()]);
                 counters::reset();
                 for mode in MODES.into_iter().take(if m > 1000 { 1 } else { 2 }) {
-                    let peak = peak_of(|| delta_linear(&case.args(&x, m, None, mode), &mut y, &Serial).unwrap());
+                    let peak =
+                        peak_of(|| delta_linear(&case.args(&x, m, None, mode), &mut y, &Serial).unwrap());
                     assert!(peak <= LIMIT, "{} m {m} {mode:?}: {peak} bytes", case.name());
                 }
                 if m <= 300 {
@@ -110,7 +112,8 @@ fn no_panel_is_restored_at_small_m() {
                 let (b, f) = (matrix(dtype, shape, &base), matrix(dtype, shape, &fine_tuned));
                 let blob = encode_pair(&b, &f, prefer).unwrap();
                 let encoding = Resident::parse(&blob).unwrap().header().encoding;
-                let case = Case { dtype, shape, base: base.clone(), fine_tuned: fine_tuned.clone(), encoding, blob };
+                let case =
+                    Case { dtype, shape, base: base.clone(), fine_tuned: fine_tuned.clone(), encoding, blob };
                 for m in 1..=16 {
                     assert_eq!(panels(&case, &mut rng, m, Mode::Fast), 0, "{} m {m}", case.name());
                 }

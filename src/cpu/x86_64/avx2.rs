@@ -177,18 +177,12 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn load_f16(self, from: &[u8; 64]) -> (F, F) {
-        (
-            F(f16x8(self, from, 0), f16x8(self, from, 16)),
-            F(f16x8(self, from, 32), f16x8(self, from, 48)),
-        )
+        (F(f16x8(self, from, 0), f16x8(self, from, 16)), F(f16x8(self, from, 32), f16x8(self, from, 48)))
     }
 
     #[inline(always)]
     fn load_f32(self, from: &[u8; 128]) -> (F, F) {
-        (
-            F(f32x8(self, from, 0), f32x8(self, from, 32)),
-            F(f32x8(self, from, 64), f32x8(self, from, 96)),
-        )
+        (F(f32x8(self, from, 0), f32x8(self, from, 32)), F(f32x8(self, from, 64), f32x8(self, from, 96)))
     }
 
     #[inline(always)]

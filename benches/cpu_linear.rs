@@ -1,0 +1,153 @@
+//! `delta_linear` on the CPU beside the base product alone (`unchanged`, the same kernel): what the delta costs.
+//!
+//! `cargo bench --bench cpu_linear [-- SIZE THREADS ROWS...]`: SIZE x SIZE bf16, several distinct matrices beyond the
+//! caches, variants interleaved pass by pass, medians. GB/s count the bytes of base and delta, each once.
+#![allow(missing_docs)]
+
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::Instant;
+use xorz::codec::Encoding;
+use xorz::cpu::{Executor, Isa, LinearArgs, Mode, delta_linear};
+use xorz::error::Result;
+use xorz::matrix::{Dtype, Matrix, Shape};
+use xorz::resident::{Pair, Resident, encode_as};
+
+/// Threads started per call: a torch pool would be warmer, the same for every variant.
+struct Threads(usize);
+
+impl Executor for Threads {
+    fn threads(&self) -> usize {
+        self.0
+    }
+
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) -> Result<()> {
+        if self.0 == 1 {
+            (0..tasks).for_each(task);
+            return Ok(());
+        }
+        let next = AtomicUsize::new(0);
+        let work = || {
+            loop {
+                let i = next.fetch_add(1, Relaxed);
+                if i >= tasks {
+                    break;
+                }
+                task(i);
+            }
+        };
+        std::thread::scope(|s| {
+            (1..self.0).for_each(|_| {
+                s.spawn(work);
+            });
+            work();
+        });
+        Ok(())
+    }
+}
+
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn unit(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// bf16 words of about 0.02 in size.
+    fn weights(&mut self, words: usize) -> Vec<u8> {
+        (0..words)
+            .flat_map(|_| {
+                let v = (self.unit() + self.unit() + self.unit() - 1.5) * 0.04;
+                half::bf16::from_f64(v).to_le_bytes()
+            })
+            .collect()
+    }
+}
+
+fn matrix(shape: Shape, words: &[u8]) -> Matrix<'_> {
+    Matrix::new(Dtype::BF16, shape, words).unwrap()
+}
+
+/// Distinct matrices: what a pass touches is far beyond a cache of 32 MiB.
+const COPIES: usize = 3;
+const SHARES: [f64; 4] = [0.005, 0.03, 0.10, 0.30];
+
+fn main() {
+    let args: Vec<usize> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
+    let size = args.first().copied().unwrap_or(4096);
+    let threads = args.get(1).copied().unwrap_or(2);
+    let rows: Vec<usize> = if args.len() > 2 { args[2..].to_vec() } else { vec![1, 4, 8, 16, 64, 256] };
+    let shape = Shape { n: size, k: size };
+    let mut rng = Rng(0x9E37_79B9_7F4A_7C15);
+    let bases: Vec<Vec<u8>> = (0..COPIES).map(|_| rng.weights(size * size)).collect();
+    // Variant 0 is the base alone; then sparse at each share.
+    let mut blobs: Vec<Vec<Vec<u8>>> = vec![
+        bases
+            .iter()
+            .map(|b| {
+                encode_as(&mut Pair::new(matrix(shape, b), matrix(shape, b)).unwrap(), Encoding::Unchanged)
+                    .unwrap()
+            })
+            .collect(),
+    ];
+    for share in SHARES {
+        let encode = |b: &Vec<u8>| {
+            let mut rng = Rng(share.to_bits());
+            let mut f = b.clone();
+            for w in f.chunks_exact_mut(2) {
+                if rng.unit() < share {
+                    let v = u16::from_le_bytes([w[0], w[1]]).wrapping_add((rng.next() % 3 + 1) as u16);
+                    w.copy_from_slice(&v.to_le_bytes());
+                }
+            }
+            encode_as(&mut Pair::new(matrix(shape, b), matrix(shape, &f)).unwrap(), Encoding::Sparse).unwrap()
+        };
+        blobs.push(bases.iter().map(encode).collect());
+    }
+    println!("{size} x {size} bf16, {} threads, {}", threads, Isa::active().unwrap().name());
+    println!("   m   changed   ms      GB/s   over base alone");
+    for m in rows {
+        let x = rng.weights(m * size);
+        let mut out = vec![0u32; m * size / 2 + 1];
+        let out = &mut bytemuck::cast_slice_mut::<u32, u8>(&mut out)[..m * size * 2];
+        let passes = (600 / m).clamp(5, 25);
+        let mut times = vec![Vec::new(); blobs.len()];
+        for _ in 0..passes {
+            for (v, blobs) in blobs.iter().enumerate() {
+                for (base, blob) in bases.iter().zip(blobs) {
+                    let delta = Resident::parse(blob).unwrap();
+                    let args = LinearArgs {
+                        x: &x,
+                        m,
+                        base: matrix(shape, base),
+                        delta,
+                        bias: None,
+                        mode: Mode::Fast,
+                    };
+                    let start = Instant::now();
+                    delta_linear(&args, out, &Threads(threads)).unwrap();
+                    times[v].push(start.elapsed().as_secs_f64());
+                }
+            }
+        }
+        let medians: Vec<f64> = times
+            .iter_mut()
+            .map(|t| {
+                t.sort_by(f64::total_cmp);
+                t[t.len() / 2]
+            })
+            .collect();
+        for (v, &t) in medians.iter().enumerate() {
+            let bytes = bases[0].len() + if v == 0 { 0 } else { blobs[v][0].len() };
+            let share = if v == 0 { 0.0 } else { SHARES[v - 1] * 100.0 };
+            let rate = bytes as f64 / t / 1e9;
+            println!("{m:4} {share:8.1} % {:7.3} {rate:7.1} {:7.2}", t * 1e3, t / medians[0]);
+        }
+    }
+}
