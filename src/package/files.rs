@@ -17,7 +17,7 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 
 /// Bytes of fine-tuned tensors in memory at once, unless a single tensor is larger.
-const GROUP_BYTES: u64 = 256 << 20;
+const GROUP_BYTES: u64 = 64 << 20;
 
 /// Pack the safetensors file `fine_tuned` against the safetensors file `base` into the package `out`.
 ///

@@ -94,6 +94,33 @@ fn check_one(path: &Path, dtype: Dtype, dims: &[usize], base: &[u8], ft: &[u8], 
     }
 }
 
+/// Rows that span frames, frames that span rows, tiles that span both: read out of order, and twice.
+#[test]
+fn matrices_of_many_frames_give_the_same_bits_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p.xorz");
+    let mut rng = Rng::new(6);
+    for (dtype, dims) in [
+        (Dtype::BF16, vec![33, 70_001]),
+        (Dtype::F32, vec![900_001]),
+        (Dtype::F64, vec![2, 3, 90_000]),
+        (Dtype::U8, vec![3_000_000, 1]),
+        (Dtype::F16, vec![1200, 1100]),
+    ] {
+        let words = dims.iter().product::<usize>();
+        let base = rng.bytes(words * dtype.word_bytes());
+        let other = rng.bytes(base.len());
+        let ft = rng.mix(dtype, &base, &other, 0.02);
+        for codec in [Codec::Planes, Codec::Xor, Codec::ResidentZstd] {
+            let mut w = Writer::create(&path, options(Some(codec), Prefer::Memory)).unwrap();
+            let t = |bytes| Tensor { name: "w", dtype: dtype.name(), dims: &dims, bytes };
+            w.add(&t(&ft), Some(&t(&base))).unwrap();
+            w.finish().unwrap();
+            check_one(&path, dtype, &dims, &base, &ft, Some(codec));
+        }
+    }
+}
+
 #[test]
 fn xor_is_one_zstd_frame_that_any_decompressor_reads() {
     let dir = tempfile::tempdir().unwrap();
