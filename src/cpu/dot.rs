@@ -257,8 +257,8 @@ pub(crate) struct PanelProduct<'a, D> {
 }
 
 /// Columns (in groups) and rows of the panel that stay in L1 while the rows of x pass by: 16 KiB.
-const PANEL_GROUPS: usize = 16;
-const PANEL_ROWS: usize = 8;
+const PANEL_GROUPS: usize = 32;
+const PANEL_ROWS: usize = 4;
 
 impl<D: Float> Kernel for PanelProduct<'_, D> {
     type Out = ();

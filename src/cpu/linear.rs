@@ -7,7 +7,7 @@
 //!
 //! **Longest chain of roundings** of one output (D of DESIGN section 5): small m: `tile_cols / 16 + 4` for a base
 //! product, one per column tile, one per record of its lane (two bytes of gap or one, padding adds none), one for the
-//! bias. Large m: `512 / 16 + 4` for a block of 512 columns, one per block, one for the bias.
+//! bias. Large m: `1024 / 16 + 4` for a block of 1024 columns, one per block, one for the bias.
 
 use super::counters;
 use super::dot::{PanelProduct, Rows, Split, Strides, TileProduct, ToSplit};

@@ -2,12 +2,13 @@
 //! scratch. Every dtype; equal to `resident::restore` bit for bit. A word without an entry is copied, never computed with.
 
 use super::exec::{Executor, try_run};
-use crate::codec::split::{narrow, no_op, widen};
+use super::float::{BF16, F16, F32, Float};
 use crate::codec::word::{Word, with_word};
-use crate::codec::{SparseTile, Tile};
+use crate::codec::{GapKind, Grid, SparseTile, Tile};
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Matrix, Shape};
 use crate::resident::Resident;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Mutex;
 
@@ -162,34 +163,11 @@ fn patch<W: Word>(
     stripe: Stripe,
     words: &mut [u8],
 ) -> Result<()> {
-    let nothing = W::from_u64(no_op(dtype));
-    // Per lane: the column so far, the column of the last entry that did something, and its exact sum, since a second
-    // entry there adds to the sum and not to the word.
-    let mut column = [0usize; 16];
-    let mut last = [(usize::MAX, 0f32); 16];
-    for (j, diffs) in tile.diffs.chunks_exact(16 * W::BYTES).enumerate() {
-        for (lane, diff) in diffs.chunks_exact(W::BYTES).enumerate() {
-            let (gap, diff) = (tile.gap_at(j, lane), W::load(diff));
-            column[lane] = if tile.gap == crate::codec::GapKind::U16 { gap } else { column[lane] + gap };
-            if diff == nothing || lane >= stripe.rows {
-                continue;
-            }
-            let c = column[lane];
-            let row = stripe.row(words, lane);
-            let word = row
-                .get_mut(c * W::BYTES..(c + 1) * W::BYTES)
-                .ok_or_else(|| Error::corrupt(format!("lane {lane} names column {c} beyond its tile")))?;
-            let base = W::load(word).to_u64();
-            let now = if tile.additive {
-                let from = if last[lane].0 == c { last[lane].1 } else { widen(dtype, base) };
-                let sum = from + widen(dtype, diff.to_u64());
-                last[lane] = (c, sum);
-                narrow(dtype, sum)
-            } else {
-                base ^ diff.to_u64()
-            };
-            word.copy_from_slice(&now.to_le_bytes()[..W::BYTES]);
-        }
+    match dtype {
+        Dtype::BF16 => walk(tile, stripe, words, &mut Sums::<BF16>::new())?,
+        Dtype::F16 => walk(tile, stripe, words, &mut Sums::<F16>::new())?,
+        Dtype::F32 => walk(tile, stripe, words, &mut Sums::<F32>::new())?,
+        _ => walk::<W, _>(tile, stripe, words, &mut Xor)?,
     }
     let exceptions = &tile.exceptions;
     for i in 0..exceptions.len() {
@@ -203,6 +181,95 @@ fn patch<W: Word>(
         place
             .ok_or_else(|| Error::corrupt(format!("exception {i} lies outside its tile, at {position}")))?
             .copy_from_slice(&word.to_le_bytes()[..W::BYTES]);
+    }
+    Ok(())
+}
+
+/// What an entry does to a word.
+trait Change<W> {
+    /// The difference that does nothing.
+    const NOTHING: u64;
+    /// The word after the difference `diff` of lane `lane` at column `c`.
+    fn change(&mut self, lane: usize, c: usize, word: W, diff: W) -> W;
+}
+
+/// Dtypes that do not compute.
+struct Xor;
+
+impl<W: Word> Change<W> for Xor {
+    const NOTHING: u64 = 0;
+    fn change(&mut self, _: usize, _: usize, word: W, diff: W) -> W {
+        W::from_u64(word.to_u64() ^ diff.to_u64())
+    }
+}
+
+/// Dtypes that compute. Per lane: the column of the last entry and its exact sum, since a second entry there adds to
+/// the sum and not to the word, which may not hold it.
+struct Sums<D> {
+    last: [(usize, f32); Grid::LANES],
+    dtype: PhantomData<D>,
+}
+
+impl<D: Float> Sums<D> {
+    fn new() -> Self {
+        Self { last: [(usize::MAX, 0.0); Grid::LANES], dtype: PhantomData }
+    }
+}
+
+impl<D: Float> Change<D::Word> for Sums<D> {
+    /// -0.0: x + -0.0 = x for every x.
+    const NOTHING: u64 = 1 << (8 * D::BYTES - 1);
+
+    #[inline(always)]
+    fn change(&mut self, lane: usize, c: usize, word: D::Word, diff: D::Word) -> D::Word {
+        let (at, sum) = self.last[lane];
+        let from = if at == c { sum } else { D::value(word) };
+        let sum = from + D::value(diff);
+        self.last[lane] = (c, sum);
+        D::narrow(sum)
+    }
+}
+
+/// Every entry of a tile that does something, record after record.
+fn walk<W: Word, C: Change<W>>(
+    tile: &SparseTile<'_>,
+    stripe: Stripe,
+    words: &mut [u8],
+    change: &mut C,
+) -> Result<()> {
+    match tile.gap {
+        GapKind::U8 => walk_gaps::<W, C, 1>(tile, stripe, words, change),
+        GapKind::U16 => walk_gaps::<W, C, 2>(tile, stripe, words, change),
+    }
+}
+
+fn walk_gaps<W: Word, C: Change<W>, const GAP: usize>(
+    tile: &SparseTile<'_>,
+    stripe: Stripe,
+    words: &mut [u8],
+    change: &mut C,
+) -> Result<()> {
+    let nothing = W::from_u64(C::NOTHING);
+    let columns = (stripe.to - stripe.from) / W::BYTES;
+    let mut at = [0usize; Grid::LANES];
+    let gaps = tile.gaps.chunks_exact(Grid::LANES * GAP);
+    for (gaps, diffs) in gaps.zip(tile.diffs.chunks_exact(Grid::LANES * W::BYTES)) {
+        for lane in 0..Grid::LANES {
+            let gap = usize::from(gaps[lane * GAP]);
+            at[lane] = if GAP == 1 { at[lane] + gap } else { gap | usize::from(gaps[lane * GAP + 1]) << 8 };
+            let diff = W::load(&diffs[lane * W::BYTES..(lane + 1) * W::BYTES]);
+            if diff == nothing || lane >= stripe.rows {
+                continue;
+            }
+            let c = at[lane];
+            if c >= columns {
+                return Err(Error::corrupt(format!("lane {lane} names column {c} of {columns}")));
+            }
+            let from = lane * stripe.stride + stripe.from + c * W::BYTES;
+            let word = &mut words[from..from + W::BYTES];
+            let now = change.change(lane, c, W::load(word), diff);
+            word.copy_from_slice(bytemuck::bytes_of(&now));
+        }
     }
     Ok(())
 }

@@ -74,6 +74,29 @@ fn u16x8<const N: usize>(s: Avx2, from: &[u8; N], at: usize) -> __m256i {
     unsafe { _mm256_cvtepu16_epi32(words) }
 }
 
+/// `table[at[from..from + 8]]`. Plain loads: on Zen the gather instruction takes more steps than they do, and on Intel
+/// its mitigations make it slow.
+///
+/// # Safety
+/// Every index is less than the table's length.
+#[inline(always)]
+unsafe fn picked(_: Avx2, table: &[f32], at: &[u32; LANES], from: usize) -> __m256 {
+    let (p, at) = (table.as_ptr(), &at[from..from + 8]);
+    // SAFETY: the caller's promise for the loads; the token proves AVX.
+    unsafe {
+        _mm256_setr_ps(
+            *p.add(at[0] as usize),
+            *p.add(at[1] as usize),
+            *p.add(at[2] as usize),
+            *p.add(at[3] as usize),
+            *p.add(at[4] as usize),
+            *p.add(at[5] as usize),
+            *p.add(at[6] as usize),
+            *p.add(at[7] as usize),
+        )
+    }
+}
+
 /// Two vectors' lanes 8 apart added, then 4 apart: the first's four sums, then the second's.
 #[inline(always)]
 fn fours(_: Avx2, a: F, b: F) -> __m256 {
@@ -243,17 +266,15 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn gather(self, table: &[f32], c: C) -> F {
         assert!(!table.is_empty() && table.len() <= 1 << 30, "a table of 1 to 2^30 values");
-        // SAFETY: every index is clamped, as an unsigned number, to the last of the table's values, of which there is
-        // at least one and at most 2^30 (so that the instruction's signed index and its scale do not wrap).
-        // The token proves AVX2.
-        unsafe {
+        let mut at = [0; LANES];
+        // SAFETY: the token proves AVX2.
+        let clamped = unsafe {
             let last = _mm256_set1_epi32((table.len() - 1) as i32);
-            let p = table.as_ptr();
-            F(
-                _mm256_i32gather_ps::<4>(p, _mm256_min_epu32(c.0, last)),
-                _mm256_i32gather_ps::<4>(p, _mm256_min_epu32(c.1, last)),
-            )
-        }
+            C(_mm256_min_epu32(c.0, last), _mm256_min_epu32(c.1, last))
+        };
+        self.store_columns(clamped, &mut at);
+        // SAFETY: every index was clamped, as an unsigned number, to the last of the table's at least one values.
+        unsafe { F(picked(self, table, &at, 0), picked(self, table, &at, 8)) }
     }
 
     #[inline(always)]
