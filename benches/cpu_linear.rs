@@ -1,7 +1,8 @@
 //! `delta_linear` on the CPU beside the base product alone (`unchanged`, the same kernel): what the delta costs.
 //!
 //! `cargo bench --bench cpu_linear [-- SIZE THREADS ROWS...]`: SIZE x SIZE bf16, several distinct matrices beyond the
-//! caches, variants interleaved pass by pass, medians. GB/s count the bytes of base and delta, each once.
+//! caches, variants interleaved pass by pass; best and median, ratios of both. GB/s count the bytes of base and delta,
+//! each once, at the best.
 #![allow(missing_docs)]
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -111,7 +112,7 @@ fn main() {
         blobs.push(bases.iter().map(encode).collect());
     }
     println!("{size} x {size} bf16, {} threads, {}", threads, Isa::active().unwrap().name());
-    println!("   m   changed   ms      GB/s   over base alone");
+    println!("   m   changed   best ms  median ms  GB/s   over base alone: best, median");
     for m in rows {
         let x = rng.weights(m * size);
         let mut out = vec![0u32; m * size / 2 + 1];
@@ -136,18 +137,18 @@ fn main() {
                 }
             }
         }
-        let medians: Vec<f64> = times
-            .iter_mut()
-            .map(|t| {
-                t.sort_by(f64::total_cmp);
-                t[t.len() / 2]
-            })
-            .collect();
-        for (v, &t) in medians.iter().enumerate() {
+        times.iter_mut().for_each(|t| t.sort_by(f64::total_cmp));
+        let figures: Vec<_> = times.iter().map(|t| (t[0], t[t.len() / 2])).collect();
+        for (v, &(best, median)) in figures.iter().enumerate() {
             let bytes = bases[0].len() + if v == 0 { 0 } else { blobs[v][0].len() };
             let share = if v == 0 { 0.0 } else { SHARES[v - 1] * 100.0 };
-            let rate = bytes as f64 / t / 1e9;
-            println!("{m:4} {share:8.1} % {:7.3} {rate:7.1} {:7.2}", t * 1e3, t / medians[0]);
+            let rate = bytes as f64 / best / 1e9;
+            let (r, q) = (best / figures[0].0, median / figures[0].1);
+            println!(
+                "{m:4} {share:8.1} % {:9.3} {:9.3} {rate:7.1} {r:9.2} {q:9.2}",
+                best * 1e3,
+                median * 1e3
+            );
         }
     }
 }

@@ -17,7 +17,7 @@ use super::scratch::{self, Scratch};
 use super::simd::{GROUP, LANES, Simd};
 use super::sparse::{Gathered, Natural, TRANSPOSE_ROWS, Transposed};
 use super::{LinearArgs, Mode, exponent, wide};
-use crate::codec::{Grid, Rect, SparseTile, Tile};
+use crate::codec::{Encoding, Grid, Rect, SparseTile, Tile};
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
 use crate::resident::Resident;
@@ -27,9 +27,10 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 /// Rows of x of one block.
 pub(super) const BLOCK: usize = LANES;
 
-/// Rows of x above which a restored panel pays in `mode = "fast"`: below, its restoring costs more than the second
-/// pass over the base that the next block of rows takes.
-pub(super) const PANEL_ABOVE: usize = 16;
+/// Rows of x above which a restored panel pays in `mode = "fast"`. Below, restoring costs as much as walking the entries
+/// once more for the second block of rows (measured at 4096 x 4096 bf16, AVX2: equal at 32 rows from 3 to 30 % changed,
+/// 10 to 30 % faster at 64).
+pub(super) const PANEL_ABOVE: usize = 2 * BLOCK;
 
 /// Totals of one task on a restored panel (512 KiB); more rows of x are done in blocks.
 const PANEL_SUMS: usize = 1 << 17;
@@ -102,6 +103,16 @@ impl<D: Float> Job<'_, D> {
         self.n.div_ceil(16).min(most).next_multiple_of(tile)
     }
 
+    /// Whether a block's entries go through the transposed kernel. Either kernel gives the same bits. Gathering costs
+    /// about 6.5 ns a record and row of x on Zen 3, the transposed kernel 25 ns a record whatever m, and more where
+    /// changes are so rare that every entry finds its row of x outside L2.
+    fn transposed(&self, block: Block) -> bool {
+        let h = self.delta.header();
+        h.encoding == Encoding::Sparse
+            && block.m >= TRANSPOSE_ROWS
+            && h.changed.saturating_mul(64) >= (self.n as u64).saturating_mul(self.k as u64)
+    }
+
     /// `rows` rows of x from `m0` on, the columns of `rect`.
     pub(super) fn x_rows(&self, m0: usize, rect: &Rect) -> Rows<'_> {
         let at = (m0 * self.k + rect.c0) * D::BYTES;
@@ -117,7 +128,7 @@ impl<D: Float> Job<'_, D> {
     fn fused<S: Simd>(&self, s: S, block: Block, sc: &mut Scratch) -> Result<()> {
         let across = self.grid.tile_cols_count();
         let rows = (block.r1 - block.r0).next_multiple_of(LANES);
-        let transposed = block.m >= TRANSPOSE_ROWS;
+        let transposed = self.transposed(block);
         let strides =
             if transposed { Strides { row: LANES, column: 1 } } else { Strides { row: 1, column: rows } };
         sc.sums.zeroed(rows * if transposed { LANES } else { block.m });
@@ -146,8 +157,8 @@ impl<D: Float> Job<'_, D> {
         let (words, width) = (self.x_rows(block.m0, &rect), padded(rect.cols()));
         let split = sc.split.get(block.m * width).as_chunks_mut::<GROUP>().0;
         s.run(ToSplit::<D> { words, rows: block.m, to: split, groups: width / GROUP, dtype: PhantomData });
-        if self.delta.header().encoding == crate::codec::Encoding::Sparse {
-            let transposed = block.m >= TRANSPOSE_ROWS;
+        if self.delta.header().encoding == Encoding::Sparse {
+            let transposed = self.transposed(block);
             let columns = rect.cols();
             let to = if transposed {
                 sc.entries.zeroed(columns * LANES)

@@ -45,7 +45,7 @@ fn one_hot_x_gives_the_fine_tuned_column_exactly() {
             .flat_map(|i| word(dtype, f64::from(u8::from(i / shape.k == i % shape.k))))
             .collect();
         let row = shape.k * 2;
-        for (m, from) in [(1, 5), (3, 100), (4, 200), (16, 250), (17, 290), (shape.k, 0)] {
+        for (m, from) in [(1, 5), (3, 100), (4, 200), (16, 250), (33, 270), (shape.k, 0)] {
             for mode in MODES {
                 let y = case.linear(isa, &identity[from * row..(from + m) * row], m, None, mode);
                 for j in 0..m {
@@ -65,7 +65,7 @@ fn sums_that_f32_holds_equal_float64_bit_for_bit() {
     let mut rng = Rng::new(2);
     // Odd sizes, one row, one column, a column tile more, 256-row tiles of exponent, more than 65536 columns.
     let shapes = [(19, 131), (1, 1000), (33, 1), (5, 4099), (300, 64), (21, 8200), (2, 70_001)];
-    let mut m_of = [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 32, 33, 40].into_iter().cycle();
+    let mut m_of = [1, 2, 3, 5, 8, 15, 16, 17, 32, 33, 40].into_iter().cycle();
     each(|isa, dtype, encoding| {
         for (n, k) in shapes {
             let shape = Shape { n, k };
@@ -116,7 +116,7 @@ fn errors_stay_within_the_documented_bound() {
         let fine_tuned = common::perturbed(&mut rng, dtype, &base, 0.05);
         let case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
         let (wb, wf) = (values(dtype, &case.base), values(dtype, &case.fine_tuned));
-        for m in [1, 5, 20] {
+        for m in [1, 5, 10, 35] {
             let x = rng.weights(dtype, m * k);
             let bias = rng.weights(dtype, n);
             let want = case.reference(&x, m, Some(&bias));
@@ -187,7 +187,7 @@ fn a_row_never_depends_on_the_values_of_another() {
         let base = rng.weights(dtype, shape.n * shape.k);
         let fine_tuned = common::perturbed(&mut rng, dtype, &base, 0.1);
         let case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
-        for m in [2, 3, 6, 18, 37] {
+        for m in [2, 3, 9, 18, 37] {
             let row = shape.k * dtype.word_bytes();
             let clean = rng.weights(dtype, m * shape.k);
             let mut dirty = clean.clone();
@@ -247,7 +247,7 @@ fn non_finite_results_are_those_of_the_fine_tuned_weights() {
         let base = rng.mix(dtype, &plain, &odd, 0.002);
         let fine_tuned = rng.mix(dtype, &base, &odd, 0.002);
         let case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
-        for m in [1, 3, 9, 20] {
+        for m in [1, 3, 9, 36] {
             let x = integers(&mut rng, dtype, m * shape.k, 2);
             let specials = common::adversarial(&mut rng, dtype, m * shape.k);
             let x = rng.mix(dtype, &x, &specials, [0.0, 0.002][m % 2]);
@@ -300,7 +300,7 @@ fn a_finite_fine_tune_of_a_non_finite_base_is_computed_exactly() {
             base[(r * shape.k + r) * w..][..w].copy_from_slice(&word(dtype, special));
         }
         let case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
-        for m in [1, 5, 30] {
+        for m in [1, 5, 10, 35] {
             let x = integers(&mut rng, dtype, m * shape.k, 3);
             let want = case.reference(&x, m, None);
             for mode in MODES {
@@ -401,7 +401,7 @@ fn mutants_are_caught() {
     for dtype in DTYPES {
         let w = dtype.word_bytes();
         let case = exact_case(&mut rng, dtype, shape, Encoding::Sparse, 0.1);
-        for m in [1, 5, 20] {
+        for m in [1, 5, 10, 40] {
             // Never zero, so that no wrong word can hide behind a zero of x; each value is its own power of two times
             // an odd number, so that no two columns weigh the same.
             let x: Vec<u8> = (0..m * shape.k)
@@ -465,7 +465,7 @@ fn hostile_columns_are_refused_and_never_followed() {
         blob[gaps..gaps + 64].fill(255);
         let hostile = Case { blob, base: case.base.clone(), ..case_like(&case) };
         for isa in isas() {
-            for m in [1, 4, 40] {
+            for m in [1, 8, 40] {
                 let x = integers(&mut rng, dtype, m * shape.k, 3);
                 let e = hostile.linear_by(isa, &x, m, None, Mode::Fast, &Serial).unwrap_err();
                 assert!(e.kind() == Kind::Corrupt && e.message().contains("tile 0"), "{e}");
