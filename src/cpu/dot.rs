@@ -7,6 +7,10 @@
 //! **Order** of one output's sum over the columns of a tile: sixteen partial sums; group after group of 32 words, the
 //! first vector of the group's split order, then the second, each by FMA; then halves are added until one is left. Zero
 //! words pad the last group. Nothing else enters: not the number of rows side by side, not the blocking of columns.
+#![allow(
+    clippy::needless_range_loop,
+    reason = "arrays indexed in step are what the unrolled loops keep in registers"
+)]
 
 use super::float::Float;
 use super::simd::{GROUP, Kernel, LANES, Simd};

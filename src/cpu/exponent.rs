@@ -1,5 +1,9 @@
 //! Products with `exponent` tiles: words are decoded in step order, at most [`MICRO`] at a time on the stack, and
 //! multiplied at once. No panel is made.
+#![allow(
+    clippy::needless_range_loop,
+    reason = "arrays indexed in step are what the unrolled loops keep in registers"
+)]
 
 use super::dot::{Rows, Split, dot_block};
 use super::float::{Float, padded};

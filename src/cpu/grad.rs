@@ -5,6 +5,10 @@
 //! of its rows, top down, then (`sparse`) its entries in the order of the stream, all by FMA. So the longest chain of
 //! roundings is n plus the entries of the column. Outputs that are not finite are computed again in f64 from the
 //! fine-tuned words.
+#![allow(
+    clippy::needless_range_loop,
+    reason = "arrays indexed in step are what the unrolled loops keep in registers"
+)]
 
 use super::dot::Rows;
 use super::exec::{Executor, try_run};
