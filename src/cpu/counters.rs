@@ -23,10 +23,10 @@ pub fn reset() {
     SCRATCH_PEAK_BYTES.store(0, Relaxed);
 }
 
-pub(super) fn count_panel() {
+pub(crate) fn count_panel() {
     PANELS_RESTORED.fetch_add(1, Relaxed);
 }
 
-pub(super) fn note_scratch(bytes: usize) {
+pub(crate) fn note_scratch(bytes: usize) {
     SCRATCH_PEAK_BYTES.fetch_max(bytes as u64, Relaxed);
 }

@@ -12,6 +12,8 @@ use std::sync::{Mutex, PoisonError};
 #[cfg(feature = "bridge")]
 mod bridge;
 pub mod capi;
+pub mod ops;
+pub mod packages;
 
 /// Run `f`; a panic becomes an error of kind `Internal`.
 ///

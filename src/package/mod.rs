@@ -22,7 +22,7 @@ pub use container::{Header, MAX_HEADER_BYTES, SafeTensors, TensorInfo};
 pub use files::{pack_files, unpack_files, verify_files};
 pub use reader::Package;
 pub use record::{BaseTensor, Entry, SourceFile};
-pub use report::{Report, inspect_json};
+pub use report::{Report, describe_json, inspect_json};
 pub use writer::{Tensor, Writer};
 
 use crate::codec::Prefer;

@@ -99,12 +99,19 @@ struct Line<'a> {
 /// # Errors
 /// As [`Package::open`].
 pub fn inspect_json(package: &Path) -> Result<String> {
-    let package = Package::open(package)?;
+    describe_json(&Package::open(package)?)
+}
+
+/// [`inspect_json`] of an open package.
+///
+/// # Errors
+/// `Internal` only.
+pub fn describe_json(package: &Package) -> Result<String> {
     let mut entries: Vec<_> = package.entries().iter().map(line).collect();
     entries.sort_by_key(|l| l.name);
     to_json(&Inspection {
         format_version: 0,
-        report: Report::of(&package),
+        report: Report::of(package),
         removed_names: package.removed(),
         files: package.files(),
         entries,

@@ -1,0 +1,256 @@
+/* xorz.h: the C ABI of xorz, for C and for every language that speaks it. Link libxorz.a (-lm -lpthread
+ * -ldl), or load libxorz_torch.so, which exports the same functions.
+ *
+ * Functions that can fail give 0 or one of xorz_kind, and fill *error (which may be NULL) with the kind and a
+ * sentence. Where they fail, outputs are as before or hold unspecified values; nothing is leaked and nothing
+ * is half written to disk. No input, file or delta, however broken, may crash the process. What C cannot
+ * check is the caller's duty: pointers are NULL or valid for the stated length, alignment beyond that of the
+ * declared type is not needed, outputs overlap no input, strings are zero-terminated UTF-8. No pointer is
+ * kept after a call returns. Every function may be called from any thread, and on one object from several
+ * threads at once where that object is const.
+ */
+#ifndef XORZ_H
+#define XORZ_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define XORZ_ABI_VERSION 1
+
+/* What went wrong, and on whose side. */
+typedef enum xorz_kind {
+  XORZ_OK = 0,
+  XORZ_CORRUPT = 1,          /* bytes of a package or delta contradict themselves */
+  XORZ_TRUNCATED = 2,        /* bytes end before what they announce */
+  XORZ_MISMATCH = 3,         /* a delta and another base, a shape and another shape */
+  XORZ_UNSUPPORTED = 4,      /* valid, but beyond this version or this op */
+  XORZ_INVALID_ARGUMENT = 5, /* never valid */
+  XORZ_IO = 6,               /* the operating system refused */
+  XORZ_DEVICE = 7,           /* an accelerator refused */
+  XORZ_INTERNAL = 8          /* a defect of xorz itself */
+} xorz_kind;
+
+#define XORZ_MESSAGE_BYTES 1020
+typedef struct xorz_error {
+  int32_t kind;
+  char message[XORZ_MESSAGE_BYTES]; /* UTF-8, zero-terminated */
+} xorz_error;
+
+/* Element types. */
+typedef enum xorz_dtype {
+  XORZ_F32 = 1,
+  XORZ_BF16 = 2,
+  XORZ_F16 = 3,
+  XORZ_F64 = 4,
+  XORZ_U8 = 5,
+  XORZ_I8 = 6,
+  XORZ_BOOL = 7,
+  XORZ_F8_E4M3 = 8,
+  XORZ_F8_E5M2 = 9,
+  XORZ_U16 = 10,
+  XORZ_I16 = 11,
+  XORZ_U32 = 12,
+  XORZ_I32 = 13,
+  XORZ_U64 = 14,
+  XORZ_I64 = 15
+} xorz_dtype;
+
+typedef enum xorz_encoding {
+  XORZ_ENCODING_UNCHANGED = 0,
+  XORZ_ENCODING_SPARSE = 1,
+  XORZ_ENCODING_EXPONENT = 2,
+  XORZ_ENCODING_RAW = 3
+} xorz_encoding;
+
+/* What a resident delta is encoded for. XORZ_PREFER_STORED: as the package holds it. */
+typedef enum xorz_prefer {
+  XORZ_PREFER_STORED = -1,
+  XORZ_PREFER_SPEED = 0,
+  XORZ_PREFER_MEMORY = 1
+} xorz_prefer;
+
+/* Order of summation: fast, or one order for a row whatever the other rows are. */
+typedef enum xorz_mode { XORZ_MODE_FAST = 0, XORZ_MODE_DETERMINISTIC = 1 } xorz_mode;
+
+/* How a package stores a delta. XORZ_CODEC_SMALLEST: the smallest of 1 to 3, tensor by tensor. */
+typedef enum xorz_codec {
+  XORZ_CODEC_SMALLEST = -1,
+  XORZ_CODEC_XOR = 0, /* one zstd frame of the raw XOR bytes, for exchange */
+  XORZ_CODEC_RESIDENT = 1,
+  XORZ_CODEC_RESIDENT_ZSTD = 2,
+  XORZ_CODEC_PLANES = 3
+} xorz_codec;
+
+/* Bytes owned by the library; give them back with xorz_buffer_free. */
+typedef struct xorz_buffer {
+  uint8_t* data;
+  size_t length;
+} xorz_buffer;
+
+/* A row-major matrix of n rows and k columns, `bytes` = n * k words of `dtype` (xorz_dtype). */
+typedef struct xorz_matrix {
+  const void* words;
+  size_t bytes;
+  size_t n;
+  size_t k;
+  uint32_t dtype;
+} xorz_matrix;
+
+/* Runs one task; never fails. */
+typedef void (*xorz_task)(const void* task_context, size_t index);
+
+/* The caller's threads. run calls task(task_context, i) once for every i < tasks, in any order, on any
+ * threads (all of which may call it at once), waits for all of them and gives 0. Where an executor may be
+ * NULL, that means the calling thread alone. */
+typedef struct xorz_executor {
+  void* context;
+  size_t threads;
+  int32_t (*run)(void* context, size_t tasks, xorz_task task, const void* task_context);
+} xorz_executor;
+
+uint32_t xorz_abi_version(void);
+const char* xorz_version(void); /* static */
+void xorz_buffer_free(xorz_buffer* buffer);
+
+/* ---- resident deltas: one matrix, in the form that products are computed on ---- */
+
+typedef struct xorz_delta_info_t {
+  uint32_t encoding; /* xorz_encoding */
+  uint32_t dtype;    /* xorz_dtype */
+  uint64_t n;
+  uint64_t k;
+  uint64_t tile_rows;
+  uint64_t tile_cols;
+  uint64_t changed; /* words that differ from the base */
+  uint8_t base_digest[16];
+} xorz_delta_info_t;
+
+typedef struct xorz_part {
+  const void* delta;
+  size_t delta_bytes;
+  xorz_matrix base;
+} xorz_part;
+
+/* Reads the header alone. */
+int32_t xorz_delta_info(const void* delta, size_t delta_bytes, xorz_delta_info_t* info, xorz_error* error);
+
+/* delta := from base to fine_tuned; same dtype and shape. */
+int32_t xorz_delta_encode(const xorz_matrix* base, const xorz_matrix* fine_tuned, int32_t prefer,
+                          xorz_buffer* delta, xorz_error* error);
+
+/* Full validation, the digest of base included. */
+int32_t xorz_delta_check(const void* delta, size_t delta_bytes, const xorz_matrix* base, xorz_error* error);
+
+/* out := the fine-tuned words, as many bytes as base has. */
+int32_t xorz_delta_restore(const xorz_matrix* base, const void* delta, size_t delta_bytes, void* out,
+                           size_t out_bytes, const xorz_executor* executor, xorz_error* error);
+
+/* out := rows first .. end (exclusive). */
+int32_t xorz_delta_restore_rows(const xorz_matrix* base, const void* delta, size_t delta_bytes, size_t first,
+                                size_t end, void* out, size_t out_bytes, const xorz_executor* executor,
+                                xorz_error* error);
+
+/* weight, which must be the base (digest checked), becomes the fine-tune in place; its words must be
+ * writable. */
+int32_t xorz_delta_apply(const xorz_matrix* weight, const void* delta, size_t delta_bytes,
+                         const xorz_executor* executor, xorz_error* error);
+
+/* out [m, n] := input [m, k] @ (weight [n, k] (+) delta)^T + bias [n]. All of the weight's dtype: F32, BF16
+ * or F16. The fine-tuned matrix is not built. bias may be NULL. The digest of weight is not checked here: see
+ * xorz_delta_check. */
+int32_t xorz_delta_linear(const xorz_matrix* input, const xorz_matrix* weight, const void* bias,
+                          const void* delta, size_t delta_bytes, int32_t mode, void* out, size_t out_bytes,
+                          const xorz_executor* executor, xorz_error* error);
+
+/* out [m, k] := grad [m, n] @ (weight [n, k] (+) delta). */
+int32_t xorz_delta_linear_grad_input(const xorz_matrix* grad, const xorz_matrix* weight, const void* delta,
+                                     size_t delta_bytes, void* out, size_t out_bytes,
+                                     const xorz_executor* executor, xorz_error* error);
+
+/* out := the delta of rows (dim 0) or columns (dim 1) start .. end (exclusive) of base. */
+int32_t xorz_delta_slice(const void* delta, size_t delta_bytes, const xorz_matrix* base, size_t dim,
+                         size_t start, size_t end, xorz_buffer* out, xorz_error* error);
+
+/* out := the delta of the parts' bases put one after another along dim. */
+int32_t xorz_delta_concat(const xorz_part* parts, size_t count, size_t dim, xorz_buffer* out,
+                          xorz_error* error);
+
+/* ---- packages: a whole checkpoint's delta in one file ---- */
+
+/* A tensor of a checkpoint: safetensors dtype name (such as "BF16"), dimensions, row-major bytes. */
+typedef struct xorz_tensor {
+  const char* name;
+  const char* dtype;
+  const size_t* dims;
+  size_t rank; /* at most 64 */
+  const void* data;
+  size_t bytes;
+} xorz_tensor;
+
+typedef struct xorz_options {
+  int32_t prefer;           /* XORZ_PREFER_SPEED or XORZ_PREFER_MEMORY */
+  int32_t codec;            /* xorz_codec */
+  int32_t level;            /* of zstd; 0 is the default */
+  const char* strip_prefix; /* dropped from names on both sides before xorz_pack_files pairs them, or NULL */
+} xorz_options;
+
+typedef struct xorz_writer xorz_writer;
+typedef struct xorz_package xorz_package;
+
+/* A package appears under `path` at once, when it is finished. */
+int32_t xorz_writer_new(const char* path, const xorz_options* options, xorz_writer** writer,
+                        xorz_error* error);
+
+/* base: the tensor that fine_tuned is paired with, or NULL. Of another dtype or shape: stored alone. */
+int32_t xorz_writer_add(xorz_writer* writer, const xorz_tensor* fine_tuned, const xorz_tensor* base,
+                        xorz_error* error);
+
+/* Notes a base tensor that the fine-tune lacks. */
+int32_t xorz_writer_removed(xorz_writer* writer, const char* name, xorz_error* error);
+
+/* Frees the writer in any case. report: JSON, or NULL. */
+int32_t xorz_writer_finish(xorz_writer* writer, xorz_buffer* report, xorz_error* error);
+
+/* Frees a writer without writing a package. */
+void xorz_writer_free(xorz_writer* writer);
+
+int32_t xorz_package_open(const char* path, xorz_package** package, xorz_error* error);
+void xorz_package_close(xorz_package* package);
+
+/* json: totals, removed names and one entry per tensor. */
+int32_t xorz_package_describe(const xorz_package* package, xorz_buffer* json, xorz_error* error);
+
+/* delta := one tensor's resident delta. prefer: xorz_prefer. No dense matrix is made; the digest of base is
+ * checked. */
+int32_t xorz_package_resident(const xorz_package* package, const char* name, const xorz_matrix* base,
+                              int32_t prefer, xorz_buffer* delta, xorz_error* error);
+
+/* out := one tensor's fine-tuned bytes. base: NULL for a tensor stored alone. */
+int32_t xorz_package_restore(const xorz_package* package, const char* name, const xorz_matrix* base,
+                             void* out, size_t out_bytes, xorz_error* error);
+
+/* Whole safetensors files. report: JSON. */
+int32_t xorz_pack_files(const char* base, const char* fine_tuned, const char* package,
+                        const xorz_options* options, xorz_buffer* report, xorz_error* error);
+int32_t xorz_unpack_files(const char* base, const char* package, const char* out, xorz_buffer* report,
+                          xorz_error* error);
+
+/* Restores everything without writing it; fine_tuned, if not NULL, is compared too. */
+int32_t xorz_verify_files(const char* base, const char* package, const char* fine_tuned, xorz_buffer* report,
+                          xorz_error* error);
+
+/* ---- counters, process-wide: they prove that products build no matrix ---- */
+
+uint64_t xorz_panels_restored(void);
+uint64_t xorz_scratch_peak_bytes(void);
+void xorz_reset_counters(void);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif /* XORZ_H */

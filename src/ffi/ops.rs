@@ -1,0 +1,220 @@
+//! Every op once, for both doors: bytes and sizes in, bytes out, guarded against panics. Knows no torch and no C.
+
+use super::guard;
+use crate::codec::{Encoding, Prefer};
+use crate::cpu::{self, Executor, LinearArgs, Mode};
+use crate::error::{Error, Result};
+use crate::matrix::{Digest, Dtype, Matrix, Shape};
+use crate::resident::{self, Resident};
+use std::ops::Range;
+
+/// What a caller says of a matrix: a dtype's code, the sizes, and the row-major words.
+#[derive(Clone, Copy)]
+pub struct Words<'a> {
+    /// Code of the dtype; see [`Dtype`].
+    pub dtype: u32,
+    /// Rows.
+    pub n: usize,
+    /// Columns.
+    pub k: usize,
+    /// `n * k` little-endian words.
+    pub bytes: &'a [u8],
+}
+
+impl<'a> Words<'a> {
+    /// The checked matrix.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an unknown dtype or an overflowing size, `Mismatch` if the bytes are not `n * k` words.
+    pub fn matrix(&self) -> Result<Matrix<'a>> {
+        Matrix::new(dtype(self.dtype)?, Shape { n: self.n, k: self.k }, self.bytes)
+    }
+}
+
+fn dtype(code: u32) -> Result<Dtype> {
+    u8::try_from(code)
+        .ok()
+        .and_then(Dtype::from_code)
+        .ok_or_else(|| Error::invalid(format!("no dtype has the code {code}")))
+}
+
+/// What the header of a resident delta says.
+#[derive(Clone, Copy, Debug)]
+pub struct Info {
+    /// How the tiles are stored.
+    pub encoding: Encoding,
+    /// Dtype of base and fine-tune.
+    pub dtype: Dtype,
+    /// Shape of base and fine-tune.
+    pub shape: Shape,
+    /// Rows of a tile.
+    pub tile_rows: usize,
+    /// Columns of a tile.
+    pub tile_cols: usize,
+    /// Words that differ.
+    pub changed: u64,
+    /// Digest of the base.
+    pub base_digest: Digest,
+}
+
+/// Read the header of a resident delta.
+///
+/// # Errors
+/// `Corrupt`, `Truncated`, `Unsupported` as [`Resident::parse`].
+pub fn delta_info(delta: &[u8]) -> Result<Info> {
+    guard(|| {
+        let delta = Resident::parse(delta)?;
+        let (header, grid) = (delta.header(), delta.grid());
+        Ok(Info {
+            encoding: header.encoding,
+            dtype: header.dtype,
+            shape: header.shape,
+            tile_rows: grid.tile_rows,
+            tile_cols: grid.tile_cols,
+            changed: header.changed,
+            base_digest: header.base_digest,
+        })
+    })
+}
+
+/// Arguments of [`delta_linear`].
+pub struct Linear<'a> {
+    /// `[m, k]` words of the weight's dtype.
+    pub input: &'a [u8],
+    /// Rows of `input`.
+    pub m: usize,
+    /// The base, `[n, k]`.
+    pub weight: Words<'a>,
+    /// The fine-tune's bias, `[n]` words of the weight's dtype.
+    pub bias: Option<&'a [u8]>,
+    /// Resident delta of `weight`.
+    pub delta: &'a [u8],
+    /// Order of summation.
+    pub mode: Mode,
+}
+
+/// `out [m, n] = input @ (weight (+) delta)^T + bias`.
+///
+/// # Errors
+/// `Mismatch` where sizes or dtypes disagree, `Unsupported` for a dtype that does not compute, `Corrupt` for a broken delta.
+pub fn delta_linear(args: &Linear<'_>, out: &mut [u8], exec: &dyn Executor) -> Result<()> {
+    guard(|| {
+        let (base, delta) = (args.weight.matrix()?, Resident::parse(args.delta)?);
+        let args = LinearArgs { x: args.input, m: args.m, base, delta, bias: args.bias, mode: args.mode };
+        cpu::delta_linear(&args, out, exec)
+    })
+}
+
+/// `out [m, k] = grad [m, n] @ (weight (+) delta)`.
+///
+/// # Errors
+/// As [`delta_linear`].
+pub fn delta_linear_grad_input(
+    grad: &[u8],
+    m: usize,
+    weight: Words<'_>,
+    delta: &[u8],
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    guard(|| cpu::delta_linear_grad_input(grad, m, &weight.matrix()?, &Resident::parse(delta)?, out, exec))
+}
+
+/// Write the fine-tuned words of the whole matrix to `out`.
+///
+/// # Errors
+/// As [`delta_linear`].
+pub fn delta_restore(base: Words<'_>, delta: &[u8], out: &mut [u8], exec: &dyn Executor) -> Result<()> {
+    guard(|| cpu::delta_restore(&Resident::parse(delta)?, &base.matrix()?, out, exec))
+}
+
+/// Write the fine-tuned words of some rows to `out`.
+///
+/// # Errors
+/// As [`delta_linear`]; `InvalidArgument` for rows out of range.
+pub fn delta_restore_rows(
+    base: Words<'_>,
+    delta: &[u8],
+    rows: Range<usize>,
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    guard(|| {
+        let base = base.matrix()?;
+        if rows.start > rows.end || rows.end > base.shape().n {
+            let (r0, r1, n) = (rows.start, rows.end, base.shape().n);
+            return Err(Error::invalid(format!("rows {r0}..{r1} are outside of a base of {n} rows")));
+        }
+        cpu::delta_restore_rows(&Resident::parse(delta)?, &base, rows, out, exec)
+    })
+}
+
+/// Turn `weight` from base into fine-tune, in place. Not applied twice: the result is no longer the base.
+///
+/// # Errors
+/// As [`delta_linear`]; the digest of `weight` is checked first, so a wrong or already changed one is refused untouched.
+pub fn delta_apply(
+    dtype_code: u32,
+    n: usize,
+    k: usize,
+    weight: &mut [u8],
+    delta: &[u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    guard(|| {
+        let delta = Resident::parse(delta)?;
+        delta.check()?;
+        let base = Words { dtype: dtype_code, n, k, bytes: &*weight }.matrix()?;
+        delta.check_digest(&base)?;
+        let (dtype, shape) = (base.dtype(), base.shape());
+        cpu::delta_apply(&delta, dtype, shape, weight, exec)
+    })
+}
+
+/// The resident delta from `base` to `fine_tuned`.
+///
+/// # Errors
+/// `Mismatch` if dtypes or shapes differ.
+pub fn delta_encode(base: Words<'_>, fine_tuned: Words<'_>, prefer: Prefer) -> Result<Vec<u8>> {
+    guard(|| resident::encode_pair(&base.matrix()?, &fine_tuned.matrix()?, prefer))
+}
+
+/// The delta of rows (`dim` 0) or columns (`dim` 1) `range` of the matrix.
+///
+/// # Errors
+/// `Mismatch` if the delta is not of `base`, `InvalidArgument` for a dimension or range that does not exist.
+pub fn delta_slice(delta: &[u8], base: Words<'_>, dim: usize, range: Range<usize>) -> Result<Vec<u8>> {
+    guard(|| resident::slice(&Resident::parse(delta)?, &base.matrix()?, dim, range))
+}
+
+/// The delta of the matrices put one after another along `dim`.
+///
+/// # Errors
+/// `Mismatch` if a delta is not of its base or the bases do not fit together, `InvalidArgument` for no parts.
+pub fn delta_concat<'a>(parts: &[(&'a [u8], Words<'a>)], dim: usize) -> Result<Vec<u8>> {
+    guard(|| {
+        let part = |(i, (delta, base)): (usize, &(&'a [u8], Words<'a>))| {
+            let pair = || Ok((Resident::parse(delta)?, base.matrix()?));
+            pair().map_err(|e: Error| e.within(format_args!("part {i}")))
+        };
+        let parts = parts.iter().enumerate().map(part).collect::<Result<Vec<_>>>()?;
+        resident::concat(&parts, dim)
+    })
+}
+
+/// Validate a delta in full, and that it belongs to `base`, digest included.
+///
+/// # Errors
+/// `Corrupt` or `Truncated` for a broken delta, `Mismatch` for another base.
+pub fn delta_check(delta: &[u8], base: Words<'_>) -> Result<()> {
+    guard(|| {
+        let base = base.matrix()?;
+        Resident::parse(delta)?.check_full(&base)
+    })
+}
+
+/// Count a panel that mode "exact", which the shim drives, restored, with its `bytes` of scratch.
+pub fn note_exact_panel(bytes: usize) {
+    cpu::counters::count_panel();
+    cpu::counters::note_scratch(bytes);
+}
