@@ -32,6 +32,7 @@ $(REQUIREMENTS): requirements-dev.txt
 
 $(INSTALLED): $(REQUIREMENTS) $(RUST_SOURCES) $(SHIM_SOURCES) $(PYTHON_SOURCES)
 	@command -v $(CARGO) >/dev/null || { echo "xorz: cargo is missing; install Rust 1.90 or newer" >&2; exit 1; }
+	@command -v $(CC) >/dev/null || { echo "xorz: a C compiler ($(CC)) is missing; install gcc or clang" >&2; exit 1; }
 	@command -v c++ >/dev/null || { echo "xorz: a C++ compiler (c++) is missing; install g++ or clang" >&2; exit 1; }
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(NICE) $(PY) -m pip install --quiet --disable-pip-version-check \
 	  --no-build-isolation --no-deps --force-reinstall .
@@ -46,11 +47,9 @@ test-rust:
 	$(NICE) $(CARGO) test --locked --quiet
 
 # A plain C program over the C ABI, linked with the static library as anyone would.
-test-capi:
-	@command -v $(CC) >/dev/null || { echo "xorz: a C compiler ($(CC)) is missing; install gcc or clang" >&2; exit 1; }
-	$(NICE) $(CARGO) build --locked --quiet --lib --release
+test-capi: build
 	@mkdir -p build/capi
-	$(CC) -std=c11 -Wall -Wextra -Werror -O1 -g -Icsrc tests/capi/test_capi.c target/release/libxorz.a \
+	$(CC) -std=c11 -Wall -Wextra -Werror -O1 -g -Icsrc tests/capi/test_capi.c build/cmake/libxorz.a \
 	  -lm -lpthread -ldl -o build/capi/test_capi
 	build/capi/test_capi build/capi
 

@@ -1,24 +1,71 @@
-// Schemas of every op, and their registration. The registrar survives a second copy of this library in one process,
-// which torch's own STABLE_TORCH_LIBRARY does not: it ignores the refusal and goes on with a wild handle.
+// Schemas of every op, and their registration. No kernels here.
+#include "ops.h"
+
 #include <torch/csrc/stable/library.h>
 
-#include "xorz/src/ffi/bridge.rs.h"
+#include <cstdio>
 
+namespace xorz {
 namespace {
 
+using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
+
+struct Op {
+  const char* name;
+  const char* schema;
+  Boxed cpu;
+};
+
+const Op kOps[] = {
+    {"delta_linear",
+     "delta_linear(Tensor input, Tensor weight, Tensor? bias, Tensor delta, *, str mode=\"fast\") -> Tensor",
+     TORCH_BOX(&delta_linear_cpu)},
+    {"delta_linear_grad_input", "delta_linear_grad_input(Tensor grad, Tensor weight, Tensor delta) -> Tensor",
+     TORCH_BOX(&delta_linear_grad_input_cpu)},
+    {"delta_restore", "delta_restore(Tensor base, Tensor delta) -> Tensor", TORCH_BOX(&delta_restore_cpu)},
+    {"delta_apply_", "delta_apply_(Tensor(a!) weight, Tensor delta) -> ()", TORCH_BOX(&delta_apply_cpu)},
+    {"delta_encode", "delta_encode(Tensor base, Tensor fine_tuned, *, str prefer=\"speed\") -> Tensor",
+     TORCH_BOX(&delta_encode_cpu)},
+    {"delta_slice", "delta_slice(Tensor delta, Tensor base, int dim, int start, int end) -> Tensor",
+     TORCH_BOX(&delta_slice_cpu)},
+    {"delta_concat", "delta_concat(Tensor[] deltas, Tensor[] bases, int dim) -> Tensor",
+     TORCH_BOX(&delta_concat_cpu)},
+    {"delta_check", "delta_check(Tensor delta, Tensor base) -> ()", TORCH_BOX(&delta_check_cpu)},
+};
+
+// Survives a second copy of this library in one process, which torch's STABLE_TORCH_LIBRARY does not: that
+// one ignores the refusal and goes on with a wild handle. The first copy serves; torch is told nothing of the
+// second.
 class Registrar {
  public:
   Registrar() {
-    if (aoti_torch_library_init_def("xorz", "xorz", 0, &def_) != 0) def_ = nullptr;
+    if (aoti_torch_library_init_def("xorz", "xorz", 0, &def_) != 0) {
+      def_ = nullptr;
+      std::fprintf(
+          stderr,
+          "xorz: another copy of libxorz_torch.so serves this process already; this one stays idle\n");
+      return;
+    }
+    bool ok = true;
+    for (const Op& op : kOps) ok = aoti_torch_library_def(def_, op.schema) == 0 && ok;
+    if (aoti_torch_library_init_impl("xorz", "CPU", "xorz", 0, &cpu_) != 0) cpu_ = nullptr;
+    for (const Op& op : kOps)
+      ok = cpu_ && torch_library_impl(cpu_, op.name, op.cpu, TORCH_ABI_VERSION) == 0 && ok;
+    if (!ok) std::fprintf(stderr, "xorz: this torch refused to register some of the ops\n");
   }
   ~Registrar() {
+    if (cpu_ != nullptr) aoti_torch_delete_library_object(cpu_);
     if (def_ != nullptr) aoti_torch_delete_library_object(def_);
   }
+  Registrar(const Registrar&) = delete;
+  Registrar& operator=(const Registrar&) = delete;
 
  private:
   TorchLibraryHandle def_ = nullptr;
+  TorchLibraryHandle cpu_ = nullptr;
 };
 
 const Registrar registrar;
 
 }  // namespace
+}  // namespace xorz

@@ -1,2 +1,211 @@
-// CPU kernels of the ops.
-#include "xorz/src/ffi/bridge.rs.h"
+// CPU kernels of the ops: check the arguments, hand their memory to the core, run its tasks on torch's
+// threads.
+#include <torch/csrc/stable/ops.h>
+
+#include <cstring>
+
+#include "aten.h"
+#include "checks.h"
+#include "ops.h"
+
+namespace xorz {
+namespace {
+
+const TorchThreads threads;
+
+rust::Slice<const uint8_t> bytes_of(const Tensor& t, size_t word) {
+  return {static_cast<const uint8_t*>(t.const_data_ptr()), static_cast<size_t>(t.numel()) * word};
+}
+
+rust::Slice<uint8_t> mutable_bytes_of(const Tensor& t, size_t word) {
+  return {static_cast<uint8_t*>(t.mutable_data_ptr()), static_cast<size_t>(t.numel()) * word};
+}
+
+std::vector<int64_t> sizes_with_last(const Tensor& t, size_t last) {
+  std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
+  sizes.back() = static_cast<int64_t>(last);
+  return sizes;
+}
+
+// A call into the core; its sentence gets the op's name in front.
+template <class F>
+auto core(const Checks& checks, const F& f) {
+  try {
+    return f();
+  } catch (const rust::Error& e) {
+    checks.refuse(e.what());
+  }
+}
+
+Tensor as_tensor(const rust::Vec<uint8_t>& bytes) {
+  Tensor t = torch::stable::empty({static_cast<int64_t>(bytes.size())}, ScalarType::Byte);
+  if (!bytes.empty()) std::memcpy(t.mutable_data_ptr(), bytes.data(), bytes.size());
+  return t;
+}
+
+bool is_leaf(const Tensor& t) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(t)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::is_leaf", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<bool>(stack[0]);
+}
+
+// weight, delta and the dtype they compute in: what delta_linear and its gradient share.
+struct LinearWeight {
+  rust::Slice<const uint8_t> delta;
+  Words weight;
+  const DtypeRow* type;
+};
+
+LinearWeight linear_weight(const Checks& checks, const Tensor& weight, const Tensor& delta) {
+  const auto bytes = checks.delta("delta", delta);
+  const Info info = checks.info("delta", bytes);
+  if (weight.dim() != 2) checks.refuse("weight must be 2-D [n, k], but is " + text(weight));
+  const DtypeRow& type = dtype_of_code(info.dtype);
+  if (info.dtype > 3)
+    checks.refuse(std::string("the delta is of ") + type.name +
+                  "; only float32, bfloat16 and float16 compute");
+  return {bytes, checks.base("weight", weight, info), &type};
+}
+
+// The left operand: [..., columns] of the weight's dtype. Gives its number of rows.
+size_t check_rows(const Checks& checks, const char* name, const Tensor& t, const DtypeRow& type,
+                  size_t columns, const char* columns_name) {
+  checks.known(name, t);
+  if (t.dim() < 1 || t.size(t.dim() - 1) != static_cast<int64_t>(columns))
+    checks.refuse(std::string(name) + " is " + text(t) + ", but its last dimension must be " + columns_name +
+                  " = " + std::to_string(columns));
+  if (t.scalar_type() != type.torch)
+    checks.refuse(std::string(name) + " is " + text(t) + ", but the delta's dtype is " + type.name);
+  size_t m = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) m *= static_cast<size_t>(t.size(i));
+  return m;
+}
+
+}  // namespace
+
+Tensor delta_linear_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const Tensor& delta, const std::string& mode) {
+  const Checks checks{"delta_linear"};
+  if (mode != "fast" && mode != "deterministic" && mode != "exact")
+    checks.refuse("mode must be \"fast\", \"deterministic\" or \"exact\", but is \"" + mode + "\"");
+  const LinearWeight w = linear_weight(checks, weight, delta);
+  const size_t m = check_rows(checks, "input", input, *w.type, w.weight.k, "weight.shape[1]");
+  std::optional<Tensor> plain_bias;
+  if (bias) {
+    checks.known("bias", *bias);
+    if (bias->dim() != 1 || bias->size(0) != static_cast<int64_t>(w.weight.n) ||
+        bias->scalar_type() != w.type->torch)
+      checks.refuse("bias is " + text(*bias) + ", but must be " + w.type->name + " [" +
+                    std::to_string(w.weight.n) + "]");
+    plain_bias = torch::stable::contiguous(*bias);
+  }
+  if (mode == "exact")
+    return core(checks, [&] { return exact_linear(input, m, w.weight, plain_bias, w.delta, w.type->torch); });
+  const Tensor x = torch::stable::contiguous(input);
+  const Tensor out = torch::stable::empty(sizes_with_last(input, w.weight.n), w.type->torch);
+  const Linear args{bytes_of(x, w.type->bytes),
+                    m,
+                    w.weight,
+                    bias.has_value(),
+                    bias ? bytes_of(*plain_bias, w.type->bytes) : rust::Slice<const uint8_t>(),
+                    w.delta,
+                    rust::Str(mode)};
+  core(checks, [&] { delta_linear(args, mutable_bytes_of(out, w.type->bytes), threads); });
+  return out;
+}
+
+Tensor delta_linear_grad_input_cpu(const Tensor& grad, const Tensor& weight, const Tensor& delta) {
+  const Checks checks{"delta_linear_grad_input"};
+  const LinearWeight w = linear_weight(checks, weight, delta);
+  const size_t m = check_rows(checks, "grad", grad, *w.type, w.weight.n, "weight.shape[0]");
+  const Tensor g = torch::stable::contiguous(grad);
+  const Tensor out = torch::stable::empty(sizes_with_last(grad, w.weight.k), w.type->torch);
+  core(checks, [&] {
+    delta_linear_grad_input(bytes_of(g, w.type->bytes), m, w.weight, w.delta,
+                            mutable_bytes_of(out, w.type->bytes), threads);
+  });
+  return out;
+}
+
+Tensor delta_restore_cpu(const Tensor& base, const Tensor& delta) {
+  const Checks checks{"delta_restore"};
+  const auto bytes = checks.delta("delta", delta);
+  const Info info = checks.info("delta", bytes);
+  const Words words = checks.base("base", base, info);
+  const NoGrad guard;
+  const Tensor out = torch::stable::empty(base.sizes(), base.scalar_type());
+  core(checks,
+       [&] { delta_restore(words, bytes, mutable_bytes_of(out, dtype_of_code(info.dtype).bytes), threads); });
+  return out;
+}
+
+void delta_apply_cpu(const Tensor& weight, const Tensor& delta) {
+  const Checks checks{"delta_apply_"};
+  const auto bytes = checks.delta("delta", delta);
+  const Info info = checks.info("delta", bytes);
+  const Words words = checks.base("weight", weight, info);
+  const uint8_t* end = words.bytes.data() + words.bytes.size();
+  if (words.bytes.data() < bytes.data() + bytes.size() && bytes.data() < end)
+    checks.refuse("weight and delta share memory");
+  // A view of a tensor that requires grad is no leaf in grad mode: torch then forbids writing to a leaf.
+  Tensor rows = call_aten("aten::view", "", weight, std::vector<int64_t>{-1});
+  if (is_leaf(weight) && !is_leaf(rows))
+    checks.refuse("weight is a leaf that requires grad; use torch.no_grad() or weight.detach()");
+  // An in-place aten op on no element bumps the version counter, which tells autograd that saved values are
+  // stale.
+  Tensor none = torch::stable::narrow(rows, 0, 0, 0);
+  torch::stable::zero_(none);
+  const auto target = mutable_bytes_of(weight, dtype_of_code(info.dtype).bytes);
+  core(checks, [&] { delta_apply(info.dtype, info.n, info.k, target, bytes, threads); });
+}
+
+Tensor delta_encode_cpu(const Tensor& base, const Tensor& fine_tuned, const std::string& prefer) {
+  const Checks checks{"delta_encode"};
+  if (prefer != "speed" && prefer != "memory")
+    checks.refuse("prefer must be \"speed\" or \"memory\", but is \"" + prefer + "\"");
+  const Words from = checks.words("base", base), to = checks.words("fine_tuned", fine_tuned);
+  if (base.scalar_type() != fine_tuned.scalar_type() || shape_text(base) != shape_text(fine_tuned))
+    checks.refuse("base is " + text(base) + ", but fine_tuned is " + text(fine_tuned));
+  return core(checks, [&] { return as_tensor(delta_encode(from, to, rust::Str(prefer))); });
+}
+
+Tensor delta_slice_cpu(const Tensor& delta, const Tensor& base, int64_t dim, int64_t start, int64_t end) {
+  const Checks checks{"delta_slice"};
+  const auto bytes = checks.delta("delta", delta);
+  const Words words = checks.base("base", base, checks.info("delta", bytes));
+  if (dim != 0 && dim != 1)
+    checks.refuse("dim must be 0 (rows) or 1 (columns), but is " + std::to_string(dim));
+  const int64_t size = static_cast<int64_t>(dim == 0 ? words.n : words.k);
+  if (start < 0 || end < start || end > size)
+    checks.refuse("start = " + std::to_string(start) + " and end = " + std::to_string(end) +
+                  " must lie within 0 to " + std::to_string(size) + ", base's size along dim " +
+                  std::to_string(dim));
+  return core(checks, [&] { return as_tensor(delta_slice(bytes, words, dim, start, end)); });
+}
+
+Tensor delta_concat_cpu(const std::vector<Tensor>& deltas, const std::vector<Tensor>& bases, int64_t dim) {
+  const Checks checks{"delta_concat"};
+  if (deltas.empty()) checks.refuse("deltas is empty");
+  if (deltas.size() != bases.size())
+    checks.refuse("there are " + std::to_string(deltas.size()) + " deltas, but " +
+                  std::to_string(bases.size()) + " bases");
+  if (dim != 0 && dim != 1)
+    checks.refuse("dim must be 0 (rows) or 1 (columns), but is " + std::to_string(dim));
+  std::vector<Part> parts;
+  for (size_t i = 0; i < deltas.size(); ++i) {
+    std::string delta = "deltas[", base = "bases[";
+    for (std::string* name : {&delta, &base}) name->append(std::to_string(i)).append("]");
+    const auto bytes = checks.delta(delta.c_str(), deltas[i]);
+    parts.push_back(Part{bytes, checks.base(base.c_str(), bases[i], checks.info(delta.c_str(), bytes))});
+  }
+  return core(checks, [&] { return as_tensor(delta_concat({parts.data(), parts.size()}, dim)); });
+}
+
+void delta_check_cpu(const Tensor& delta, const Tensor& base) {
+  const Checks checks{"delta_check"};
+  const auto bytes = checks.delta("delta", delta);
+  const Words words = checks.base("base", base, checks.info("delta", bytes));
+  core(checks, [&] { delta_check(bytes, words); });
+}
+
+}  // namespace xorz

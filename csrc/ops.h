@@ -1,0 +1,32 @@
+// The ops' kernels, declared for the registrar.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "xorz/src/ffi/bridge.rs.h"
+
+namespace xorz {
+
+using torch::stable::Tensor;
+
+Tensor delta_linear_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const Tensor& delta, const std::string& mode);
+Tensor delta_linear_grad_input_cpu(const Tensor& grad, const Tensor& weight, const Tensor& delta);
+Tensor delta_restore_cpu(const Tensor& base, const Tensor& delta);
+void delta_apply_cpu(const Tensor& weight, const Tensor& delta);
+Tensor delta_encode_cpu(const Tensor& base, const Tensor& fine_tuned, const std::string& prefer);
+Tensor delta_slice_cpu(const Tensor& delta, const Tensor& base, int64_t dim, int64_t start, int64_t end);
+Tensor delta_concat_cpu(const std::vector<Tensor>& deltas, const std::vector<Tensor>& bases, int64_t dim);
+void delta_check_cpu(const Tensor& delta, const Tensor& base);
+
+// mode="exact" of delta_linear: `input` [..., k] as the caller gave it, `m` its rows, `weight` the base of
+// `delta`.
+Tensor exact_linear(const Tensor& input, size_t m, const Words& weight, const std::optional<Tensor>& bias,
+                    rust::Slice<const uint8_t> delta, torch::headeronly::ScalarType type);
+
+}  // namespace xorz
