@@ -1,1 +1,44 @@
-"""Exact fine-tunes of one base model."""
+"""Exact fine-tunes of one base model: one base in memory, a small lossless delta per fine-tune, computed on directly.
+
+`XorDeltaLinear` stands in for `nn.Linear`; `pack`, `unpack` and `restore` are for checkpoints; the `delta_*` functions
+are the ops of `torch.ops.xorz`.
+"""
+
+from . import _core
+from ._core import DeltaInfo, delta_info
+from ._library import library_path
+from ._ops import (
+    delta_apply_,
+    delta_check,
+    delta_concat,
+    delta_encode,
+    delta_linear,
+    delta_linear_grad_input,
+    delta_restore,
+    delta_slice,
+)
+from .checkpoint import inspect, load_deltas, pack, restore, unpack, verify
+from .linear import XorDeltaLinear
+
+__version__ = _core.version()
+
+__all__ = [
+    "DeltaInfo",
+    "XorDeltaLinear",
+    "delta_apply_",
+    "delta_check",
+    "delta_concat",
+    "delta_encode",
+    "delta_info",
+    "delta_linear",
+    "delta_linear_grad_input",
+    "delta_restore",
+    "delta_slice",
+    "inspect",
+    "library_path",
+    "load_deltas",
+    "pack",
+    "restore",
+    "unpack",
+    "verify",
+]

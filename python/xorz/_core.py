@@ -1,0 +1,337 @@
+"""The C ABI (csrc/xorz.h) through ctypes: packages and headers of deltas. Every call releases the GIL; no torch op here."""
+
+import ctypes
+import json
+import os
+from ctypes import POINTER, byref, c_char, c_char_p, c_int32, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _library
+
+_lib = _library.load()
+
+
+class _Error(ctypes.Structure):
+    _fields_ = [("kind", c_int32), ("message", c_char * 1020)]
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = [("data", POINTER(c_uint8)), ("length", c_size_t)]
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        ("words", c_void_p),
+        ("bytes", c_size_t),
+        ("n", c_size_t),
+        ("k", c_size_t),
+        ("dtype", c_uint32),
+    ]
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        ("name", c_char_p),
+        ("dtype", c_char_p),
+        ("dims", POINTER(c_size_t)),
+        ("rank", c_size_t),
+        ("data", c_void_p),
+        ("bytes", c_size_t),
+    ]
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [("prefer", c_int32), ("codec", c_int32), ("level", c_int32), ("strip_prefix", c_char_p)]
+
+
+class _Info(ctypes.Structure):
+    _fields_ = [
+        ("encoding", c_uint32),
+        ("dtype", c_uint32),
+        ("n", c_uint64),
+        ("k", c_uint64),
+        ("tile_rows", c_uint64),
+        ("tile_cols", c_uint64),
+        ("changed", c_uint64),
+        ("base_digest", c_uint8 * 16),
+    ]
+
+
+_PREFER = {None: -1, "speed": 0, "memory": 1}
+_CODECS = {None: -1, "xor": 0, "resident": 1, "resident-zstd": 2, "planes": 3}
+_ENCODINGS = ("unchanged", "sparse", "exponent", "raw")
+_IO = 6
+
+# safetensors name, code in csrc/xorz.h; a complex tensor has no code of its own and is stored alone.
+_DTYPES = {
+    torch.float32: ("F32", 1),
+    torch.bfloat16: ("BF16", 2),
+    torch.float16: ("F16", 3),
+    torch.float64: ("F64", 4),
+    torch.uint8: ("U8", 5),
+    torch.int8: ("I8", 6),
+    torch.bool: ("BOOL", 7),
+    torch.float8_e4m3fn: ("F8_E4M3", 8),
+    torch.float8_e5m2: ("F8_E5M2", 9),
+    torch.uint16: ("U16", 10),
+    torch.int16: ("I16", 11),
+    torch.uint32: ("U32", 12),
+    torch.int32: ("I32", 13),
+    torch.uint64: ("U64", 14),
+    torch.int64: ("I64", 15),
+}
+DTYPE_OF_NAME = {name: dtype for dtype, (name, _) in _DTYPES.items()}
+DTYPE_OF_CODE = {code: dtype for dtype, (_, code) in _DTYPES.items()}
+
+
+def _declare(name: str, *arguments: Any, result: Any = c_int32) -> None:
+    function = getattr(_lib, name)
+    function.argtypes, function.restype = arguments, result
+
+
+_E = POINTER(_Error)
+_declare("xorz_version", result=c_char_p)
+_declare("xorz_buffer_free", POINTER(_Buffer), result=None)
+_declare("xorz_panels_restored", result=c_uint64)
+_declare("xorz_scratch_peak_bytes", result=c_uint64)
+_declare("xorz_reset_counters", result=None)
+_declare("xorz_delta_info", c_void_p, c_size_t, POINTER(_Info), _E)
+_declare("xorz_writer_new", c_char_p, POINTER(_Options), POINTER(c_void_p), _E)
+_declare("xorz_writer_add", c_void_p, POINTER(_Tensor), POINTER(_Tensor), _E)
+_declare("xorz_writer_removed", c_void_p, c_char_p, _E)
+_declare("xorz_writer_finish", c_void_p, POINTER(_Buffer), _E)
+_declare("xorz_writer_free", c_void_p, result=None)
+_declare("xorz_package_open", c_char_p, POINTER(c_void_p), _E)
+_declare("xorz_package_close", c_void_p, result=None)
+_declare("xorz_package_describe", c_void_p, POINTER(_Buffer), _E)
+_declare("xorz_package_resident", c_void_p, c_char_p, POINTER(_Matrix), c_int32, POINTER(_Buffer), _E)
+_declare("xorz_package_restore", c_void_p, c_char_p, POINTER(_Matrix), c_void_p, c_size_t, _E)
+_declare("xorz_pack_files", c_char_p, c_char_p, c_char_p, POINTER(_Options), POINTER(_Buffer), _E)
+_declare("xorz_unpack_files", c_char_p, c_char_p, c_char_p, POINTER(_Buffer), _E)
+_declare("xorz_verify_files", c_char_p, c_char_p, c_char_p, POINTER(_Buffer), _E)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    error = _Error()
+    if getattr(_lib, name)(*arguments, byref(error)) != 0:
+        text = error.message.decode("utf-8", "replace")
+        raise (OSError if error.kind == _IO else RuntimeError if error.kind >= 7 else ValueError)(text)
+
+
+def _take(buffer: _Buffer) -> bytes:
+    try:
+        return ctypes.string_at(buffer.data, buffer.length) if buffer.length else b""
+    finally:
+        _lib.xorz_buffer_free(byref(buffer))
+
+
+def _json(name: str, *arguments: Any) -> dict[str, Any]:
+    buffer = _Buffer()
+    _call(name, *arguments, byref(buffer))
+    return json.loads(_take(buffer))
+
+
+def _path(path: Any) -> bytes:
+    return os.fsencode(path)
+
+
+def _name(name: Any) -> bytes:
+    if not isinstance(name, str):
+        raise TypeError(f"a tensor's name must be a str, but is {type(name).__name__}")
+    if "\0" in name:
+        raise ValueError(f"tensor name {name!r} holds a zero byte")
+    return name.encode()
+
+
+def _choice(what: str, value: Any, choices: dict[Any, int]) -> int:
+    if value not in choices:
+        raise ValueError(f"{what} must be one of {', '.join(repr(c) for c in choices)}, but is {value!r}")
+    return choices[value]
+
+
+def version() -> str:
+    """The library's version."""
+    return _lib.xorz_version().decode()
+
+
+def panels_restored() -> int:
+    """Panels of fine-tuned weights that products have restored into scratch since the last reset, process-wide."""
+    return _lib.xorz_panels_restored()
+
+
+def scratch_peak_bytes() -> int:
+    """The most scratch, in bytes, that an op has held since the last reset."""
+    return _lib.xorz_scratch_peak_bytes()
+
+
+def reset_counters() -> None:
+    """Set both counters to zero."""
+    _lib.xorz_reset_counters()
+
+
+class DeltaInfo(NamedTuple):
+    """What the header of a resident delta says of itself."""
+
+    encoding: str
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    tile: tuple[int, int]
+    changed: int
+    base_digest: str
+
+
+def delta_info(delta: Tensor) -> DeltaInfo:
+    """Read the header of a resident delta (copied to the CPU if it is elsewhere). ValueError if it is not one."""
+    if not isinstance(delta, Tensor):
+        raise TypeError(f"delta must be a tensor, but is {type(delta).__name__}")
+    if delta.dtype != torch.uint8 or delta.dim() != 1:
+        raise ValueError(
+            f"delta must be a 1-D uint8 tensor (a resident delta), but is {delta.dtype} {list(delta.shape)}"
+        )
+    host, info = delta.detach().cpu().contiguous(), _Info()
+    _call("xorz_delta_info", host.data_ptr(), host.numel(), byref(info))
+    return DeltaInfo(
+        _ENCODINGS[info.encoding],
+        DTYPE_OF_CODE[info.dtype],
+        (info.n, info.k),
+        (info.tile_rows, info.tile_cols),
+        info.changed,
+        bytes(info.base_digest).hex(),
+    )
+
+
+def on_host(name: str, tensor: Any) -> Tensor:
+    """The tensor as contiguous CPU memory; no copy if it is that already."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, but is {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise TypeError(f"{name} must be a dense tensor with data")
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+
+
+def _matrix(tensor: Tensor) -> _Matrix:
+    n = tensor.shape[0] if tensor.dim() > 1 else 1
+    k = tensor[0].numel() if tensor.dim() > 1 and n else torch.Size(tensor.shape[1:]).numel()
+    k = tensor.numel() if tensor.dim() < 2 else k
+    return _Matrix(tensor.data_ptr(), tensor.nbytes, n, k, _DTYPES[tensor.dtype][1])
+
+
+def _tensor(name: str, tensor: Tensor) -> _Tensor:
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"tensor `{name}` has dtype {tensor.dtype}, which a package cannot hold")
+    dims = (c_size_t * max(1, tensor.dim()))(*tensor.shape)
+    dtype = _DTYPES[tensor.dtype][0].encode()
+    return _Tensor(_name(name), dtype, dims, tensor.dim(), tensor.data_ptr(), tensor.nbytes)
+
+
+def options(
+    prefer: str = "memory", codec: str | None = None, level: int = 0, strip_prefix: str | None = None
+) -> _Options:
+    """How to pack; ValueError for words that do not exist."""
+    code = _choice("prefer", prefer, {k: v for k, v in _PREFER.items() if k})
+    prefix = None if strip_prefix is None else strip_prefix.encode()
+    return _Options(code, _choice("codec", codec, _CODECS), level, prefix)
+
+
+class Writer:
+    """A package being written; it appears at its path when `finish` is called, or not at all."""
+
+    def __init__(self, path: Any, options: _Options) -> None:
+        """Begin a package at `path`."""
+        self._handle = c_void_p()
+        _call("xorz_writer_new", _path(path), byref(options), byref(self._handle))
+
+    def add(self, name: str, fine_tuned: Tensor, base: Tensor | None, base_name: str | None = None) -> None:
+        """Add a tensor, as a delta against `base` if dtype and shape agree, else alone."""
+        fine_tuned = on_host(name, fine_tuned)
+        old = None
+        if base is not None:
+            base = on_host(name, base)
+            old = byref(_tensor(base_name or name, base)) if base.dtype in _DTYPES else None
+        _call("xorz_writer_add", self._handle, byref(_tensor(name, fine_tuned)), old)
+
+    def removed(self, name: str) -> None:
+        """Note a base tensor that the fine-tune lacks."""
+        _call("xorz_writer_removed", self._handle, _name(name))
+
+    def finish(self) -> dict[str, Any]:
+        """Write the package; gives its totals."""
+        handle, self._handle = self._handle, c_void_p()
+        buffer = _Buffer()
+        _call("xorz_writer_finish", handle, byref(buffer))
+        return json.loads(_take(buffer))
+
+    def __enter__(self) -> "Writer":
+        """Use as a context: left without `finish`, no file is made."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Drop an unfinished package."""
+        handle, self._handle = self._handle, c_void_p()
+        _lib.xorz_writer_free(handle)
+
+
+class Package:
+    """An open package, read only."""
+
+    def __init__(self, path: Any) -> None:
+        """Open `path`: OSError if it cannot be read, ValueError if it is no package."""
+        self._handle = c_void_p()
+        _call("xorz_package_open", _path(path), byref(self._handle))
+        self.description = _json("xorz_package_describe", self._handle)
+        self.entries: dict[str, dict[str, Any]] = {e["name"]: e for e in self.description["entries"]}
+
+    def resident(self, name: str, base: Tensor, prefer: str | None) -> Tensor:
+        """The resident delta of one tensor against `base`, whose digest is checked."""
+        matrix, buffer = _matrix(base), _Buffer()
+        code = _choice("prefer", prefer, _PREFER)
+        _call("xorz_package_resident", self._handle, _name(name), byref(matrix), code, byref(buffer))
+        try:
+            out = torch.empty(buffer.length, dtype=torch.uint8)
+            ctypes.memmove(out.data_ptr(), buffer.data, buffer.length)
+            return out
+        finally:
+            _lib.xorz_buffer_free(byref(buffer))
+
+    def restore(self, name: str, base: Tensor | None) -> Tensor:
+        """The fine-tuned tensor."""
+        entry = self.entries[name]
+        if entry["dtype"] not in DTYPE_OF_NAME:
+            raise ValueError(f"tensor `{name}` has dtype {entry['dtype']}, which this torch package cannot give back")
+        out = torch.empty(entry["shape"], dtype=DTYPE_OF_NAME[entry["dtype"]])
+        matrix = None if base is None else byref(_matrix(base))
+        _call("xorz_package_restore", self._handle, _name(name), matrix, out.data_ptr(), out.nbytes)
+        return out
+
+    def __enter__(self) -> "Package":
+        """Use as a context, which closes it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the package."""
+        handle, self._handle = self._handle, c_void_p()
+        _lib.xorz_package_close(handle)
+
+
+def pack_files(base: Any, fine_tuned: Any, package: Any, options: _Options) -> dict[str, Any]:
+    """Pack a safetensors file; gives the totals."""
+    return _json("xorz_pack_files", _path(base), _path(fine_tuned), _path(package), byref(options))
+
+
+def unpack_files(base: Any, package: Any, out: Any) -> dict[str, Any]:
+    """Give the fine-tuned file back; gives the totals."""
+    return _json("xorz_unpack_files", _path(base), _path(package), _path(out))
+
+
+def verify_files(base: Any, package: Any, fine_tuned: Any = None) -> dict[str, Any]:
+    """Restore everything without writing it, and compare; gives the totals."""
+    other = None if fine_tuned is None else _path(fine_tuned)
+    return _json("xorz_verify_files", _path(base), _path(package), other)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The safetensors name of a dtype; torch's own where there is none."""
+    return _DTYPES[dtype][0] if dtype in _DTYPES else str(dtype)

@@ -1,0 +1,209 @@
+"""The ops of `torch.ops.xorz` as functions, with what torch needs to trace and differentiate them.
+
+Shapes without data (fakes) and gradients are Python here and nowhere else; the kernels are in the library.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _library
+
+_library.load()
+_ops = torch.ops.xorz
+
+
+def _float_dtype(weight: Tensor, input: Tensor) -> torch.dtype:
+    return weight.dtype if weight.dtype.is_floating_point else input.dtype
+
+
+def _check_linear(op: str, name: str, rows: Tensor, weight: Tensor, delta: Tensor, dim: int) -> None:
+    torch._check(weight.dim() == 2, lambda: f"xorz::{op}: weight must be 2-D [n, k], but has {weight.dim()} dimensions")
+    torch._check(rows.dim() >= 1, lambda: f"xorz::{op}: {name} must have at least one dimension")
+    torch._check(
+        rows.size(-1) == weight.size(dim),
+        lambda: f"xorz::{op}: {name} has a last dimension of {rows.size(-1)}, but weight.shape[{dim}] is {weight.size(dim)}",
+    )
+    torch._check(
+        rows.dtype == _float_dtype(weight, rows),
+        lambda: f"xorz::{op}: {name} is {rows.dtype}, but weight is {weight.dtype}",
+    )
+    _check_delta(op, delta)
+
+
+def _check_delta(op: str, delta: Tensor, name: str = "delta") -> None:
+    torch._check(
+        delta.dim() == 1 and delta.dtype == torch.uint8,
+        lambda: f"xorz::{op}: {name} must be a 1-D uint8 tensor, but is {delta.dtype} of {delta.dim()} dimensions",
+    )
+
+
+@torch.library.register_fake("xorz::delta_linear")
+def _(input, weight, bias, delta, *, mode="fast"):
+    _check_linear("delta_linear", "input", input, weight, delta, 1)
+    if bias is not None:
+        torch._check(
+            bias.dim() == 1 and bias.size(0) == weight.size(0) and bias.dtype == input.dtype,
+            lambda: f"xorz::delta_linear: bias must be {input.dtype} [{weight.size(0)}]",
+        )
+    return input.new_empty((*input.shape[:-1], weight.size(0)))
+
+
+@torch.library.register_fake("xorz::delta_linear_grad_input")
+def _(grad, weight, delta):
+    _check_linear("delta_linear_grad_input", "grad", grad, weight, delta, 0)
+    return grad.new_empty((*grad.shape[:-1], weight.size(1)))
+
+
+@torch.library.register_fake("xorz::delta_restore")
+def _(base, delta):
+    _check_delta("delta_restore", delta)
+    return torch.empty_like(base, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("xorz::delta_apply_")
+def _(weight, delta):
+    _check_delta("delta_apply_", delta)
+
+
+@torch.library.register_fake("xorz::delta_check")
+def _(delta, base):
+    _check_delta("delta_check", delta)
+
+
+def _bytes_of_unknown_length(like: Tensor) -> Tensor:
+    length = torch.library.get_ctx().new_dynamic_size(min=0)
+    return like.new_empty(length, dtype=torch.uint8)
+
+
+@torch.library.register_fake("xorz::delta_encode")
+def _(base, fine_tuned, *, prefer="speed"):
+    torch._check(
+        base.dtype == fine_tuned.dtype and base.dim() == fine_tuned.dim(),
+        lambda: f"xorz::delta_encode: base is {base.dtype} of {base.dim()} dimensions, "
+        f"but fine_tuned is {fine_tuned.dtype} of {fine_tuned.dim()}",
+    )
+    return _bytes_of_unknown_length(base)
+
+
+@torch.library.register_fake("xorz::delta_slice")
+def _(delta, base, dim, start, end):
+    _check_delta("delta_slice", delta)
+    return _bytes_of_unknown_length(delta)
+
+
+@torch.library.register_fake("xorz::delta_concat")
+def _(deltas, bases, dim):
+    torch._check(
+        len(deltas) == len(bases) and len(deltas) > 0,
+        lambda: f"xorz::delta_concat: there are {len(deltas)} deltas, but {len(bases)} bases",
+    )
+    for i, delta in enumerate(deltas):
+        _check_delta("delta_concat", delta, f"deltas[{i}]")
+    return _bytes_of_unknown_length(deltas[0])
+
+
+def _setup_linear(ctx, inputs, keyword_only_inputs, output):
+    _input, weight, bias, delta = inputs
+    ctx.save_for_backward(weight, delta)
+    ctx.bias = bias is not None and bias.requires_grad
+
+
+def _backward_linear(ctx, grad):
+    weight, delta = ctx.saved_tensors
+    grad_input = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_input = _ops.delta_linear_grad_input(grad, weight, delta)
+    if ctx.bias:
+        grad_bias = grad.reshape(-1, grad.size(-1)).sum(0)
+    return grad_input, None, grad_bias, None
+
+
+def _setup_grad(ctx, inputs, output):
+    _grad, weight, delta = inputs
+    ctx.save_for_backward(weight, delta)
+
+
+def _backward_grad(ctx, grad):
+    # Linear in its argument: the gradient of x @ W is grad @ W^T.
+    weight, delta = ctx.saved_tensors
+    return _ops.delta_linear(grad, weight, None, delta), None, None
+
+
+torch.library.register_autograd("xorz::delta_linear", _backward_linear, setup_context=_setup_linear)
+torch.library.register_autograd("xorz::delta_linear_grad_input", _backward_grad, setup_context=_setup_grad)
+
+
+def _no_cuda(op: str, *tensors: Tensor | None) -> None:
+    for t in tensors:
+        if t is not None and t.device.type == "cuda":
+            raise RuntimeError(f"xorz::{op}: this build has no CUDA kernels, but a tensor is on {t.device}")
+
+
+def delta_linear(
+    input: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None = None, *, mode: str = "fast"
+) -> Tensor:
+    """`input @ (weight (+) delta)^T + bias`, without building the fine-tuned matrix.
+
+    Args:
+        input: `[..., k]`, float32, bfloat16 or float16.
+        weight: the base, `[n, k]`, contiguous, of the same dtype, or its bits as int32 or int16.
+        delta: its resident delta, 1-D uint8 (see `delta_encode`).
+        bias: the fine-tune's bias `[n]`, same dtype.
+        mode: "fast"; "deterministic" (a row's bits never depend on the other rows); "exact" (bit-identical to
+            `torch.nn.functional.linear` on the fine-tuned weights; float32 builds one transient matrix for it).
+
+    Returns:
+        `[..., n]`. Gradients flow to `input` and `bias`; the weight is frozen.
+
+    Raises:
+        RuntimeError: naming the argument and both values, where shapes, dtypes, devices or the delta do not fit.
+    """
+    _no_cuda("delta_linear", input, weight, delta, bias)
+    return _ops.delta_linear(input, weight, bias, delta, mode=mode)
+
+
+def delta_linear_grad_input(grad: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
+    """`grad [..., n] @ (weight (+) delta)`: the gradient of `delta_linear` for its input, `[..., k]`."""
+    _no_cuda("delta_linear_grad_input", grad, weight, delta)
+    return _ops.delta_linear_grad_input(grad, weight, delta)
+
+
+def delta_restore(base: Tensor, delta: Tensor) -> Tensor:
+    """The fine-tuned tensor, bit for bit; of `base`'s shape and dtype (bits for bits)."""
+    _no_cuda("delta_restore", base, delta)
+    return _ops.delta_restore(base, delta)
+
+
+def delta_apply_(weight: Tensor, delta: Tensor) -> Tensor:
+    """Turn `weight` from base into fine-tune, in place, and give it back. Its digest is checked first."""
+    _no_cuda("delta_apply_", weight, delta)
+    _ops.delta_apply_(weight, delta)
+    return weight
+
+
+def delta_encode(base: Tensor, fine_tuned: Tensor, *, prefer: str = "speed") -> Tensor:
+    """The resident delta (1-D uint8) from `base` to `fine_tuned`: same shape, any dtype. `prefer`: "speed", "memory"."""
+    _no_cuda("delta_encode", base, fine_tuned)
+    return _ops.delta_encode(base, fine_tuned, prefer=prefer)
+
+
+def delta_slice(delta: Tensor, base: Tensor, dim: int, start: int, end: int) -> Tensor:
+    """The delta of rows (`dim` 0) or columns (`dim` 1) `start` to `end` of `base`, for tensor parallelism."""
+    _no_cuda("delta_slice", delta, base)
+    return _ops.delta_slice(delta, base, dim, start, end)
+
+
+def delta_concat(deltas: Sequence[Tensor], bases: Sequence[Tensor], dim: int) -> Tensor:
+    """The delta of `torch.cat(bases, dim)`, for fused projections."""
+    if not deltas:
+        raise RuntimeError("xorz::delta_concat: deltas is empty")
+    _no_cuda("delta_concat", *deltas, *bases)
+    return _ops.delta_concat(list(deltas), list(bases), dim)
+
+
+def delta_check(delta: Tensor, base: Tensor) -> None:
+    """Validate a delta in full, and that it belongs to `base`, digest included; RuntimeError if not."""
+    _no_cuda("delta_check", delta, base)
+    _ops.delta_check(delta, base)

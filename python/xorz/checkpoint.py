@@ -1,0 +1,126 @@
+"""Whole checkpoints: pack a fine-tune against its base, give it back, or load its deltas. No kernel is called here."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from . import _core
+
+StateDict = Mapping[str, Tensor]
+PathLike = str | os.PathLike[str]
+
+
+def _is_path(what: str, value: Any) -> bool:
+    if isinstance(value, (str, os.PathLike)):
+        return True
+    if isinstance(value, Mapping):
+        return False
+    raise TypeError(f"{what} must be a state_dict or a path, but is {type(value).__name__}")
+
+
+def pack(
+    base: StateDict | PathLike,
+    fine_tuned: StateDict | PathLike,
+    path: PathLike,
+    *,
+    prefer: str = "memory",
+    codec: str | None = None,
+    level: int = 0,
+) -> dict[str, Any]:
+    """Write the package `path`, from which `base` gives `fine_tuned` back bit for bit.
+
+    Args:
+        base: state_dict or safetensors file of the base.
+        fine_tuned: the same of the fine-tune. Tensors that the base lacks, or has in another dtype or shape, are stored alone.
+        path: the package; it appears when it is complete.
+        prefer: what deltas are encoded for, "memory" or "speed".
+        codec: None (the smallest, tensor by tensor), "resident", "resident-zstd", "planes" or "xor".
+        level: of zstd; 0 is the default.
+
+    Returns:
+        Totals: tensors, changed, words, tensor_bytes, package_bytes and more.
+
+    Raises:
+        TypeError: an argument is neither state_dict nor path, or of both kinds; ValueError: a broken file or unknown option;
+        OSError: a file that cannot be read or written.
+    """
+    options = _core.options(prefer, codec, level)
+    from_files = _is_path("base", base)
+    if from_files != _is_path("fine_tuned", fine_tuned):
+        raise TypeError("base and fine_tuned must both be state_dicts or both be paths")
+    if from_files:
+        return _core.pack_files(base, fine_tuned, path, options)
+    with _core.Writer(path, options) as writer:
+        for name, tensor in fine_tuned.items():
+            writer.add(name, tensor, base.get(name))
+        for name in base:
+            if name not in fine_tuned:
+                writer.removed(name)
+        return writer.finish()
+
+
+def unpack(base: PathLike, package: PathLike, out: PathLike) -> dict[str, Any]:
+    """Write the fine-tuned safetensors file, byte for byte the packed one, from the base's file and a package.
+
+    Raises:
+        ValueError: another base (tensor and both digests are named) or a damaged package; OSError.
+    """
+    return _core.unpack_files(base, package, out)
+
+
+def verify(base: PathLike, package: PathLike, fine_tuned: PathLike | None = None) -> dict[str, Any]:
+    """Restore everything without writing it, comparing digests, and `fine_tuned` if given; errors as `unpack`."""
+    return _core.verify_files(base, package, fine_tuned)
+
+
+def _base_of(entry: dict[str, Any], base: StateDict) -> Tensor | None:
+    if entry["base"] is None:
+        return None
+    name = entry["base_name"] or entry["name"]
+    if name not in base:
+        raise KeyError(f"the base has no tensor `{name}`, which the package's `{entry['name']}` is a delta of")
+    tensor = _core.on_host(name, base[name])
+    found = _core.dtype_name(tensor.dtype)
+    if (found, list(tensor.shape)) != (entry["dtype"], entry["shape"]):
+        raise ValueError(
+            f"tensor `{name}`: the base has {found} {list(tensor.shape)}, "
+            f"but the package was made against {entry['dtype']} {entry['shape']}"
+        )
+    return tensor
+
+
+def restore(base: StateDict, package: PathLike) -> dict[str, Tensor]:
+    """The fine-tune's state_dict, bit for bit, on the CPU.
+
+    Raises:
+        KeyError: `base` lacks a tensor; ValueError: it has another one (both digests are named), or the package is damaged;
+        OSError.
+    """
+    if _is_path("base", base):
+        raise TypeError("base must be a state_dict; for files there is unpack()")
+    with _core.Package(package) as opened:
+        return {name: opened.restore(name, _base_of(entry, base)) for name, entry in opened.entries.items()}
+
+
+def load_deltas(base: StateDict, package: PathLike, *, prefer: str | None = "speed") -> dict[str, Tensor]:
+    """Per tensor name its resident delta (1-D uint8), checked against `base`; tensors stored alone are given whole.
+
+    No dense matrix is made on the way. `prefer` re-encodes for "speed" or "memory" where the package holds the other;
+    None takes what it holds. Errors as `restore`.
+    """
+    if _is_path("base", base):
+        raise TypeError("base must be a state_dict")
+    out = {}
+    with _core.Package(package) as opened:
+        for name, entry in opened.entries.items():
+            old = _base_of(entry, base)
+            out[name] = opened.restore(name, None) if old is None else opened.resident(name, old, prefer)
+    return out
+
+
+def inspect(package: PathLike) -> dict[str, Any]:
+    """What a package holds: totals, `removed_names`, and `entries` with dtype, shape, codec, encoding and sizes."""
+    with _core.Package(package) as opened:
+        return opened.description
