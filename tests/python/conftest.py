@@ -1,0 +1,59 @@
+"""Data that forces each encoding, and comparisons of bits. No promise is tested here."""
+
+import pytest
+import torch
+import xorz
+
+ENCODINGS = ("unchanged", "sparse", "exponent", "raw")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+PREFER = {"unchanged": "speed", "sparse": "speed", "exponent": "memory", "raw": "memory"}
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().contiguous().view(BITS[t.dtype]) if t.dtype in BITS else t
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def random_weight(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return (torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) * 0.05).to(dtype)
+
+
+def fine_tune(base: torch.Tensor, encoding: str, seed: int = 1) -> torch.Tensor:
+    """A fine-tune of `base` whose delta takes `encoding` at PREFER[encoding]."""
+    g = torch.Generator().manual_seed(seed)
+    words = bits(base).clone()
+    if encoding == "sparse":
+        changed = torch.rand(words.shape, generator=g) < 0.03
+        if words.numel():
+            changed.view(-1)[0] = True
+        words = torch.where(changed, words + torch.randint(1, 4, words.shape, generator=g, dtype=words.dtype), words)
+    elif encoding == "exponent":
+        words = words + torch.randint(-3, 4, words.shape, generator=g, dtype=words.dtype)
+    elif encoding == "raw":
+        fresh = torch.randn(words.shape, generator=g) * torch.exp(4 * torch.randn(words.shape, generator=g))
+        fresh = fresh.clamp(-1000, 1000)
+        low = torch.randint(-(2**15), 2**15 - 1, words.shape, generator=g, dtype=words.dtype)
+        words = bits(fresh.to(base.dtype)) ^ (low & (0xFFFF if words.dtype == torch.int32 else 0x7F))
+    return words.view(base.dtype)
+
+
+def make_delta(base: torch.Tensor, encoding: str, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """(fine_tuned, delta) with the header's encoding byte asserted."""
+    tuned = fine_tune(base, encoding, seed)
+    delta = xorz.delta_encode(base, tuned, prefer=PREFER[encoding])
+    assert int(delta[10]) == ENCODINGS.index(encoding), (encoding, xorz.delta_info(delta))
+    return tuned, delta
+
+
+@pytest.fixture(params=ENCODINGS)
+def encoding(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param

@@ -1,0 +1,199 @@
+"""Promise: a checkpoint packed against its base comes back bit for bit from state_dicts and from files; another base or a broken
+package is refused by name; every error is of the class that Python users expect."""
+
+import os
+
+import pytest
+import torch
+import xorz
+from conftest import ENCODINGS, fine_tune, random_weight, same_bits
+
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+
+def checkpoint(dtype=torch.bfloat16):
+    base = {f"layer.{e}.weight": random_weight(40, 70, dtype, i) for i, e in enumerate(ENCODINGS)}
+    tuned = {f"layer.{e}.weight": fine_tune(base[f"layer.{e}.weight"], e) for e in ENCODINGS}
+    for name, value in {
+        "scalar": torch.tensor(3.5),
+        "ids": torch.arange(10),
+        "mask": torch.tensor([True, False]),
+        "empty": torch.zeros(0, 4),
+        "cube": torch.randn(2, 3, 4),
+        "double": torch.randn(3, dtype=torch.float64),
+    }.items():
+        base[name], tuned[name] = value, value.clone()
+    tuned["ids"] = tuned["ids"] + 1
+    base["resized"], tuned["resized"] = torch.randn(4, 4), torch.randn(5, 4)
+    base["retyped"], tuned["retyped"] = torch.randn(4), torch.randn(4).half()
+    base["only.base"] = torch.randn(3)
+    tuned["only.tuned"] = torch.randn(6, 2)
+    return base, tuned
+
+
+def equal(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("codec", [None, "xor", "resident", "resident-zstd", "planes"])
+@pytest.mark.parametrize("prefer", ["speed", "memory"])
+def test_state_dicts_come_back_bit_for_bit(tmp_path, codec, prefer):
+    base, tuned = checkpoint()
+    report = xorz.pack(base, tuned, tmp_path / "t.xorz", prefer=prefer, codec=codec)
+    assert report["tensors"] == len(tuned) and report["removed"] == 1 and report["alone"] == 3
+    back = xorz.restore(base, tmp_path / "t.xorz")
+    assert set(back) == set(tuned) and all(equal(back[n], tuned[n]) for n in tuned)
+    description = xorz.inspect(tmp_path / "t.xorz")
+    assert description["removed_names"] == ["only.base"] and len(description["entries"]) == len(tuned)
+    # Any safetensors reader opens it.
+    assert safetensors_torch.load_file(tmp_path / "t.xorz")
+
+
+@pytest.mark.parametrize("prefer", ["speed", "memory", None])
+def test_loaded_deltas_compute(tmp_path, prefer):
+    base, tuned = checkpoint()
+    xorz.pack(base, tuned, tmp_path / "t.xorz")
+    deltas = xorz.load_deltas(base, tmp_path / "t.xorz", prefer=prefer)
+    for encoding in ENCODINGS:
+        name = f"layer.{encoding}.weight"
+        linear = torch.nn.Linear(70, 40, bias=False)
+        linear.weight = torch.nn.Parameter(base[name])
+        module = xorz.XorDeltaLinear.from_linear(linear, deltas[name])
+        assert same_bits(module.to_linear().weight, tuned[name])
+        xorz.delta_check(deltas[name], base[name])
+        if prefer == "speed" and encoding in ("unchanged", "sparse"):
+            assert xorz.delta_info(deltas[name]).encoding == encoding
+    for name in ("resized", "retyped", "only.tuned"):
+        assert equal(deltas[name], tuned[name])
+
+
+def test_files_come_back_byte_for_byte(tmp_path):
+    base, tuned = checkpoint()
+    a, b = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    safetensors_torch.save_file(base, a)
+    safetensors_torch.save_file(tuned, b, metadata={"made": "by a test"})
+    report = xorz.pack(str(a), b, tmp_path / "t.xorz")
+    assert report["package_bytes"] == os.path.getsize(tmp_path / "t.xorz")
+    xorz.unpack(a, str(tmp_path / "t.xorz"), tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == b.read_bytes()
+    xorz.verify(a, tmp_path / "t.xorz", b)
+    back = xorz.restore(base, tmp_path / "t.xorz")
+    assert all(equal(back[n], tuned[n]) for n in tuned)
+    with pytest.raises(ValueError):
+        xorz.verify(a, tmp_path / "t.xorz", a)
+
+
+def test_another_base_is_refused_by_name(tmp_path):
+    base, tuned = checkpoint()
+    package = tmp_path / "t.xorz"
+    xorz.pack(base, tuned, package)
+    name = "layer.sparse.weight"
+    other = {**base, name: base[name].clone()}
+    other[name][0, 0] += 1
+    for call in (xorz.restore, xorz.load_deltas):
+        with pytest.raises(ValueError, match=rf"`{name}`.*digest [0-9a-f]{{32}}.*digest [0-9a-f]{{32}}"):
+            call(other, package)
+        with pytest.raises(KeyError, match=name):
+            call({k: v for k, v in base.items() if k != name}, package)
+        with pytest.raises(ValueError, match=rf"`{name}`.*F32.*BF16"):
+            call({**base, name: base[name].float()}, package)
+        with pytest.raises(ValueError, match=rf"`{name}`.*\[39, 70\].*\[40, 70\]"):
+            call({**base, name: base[name][:39]}, package)
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, but is list"):
+            call({**base, name: []}, package)
+        with pytest.raises(TypeError, match="base must be a state_dict"):
+            call("base.safetensors", package)
+
+
+def test_errors_are_of_the_expected_class(tmp_path):
+    base, tuned = checkpoint()
+    package = tmp_path / "t.xorz"
+    with pytest.raises(OSError, match="no such"):
+        xorz.pack(base, tuned, tmp_path / "no such" / "t.xorz")
+    with pytest.raises(ValueError, match="prefer must be one of 'speed', 'memory', but is 'size'"):
+        xorz.pack(base, tuned, package, prefer="size")
+    with pytest.raises(ValueError, match="codec must be one of .* but is 'zip'"):
+        xorz.pack(base, tuned, package, codec="zip")
+    with pytest.raises(TypeError, match="base and fine_tuned must both be"):
+        xorz.pack(base, "tuned.safetensors", package)
+    with pytest.raises(TypeError, match="base must be a state_dict or a path, but is list"):
+        xorz.pack([], tuned, package)
+    with pytest.raises(TypeError, match="w must be a tensor, but is int"):
+        xorz.pack({}, {"w": 1}, package)
+    with pytest.raises(TypeError, match="complex64"):
+        xorz.pack({}, {"w": torch.zeros(2, dtype=torch.complex64)}, package)
+    with pytest.raises(TypeError, match="dense tensor with data"):
+        xorz.pack({}, {"w": torch.zeros(2, device="meta")}, package)
+    with pytest.raises(ValueError, match="zero byte"):
+        xorz.pack({}, {"w\0x": torch.zeros(2)}, package)
+    with pytest.raises(TypeError, match="must be a str"):
+        xorz.pack({}, {3: torch.zeros(2)}, package)
+    assert not package.exists() and not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match=r"t\.xorz"):
+        xorz.restore(base, package)
+    package.write_bytes(b"not a package at all")
+    with pytest.raises(ValueError):
+        xorz.restore(base, package)
+    safetensors_torch.save_file(base, package)
+    with pytest.raises(ValueError, match="not a xorz package"):
+        xorz.restore(base, package)
+
+
+def test_a_damaged_package_is_refused_or_right(tmp_path):
+    base = {"w": random_weight(16, 30, torch.bfloat16)}
+    tuned = {"w": fine_tune(base["w"], "sparse")}
+    package, broken = tmp_path / "t.xorz", tmp_path / "b.xorz"
+    xorz.pack(base, tuned, package)
+    data = package.read_bytes()
+    refused = 0
+    for i in range(0, len(data), 7):
+        for damaged in (data[:i], data[:i] + bytes([data[i] ^ 0xFF]) + data[i + 1 :]):
+            broken.write_bytes(damaged)
+            try:
+                assert same_bits(xorz.restore(base, broken)["w"], tuned["w"])
+            except (ValueError, KeyError):
+                refused += 1
+    assert refused > len(data) // 7
+
+
+def test_an_overwritten_package_appears_at_once_or_not_at_all(tmp_path):
+    base, tuned = checkpoint()
+    package = tmp_path / "t.xorz"
+    xorz.pack(base, tuned, package)
+    good = package.read_bytes()
+    with pytest.raises(TypeError):
+        xorz.pack(base, {**tuned, "last": 3}, package)
+    assert package.read_bytes() == good and [p.name for p in tmp_path.iterdir()] == ["t.xorz"]
+
+
+def test_tensors_that_are_views_or_tied_are_packed_as_their_values(tmp_path):
+    big = random_weight(20, 40, torch.float32)
+    base = {"a": big[:, ::2], "b": big[:, ::2], "t": big.T}
+    tuned = {"a": (big + 1)[:, ::2], "b": big[:, ::2], "t": (big * 2).T}
+    xorz.pack(base, tuned, tmp_path / "t.xorz")
+    back = xorz.restore(base, tmp_path / "t.xorz")
+    assert all(equal(back[n], tuned[n].contiguous()) for n in tuned)
+
+
+def test_other_python_threads_run_while_a_package_is_written(tmp_path):
+    import threading
+    import time
+
+    base = {"w": torch.randn(2000, 2000)}
+    tuned = {"w": base["w"] + torch.randn(2000, 2000) * 1e-3}
+    ticks, stop = [], threading.Event()
+
+    def tick():
+        while not stop.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    start = time.perf_counter()
+    xorz.pack(base, tuned, tmp_path / "t.xorz")
+    end = time.perf_counter()
+    stop.set()
+    thread.join()
+    inside = [t for t in ticks if start < t < end]
+    assert len(inside) > 3, (len(inside), end - start)
