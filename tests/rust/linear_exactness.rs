@@ -64,10 +64,11 @@ fn one_hot_x_gives_the_fine_tuned_column_exactly() {
 fn sums_that_f32_holds_equal_float64_bit_for_bit() {
     let mut rng = Rng::new(2);
     // Odd sizes, one row, one column, a column tile more, 256-row tiles of exponent, more than 65536 columns.
-    let shapes = [(19, 131), (1, 1000), (33, 1), (5, 4099), (300, 64), (21, 8200), (2, 70_001)];
+    let shapes = [(19, 131), (1, 1000), (33, 1), (5, 4099), (300, 64), (9, 8200), (2, 70_001)];
     let mut m_of = [1, 2, 3, 5, 8, 15, 16, 17, 32, 33, 40].into_iter().cycle();
     each(|isa, dtype, encoding| {
-        for (n, k) in shapes {
+        // The portable code is slow, and `simd_parity` ties it to the others.
+        for (n, k) in shapes.into_iter().filter(|(n, k)| isa != Isa::Scalar || n * k < 20_000) {
             let shape = Shape { n, k };
             let share = [0.002, 0.03, 0.3][(rng.next() % 3) as usize];
             let case = exact_case(&mut rng, dtype, shape, encoding, share);
@@ -109,14 +110,14 @@ fn every_number_of_rows_equals_float64_on_exact_sums() {
 #[test]
 fn errors_stay_within_the_documented_bound() {
     let mut rng = Rng::new(4);
-    let shape = Shape { n: 33, k: 4500 };
+    let shape = Shape { n: 17, k: 4500 };
     let Shape { n, k } = shape;
     each(|isa, dtype, encoding| {
         let base = rng.weights(dtype, n * k);
         let fine_tuned = common::perturbed(&mut rng, dtype, &base, 0.05);
         let case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
         let (wb, wf) = (values(dtype, &case.base), values(dtype, &case.fine_tuned));
-        for m in [1, 5, 10, 35] {
+        for m in [1, 5, 10, 35].into_iter().filter(|m| isa != Isa::Scalar || *m < 10) {
             let x = rng.weights(dtype, m * k);
             let bias = rng.weights(dtype, n);
             let want = case.reference(&x, m, Some(&bias));
@@ -225,9 +226,11 @@ fn deterministic_bits_are_the_same_in_any_company() {
         let out = shape.n * dtype.word_bytes();
         let x = rng.weights(dtype, shape.k);
         let want = case.linear(isa, &x, 1, None, Mode::Deterministic);
-        let most = if isa == Isa::Scalar { 6 } else { 40 };
+        // The portable code is slow, and `simd_parity` ties it to the others.
+        let most = if isa == Isa::Scalar { 4 } else { 40 };
+        let strangers = rng.weights(dtype, 50_000);
         for m in 2..=most {
-            let mut company = rng.weights(dtype, m * shape.k);
+            let mut company: Vec<u8> = strangers.iter().copied().cycle().take(m * row).collect();
             let at = (rng.next() % m as u64) as usize;
             company[at * row..(at + 1) * row].copy_from_slice(&x);
             let got = case.linear(isa, &company, m, None, Mode::Deterministic);

@@ -68,7 +68,7 @@ fn products_take_at_most_2_mib_of_scratch_a_thread() {
     let mut rng = Rng::new(31);
     // Wide tiles, many tiles, many rows of x; NaN in x sends everything through the decode path too.
     for (n, k, m) in [(16, 4096, 16), (8, 70_000, 9), (256, 256, 16), (40, 300, 9000), (3, 4096, 300)] {
-        for dtype in DTYPES {
+        for dtype in DTYPES.into_iter().filter(|d| m < 1000 || *d == Dtype::BF16) {
             for encoding in ENCODINGS {
                 let base = rng.weights(dtype, n * k);
                 let fresh = rng.weights(dtype, n * k);
