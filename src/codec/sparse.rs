@@ -124,77 +124,89 @@ impl SparseTile<'_> {
     }
 }
 
-/// A tile being encoded, and the sizes it would take.
+/// A tile being encoded, and the sizes it would take. Reused from tile to tile.
 #[derive(Default)]
-pub(crate) struct Builder {
-    lanes: [Vec<(usize, u64)>; Grid::LANES],
+pub(crate) struct Builder<W: Word> {
+    lanes: [Vec<(u32, W)>; Grid::LANES],
+    /// Records with gaps of one byte and of two.
+    records: [usize; 2],
+    /// Position and word of each exception.
     pub(crate) exceptions: Vec<(u16, u64)>,
     pub(crate) changed: u64,
 }
 
-impl Builder {
-    /// Collect the changes of a tile: `rows` x `cols` words of base and fine_tuned.
-    pub(crate) fn collect<W: Word>(
+impl<W: Word> Builder<W> {
+    /// Collect the changes of a tile, in place of what was held: words of base and fine_tuned in rows of `cols`.
+    pub(crate) fn collect(
+        &mut self,
         dtype: Dtype,
         cols: usize,
         tile_cols: usize,
         base: &[W],
         fine_tuned: &[W],
-    ) -> Self {
-        let mut b = Self::default();
-        for (r, (br, fr)) in base.chunks_exact(cols).zip(fine_tuned.chunks_exact(cols)).enumerate() {
-            if br == fr {
-                continue;
-            }
+    ) {
+        (self.records, self.changed) = ([0; 2], 0);
+        self.exceptions.clear();
+        self.lanes.iter_mut().for_each(Vec::clear);
+        let rows = base.chunks_exact(cols).zip(fine_tuned.chunks_exact(cols));
+        for (r, (br, fr)) in rows.enumerate().filter(|(_, (br, fr))| br != fr) {
+            let lane = &mut self.lanes[r];
+            let (mut last, mut skipped) = (0, 0);
             for (c, (&bw, &fw)) in br.iter().zip(fr).enumerate().filter(|(_, (b, f))| b != f) {
                 let s = split(dtype, bw.to_u64(), fw.to_u64());
-                b.changed += 1;
-                b.lanes[r].extend(s.terms[..s.count].iter().map(|t| (c, *t)));
+                self.changed += 1;
+                for term in &s.terms[..s.count] {
+                    skipped += skips(c - last);
+                    last = c;
+                    lane.push((c as u32, W::from_u64(*term)));
+                }
                 if s.exception {
-                    b.exceptions.push(((r * tile_cols + c) as u16, fw.to_u64()));
+                    self.exceptions.push(((r * tile_cols + c) as u16, fw.to_u64()));
                 }
             }
+            self.records[0] = self.records[0].max(lane.len() + skipped);
+            self.records[1] = self.records[1].max(lane.len());
         }
-        b
     }
 
     /// Records the tile takes with gaps of `kind`.
     pub(crate) fn records(&self, kind: GapKind) -> usize {
-        let entries = |lane: &Vec<(usize, u64)>| match kind {
-            GapKind::U16 => lane.len(),
-            GapKind::U8 => {
-                let mut last = 0;
-                lane.iter().map(|&(c, _)| 1 + skips(c - std::mem::replace(&mut last, c))).sum()
-            }
-        };
-        self.lanes.iter().map(entries).max().unwrap_or(0)
+        self.records[kind.bytes() - 1]
     }
 
-    /// Append the tile's records: all gaps, then all differences.
-    pub(crate) fn write<W: Word>(&self, dtype: Dtype, kind: GapKind, out: &mut Vec<u8>) -> usize {
+    /// Append the tile's records: all gaps, then all differences. Returns how many.
+    pub(crate) fn write(&self, dtype: Dtype, kind: GapKind, out: &mut Vec<u8>) -> usize {
         let records = self.records(kind);
         let start = out.len();
         let diffs_at = start + records * Grid::LANES * kind.bytes();
         out.resize(diffs_at + records * Grid::LANES * W::BYTES, 0);
-        let mut put = |j: usize, lane: usize, gap: usize, diff: u64| {
+        let (gaps, diffs) = out[start..].split_at_mut(diffs_at - start);
+        let nothing = W::from_u64(no_op(dtype));
+        let mut put = |j: usize, lane: usize, gap: usize, diff: W| {
             let i = j * Grid::LANES + lane;
-            let g = start + i * kind.bytes();
-            out[g..g + kind.bytes()].copy_from_slice(&(gap as u16).to_le_bytes()[..kind.bytes()]);
-            let d = diffs_at + i * W::BYTES;
-            out[d..d + W::BYTES].copy_from_slice(&diff.to_le_bytes()[..W::BYTES]);
+            match kind {
+                GapKind::U8 => gaps[i] = gap as u8,
+                GapKind::U16 => gaps[2 * i..2 * i + 2].copy_from_slice(&(gap as u16).to_le_bytes()),
+            }
+            diffs[i * W::BYTES..(i + 1) * W::BYTES].copy_from_slice(bytemuck::bytes_of(&diff));
         };
         for (lane, changes) in self.lanes.iter().enumerate() {
             let (mut last, mut j) = (0, 0);
             for &(c, diff) in changes {
-                let skipped = if kind == GapKind::U8 { skips(c - last) } else { 0 };
-                (0..skipped).for_each(|s| put(j + s, lane, MAX_GAP, no_op(dtype)));
-                j += skipped;
-                put(j, lane, if kind == GapKind::U8 { c - last - skipped * MAX_GAP } else { c }, diff);
+                let c = c as usize;
+                let mut gap = c;
+                if kind == GapKind::U8 {
+                    let skipped = skips(c - last);
+                    (0..skipped).for_each(|s| put(j + s, lane, MAX_GAP, nothing));
+                    j += skipped;
+                    gap = c - last - skipped * MAX_GAP;
+                }
+                put(j, lane, gap, diff);
                 last = c;
                 j += 1;
             }
             let padding = if kind == GapKind::U16 { last } else { 0 };
-            (j..records).for_each(|j| put(j, lane, padding, no_op(dtype)));
+            (j..records).for_each(|j| put(j, lane, padding, nothing));
         }
         records
     }

@@ -92,8 +92,17 @@ fn split_f32(sum: f32, error: f32) -> Option<(f32, f32)> {
     sum.is_finite().then_some((sum, error))
 }
 
+/// Whether a bf16 holds the value: the case of nearly all changes, told without rounding.
+#[inline]
+fn is_bf16(value: f32) -> bool {
+    value.to_bits() & 0xFFFF == 0 && value.is_finite()
+}
+
 /// Two terms of 8 or 11 bits whose f32 sums are exact in either order of adding, so that a one-hot product is too.
 fn split_half(dtype: Dtype, sum: f32, error: f32, b: f32, f: f32) -> Option<(f32, f32)> {
+    if dtype == Dtype::BF16 && error == 0.0 && is_bf16(sum) {
+        return Some((sum, 0.0));
+    }
     let d1 = round_finite(dtype, sum);
     let rest = sum - d1;
     let d2 = match (rest == 0.0, error == 0.0) {

@@ -1,6 +1,6 @@
 //! Writes a resident delta tile by tile: one pass to choose, one to write; never a dense matrix.
 
-use super::analyze::{Plan, Stats};
+use super::analyze::{self, Plan};
 use super::header::{ALIGN, CONTENT_AT, HEADER_BYTES, Header, content_digest};
 use crate::codec::sparse::Builder;
 use crate::codec::word::{Word, with_word};
@@ -92,7 +92,7 @@ impl Source for Pair<'_> {
 /// Those of the source.
 pub fn encode(source: &mut dyn Source, prefer: Prefer) -> Result<Vec<u8>> {
     with_word!(source.dtype(), W => {
-        let plan = Stats::of::<W>(source)?.plan(prefer)?;
+        let plan = analyze::plan::<W>(source, prefer)?;
         write::<W>(source, &plan, &|_| Ok(None))
     })
 }
@@ -104,7 +104,7 @@ pub fn encode(source: &mut dyn Source, prefer: Prefer) -> Result<Vec<u8>> {
 /// Those of the source; `Unsupported` if the encoding would take more than 2^32 units.
 pub fn encode_as(source: &mut dyn Source, encoding: Encoding) -> Result<Vec<u8>> {
     with_word!(source.dtype(), W => {
-        let plan = Stats::of::<W>(source)?.plan_for(encoding)?;
+        let plan = analyze::plan_for::<W>(source, encoding)?;
         write::<W>(source, &plan, &|_| Ok(None))
     })
 }
@@ -126,7 +126,7 @@ pub(crate) fn write<W: Word>(
     plan: &Plan,
     copied: Copied<'_, '_>,
 ) -> Result<Vec<u8>> {
-    let mut writer = Writer::new(source.dtype(), *plan)?;
+    let mut writer = Writer::<W>::new(source.dtype(), *plan)?;
     let (mut base, mut fine_tuned) = (Vec::<W>::new(), Vec::<W>::new());
     let tiles = if plan.encoding == Encoding::Unchanged { 0 } else { plan.grid.tiles() };
     for index in 0..tiles {
@@ -136,14 +136,14 @@ pub(crate) fn write<W: Word>(
         let (b, f) = (bytemuck::cast_slice_mut(&mut base), bytemuck::cast_slice_mut(&mut fine_tuned));
         source.read(rect.r0..rect.r1, rect.c0..rect.c1, b, f)?;
         match copied(&rect)? {
-            Some(tile) => writer.copy::<W>(&tile, &base, &fine_tuned)?,
-            None => writer.tile::<W>(&rect, &base, &fine_tuned)?,
+            Some(tile) => writer.copy(&tile, &base, &fine_tuned)?,
+            None => writer.tile(&rect, &base, &fine_tuned)?,
         }
     }
     writer.finish(source.base_digest())
 }
 
-struct Writer {
+struct Writer<W: Word> {
     dtype: Dtype,
     plan: Plan,
     /// Header, directory and payload grow in place, so that a delta is never held twice.
@@ -152,11 +152,12 @@ struct Writer {
     directory: Vec<u32>,
     exception_directory: Vec<u32>,
     exceptions: Vec<(u16, u64)>,
+    builder: Builder<W>,
     units: u64,
     changed: u64,
 }
 
-impl Writer {
+impl<W: Word> Writer<W> {
     fn new(dtype: Dtype, plan: Plan) -> Result<Self> {
         let tiled = matches!(plan.encoding, Encoding::Sparse | Encoding::Exponent);
         let directory = if tiled { 4 * (plan.grid.tiles() + 1) } else { 0 };
@@ -172,12 +173,13 @@ impl Writer {
             directory,
             exception_directory,
             exceptions: Vec::new(),
+            builder: Builder::default(),
             units: 0,
             changed: 0,
         })
     }
 
-    fn tile<W: Word>(&mut self, rect: &Rect, base: &[W], fine_tuned: &[W]) -> Result<()> {
+    fn tile(&mut self, rect: &Rect, base: &[W], fine_tuned: &[W]) -> Result<()> {
         let (dtype, cols, tile_cols) = (self.dtype, rect.cols(), self.plan.grid.tile_cols);
         match self.plan.encoding {
             Encoding::Unchanged => {}
@@ -190,10 +192,10 @@ impl Writer {
                 }
             }
             Encoding::Sparse => {
-                let builder = Builder::collect(dtype, cols, tile_cols, base, fine_tuned);
-                self.units += builder.write::<W>(dtype, self.plan.gap, &mut self.out) as u64;
-                self.changed += builder.changed;
-                self.exceptions.extend(&builder.exceptions);
+                self.builder.collect(dtype, cols, tile_cols, base, fine_tuned);
+                self.units += self.builder.write(dtype, self.plan.gap, &mut self.out) as u64;
+                self.changed += self.builder.changed;
+                self.exceptions.extend(&self.builder.exceptions);
             }
             Encoding::Exponent => {
                 let before = self.out.len();
@@ -206,7 +208,7 @@ impl Writer {
         self.close_tile()
     }
 
-    fn copy<W: Word>(&mut self, tile: &Tile<'_>, base: &[W], fine_tuned: &[W]) -> Result<()> {
+    fn copy(&mut self, tile: &Tile<'_>, base: &[W], fine_tuned: &[W]) -> Result<()> {
         let exceptions = match tile {
             Tile::Sparse(t) => {
                 self.out.extend_from_slice(t.gaps);

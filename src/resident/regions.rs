@@ -1,7 +1,7 @@
 //! `slice` and `concat`: parts of deltas as a delta of their own. Whole tiles are copied, cut ones re-encoded from
 //! one tile of words; the matrix is never restored.
 
-use super::analyze::{Plan, Stats};
+use super::analyze::{self, Plan};
 use super::encode::{Source, write};
 use super::view::{Resident, read_tile};
 use crate::codec::word::with_word;
@@ -161,7 +161,7 @@ impl Regions<'_> {
         }
         let fast = first.encoding == Encoding::Sparse || headers.any(|h| h.encoding == Encoding::Sparse);
         let prefer = if fast { Prefer::Speed } else { Prefer::Memory };
-        with_word!(self.dtype, W => Stats::of::<W>(self)?.plan(prefer))
+        with_word!(self.dtype, W => analyze::plan::<W>(self, prefer))
     }
 }
 
