@@ -300,7 +300,9 @@ class Package:
         """The fine-tuned tensor."""
         entry = self.entries[name]
         if entry["dtype"] not in DTYPE_OF_NAME:
-            raise ValueError(f"tensor `{name}` has dtype {entry['dtype']}, which this torch package cannot give back")
+            raise ValueError(
+                f"tensor `{name}` has dtype {entry['dtype']}, which this torch package cannot give back"
+            )
         out = torch.empty(entry["shape"], dtype=DTYPE_OF_NAME[entry["dtype"]])
         matrix = None if base is None else byref(_matrix(base))
         _call("xorz_package_restore", self._handle, _name(name), matrix, out.data_ptr(), out.nbytes)

@@ -12,10 +12,14 @@ library_path = Path(__file__).with_name("libxorz_torch.so")
 def load() -> ctypes.CDLL:
     """Register the ops in torch, unless this process has them already, and give the C ABI."""
     if not library_path.is_file():
-        raise ImportError(f"xorz: {library_path} is missing; install the package, or run `make build` in its source tree")
+        raise ImportError(
+            f"xorz: {library_path} is missing; install the package, or run `make build` in its source tree"
+        )
     if not hasattr(torch.ops.xorz, "delta_linear"):
         try:
             torch.ops.load_library(library_path)
         except OSError as error:
-            raise ImportError(f"xorz: torch {torch.__version__} cannot load {library_path}: {error}") from error
+            raise ImportError(
+                f"xorz: torch {torch.__version__} cannot load {library_path}: {error}"
+            ) from error
     return ctypes.CDLL(str(library_path))

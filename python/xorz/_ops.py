@@ -19,11 +19,15 @@ def _float_dtype(weight: Tensor, input: Tensor) -> torch.dtype:
 
 
 def _check_linear(op: str, name: str, rows: Tensor, weight: Tensor, delta: Tensor, dim: int) -> None:
-    torch._check(weight.dim() == 2, lambda: f"xorz::{op}: weight must be 2-D [n, k], but has {weight.dim()} dimensions")
+    torch._check(
+        weight.dim() == 2, lambda: f"xorz::{op}: weight must be 2-D [n, k], but has {weight.dim()} dimensions"
+    )
     torch._check(rows.dim() >= 1, lambda: f"xorz::{op}: {name} must have at least one dimension")
     torch._check(
         rows.size(-1) == weight.size(dim),
-        lambda: f"xorz::{op}: {name} has a last dimension of {rows.size(-1)}, but weight.shape[{dim}] is {weight.size(dim)}",
+        lambda: (
+            f"xorz::{op}: {name} has a last dimension of {rows.size(-1)}, but weight.shape[{dim}] is {weight.size(dim)}"
+        ),
     )
     torch._check(
         rows.dtype == _float_dtype(weight, rows),
@@ -35,7 +39,9 @@ def _check_linear(op: str, name: str, rows: Tensor, weight: Tensor, delta: Tenso
 def _check_delta(op: str, delta: Tensor, name: str = "delta") -> None:
     torch._check(
         delta.dim() == 1 and delta.dtype == torch.uint8,
-        lambda: f"xorz::{op}: {name} must be a 1-D uint8 tensor, but is {delta.dtype} of {delta.dim()} dimensions",
+        lambda: (
+            f"xorz::{op}: {name} must be a 1-D uint8 tensor, but is {delta.dtype} of {delta.dim()} dimensions"
+        ),
     )
 
 
@@ -81,8 +87,10 @@ def _bytes_of_unknown_length(like: Tensor) -> Tensor:
 def _(base, fine_tuned, *, prefer="speed"):
     torch._check(
         base.dtype == fine_tuned.dtype and base.dim() == fine_tuned.dim(),
-        lambda: f"xorz::delta_encode: base is {base.dtype} of {base.dim()} dimensions, "
-        f"but fine_tuned is {fine_tuned.dtype} of {fine_tuned.dim()}",
+        lambda: (
+            f"xorz::delta_encode: base is {base.dtype} of {base.dim()} dimensions, "
+            f"but fine_tuned is {fine_tuned.dtype} of {fine_tuned.dim()}"
+        ),
     )
     return _bytes_of_unknown_length(base)
 

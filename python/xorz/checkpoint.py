@@ -80,7 +80,9 @@ def _base_of(entry: dict[str, Any], base: StateDict) -> Tensor | None:
         return None
     name = entry["base_name"] or entry["name"]
     if name not in base:
-        raise KeyError(f"the base has no tensor `{name}`, which the package's `{entry['name']}` is a delta of")
+        raise KeyError(
+            f"the base has no tensor `{name}`, which the package's `{entry['name']}` is a delta of"
+        )
     tensor = _core.on_host(name, base[name])
     found = _core.dtype_name(tensor.dtype)
     if (found, list(tensor.shape)) != (entry["dtype"], entry["shape"]):

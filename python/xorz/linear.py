@@ -118,7 +118,9 @@ class XorDeltaLinear(nn.Module):
             autocast = torch.mm(probe, probe).dtype
             if autocast != torch.float32 and input.is_floating_point() and input.dtype != torch.float64:
                 rows = input.to(self.dtype)
-                out = torch.ops.xorz.delta_linear(rows, self.weight_bits, self.bias, self.delta, mode=self.mode)
+                out = torch.ops.xorz.delta_linear(
+                    rows, self.weight_bits, self.bias, self.delta, mode=self.mode
+                )
                 return out.to(autocast)
         else:
             device = input.device.type
@@ -135,7 +137,9 @@ class XorDeltaLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, encoding and how many bits of delta there are per weight."""
-        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
         text += f", dtype={str(self.dtype).removeprefix('torch.')}, mode={self.mode}"
         if self.delta.is_meta:
             return text
@@ -164,7 +168,9 @@ class XorDeltaLinear(nn.Module):
                 info = _core.delta_info(delta)
                 if (info.dtype, info.shape) != (self.dtype, (self.out_features, self.in_features)):
                     shape = [self.out_features, self.in_features]
-                    raise ValueError(f"is of {info.dtype} {list(info.shape)}, but must be of {self.dtype} {shape}")
+                    raise ValueError(
+                        f"is of {info.dtype} {list(info.shape)}, but must be of {self.dtype} {shape}"
+                    )
                 if len(errors) == before and not against.is_meta:
                     _check(delta.cpu(), against.detach().cpu())
             except ValueError as error:

@@ -30,7 +30,9 @@ def fine_tune(base: torch.Tensor, encoding: str, seed: int = 1) -> torch.Tensor:
         changed = torch.rand(words.shape, generator=g) < 0.03
         if words.numel():
             changed.view(-1)[0] = True
-        words = torch.where(changed, words + torch.randint(1, 4, words.shape, generator=g, dtype=words.dtype), words)
+        words = torch.where(
+            changed, words + torch.randint(1, 4, words.shape, generator=g, dtype=words.dtype), words
+        )
     elif encoding == "exponent":
         words = words + torch.randint(-3, 4, words.shape, generator=g, dtype=words.dtype)
     elif encoding == "raw":

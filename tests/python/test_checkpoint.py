@@ -1,5 +1,5 @@
-"""Promise: a checkpoint packed against its base comes back bit for bit from state_dicts and from files; another base or a broken
-package is refused by name; every error is of the class that Python users expect."""
+"""Promise: a checkpoint packed against its base comes back bit for bit from state_dicts and from files; another base or a
+broken package is refused by name; every error is of the class that Python users expect."""
 
 import os
 
@@ -32,7 +32,11 @@ def checkpoint(dtype=torch.bfloat16):
 
 
 def equal(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+    )
 
 
 @pytest.mark.parametrize("codec", [None, "xor", "resident", "resident-zstd", "planes"])
@@ -112,7 +116,7 @@ def test_errors_are_of_the_expected_class(tmp_path):
         xorz.pack(base, tuned, tmp_path / "no such" / "t.xorz")
     with pytest.raises(ValueError, match="prefer must be one of 'speed', 'memory', but is 'size'"):
         xorz.pack(base, tuned, package, prefer="size")
-    with pytest.raises(ValueError, match="codec must be one of .* but is 'zip'"):
+    with pytest.raises(ValueError, match=r"codec must be one of .* but is 'zip'"):
         xorz.pack(base, tuned, package, codec="zip")
     with pytest.raises(TypeError, match="base and fine_tuned must both be"):
         xorz.pack(base, "tuned.safetensors", package)

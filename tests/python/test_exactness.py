@@ -25,12 +25,15 @@ def test_exact_mode_is_linear_bit_for_bit_at_every_m(encoding, dtype):
     x = random_weight(300, 97, dtype, seed=3) * 20
     for m in (*range(1, 40), 63, 64, 65, 100, 127, 128, 129, 200, 255, 256, 257, 299, 300):
         for b in (None, bias):
-            assert same_bits(ops.delta_linear(x[:m], base, b, delta, mode="exact"), F.linear(x[:m], tuned, b)), m
+            assert same_bits(
+                ops.delta_linear(x[:m], base, b, delta, mode="exact"), F.linear(x[:m], tuned, b)
+            ), m
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("n", "k"), [(1, 1), (2, 1), (5, 1), (1, 1000), (3, 4097), (1000, 3), (517, 1031), (64, 70001), (2049, 512)]
+    ("n", "k"),
+    [(1, 1), (2, 1), (5, 1), (1, 1000), (3, 4097), (1000, 3), (517, 1031), (64, 70001), (2049, 512)],
 )
 def test_exact_mode_on_odd_shapes(n, k, dtype):
     base = random_weight(n, k, dtype)
@@ -128,7 +131,10 @@ def test_exact_sums_equal_float64_bit_for_bit(encoding, dtype, mode, n_k):
         for m in (1, 2, 3, 5, 16, 17, 33, 100, 300) if k < 1000 else (1, 9):
             x = torch.randint(-2, 3, (m, k), generator=g).to(dtype)
             y = ops.delta_linear(x, base, None, delta, mode=mode)
-            assert same_bits(y, (x.double() @ tuned.double().T).to(torch.float32).to(dtype)), m
+            want = (x.double() @ tuned.double().T).to(torch.float32).to(dtype)
+            assert same_bits(y + 0.0, want + 0.0), (
+                m
+            )  # the sign of a zero sum is anyone's, torch's own kernels differ
 
 
 def test_mutants_are_noticed(dtype):
@@ -209,8 +215,15 @@ def test_non_finite_values_are_those_of_the_fine_tune(dtype, mode):
             assert torch.equal(torch.isnan(y), torch.isnan(want)), (prefer, m)
             assert torch.equal(torch.isinf(y), torch.isinf(want)), (prefer, m)
             assert torch.equal(y[torch.isinf(y)] > 0, want[torch.isinf(want)] > 0)
+            # The bound of the fast modes counts what cancels: a base of 3e38 that the fine-tune makes 1 hides its row.
+            parts = [
+                torch.nan_to_num(t.double(), 0, 0, 0).abs() for t in (base, tuned.double() - base.double())
+            ]
+            slack = x.double().abs() @ (parts[0] + parts[1]).T * (56 * 2.0**-23) + 2 * torch.finfo(dtype).eps
+            slack = slack * (1 + want.double().abs())
             finite = torch.isfinite(want)
-            torch.testing.assert_close(y[finite].double(), want[finite].double(), rtol=2e-2, atol=2e-2)
+            assert ((y.double() - want.double()).abs()[finite] <= slack[finite]).all(), (prefer, m)
+            assert int((finite & (slack < 0.2)).sum()) > y.numel() // 2
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -250,7 +263,7 @@ def test_real_pairs_are_exact():
     for path in sorted(PAIRS.glob("*.ft*.safetensors")):
         base_path = path.with_name(path.name.split(".ft")[0] + ".base.safetensors")
         with safetensors.safe_open(base_path, "pt") as old, safetensors.safe_open(path, "pt") as new:
-            names = [n for n in new.keys() if n in old.keys() and len(new.get_slice(n).get_shape()) == 2]  # noqa: SIM118
+            names = [n for n in new.keys() if n in old.keys() and len(new.get_slice(n).get_shape()) == 2]
             for name in sorted(names, key=lambda n: -new.get_slice(n).get_shape()[0])[1:4]:
                 base, tuned = old.get_tensor(name)[:512].contiguous(), new.get_tensor(name)[:512].contiguous()
                 if base.shape != tuned.shape or base.dtype != tuned.dtype or base.dtype not in DTYPES:

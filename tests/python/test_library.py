@@ -16,7 +16,10 @@ import xorz
 
 def run(code, *args, expect=0):
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == expect, done.stderr
     return done
@@ -36,7 +39,9 @@ def test_it_needs_libtorch_cpu_and_the_system_only():
 
 
 def test_it_exports_the_c_abi_and_nothing_else():
-    exported = set(re.findall(r" [A-Za-z] (\S+)$", tool("nm", "-D", "--defined-only", str(xorz.library_path)), re.M))
+    exported = set(
+        re.findall(r" [A-Za-z] (\S+)$", tool("nm", "-D", "--defined-only", str(xorz.library_path)), re.M)
+    )
     header = Path(__file__).parents[2] / "csrc" / "xorz.h"
     text = re.sub(r"/\*.*?\*/", "", header.read_text(), flags=re.S)
     declared = set(re.findall(r"^\w[\w *]*\b(xorz_\w+)\(", text, re.M))
@@ -54,7 +59,9 @@ def test_its_torch_abi_is_stable():
     if not audit.exists():
         pytest.skip("torch-abi-audit is not installed")
     done = subprocess.run([audit, str(xorz.library_path)], capture_output=True, text=True)
-    assert re.search(r"STABLE", done.stdout) and not re.search(r"UNSTABLE", done.stdout), done.stdout + done.stderr
+    assert re.search(r"STABLE", done.stdout) and not re.search(r"UNSTABLE", done.stdout), (
+        done.stdout + done.stderr
+    )
     assert "2.10" in done.stdout, done.stdout
 
 
@@ -73,7 +80,9 @@ def test_a_second_copy_and_repeated_loading_are_harmless(tmp_path):
     assert "another copy" in done.stderr
     # The package after a foreign copy takes the ops that are there.
     run(f"    import sys, torch\n    torch.ops.load_library(sys.argv[1])\n    import xorz\n{CHECK}", copy)
-    done = run(f"    import sys, torch, xorz\n    torch.ops.load_library(sys.argv[1])\n{CHECK}", xorz.library_path)
+    done = run(
+        f"    import sys, torch, xorz\n    torch.ops.load_library(sys.argv[1])\n{CHECK}", xorz.library_path
+    )
     assert done.stderr == ""
 
 

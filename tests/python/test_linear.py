@@ -55,13 +55,15 @@ def test_bias_of_the_fine_tune():
 
 
 def test_wrong_arguments_raise_what_python_users_expect():
-    linear, tuned, module = layer()
+    linear, _, module = layer()
     other = copy.deepcopy(linear)
     with torch.no_grad():
         other.weight[3, 4] += 1
     with pytest.raises(ValueError, match=r"digest [0-9a-f]{32}.*digest [0-9a-f]{32}"):
         XorDeltaLinear.from_linear(other, module.delta)
-    with pytest.raises(ValueError, match=r"delta is of torch.bfloat16 \[24, 40\], but weight is torch.bfloat16 \[24, 41\]"):
+    with pytest.raises(
+        ValueError, match=r"delta is of torch.bfloat16 \[24, 40\], but weight is torch.bfloat16 \[24, 41\]"
+    ):
         XorDeltaLinear.from_linear(nn.Linear(41, 24).bfloat16(), module.delta)
     with pytest.raises(ValueError, match=r"torch.bfloat16 \[24, 40\], but weight is torch.float32"):
         XorDeltaLinear.from_linear(nn.Linear(40, 24), module.delta)
@@ -69,13 +71,13 @@ def test_wrong_arguments_raise_what_python_users_expect():
     damaged[-70] ^= 0xFF
     with pytest.raises(ValueError):
         XorDeltaLinear.from_linear(linear, damaged)
-    with pytest.raises(TypeError, match="must be an nn.Linear, but is Conv1d"):
+    with pytest.raises(TypeError, match=r"must be an nn.Linear, but is Conv1d"):
         XorDeltaLinear.from_linear(nn.Conv1d(1, 1, 1), module.delta)
     with pytest.raises(TypeError, match="delta must be a tensor, but is bytes"):
         XorDeltaLinear.from_linear(linear, b"delta")
-    with pytest.raises(TypeError, match="but is torch.float64"):
+    with pytest.raises(TypeError, match=r"but is torch\.float64"):
         XorDeltaLinear.from_linear(linear.double(), module.delta)
-    with pytest.raises(ValueError, match="mode must be one of .* but is 'quick'"):
+    with pytest.raises(ValueError, match=r"mode must be one of .* but is 'quick'"):
         XorDeltaLinear.from_linear(layer()[0], module.delta, mode="quick")
     with pytest.raises(ValueError, match="1-D uint8"):
         XorDeltaLinear.from_linear(layer()[0], module.delta.int())
@@ -204,7 +206,7 @@ def test_autocast_gives_the_dtype_of_linear_and_the_bits_of_the_fine_tune(dtype,
 
 def test_training_moves_the_bias_and_the_layers_around():
     torch.manual_seed(0)
-    linear, tuned, module = layer(dtype=torch.float32)
+    _, _, module = layer(dtype=torch.float32)
     model = nn.Sequential(nn.Linear(16, 40), module, nn.Linear(24, 1))
     frozen = module.weight_bits.clone()
     reference = copy.deepcopy(nn.Sequential(model[0], module.to_linear(), model[2]))
@@ -235,7 +237,7 @@ def test_gradient_checkpointing_and_hooks_see_an_ordinary_module():
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_is_whole_dynamic_and_trains(backend):
-    linear, tuned, module = layer(dtype=torch.float32)
+    linear, _, module = layer(dtype=torch.float32)
     model = nn.Sequential(module, nn.ReLU())
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)

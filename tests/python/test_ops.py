@@ -1,6 +1,8 @@
 """Promise: each op does what its schema says for every encoding, dtype and shape, is fit for autograd and compilation, and
 answers each misuse with a sentence that names the argument and both values."""
 
+import itertools
+
 import pytest
 import torch
 import xorz
@@ -47,7 +49,9 @@ def test_delta_linear_is_the_product_with_the_fine_tuned_weights(encoding, dtype
                 assert y.dtype == dtype and y.is_contiguous()
                 assert close(y, x, tuned, bias), (lead, bias is not None)
     wide = random_weight(6, 2 * 67, dtype, seed=4)[:, ::2]
-    assert not wide.is_contiguous() and close(ops.delta_linear(wide, base, b, delta, mode=mode), wide, tuned, b)
+    assert not wide.is_contiguous() and close(
+        ops.delta_linear(wide, base, b, delta, mode=mode), wide, tuned, b
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (1, 1), (1, 300), (300, 1), (33, 257)])
@@ -76,18 +80,22 @@ def test_restore_apply_slice_and_concat_keep_every_bit(encoding, dtype):
     assert same_bits(mine, tuned)
     for dim, cuts in ((0, (0, 1, 16, 33, 70)), (1, (0, 7, 256, 299, 300))):
         parts = []
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in itertools.pairwise(cuts):
             piece = base.narrow(dim, start, end - start).contiguous()
             cut = ops.delta_slice(delta, base, dim, start, end)
             ops.delta_check(cut, piece)
-            assert same_bits(ops.delta_restore(piece, cut), tuned.narrow(dim, start, end - start).contiguous())
+            assert same_bits(
+                ops.delta_restore(piece, cut), tuned.narrow(dim, start, end - start).contiguous()
+            )
             parts.append((cut, piece))
         joined = ops.delta_concat([d for d, _ in parts], [p for _, p in parts], dim)
         ops.delta_check(joined, base)
         assert same_bits(ops.delta_restore(base, joined), tuned)
 
 
-@pytest.mark.parametrize("other", [torch.float64, torch.int64, torch.uint8, torch.int16, torch.bool, torch.uint16])
+@pytest.mark.parametrize(
+    "other", [torch.float64, torch.int64, torch.uint8, torch.int16, torch.bool, torch.uint16]
+)
 @pytest.mark.parametrize("shape", [(), (7,), (5, 6), (3, 4, 5), (0, 3)])
 def test_any_dtype_and_shape_is_stored_bit_for_bit(other, shape):
     base = (torch.rand(shape) * 100).to(other)
@@ -149,7 +157,9 @@ def test_no_gradient_reaches_the_weight_and_none_leaks_through_kernels(mode):
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in opcheck
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # torch's own, in opcheck
 def test_opcheck_of_every_op(encoding, dtype):
     base = random_weight(20, 40, dtype)
     tuned, delta = make_delta(base, encoding)
@@ -232,40 +242,132 @@ def misuses():
     damaged = delta.clone()
     damaged[12] = 99
     as_i64 = xorz.delta_encode(base.long(), base.long() + 1)
-    yield "weight shape", lambda: lin(x, base[:4], None, delta), r"weight is bfloat16 \[4, 12\].*delta is of bfloat16 \[8, 12\]"
-    yield "weight dtype", lambda: lin(x, base.to(f32), None, delta), r"weight is float32 \[8, 12\].*delta is of bfloat16"
-    yield "weight bits", lambda: lin(x, base.view(torch.int16).int(), None, delta), r"weight is int32 \[8, 12\].*bfloat16"
-    yield "weight dims", lambda: lin(x, base[0], None, delta), r"weight must be 2-D \[n, k\], but is bfloat16 \[12\]"
-    yield "weight strides", lambda: lin(x, base.T.contiguous().T, None, delta), r"weight bfloat16 \[8, 12\] must be contiguous"
-    yield "input columns", lambda: lin(x[:, :5], base, None, delta), r"input is bfloat16 \[2, 5\].*weight\.shape\[1\] = 12"
-    yield "input dtype", lambda: lin(x.to(f32), base, None, delta), r"input is float32 \[2, 12\].*delta's dtype is bfloat16"
+    yield (
+        "weight shape",
+        lambda: lin(x, base[:4], None, delta),
+        r"weight is bfloat16 \[4, 12\].*delta is of bfloat16 \[8, 12\]",
+    )
+    yield (
+        "weight dtype",
+        lambda: lin(x, base.to(f32), None, delta),
+        r"weight is float32 \[8, 12\].*delta is of bfloat16",
+    )
+    yield (
+        "weight bits",
+        lambda: lin(x, base.view(torch.int16).int(), None, delta),
+        r"weight is int32 \[8, 12\].*bfloat16",
+    )
+    yield (
+        "weight dims",
+        lambda: lin(x, base[0], None, delta),
+        r"weight must be 2-D \[n, k\], but is bfloat16 \[12\]",
+    )
+    yield (
+        "weight strides",
+        lambda: lin(x, base.T.contiguous().T, None, delta),
+        r"weight bfloat16 \[8, 12\] must be contiguous",
+    )
+    yield (
+        "input columns",
+        lambda: lin(x[:, :5], base, None, delta),
+        r"input is bfloat16 \[2, 5\].*weight\.shape\[1\] = 12",
+    )
+    yield (
+        "input dtype",
+        lambda: lin(x.to(f32), base, None, delta),
+        r"input is float32 \[2, 12\].*delta's dtype is bfloat16",
+    )
     yield "input 0-D", lambda: lin(x[0, 0], base, None, delta), r"input is bfloat16 \[\].*= 12"
-    yield "bias size", lambda: lin(x, base, b[:3], delta), r"bias is bfloat16 \[3\], but must be bfloat16 \[8\]"
-    yield "bias dtype", lambda: lin(x, base, b.to(f32), delta), r"bias is float32 \[8\], but must be bfloat16 \[8\]"
+    yield (
+        "bias size",
+        lambda: lin(x, base, b[:3], delta),
+        r"bias is bfloat16 \[3\], but must be bfloat16 \[8\]",
+    )
+    yield (
+        "bias dtype",
+        lambda: lin(x, base, b.to(f32), delta),
+        r"bias is float32 \[8\], but must be bfloat16 \[8\]",
+    )
     yield "mode", lambda: lin(x, base, None, delta, mode="quick"), r'mode must be "fast".*but is "quick"'
-    yield "delta dtype", lambda: lin(x, base, None, delta.int()), r"delta must be a 1-D uint8 tensor.*but is int32"
-    yield "delta dims", lambda: lin(x, base, None, delta[None]), r"delta must be a 1-D uint8 tensor.*uint8 \[1, "
-    yield "delta strides", lambda: lin(x, base, None, torch.cat([delta, delta])[::2]), r"delta .* must be contiguous"
+    yield (
+        "delta dtype",
+        lambda: lin(x, base, None, delta.int()),
+        r"delta must be a 1-D uint8 tensor.*but is int32",
+    )
+    yield (
+        "delta dims",
+        lambda: lin(x, base, None, delta[None]),
+        r"delta must be a 1-D uint8 tensor.*uint8 \[1, ",
+    )
+    yield (
+        "delta strides",
+        lambda: lin(x, base, None, torch.cat([delta, delta])[::2]),
+        r"delta .* must be contiguous",
+    )
     yield "delta empty", lambda: lin(x, base, None, delta[:0]), r"delta: .*0 bytes"
     yield "delta short", lambda: lin(x, base, None, delta[:-64].clone()), r"delta: "
     yield "delta damaged", lambda: lin(x, base, None, damaged), r"delta: "
-    yield "delta of integers", lambda: lin(x, base.long(), None, as_i64), r"the delta is of int64; only float32"
-    yield "complex", lambda: ops.delta_encode(x.to(torch.complex64), x.to(torch.complex64)), r"base has a dtype"
-    yield "encode shapes", lambda: ops.delta_encode(base, tuned[:4]), r"base is bfloat16 \[8, 12\].*fine_tuned is bfloat16 \[4, 12\]"
-    yield "encode dtypes", lambda: ops.delta_encode(base, tuned.float()), r"base is bfloat16.*fine_tuned is float32"
-    yield "encode prefer", lambda: ops.delta_encode(base, tuned, prefer="size"), r'prefer must be "speed" or "memory", but is "size"'
+    yield (
+        "delta of integers",
+        lambda: lin(x, base.long(), None, as_i64),
+        r"the delta is of int64; only float32",
+    )
+    yield (
+        "complex",
+        lambda: ops.delta_encode(x.to(torch.complex64), x.to(torch.complex64)),
+        r"base has a dtype",
+    )
+    yield (
+        "encode shapes",
+        lambda: ops.delta_encode(base, tuned[:4]),
+        r"base is bfloat16 \[8, 12\].*fine_tuned is bfloat16 \[4, 12\]",
+    )
+    yield (
+        "encode dtypes",
+        lambda: ops.delta_encode(base, tuned.float()),
+        r"base is bfloat16.*fine_tuned is float32",
+    )
+    yield (
+        "encode prefer",
+        lambda: ops.delta_encode(base, tuned, prefer="size"),
+        r'prefer must be "speed" or "memory", but is "size"',
+    )
     yield "restore", lambda: ops.delta_restore(base.float(), delta), r"base is float32.*delta is of bfloat16"
-    yield "apply base", lambda: ops.delta_apply_(tuned.clone(), delta), r"delta_apply_: .*digest [0-9a-f]{32}.*digest [0-9a-f]{32}"
+    yield (
+        "apply base",
+        lambda: ops.delta_apply_(tuned.clone(), delta),
+        r"delta_apply_: .*digest [0-9a-f]{32}.*digest [0-9a-f]{32}",
+    )
     yield "apply alias", lambda: ops.delta_apply_(delta, delta), r"delta_apply_: "
-    yield "check base", lambda: ops.delta_check(delta, tuned), r"delta_check: .*digest [0-9a-f]{32}.*digest [0-9a-f]{32}"
-    yield "grad columns", lambda: ops.delta_linear_grad_input(x, base, delta), r"grad is bfloat16 \[2, 12\].*weight\.shape\[0\] = 8"
-    yield "slice dim", lambda: ops.delta_slice(delta, base, 2, 0, 1), r"dim must be 0 \(rows\) or 1 \(columns\), but is 2"
-    yield "slice range", lambda: ops.delta_slice(delta, base, 0, 3, 9), r"start = 3 and end = 9 must lie within 0 to 8"
+    yield (
+        "check base",
+        lambda: ops.delta_check(delta, tuned),
+        r"delta_check: .*digest [0-9a-f]{32}.*digest [0-9a-f]{32}",
+    )
+    yield (
+        "grad columns",
+        lambda: ops.delta_linear_grad_input(x, base, delta),
+        r"grad is bfloat16 \[2, 12\].*weight\.shape\[0\] = 8",
+    )
+    yield (
+        "slice dim",
+        lambda: ops.delta_slice(delta, base, 2, 0, 1),
+        r"dim must be 0 \(rows\) or 1 \(columns\), but is 2",
+    )
+    yield (
+        "slice range",
+        lambda: ops.delta_slice(delta, base, 0, 3, 9),
+        r"start = 3 and end = 9 must lie within 0 to 8",
+    )
     yield "slice order", lambda: ops.delta_slice(delta, base, 1, 5, 4), r"start = 5 and end = 4"
     yield "slice negative", lambda: ops.delta_slice(delta, base, 1, -1, 4), r"start = -1"
     yield "concat empty", lambda: xorz.delta_concat([], [], 0), r"delta_concat: deltas is empty"
     yield "concat lengths", lambda: ops.delta_concat([delta], [], 0), r"1 deltas, but 0 bases"
-    yield "concat part", lambda: ops.delta_concat([delta, delta], [base, base[:2]], 0), r"bases\[1\] is bfloat16 \[2, 12\]"
+    yield (
+        "concat part",
+        lambda: ops.delta_concat([delta, delta], [base, base[:2]], 0),
+        r"bases\[1\] is bfloat16 \[2, 12\]",
+    )
     yield "concat dim", lambda: ops.delta_concat([delta], [base], -1), r"dim must be 0 .* but is -1"
 
 
@@ -294,7 +396,7 @@ def test_a_broken_header_never_crashes(position, encoding):
             try:
                 call()
             except RuntimeError as error:
-                assert str(error).startswith("xorz::")  # noqa: PT017
+                assert str(error).startswith("xorz::")
 
 
 def test_calls_from_many_threads_agree():
@@ -329,7 +431,9 @@ def test_the_python_functions_are_the_ops(encoding):
     assert same_bits(xorz.delta_apply_(base.clone(), delta), tuned)
     xorz.delta_check(delta, base)
     g = random_weight(3, 20, torch.bfloat16)
-    assert same_bits(xorz.delta_linear_grad_input(g, base, delta), ops.delta_linear_grad_input(g, base, delta))
+    assert same_bits(
+        xorz.delta_linear_grad_input(g, base, delta), ops.delta_linear_grad_input(g, base, delta)
+    )
     assert torch.equal(xorz.delta_slice(delta, base, 0, 0, 20), ops.delta_slice(delta, base, 0, 0, 20))
     assert torch.equal(xorz.delta_concat([delta], [base], 0), ops.delta_concat([delta], [base], 0))
     info = xorz.delta_info(delta)

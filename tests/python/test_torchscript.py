@@ -37,7 +37,9 @@ class Model(nn.Module):
                 linear.weight.copy_(random_weight(48, 48, dtype, i))
             tuned, delta = make_delta(linear.weight.detach(), encoding)
             assert encoding == "unchanged" or not same_bits(tuned, linear.weight.detach())
-            self.layers.append(XorDeltaLinear.from_linear(linear, delta, mode=("fast", "deterministic", "exact")[i % 3]))
+            self.layers.append(
+                XorDeltaLinear.from_linear(linear, delta, mode=("fast", "deterministic", "exact")[i % 3])
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = torch.zeros_like(x)
