@@ -17,7 +17,7 @@ SHIM_SOURCES   := $(wildcard csrc/*) CMakeLists.txt
 PYTHON_SOURCES := $(shell find python -name '*.py' -o -name py.typed) pyproject.toml README.md
 PYTHON_LINTED  := $(wildcard python tests benches examples)
 
-.PHONY: build demo test test-rust test-capi test-python lint format bench clean
+.PHONY: build demo test test-rust test-capi test-python test-avx512 lint format bench clean
 .DELETE_ON_ERROR:
 
 build: $(INSTALLED)
@@ -55,6 +55,10 @@ test-capi: build
 
 test-python: build
 	$(PY) -m pytest
+
+# Not part of test: minutes of emulation, and Debian's packages. For machines without AVX-512.
+test-avx512:
+	NICE="$(NICE)" CARGO="$(CARGO)" tests/avx512/run.sh
 
 lint: $(REQUIREMENTS)
 	$(CARGO) fmt --check

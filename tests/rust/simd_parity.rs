@@ -16,6 +16,8 @@ use xorz::resident::{Resident, restore};
 #[test]
 fn every_instruction_set_gives_the_same_bits() {
     let mut rng = Rng::new(21);
+    // Under emulation a product of 17 rows is worth its minutes, one of 40 is not.
+    let most = if std::env::var_os("XORZ_TEST_ISA").is_some() { 17 } else { 40 };
     for (n, k) in [(35, 301), (3, 4200), (260, 40)] {
         for dtype in DTYPES {
             for encoding in ENCODINGS {
@@ -23,7 +25,7 @@ fn every_instruction_set_gives_the_same_bits() {
                 let base = rng.weights(dtype, n * k);
                 let fine_tuned = common::perturbed(&mut rng, dtype, &base, 0.1);
                 let case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
-                for m in [1, 3, 4, 8, 13, 16, 17, 40] {
+                for m in [1, 3, 4, 8, 13, 16, 17, 40].into_iter().filter(|m| *m <= most) {
                     let x = rng.weights(dtype, m * k);
                     let bias = rng.weights(dtype, n);
                     let grad = rng.weights(dtype, m * n);

@@ -13,10 +13,14 @@ pub const DTYPES: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];
 pub const ENCODINGS: [Encoding; 4] = Encoding::ALL;
 pub const MODES: [Mode; 2] = [Mode::Fast, Mode::Deterministic];
 
-/// The instruction sets of this machine; those that it lacks are named.
+/// The instruction sets of this machine; those that it lacks are named. `XORZ_TEST_ISA` leaves only the one that it
+/// names, for machines on which every instruction is dear (tests/avx512).
 pub fn isas() -> Vec<Isa> {
-    let (has, lacks): (Vec<_>, Vec<_>) = Isa::ALL.into_iter().partition(|isa| isa.is_available());
+    let only = std::env::var("XORZ_TEST_ISA").ok();
+    let wanted = Isa::ALL.into_iter().filter(|isa| only.as_deref().is_none_or(|name| name == isa.name()));
+    let (has, lacks): (Vec<_>, Vec<_>) = wanted.partition(|isa| isa.is_available());
     lacks.iter().for_each(|isa| println!("SKIPPED: this machine lacks {}", isa.name()));
+    assert!(only.is_none() || !has.is_empty(), "XORZ_TEST_ISA is {only:?}, which this machine lacks");
     has
 }
 
