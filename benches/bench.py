@@ -34,7 +34,8 @@ def fine_tune(base: Tensor, share: float, generator: torch.Generator) -> Tensor:
         return torch.where(bits == base.view(INTS[base.dtype]), bits + 1, bits).view(base.dtype)
     steps = torch.randint(1, 4, base.shape, generator=generator, dtype=torch.int32)
     steps *= torch.randint(0, 2, base.shape, generator=generator, dtype=torch.int32) * 2 - 1
-    steps *= torch.rand(base.shape, generator=generator) < share
+    # A step down from zero would be a NaN.
+    steps *= (torch.rand(base.shape, generator=generator) < share) & (base != 0)
     return (base.view(INTS[base.dtype]) + steps.to(INTS[base.dtype])).view(base.dtype)
 
 
