@@ -1,8 +1,8 @@
 """Peak memory of loading and serving a tenant: ``python benches/memory.py``.
 
-Three fresh processes over the same synthetic model (layers of 4096x4096 bf16, 3 % changed): the base alone, a
-second dense model beside it, and base + delta by xorz. Reported is the process's peak resident memory (VmHWM)
-beyond the base's own.
+Two fresh processes hold the same synthetic base (layers of 4096x4096 bf16, 3 % changed), then add a tenant: a second
+dense model, or a package loaded and served by xorz. Reported is how far the process's resident memory rose above
+the base's at its highest (VmHWM, reset before the tenant comes).
 """
 
 from __future__ import annotations
@@ -20,10 +20,16 @@ from safetensors.torch import load_file, save_file
 SIZE = 4096
 
 
-def peak() -> int:
-    """Peak resident bytes of this process."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+def status(key: str) -> int:
+    """Bytes of a line of this process's status: VmRSS now, VmHWM at the highest."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+def reset_peak() -> int:
+    """Let the peak start anew; returns what is resident now."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
 
 
 def make(folder: pathlib.Path, layers: int) -> None:
@@ -45,29 +51,29 @@ def make(folder: pathlib.Path, layers: int) -> None:
 
 
 def child(what: str, folder: pathlib.Path) -> None:
-    """Load and serve one way, and print the peak."""
+    """Load and serve one way; print the peaks after loading and after serving, and the bytes of the tenant."""
+    import xorz
+
     base = {k: v.clone() for k, v in load_file(folder / "base.safetensors").items()}
     x = torch.randn(8, SIZE).bfloat16()
+    for w in base.values():  # both libraries warm, so that only the tenant is counted
+        F.linear(x, w)
+    start = reset_peak()
     if what == "dense":
-        tenant = {k: v.clone() for k, v in load_file(folder / "fine_tuned.safetensors").items()}
-        for w in tenant.values():
-            F.linear(x, w)
-    if what == "xorz":
-        import xorz
-
-        deltas = xorz.load_deltas(base, folder / "tenant.xorz", prefer="speed")
-        loaded = peak()
-        for name, w in base.items():
-            torch.ops.xorz.delta_linear(x, w, None, deltas[name])
-        print(loaded, sum(d.numel() for d in deltas.values()), end=" ")
-    if what == "base":
-        for w in base.values():
-            F.linear(x, w)
-    print(peak())
+        tenant = load_file(folder / "fine_tuned.safetensors")
+    else:
+        tenant = xorz.load_deltas(base, folder / "tenant.xorz", prefer="speed")
+    loaded = status("VmHWM") - start
+    for name, w in base.items():
+        if what == "dense":
+            F.linear(x, tenant[name])
+        else:
+            torch.ops.xorz.delta_linear(x, w, None, tenant[name])
+    print(loaded, status("VmHWM") - start, sum(t.numel() * t.element_size() for t in tenant.values()))
 
 
 def main() -> None:
-    """Run the three processes and print the differences."""
+    """Run the processes and print the differences."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -80,24 +86,19 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         make(pathlib.Path(folder), args.layers)
-        got = {}
-        for what in ("base", "dense", "xorz"):
-            command = [sys.executable, __file__, "--child", what, folder]
-            got[what] = [
-                int(v)
-                for v in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-            ]
-        loaded, deltas, served = got["xorz"]
-        base = got["base"][0]
-        package = (pathlib.Path(folder) / "tenant.xorz").stat().st_size
         mib = 1 << 20
+        package = (pathlib.Path(folder) / "tenant.xorz").stat().st_size
         print(
-            f"{args.layers} layers of {SIZE}x{SIZE} bf16: base {args.layers * SIZE * SIZE * 2 / mib:.0f} MiB"
+            f"base: {args.layers} layers of {SIZE}x{SIZE} bf16, {args.layers * SIZE * SIZE * 2 / mib:.0f} MiB"
         )
-        print(f"  a second dense model: peak {(got['dense'][0] - base) / mib:+.0f} MiB")
-        print(f"  xorz: package {package / mib:.1f} MiB, resident deltas {deltas / mib:.1f} MiB")
-        print(f"  xorz: peak after loading {(loaded - base) / mib:+.0f} MiB")
-        print(f"  xorz: peak after serving {(served - base) / mib:+.0f} MiB")
+        print(f"package: {package / mib:.1f} MiB")
+        for what in ("dense", "xorz"):
+            command = [sys.executable, __file__, "--child", what, folder]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            loaded, served, size = (int(v) / mib for v in done.stdout.split())
+            print(
+                f"{what:>6}: tenant {size:.1f} MiB; peak above the base: loading {loaded:.1f}, serving {served:.1f} MiB"
+            )
 
 
 if __name__ == "__main__":
