@@ -7,14 +7,19 @@
 
 use super::dot::{Rows, Split, dot_block};
 use super::float::{Float, padded};
+use super::lanes::Decoder;
 use super::simd::{GROUP, Kernel, LANES, Simd};
-use crate::codec::exponent::Decoder;
+use crate::codec::word::Word;
 use crate::codec::{Exceptions, ExponentTile, Grid, Rect};
 use crate::error::{Error, Result};
 use std::marker::PhantomData;
 
 /// Words decoded at a time; a multiple of the group and of the encoding's 32 lanes.
-pub(super) const MICRO: usize = 256;
+pub(super) const MICRO: usize = 1024;
+
+/// Bytes of a cache line. The next words' lines are asked for while these are decoded: decoding computes too long at a
+/// time for the processor to look ahead.
+const LINE: usize = 64;
 
 /// Decodes a tile row after row, some columns at a time, exceptions included.
 pub(super) struct Stream<'a, D: Float> {
@@ -30,17 +35,26 @@ impl<'a, D: Float> Stream<'a, D> {
     }
 
     /// Decode columns `c..c + words.len()` of row `r` of the tile from their base words; in step order.
-    pub(super) fn decode(&mut self, r: usize, c: usize, base: &[u8], words: &mut [D::Word]) -> Result<()> {
+    pub(super) fn decode<S: Simd>(
+        &mut self,
+        s: S,
+        (r, c): (usize, usize),
+        base: &[u8],
+        words: &mut [D::Word],
+    ) -> Result<()> {
         bytemuck::cast_slice_mut::<D::Word, u8>(words).copy_from_slice(base);
-        self.decoder.advance(words)?;
+        self.decoder.advance(s, words)?;
         let start = r * self.tile_cols + c;
-        while self.next < self.exceptions.len() {
-            let (position, word) = self.exceptions.get(self.next);
+        // `Exceptions::get` divides to learn the size of a word; here it is known.
+        let (positions, _) = self.exceptions.positions.as_chunks::<2>();
+        let overriding = self.exceptions.words.chunks_exact(D::BYTES);
+        for (position, word) in positions.iter().zip(overriding).skip(self.next) {
+            let position = usize::from(u16::from_le_bytes(*position));
             if position >= start + words.len() {
                 break;
             }
             let at = position.checked_sub(start).ok_or_else(|| misplaced(position))?;
-            words[at] = <D::Word as crate::codec::word::Word>::from_u64(word);
+            words[at] = D::Word::load(word);
             self.next += 1;
         }
         Ok(())
@@ -80,7 +94,11 @@ pub(super) fn product<S: Simd, D: Float>(
         partial[..m].fill([0.0; LANES]);
         for c in (0..rect.cols()).step_by(MICRO) {
             let words = &mut words[..MICRO.min(rect.cols() - c)];
-            stream.decode(r, c, &row[c * D::BYTES..(c + words.len()) * D::BYTES], words)?;
+            let next = if c + MICRO < rect.cols() { c + MICRO } else { base.stride / D::BYTES };
+            for line in (0..MICRO * D::BYTES).step_by(LINE) {
+                s.prefetch(base.bytes, r * base.stride + next * D::BYTES + line);
+            }
+            stream.decode(s, (r, c), &row[c * D::BYTES..(c + words.len()) * D::BYTES], words)?;
             let words = bytemuck::cast_slice(words);
             s.run(Piece::<D> { words, x, groups, from: c / GROUP, m, partial, dtype: PhantomData });
         }

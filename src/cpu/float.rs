@@ -1,6 +1,7 @@
 //! The three dtypes that linear layers compute on, as kernels see them: how words become lanes and results become words.
 //! Must hold no algorithm.
 
+use super::lanes::Lane;
 use super::simd::{GROUP, Simd};
 use crate::codec::word::Word;
 use crate::error::{Error, Result};
@@ -11,7 +12,7 @@ use zerocopy::{FromBytes, IntoBytes, KnownLayout};
 /// A computing dtype.
 pub(crate) trait Float: Copy + Send + Sync + 'static {
     /// Its words.
-    type Word: Word;
+    type Word: Lane;
     /// The bytes of [`GROUP`] words.
     type Group: Copy + AsRef<[u8]> + AsMut<[u8]>;
     /// A word that threads may write side by side.

@@ -81,7 +81,7 @@ impl<D: Float> Job<'_, D> {
         }
         (columns.start..columns.end)
             .step_by(STRIP)
-            .try_for_each(|c| self.wide(grid, c..(c + STRIP).min(columns.end), &columns, m0, again, sc))
+            .try_for_each(|c| self.wide(s, grid, c..(c + STRIP).min(columns.end), &columns, m0, again, sc))
     }
 
     /// Add one tile's rows to the strip.
@@ -108,7 +108,7 @@ impl<D: Float> Job<'_, D> {
                 self.grads(m0, rect.r0 + r, 1, &mut g);
                 for c in (0..rect.cols()).step_by(MICRO) {
                     let words = &mut words[..MICRO.min(rect.cols() - c)];
-                    stream.decode(r, c, self.base.span(rect.r0 + r, rect.c0 + c, words.len()), words)?;
+                    stream.decode(s, (r, c), self.base.span(rect.r0 + r, rect.c0 + c, words.len()), words)?;
                     let bytes: &[u8] = bytemuck::cast_slice(words);
                     let rows = Rows { bytes, stride: bytes.len(), len: bytes.len() };
                     let sums = &mut sums[c..c + words.len()];
@@ -167,8 +167,9 @@ impl<D: Float> Job<'_, D> {
     }
 
     /// Compute the non-finite outputs of `columns` again; bit j of `again` says that row `m0 + j` has some.
-    fn wide(
+    fn wide<S: Simd>(
         &self,
+        s: S,
         grid: &Grid,
         columns: Range<usize>,
         strip: &Range<usize>,
@@ -183,7 +184,7 @@ impl<D: Float> Job<'_, D> {
             let index = band * across + columns.start / grid.tile_cols;
             let rect = grid.rect(index);
             let words = sc.words.bytes_mut(rect.words() * D::BYTES);
-            super::restore::tile_words(self.delta, &self.base, index, words)?;
+            super::restore::tile_words(s, self.delta, &self.base, index, words)?;
             for (r, row) in words.chunks_exact(rect.cols() * D::BYTES).enumerate() {
                 let row = &row[(columns.start - rect.c0) * D::BYTES..];
                 for j in (0..LANES).filter(|j| again >> j & 1 == 1) {

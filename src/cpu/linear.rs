@@ -141,7 +141,7 @@ impl<D: Float> Job<'_, D> {
             }
         }
         let sums = std::mem::take(&mut sc.sums);
-        let done = self.finish(block, sums.all(), strides, sc);
+        let done = self.finish(s, block, sums.all(), strides, sc);
         sc.sums = sums;
         done
     }
@@ -282,7 +282,14 @@ impl<D: Float> Job<'_, D> {
     }
 
     /// Bias, rounding, and the way out; band by band, so that a band with non-finite outputs is done again.
-    fn finish(&self, block: Block, sums: &[f32], strides: Strides, sc: &mut Scratch) -> Result<()> {
+    fn finish<S: Simd>(
+        &self,
+        s: S,
+        block: Block,
+        sums: &[f32],
+        strides: Strides,
+        sc: &mut Scratch,
+    ) -> Result<()> {
         let tile_rows = self.grid.tile_rows;
         for band in block.r0 / tile_rows..block.r1.div_ceil(tile_rows) {
             let (r0, r1) = (band * tile_rows, ((band + 1) * tile_rows).min(self.n));
@@ -301,7 +308,7 @@ impl<D: Float> Job<'_, D> {
                 }
             }
             if any {
-                wide::linear(self, band, block.m0, &again[..r1 - r0], sc)?;
+                wide::linear(s, self, band, block.m0, &again[..r1 - r0], sc)?;
             }
         }
         Ok(())
@@ -317,7 +324,7 @@ impl<D: Float> Job<'_, D> {
             let index = band * across + tc;
             let rect = self.grid.rect(index);
             let words = sc.words.bytes_mut(rect.words() * D::BYTES);
-            super::restore::tile_words(self.delta, &self.base, index, words)?;
+            super::restore::tile_words(s, self.delta, &self.base, index, words)?;
             counters::count_panel();
             let len = rect.cols() * D::BYTES;
             let groups = padded(rect.cols()) / GROUP;
@@ -332,7 +339,7 @@ impl<D: Float> Job<'_, D> {
         let strides = Strides { row: 1, column: rows };
         let done = (0..m).step_by(BLOCK).try_for_each(|j| {
             let block = Block { r0, r1: r0 + rows, m0: m0 + j, m: BLOCK.min(m - j) };
-            self.finish(block, &sums.all()[j * rows..], strides, sc)
+            self.finish(s, block, &sums.all()[j * rows..], strides, sc)
         });
         sc.sums = sums;
         done

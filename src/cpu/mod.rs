@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `linear` | `delta_linear`: which tiles go where; `dot` base products, `sparse` entries, `exponent` decoding on the way |
 //! | `wide` | the decode path of outputs that are not finite |
+//! | `lanes` | the bit streams of `exponent` |
 //! | `grad` | `delta_linear_grad_input` |
 //! | `restore` | fine-tuned words: restore, apply, tiles for scratch |
 //! | `simd`, `scalar`, `x86_64` | the vector trait and its instances; `dispatch` picks one |
@@ -20,6 +21,7 @@ mod exec;
 mod exponent;
 mod float;
 mod grad;
+mod lanes;
 mod linear;
 mod restore;
 mod scalar;
@@ -33,6 +35,7 @@ mod x86_64;
 pub use dispatch::Isa;
 pub use exec::{Executor, Serial};
 
+use crate::codec::ExponentTile;
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Matrix, Shape};
 use crate::resident::Resident;
@@ -207,7 +210,52 @@ pub fn delta_restore_rows(
     out: &mut [u8],
     exec: &dyn Executor,
 ) -> Result<()> {
-    restore::rows(delta, base, rows, out, exec)
+    delta_restore_rows_on(Isa::active()?, delta, base, rows, out, exec)
+}
+
+/// [`delta_restore_rows`] on an instruction set of the caller's choice, for tests and benchmarks.
+///
+/// # Errors
+/// As [`delta_restore_rows`]; `Unsupported` if the machine lacks `isa`.
+pub fn delta_restore_rows_on(
+    isa: Isa,
+    delta: &Resident<'_>,
+    base: &Matrix<'_>,
+    rows: Range<usize>,
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    struct Call<'a, 'b>(&'a Resident<'b>, &'a Matrix<'b>, Range<usize>, &'a mut [u8], &'a dyn Executor);
+    impl Visitor for Call<'_, '_> {
+        type Out = Result<()>;
+        fn visit<S: Simd>(self, s: S) -> Result<()> {
+            restore::rows(s, self.0, self.1, self.2, self.3, self.4)
+        }
+    }
+    isa.with(Call(delta, base, rows, out, exec))?
+}
+
+/// `codec::decode_tile` of an `exponent` tile on an instruction set of the caller's choice, for tests and benchmarks:
+/// `words` holds whole rows of `cols` base words on entry, fine-tuned ones on exit; `tile_cols` is the grid's.
+///
+/// # Errors
+/// As `codec::decode_tile`; `InvalidArgument` where `words` is not rows of `cols` words or a width is above the word's;
+/// `Unsupported` for words of 1 or 8 bytes, and if the machine lacks `isa`.
+pub fn decode_exponent_on(
+    isa: Isa,
+    tile: &ExponentTile<'_>,
+    dtype: Dtype,
+    (cols, tile_cols): (usize, usize),
+    words: &mut [u8],
+) -> Result<()> {
+    struct Call<'a, 'b>(&'a ExponentTile<'b>, Dtype, usize, usize, &'a mut [u8]);
+    impl Visitor for Call<'_, '_> {
+        type Out = Result<()>;
+        fn visit<S: Simd>(self, s: S) -> Result<()> {
+            restore::exponent(s, self.0, self.1, self.2, self.3, self.4)
+        }
+    }
+    isa.with(Call(tile, dtype, cols, tile_cols, words))?
 }
 
 /// Turn the base into the fine-tuned matrix in place: `weight` holds the words of a `shape` matrix of `dtype`.
@@ -225,5 +273,12 @@ pub fn delta_apply(
     weight: &mut [u8],
     exec: &dyn Executor,
 ) -> Result<()> {
-    restore::apply(delta, dtype, shape, weight, exec)
+    struct Call<'a, 'b>(&'a Resident<'b>, Dtype, Shape, &'a mut [u8], &'a dyn Executor);
+    impl Visitor for Call<'_, '_> {
+        type Out = Result<()>;
+        fn visit<S: Simd>(self, s: S) -> Result<()> {
+            restore::apply(s, self.0, self.1, self.2, self.3, self.4)
+        }
+    }
+    Isa::active()?.with(Call(delta, dtype, shape, weight, exec))?
 }

@@ -2,9 +2,12 @@
 //! scratch. Every dtype; equal to `resident::restore` bit for bit. A word without an entry is copied, never computed with.
 
 use super::exec::{Executor, try_run};
+use super::exponent::MICRO;
 use super::float::{BF16, F16, F32, Float};
+use super::lanes::{Decoder, Lane};
+use super::simd::Simd;
 use crate::codec::word::{Word, with_word};
-use crate::codec::{GapKind, Grid, SparseTile, Tile};
+use crate::codec::{Exceptions, ExponentTile, GapKind, Grid, SparseTile, Tile};
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Matrix, Shape};
 use crate::resident::Resident;
@@ -13,7 +16,8 @@ use std::ops::Range;
 use std::sync::Mutex;
 
 /// See [`super::delta_restore_rows`].
-pub(super) fn rows(
+pub(super) fn rows<S: Simd>(
+    s: S,
     delta: &Resident<'_>,
     base: &Matrix<'_>,
     rows: Range<usize>,
@@ -51,10 +55,10 @@ pub(super) fn rows(
         let whole = band * tile_rows..((band + 1) * tile_rows).min(shape.n);
         if *rows == whole {
             out.copy_from_slice(base.rows(whole.start, whole.end).bytes());
-            return apply_band(delta, band, out);
+            return apply_band(s, delta, band, out);
         }
         let mut words = base.rows(whole.start, whole.end).bytes().to_vec();
-        apply_band(delta, band, &mut words)?;
+        apply_band(s, delta, band, &mut words)?;
         out.copy_from_slice(
             &words[(rows.start - whole.start) * row_bytes..(rows.end - whole.start) * row_bytes],
         );
@@ -63,7 +67,8 @@ pub(super) fn rows(
 }
 
 /// See [`super::delta_apply`].
-pub(super) fn apply(
+pub(super) fn apply<S: Simd>(
+    s: S,
     delta: &Resident<'_>,
     dtype: Dtype,
     shape: Shape,
@@ -80,24 +85,25 @@ pub(super) fn apply(
     let bands: Vec<_> = weight.chunks_mut(band_bytes).map(Mutex::new).collect();
     try_run(exec, bands.len(), |band| {
         let mut words = bands[band].lock().unwrap_or_else(|p| p.into_inner());
-        apply_band(delta, band, &mut words)
+        apply_band(s, delta, band, &mut words)
     })
 }
 
 /// Turn the base words of row band `band` into the fine-tuned ones; `words` holds the band's whole rows.
-fn apply_band(delta: &Resident<'_>, band: usize, words: &mut [u8]) -> Result<()> {
+fn apply_band<S: Simd>(s: S, delta: &Resident<'_>, band: usize, words: &mut [u8]) -> Result<()> {
     let (grid, dtype) = (delta.grid(), delta.header().dtype);
     let across = grid.tile_cols_count();
     (band * across..(band + 1) * across).try_for_each(|index| {
         let rect = grid.rect(index);
         let (w, k) = (dtype.word_bytes(), grid.shape.k);
         let stripe = Stripe { stride: k * w, from: rect.c0 * w, to: rect.c1 * w, rows: rect.rows() };
-        apply_tile(delta, index, stripe, words)
+        apply_tile(s, delta, index, stripe, words)
     })
 }
 
 /// The fine-tuned words of tile `index`, row after row, into `words`.
-pub(super) fn tile_words(
+pub(super) fn tile_words<S: Simd>(
+    s: S,
     delta: &Resident<'_>,
     base: &Matrix<'_>,
     index: usize,
@@ -109,7 +115,7 @@ pub(super) fn tile_words(
         row.copy_from_slice(base.span(rect.r0 + r, rect.c0, rect.cols()));
     }
     let stripe = Stripe { stride: len, from: 0, to: len, rows: rect.rows() };
-    apply_tile(delta, index, stripe, words)
+    apply_tile(s, delta, index, stripe, words)
 }
 
 /// Where a tile lies in a buffer of words: bytes `from..to` of each of `rows` rows of `stride` bytes.
@@ -128,7 +134,13 @@ impl Stripe {
 }
 
 /// Turn a tile's base words into its fine-tuned ones, in place.
-fn apply_tile(delta: &Resident<'_>, index: usize, stripe: Stripe, words: &mut [u8]) -> Result<()> {
+fn apply_tile<S: Simd>(
+    s: S,
+    delta: &Resident<'_>,
+    index: usize,
+    stripe: Stripe,
+    words: &mut [u8],
+) -> Result<()> {
     let done = match delta.tile(index)? {
         Tile::Unchanged => Ok(()),
         Tile::Raw(raw) => {
@@ -139,20 +151,86 @@ fn apply_tile(delta: &Resident<'_>, index: usize, stripe: Stripe, words: &mut [u
             let (dtype, tile_cols) = (delta.header().dtype, delta.grid().tile_cols);
             with_word!(dtype, W => patch::<W>(&t, dtype, tile_cols, stripe, words))
         }
-        Tile::Exponent(_) if stripe.stride == stripe.to - stripe.from => delta.decode(index, words),
-        Tile::Exponent(_) => {
-            // A tile of at most 65536 words, out and back.
-            let mut tile = Vec::with_capacity((stripe.to - stripe.from) * stripe.rows);
-            (0..stripe.rows).for_each(|r| tile.extend_from_slice(stripe.row(words, r)));
-            let done = delta.decode(index, &mut tile);
-            if done.is_ok() {
-                let rows = tile.chunks_exact(stripe.to - stripe.from);
-                rows.enumerate().for_each(|(r, row)| stripe.row(words, r).copy_from_slice(row));
+        Tile::Exponent(t) => {
+            let (dtype, tile_cols) = (delta.header().dtype, delta.grid().tile_cols);
+            match dtype.word_bytes() {
+                2 => unpack::<S, u16>(s, &t, dtype, tile_cols, stripe, words),
+                4 => unpack::<S, u32>(s, &t, dtype, tile_cols, stripe, words),
+                _ => by_oracle(delta, index, stripe, words),
             }
-            done
         }
     };
     done.map_err(|e| e.within(format!("delta, tile {index}")))
+}
+
+/// See [`super::decode_exponent_on`].
+pub(super) fn exponent<S: Simd>(
+    s: S,
+    tile: &ExponentTile<'_>,
+    dtype: Dtype,
+    cols: usize,
+    tile_cols: usize,
+    words: &mut [u8],
+) -> Result<()> {
+    let w = dtype.word_bytes();
+    if cols == 0 || cols > tile_cols || !words.len().is_multiple_of(cols * w) {
+        return Err(Error::invalid(format!(
+            "{} bytes are not rows of {cols} words of {dtype}, of tiles of {tile_cols} columns",
+            words.len()
+        )));
+    }
+    if let Some(width) = tile.widths.iter().find(|&&width| usize::from(width) > 8 * w) {
+        return Err(Error::invalid(format!("a width of {width} bits for words of {}", 8 * w)));
+    }
+    let stripe = Stripe { stride: cols * w, from: 0, to: cols * w, rows: words.len() / (cols * w) };
+    match w {
+        2 => unpack::<S, u16>(s, tile, dtype, tile_cols, stripe, words),
+        4 => unpack::<S, u32>(s, tile, dtype, tile_cols, stripe, words),
+        _ => Err(Error::unsupported(format!("no fast decoder of words of {dtype}"))),
+    }
+}
+
+/// Decode an `exponent` tile's words row after row, then the exceptions.
+fn unpack<S: Simd, W: Lane>(
+    s: S,
+    tile: &ExponentTile<'_>,
+    dtype: Dtype,
+    tile_cols: usize,
+    stripe: Stripe,
+    words: &mut [u8],
+) -> Result<()> {
+    let mut decoder = Decoder::<W>::new(tile, dtype);
+    for r in 0..stripe.rows {
+        let row = stripe.row(words, r);
+        if let Ok(row) = bytemuck::try_cast_slice_mut(row) {
+            decoder.advance(s, row)?;
+            continue;
+        }
+        // Words at an odd address: out and back.
+        let mut aligned = [W::default(); MICRO];
+        for part in row.chunks_mut(MICRO * W::BYTES) {
+            let aligned = &mut aligned[..part.len() / W::BYTES];
+            bytemuck::cast_slice_mut(aligned).copy_from_slice(part);
+            decoder.advance(s, aligned)?;
+            part.copy_from_slice(bytemuck::cast_slice(aligned));
+        }
+    }
+    decoder.finish()?;
+    overwrite::<W>(&tile.exceptions, tile_cols, stripe, words)
+}
+
+/// Decode an `exponent` tile of words that no fast decoder takes.
+fn by_oracle(delta: &Resident<'_>, index: usize, stripe: Stripe, words: &mut [u8]) -> Result<()> {
+    if stripe.stride == stripe.to - stripe.from {
+        return delta.decode(index, words);
+    }
+    // A tile of at most 65536 words, out and back.
+    let mut tile = Vec::with_capacity((stripe.to - stripe.from) * stripe.rows);
+    (0..stripe.rows).for_each(|r| tile.extend_from_slice(stripe.row(words, r)));
+    delta.decode(index, &mut tile)?;
+    let rows = tile.chunks_exact(stripe.to - stripe.from);
+    rows.enumerate().for_each(|(r, row)| stripe.row(words, r).copy_from_slice(row));
+    Ok(())
 }
 
 /// Patch a `sparse` tile's words: the entries of each lane, then the exceptions.
@@ -169,9 +247,20 @@ fn patch<W: Word>(
         Dtype::F32 => walk(tile, stripe, words, &mut Sums::<F32>::new())?,
         _ => walk::<W, _>(tile, stripe, words, &mut Xor)?,
     }
-    let exceptions = &tile.exceptions;
-    for i in 0..exceptions.len() {
-        let (position, word) = exceptions.get(i);
+    overwrite::<W>(&tile.exceptions, tile_cols, stripe, words)
+}
+
+/// Put a tile's exceptions in place.
+fn overwrite<W: Word>(
+    exceptions: &Exceptions<'_>,
+    tile_cols: usize,
+    stripe: Stripe,
+    words: &mut [u8],
+) -> Result<()> {
+    // `Exceptions::get` divides to learn the size of a word; here it is known.
+    let (positions, _) = exceptions.positions.as_chunks::<2>();
+    for (i, (position, word)) in positions.iter().zip(exceptions.words.chunks_exact(W::BYTES)).enumerate() {
+        let position = usize::from(u16::from_le_bytes(*position));
         let (r, c) = (position / tile_cols, position % tile_cols);
         let place = if r < stripe.rows {
             stripe.row(words, r).get_mut(c * W::BYTES..(c + 1) * W::BYTES)
@@ -180,7 +269,7 @@ fn patch<W: Word>(
         };
         place
             .ok_or_else(|| Error::corrupt(format!("exception {i} lies outside its tile, at {position}")))?
-            .copy_from_slice(&word.to_le_bytes()[..W::BYTES]);
+            .copy_from_slice(word);
     }
     Ok(())
 }

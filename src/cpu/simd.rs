@@ -8,6 +8,8 @@
 //! `detect`. So every method here is safe to call, bounds are carried by array types or clamped, and `unsafe` stays
 //! inside the architecture folders. This file must hold no intrinsic and no algorithm.
 
+use super::lanes::{Bits, Code, Progress, portable};
+
 /// Lanes of a vector, on every instance.
 pub(crate) const LANES: usize = 16;
 
@@ -79,4 +81,16 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
     /// Ask for the cache line at `bytes[at]`; nothing happens beyond the end.
     fn prefetch(self, bytes: &[u8], at: usize);
+
+    /// Steps of `exponent` on 16-bit words: [`Lane::steps`](super::lanes::Lane::steps).
+    #[inline(always)]
+    fn lanes16(self, lanes: &mut Bits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
+        portable(lanes, code, units, words)
+    }
+
+    /// Steps of `exponent` on 32-bit words: [`Lane::steps`](super::lanes::Lane::steps).
+    #[inline(always)]
+    fn lanes32(self, lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
+        portable(lanes, code, units, words)
+    }
 }

@@ -5,12 +5,13 @@
 use super::float::Float;
 use super::linear::Job;
 use super::scratch::Scratch;
-use super::simd::LANES;
+use super::simd::{LANES, Simd};
 use crate::error::Result;
 
 /// Compute and write outputs of row band `band` again: bit j of `again[r]` asks for row r of the band and row
 /// `m0 + j` of x.
-pub(super) fn linear<D: Float>(
+pub(super) fn linear<S: Simd, D: Float>(
+    s: S,
     job: &Job<'_, D>,
     band: usize,
     m0: usize,
@@ -24,7 +25,7 @@ pub(super) fn linear<D: Float>(
         let index = band * across + tc;
         let rect = job.grid.rect(index);
         let words = sc.words.bytes_mut(rect.words() * D::BYTES);
-        super::restore::tile_words(job.delta, &job.base, index, words)?;
+        super::restore::tile_words(s, job.delta, &job.base, index, words)?;
         let x = job.x_rows(m0, &rect);
         let rows = words.chunks_exact(rect.cols() * D::BYTES).zip(again);
         for (r, (row, &flags)) in rows.enumerate().filter(|(_, (_, flags))| **flags != 0) {

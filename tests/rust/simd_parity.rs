@@ -6,10 +6,13 @@ mod linear;
 
 use common::{Rng, matrix, unaligned};
 use linear::{Case, DTYPES, ENCODINGS, MODES, Shuffled, isas};
+use xorz::codec::exponent::mantissa_bits;
+use xorz::codec::{Encoding, Exceptions, ExponentTile, Tile, decode_tile};
 use xorz::cpu::{
-    Isa, LinearArgs, Mode, Serial, delta_apply, delta_linear, delta_restore, delta_restore_rows,
+    Isa, LinearArgs, Mode, Serial, decode_exponent_on, delta_apply, delta_linear, delta_restore,
+    delta_restore_rows, delta_restore_rows_on,
 };
-use xorz::error::Kind;
+use xorz::error::{Kind, Result};
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::{Resident, restore};
 
@@ -143,5 +146,234 @@ fn apply_changes_nothing_when_the_delta_is_corrupt() {
         let mut weight = case.base.clone();
         assert!(delta_apply(&delta, dtype, shape, &mut weight, &Serial).is_err());
         assert!(weight == case.base, "{}", case.name());
+    }
+}
+
+/// A tile of encoding `exponent` from chance: any widths, any base, any stream of the length that they ask for.
+struct Streamed {
+    dtype: Dtype,
+    rows: usize,
+    cols: usize,
+    widths: [u8; 32],
+    base: Vec<u8>,
+    stream: Vec<u8>,
+    positions: Vec<u8>,
+    words: Vec<u8>,
+}
+
+/// Columns of the grid that the tiles below belong to.
+const TILE_COLS: usize = 256;
+
+impl Streamed {
+    fn new(rng: &mut Rng, dtype: Dtype, rows: usize, cols: usize, widths: [u8; 32]) -> Self {
+        let w = dtype.word_bytes();
+        let base = rng.bytes(rows * cols * w);
+        let stream = rng.bytes(units(dtype, cols, &widths, &base) * w);
+        // A word in fifty is an exception.
+        let places: Vec<usize> = (0..rows * cols).filter(|_| rng.next().is_multiple_of(50)).collect();
+        let position = |at: &usize| ((at / cols * TILE_COLS + at % cols) as u16).to_le_bytes();
+        let positions = places.iter().flat_map(position).collect();
+        let words = rng.bytes(places.len() * w);
+        Self { dtype, rows, cols, widths, base, stream, positions, words }
+    }
+
+    fn tile(&self) -> ExponentTile<'_> {
+        let exceptions = Exceptions { positions: &self.positions, words: &self.words };
+        ExponentTile { widths: &self.widths, stream: &self.stream, exceptions }
+    }
+
+    fn oracle(&self) -> Result<Vec<u8>> {
+        let mut words = self.base.clone();
+        let tile = Tile::Exponent(self.tile());
+        decode_tile(&tile, self.dtype, self.rows, self.cols, TILE_COLS, &mut words).map(|()| words)
+    }
+
+    fn fast(&self, isa: Isa) -> Result<Vec<u8>> {
+        let mut words = self.base.clone();
+        decode_exponent_on(isa, &self.tile(), self.dtype, (self.cols, TILE_COLS), &mut words).map(|()| words)
+    }
+
+    /// The same words, or the same error.
+    fn check(&self, isa: Isa, what: &str) {
+        let (got, want) = (self.fast(isa), self.oracle());
+        let context =
+            || format!("{what}: {isa:?} {} {} x {}, {:?}", self.dtype, self.rows, self.cols, self.widths);
+        match (got, want) {
+            (Ok(got), Ok(want)) => {
+                let w = self.dtype.word_bytes();
+                let at = got.chunks(w).zip(want.chunks(w)).position(|(a, b)| a != b);
+                assert_eq!(at, None, "first wrong word; {}", context());
+            }
+            (Err(got), Err(want)) => {
+                assert_eq!((got.kind(), got.message()), (want.kind(), want.message()), "{}", context());
+            }
+            (got, want) => panic!("{:?} for {:?}; {}", got.err(), want.err(), context()),
+        }
+    }
+}
+
+/// How many units the tile takes: one whenever a lane holds fewer bits than the word asks for.
+fn units(dtype: Dtype, cols: usize, widths: &[u8; 32], base: &[u8]) -> usize {
+    let (w, shift) = (dtype.word_bytes(), mantissa_bits(dtype));
+    let mut held = [0u32; 32];
+    let mut units = 0;
+    for (i, word) in base.chunks(w).enumerate() {
+        let mut bits = [0; 8];
+        bits[..w].copy_from_slice(word);
+        let width = u32::from(widths[(u64::from_le_bytes(bits) >> shift & 31) as usize]);
+        let held = &mut held[i % cols % 32];
+        if *held < width {
+            units += 1;
+            *held += 8 * w as u32;
+        }
+        *held -= width;
+    }
+    units
+}
+
+/// Tables of widths: any mix, one width everywhere, few changes, and those at the ends.
+fn tables(rng: &mut Rng, most: u8) -> Vec<[u8; 32]> {
+    let mut tables: Vec<[u8; 32]> = (0..=most).map(|w| [w; 32]).collect();
+    for _ in 0..6 {
+        tables.push(std::array::from_fn(|_| (rng.next() % (u64::from(most) + 1)) as u8));
+        tables.push(std::array::from_fn(|_| if rng.next().is_multiple_of(4) { 1 } else { 0 }));
+        tables.push(std::array::from_fn(|_| if rng.next().is_multiple_of(2) { most } else { 0 }));
+        tables.push(std::array::from_fn(|_| most - (rng.next() % 2) as u8));
+    }
+    tables
+}
+
+const STREAMED: [Dtype; 4] = [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::U16];
+
+#[test]
+fn exponent_is_decoded_as_the_oracle_does_on_every_instruction_set() {
+    let mut rng = Rng::new(25);
+    for dtype in STREAMED {
+        for widths in tables(&mut rng, 8 * dtype.word_bytes() as u8) {
+            let cols = [1 + (rng.next() % 31) as usize, 32 + (rng.next() % 224) as usize];
+            for cols in [31, 32, 33, 63, 64, 65, 95, 96, 97, 256].into_iter().chain(cols) {
+                let rows = 1 + (rng.next() % 24) as usize;
+                let case = Streamed::new(&mut rng, dtype, rows, cols, widths);
+                assert!(case.oracle().is_ok());
+                isas().into_iter().for_each(|isa| case.check(isa, "whole"));
+            }
+        }
+    }
+}
+
+#[test]
+fn exponent_streams_that_end_early_or_late_are_the_oracles_errors() {
+    let mut rng = Rng::new(26);
+    let mut kinds = [0; 2];
+    for dtype in STREAMED {
+        let w = dtype.word_bytes();
+        for widths in tables(&mut rng, 8 * w as u8) {
+            let (rows, cols) = (1 + (rng.next() % 9) as usize, 1 + (rng.next() % 130) as usize);
+            let mut case = Streamed::new(&mut rng, dtype, rows, cols, widths);
+            let whole = case.stream.clone();
+            for units in [1, 2, 31, 32, 33, 63, 64, 65, whole.len() / w] {
+                if let Some(len) = whole.len().checked_sub(units * w).filter(|_| units > 0) {
+                    case.stream = whole[..len].to_vec();
+                    assert_eq!(case.oracle().unwrap_err().kind(), Kind::Truncated);
+                    isas().into_iter().for_each(|isa| case.check(isa, "cut"));
+                    kinds[0] += 1;
+                }
+                case.stream = [&whole[..], &rng.bytes(units * w)].concat();
+                if units > 0 {
+                    assert_eq!(case.oracle().unwrap_err().kind(), Kind::Corrupt);
+                    kinds[1] += 1;
+                }
+                isas().into_iter().for_each(|isa| case.check(isa, "overlong"));
+            }
+            // Half a unit, which only a caller without a resident delta can have.
+            case.stream = whole[..whole.len().saturating_sub(1)].to_vec();
+            isas().into_iter().for_each(|isa| case.check(isa, "half a unit"));
+        }
+    }
+    assert!(kinds.iter().all(|k| *k > 100), "{kinds:?}");
+}
+
+#[test]
+fn exponent_tiles_of_chance_are_decoded_or_refused_as_the_oracle_does() {
+    let mut rng = Rng::new(27);
+    for dtype in STREAMED {
+        let w = dtype.word_bytes();
+        for _ in 0..150 {
+            let widths = std::array::from_fn(|_| (rng.next() % (8 * w as u64 + 1)) as u8);
+            let (rows, cols) = (1 + (rng.next() % 40) as usize, 1 + (rng.next() % 100) as usize);
+            let mut case = Streamed::new(&mut rng, dtype, rows, cols, widths);
+            let len = (rng.next() % 3000) as usize;
+            case.stream = rng.bytes(len);
+            // Exceptions anywhere, in any order.
+            let exceptions = (rng.next() % 4) as usize;
+            case.positions = rng.bytes(2 * exceptions);
+            case.words = rng.bytes(w * exceptions);
+            isas().into_iter().for_each(|isa| case.check(isa, "chance"));
+            // Decoded, and only then the exceptions judged.
+            case.stream = rng.bytes(units(dtype, cols, &widths, &case.base) * w);
+            isas().into_iter().for_each(|isa| case.check(isa, "exceptions of chance"));
+        }
+        let mut case = Streamed::new(&mut rng, dtype, 1, 40, [1; 32]);
+        case.widths[7] = 8 * w as u8 + 1;
+        for isa in isas() {
+            assert_eq!(case.fast(isa).unwrap_err().kind(), Kind::InvalidArgument);
+        }
+    }
+}
+
+#[test]
+fn exponent_streams_of_another_delta_are_noticed() {
+    // What the tests above must not let pass: a bit of the stream, a width, or a lane more or less.
+    let mut rng = Rng::new(28);
+    for dtype in STREAMED {
+        let widths = [5; 32];
+        let case = Streamed::new(&mut rng, dtype, 3, 77, widths);
+        let want = case.oracle().unwrap();
+        for isa in isas() {
+            let caught = |mutant: &Streamed, what: &str| {
+                assert!(
+                    mutant.fast(isa).ok().as_ref() != Some(&want),
+                    "{what} went unnoticed, {isa:?} {dtype}"
+                );
+            };
+            let like = |stream: Vec<u8>, widths: [u8; 32]| Streamed {
+                stream,
+                widths,
+                base: case.base.clone(),
+                positions: vec![],
+                words: vec![],
+                ..case
+            };
+            let plain = like(case.stream.clone(), widths).fast(isa).unwrap();
+            let mut stream = case.stream.clone();
+            stream[0] ^= 1;
+            let flipped = like(stream, widths).fast(isa).unwrap();
+            let differ = plain.iter().zip(&flipped).filter(|(a, b)| a != b).count();
+            assert!((1..=dtype.word_bytes()).contains(&differ), "one bit changed {differ} bytes");
+            caught(&like(case.stream.clone(), [4; 32]), "another width");
+            let mut swapped = case.stream.clone();
+            swapped.rotate_left(dtype.word_bytes());
+            caught(&like(swapped, widths), "another order of units");
+        }
+    }
+}
+
+#[test]
+fn restored_rows_are_alike_on_every_instruction_set() {
+    let mut rng = Rng::new(29);
+    for dtype in DTYPES {
+        let shape = Shape { n: 70, k: 4500 };
+        let base = rng.weights(dtype, shape.n * shape.k);
+        let fine_tuned = common::stepped(&mut rng, dtype, &base, 1e-4);
+        let case = Case::new(dtype, shape, Encoding::Exponent, &base, &fine_tuned);
+        let row = shape.k * dtype.word_bytes();
+        for isa in isas() {
+            for skip in [0, 1] {
+                let mut out = vec![0xA5; 50 * row + skip];
+                let (delta, base) = (Resident::parse(&case.blob).unwrap(), matrix(dtype, shape, &base));
+                delta_restore_rows_on(isa, &delta, &base, 7..57, &mut out[skip..], &Serial).unwrap();
+                assert!(out[skip..] == case.fine_tuned[7 * row..57 * row], "{isa:?} {dtype}");
+            }
+        }
     }
 }

@@ -1,10 +1,12 @@
-//! The AVX2 instance (with FMA and F16C): sixteen lanes in two 256-bit registers, low lanes first.
+//! The AVX2 instance (with FMA, F16C and POPCNT): sixteen lanes in two 256-bit registers, low lanes first.
 //! Every method is one or two instructions per register; nothing else belongs here.
 
+use super::lanes;
+use crate::cpu::lanes::{Bits, Code, Progress};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use std::arch::x86_64::*;
 
-/// Proof that the machine has AVX2, FMA and F16C: made by [`Avx2::detect`] only.
+/// Proof that the machine has AVX2, FMA, F16C and POPCNT: made by [`Avx2::detect`] and from the AVX-512 proof only.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2(());
 
@@ -13,8 +15,16 @@ impl Avx2 {
     pub(crate) fn detect() -> Option<Self> {
         let has = is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c");
+            && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("popcnt");
         has.then_some(Self(()))
+    }
+}
+
+impl From<super::avx512::Avx512> for Avx2 {
+    /// That proof was made where all that this one asks was found too.
+    fn from(_: super::avx512::Avx512) -> Self {
+        Self(())
     }
 }
 
@@ -281,5 +291,15 @@ impl Simd for Avx2 {
     fn prefetch(self, bytes: &[u8], at: usize) {
         // SAFETY: a prefetch never faults, whatever the address, and `wrapping_add` computes any.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast()) }
+    }
+
+    #[inline(always)]
+    fn lanes16(self, lanes: &mut Bits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
+        lanes::words16(self, lanes, code, units, words)
+    }
+
+    #[inline(always)]
+    fn lanes32(self, lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
+        lanes::words32(self, lanes, code, units, words)
     }
 }

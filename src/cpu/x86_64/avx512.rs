@@ -1,10 +1,13 @@
 //! The AVX-512 instance (F and BW, on top of FMA and F16C): sixteen lanes are one register.
 //! Every method is one or two instructions; nothing else belongs here.
 
+use super::avx2::Avx2;
+use super::lanes;
+use crate::cpu::lanes::{Bits, Code, Progress};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use std::arch::x86_64::*;
 
-/// Proof that the machine has AVX-512 F and BW: made by [`Avx512::detect`] only.
+/// Proof that the machine has AVX-512 F and BW, and all that [`Avx2`] asks: made by [`Avx512::detect`] only.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512(());
 
@@ -15,7 +18,8 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c");
+            && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("popcnt");
         has.then_some(Self(()))
     }
 }
@@ -176,5 +180,15 @@ impl Simd for Avx512 {
     fn prefetch(self, bytes: &[u8], at: usize) {
         // SAFETY: a prefetch never faults, whatever the address, and `wrapping_add` computes any.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast()) }
+    }
+
+    #[inline(always)]
+    fn lanes16(self, lanes: &mut Bits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
+        lanes::words16(Avx2::from(self), lanes, code, units, words)
+    }
+
+    #[inline(always)]
+    fn lanes32(self, lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
+        lanes::words32(Avx2::from(self), lanes, code, units, words)
     }
 }
