@@ -9,6 +9,7 @@
 //! | [`resident`] | a delta of one matrix in memory: layout, writer, view, slice, concat |
 //! | [`cpu`] | the ops on the CPU: products on base + delta, restore, apply; one algorithm per instruction set |
 //! | [`package`] | a delta of a checkpoint at rest: one `.xorz` file, written, read, packed, unpacked |
+//! | [`ffi`] | the doors: ops, the plain C ABI, the typed bridge to the shim; the only exports |
 //!
 //! Dependencies point one way: `error, matrix <- codec <- {resident, package, cpu} <- ffi <- csrc <- python`.
 //! `unsafe` lives in `cpu/<arch>` and `ffi` only.
