@@ -11,7 +11,9 @@
 //! | [`package`] | a delta of a checkpoint at rest: one `.xorz` file, written, read, packed, unpacked |
 //! | [`ffi`] | the doors: ops, the plain C ABI, the typed bridge to the shim; the only exports |
 //!
-//! Dependencies point one way: `error, matrix <- codec <- {resident, package, cpu} <- ffi <- csrc <- python`.
+//! Dependencies point one way: `error, matrix <- codec <- resident <- cpu <- package <- ffi <- csrc <- python`. The design card
+//! drew `cpu` and `package` apart; packing at the speed of memory needs the vector kernels, so `package` uses `cpu`, which
+//! still knows no package.
 //! `unsafe` lives in `cpu/<arch>` and `ffi` only.
 
 #![cfg_attr(

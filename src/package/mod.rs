@@ -103,6 +103,40 @@ impl Default for PackOptions {
     }
 }
 
+/// Where a package or a restored file goes.
+pub enum Destination<'a> {
+    /// A path: a temporary file in its folder, synced and renamed, so that it appears whole or not at all.
+    Path(&'a std::path::Path),
+    /// A stream, such as standard output; what it has taken when an error comes stays there.
+    Stream(&'a mut (dyn std::io::Write + Send)),
+}
+
+/// Told how far a job over whole checkpoints is; called from several threads.
+pub trait Progress: Sync {
+    /// A stage of `bytes` bytes begins; `what` names it, such as `pack` or `digest`.
+    fn begin(&self, what: &str, bytes: u64);
+    /// `bytes` more are done.
+    fn advance(&self, bytes: u64);
+}
+
+/// How a job over whole checkpoints runs. Nothing in it changes the bytes written.
+#[derive(Clone, Copy)]
+pub struct Run<'a> {
+    /// Threads; 0 takes one per core.
+    pub jobs: usize,
+    /// Told of the progress.
+    pub progress: Option<&'a dyn Progress>,
+    /// Whether `unpack` and `verify` compare the sha256 of each restored file; without, tensors are still compared by the
+    /// digests of base and delta.
+    pub sha256: bool,
+}
+
+impl Default for Run<'_> {
+    fn default() -> Self {
+        Self { jobs: 0, progress: None, sha256: true }
+    }
+}
+
 impl PackOptions {
     pub(crate) fn level(&self) -> i32 {
         self.level.unwrap_or(if self.codec == Some(Codec::Xor) { 10 } else { 3 })
