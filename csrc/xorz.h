@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-#define XORZ_ABI_VERSION 1
+#define XORZ_ABI_VERSION 2
 
 /* What went wrong, and on whose side. */
 typedef enum xorz_kind {
@@ -198,6 +198,17 @@ typedef struct xorz_options {
   const char* strip_prefix; /* dropped from names on both sides before xorz_pack_files pairs them, or NULL */
 } xorz_options;
 
+/* How a job over files runs; NULL, and all zeros, are the defaults. Nothing in it changes the bytes written.
+ */
+typedef struct xorz_run {
+  uint32_t jobs;  /* threads; 0 takes one per core */
+  uint32_t flags; /* XORZ_RUN_NO_SHA256 or 0 */
+} xorz_run;
+
+/* Unpack and verify do not compare the sha256 of each restored file; tensors are still compared by the
+ * digests of base and delta. */
+#define XORZ_RUN_NO_SHA256 1u
+
 typedef struct xorz_writer xorz_writer;
 typedef struct xorz_package xorz_package;
 
@@ -233,15 +244,16 @@ int32_t xorz_package_resident(const xorz_package* package, const char* name, con
 int32_t xorz_package_restore(const xorz_package* package, const char* name, const xorz_matrix* base,
                              void* out, size_t out_bytes, xorz_error* error);
 
-/* Whole safetensors files. report: JSON. */
+/* Whole checkpoints: safetensors files, or folders of them. report: JSON. */
 int32_t xorz_pack_files(const char* base, const char* fine_tuned, const char* package,
-                        const xorz_options* options, xorz_buffer* report, xorz_error* error);
-int32_t xorz_unpack_files(const char* base, const char* package, const char* out, xorz_buffer* report,
-                          xorz_error* error);
+                        const xorz_options* options, const xorz_run* run, xorz_buffer* report,
+                        xorz_error* error);
+int32_t xorz_unpack_files(const char* base, const char* package, const char* out, const xorz_run* run,
+                          xorz_buffer* report, xorz_error* error);
 
 /* Restores everything without writing it; fine_tuned, if not NULL, is compared too. */
-int32_t xorz_verify_files(const char* base, const char* package, const char* fine_tuned, xorz_buffer* report,
-                          xorz_error* error);
+int32_t xorz_verify_files(const char* base, const char* package, const char* fine_tuned, const xorz_run* run,
+                          xorz_buffer* report, xorz_error* error);
 
 /* ---- counters, process-wide: they prove that products build no matrix ---- */
 

@@ -47,6 +47,10 @@ class _Options(ctypes.Structure):
     _fields_ = [("prefer", c_int32), ("codec", c_int32), ("level", c_int32), ("strip_prefix", c_char_p)]
 
 
+class _Run(ctypes.Structure):
+    _fields_ = [("jobs", c_uint32), ("flags", c_uint32)]
+
+
 class _Info(ctypes.Structure):
     _fields_ = [
         ("encoding", c_uint32),
@@ -109,9 +113,9 @@ _declare("xorz_package_close", c_void_p, result=None)
 _declare("xorz_package_describe", c_void_p, POINTER(_Buffer), _E)
 _declare("xorz_package_resident", c_void_p, c_char_p, POINTER(_Matrix), c_int32, POINTER(_Buffer), _E)
 _declare("xorz_package_restore", c_void_p, c_char_p, POINTER(_Matrix), c_void_p, c_size_t, _E)
-_declare("xorz_pack_files", c_char_p, c_char_p, c_char_p, POINTER(_Options), POINTER(_Buffer), _E)
-_declare("xorz_unpack_files", c_char_p, c_char_p, c_char_p, POINTER(_Buffer), _E)
-_declare("xorz_verify_files", c_char_p, c_char_p, c_char_p, POINTER(_Buffer), _E)
+_declare("xorz_pack_files", c_char_p, c_char_p, c_char_p, POINTER(_Options), POINTER(_Run), POINTER(_Buffer), _E)
+_declare("xorz_unpack_files", c_char_p, c_char_p, c_char_p, POINTER(_Run), POINTER(_Buffer), _E)
+_declare("xorz_verify_files", c_char_p, c_char_p, c_char_p, POINTER(_Run), POINTER(_Buffer), _E)
 
 
 def _call(name: str, *arguments: Any) -> None:
@@ -320,18 +324,18 @@ class Package:
 
 def pack_files(base: Any, fine_tuned: Any, package: Any, options: _Options) -> dict[str, Any]:
     """Pack a safetensors file; gives the totals."""
-    return _json("xorz_pack_files", _path(base), _path(fine_tuned), _path(package), byref(options))
+    return _json("xorz_pack_files", _path(base), _path(fine_tuned), _path(package), byref(options), None)
 
 
 def unpack_files(base: Any, package: Any, out: Any) -> dict[str, Any]:
     """Give the fine-tuned file back; gives the totals."""
-    return _json("xorz_unpack_files", _path(base), _path(package), _path(out))
+    return _json("xorz_unpack_files", _path(base), _path(package), _path(out), None)
 
 
 def verify_files(base: Any, package: Any, fine_tuned: Any = None) -> dict[str, Any]:
     """Restore everything without writing it, and compare; gives the totals."""
     other = None if fine_tuned is None else _path(fine_tuned)
-    return _json("xorz_verify_files", _path(base), _path(package), other)
+    return _json("xorz_verify_files", _path(base), _path(package), other, None)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

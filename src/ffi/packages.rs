@@ -4,7 +4,7 @@ use super::guard;
 use super::ops::Words;
 use crate::codec::Prefer;
 use crate::error::{Error, Result};
-use crate::package::{self, Codec, PackOptions, Package, Tensor, Writer};
+use crate::package::{self, Codec, Destination, PackOptions, Package, Run, Tensor, Writer};
 use std::path::Path;
 
 /// Options from a C caller's numbers.
@@ -21,6 +21,23 @@ pub fn options(prefer: Prefer, codec: i32, level: i32, strip_prefix: Option<&str
     let level = (level != 0).then_some(level);
     Ok(PackOptions { prefer, codec, level, strip_prefix: strip_prefix.map(str::to_owned) })
 }
+
+/// How a job over files runs, from a C caller's numbers.
+///
+/// # Errors
+/// `InvalidArgument` for flags that do not exist.
+pub fn run(jobs: u32, flags: u32) -> Result<Run<'static>> {
+    if flags & !NO_SHA256 != 0 {
+        return Err(Error::invalid(format!(
+            "run.flags is {flags}, but only 0 and {NO_SHA256} have a meaning"
+        )));
+    }
+    let jobs = usize::try_from(jobs).map_err(|_| Error::invalid(format!("run.jobs is {jobs}")))?;
+    Ok(Run { jobs, progress: None, sha256: flags & NO_SHA256 == 0 })
+}
+
+/// Flag of [`run`]: unpack and verify do not compare the sha256 of restored files.
+pub const NO_SHA256: u32 = 1;
 
 /// Begin a package at `path`.
 ///
@@ -81,26 +98,32 @@ pub fn restore(package: &Package, name: &str, base: Option<Words<'_>>, out: &mut
     })
 }
 
-/// Pack a file; gives the report as JSON.
+/// Pack a checkpoint; gives the report as JSON.
 ///
 /// # Errors
 /// As [`package::pack_files`].
-pub fn pack_files(base: &Path, fine_tuned: &Path, out: &Path, options: &PackOptions) -> Result<String> {
-    guard(|| package::pack_files(base, fine_tuned, out, options)?.to_json())
+pub fn pack_files(
+    base: &Path,
+    fine_tuned: &Path,
+    out: &Path,
+    options: &PackOptions,
+    run: &Run<'_>,
+) -> Result<String> {
+    guard(|| package::pack_files(base, fine_tuned, Destination::Path(out), options, run)?.to_json())
 }
 
-/// Unpack to a file; gives the report as JSON.
+/// Unpack a checkpoint; gives the report as JSON.
 ///
 /// # Errors
 /// As [`package::unpack_files`].
-pub fn unpack_files(base: &Path, package: &Path, out: &Path) -> Result<String> {
-    guard(|| package::unpack_files(base, package, out)?.to_json())
+pub fn unpack_files(base: &Path, package: &Path, out: &Path, run: &Run<'_>) -> Result<String> {
+    guard(|| package::unpack_files(base, package, Destination::Path(out), run)?.to_json())
 }
 
 /// Verify a package; gives the report as JSON.
 ///
 /// # Errors
 /// As [`package::verify_files`].
-pub fn verify_files(base: &Path, package: &Path, fine_tuned: Option<&Path>) -> Result<String> {
-    guard(|| package::verify_files(base, package, fine_tuned)?.to_json())
+pub fn verify_files(base: &Path, package: &Path, fine_tuned: Option<&Path>, run: &Run<'_>) -> Result<String> {
+    guard(|| package::verify_files(base, package, fine_tuned, run)?.to_json())
 }

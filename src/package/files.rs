@@ -6,7 +6,7 @@ use super::reader::parse_source_header;
 use super::record::{Entry, SourceFile};
 use super::temp::Output;
 use super::writer::{self, Packed, Tensor, Writer};
-use super::{PackOptions, Package, Report};
+use super::{Destination, PackOptions, Package, Report, Run};
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
 use rayon::prelude::*;
@@ -24,7 +24,14 @@ const GROUP_BYTES: u64 = 64 << 20;
 /// # Errors
 /// `Io`, `Corrupt` or `Truncated` inputs, `InvalidArgument` for bad options or an `out` that is one of the inputs. Messages
 /// name file and tensor; no output is left then.
-pub fn pack_files(base: &Path, fine_tuned: &Path, out: &Path, options: &PackOptions) -> Result<Report> {
+pub fn pack_files(
+    base: &Path,
+    fine_tuned: &Path,
+    out: Destination<'_>,
+    options: &PackOptions,
+    run: &Run<'_>,
+) -> Result<Report> {
+    let (out, _) = (path_only(out)?, run);
     refuse_overwrite(out, &[base, fine_tuned])?;
     let (base_file, ft_file) = (SafeTensors::open(base)?, SafeTensors::open(fine_tuned)?);
     let pairs = pair(&base_file, &ft_file, options.strip_prefix.as_deref())?;
@@ -110,6 +117,13 @@ fn groups<T>(items: &[T], bytes: impl Fn(&T) -> u64) -> Vec<&[T]> {
     out
 }
 
+fn path_only(out: Destination<'_>) -> Result<&Path> {
+    match out {
+        Destination::Path(path) => Ok(path),
+        Destination::Stream(_) => Err(Error::unsupported("writing to a stream is not built yet")),
+    }
+}
+
 fn refuse_overwrite(out: &Path, inputs: &[&Path]) -> Result<()> {
     let Ok(target) = out.canonicalize() else { return Ok(()) };
     match inputs.iter().find(|p| p.canonicalize().is_ok_and(|p| p == target)) {
@@ -143,7 +157,8 @@ fn hex(bytes: &[u8]) -> String {
 /// # Errors
 /// `Mismatch` for another base, naming the tensor and both digests; `Corrupt` or `Truncated` for a damaged package; `Io`;
 /// `InvalidArgument` for an `out` that is one of the inputs. No output is left then.
-pub fn unpack_files(base: &Path, package: &Path, out: &Path) -> Result<Report> {
+pub fn unpack_files(base: &Path, package: &Path, out: Destination<'_>, run: &Run<'_>) -> Result<Report> {
+    let (out, _) = (path_only(out)?, run);
     refuse_overwrite(out, &[base, package])?;
     let (base, opened) = (SafeTensors::open(base)?, Package::open(package)?);
     let mut output = Output::create(out)?;
@@ -157,7 +172,12 @@ pub fn unpack_files(base: &Path, package: &Path, out: &Path) -> Result<Report> {
 ///
 /// # Errors
 /// As [`unpack_files`]; `Mismatch` naming the first tensor that differs from `fine_tuned`.
-pub fn verify_files(base: &Path, package: &Path, fine_tuned: Option<&Path>) -> Result<Report> {
+pub fn verify_files(
+    base: &Path,
+    package: &Path,
+    fine_tuned: Option<&Path>,
+    _run: &Run<'_>,
+) -> Result<Report> {
     let (base, opened) = (SafeTensors::open(base)?, Package::open(package)?);
     let ft = fine_tuned.map(SafeTensors::open).transpose()?;
     restore_all(&base, &opened, ft.as_ref(), &mut io::sink()).map_err(|e| e.within(package.display()))?;

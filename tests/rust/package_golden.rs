@@ -9,7 +9,9 @@ use std::fs;
 use std::path::PathBuf;
 use xorz::codec::{Encoding, Prefer};
 use xorz::matrix::{Dtype, Matrix};
-use xorz::package::{Codec, PackOptions, Package, SafeTensors, pack_files, unpack_files, verify_files};
+use xorz::package::{
+    Codec, Destination, PackOptions, Package, Run, SafeTensors, pack_files, unpack_files, verify_files,
+};
 use xorz::resident::{Resident, restore};
 
 fn golden(name: &str) -> PathBuf {
@@ -35,8 +37,8 @@ fn golden_packages_decode() {
     let mut encodings = BTreeSet::new();
     for (codec, _, name) in CASES {
         let path = golden(name);
-        verify_files(&base, &path, Some(&ft)).unwrap();
-        unpack_files(&base, &path, &out).unwrap();
+        verify_files(&base, &path, Some(&ft), &Run::default()).unwrap();
+        unpack_files(&base, &path, Destination::Path(&out), &Run::default()).unwrap();
         assert!(fs::read(&out).unwrap() == want, "{name}");
         let package = Package::open(&path).unwrap();
         assert_eq!(package.removed(), ["removed"], "{name}");
@@ -96,7 +98,14 @@ fn write_missing_golden_files() {
     let out = dir.path().join("out");
     for (codec, prefer, name) in CASES {
         let options = PackOptions { prefer, codec: Some(codec), ..PackOptions::default() };
-        pack_files(&golden("base.safetensors"), &golden("ft.safetensors"), &out, &options).unwrap();
+        pack_files(
+            &golden("base.safetensors"),
+            &golden("ft.safetensors"),
+            Destination::Path(&out),
+            &options,
+            &Run::default(),
+        )
+        .unwrap();
         write_if_missing(name, &fs::read(&out).unwrap());
     }
 }

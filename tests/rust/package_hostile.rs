@@ -15,7 +15,9 @@ use std::sync::{Mutex, MutexGuard};
 use xorz::codec::Prefer;
 use xorz::error::Kind;
 use xorz::matrix::{Dtype, Matrix, Shape};
-use xorz::package::{Codec, PackOptions, Package, SafeTensors, Tensor, Writer, unpack_files, verify_files};
+use xorz::package::{
+    Codec, Destination, PackOptions, Package, Run, SafeTensors, Tensor, Writer, unpack_files, verify_files,
+};
 use xorz::resident::{Resident, restore};
 
 struct Counting;
@@ -494,13 +496,20 @@ fn damaged_files_never_unpack_to_something_else() {
     b.extend([1, 2, 3]);
     let ft = [header(53), perturbed(&mut rng, Dtype::BF16, &a, 0.5), b].concat();
     fs::write(path("ft"), &ft).unwrap();
-    xorz::package::pack_files(&path("base"), &path("ft"), &path("p"), &PackOptions::default()).unwrap();
+    xorz::package::pack_files(
+        &path("base"),
+        &path("ft"),
+        Destination::Path(&path("p")),
+        &PackOptions::default(),
+        &Run::default(),
+    )
+    .unwrap();
     let good = fs::read(path("p")).unwrap();
     for i in 0..good.len() {
         let mut bad = good.clone();
         bad[i] ^= 1 << (i % 8);
         fs::write(path("bad"), bad).unwrap();
-        match unpack_files(&path("base"), &path("bad"), &path("out")) {
+        match unpack_files(&path("base"), &path("bad"), Destination::Path(&path("out")), &Run::default()) {
             Ok(_) => {
                 assert!(fs::read(path("out")).unwrap() == ft, "byte {i}");
                 fs::remove_file(path("out")).unwrap();
@@ -523,7 +532,7 @@ fn damaged_files_never_unpack_to_something_else() {
         files[0]["header_bytes"] = text.len().into();
         forge.metadata.insert("xorz:files".into(), files.to_string());
         fs::write(path("bad"), forge.build()).unwrap();
-        let e = verify_files(&path("base"), &path("bad"), None).unwrap_err();
+        let e = verify_files(&path("base"), &path("bad"), None, &Run::default()).unwrap_err();
         assert_eq!(e.kind(), Kind::Corrupt, "{from} -> {to}: {e}");
     }
 }

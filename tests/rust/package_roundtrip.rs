@@ -10,7 +10,8 @@ use xorz::codec::{Encoding, Prefer};
 use xorz::error::Kind;
 use xorz::matrix::{Dtype, Shape};
 use xorz::package::{
-    Codec, PackOptions, Package, SafeTensors, Tensor, Writer, pack_files, unpack_files, verify_files,
+    Codec, Destination, PackOptions, Package, Run, SafeTensors, Tensor, Writer, pack_files, unpack_files,
+    verify_files,
 };
 use xorz::resident::{Resident, encode_pair, restore};
 
@@ -194,14 +195,21 @@ fn a_packed_file_comes_back_as_the_same_file() {
     let (base, ft) = checkpoint(dir.path());
     let (package, out) = (dir.path().join("p.xorz"), dir.path().join("out.safetensors"));
     for codec in CODECS {
-        let report = pack_files(&base, &ft, &package, &options(codec, Prefer::Memory)).unwrap();
+        let report = pack_files(
+            &base,
+            &ft,
+            Destination::Path(&package),
+            &options(codec, Prefer::Memory),
+            &Run::default(),
+        )
+        .unwrap();
         assert_eq!((report.tensors, report.removed, report.unchanged), (15, 1, 2), "{codec:?}");
         // new.head, zeros, retyped, reshaped, tiny4 (no words), scale8, future
         assert_eq!(report.alone, 7, "{codec:?}");
-        let again = unpack_files(&base, &package, &out).unwrap();
+        let again = unpack_files(&base, &package, Destination::Path(&out), &Run::default()).unwrap();
         assert_eq!(again, report);
         assert!(fs::read(&out).unwrap() == fs::read(&ft).unwrap(), "{codec:?}");
-        assert_eq!(verify_files(&base, &package, Some(&ft)).unwrap(), report);
+        assert_eq!(verify_files(&base, &package, Some(&ft), &Run::default()).unwrap(), report);
         let opened = Package::open(&package).unwrap();
         assert_eq!(opened.removed(), ["gone"]);
         assert_eq!(opened.entry("zeros").unwrap().codec, Codec::AloneZstd);
@@ -217,8 +225,8 @@ fn packing_is_deterministic() {
     let dir = tempfile::tempdir().unwrap();
     let (base, ft) = checkpoint(dir.path());
     let (a, b) = (dir.path().join("a.xorz"), dir.path().join("b.xorz"));
-    pack_files(&base, &ft, &a, &PackOptions::default()).unwrap();
-    pack_files(&base, &ft, &b, &PackOptions::default()).unwrap();
+    pack_files(&base, &ft, Destination::Path(&a), &PackOptions::default(), &Run::default()).unwrap();
+    pack_files(&base, &ft, Destination::Path(&b), &PackOptions::default(), &Run::default()).unwrap();
     assert!(fs::read(a).unwrap() == fs::read(b).unwrap());
 }
 
@@ -227,7 +235,14 @@ fn resident_deltas_lie_aligned_in_the_file() {
     let dir = tempfile::tempdir().unwrap();
     let (base, ft) = checkpoint(dir.path());
     let path = dir.path().join("p.xorz");
-    pack_files(&base, &ft, &path, &options(Some(Codec::Resident), Prefer::Speed)).unwrap();
+    pack_files(
+        &base,
+        &ft,
+        Destination::Path(&path),
+        &options(Some(Codec::Resident), Prefer::Speed),
+        &Run::default(),
+    )
+    .unwrap();
     let file = SafeTensors::open(&path).unwrap();
     let package = Package::open(&path).unwrap();
     let mut seen = 0;
@@ -246,13 +261,16 @@ fn another_base_is_refused_naming_the_tensor_and_both_digests() {
     let dir = tempfile::tempdir().unwrap();
     let (base, ft) = checkpoint(dir.path());
     let (package, out) = (dir.path().join("p.xorz"), dir.path().join("out"));
-    pack_files(&base, &ft, &package, &PackOptions::default()).unwrap();
+    pack_files(&base, &ft, Destination::Path(&package), &PackOptions::default(), &Run::default()).unwrap();
     let digest = Package::open(&package).unwrap().entry("double").unwrap().base.clone().unwrap().digest;
     let mut bytes = fs::read(&base).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     let other = dir.path().join("other");
     fs::write(&other, bytes).unwrap();
-    for result in [unpack_files(&other, &package, &out), verify_files(&other, &package, None)] {
+    for result in [
+        unpack_files(&other, &package, Destination::Path(&out), &Run::default()),
+        verify_files(&other, &package, None, &Run::default()),
+    ] {
         let e = result.unwrap_err();
         assert_eq!(e.kind(), Kind::Mismatch, "{e}");
         assert!(e.message().contains("`double`") && e.message().contains(&digest.to_string()), "{e}");
@@ -261,7 +279,7 @@ fn another_base_is_refused_naming_the_tensor_and_both_digests() {
     }
     assert!(!out.exists());
     // A base that lacks a tensor, or has it in another shape.
-    let e = unpack_files(&ft, &package, &out).unwrap_err();
+    let e = unpack_files(&ft, &package, Destination::Path(&out), &Run::default()).unwrap_err();
     assert_eq!(e.kind(), Kind::Mismatch, "{e}");
 }
 
@@ -270,21 +288,21 @@ fn verify_names_what_differs_from_the_fine_tune_given() {
     let dir = tempfile::tempdir().unwrap();
     let (base, ft) = checkpoint(dir.path());
     let package = dir.path().join("p.xorz");
-    pack_files(&base, &ft, &package, &PackOptions::default()).unwrap();
+    pack_files(&base, &ft, Destination::Path(&package), &PackOptions::default(), &Run::default()).unwrap();
     let original = fs::read(&ft).unwrap();
     let mut bytes = original.clone();
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&ft, bytes).unwrap();
-    let e = verify_files(&base, &package, Some(&ft)).unwrap_err();
+    let e = verify_files(&base, &package, Some(&ft), &Run::default()).unwrap_err();
     assert!(e.kind() == Kind::Mismatch && e.message().contains("`double`"), "{e}");
     // Same tensors, other header: only the sha256 tells.
     let at = original.windows(4).position(|w| w == b"\"pt\"").unwrap();
     let mut bytes = original;
     bytes[at + 1] = b'x';
     fs::write(&ft, bytes).unwrap();
-    let e = verify_files(&base, &package, Some(&ft)).unwrap_err();
+    let e = verify_files(&base, &package, Some(&ft), &Run::default()).unwrap_err();
     assert!(e.kind() == Kind::Mismatch && e.message().contains("sha256"), "{e}");
-    let e = verify_files(&base, &package, Some(&base)).unwrap_err();
+    let e = verify_files(&base, &package, Some(&base), &Run::default()).unwrap_err();
     assert_eq!(e.kind(), Kind::Mismatch, "{e}");
 }
 
@@ -299,14 +317,16 @@ fn names_are_paired_without_a_prefix_when_asked() {
     for (base_name, ft_name) in [("bert.w", "w"), ("w", "bert.w")] {
         safetensors(&base, "", &[(base_name, "F32", vec![30, 30], a.clone())], 0);
         safetensors(&ft, "", &[(ft_name, "F32", vec![30, 30], b.clone())], 0);
-        let report = pack_files(&base, &ft, &package, &PackOptions::default()).unwrap();
+        let report =
+            pack_files(&base, &ft, Destination::Path(&package), &PackOptions::default(), &Run::default())
+                .unwrap();
         assert_eq!((report.alone, report.removed), (1, 1));
         let options = PackOptions { strip_prefix: Some("bert.".into()), ..PackOptions::default() };
-        let report = pack_files(&base, &ft, &package, &options).unwrap();
+        let report = pack_files(&base, &ft, Destination::Path(&package), &options, &Run::default()).unwrap();
         assert_eq!((report.alone, report.removed), (0, 0));
         let entry = Package::open(&package).unwrap().entry(ft_name).unwrap().clone();
         assert_eq!(entry.base.unwrap().name, base_name);
-        unpack_files(&base, &package, &out).unwrap();
+        unpack_files(&base, &package, Destination::Path(&out), &Run::default()).unwrap();
         assert!(fs::read(&out).unwrap() == fs::read(&ft).unwrap());
     }
 }
@@ -328,7 +348,7 @@ fn a_package_of_tensors_in_memory_unpacks_to_a_file() {
     }
     w.removed("gone");
     w.finish().unwrap();
-    unpack_files(&base, &package, &out).unwrap();
+    unpack_files(&base, &package, Destination::Path(&out), &Run::default()).unwrap();
     let o = SafeTensors::open(&out).unwrap();
     assert_eq!(o.header().tensors.len(), f.header().tensors.len());
     for t in &f.header().tensors {
@@ -336,7 +356,7 @@ fn a_package_of_tensors_in_memory_unpacks_to_a_file() {
         assert_eq!((&u.dtype, &u.dims), (&t.dtype, &t.dims));
         assert!(o.read(u).unwrap() == f.read(t).unwrap(), "{}", t.name);
     }
-    verify_files(&base, &package, Some(&ft)).unwrap();
+    verify_files(&base, &package, Some(&ft), &Run::default()).unwrap();
 }
 
 #[test]
@@ -361,15 +381,19 @@ fn an_output_never_overwrites_an_input() {
     let dir = tempfile::tempdir().unwrap();
     let (base, ft) = checkpoint(dir.path());
     let package = dir.path().join("p.xorz");
-    pack_files(&base, &ft, &package, &PackOptions::default()).unwrap();
+    pack_files(&base, &ft, Destination::Path(&package), &PackOptions::default(), &Run::default()).unwrap();
     for out in [&base, &ft] {
-        let e = pack_files(&base, &ft, out, &PackOptions::default()).unwrap_err();
+        let e = pack_files(&base, &ft, Destination::Path(out), &PackOptions::default(), &Run::default())
+            .unwrap_err();
         assert_eq!(e.kind(), Kind::InvalidArgument, "{e}");
     }
     for out in [&base, &package] {
-        assert_eq!(unpack_files(&base, &package, out).unwrap_err().kind(), Kind::InvalidArgument);
+        assert_eq!(
+            unpack_files(&base, &package, Destination::Path(out), &Run::default()).unwrap_err().kind(),
+            Kind::InvalidArgument
+        );
     }
-    verify_files(&base, &package, Some(&ft)).unwrap();
+    verify_files(&base, &package, Some(&ft), &Run::default()).unwrap();
 }
 
 #[test]
@@ -377,7 +401,7 @@ fn a_tensor_stored_alone_has_no_delta_but_restores() {
     let dir = tempfile::tempdir().unwrap();
     let (base, ft) = checkpoint(dir.path());
     let path = dir.path().join("p.xorz");
-    pack_files(&base, &ft, &path, &PackOptions::default()).unwrap();
+    pack_files(&base, &ft, Destination::Path(&path), &PackOptions::default(), &Run::default()).unwrap();
     let package = Package::open(&path).unwrap();
     let f = SafeTensors::open(&ft).unwrap();
     for name in ["new.head", "zeros", "future"] {
@@ -411,8 +435,9 @@ fn real_pairs_come_back_as_the_same_files() {
         let Some((stem, _)) = name.split_once(".ft") else { continue };
         let base = dir.join(format!("{stem}.base.safetensors"));
         for prefer in [Prefer::Speed, Prefer::Memory] {
-            pack_files(&base, &ft, &package, &options(None, prefer)).unwrap();
-            unpack_files(&base, &package, &out).unwrap();
+            pack_files(&base, &ft, Destination::Path(&package), &options(None, prefer), &Run::default())
+                .unwrap();
+            unpack_files(&base, &package, Destination::Path(&out), &Run::default()).unwrap();
             assert!(fs::read(&out).unwrap() == fs::read(&ft).unwrap(), "{name}");
         }
         seen += 1;

@@ -4,7 +4,7 @@ use crate::print;
 use std::path::PathBuf;
 use xorz::codec::Prefer;
 use xorz::error::Result;
-use xorz::package::{Codec, PackOptions, pack_files};
+use xorz::package::{Codec, Destination, PackOptions, Run, pack_files};
 
 /// Pack a fine-tuned checkpoint against its base.
 #[derive(clap::Args)]
@@ -48,7 +48,8 @@ pub(crate) fn run(args: &Args) -> Result<String> {
         level: args.level,
         strip_prefix: args.strip_prefix.clone(),
     };
-    let report = pack_files(&args.base, &args.fine_tuned, &args.output, &options)?;
+    let report =
+        pack_files(&args.base, &args.fine_tuned, Destination::Path(&args.output), &options, &Run::default())?;
     if args.json {
         return Ok(report.to_json()? + "\n");
     }

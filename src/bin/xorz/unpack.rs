@@ -3,7 +3,7 @@
 use crate::print;
 use std::path::PathBuf;
 use xorz::error::Result;
-use xorz::package::unpack_files;
+use xorz::package::{Destination, Run, unpack_files};
 
 /// Give back the fine-tuned checkpoint, byte for byte.
 #[derive(clap::Args)]
@@ -21,7 +21,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<String> {
-    let report = unpack_files(&args.base, &args.package, &args.output)?;
+    let report = unpack_files(&args.base, &args.package, Destination::Path(&args.output), &Run::default())?;
     if args.json {
         return Ok(report.to_json()? + "\n");
     }

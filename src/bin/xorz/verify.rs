@@ -3,7 +3,7 @@
 use crate::print;
 use std::path::PathBuf;
 use xorz::error::Result;
-use xorz::package::verify_files;
+use xorz::package::{Run, verify_files};
 
 /// Check that base + package give back the fine-tuned checkpoint, without writing it.
 #[derive(clap::Args)]
@@ -20,7 +20,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<String> {
-    let report = verify_files(&args.base, &args.package, args.fine_tuned.as_deref())?;
+    let report = verify_files(&args.base, &args.package, args.fine_tuned.as_deref(), &Run::default())?;
     if args.json {
         return Ok(report.to_json()? + "\n");
     }

@@ -228,7 +228,7 @@ fn mode(code: i32) -> Result<cpu::Mode> {
 /// The version of this C ABI; it grows when a declaration changes.
 #[unsafe(no_mangle)]
 pub extern "C" fn xorz_abi_version() -> u32 {
-    1
+    2
 }
 
 /// The library's version, a static string.

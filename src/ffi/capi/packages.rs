@@ -7,7 +7,7 @@ use super::{
 use crate::codec::Prefer;
 use crate::error::Result;
 use crate::ffi::packages;
-use crate::package::{PackOptions, Package, Tensor, Writer};
+use crate::package::{PackOptions, Package, Run, Tensor, Writer};
 use std::ffi::{CStr, OsStr, c_char, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -42,6 +42,15 @@ pub struct XorzOptions {
     pub strip_prefix: *const c_char,
 }
 
+/// `xorz_run`: how a job over files runs.
+#[repr(C)]
+pub struct XorzRun {
+    /// Threads; 0 takes one per core.
+    pub jobs: u32,
+    /// 0 or [`packages::NO_SHA256`].
+    pub flags: u32,
+}
+
 /// `xorz_writer`: a package being written.
 pub struct XorzWriter(Writer);
 
@@ -66,6 +75,16 @@ unsafe fn options(p: *const XorzOptions) -> Result<PackOptions> {
         let o = reference(p, "options")?;
         let strip = if o.strip_prefix.is_null() { None } else { Some(text(o.strip_prefix, "strip_prefix")?) };
         packages::options(prefer(o.prefer)?, o.codec, o.level, strip)
+    }
+}
+
+/// # Safety
+/// `p` is null, for the defaults, or valid.
+unsafe fn run(p: *const XorzRun) -> Result<Run<'static>> {
+    // SAFETY: the caller's promise.
+    match unsafe { p.as_ref() } {
+        Some(r) => packages::run(r.jobs, r.flags),
+        None => Ok(Run::default()),
     }
 }
 
@@ -281,7 +300,7 @@ pub unsafe extern "C" fn xorz_package_restore(
     }
 }
 
-/// Pack a safetensors file.
+/// Pack a checkpoint.
 ///
 /// # Safety
 /// As `csrc/xorz.h` says.
@@ -291,6 +310,7 @@ pub unsafe extern "C" fn xorz_pack_files(
     fine_tuned: *const c_char,
     package: *const c_char,
     how: *const XorzOptions,
+    job: *const XorzRun,
     report: *mut XorzBuffer,
     error: *mut XorzError,
 ) -> i32 {
@@ -298,13 +318,19 @@ pub unsafe extern "C" fn xorz_pack_files(
     unsafe {
         call(error, || {
             let (base, fine_tuned) = (path(base, "base")?, path(fine_tuned, "fine_tuned")?);
-            let json = packages::pack_files(base, fine_tuned, path(package, "package")?, &options(how)?)?;
+            let json = packages::pack_files(
+                base,
+                fine_tuned,
+                path(package, "package")?,
+                &options(how)?,
+                &run(job)?,
+            )?;
             give_bytes(report, json.into_bytes(), "report")
         })
     }
 }
 
-/// Unpack to a safetensors file.
+/// Unpack a checkpoint.
 ///
 /// # Safety
 /// As `csrc/xorz.h` says.
@@ -313,6 +339,7 @@ pub unsafe extern "C" fn xorz_unpack_files(
     base: *const c_char,
     package: *const c_char,
     out: *const c_char,
+    job: *const XorzRun,
     report: *mut XorzBuffer,
     error: *mut XorzError,
 ) -> i32 {
@@ -322,14 +349,14 @@ pub unsafe extern "C" fn xorz_unpack_files(
             let (base, package) = (path(base, "base")?, path(package, "package")?);
             give_bytes(
                 report,
-                packages::unpack_files(base, package, path(out, "out")?)?.into_bytes(),
+                packages::unpack_files(base, package, path(out, "out")?, &run(job)?)?.into_bytes(),
                 "report",
             )
         })
     }
 }
 
-/// Check a package against its base, and against the fine-tuned file if one is given.
+/// Check a package against its base, and against the fine-tuned checkpoint if one is given.
 ///
 /// # Safety
 /// As `csrc/xorz.h` says.
@@ -338,6 +365,7 @@ pub unsafe extern "C" fn xorz_verify_files(
     base: *const c_char,
     package: *const c_char,
     fine_tuned: *const c_char,
+    job: *const XorzRun,
     report: *mut XorzBuffer,
     error: *mut XorzError,
 ) -> i32 {
@@ -346,7 +374,11 @@ pub unsafe extern "C" fn xorz_verify_files(
         call(error, || {
             let fine_tuned = if fine_tuned.is_null() { None } else { Some(path(fine_tuned, "fine_tuned")?) };
             let (base, package) = (path(base, "base")?, path(package, "package")?);
-            give_bytes(report, packages::verify_files(base, package, fine_tuned)?.into_bytes(), "report")
+            give_bytes(
+                report,
+                packages::verify_files(base, package, fine_tuned, &run(job)?)?.into_bytes(),
+                "report",
+            )
         })
     }
 }
