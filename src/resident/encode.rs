@@ -1,10 +1,11 @@
-//! Writes a resident delta tile by tile: one pass to choose, one to write; never a dense matrix.
+//! Writes a resident delta tile by tile: a sample to choose, one pass to write; never a dense matrix.
 
-use super::analyze::{self, Plan};
-use super::header::{ALIGN, CONTENT_AT, HEADER_BYTES, Header, content_digest};
-use crate::codec::sparse::Builder;
+use super::assemble::Assembler;
+use super::estimate;
+use super::piece::{self, Coder, Piece};
+use super::plan::Plan;
 use crate::codec::word::{Word, with_word};
-use crate::codec::{Encoding, Prefer, Rect, Tile, exponent};
+use crate::codec::{Encoding, Grid, Prefer, Rect, Tile};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Matrix, Shape};
 use std::ops::Range;
@@ -91,10 +92,7 @@ impl Source for Pair<'_> {
 /// # Errors
 /// Those of the source.
 pub fn encode(source: &mut dyn Source, prefer: Prefer) -> Result<Vec<u8>> {
-    with_word!(source.dtype(), W => {
-        let plan = analyze::plan::<W>(source, prefer)?;
-        write::<W>(source, &plan, &|_| Ok(None))
-    })
+    planned(source, prefer, &|source, plan| write(source, plan, &|_| Ok(None)))
 }
 
 /// [`encode`] with the encoding given and its parameters chosen: for conversions and tests.
@@ -103,10 +101,8 @@ pub fn encode(source: &mut dyn Source, prefer: Prefer) -> Result<Vec<u8>> {
 /// # Errors
 /// Those of the source; `Unsupported` if the encoding would take more than 2^32 units.
 pub fn encode_as(source: &mut dyn Source, encoding: Encoding) -> Result<Vec<u8>> {
-    with_word!(source.dtype(), W => {
-        let plan = analyze::plan_for::<W>(source, encoding)?;
-        write::<W>(source, &plan, &|_| Ok(None))
-    })
+    let plan = estimate::plan_for(source, encoding)?;
+    write(source, &plan, &|_| Ok(None))
 }
 
 /// [`encode`] for two matrices in memory.
@@ -117,167 +113,113 @@ pub fn encode_pair(base: &Matrix<'_>, fine_tuned: &Matrix<'_>, prefer: Prefer) -
     encode(&mut Pair::new(*base, *fine_tuned)?, prefer)
 }
 
+/// Writes a source as a plan says.
+pub(crate) type Write<'f> = &'f dyn Fn(&mut dyn Source, &Plan) -> Result<Vec<u8>>;
+
+/// Write by the sample's plan, and once more by an exact one if the sample misled.
+pub(crate) fn planned(
+    source: &mut dyn Source,
+    prefer: Prefer,
+    write: Write<'_>,
+) -> Result<Vec<u8>> {
+    let sampled = estimate::estimate(source, prefer)?;
+    let delta = write(source, &sampled.plan)?;
+    if !sampled.is_off(delta.len() as u64) {
+        return Ok(delta);
+    }
+    drop(delta);
+    let exact = estimate::estimate_exactly(source, prefer)?;
+    write(source, &exact.plan)
+}
+
 /// A tile that is already encoded as the plan asks, if there is one for a rectangle.
 pub(crate) type Copied<'f, 'a> = &'f dyn Fn(&Rect) -> Result<Option<Tile<'a>>>;
 
 /// Write `source` as `plan` says, taking encoded tiles from `copied` where it has them.
-pub(crate) fn write<W: Word>(
-    source: &mut dyn Source,
-    plan: &Plan,
-    copied: Copied<'_, '_>,
-) -> Result<Vec<u8>> {
-    let mut writer = Writer::<W>::new(source.dtype(), *plan)?;
-    let (mut base, mut fine_tuned) = (Vec::<W>::new(), Vec::<W>::new());
-    let tiles = if plan.encoding == Encoding::Unchanged { 0 } else { plan.grid.tiles() };
-    for index in 0..tiles {
-        let rect = plan.grid.rect(index);
-        base.resize(rect.words(), W::default());
-        fine_tuned.resize(rect.words(), W::default());
-        let (b, f) = (bytemuck::cast_slice_mut(&mut base), bytemuck::cast_slice_mut(&mut fine_tuned));
-        source.read(rect.r0..rect.r1, rect.c0..rect.c1, b, f)?;
-        match copied(&rect)? {
-            Some(tile) => writer.copy(&tile, &base, &fine_tuned)?,
-            None => writer.tile(&rect, &base, &fine_tuned)?,
+pub(crate) fn write(source: &mut dyn Source, plan: &Plan, copied: Copied<'_, '_>) -> Result<Vec<u8>> {
+    let dtype = source.dtype();
+    let mut writer = Writer::new(dtype, plan)?;
+    match plan.encoding {
+        // Whoever planned this has read every word.
+        Encoding::Unchanged => {}
+        Encoding::Raw => writer.raw(source)?,
+        Encoding::Sparse | Encoding::Exponent => {
+            with_word!(dtype, W => writer.tiles::<W>(source, copied))?;
         }
     }
     writer.finish(source.base_digest())
 }
 
-struct Writer<W: Word> {
+/// A delta growing in memory, in place, so that it is never held twice.
+struct Writer {
     dtype: Dtype,
     plan: Plan,
-    /// Header, directory and payload grow in place, so that a delta is never held twice.
+    assembler: Assembler,
     out: Vec<u8>,
-    payload_at: usize,
-    directory: Vec<u32>,
-    exception_directory: Vec<u32>,
-    exceptions: Vec<(u16, u64)>,
-    builder: Builder<W>,
-    units: u64,
-    changed: u64,
+    piece: Piece,
 }
 
-impl<W: Word> Writer<W> {
-    fn new(dtype: Dtype, plan: Plan) -> Result<Self> {
-        let tiled = matches!(plan.encoding, Encoding::Sparse | Encoding::Exponent);
-        let directory = if tiled { 4 * (plan.grid.tiles() + 1) } else { 0 };
-        let payload_at = HEADER_BYTES + directory.next_multiple_of(ALIGN);
-        let payload = if plan.encoding == Encoding::Raw { plan.grid.shape.bytes(dtype)? } else { 0 };
-        let out = vec![0; payload_at + payload];
-        let (directory, exception_directory) = (vec![0], vec![0]);
-        Ok(Self {
-            dtype,
-            plan,
-            out,
-            payload_at,
-            directory,
-            exception_directory,
-            exceptions: Vec::new(),
-            builder: Builder::default(),
-            units: 0,
-            changed: 0,
-        })
+impl Writer {
+    fn new(dtype: Dtype, plan: &Plan) -> Result<Self> {
+        let assembler = Assembler::new(dtype, plan)?;
+        let out = vec![0; assembler.head_bytes()];
+        Ok(Self { dtype, plan: *plan, assembler, out, piece: Piece::default() })
     }
 
-    fn tile(&mut self, rect: &Rect, base: &[W], fine_tuned: &[W]) -> Result<()> {
-        let (dtype, cols, tile_cols) = (self.dtype, rect.cols(), self.plan.grid.tile_cols);
-        match self.plan.encoding {
-            Encoding::Unchanged => {}
-            Encoding::Raw => {
-                self.changed += count_changed(base, fine_tuned);
-                let k = self.plan.grid.shape.k;
-                for (r, row) in fine_tuned.chunks_exact(cols).enumerate() {
-                    let at = self.payload_at + ((rect.r0 + r) * k + rect.c0) * W::BYTES;
-                    self.out[at..at + cols * W::BYTES].copy_from_slice(bytemuck::cast_slice(row));
-                }
-            }
-            Encoding::Sparse => {
-                self.builder.collect(dtype, cols, tile_cols, base, fine_tuned);
-                self.units += self.builder.write(dtype, self.plan.gap, &mut self.out) as u64;
-                self.changed += self.builder.changed;
-                self.exceptions.extend(&self.builder.exceptions);
-            }
-            Encoding::Exponent => {
-                let before = self.out.len();
-                let to = (&mut self.out, &mut self.exceptions);
-                self.changed +=
-                    exponent::encode(dtype, &self.plan.widths, cols, tile_cols, (base, fine_tuned), to);
-                self.units += ((self.out.len() - before) / W::BYTES) as u64;
+    /// Rows, as many as a tile has words, or parts of one.
+    fn raw(&mut self, source: &mut dyn Source) -> Result<()> {
+        let (shape, w) = (self.plan.grid.shape, self.dtype.word_bytes());
+        if shape.n == 0 || shape.k == 0 {
+            return Ok(());
+        }
+        let (rows, cols) = ((Grid::MAX_WORDS / shape.k).clamp(1, shape.n), shape.k.min(Grid::MAX_WORDS));
+        let (mut base, mut fine_tuned) = (vec![0; rows * cols * w], vec![0; rows * cols * w]);
+        for r in (0..shape.n).step_by(rows) {
+            let rows = r..(r + rows).min(shape.n);
+            for c in (0..shape.k).step_by(cols) {
+                let cols = c..(c + cols).min(shape.k);
+                let bytes = rows.len() * cols.len() * w;
+                let (b, f) = (&mut base[..bytes], &mut fine_tuned[..bytes]);
+                source.read(rows.clone(), cols, b, f)?;
+                self.piece.payload.extend_from_slice(f);
+                self.piece.changed += piece::count_changed(self.dtype, b, f);
+                self.take()?;
             }
         }
-        self.close_tile()
+        Ok(())
     }
 
-    fn copy(&mut self, tile: &Tile<'_>, base: &[W], fine_tuned: &[W]) -> Result<()> {
-        let exceptions = match tile {
-            Tile::Sparse(t) => {
-                self.out.extend_from_slice(t.gaps);
-                self.out.extend_from_slice(t.diffs);
-                self.units += t.records as u64;
-                &t.exceptions
+    fn tiles<W: Word>(&mut self, source: &mut dyn Source, copied: Copied<'_, '_>) -> Result<()> {
+        let (mut base, mut fine_tuned) = (Vec::<W>::new(), Vec::<W>::new());
+        let mut coder = Coder::<W>::default();
+        for index in 0..self.plan.grid.tiles() {
+            let rect = self.plan.grid.rect(index);
+            base.resize(rect.words(), W::default());
+            fine_tuned.resize(rect.words(), W::default());
+            let (b, f) = (bytemuck::cast_slice_mut(&mut base), bytemuck::cast_slice_mut(&mut fine_tuned));
+            source.read(rect.r0..rect.r1, rect.c0..rect.c1, b, f)?;
+            match copied(&rect)? {
+                Some(tile) => {
+                    self.piece.copy(&tile, W::BYTES)?;
+                    self.piece.changed += piece::count_changed(self.dtype, b, f);
+                }
+                None => {
+                    coder.tile(&self.plan, self.dtype, rect.cols(), (&base, &fine_tuned), &mut self.piece)
+                }
             }
-            Tile::Exponent(t) => {
-                self.out.extend_from_slice(t.stream);
-                self.units += (t.stream.len() / W::BYTES) as u64;
-                &t.exceptions
-            }
-            Tile::Unchanged | Tile::Raw(_) => return Err(Error::internal("nothing to copy in such a tile")),
-        };
-        let listed = (0..exceptions.len()).map(|i| exceptions.get(i)).map(|(p, w)| (p as u16, w));
-        self.exceptions.extend(listed);
-        self.changed += count_changed(base, fine_tuned);
-        self.close_tile()
+            self.take()?;
+        }
+        Ok(())
     }
 
-    fn close_tile(&mut self) -> Result<()> {
-        let small = |v: u64| {
-            u32::try_from(v).map_err(|_| Error::unsupported("a matrix whose delta has more than 2^32 units"))
-        };
-        self.directory.push(small(self.units)?);
-        self.exception_directory.push(small(self.exceptions.len() as u64)?);
+    fn take(&mut self) -> Result<()> {
+        self.assembler.add(&self.piece)?;
+        self.out.extend_from_slice(&self.piece.payload);
+        self.piece.clear();
         Ok(())
     }
 
     fn finish(mut self, base_digest: Digest) -> Result<Vec<u8>> {
-        if self.changed == 0 {
-            self.plan = Plan::unchanged(self.plan.grid.shape);
-            (self.units, self.exceptions) = (0, Vec::new());
-            self.out.truncate(HEADER_BYTES);
-        }
-        let header = Header {
-            encoding: self.plan.encoding,
-            dtype: self.dtype,
-            shape: self.plan.grid.shape,
-            tile_rows: self.plan.grid.tile_rows,
-            tile_cols: self.plan.grid.tile_cols,
-            gap: self.plan.gap,
-            changed: self.changed,
-            exceptions: self.exceptions.len() as u64,
-            base_digest,
-            widths: self.plan.widths,
-            units: self.units,
-        };
-        let layout = header.layout()?;
-        self.out.resize(layout.total, 0);
-        self.out[..HEADER_BYTES].copy_from_slice(&header.write()?);
-        if !layout.directory.is_empty() {
-            self.out[layout.directory].copy_from_slice(bytemuck::cast_slice(&self.directory));
-        }
-        if !self.exceptions.is_empty() {
-            let w = self.dtype.word_bytes();
-            self.out[layout.exception_directory]
-                .copy_from_slice(bytemuck::cast_slice(&self.exception_directory));
-            let positions = self.out[layout.exception_positions].chunks_exact_mut(2);
-            positions.zip(&self.exceptions).for_each(|(o, e)| o.copy_from_slice(&e.0.to_le_bytes()));
-            let words = self.out[layout.exception_words].chunks_exact_mut(w);
-            words.zip(&self.exceptions).for_each(|(o, e)| o.copy_from_slice(&e.1.to_le_bytes()[..w]));
-        }
-        let content = content_digest(&self.out);
-        self.out[CONTENT_AT].copy_from_slice(&content.0);
-        Ok(self.out)
+        self.assembler.finish(base_digest).map(|done| done.around(&mut self.out)).map(|()| self.out)
     }
-}
-
-fn count_changed<W: Word>(base: &[W], fine_tuned: &[W]) -> u64 {
-    base.iter().zip(fine_tuned).filter(|(b, f)| b != f).count() as u64
 }

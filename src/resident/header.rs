@@ -62,11 +62,14 @@ pub(crate) struct Layout {
     pub total: usize,
 }
 
-/// xxh3-128 of a whole resident delta but for the place where this digest is kept.
-pub(crate) fn content_digest(bytes: &[u8]) -> Digest {
+/// xxh3-128 of what precedes the payload but for the place where this digest is kept, the payload's own xxh3-128 and
+/// what follows the payload: so that it can be made while the payload is written elsewhere.
+pub(crate) fn content_digest(head: &[u8], payload: u128, tail: &[u8]) -> Digest {
     let mut h = Xxh3::new();
-    h.update(&bytes[..CONTENT_AT.start]);
-    h.update(&bytes[CONTENT_AT.end..]);
+    h.update(&head[..CONTENT_AT.start]);
+    h.update(&head[CONTENT_AT.end..]);
+    h.update(&payload.to_le_bytes());
+    h.update(tail);
     Digest(h.digest128().to_le_bytes())
 }
 
@@ -210,7 +213,7 @@ impl Header {
         Ok(header)
     }
 
-    fn check_fields(&self) -> Result<()> {
+    pub(crate) fn check_fields(&self) -> Result<()> {
         let corrupt = |what: String| Err(Error::corrupt(format!("resident delta: {what}")));
         self.shape.bytes(self.dtype)?;
         let words = self.shape.words()? as u64;

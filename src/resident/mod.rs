@@ -1,13 +1,21 @@
 #![doc = include_str!("SPEC.md")]
 #![forbid(unsafe_code)]
 
-mod analyze;
+mod assemble;
 mod encode;
+mod estimate;
 mod header;
+mod piece;
+mod plan;
 mod regions;
 mod view;
+mod widths;
 
+pub use assemble::{Assembler, Finished};
 pub use encode::{Pair, Source, encode, encode_as, encode_pair};
+pub use estimate::{Estimate, estimate, estimate_exactly};
 pub use header::{HEADER_BYTES, Header, MAGIC, VERSION};
+pub use piece::{Piece, encode_tiles};
+pub use plan::Plan;
 pub use regions::{concat, slice};
 pub use view::{Resident, restore, restore_rows};

@@ -1,10 +1,10 @@
 //! `slice` and `concat`: parts of deltas as a delta of their own. Whole tiles are copied, cut ones re-encoded from
 //! one tile of words; the matrix is never restored.
 
-use super::analyze::{self, Plan};
-use super::encode::{Source, write};
+use super::encode::{Source, planned, write};
+use super::header::Header;
+use super::plan::Plan;
 use super::view::{Resident, read_tile};
-use crate::codec::word::with_word;
 use crate::codec::{Encoding, Prefer, Rect, Tile};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Matrix, Shape};
@@ -140,28 +140,38 @@ fn meet(a: &Range<usize>, b: &Range<usize>) -> Range<usize> {
 impl Regions<'_> {
     fn encode(mut self) -> Result<Vec<u8>> {
         self.shape.bytes(self.dtype)?;
-        let plan = self.plan()?;
         // The parts' bytes outlive the closure, while `self` is lent to the writer.
         let tiles: Vec<_> =
             self.parts.iter().map(|p| (p.delta.clone(), p.covers(), p.rows.start, p.cols.start)).collect();
-        let copied = |rect: &Rect| copied_tile(&plan, &tiles, rect);
-        with_word!(self.dtype, W => write::<W>(&mut self, &plan, &copied))
+        let written = |source: &mut dyn Source, plan: &Plan| {
+            write(source, plan, &|rect: &Rect| copied_tile(plan, &tiles, rect))
+        };
+        match self.common_plan() {
+            Some(plan) => written(&mut self, &plan),
+            None => {
+                let prefer = self.prefer();
+                planned(&mut self, prefer, &written)
+            }
+        }
     }
 
-    /// The parts' common plan, so that tiles can be copied, or what the cost model says.
-    fn plan(&mut self) -> Result<Plan> {
-        let mut headers =
-            self.parts.iter().map(|p| *p.delta.header()).filter(|h| h.encoding != Encoding::Unchanged);
-        let Some(first) = headers.next() else {
-            return Ok(Plan::unchanged(self.shape));
+    /// The headers of the parts that change anything.
+    fn changing(&self) -> impl Iterator<Item = Header> {
+        self.parts.iter().map(|p| *p.delta.header()).filter(|h| h.encoding != Encoding::Unchanged)
+    }
+
+    /// The parts' common plan, if they have one, so that tiles can be copied.
+    fn common_plan(&self) -> Option<Plan> {
+        let Some(first) = self.changing().next() else {
+            return Some(Plan::unchanged(self.shape));
         };
         let plan = Plan::of(&first, self.shape);
-        if headers.clone().all(|h| plan.same_tiles(&h)) {
-            return Ok(plan);
-        }
-        let fast = first.encoding == Encoding::Sparse || headers.any(|h| h.encoding == Encoding::Sparse);
-        let prefer = if fast { Prefer::Speed } else { Prefer::Memory };
-        with_word!(self.dtype, W => analyze::plan::<W>(self, prefer))
+        self.changing().all(|h| plan.same_tiles(&h)).then_some(plan)
+    }
+
+    fn prefer(&self) -> Prefer {
+        let fast = self.changing().any(|h| h.encoding == Encoding::Sparse);
+        if fast { Prefer::Speed } else { Prefer::Memory }
     }
 }
 

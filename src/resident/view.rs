@@ -8,6 +8,7 @@ use crate::codec::{
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Matrix};
 use std::ops::Range;
+use xxhash_rust::xxh3::xxh3_128;
 
 /// A view of one resident delta. Made in constant time by [`Resident::parse`]; memory-safe on any bytes.
 #[derive(Clone, Debug)]
@@ -142,7 +143,10 @@ impl<'a> Resident<'a> {
     /// # Errors
     /// `Corrupt`, naming both digests or the tile.
     pub fn check(&self) -> Result<()> {
-        let (kept, found) = (&self.bytes[CONTENT_AT], content_digest(self.bytes));
+        let payload = &self.layout.payload;
+        let hash = xxh3_128(&self.bytes[payload.clone()]);
+        let (head, tail) = (&self.bytes[..payload.start], &self.bytes[payload.end..]);
+        let (kept, found) = (&self.bytes[CONTENT_AT], content_digest(head, hash, tail));
         if kept != found.0 {
             let mut digest = [0u8; 16];
             digest.copy_from_slice(kept);

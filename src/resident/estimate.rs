@@ -1,0 +1,247 @@
+//! The cost model of the resident encodings: what each would take, from a sample of the tiles or from all of them.
+
+use super::encode::Source;
+use super::header::HEADER_BYTES;
+use super::plan::Plan;
+use super::widths::{Need, Widths};
+use crate::codec::sparse::Builder;
+use crate::codec::word::{Word, with_word};
+use crate::codec::{Encoding, GapKind, Grid, Prefer, exponent};
+use crate::error::Result;
+use crate::matrix::Dtype;
+
+/// `sparse` is worth its bytes below this share of the fine-tuned words' own: it decodes several times faster than
+/// `exponent` (one add per change against a bit stream per word), but near `raw` it saves nothing.
+const SPARSE_WORTH: f64 = 0.75;
+/// Matrices of at most this many tiles are read whole.
+const SMALL: usize = 16;
+/// Of larger ones, one tile in this many is read, and no fewer than `SMALL`.
+const ONE_IN: usize = 32;
+
+/// A plan, and what it is thought to take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Estimate {
+    /// How to store the matrix.
+    pub plan: Plan,
+    /// Bytes of the whole resident delta, scaled from the tiles read. At most one tile's padding off where `exact`, but for
+    /// the ends of `exponent` tiles, which are taken as half full.
+    pub bytes: u64,
+    /// Whether every tile was read.
+    pub exact: bool,
+}
+
+impl Estimate {
+    /// Whether a delta that took `actual_bytes` shows that the sample misled, so that another plan may be much better:
+    /// it differs by more than a fifth and 4 KiB. Never after [`estimate_exactly`], nor if nothing changed after all.
+    pub fn is_off(&self, actual_bytes: u64) -> bool {
+        let slack = (self.bytes / 5).saturating_add(4096);
+        !self.exact && actual_bytes > HEADER_BYTES as u64 && actual_bytes.abs_diff(self.bytes) > slack
+    }
+}
+
+/// Plan how to store what turns the source's base into its fine_tuned, from a sample: the same tiles every time, about
+/// one in 32, spread over the matrix; all tiles of a matrix that has at most 16. Where the sample shows no change, any
+/// change will be an exception: free for an unchanged matrix, and [`Estimate::is_off`] tells surprises.
+///
+/// # Errors
+/// Those of the source.
+pub fn estimate(source: &mut dyn Source, prefer: Prefer) -> Result<Estimate> {
+    estimate_by(&mut Oracle, source, prefer, false)
+}
+
+/// [`estimate`] from every tile.
+///
+/// # Errors
+/// Those of the source.
+pub fn estimate_exactly(source: &mut dyn Source, prefer: Prefer) -> Result<Estimate> {
+    estimate_by(&mut Oracle, source, prefer, true)
+}
+
+/// [`estimate`], or [`estimate_exactly`], with words counted by `count`.
+pub(crate) fn estimate_by(
+    count: &mut dyn Count,
+    source: &mut dyn Source,
+    prefer: Prefer,
+    exactly: bool,
+) -> Result<Estimate> {
+    Survey::new(count, source, exactly).choose(prefer)
+}
+
+/// The plan for a given encoding, exactly; the cost model's by size for `Unchanged`, which cannot hold a change.
+pub(crate) fn plan_for(source: &mut dyn Source, encoding: Encoding) -> Result<Plan> {
+    let shape = source.shape();
+    let mut count = Oracle;
+    let mut survey = Survey::new(&mut count, source, true);
+    match encoding {
+        Encoding::Unchanged => Ok(survey.choose(Prefer::Memory)?.plan),
+        Encoding::Sparse => Ok(survey.sparse()?.0),
+        Encoding::Exponent => Ok(survey.widths()?.plan(shape, 1.0).0),
+        Encoding::Raw => Ok(Plan { encoding, ..Plan::unchanged(shape) }),
+    }
+}
+
+/// Which of `tiles` tiles are read: one of each of as many equal runs, at a place that shifts from run to run (by the
+/// golden section), so that no period of the matrix hides from it.
+fn sample(tiles: usize) -> Vec<usize> {
+    if tiles <= SMALL {
+        return (0..tiles).collect();
+    }
+    let count = (tiles / ONE_IN).max(SMALL);
+    let place = |i: usize| {
+        let (start, end) =
+            (i * (tiles / count), if i + 1 == count { tiles } else { (i + 1) * (tiles / count) });
+        let shift = (i as f64 * 0.618_033_988_749_895).fract();
+        start + ((end - start) as f64 * shift) as usize
+    };
+    (0..count).map(place).collect()
+}
+
+/// Who counts in a tile of `sparse`: words of 16 rows at most, packed, aligned to 8 bytes.
+pub(crate) trait Count {
+    /// Add each word to its class and the width of its difference.
+    fn widths(&mut self, dtype: Dtype, base: &[u8], fine_tuned: &[u8], need: &mut Need);
+    /// Records with gaps of one byte, of two, and exceptions that `sparse` would take.
+    fn records(
+        &mut self,
+        dtype: Dtype,
+        cols: usize,
+        tile_cols: usize,
+        base: &[u8],
+        fine_tuned: &[u8],
+    ) -> [u64; 3];
+}
+
+/// Plainly.
+pub(crate) struct Oracle;
+
+impl Count for Oracle {
+    fn widths(&mut self, dtype: Dtype, base: &[u8], fine_tuned: &[u8], need: &mut Need) {
+        let mantissa_bits = exponent::mantissa_bits(dtype);
+        with_word!(dtype, W => {
+            let (base, fine_tuned) = (bytemuck::cast_slice::<_, W>(base), bytemuck::cast_slice::<_, W>(fine_tuned));
+            for (b, f) in base.iter().zip(fine_tuned) {
+                need[exponent::class(*b, mantissa_bits)][f.minus(*b).width() as usize] += 1;
+            }
+        });
+    }
+
+    fn records(
+        &mut self,
+        dtype: Dtype,
+        cols: usize,
+        tile_cols: usize,
+        base: &[u8],
+        fine_tuned: &[u8],
+    ) -> [u64; 3] {
+        with_word!(dtype, W => {
+            let mut builder = Builder::<W>::default();
+            let (base, fine_tuned) = (bytemuck::cast_slice::<_, W>(base), bytemuck::cast_slice::<_, W>(fine_tuned));
+            builder.collect(dtype, cols, tile_cols, base, fine_tuned);
+            let records = |gap| builder.records(gap) as u64;
+            [records(GapKind::U8), records(GapKind::U16), builder.exceptions.len() as u64]
+        })
+    }
+}
+
+/// What is read, and who counts in it.
+struct Survey<'a> {
+    count: &'a mut dyn Count,
+    source: &'a mut dyn Source,
+    grid: Grid,
+    /// Of that grid.
+    tiles: Vec<usize>,
+    /// Words of the matrix for each word read.
+    scale: f64,
+    exact: bool,
+}
+
+impl<'a> Survey<'a> {
+    fn new(count: &'a mut dyn Count, source: &'a mut dyn Source, exactly: bool) -> Self {
+        let grid = Grid::for_sparse(source.shape());
+        let tiles = if exactly { (0..grid.tiles()).collect() } else { sample(grid.tiles()) };
+        let exact = tiles.len() == grid.tiles();
+        let read: usize = tiles.iter().map(|t| grid.rect(*t).words()).sum();
+        let scale = if exact { 1.0 } else { grid.shape.n as f64 * grid.shape.k as f64 / read as f64 };
+        Self { count, source, grid, tiles, scale, exact }
+    }
+
+    /// The plan for `prefer`; `raw` only where all else is larger.
+    fn choose(&mut self, prefer: Prefer) -> Result<Estimate> {
+        let (shape, exact) = (self.grid.shape, self.exact);
+        let widths = self.widths()?;
+        let word = self.source.dtype().word_bytes() as u64;
+        let raw_bytes = shape.bytes(self.source.dtype())? as u64;
+        if widths.changed == 0 {
+            let plan = if exact { Plan::unchanged(shape) } else { Plan::quiet(shape) };
+            return Ok(Estimate { bytes: whole(&plan, word, 0, 0), plan, exact });
+        }
+        let (plan, payload, exceptions) = widths.plan(shape, self.scale);
+        let exponent = Estimate { bytes: whole(&plan, word, payload, exceptions), plan, exact };
+        let plan = Plan { encoding: Encoding::Raw, ..Plan::unchanged(shape) };
+        let raw = Estimate { bytes: whole(&plan, word, raw_bytes, 0), plan, exact };
+        let fits = |e: &Estimate| e.bytes < u64::from(u32::MAX);
+        let fast = (raw_bytes as f64 * SPARSE_WORTH) as u64;
+
+        // Not even without padding can `sparse` be taken: spare the pass.
+        let least = (widths.changed as f64 * self.scale) as u64 * (1 + word);
+        let limit = if prefer == Prefer::Speed { fast } else { 0 };
+        let smaller = if fits(&exponent) { exponent } else { raw };
+        let smaller = if smaller.bytes <= raw.bytes { smaller } else { raw };
+        if least > limit.max(smaller.bytes) {
+            return Ok(smaller);
+        }
+        let (plan, payload, exceptions) = self.sparse()?;
+        let sparse = Estimate { bytes: whole(&plan, word, payload, exceptions), plan, exact };
+        let taken = sparse.bytes <= limit.max(smaller.bytes) && fits(&sparse);
+        Ok(if taken { sparse } else { smaller })
+    }
+
+    fn widths(&mut self) -> Result<Widths> {
+        let dtype = self.source.dtype();
+        let mut need = Box::new([[0; 65]; exponent::CLASSES]);
+        self.visit(|count, _, base, fine_tuned| count.widths(dtype, base, fine_tuned, &mut need))?;
+        Ok(Widths::of(&need, 8 * dtype.word_bytes() as u32))
+    }
+
+    /// The plan of `sparse` with the smaller kind of gap, the bytes of its records and the exceptions.
+    fn sparse(&mut self) -> Result<(Plan, u64, u64)> {
+        const GAPS: [GapKind; 2] = [GapKind::U8, GapKind::U16];
+        let (dtype, grid) = (self.source.dtype(), self.grid);
+        let mut sums = [0u64; 3];
+        self.visit(|count, cols, base, fine_tuned| {
+            let tile = count.records(dtype, cols, grid.tile_cols, base, fine_tuned);
+            sums.iter_mut().zip(tile).for_each(|(sum, n)| *sum += n);
+        })?;
+        let record = |i: usize| (Grid::LANES * (GAPS[i].bytes() + dtype.word_bytes())) as u64;
+        let bytes = |i: usize| sums[i].saturating_mul(record(i)) as f64 * self.scale;
+        let i = usize::from(bytes(1) < bytes(0));
+        let plan = Plan { encoding: Encoding::Sparse, gap: GAPS[i], ..Plan::unchanged(grid.shape) };
+        Ok((plan, bytes(i) as u64, (sums[2] as f64 * self.scale) as u64))
+    }
+
+    /// Visit the words of the tiles: columns of the tile, base, fine_tuned.
+    fn visit(&mut self, mut f: impl FnMut(&mut dyn Count, usize, &[u8], &[u8])) -> Result<()> {
+        let word = self.source.dtype().word_bytes();
+        let (mut base, mut fine_tuned) = (Vec::<u64>::new(), Vec::<u64>::new());
+        for index in &self.tiles {
+            let rect = self.grid.rect(*index);
+            let bytes = rect.words() * word;
+            base.resize(bytes.div_ceil(8), 0);
+            fine_tuned.resize(bytes.div_ceil(8), 0);
+            let b = &mut bytemuck::cast_slice_mut(&mut base)[..bytes];
+            let t = &mut bytemuck::cast_slice_mut(&mut fine_tuned)[..bytes];
+            self.source.read(rect.r0..rect.r1, rect.c0..rect.c1, b, t)?;
+            f(self.count, rect.cols(), b, t);
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of a whole delta with so many of payload and so many exceptions.
+fn whole(plan: &Plan, word: u64, payload: u64, exceptions: u64) -> u64 {
+    let padded = |bytes: u64| bytes.saturating_add(63) / 64 * 64;
+    let directory = if plan.tiled() { (plan.grid.tiles() as u64 + 1) * 4 } else { 0 };
+    let apart = if exceptions > 0 { [directory, 2 * exceptions, word * exceptions] } else { [0; 3] };
+    let sections = [directory, payload].into_iter().chain(apart).map(padded);
+    sections.fold(HEADER_BYTES as u64, u64::saturating_add)
+}

@@ -1,0 +1,218 @@
+//! Encoded tiles, and the plain way of encoding them: what every fast encoder must equal bit for bit. Knows no header.
+
+use super::plan::Plan;
+use crate::codec::sparse::Builder;
+use crate::codec::word::{Word, with_word};
+use crate::codec::{Encoding, Rect, Tile, exponent};
+use crate::error::{Error, Result};
+use crate::matrix::Dtype;
+use std::ops::Range;
+
+/// Tiles of one delta, encoded, in order: what [`super::Assembler::add`] takes. Pieces of a matrix are independent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Piece {
+    /// Records, stream units or fine-tuned words: bytes of the delta's payload.
+    pub payload: Vec<u8>,
+    /// How many records or stream units each tile takes; zeros for `raw` and `unchanged`.
+    pub units: Vec<u32>,
+    /// How many exceptions each tile has.
+    pub exceptions: Vec<u32>,
+    /// The exceptions' positions in their tiles, u16 little-endian each.
+    pub positions: Vec<u8>,
+    /// The exceptions' words, little-endian.
+    pub words: Vec<u8>,
+    /// Words that differ from base.
+    pub changed: u64,
+}
+
+impl Piece {
+    /// Empty it, and keep its memory.
+    pub fn clear(&mut self) {
+        self.payload.clear();
+        self.units.clear();
+        self.exceptions.clear();
+        self.positions.clear();
+        self.words.clear();
+        self.changed = 0;
+    }
+
+    /// Close a tile that began when there were `positions` bytes of positions.
+    pub(crate) fn close(&mut self, units: usize, positions: usize) {
+        // A tile has at most 65536 words, and two records for each at most.
+        self.units.push(units as u32);
+        self.exceptions.push(((self.positions.len() - positions) / 2) as u32);
+    }
+
+    /// Append a tile that is already encoded.
+    pub(crate) fn copy(&mut self, tile: &Tile<'_>, word_bytes: usize) -> Result<()> {
+        let (units, exceptions) = match tile {
+            Tile::Sparse(t) => {
+                self.payload.extend_from_slice(t.gaps);
+                self.payload.extend_from_slice(t.diffs);
+                (t.records, &t.exceptions)
+            }
+            Tile::Exponent(t) => {
+                self.payload.extend_from_slice(t.stream);
+                (t.stream.len() / word_bytes, &t.exceptions)
+            }
+            Tile::Unchanged | Tile::Raw(_) => return Err(Error::internal("nothing to copy in such a tile")),
+        };
+        let before = self.positions.len();
+        self.positions.extend_from_slice(exceptions.positions);
+        self.words.extend_from_slice(exceptions.words);
+        self.close(units, before);
+        Ok(())
+    }
+}
+
+/// Encode tiles `tiles` of the matrix that `plan` is for and append them to `out`.
+///
+/// `base` and `fine_tuned` hold the words of the region that the tiles cover, row after row without gaps, at any
+/// alignment: whole bands (rows of tiles), or, of a matrix of one band, any run of tiles of a single row.
+///
+/// # Errors
+/// `InvalidArgument` for tiles that are no such region, or a plan that no delta of `dtype` can have; `Mismatch` for
+/// other lengths of words. `out` then holds unspecified bytes.
+pub fn encode_tiles(
+    plan: &Plan,
+    dtype: Dtype,
+    tiles: Range<usize>,
+    base: &[u8],
+    fine_tuned: &[u8],
+    out: &mut Piece,
+) -> Result<()> {
+    let region = Region::new(plan, dtype, tiles, base, fine_tuned)?;
+    if !plan.tiled() {
+        return region.flat(plan, dtype, out);
+    }
+    with_word!(dtype, W => {
+        let (mut coder, mut b, mut f) = (Coder::<W>::default(), Vec::new(), Vec::new());
+        for index in region.tiles.clone() {
+            let rect = plan.grid.rect(index);
+            b.clear();
+            f.clear();
+            for r in 0..rect.rows() {
+                let span = region.row(&rect, r, W::BYTES);
+                b.extend(base[span.clone()].chunks_exact(W::BYTES).map(W::load));
+                f.extend(fine_tuned[span].chunks_exact(W::BYTES).map(W::load));
+            }
+            coder.tile(plan, dtype, rect.cols(), (&b, &f), out);
+        }
+    });
+    Ok(())
+}
+
+/// The words that a run of tiles covers, checked.
+pub(crate) struct Region<'a> {
+    pub(crate) tiles: Range<usize>,
+    pub(crate) base: &'a [u8],
+    pub(crate) fine_tuned: &'a [u8],
+    /// Where it begins in the matrix.
+    row: usize,
+    column: usize,
+    /// Words of one of its rows.
+    width: usize,
+}
+
+impl<'a> Region<'a> {
+    pub(crate) fn new(
+        plan: &Plan,
+        dtype: Dtype,
+        tiles: Range<usize>,
+        base: &'a [u8],
+        fine_tuned: &'a [u8],
+    ) -> Result<Self> {
+        plan.check(dtype)?;
+        let grid = &plan.grid;
+        let across = grid.tile_cols_count().max(1);
+        let bands = tiles.start.is_multiple_of(across) && tiles.end.is_multiple_of(across);
+        if tiles.start > tiles.end || tiles.end > grid.tiles() || !(bands || grid.shape.n == 1) {
+            return Err(Error::invalid(format!(
+                "tiles {tiles:?} of {} are no whole rows of {across} tiles of a matrix of {}",
+                grid.tiles(),
+                grid.shape
+            )));
+        }
+        let (mut row, mut column, mut rows, mut width) = (0, 0, 0, grid.shape.k);
+        if !tiles.is_empty() {
+            let (first, last) = (grid.rect(tiles.start), grid.rect(tiles.end - 1));
+            (row, column, rows) = (first.r0, first.c0, last.r1 - first.r0);
+            width = if bands { width } else { last.c1 - first.c0 };
+        }
+        let want = rows * width * dtype.word_bytes();
+        for (name, words) in [("base", base), ("fine_tuned", fine_tuned)] {
+            if words.len() != want {
+                return Err(Error::mismatch(format!(
+                    "{name} has {} bytes, but tiles {tiles:?} take {want}",
+                    words.len()
+                )));
+            }
+        }
+        Ok(Self { tiles, base, fine_tuned, row, column, width })
+    }
+
+    /// Where the words of row `r` of a tile lie.
+    pub(crate) fn row(&self, rect: &Rect, r: usize, word_bytes: usize) -> Range<usize> {
+        let at = (rect.r0 - self.row + r) * self.width + rect.c0 - self.column;
+        at * word_bytes..(at + rect.cols()) * word_bytes
+    }
+
+    /// Encodings without tiles: `raw`, the words as they are, and `unchanged`.
+    pub(crate) fn flat(&self, plan: &Plan, dtype: Dtype, out: &mut Piece) -> Result<()> {
+        if plan.encoding == Encoding::Raw {
+            out.payload.extend_from_slice(self.fine_tuned);
+        }
+        out.changed += count_changed(dtype, self.base, self.fine_tuned);
+        self.tiles.clone().for_each(|_| out.close(0, out.positions.len()));
+        Ok(())
+    }
+}
+
+/// How many words of two runs differ.
+pub(crate) fn count_changed(dtype: Dtype, base: &[u8], fine_tuned: &[u8]) -> u64 {
+    with_word!(dtype, W => {
+        let words = base.chunks_exact(W::BYTES).zip(fine_tuned.chunks_exact(W::BYTES));
+        words.filter(|(b, f)| b != f).count() as u64
+    })
+}
+
+/// Encodes tile by tile; its memory is reused.
+pub(crate) struct Coder<W: Word> {
+    builder: Builder<W>,
+    exceptions: Vec<(u16, u64)>,
+}
+
+impl<W: Word> Default for Coder<W> {
+    fn default() -> Self {
+        Self { builder: Builder::default(), exceptions: Vec::new() }
+    }
+}
+
+impl<W: Word> Coder<W> {
+    /// Encode one tile, its words in rows of `cols`, as a tiled `plan` says.
+    pub(crate) fn tile(
+        &mut self,
+        plan: &Plan,
+        dtype: Dtype,
+        cols: usize,
+        (base, fine_tuned): (&[W], &[W]),
+        out: &mut Piece,
+    ) {
+        let (tile_cols, from, positions) = (plan.grid.tile_cols, out.payload.len(), out.positions.len());
+        let (units, listed) = if plan.encoding == Encoding::Sparse {
+            self.builder.collect(dtype, cols, tile_cols, base, fine_tuned);
+            out.changed += self.builder.changed;
+            (self.builder.write(dtype, plan.gap, &mut out.payload), &self.builder.exceptions)
+        } else {
+            self.exceptions.clear();
+            let to = (&mut out.payload, &mut self.exceptions);
+            out.changed += exponent::encode(dtype, &plan.widths, cols, tile_cols, (base, fine_tuned), to);
+            ((out.payload.len() - from) / W::BYTES, &self.exceptions)
+        };
+        for (position, word) in listed {
+            out.positions.extend_from_slice(&position.to_le_bytes());
+            out.words.extend_from_slice(&word.to_le_bytes()[..W::BYTES]);
+        }
+        out.close(units, positions);
+    }
+}
