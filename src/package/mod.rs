@@ -7,8 +7,11 @@
 #![doc = include_str!("SPEC.md")]
 #![forbid(unsafe_code)]
 
+mod aligned;
 mod blob;
+mod cache;
 mod container;
+mod digests;
 mod files;
 mod frames;
 mod reader;
@@ -18,7 +21,9 @@ mod source;
 mod temp;
 mod writer;
 
+pub use cache::{DigestCache, Identity};
 pub use container::{Header, MAX_HEADER_BYTES, SafeTensors, TensorInfo};
+pub use digests::digest_files;
 pub use files::{pack_files, unpack_files, verify_files};
 pub use reader::Package;
 pub use record::{BaseTensor, Entry, SourceFile};
