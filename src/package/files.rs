@@ -29,9 +29,18 @@ pub fn pack_files(
     fine_tuned: &Path,
     out: Destination<'_>,
     options: &PackOptions,
-    run: &Run<'_>,
+    _run: &Run<'_>,
 ) -> Result<Report> {
-    let (out, _) = (path_only(out)?, run);
+    let out = match out {
+        Destination::Path(path) => path,
+        Destination::Stream(stream) => {
+            let folder = tempfile::tempdir()?;
+            let path = folder.path().join("package");
+            let report = pack_files(base, fine_tuned, Destination::Path(&path), options, &Run::default())?;
+            io::copy(&mut File::open(&path)?, stream)?;
+            return Ok(report);
+        }
+    };
     refuse_overwrite(out, &[base, fine_tuned])?;
     let (base_file, ft_file) = (SafeTensors::open(base)?, SafeTensors::open(fine_tuned)?);
     let pairs = pair(&base_file, &ft_file, options.strip_prefix.as_deref())?;
@@ -117,13 +126,6 @@ fn groups<T>(items: &[T], bytes: impl Fn(&T) -> u64) -> Vec<&[T]> {
     out
 }
 
-fn path_only(out: Destination<'_>) -> Result<&Path> {
-    match out {
-        Destination::Path(path) => Ok(path),
-        Destination::Stream(_) => Err(Error::unsupported("writing to a stream is not built yet")),
-    }
-}
-
 fn refuse_overwrite(out: &Path, inputs: &[&Path]) -> Result<()> {
     let Ok(target) = out.canonicalize() else { return Ok(()) };
     match inputs.iter().find(|p| p.canonicalize().is_ok_and(|p| p == target)) {
@@ -158,12 +160,21 @@ fn hex(bytes: &[u8]) -> String {
 /// `Mismatch` for another base, naming the tensor and both digests; `Corrupt` or `Truncated` for a damaged package; `Io`;
 /// `InvalidArgument` for an `out` that is one of the inputs. No output is left then.
 pub fn unpack_files(base: &Path, package: &Path, out: Destination<'_>, run: &Run<'_>) -> Result<Report> {
-    let (out, _) = (path_only(out)?, run);
-    refuse_overwrite(out, &[base, package])?;
+    let _ = run;
+    if let Destination::Path(out) = &out {
+        refuse_overwrite(out, &[base, package])?;
+    }
     let (base, opened) = (SafeTensors::open(base)?, Package::open(package)?);
-    let mut output = Output::create(out)?;
-    restore_all(&base, &opened, None, &mut output).map_err(|e| e.within(package.display()))?;
-    output.commit()?;
+    let restore =
+        |out: &mut dyn Write| restore_all(&base, &opened, None, out).map_err(|e| e.within(package.display()));
+    match out {
+        Destination::Path(out) => {
+            let mut output = Output::create(out)?;
+            restore(&mut output)?;
+            output.commit()?;
+        }
+        Destination::Stream(stream) => restore(stream)?,
+    }
     Ok(Report::of(&opened))
 }
 

@@ -5,6 +5,7 @@ mod common;
 
 use common::{Rng, perturbed};
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -12,6 +13,20 @@ use xorz::matrix::Dtype;
 
 fn xorz(dir: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_xorz")).args(args).current_dir(dir).output().unwrap()
+}
+
+/// With `input` on standard input.
+fn piped(dir: &Path, args: &[&str], input: &[u8]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_xorz"));
+    command.args(args).current_dir(dir).env("TMPDIR", dir.join("tmp"));
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    std::thread::scope(|scope| {
+        // A run that refuses its arguments does not read.
+        scope.spawn(move || drop(stdin.write_all(input)));
+        child.wait_with_output().unwrap()
+    })
 }
 
 fn stdout(out: &Output) -> String {
@@ -171,6 +186,194 @@ fn a_closed_pipe_is_no_error() {
     drop(child.stdout.take());
     let out = child.wait_with_output().unwrap();
     assert!(out.status.success() && out.stderr.is_empty(), "{}", String::from_utf8_lossy(&out.stderr));
+}
+
+#[test]
+fn packages_and_files_go_through_pipes() {
+    let dir = folder(512 * 64);
+    let d = dir.path();
+    fs::create_dir(d.join("tmp")).unwrap();
+    let read = |name: &str| fs::read(d.join(name)).unwrap();
+    assert!(xorz(d, &["pack", "base", "ft", "-o", "p.xorz"]).status.success());
+    let (base, ft, package) = (read("base"), read("ft"), read("p.xorz"));
+
+    let out = xorz(d, &["pack", "base", "ft", "-o", "-"]);
+    assert!(out.status.success() && out.stdout == package, "{}", String::from_utf8_lossy(&out.stderr));
+    let report = String::from_utf8(out.stderr).unwrap();
+    assert!(report.starts_with("packed    to standard output\n") && report.contains("1 deltas"), "{report}");
+    let out = xorz(d, &["pack", "base", "ft", "-o", "-", "--quiet"]);
+    assert!(out.status.success() && out.stderr.is_empty() && out.stdout == package);
+    let out = xorz(d, &["unpack", "base", "p.xorz", "-o", "-", "-q"]);
+    assert!(out.status.success() && out.stderr.is_empty() && out.stdout == ft);
+
+    let out = piped(d, &["unpack", "base", "-", "-o", "-", "-q"], &package);
+    assert!(out.status.success() && out.stderr.is_empty() && out.stdout == ft);
+    let out = piped(d, &["unpack", "-", "p.xorz", "-o", "out"], &base);
+    assert!(out.status.success() && read("out") == ft, "{}", String::from_utf8_lossy(&out.stderr));
+    for (args, input) in [
+        (&["verify", "base", "-", "ft"][..], &package),
+        (&["verify", "-", "p.xorz", "ft"], &base),
+        (&["verify", "base", "p.xorz", "-"], &ft),
+    ] {
+        let out = piped(d, args, input);
+        assert!(out.status.success() && stdout(&out).contains("equal the fine-tune given"), "{args:?}");
+    }
+    let out = piped(d, &["inspect", "-"], &package);
+    assert!(stdout(&out).contains("from standard input") && stdout(&out).contains("layer.weight"));
+    assert_eq!(piped(d, &["digest", "-"], &base).stdout, xorz(d, &["digest", "base"]).stdout);
+
+    // The same bytes whatever way they came, but for the name of the file.
+    let a = piped(d, &["pack", "base", "-", "-o", "-", "-q"], &ft);
+    let b = piped(d, &["pack", "base", "-", "-o", "q.xorz", "-j", "1"], &ft);
+    assert!(a.status.success() && b.status.success() && a.stdout == read("q.xorz"));
+    assert!(stdout(&xorz(d, &["inspect", "q.xorz"])).contains("made from stdin.safetensors, "));
+    assert_eq!(fs::read_dir(d.join("tmp")).unwrap().count(), 0, "something is left in TMPDIR");
+}
+
+#[test]
+fn pipes_are_refused_in_words_where_they_cannot_be() {
+    let dir = folder(512 * 4);
+    let d = dir.path();
+    fs::create_dir(d.join("tmp")).unwrap();
+    assert!(xorz(d, &["pack", "base", "ft", "-o", "p.xorz"]).status.success());
+    let package = fs::read(d.join("p.xorz")).unwrap();
+    for (code, words, args, input) in [
+        (2, "one standard input", &["pack", "-", "-", "-o", "q"][..], &b""[..]),
+        (2, "--json", &["pack", "base", "ft", "-o", "-", "--json"], b""),
+        (2, "--json", &["unpack", "base", "p.xorz", "-o", "-", "--json"], b""),
+        (3, "standard input: 0 bytes", &["inspect", "-"], b""),
+        (3, "standard input: ", &["verify", "base", "-"], &package[..package.len() - 1]),
+        (3, "standard input: ", &["pack", "-", "ft", "-o", "q"], b"PK\x03\x04 pickled"),
+        (1, "xorz digest BASE", &["verify", "other", "-"], &package),
+        (4, "full", &["pack", "base", "ft", "-o", "full/q"], b""),
+    ] {
+        let out = piped(d, args, input);
+        let text = complaint(&out);
+        assert_eq!(out.status.code(), Some(code), "{args:?}: {text}");
+        assert!(text.contains(words) && !text.contains("/proc/"), "{args:?}: {text}");
+        assert!(out.stdout.is_empty() && !d.join("q").exists(), "{args:?}");
+    }
+    let out = Command::new(env!("CARGO_BIN_EXE_xorz"))
+        .args(["inspect", "-"])
+        .env("TMPDIR", d.join("nowhere"))
+        .stdin(fs::File::open(d.join("p.xorz")).unwrap())
+        .output()
+        .unwrap();
+    let text = complaint(&out);
+    assert!(out.status.code() == Some(4) && text.contains("set TMPDIR"), "{text}");
+    // A reader that goes before it has all is told to the caller: half a package is no package.
+    let big = folder(512 * 2048);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_xorz"));
+    command.args(["unpack", "base", "p.xorz", "-o", "-"]).current_dir(big.path());
+    assert!(xorz(big.path(), &["pack", "base", "ft", "-o", "p.xorz"]).status.success());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(out.status.code(), Some(4), "{}", complaint(&out));
+}
+
+#[test]
+fn jobs_change_nothing_and_quiet_says_nothing() {
+    let dir = folder(512 * 300);
+    let d = dir.path();
+    let mut packages = Vec::new();
+    for jobs in ["1", "2", "5"] {
+        let out = xorz(d, &["pack", "base", "ft", "-o", "p.xorz", "--quiet", "--jobs", jobs]);
+        assert!(out.status.success() && out.stdout.is_empty() && out.stderr.is_empty());
+        packages.push(fs::read(d.join("p.xorz")).unwrap());
+        let out = xorz(d, &["verify", "base", "p.xorz", "ft", "-q", "-j", jobs]);
+        assert!(out.status.success() && out.stdout.is_empty() && out.stderr.is_empty());
+        let out = xorz(d, &["unpack", "base", "p.xorz", "-o", "out", "-q", "-j", jobs]);
+        assert!(out.status.success() && out.stdout.is_empty() && out.stderr.is_empty());
+        assert!(fs::read(d.join("out")).unwrap() == fs::read(d.join("ft")).unwrap());
+    }
+    assert!(packages.iter().all(|p| *p == packages[0]));
+    // Quiet is no report, and no silence about what went wrong.
+    let out = xorz(d, &["verify", "other", "p.xorz", "--quiet"]);
+    assert!(out.status.code() == Some(1) && complaint(&out).contains("`layer.weight`"));
+    assert!(!stdout(&xorz(d, &["pack", "base", "ft", "-o", "p.xorz", "--quiet", "--json"])).is_empty());
+    for jobs in ["0", "-1", "two", "5000"] {
+        assert_eq!(xorz(d, &["verify", "base", "p.xorz", "--jobs", jobs]).status.code(), Some(2), "{jobs}");
+    }
+}
+
+#[test]
+fn without_sha256_tensors_are_still_compared() {
+    let dir = folder(512 * 64);
+    let d = dir.path();
+    assert!(xorz(d, &["pack", "base", "ft", "-o", "p.xorz"]).status.success());
+    let out = xorz(d, &["unpack", "base", "p.xorz", "-o", "out", "--no-sha256"]);
+    assert!(out.status.success() && stdout(&out).contains("sha256 was not compared"), "{}", stdout(&out));
+    assert!(fs::read(d.join("out")).unwrap() == fs::read(d.join("ft")).unwrap());
+    let out = xorz(d, &["verify", "base", "p.xorz", "--no-sha256"]);
+    assert!(out.status.success() && stdout(&out).contains("sha256 was not compared"), "{}", stdout(&out));
+    assert_eq!(xorz(d, &["verify", "other", "p.xorz", "--no-sha256"]).status.code(), Some(1));
+    assert_eq!(xorz(d, &["verify", "base", "p.xorz", "base", "--no-sha256"]).status.code(), Some(1));
+    assert_eq!(xorz(d, &["pack", "base", "ft", "-o", "q", "--no-sha256"]).status.code(), Some(2));
+}
+
+#[test]
+fn digests_are_those_that_the_package_wants() {
+    let dir = folder(512 * 130);
+    let d = dir.path();
+    let cache = d.join("cache");
+    let digest = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xorz"));
+        command.arg("digest").args(args).current_dir(d).env("XORZ_CACHE_DIR", &cache).output().unwrap()
+    };
+    std::thread::sleep(Duration::from_millis(2100));
+    assert!(xorz(d, &["pack", "base", "ft", "-o", "p.xorz"]).status.success());
+    let inspected = xorz(d, &["inspect", "p.xorz", "--json"]).stdout;
+    let inspected: serde_json::Value = serde_json::from_slice(&inspected).unwrap();
+    let wanted = inspected["entries"][0]["base"].as_str().unwrap();
+    for args in [&["base"][..], &["base", "--jobs", "1"]] {
+        let out = digest(args);
+        assert_eq!(
+            stdout(&out),
+            format!("{wanted}  layer.weight\n"),
+            "{}",
+            String::from_utf8_lossy(&out.stderr)
+        );
+        assert!(out.stderr.is_empty());
+        assert_eq!(fs::read_dir(&cache).unwrap().count(), 1, "the digests are kept");
+    }
+    let json: serde_json::Value = serde_json::from_slice(&digest(&["base", "--json"]).stdout).unwrap();
+    assert_eq!(json, serde_json::json!({"digests": {"layer.weight": wanted}}));
+    assert_ne!(stdout(&digest(&["other"])), stdout(&digest(&["base"])));
+    assert_eq!(digest(&["p.nothing"]).status.code(), Some(4));
+    assert_eq!(digest(&["cache"]).status.code(), Some(2));
+}
+
+#[test]
+fn completions_and_manual_know_every_verb_and_flag() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let verbs = ["pack", "unpack", "verify", "inspect", "digest", "completions", "man"];
+    for shell in ["bash", "zsh", "fish"] {
+        let out = xorz(d, &["completions", shell]);
+        let text = stdout(&out);
+        assert!(out.status.success() && out.stderr.is_empty());
+        for word in verbs.iter().chain(&["no-sha256", "strip-prefix", "jobs"]) {
+            assert!(text.contains(word), "{shell} completes no {word}");
+        }
+        // Where the shell is installed, it takes the script.
+        fs::write(d.join("script"), &text).unwrap();
+        if let Ok(out) = Command::new(shell).args(["-n", "script"]).current_dir(d).output() {
+            assert!(out.status.success(), "{shell}: {}", String::from_utf8_lossy(&out.stderr));
+        }
+    }
+    assert_eq!(xorz(d, &["completions", "cmd"]).status.code(), Some(2));
+    let page = stdout(&xorz(d, &["man"]));
+    assert!(page.contains(".TH xorz 1") && page.contains("EXIT STATUS"), "{page}");
+    for verb in verbs {
+        assert!(page.contains(&format!(".SH \"XORZ {}\"", verb.to_uppercase())), "{verb}");
+    }
+    let out = xorz(d, &["man", "--dir", "."]);
+    assert!(out.status.success() && out.stdout.is_empty() && out.stderr.is_empty());
+    for verb in verbs {
+        assert!(d.join(format!("xorz-{verb}.1")).exists(), "{verb}");
+    }
+    assert_eq!(xorz(d, &["man", "--dir", "no/where"]).status.code(), Some(4));
 }
 
 #[test]

@@ -1,32 +1,40 @@
 //! `xorz inspect`: what a package holds, without its base.
 
+use crate::job::{Outcome, Said};
+use crate::pipes::Inputs;
 use crate::print;
 use std::path::PathBuf;
-use xorz::error::Result;
 use xorz::package::{Entry, Package, Report, inspect_json};
 
 /// Show what a package holds.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The package.
+    /// The package; - for standard input.
     package: PathBuf,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
 }
 
-pub(crate) fn run(args: &Args) -> Result<String> {
-    if args.json {
-        return Ok(inspect_json(&args.package)? + "\n");
-    }
-    let package = Package::open(&args.package)?;
-    let report = Report::of(&package);
-    let mut out = print::row("package", &args.package.display().to_string());
+pub(crate) fn run(args: &Args) -> Outcome {
+    let inputs = Inputs::of(&[&args.package])?;
+    let path = inputs.path(&args.package);
+    let tell = || {
+        if args.json {
+            return Ok(inspect_json(&path)? + "\n");
+        }
+        Ok(describe(&inputs.name(&args.package), &Package::open(&path)?))
+    };
+    tell().map(Said::Out).map_err(|e| inputs.told(e))
+}
+
+fn describe(path: &str, package: &Package) -> String {
+    let mut out = print::row("package", path);
     for file in package.files() {
-        out +=
-            &print::row("made from", &format!("{}, {}", print::name(&file.name), print::bytes(file.bytes)));
+        let (name, sha256) = (print::name(&file.name), print::name(&file.sha256));
+        out += &print::row("made from", &format!("{name}, {}, sha256 {sha256}", print::bytes(file.bytes)));
     }
-    out += &print::report(&report);
+    out += &print::report(&Report::of(package));
     let mut entries: Vec<&Entry> = package.entries().iter().collect();
     entries.sort_by_key(|e| &e.name);
     let mut table = vec![HEAD.map(String::from)];
@@ -36,7 +44,7 @@ pub(crate) fn run(args: &Args) -> Result<String> {
     for name in package.removed() {
         out += &format!("removed   {}\n", print::name(name));
     }
-    Ok(out)
+    out
 }
 
 const HEAD: [&str; 8] = ["tensor", "dtype", "shape", "codec", "encoding", "changed", "stored", "bits/word"];

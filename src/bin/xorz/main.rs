@@ -1,17 +1,23 @@
 //! The command line: a file per verb. Reads arguments, calls `xorz::package`, prints; no logic of its own.
 #![forbid(unsafe_code)]
 
+mod digest;
+mod generate;
 mod inspect;
+mod job;
 mod pack;
+mod pipes;
 mod print;
+mod progress;
 mod unpack;
 mod verify;
 
 use clap::{Parser, Subcommand};
+use job::{Failure, Outcome, Said};
 use std::io::Write;
 use std::panic;
 use std::process::ExitCode;
-use xorz::error::{Error, Kind, Result};
+use xorz::error::Error;
 
 /// Exact fine-tunes of one base model, stored as small lossless deltas.
 #[derive(Parser)]
@@ -30,47 +36,54 @@ enum Verb {
     Unpack(unpack::Args),
     Verify(verify::Args),
     Inspect(inspect::Args),
+    Digest(digest::Args),
+    Completions(generate::Completions),
+    Man(generate::Manual),
 }
 
 fn main() -> ExitCode {
     // One line in place of a backtrace, whichever thread it came from.
     panic::set_hook(Box::new(|info| complain(&format!("internal error, please report it: {info}"))));
-    let result = panic::catch_unwind(|| run(Cli::parse()));
+    let result = panic::catch_unwind(|| run(Cli::parse()).and_then(say));
     ExitCode::from(match result {
         Ok(Ok(())) => 0,
-        Ok(Err(e)) => {
-            complain(e.message());
-            exit_code(e.kind())
+        Ok(Err(failure)) => {
+            complain(&failure.text);
+            failure.code
         }
         Err(_) => 70,
     })
 }
 
-fn run(cli: Cli) -> Result<()> {
-    let text = match cli.verb {
+fn run(cli: Cli) -> Outcome {
+    match cli.verb {
         Verb::Pack(args) => pack::run(&args),
         Verb::Unpack(args) => unpack::run(&args),
         Verb::Verify(args) => verify::run(&args),
         Verb::Inspect(args) => inspect::run(&args),
-    }?;
-    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Verb::Digest(args) => digest::run(&args),
+        Verb::Completions(args) => generate::completions(&args),
+        Verb::Man(args) => generate::manual(&args),
+    }
+}
+
+fn say(what: Said) -> Result<(), Failure> {
+    let (done, place) = match what {
+        Said::Out(text) => {
+            let mut out = std::io::stdout().lock();
+            (out.write_all(text.as_bytes()).and_then(|()| out.flush()), "standard output")
+        }
+        Said::Aside(text) => (std::io::stderr().lock().write_all(text.as_bytes()), "standard error"),
+        Said::Nothing => return Ok(()),
+    };
+    match done {
         // A reader that has seen enough, such as `head`, is no error.
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        other => other.map_err(|e| Error::from(e).within("standard output")),
+        other => other.map_err(|e| Error::from(e).within(place).into()),
     }
 }
 
 fn complain(message: &str) {
     // Nothing is left to tell where even standard error is closed.
     let _ = writeln!(std::io::stderr(), "xorz: {}", print::name(message));
-}
-
-fn exit_code(kind: Kind) -> u8 {
-    match kind {
-        Kind::Mismatch => 1,
-        Kind::InvalidArgument => 2,
-        Kind::Corrupt | Kind::Truncated | Kind::Unsupported => 3,
-        Kind::Io => 4,
-        _ => 70,
-    }
 }

@@ -1,19 +1,21 @@
 //! `xorz pack`: checkpoint against base, into a package.
 
+use crate::job::{Job, Outcome};
+use crate::pipes::{Inputs, Output};
 use crate::print;
 use std::path::PathBuf;
 use xorz::codec::Prefer;
-use xorz::error::Result;
-use xorz::package::{Codec, Destination, PackOptions, Run, pack_files};
+use xorz::package::{Codec, PackOptions, pack_files};
 
 /// Pack a fine-tuned checkpoint against its base.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The base: a .safetensors file.
+    /// The base: a .safetensors file, or a folder of them, sharded or not; - for a file on standard input.
     base: PathBuf,
-    /// The fine-tuned checkpoint: a .safetensors file.
+    /// The fine-tuned checkpoint: a .safetensors file (- for one on standard input), or a folder such as save_pretrained
+    /// makes; its other files (config, tokenizer) are carried along.
     fine_tuned: PathBuf,
-    /// The package to write, such as alice.xorz.
+    /// The package to write, such as alice.xorz; - for standard output.
     #[arg(short, long)]
     output: PathBuf,
     /// What deltas are encoded for when loaded: speed or memory.
@@ -28,9 +30,8 @@ pub(crate) struct Args {
     /// Drop this prefix from names on both sides before pairing them, such as "bert.".
     #[arg(long, value_name = "PREFIX")]
     strip_prefix: Option<String>,
-    /// Print one JSON object.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    job: Job,
 }
 
 fn prefer(text: &str) -> std::result::Result<Prefer, String> {
@@ -41,17 +42,18 @@ fn codec(text: &str) -> std::result::Result<Codec, String> {
     text.parse().map_err(|e: xorz::error::Error| e.message().into())
 }
 
-pub(crate) fn run(args: &Args) -> Result<String> {
+pub(crate) fn run(args: &Args) -> Outcome {
     let options = PackOptions {
         prefer: args.prefer,
         codec: args.codec,
         level: args.level,
         strip_prefix: args.strip_prefix.clone(),
     };
+    let mut output = Output::of(&args.output, args.job.json)?;
+    let inputs = Inputs::of(&[&args.base, &args.fine_tuned])?;
+    let (base, fine_tuned) = (inputs.path(&args.base), inputs.path(&args.fine_tuned));
     let report =
-        pack_files(&args.base, &args.fine_tuned, Destination::Path(&args.output), &options, &Run::default())?;
-    if args.json {
-        return Ok(report.to_json()? + "\n");
-    }
-    Ok(print::row("packed", &args.output.display().to_string()) + &print::report(&report))
+        args.job.run(None, |run| pack_files(&base, &fine_tuned, output.destination(), &options, run));
+    let report = report.map_err(|e| inputs.told(e))?;
+    args.job.said(output.is_stdout(), &print::row("packed", &print::path(&args.output)), &report)
 }

@@ -1,5 +1,6 @@
 //! How numbers and tables look.
 
+use std::path::Path;
 use xorz::package::Report;
 
 /// `label     text`
@@ -29,6 +30,11 @@ pub(crate) fn report(r: &Report) -> String {
         out += &row("sha256", &name(sha256));
     }
     out
+}
+
+/// A path as the user gave it; `-` in words.
+pub(crate) fn path(path: &Path) -> String {
+    if path.as_os_str() == "-" { "to standard output".into() } else { name(&path.display().to_string()) }
 }
 
 /// A name from a file, made harmless for a terminal.

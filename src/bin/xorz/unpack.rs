@@ -1,35 +1,41 @@
 //! `xorz unpack`: base and package, into the fine-tuned checkpoint.
 
+use crate::job::{Job, Outcome, Sha256};
+use crate::pipes::{Inputs, Output};
 use crate::print;
 use std::path::PathBuf;
-use xorz::error::Result;
-use xorz::package::{Destination, Run, unpack_files};
+use xorz::package::unpack_files;
 
 /// Give back the fine-tuned checkpoint, byte for byte.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The base that the package was made against: a .safetensors file.
+    /// The base that the package was made against: a .safetensors file, or a folder of them; it may be sharded otherwise
+    /// than it was. - for a file on standard input.
     base: PathBuf,
-    /// The package.
+    /// The package; - for standard input.
     package: PathBuf,
-    /// The .safetensors file to write.
+    /// What to write: a .safetensors file, or a folder (new or empty) if the package was made from one; - for a single
+    /// file on standard output.
     #[arg(short, long)]
     output: PathBuf,
-    /// Print one JSON object.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    sha256: Sha256,
+    #[command(flatten)]
+    job: Job,
 }
 
-pub(crate) fn run(args: &Args) -> Result<String> {
-    let report = unpack_files(&args.base, &args.package, Destination::Path(&args.output), &Run::default())?;
-    if args.json {
-        return Ok(report.to_json()? + "\n");
-    }
-    let exact = match report.sha256 {
-        Some(_) => "exact: its sha256 is that of the file that was packed",
-        None => "exact: every tensor; the package was not made from a file",
+pub(crate) fn run(args: &Args) -> Outcome {
+    let mut output = Output::of(&args.output, args.job.json)?;
+    let inputs = Inputs::of(&[&args.base, &args.package])?;
+    let (base, package) = (inputs.path(&args.base), inputs.path(&args.package));
+    let report =
+        args.job.run(Some(&args.sha256), |run| unpack_files(&base, &package, output.destination(), run));
+    let report = report.map_err(|e| inputs.told(e).or_another_base())?;
+    let exact = match (&report.sha256, args.sha256.skipped()) {
+        (Some(_), false) => "exact: its sha256 is that of the file that was packed",
+        (Some(_), true) => "every tensor is exact; sha256 was not compared",
+        (None, _) => "exact: every tensor; the package was not made from a file",
     };
-    Ok(print::row("restored", &args.output.display().to_string())
-        + &print::row("", exact)
-        + &print::report(&report))
+    let first = print::row("restored", &print::path(&args.output)) + &print::row("", exact);
+    args.job.said(output.is_stdout(), &first, &report)
 }

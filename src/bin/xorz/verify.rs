@@ -1,34 +1,46 @@
 //! `xorz verify`: restore without writing, and compare.
 
+use crate::job::{Job, Outcome, Sha256};
+use crate::pipes::Inputs;
 use crate::print;
-use std::path::PathBuf;
-use xorz::error::Result;
-use xorz::package::{Run, verify_files};
+use std::path::{Path, PathBuf};
+use xorz::package::verify_files;
 
 /// Check that base + package give back the fine-tuned checkpoint, without writing it.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The base that the package was made against: a .safetensors file.
+    /// The base that the package was made against: a .safetensors file, or a folder of them; - for a file on standard input.
     base: PathBuf,
-    /// The package.
+    /// The package; - for standard input.
     package: PathBuf,
-    /// The fine-tuned checkpoint, to be compared tensor by tensor and by sha256.
+    /// The fine-tuned checkpoint, file or folder, to be compared tensor by tensor and by sha256; - for a file on standard
+    /// input.
     fine_tuned: Option<PathBuf>,
-    /// Print one JSON object.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    sha256: Sha256,
+    #[command(flatten)]
+    job: Job,
 }
 
-pub(crate) fn run(args: &Args) -> Result<String> {
-    let report = verify_files(&args.base, &args.package, args.fine_tuned.as_deref(), &Run::default())?;
-    if args.json {
-        return Ok(report.to_json()? + "\n");
-    }
-    let what = match (&report.sha256, &args.fine_tuned) {
-        (Some(_), Some(_)) => "every tensor and the file's sha256 equal the fine-tune given",
-        (None, Some(_)) => "every tensor equals the fine-tune given",
-        (Some(_), None) => "the restored file has the sha256 of the file that was packed",
-        (None, None) => "every digest fits; there is no file to compare with",
+pub(crate) fn run(args: &Args) -> Outcome {
+    let named: Vec<&Path> = [Some(&args.base), Some(&args.package), args.fine_tuned.as_ref()]
+        .into_iter()
+        .flatten()
+        .map(|p| &**p)
+        .collect();
+    let inputs = Inputs::of(&named)?;
+    let (base, package) = (inputs.path(&args.base), inputs.path(&args.package));
+    let fine_tuned = args.fine_tuned.as_ref().map(|p| inputs.path(p));
+    let report =
+        args.job.run(Some(&args.sha256), |run| verify_files(&base, &package, fine_tuned.as_deref(), run));
+    let report = report.map_err(|e| inputs.told(e).or_another_base())?;
+    let sha256 = report.sha256.is_some() && !args.sha256.skipped();
+    let what = match (sha256, &fine_tuned) {
+        (true, Some(_)) => "every tensor and the file's sha256 equal the fine-tune given",
+        (false, Some(_)) => "every tensor equals the fine-tune given",
+        (true, None) => "the restored file has the sha256 of the file that was packed",
+        (false, None) if report.sha256.is_some() => "every digest fits; sha256 was not compared",
+        (false, None) => "every digest fits; there is no file to compare with",
     };
-    Ok(print::row("verified", what) + &print::report(&report))
+    args.job.said(false, &print::row("verified", what), &report)
 }

@@ -1,0 +1,108 @@
+//! What every verb that works on checkpoints shares: how it runs, what it says and where, and how it fails.
+
+use crate::print;
+use crate::progress::Bar;
+use xorz::error::{Error, Kind};
+use xorz::package::{Progress, Report, Run};
+
+/// Options of every verb that takes a while.
+#[derive(clap::Args)]
+pub(crate) struct Job {
+    /// Threads to use [default: one per core].
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    jobs: Option<u16>,
+    /// No progress and no report: errors alone.
+    #[arg(short, long)]
+    quiet: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Not comparing files, where every tensor has been compared.
+#[derive(clap::Args)]
+pub(crate) struct Sha256 {
+    /// Do not compute and compare the sha256 of each restored file. Every tensor is compared all the same: its base by
+    /// digest, its stored bytes by digest; not compared is how they are put together into the file.
+    #[arg(long = "no-sha256")]
+    no: bool,
+}
+
+/// What a verb has to say, to whom.
+pub(crate) enum Said {
+    /// On standard output.
+    Out(String),
+    /// On standard error, where standard output carries the result.
+    Aside(String),
+    /// The user asked for silence.
+    Nothing,
+}
+
+/// Why a verb failed: the exit code and the sentence.
+pub(crate) struct Failure {
+    pub(crate) code: u8,
+    pub(crate) text: String,
+}
+
+pub(crate) type Outcome = Result<Said, Failure>;
+
+impl From<Error> for Failure {
+    fn from(e: Error) -> Self {
+        Self { code: exit_code(e.kind()), text: e.message().into() }
+    }
+}
+
+fn exit_code(kind: Kind) -> u8 {
+    match kind {
+        Kind::Mismatch => 1,
+        Kind::InvalidArgument => 2,
+        Kind::Corrupt | Kind::Truncated | Kind::Unsupported => 3,
+        Kind::Io => 4,
+        _ => 70,
+    }
+}
+
+impl Failure {
+    /// What to do about it, where another base is what is wrong.
+    pub(crate) fn or_another_base(mut self) -> Self {
+        if self.code == 1 && self.text.contains("digest") {
+            self.text += "; is this the base it was packed against? \
+                          `xorz digest BASE` prints a base's digests, `xorz inspect PACKAGE --json` the wanted ones";
+        }
+        self
+    }
+}
+
+impl Job {
+    /// Call `work` with how it is to run, a progress bar shown meanwhile on a terminal.
+    pub(crate) fn run<T>(
+        &self,
+        sha256: Option<&Sha256>,
+        work: impl FnOnce(&Run<'_>) -> xorz::error::Result<T>,
+    ) -> xorz::error::Result<T> {
+        let bar = if self.quiet { None } else { Bar::on_terminal() };
+        let progress = bar.as_ref().map(|b| b as &dyn Progress);
+        let jobs = self.jobs.map_or(0, usize::from);
+        work(&Run { jobs, progress, sha256: sha256.is_none_or(|s| !s.no) })
+    }
+
+    /// The report: as JSON, or `first` and the totals; beside the result if that went to standard output.
+    pub(crate) fn said(&self, aside: bool, first: &str, report: &Report) -> Outcome {
+        if self.json {
+            return Ok(Said::Out(report.to_json()? + "\n"));
+        }
+        let text = || first.to_owned() + &print::report(report);
+        Ok(match (self.quiet, aside) {
+            (true, _) => Said::Nothing,
+            (false, true) => Said::Aside(text()),
+            (false, false) => Said::Out(text()),
+        })
+    }
+}
+
+impl Sha256 {
+    /// Whether it is not compared.
+    pub(crate) fn skipped(&self) -> bool {
+        self.no
+    }
+}
