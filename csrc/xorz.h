@@ -145,6 +145,10 @@ int32_t xorz_delta_encode(const xorz_matrix* base, const xorz_matrix* fine_tuned
 /* Full validation, the digest of base included. */
 int32_t xorz_delta_check(const void* delta, size_t delta_bytes, const xorz_matrix* base, xorz_error* error);
 
+/* What xorz_delta_apply checks before the first word changes: the delta's bytes against their digest, and
+ * that base is its base. Cheaper than xorz_delta_check: nothing is decoded. */
+int32_t xorz_delta_matches(const void* delta, size_t delta_bytes, const xorz_matrix* base, xorz_error* error);
+
 /* out := the fine-tuned words, as many bytes as base has. */
 int32_t xorz_delta_restore(const xorz_matrix* base, const void* delta, size_t delta_bytes, void* out,
                            size_t out_bytes, const xorz_executor* executor, xorz_error* error);

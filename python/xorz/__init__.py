@@ -1,6 +1,7 @@
 """Exact fine-tunes of one base model: one base in memory, a small lossless delta per fine-tune, computed on directly.
 
-`XorDeltaLinear` stands in for `nn.Linear`; `pack`, `unpack` and `restore` are for checkpoints; the `delta_*` functions
+`XorDeltaLinear` stands in for `nn.Linear`; `pack`, `unpack` and `restore` are for checkpoints; `diff` and `apply_`
+for state_dicts in memory; the `delta_*` functions
 are the ops of `torch.ops.xorz`.
 """
 
@@ -18,13 +19,16 @@ from ._ops import (
     delta_slice,
 )
 from .checkpoint import inspect, load_deltas, pack, restore, unpack, verify
+from .diff import StateDelta, apply_, diff
 from .linear import XorDeltaLinear
 
 __version__ = _core.version()
 
 __all__ = [
     "DeltaInfo",
+    "StateDelta",
     "XorDeltaLinear",
+    "apply_",
     "delta_apply_",
     "delta_check",
     "delta_concat",
@@ -34,6 +38,7 @@ __all__ = [
     "delta_linear_grad_input",
     "delta_restore",
     "delta_slice",
+    "diff",
     "inspect",
     "library_path",
     "load_deltas",

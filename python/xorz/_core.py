@@ -68,9 +68,10 @@ _PREFER = {None: -1, "speed": 0, "memory": 1}
 _CODECS = {None: -1, "xor": 0, "resident": 1, "resident-zstd": 2, "planes": 3}
 _ENCODINGS = ("unchanged", "sparse", "exponent", "raw")
 _IO = 6
+_NO_SHA256 = 1
 
 # safetensors name, code in csrc/xorz.h; a complex tensor has no code of its own and is stored alone.
-_DTYPES = {
+DTYPES = {
     torch.float32: ("F32", 1),
     torch.bfloat16: ("BF16", 2),
     torch.float16: ("F16", 3),
@@ -87,8 +88,8 @@ _DTYPES = {
     torch.uint64: ("U64", 14),
     torch.int64: ("I64", 15),
 }
-DTYPE_OF_NAME = {name: dtype for dtype, (name, _) in _DTYPES.items()}
-DTYPE_OF_CODE = {code: dtype for dtype, (_, code) in _DTYPES.items()}
+DTYPE_OF_NAME = {name: dtype for dtype, (name, _) in DTYPES.items()}
+DTYPE_OF_CODE = {code: dtype for dtype, (_, code) in DTYPES.items()}
 
 
 def _declare(name: str, *arguments: Any, result: Any = c_int32) -> None:
@@ -103,6 +104,7 @@ _declare("xorz_panels_restored", result=c_uint64)
 _declare("xorz_scratch_peak_bytes", result=c_uint64)
 _declare("xorz_reset_counters", result=None)
 _declare("xorz_delta_info", c_void_p, c_size_t, POINTER(_Info), _E)
+_declare("xorz_delta_matches", c_void_p, c_size_t, POINTER(_Matrix), _E)
 _declare("xorz_writer_new", c_char_p, POINTER(_Options), POINTER(c_void_p), _E)
 _declare("xorz_writer_add", c_void_p, POINTER(_Tensor), POINTER(_Tensor), _E)
 _declare("xorz_writer_removed", c_void_p, c_char_p, _E)
@@ -113,7 +115,9 @@ _declare("xorz_package_close", c_void_p, result=None)
 _declare("xorz_package_describe", c_void_p, POINTER(_Buffer), _E)
 _declare("xorz_package_resident", c_void_p, c_char_p, POINTER(_Matrix), c_int32, POINTER(_Buffer), _E)
 _declare("xorz_package_restore", c_void_p, c_char_p, POINTER(_Matrix), c_void_p, c_size_t, _E)
-_declare("xorz_pack_files", c_char_p, c_char_p, c_char_p, POINTER(_Options), POINTER(_Run), POINTER(_Buffer), _E)
+_declare(
+    "xorz_pack_files", c_char_p, c_char_p, c_char_p, POINTER(_Options), POINTER(_Run), POINTER(_Buffer), _E
+)
 _declare("xorz_unpack_files", c_char_p, c_char_p, c_char_p, POINTER(_Run), POINTER(_Buffer), _E)
 _declare("xorz_verify_files", c_char_p, c_char_p, c_char_p, POINTER(_Run), POINTER(_Buffer), _E)
 
@@ -139,7 +143,10 @@ def _json(name: str, *arguments: Any) -> dict[str, Any]:
 
 
 def _path(path: Any) -> bytes:
-    return os.fsencode(path)
+    encoded = os.fsencode(path)
+    if b"\0" in encoded:
+        raise ValueError(f"path {path!r} holds a zero byte")
+    return encoded
 
 
 def _name(name: Any) -> bytes:
@@ -207,6 +214,12 @@ def delta_info(delta: Tensor) -> DeltaInfo:
     )
 
 
+def delta_matches(delta: Tensor, base: Tensor) -> None:
+    """ValueError unless the delta's bytes are whole and `base`, contiguous on the CPU, is its base by digest."""
+    host, matrix = delta.detach().cpu().contiguous(), _matrix(base)
+    _call("xorz_delta_matches", host.data_ptr(), host.numel(), byref(matrix))
+
+
 def on_host(name: str, tensor: Any) -> Tensor:
     """The tensor as contiguous CPU memory; no copy if it is that already."""
     if not isinstance(tensor, Tensor):
@@ -220,14 +233,14 @@ def _matrix(tensor: Tensor) -> _Matrix:
     n = tensor.shape[0] if tensor.dim() > 1 else 1
     k = tensor[0].numel() if tensor.dim() > 1 and n else torch.Size(tensor.shape[1:]).numel()
     k = tensor.numel() if tensor.dim() < 2 else k
-    return _Matrix(tensor.data_ptr(), tensor.nbytes, n, k, _DTYPES[tensor.dtype][1])
+    return _Matrix(tensor.data_ptr(), tensor.nbytes, n, k, DTYPES[tensor.dtype][1])
 
 
 def _tensor(name: str, tensor: Tensor) -> _Tensor:
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         raise TypeError(f"tensor `{name}` has dtype {tensor.dtype}, which a package cannot hold")
     dims = (c_size_t * max(1, tensor.dim()))(*tensor.shape)
-    dtype = _DTYPES[tensor.dtype][0].encode()
+    dtype = DTYPES[tensor.dtype][0].encode()
     return _Tensor(_name(name), dtype, dims, tensor.dim(), tensor.data_ptr(), tensor.nbytes)
 
 
@@ -254,7 +267,7 @@ class Writer:
         old = None
         if base is not None:
             base = on_host(name, base)
-            old = byref(_tensor(base_name or name, base)) if base.dtype in _DTYPES else None
+            old = byref(_tensor(base_name or name, base)) if base.dtype in DTYPES else None
         _call("xorz_writer_add", self._handle, byref(_tensor(name, fine_tuned)), old)
 
     def removed(self, name: str) -> None:
@@ -322,22 +335,32 @@ class Package:
         _lib.xorz_package_close(handle)
 
 
-def pack_files(base: Any, fine_tuned: Any, package: Any, options: _Options) -> dict[str, Any]:
-    """Pack a safetensors file; gives the totals."""
-    return _json("xorz_pack_files", _path(base), _path(fine_tuned), _path(package), byref(options), None)
+def run(jobs: int | None = None, sha256: bool = True) -> _Run:
+    """How a job over files runs: `jobs` threads (None: one per core), with or without the sha256 of restored files."""
+    if jobs is not None and (not isinstance(jobs, int) or isinstance(jobs, bool)):
+        raise TypeError(f"jobs must be an int or None, but is {type(jobs).__name__}")
+    if jobs is not None and not 1 <= jobs <= 1024:
+        raise ValueError(f"jobs must be 1 to 1024 or None (one per core), but is {jobs}")
+    return _Run(jobs or 0, 0 if sha256 else _NO_SHA256)
 
 
-def unpack_files(base: Any, package: Any, out: Any) -> dict[str, Any]:
-    """Give the fine-tuned file back; gives the totals."""
-    return _json("xorz_unpack_files", _path(base), _path(package), _path(out), None)
+def pack_files(base: Any, fine_tuned: Any, package: Any, options: _Options, run: _Run) -> dict[str, Any]:
+    """Pack a checkpoint; gives the totals."""
+    paths = (_path(base), _path(fine_tuned), _path(package))
+    return _json("xorz_pack_files", *paths, byref(options), byref(run))
 
 
-def verify_files(base: Any, package: Any, fine_tuned: Any = None) -> dict[str, Any]:
+def unpack_files(base: Any, package: Any, out: Any, run: _Run) -> dict[str, Any]:
+    """Give the fine-tuned checkpoint back; gives the totals."""
+    return _json("xorz_unpack_files", _path(base), _path(package), _path(out), byref(run))
+
+
+def verify_files(base: Any, package: Any, fine_tuned: Any, run: _Run) -> dict[str, Any]:
     """Restore everything without writing it, and compare; gives the totals."""
     other = None if fine_tuned is None else _path(fine_tuned)
-    return _json("xorz_verify_files", _path(base), _path(package), other, None)
+    return _json("xorz_verify_files", _path(base), _path(package), other, byref(run))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The safetensors name of a dtype; torch's own where there is none."""
-    return _DTYPES[dtype][0] if dtype in _DTYPES else str(dtype)
+    return DTYPES[dtype][0] if dtype in DTYPES else str(dtype)

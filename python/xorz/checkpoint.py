@@ -28,16 +28,19 @@ def pack(
     prefer: str = "memory",
     codec: str | None = None,
     level: int = 0,
+    jobs: int | None = None,
 ) -> dict[str, Any]:
     """Write the package `path`, from which `base` gives `fine_tuned` back bit for bit.
 
     Args:
-        base: state_dict or safetensors file of the base.
-        fine_tuned: the same of the fine-tune. Tensors that the base lacks, or has in another dtype or shape, are stored alone.
+        base: state_dict of the base, or its path: a safetensors file, or a folder of them, sharded or not.
+        fine_tuned: the same of the fine-tune; a folder's other files (config, tokenizer) are carried along.
+            Tensors that the base lacks, or has in another dtype or shape, are stored alone.
         path: the package; it appears when it is complete.
         prefer: what deltas are encoded for, "memory" or "speed".
         codec: None (the smallest, tensor by tensor), "resident", "resident-zstd", "planes" or "xor".
         level: of zstd; 0 is the default.
+        jobs: threads for paths; None is one per core. State_dicts take the calling thread. The bytes are the same.
 
     Returns:
         Totals: tensors, changed, words, tensor_bytes, package_bytes and more.
@@ -46,12 +49,12 @@ def pack(
         TypeError: an argument is neither state_dict nor path, or of both kinds; ValueError: a broken file or unknown option;
         OSError: a file that cannot be read or written.
     """
-    options = _core.options(prefer, codec, level)
+    options, run = _core.options(prefer, codec, level), _core.run(jobs)
     from_files = _is_path("base", base)
     if from_files != _is_path("fine_tuned", fine_tuned):
         raise TypeError("base and fine_tuned must both be state_dicts or both be paths")
     if from_files:
-        return _core.pack_files(base, fine_tuned, path, options)
+        return _core.pack_files(base, fine_tuned, path, options, run)
     with _core.Writer(path, options) as writer:
         for name, tensor in fine_tuned.items():
             writer.add(name, tensor, base.get(name))
@@ -61,18 +64,37 @@ def pack(
         return writer.finish()
 
 
-def unpack(base: PathLike, package: PathLike, out: PathLike) -> dict[str, Any]:
-    """Write the fine-tuned safetensors file, byte for byte the packed one, from the base's file and a package.
+def unpack(
+    base: PathLike, package: PathLike, out: PathLike, *, jobs: int | None = None, sha256: bool = True
+) -> dict[str, Any]:
+    """Write the fine-tuned checkpoint, byte for byte the packed one, from the base's path and a package.
+
+    Args:
+        base: safetensors file, or folder of them; it may be sharded otherwise than when the package was made.
+        package: the package.
+        out: a safetensors file, or a folder (new or empty) if the package was made from one; appears when it is complete.
+        jobs: threads; None is one per core.
+        sha256: whether to compute and compare each restored file's; tensors are compared by digest in any case.
+
+    Returns:
+        Totals, as `pack`.
 
     Raises:
-        ValueError: another base (tensor and both digests are named) or a damaged package; OSError.
+        ValueError: another base (tensor and both digests are named) or a damaged package; OSError: as `pack`.
     """
-    return _core.unpack_files(base, package, out)
+    return _core.unpack_files(base, package, out, _core.run(jobs, sha256))
 
 
-def verify(base: PathLike, package: PathLike, fine_tuned: PathLike | None = None) -> dict[str, Any]:
-    """Restore everything without writing it, comparing digests, and `fine_tuned` if given; errors as `unpack`."""
-    return _core.verify_files(base, package, fine_tuned)
+def verify(
+    base: PathLike,
+    package: PathLike,
+    fine_tuned: PathLike | None = None,
+    *,
+    jobs: int | None = None,
+    sha256: bool = True,
+) -> dict[str, Any]:
+    """Restore everything without writing it, comparing digests, and `fine_tuned` if given; the rest as `unpack`."""
+    return _core.verify_files(base, package, fine_tuned, _core.run(jobs, sha256))
 
 
 def _base_of(entry: dict[str, Any], base: StateDict) -> Tensor | None:

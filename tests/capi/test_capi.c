@@ -101,6 +101,7 @@ static void test_products(int step, int32_t prefer) {
   xorz_buffer delta = {NULL, 0};
   CHECK(xorz_delta_encode(&w, &f, prefer, &delta, &error) == XORZ_OK);
   CHECK(xorz_delta_check(delta.data, delta.length, &w, &error) == XORZ_OK);
+  CHECK(xorz_delta_matches(delta.data, delta.length, &w, &error) == XORZ_OK);
 
   xorz_delta_info_t info;
   CHECK(xorz_delta_info(delta.data, delta.length, &info, &error) == XORZ_OK);
@@ -188,6 +189,10 @@ static void test_refusals(void) {
   REFUSED(xorz_delta_restore(&bad, d, len, restored, sizeof restored, NULL, &error), XORZ_MISMATCH,
           "[53, 37]");
   REFUSED(xorz_delta_check(d, len, &f, &error), XORZ_MISMATCH, "digest");
+  REFUSED(xorz_delta_matches(d, len, &f, &error), XORZ_MISMATCH, "digest");
+  delta.data[len - 1] ^= 1;
+  REFUSED(xorz_delta_matches(d, len, &w, &error), XORZ_CORRUPT, "digest");
+  delta.data[len - 1] ^= 1;
   REFUSED(xorz_delta_check(d, 10, &w, &error), XORZ_TRUNCATED, "10");
   REFUSED(xorz_delta_restore(&w, d, len, restored, 12, NULL, &error), XORZ_MISMATCH, "12");
   REFUSED(xorz_delta_restore(&w, d, len, NULL, sizeof restored, NULL, &error), XORZ_INVALID_ARGUMENT,

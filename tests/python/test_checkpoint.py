@@ -179,12 +179,16 @@ def test_tensors_that_are_views_or_tied_are_packed_as_their_values(tmp_path):
     assert all(equal(back[n], tuned[n].contiguous()) for n in tuned)
 
 
-def test_other_python_threads_run_while_a_package_is_written(tmp_path):
+def test_other_python_threads_run_while_files_are_packed_and_unpacked(tmp_path):
     import threading
     import time
 
-    base = {"w": torch.randn(2000, 2000)}
-    tuned = {"w": base["w"] + torch.randn(2000, 2000) * 1e-3}
+    # Some 100 MB, so that each job takes many turns of the interpreter's lock.
+    base = {"w": random_weight(7000, 7000, torch.bfloat16)}
+    tuned = {"w": fine_tune(base["w"], "sparse")}
+    a, b, package = tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "t.xorz"
+    safetensors_torch.save_file(base, a)
+    safetensors_torch.save_file(tuned, b)
     ticks, stop = [], threading.Event()
 
     def tick():
@@ -194,10 +198,92 @@ def test_other_python_threads_run_while_a_package_is_written(tmp_path):
 
     thread = threading.Thread(target=tick)
     thread.start()
-    start = time.perf_counter()
-    xorz.pack(base, tuned, tmp_path / "t.xorz")
-    end = time.perf_counter()
-    stop.set()
-    thread.join()
-    inside = [t for t in ticks if start < t < end]
-    assert len(inside) > 3, (len(inside), end - start)
+    try:
+        for job in (
+            lambda: xorz.pack(a, b, package, jobs=1),
+            lambda: xorz.unpack(a, package, tmp_path / "out", jobs=1),
+            lambda: xorz.verify(a, package, b, jobs=1),
+            lambda: xorz.pack(base, tuned, tmp_path / "u.xorz"),
+        ):
+            start = time.perf_counter()
+            job()
+            end = time.perf_counter()
+            inside = [t for t in ticks if start < t < end]
+            # Evenly, too: a lock held for most of the job would leave a gap as long.
+            gaps = [y - x for x, y in zip([start, *inside], [*inside, end], strict=True)]
+            assert len(inside) > 3 and max(gaps) < 0.7 * (end - start), (len(inside), max(gaps), end - start)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def files(tmp_path):
+    base, tuned = checkpoint()
+    a, b = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    safetensors_torch.save_file(base, a)
+    safetensors_torch.save_file(tuned, b)
+    return a, b, tmp_path / "t.xorz", tmp_path / "out.safetensors"
+
+
+@pytest.mark.parametrize("jobs", [1, 2, None])
+@pytest.mark.parametrize("sha256", [True, False])
+def test_jobs_and_sha256_change_no_byte(tmp_path, jobs, sha256):
+    a, b, package, out = files(tmp_path)
+    xorz.pack(a, b, package, jobs=1)
+    first = package.read_bytes()
+    xorz.pack(a, b, package, jobs=jobs)
+    assert package.read_bytes() == first
+    xorz.unpack(a, package, out, jobs=jobs, sha256=sha256)
+    assert out.read_bytes() == b.read_bytes()
+    assert xorz.verify(a, package, b, jobs=jobs, sha256=sha256)["tensors"] == xorz.inspect(package)["tensors"]
+    with pytest.raises(ValueError, match="digest"):
+        xorz.verify(b, package, jobs=jobs, sha256=sha256)
+
+
+def test_bad_jobs_and_paths_are_refused(tmp_path):
+    a, b, package, out = files(tmp_path)
+    for jobs, error in (
+        (0, ValueError),
+        (-1, ValueError),
+        (10**6, ValueError),
+        (1.5, TypeError),
+        (True, TypeError),
+    ):
+        with pytest.raises(error, match="jobs must be"):
+            xorz.pack(a, b, package, jobs=jobs)
+        with pytest.raises(error, match="jobs must be"):
+            xorz.unpack(a, package, out, jobs=jobs)
+    with pytest.raises(ValueError, match="zero byte"):
+        xorz.pack(a, b, str(package) + "\0.txt")
+    with pytest.raises(TypeError):
+        xorz.unpack(a, 3, out)
+    assert not package.exists() and not out.exists()
+
+
+def test_errors_are_those_of_the_command_line(tmp_path):
+    import subprocess
+    import sysconfig
+    from pathlib import Path
+
+    command = Path(sysconfig.get_path("scripts")) / "xorz"
+    a, b, package, out = files(tmp_path)
+    xorz.pack(a, b, package)
+    cut = tmp_path / "cut.xorz"
+    cut.write_bytes(package.read_bytes()[:-1])
+    missing, nowhere = tmp_path / "missing", tmp_path / "no" / "where"
+    for code, error, args, call in [
+        (1, ValueError, ("verify", b, package), lambda: xorz.verify(b, package)),
+        (3, ValueError, ("verify", a, cut), lambda: xorz.verify(a, cut)),
+        (3, ValueError, ("unpack", a, b, "-o", out), lambda: xorz.unpack(a, b, out)),
+        (2, ValueError, ("pack", a, b, "-o", a), lambda: xorz.pack(a, b, a)),
+        (4, OSError, ("inspect", missing), lambda: xorz.inspect(missing)),
+        (4, OSError, ("pack", a, b, "-o", nowhere), lambda: xorz.pack(a, b, nowhere)),
+        (4, OSError, ("pack", missing, b, "-o", out), lambda: xorz.pack(missing, b, out)),
+    ]:
+        done = subprocess.run([command, *args], capture_output=True, text=True)
+        with pytest.raises(error) as caught:
+            call()
+        text = done.stderr.removeprefix("xorz: ").rstrip("\n")
+        # The command line may add what to type.
+        assert done.returncode == code and text.startswith(str(caught.value)), (text, str(caught.value))
+    assert not out.exists()

@@ -307,6 +307,21 @@ pub unsafe extern "C" fn xorz_delta_check(
     unsafe { call(error, || ops::delta_check(bytes(delta, delta_bytes, "delta")?, matrix(base, "base")?)) }
 }
 
+/// What `xorz_delta_apply` checks before the first word changes.
+///
+/// # Safety
+/// As `csrc/xorz.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xorz_delta_matches(
+    delta: *const c_void,
+    delta_bytes: usize,
+    base: *const XorzMatrix,
+    error: *mut XorzError,
+) -> i32 {
+    // SAFETY: the caller keeps the header's contract.
+    unsafe { call(error, || ops::delta_matches(bytes(delta, delta_bytes, "delta")?, matrix(base, "base")?)) }
+}
+
 fn same(what: &str, a: usize, other: &str, b: usize) -> Result<()> {
     if a == b { Ok(()) } else { Err(Error::mismatch(format!("{what} is {a}, but {other} is {b}"))) }
 }
