@@ -250,6 +250,12 @@ impl Digest {
         Self(h.digest128().to_le_bytes())
     }
 
+    /// The root over a matrix whose bytes come one after the other.
+    pub fn stream(dtype: Dtype, shape: Shape) -> DigestStream {
+        let leaf_bytes = Self::LEAF_ROWS.saturating_mul(shape.k).saturating_mul(dtype.word_bytes());
+        DigestStream { dtype, shape, leaf: Xxh3::new(), filled: 0, leaf_bytes, leaves: Vec::new() }
+    }
+
     /// Parse 32 hexadecimal digits.
     pub fn from_hex(s: &str) -> Option<Self> {
         let b = s.as_bytes();
@@ -266,8 +272,75 @@ impl Digest {
     }
 }
 
+/// A [`Digest`] in the making; see [`Digest::stream`].
+#[derive(Clone)]
+pub struct DigestStream {
+    dtype: Dtype,
+    shape: Shape,
+    leaf: Xxh3,
+    filled: usize,
+    leaf_bytes: usize,
+    leaves: Vec<[u8; 16]>,
+}
+
+impl DigestStream {
+    /// The matrix's next bytes.
+    pub fn update(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let (now, later) = bytes.split_at(bytes.len().min(self.leaf_bytes - self.filled));
+            self.leaf.update(now);
+            self.filled += now.len();
+            if self.filled == self.leaf_bytes {
+                self.close();
+            }
+            bytes = later;
+        }
+    }
+
+    /// The matrix's next leaves, from [`Matrix::digest_leaf`] of a part that begins at a leaf.
+    pub fn leaves(&mut self, leaves: &[[u8; 16]]) {
+        self.leaves.extend_from_slice(leaves);
+    }
+
+    fn close(&mut self) {
+        self.leaves.push(self.leaf.digest128().to_le_bytes());
+        self.leaf.reset();
+        self.filled = 0;
+    }
+
+    /// The root, when all bytes have come.
+    pub fn finish(mut self) -> Digest {
+        while self.leaves.len() < self.shape.n.div_ceil(Digest::LEAF_ROWS) {
+            self.close();
+        }
+        Digest::of_leaves(self.dtype, self.shape, self.leaves.into_iter())
+    }
+}
+
 impl std::fmt::Display for Digest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_digest_streamed_in_any_pieces_is_the_matrix_s_digest() {
+        for (n, k) in [(1, 1), (1, 1000), (64, 3), (65, 3), (200, 7), (130, 0), (0, 5)] {
+            let shape = Shape { n, k };
+            let bytes: Vec<u8> = (0..n * k * 2).map(|i| (i * 7 % 251) as u8).collect();
+            let matrix = Matrix::new(Dtype::BF16, shape, &bytes).unwrap();
+            for step in [1, 13, 384, 5000] {
+                let mut stream = Digest::stream(Dtype::BF16, shape);
+                bytes.chunks(step).for_each(|c| stream.update(c));
+                assert_eq!(stream.finish(), matrix.digest(), "{shape} by {step}");
+            }
+            let mut stream = Digest::stream(Dtype::BF16, shape);
+            (0..n.div_ceil(64)).for_each(|i| stream.leaves(&[matrix.digest_leaf(i)]));
+            assert_eq!(stream.finish(), matrix.digest());
+        }
     }
 }

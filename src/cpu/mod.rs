@@ -282,3 +282,13 @@ pub fn delta_apply(
     }
     Isa::active()?.with(Call(delta, dtype, shape, weight, exec))?
 }
+
+/// Turn the base words of a whole matrix into the fine-tuned ones on this thread; the digest of the content is not compared.
+///
+/// # Errors
+/// `Corrupt` or `Truncated` for bad delta bytes; `words` then holds unspecified words.
+pub fn patch(delta: &Resident<'_>, words: &mut [u8]) -> Result<()> {
+    let h = delta.header();
+    let base = words.to_vec();
+    crate::resident::restore(delta, &Matrix::new(h.dtype, h.shape, &base)?, words)
+}

@@ -14,7 +14,7 @@ use std::path::Path;
 pub fn options(prefer: Prefer, codec: i32, level: i32, strip_prefix: Option<&str>) -> Result<PackOptions> {
     let codec = match codec {
         -1 => None,
-        _ => Some(Codec::ALL.into_iter().find(|c| *c as i32 == codec && !c.alone()).ok_or_else(|| {
+        _ => Some(Codec::ALL.into_iter().find(|c| *c as i32 == codec && c.delta()).ok_or_else(|| {
             Error::invalid(format!("codec must be -1 (smallest) or 0 to 3, but is {codec}"))
         })?),
     };

@@ -35,6 +35,11 @@ impl Aligned {
     pub(super) fn get(&self) -> &[u8] {
         &self.bytes[self.start..self.start + self.len]
     }
+
+    /// The same, to be changed in place.
+    pub(super) fn get_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..self.start + self.len]
+    }
 }
 
 #[cfg(test)]

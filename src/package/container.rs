@@ -6,9 +6,10 @@
 use crate::error::{Error, Result};
 use serde::Deserialize;
 use serde::de::{self, MapAccess, Visitor};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -186,19 +187,22 @@ enum Store {
 }
 
 impl Store {
-    fn read(&self, at: u64, len: u64) -> Result<Vec<u8>> {
-        let len = usize::try_from(len).map_err(|_| Error::unsupported("too large for this machine"))?;
+    fn read(&self, at: u64, out: &mut [u8]) -> Result<()> {
         match self {
-            Self::File(file) => {
-                let mut out = vec![0u8; len];
-                file.read_exact_at(&mut out, at)?;
-                Ok(out)
+            Self::File(file) => file.read_exact_at(out, at).map_err(|e| match e.kind() {
+                ErrorKind::UnexpectedEof => Error::truncated(format!(
+                    "the file ends before byte {}: it was cut while it was read",
+                    at + out.len() as u64
+                )),
+                _ => e.into(),
+            }),
+            Self::Bytes(bytes) => {
+                let from = usize::try_from(at).ok().and_then(|a| bytes.get(a..a.checked_add(out.len())?));
+                out.copy_from_slice(
+                    from.ok_or_else(|| Error::truncated("the bytes end before what they announce"))?,
+                );
+                Ok(())
             }
-            Self::Bytes(bytes) => usize::try_from(at)
-                .ok()
-                .and_then(|a| bytes.get(a..a.checked_add(len)?))
-                .map(<[u8]>::to_vec)
-                .ok_or_else(|| Error::truncated("the bytes end before what they announce")),
         }
     }
 }
@@ -208,6 +212,7 @@ impl Store {
 pub struct SafeTensors {
     store: Store,
     header: Header,
+    index: HashMap<String, usize>,
     text: String,
     bytes: u64,
 }
@@ -220,12 +225,25 @@ impl SafeTensors {
     /// Every message names the path.
     pub fn open(path: &Path) -> Result<Self> {
         let within = |e: Error| e.within(path.display());
-        let file = File::open(path).map_err(|e| within(e.into()))?;
-        let meta = file.metadata().map_err(|e| within(e.into()))?;
+        // What is no regular file is refused before it is opened: opening a FIFO would wait for its writer.
+        let meta = std::fs::metadata(path).map_err(|e| within(e.into()))?;
         if meta.is_dir() {
             return Err(within(Error::invalid("is a directory; name the .safetensors file in it")));
         }
-        Self::new(Store::File(file), meta.len()).map_err(within)
+        if !meta.is_file() {
+            return Err(within(Error::invalid("is not a regular file")));
+        }
+        let file = File::open(path).map_err(|e| within(e.into()))?;
+        let bytes = file.metadata().map_err(|e| within(e.into()))?.len();
+        Self::new(Store::File(file), bytes).map_err(within)
+    }
+
+    /// The open file, if it is one.
+    pub(super) fn file(&self) -> Option<&File> {
+        match &self.store {
+            Store::File(file) => Some(file),
+            Store::Bytes(_) => None,
+        }
     }
 
     /// Check the header of a file's bytes.
@@ -241,8 +259,9 @@ impl SafeTensors {
         if bytes < LENGTH_BYTES {
             return Err(Error::truncated(format!("{bytes} bytes are too few for a safetensors file")));
         }
-        let head = store.read(0, LENGTH_BYTES)?;
-        let length = u64::from_le_bytes(head.as_slice().try_into().map_err(|_| Error::internal("8 bytes"))?);
+        let mut head = [0u8; LENGTH_BYTES as usize];
+        store.read(0, &mut head)?;
+        let length = u64::from_le_bytes(head);
         if length > MAX_HEADER_BYTES {
             return Err(Error::corrupt(not_safetensors(&head, length)));
         }
@@ -252,7 +271,8 @@ impl SafeTensors {
                 bytes - LENGTH_BYTES
             )));
         }
-        let text = store.read(LENGTH_BYTES, length)?;
+        let mut text = vec![0u8; length as usize];
+        store.read(LENGTH_BYTES, &mut text)?;
         let header = Header::parse(&text)?;
         let text =
             String::from_utf8(text).map_err(|_| Error::corrupt("the safetensors header is not UTF-8"))?;
@@ -265,7 +285,8 @@ impl SafeTensors {
         if have > want {
             return Err(Error::corrupt(format!("{} bytes follow the last tensor", have - want)));
         }
-        Ok(Self { store, header, text, bytes })
+        let index = header.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
+        Ok(Self { store, header, index, text, bytes })
     }
 
     /// The checked header.
@@ -285,7 +306,7 @@ impl SafeTensors {
 
     /// The tensor called `name`.
     pub fn find(&self, name: &str) -> Option<&TensorInfo> {
-        self.header.tensors.iter().find(|t| t.name == name)
+        self.index.get(name).map(|i| &self.header.tensors[*i])
     }
 
     /// Read one tensor's bytes.
@@ -293,14 +314,28 @@ impl SafeTensors {
     /// # Errors
     /// `Io` or `Truncated` (a file that shrank since it was opened), naming the tensor.
     pub fn read(&self, tensor: &TensorInfo) -> Result<Vec<u8>> {
-        self.read_range(tensor.range.clone()).map_err(|e| e.within(format_args!("tensor `{}`", tensor.name)))
+        let read = || {
+            let len = usize::try_from(tensor.bytes())
+                .map_err(|_| Error::unsupported("too large for this machine"))?;
+            let mut out = vec![0u8; len];
+            self.read_at(tensor.range.start, &mut out)?;
+            Ok(out)
+        };
+        read().map_err(|e: Error| e.within(format_args!("tensor `{}`", tensor.name)))
     }
 
-    pub(super) fn read_range(&self, range: Range<u64>) -> Result<Vec<u8>> {
-        if range.start > range.end || range.end > self.header.data_bytes() {
-            return Err(Error::invalid(format!("bytes {range:?} are not in the file")));
+    /// Offset of the data in the file.
+    pub(super) fn data_at(&self) -> u64 {
+        LENGTH_BYTES + self.text.len() as u64
+    }
+
+    /// Fill `out` with the data from byte `at` on.
+    pub(super) fn read_at(&self, at: u64, out: &mut [u8]) -> Result<()> {
+        let end = at.checked_add(out.len() as u64);
+        if end.is_none_or(|end| end > self.header.data_bytes()) {
+            return Err(Error::invalid(format!("{} bytes from {at} are not in the file", out.len())));
         }
-        self.store.read(LENGTH_BYTES + self.text.len() as u64 + range.start, range.end - range.start)
+        self.store.read(self.data_at() + at, out)
     }
 }
 

@@ -1,33 +1,56 @@
 //! Bytes at rest: a delta of a whole checkpoint in one `.xorz` file, which is a valid safetensors file.
 //!
 //! [`Writer`] makes one tensor by tensor, [`Package`] reads one, and the `*_files` functions go from checkpoint to package
-//! and back. Everything read here may come from a stranger: [`SafeTensors`] and [`Package`] are the only parsers, and what
-//! they hand on is checked. Knows nothing of torch, of Python, or of kernels.
+//! and back. Everything read here may come from a stranger: [`SafeTensors`], [`Checkpoint`] and [`Package`] are the only
+//! parsers, and what they hand on is checked. Knows nothing of torch or Python.
+//!
+//! | file | what |
+//! |---|---|
+//! | `pack`, `unpack` | the jobs: files side by side, tensors in order, pieces on every thread |
+//! | `checkpoint`, `pairing`, `bases`, `cache`, `digests` | files and folders; which base tensor belongs to which; its digest |
+//! | `encode`, `stored`, `writer` | a tensor into stored bytes; stored bytes into a package |
+//! | `reader`, `blob`, `restore`, `reencode`, `xor` | the way back: to words, or to a resident delta |
+//! | `container`, `record`, `report`, `frames`, `planes` | safetensors, metadata, totals; zstd frames, byte planes |
+//! | `chunks`, `ordered`, `words`, `aligned`, `temp` | pieces, threads, reading, outputs that appear whole |
 //!
 #![doc = include_str!("SPEC.md")]
 #![forbid(unsafe_code)]
 
 mod aligned;
+mod bases;
 mod blob;
 mod cache;
+mod checkpoint;
+mod chunks;
 mod container;
 mod digests;
-mod files;
+mod encode;
 mod frames;
+mod ordered;
+mod pack;
+mod pairing;
+mod planes;
 mod reader;
 mod record;
+mod reencode;
 mod report;
-mod source;
+mod restore;
+mod stored;
 mod temp;
+mod unpack;
+mod words;
 mod writer;
+mod xor;
 
 pub use cache::{DigestCache, Identity};
+pub use checkpoint::{CarriedFile, Checkpoint, TensorFile};
 pub use container::{Header, MAX_HEADER_BYTES, SafeTensors, TensorInfo};
 pub use digests::digest_files;
-pub use files::{pack_files, unpack_files, verify_files};
+pub use pack::pack_files;
 pub use reader::Package;
 pub use record::{BaseTensor, Entry, SourceFile};
-pub use report::{Report, describe_json, inspect_json};
+pub use report::{FileLine, Report, describe_json, inspect_json};
+pub use unpack::{unpack_files, verify_files};
 pub use writer::{Tensor, Writer};
 
 use crate::codec::Prefer;
@@ -45,16 +68,16 @@ pub enum Codec {
     ResidentZstd = 2,
     /// zstd over the byte planes of the XOR, in frames of 1 MiB that decode alone.
     Planes = 3,
-    /// The fine-tuned bytes themselves: no base tensor of this name, dtype and shape exists.
+    /// zstd over the byte planes of the fine-tuned words: no base tensor of this dtype and shape belongs to it.
     Alone = 4,
-    /// One zstd frame of the fine-tuned bytes.
-    AloneZstd = 5,
+    /// Nothing: the bytes are those of another tensor of the fine-tune.
+    Same = 5,
 }
 
 impl Codec {
     /// Every codec, in the order of their codes.
     pub const ALL: [Self; 6] =
-        [Self::Xor, Self::Resident, Self::ResidentZstd, Self::Planes, Self::Alone, Self::AloneZstd];
+        [Self::Xor, Self::Resident, Self::ResidentZstd, Self::Planes, Self::Alone, Self::Same];
 
     /// The name in packages and on the command line.
     pub fn name(self) -> &'static str {
@@ -64,7 +87,7 @@ impl Codec {
             Self::ResidentZstd => "resident-zstd",
             Self::Planes => "planes",
             Self::Alone => "alone",
-            Self::AloneZstd => "alone-zstd",
+            Self::Same => "same",
         }
     }
 
@@ -73,9 +96,9 @@ impl Codec {
         Self::ALL.into_iter().find(|c| c.name() == name)
     }
 
-    /// Whether the tensor is stored without reference to a base.
-    pub fn alone(self) -> bool {
-        matches!(self, Self::Alone | Self::AloneZstd)
+    /// Whether the tensor is stored as a delta against a base tensor.
+    pub fn delta(self) -> bool {
+        !matches!(self, Self::Alone | Self::Same)
     }
 }
 
@@ -83,7 +106,7 @@ impl std::str::FromStr for Codec {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<Self> {
-        Self::from_name(s).filter(|c| !c.alone()).ok_or_else(|| {
+        Self::from_name(s).filter(|c| c.delta()).ok_or_else(|| {
             Error::invalid(format!("codec `{s}` is none of xor, resident, resident-zstd, planes"))
         })
     }
@@ -139,6 +162,20 @@ pub struct Run<'a> {
 impl Default for Run<'_> {
     fn default() -> Self {
         Self { jobs: 0, progress: None, sha256: true }
+    }
+}
+
+impl Run<'_> {
+    fn begin(&self, what: &str, bytes: u64) {
+        if let Some(progress) = self.progress {
+            progress.begin(what, bytes);
+        }
+    }
+
+    fn advance(&self, bytes: u64) {
+        if let Some(progress) = self.progress {
+            progress.advance(bytes);
+        }
     }
 }
 

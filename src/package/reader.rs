@@ -1,13 +1,16 @@
 //! Reading a package: every record checked when it is opened, stored bytes checked when they are used.
 
+use super::blob::{Blob, resident_limit};
 use super::container::{Header, LENGTH_BYTES, MAX_HEADER_BYTES, SafeTensors, TensorInfo};
 use super::record::{self, Entry, SourceFile};
-use super::{Codec, blob, frames, source};
+use super::restore::{self, Restore, Scratch, another_base, stored_alone};
+use super::words::Words;
+use super::{Codec, reencode};
 use crate::codec::Prefer;
 use crate::error::{Error, Result};
-use crate::matrix::{Digest, Matrix};
-use std::collections::{BTreeMap, HashMap};
-use std::io::{Read, Write};
+use crate::matrix::{Digest, Dtype, Matrix, Shape};
+use crate::resident::Resident;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 /// An opened package. Tensors are read from the file one by one, by any number of threads.
@@ -18,6 +21,7 @@ pub struct Package {
     index: HashMap<String, usize>,
     removed: Vec<String>,
     files: Vec<SourceFile>,
+    folder: bool,
 }
 
 impl Package {
@@ -42,29 +46,38 @@ impl Package {
         check_header(tensors, metadata)?;
         let removed: Vec<String> = optional(metadata, record::REMOVED)?;
         let files: Vec<SourceFile> = optional(metadata, record::FILES)?;
-        if files.len() > 1 {
-            return Err(Error::unsupported(format!(
-                "made of {} files; version 0 has one at most",
-                files.len()
-            )));
-        }
+        let folder = match metadata.get(record::SOURCE).map(String::as_str) {
+            None => false,
+            Some(record::FOLDER) => true,
+            Some(other) => return Err(Error::corrupt(format!("made from a `{other}`, which is unknown"))),
+        };
+        check_files(&files, folder)?;
         let mut entries = Vec::new();
-        for info in tensors.iter().filter(|t| !t.name.starts_with(record::RESERVED)) {
+        for info in tensors.iter().filter(|t| record::tensor_of(&t.name).is_some()) {
             let key = record::tensor_key(&info.name);
             let text =
                 metadata.get(&key).ok_or_else(|| Error::corrupt(format!("metadata `{key}` is missing")))?;
             entries.push(record::decode(info, text)?);
         }
-        let headers = tensors.len() - entries.len();
-        let keys = 3
-            + entries.len()
-            + usize::from(metadata.contains_key(record::REMOVED))
-            + usize::from(metadata.contains_key(record::FILES));
-        if metadata.len() != keys || headers != files.len() {
-            return Err(Error::corrupt("metadata or entries that version 0 does not know"));
+        let known = [record::REMOVED, record::FILES, record::SOURCE]
+            .into_iter()
+            .filter(|k| metadata.contains_key(*k));
+        let stored_files =
+            (0..files.len()).filter(|i| container.find(&record::file_entry(*i)).is_some()).count();
+        if metadata.len() != 3 + entries.len() + known.count()
+            || stored_files != files.len()
+            || tensors.len() != entries.len() + files.len()
+        {
+            return Err(Error::corrupt("metadata or entries that version 1 does not know"));
         }
-        let index = entries.iter().enumerate().map(|(i, e)| (e.name.clone(), i)).collect();
-        Ok(Self { entries, index, removed, files, container })
+        let mut index = HashMap::new();
+        // The plain entry of a name comes first; another file's tensor of that name has a key of its own.
+        entries.iter().enumerate().for_each(|(i, e)| {
+            index.insert(e.key.clone(), i);
+        });
+        let package = Self { entries, index, removed, files, folder, container };
+        package.entries.iter().try_for_each(|e| package.resolve(e).map(|_| ()))?;
+        Ok(package)
     }
 
     /// The tensors, in the order in which their bytes lie.
@@ -72,16 +85,47 @@ impl Package {
         &self.entries
     }
 
-    /// The tensor called `name` in the fine-tune.
+    /// The tensor called `name` in the fine-tune (of several files' the first one's).
     ///
     /// # Errors
     /// `InvalidArgument` if there is none.
     pub fn entry(&self, name: &str) -> Result<&Entry> {
-        let i = self
-            .index
-            .get(name)
-            .ok_or_else(|| Error::invalid(format!("the package has no tensor `{name}`")))?;
+        let missing = || Error::invalid(format!("the package has no tensor `{name}`"));
+        let i = record::tensor_of(name)
+            .filter(|n| *n == name)
+            .and_then(|n| self.index.get(n))
+            .ok_or_else(missing)?;
         Ok(&self.entries[*i])
+    }
+
+    /// Tensor `name` of source file `i`.
+    pub(super) fn entry_of(&self, i: usize, name: &str) -> Result<&Entry> {
+        match self.index.get(&record::again_entry(i, name)) {
+            Some(at) => Ok(&self.entries[*at]),
+            None => self.entry(name).map_err(|e| Error::corrupt(e.message())),
+        }
+    }
+
+    /// The entry whose stored bytes are `e`'s: another one's for codec `same`.
+    pub(super) fn resolve<'a>(&'a self, e: &'a Entry) -> Result<&'a Entry> {
+        let Some(name) = &e.same else { return Ok(e) };
+        let other = self.entry(name).map_err(|x| x.within(format_args!("tensor `{}`", e.name)))?;
+        if other.same.is_some() || (&other.dtype, &other.dims, other.bytes) != (&e.dtype, &e.dims, e.bytes) {
+            return Err(Error::corrupt(format!(
+                "tensor `{}` is said to be `{name}`, which has another dtype or shape, or is no tensor of its own",
+                e.name
+            )));
+        }
+        Ok(other)
+    }
+
+    /// The base tensor that tensor `name` is a delta against: its name there, dtype and shape are the entry's.
+    ///
+    /// # Errors
+    /// As [`Package::entry`]; `Unsupported` for a tensor stored alone.
+    pub fn base_of(&self, name: &str) -> Result<&record::BaseTensor> {
+        let entry = self.resolve(self.entry(name)?)?;
+        entry.base.as_ref().ok_or_else(|| stored_alone().within(format_args!("tensor `{name}`")))
     }
 
     /// Names of base tensors that the fine-tune lacks.
@@ -94,27 +138,87 @@ impl Package {
         &self.files
     }
 
+    /// Whether it was made from a folder.
+    pub fn is_folder(&self) -> bool {
+        self.folder
+    }
+
     /// Length of the whole package in bytes.
     pub fn file_bytes(&self) -> u64 {
         self.container.file_bytes()
     }
 
-    /// One tensor's resident delta. It is encoded again, tile by tile, only if `prefer` is given and is not what is stored.
+    pub(super) fn container(&self) -> &SafeTensors {
+        &self.container
+    }
+
+    /// One tensor's resident delta. It is encoded again, piece by piece, only if `prefer` is given and is not what is stored,
+    /// or if no resident delta is stored.
     ///
-    /// `base` is the matrix of the base tensor `entry(name)?.base`. No dense matrix is made. Costs one pass over the base
-    /// for its digest.
+    /// `base` is the matrix of the base tensor [`Package::base_of`]. No dense matrix is made. Costs one pass over the base
+    /// for its digest; [`Package::resident_as_stored`] does without.
     ///
     /// # Errors
     /// `Mismatch` for another dtype, shape or digest than the base had, naming the tensor and both; `Unsupported` for a
     /// tensor stored alone; `InvalidArgument` for an unknown name; `Corrupt`, `Truncated` or `Io`.
     pub fn resident(&self, name: &str, base: &Matrix<'_>, prefer: Option<Prefer>) -> Result<Vec<u8>> {
-        let entry = self.entry(name)?;
+        let entry = self.resolve(self.entry(name)?)?;
         let read = || {
-            let digest = check_base(entry, base)?;
-            let prefer = prefer.or(entry.prefer).unwrap_or(Prefer::Memory);
-            blob::to_resident(entry, self.stored(entry)?, base, digest, prefer)
+            check_shape(entry, base.dtype(), base.shape())?;
+            let found = base.digest();
+            self.check_digest(entry, found)?;
+            if let Some(bytes) = self.as_stored(entry, prefer)? {
+                return Ok(bytes);
+            }
+            let base = Words::Memory(base.bytes());
+            let restore = Restore::new(&self.container, entry, Some((base, Some(found))))?;
+            reencode::resident(&restore, prefer.or(entry.prefer).unwrap_or(Prefer::Memory))
+        };
+        read().map_err(|e: Error| e.within(format_args!("tensor `{name}`")))
+    }
+
+    /// One tensor's resident delta without reading the base, whose dtype, shape and digest are known; `None` if it must be
+    /// encoded anew, for which the base is needed.
+    ///
+    /// # Errors
+    /// As [`Package::resident`].
+    pub fn resident_as_stored(
+        &self,
+        name: &str,
+        (dtype, shape, digest): (Dtype, Shape, Digest),
+        prefer: Option<Prefer>,
+    ) -> Result<Option<Vec<u8>>> {
+        let entry = self.resolve(self.entry(name)?)?;
+        let read = || {
+            check_shape(entry, dtype, shape)?;
+            self.check_digest(entry, digest)?;
+            self.as_stored(entry, prefer)
         };
         read().map_err(|e| e.within(format_args!("tensor `{name}`")))
+    }
+
+    fn check_digest(&self, entry: &Entry, found: Digest) -> Result<()> {
+        let wanted = entry.base.as_ref().ok_or_else(stored_alone)?;
+        if found == wanted.digest { Ok(()) } else { Err(another_base(&wanted.name, wanted.digest, found)) }
+    }
+
+    /// The stored resident delta, if it is one for `prefer`.
+    fn as_stored(&self, entry: &Entry, prefer: Option<Prefer>) -> Result<Option<Vec<u8>>> {
+        let holds = matches!(entry.codec, Codec::Resident | Codec::ResidentZstd);
+        let other = prefer.is_some() && entry.prefer != prefer;
+        if !holds || (other && entry.encoding != Some(crate::codec::Encoding::Unchanged)) {
+            return Ok(None);
+        }
+        let blob = Blob::of(&self.container, entry)?;
+        let len =
+            usize::try_from(blob.len()).map_err(|_| Error::unsupported("too large for this machine"))?;
+        debug_assert!(len as u64 <= resident_limit(entry.bytes));
+        let mut bytes = vec![0u8; len];
+        blob.read(0, &mut bytes, &mut super::frames::Inflater::default())?;
+        let view = Resident::parse(&bytes)?;
+        restore::check_header(entry, view.header())?;
+        view.check()?;
+        Ok(Some(bytes))
     }
 
     /// One tensor's fine-tuned bytes into `out`, which has [`Entry::bytes`]. `base` is ignored for a tensor stored alone.
@@ -122,7 +226,7 @@ impl Package {
     /// # Errors
     /// As [`Package::resident`]; `Mismatch` for a base missing or an `out` of another length.
     pub fn restore(&self, name: &str, base: Option<&Matrix<'_>>, out: &mut [u8]) -> Result<()> {
-        let entry = self.entry(name)?;
+        let entry = self.resolve(self.entry(name)?)?;
         let mut restore = || {
             if out.len() as u64 != entry.bytes {
                 return Err(Error::mismatch(format!(
@@ -131,52 +235,68 @@ impl Package {
                     out.len()
                 )));
             }
-            if entry.codec.alone() {
-                return self.copy_alone(entry, &mut &mut *out);
+            let base = match base.filter(|_| entry.base.is_some()) {
+                Some(base) => {
+                    check_shape(entry, base.dtype(), base.shape())?;
+                    let found = base.digest();
+                    self.check_digest(entry, found)?;
+                    Some((Words::Memory(base.bytes()), Some(found)))
+                }
+                None => None,
+            };
+            let job = Restore::new(&self.container, entry, base)?;
+            let (mut taken, mut scratch) = (job.begin(), Scratch::default());
+            for chunk in 0..job.chunks.count() {
+                job.make(chunk, &mut scratch)?;
+                taken.take(&mut scratch)?;
+                out[job.chunks.bytes(chunk)].copy_from_slice(scratch.words());
             }
-            let base = base.ok_or_else(|| Error::mismatch("is a delta, but no base was given"))?;
-            let digest = check_base(entry, base)?;
-            blob::restore(entry, self.stored(entry)?, base, digest, out)
+            taken.finish()
         };
-        restore().map_err(|e| e.within(format_args!("tensor `{name}`")))
-    }
-
-    /// Stream a tensor that is stored alone.
-    pub(super) fn copy_alone(&self, entry: &Entry, out: &mut dyn Write) -> Result<()> {
-        let stored = self.stored(entry)?;
-        blob::check_alone(entry, &stored)?;
-        match entry.codec {
-            Codec::AloneZstd => copy_frame(&stored, entry.bytes, out),
-            _ => Ok(out.write_all(&stored)?),
-        }
+        restore().map_err(|e| {
+            if e.message().starts_with("tensor `") { e } else { e.within(format_args!("tensor `{name}`")) }
+        })
     }
 
     /// The safetensors header of source file `i`, byte for byte.
     pub(super) fn source_header(&self, i: usize) -> Result<Vec<u8>> {
-        let name = record::header_entry(i);
+        let name = record::file_entry(i);
         let read = || {
             let (file, info) = self
                 .files
                 .get(i)
                 .zip(self.container.find(&name))
                 .ok_or_else(|| Error::corrupt("is missing from the package"))?;
-            if file.header_bytes > MAX_HEADER_BYTES || file.header_bytes > file.bytes {
-                return Err(Error::corrupt(format!("{} bytes are too many", file.header_bytes)));
+            let bytes = file.header_bytes.unwrap_or(0);
+            if bytes > MAX_HEADER_BYTES || bytes > file.bytes {
+                return Err(Error::corrupt(format!("{bytes} bytes are too many")));
             }
-            let stored = self.container.read_range(info.range.clone())?;
-            compare_check(&stored, Digest::from_hex(&file.header_check))?;
-            let mut out = Vec::new();
-            copy_frame_to(&stored, file.header_bytes, &mut out)?;
-            Ok(out)
+            restore::small_frame(&self.container, info.range.clone(), bytes, Digest::from_hex(&file.check))
         };
         read().map_err(|e: Error| e.within(format_args!("`{name}`")))
     }
 
-    /// A tensor's stored bytes, compared with their digest.
-    fn stored(&self, entry: &Entry) -> Result<Vec<u8>> {
-        let stored = self.container.read_range(entry.range.clone())?;
-        compare_check(&stored, Some(entry.check))?;
-        Ok(stored)
+    /// The bytes of source file `i`, which was carried along as it is.
+    pub(super) fn carried(&self, i: usize) -> Result<Blob<'_>> {
+        let name = record::file_entry(i);
+        let open = || {
+            let (file, info) = self
+                .files
+                .get(i)
+                .zip(self.container.find(&name))
+                .ok_or_else(|| Error::corrupt("is missing from the package"))?;
+            let check = Digest::from_hex(&file.check);
+            let blob = Blob::open(&self.container, info.range.clone(), check, true, file.bytes)?;
+            if blob.len() != file.bytes {
+                return Err(Error::corrupt(format!(
+                    "{} bytes stored for a file of {}",
+                    blob.len(),
+                    file.bytes
+                )));
+            }
+            Ok(blob)
+        };
+        open().map_err(|e: Error| e.within(format_args!("`{name}`")))
     }
 }
 
@@ -202,6 +322,39 @@ fn check_header(tensors: &[TensorInfo], metadata: &BTreeMap<String, String>) -> 
     Ok(())
 }
 
+/// Paths stay inside the folder that they are unpacked to, and none is in the way of another.
+fn check_files(files: &[SourceFile], folder: bool) -> Result<()> {
+    let bad = |path: &str, what: &str| Err(Error::corrupt(format!("the source file `{path}` {what}")));
+    let mut paths = HashSet::new();
+    for file in files {
+        let path = file.path.as_str();
+        let part_is_bad =
+            |p: &str| p.is_empty() || p == "." || p == ".." || p.len() > 255 || p.contains('\0');
+        if path.split('/').any(part_is_bad) || path.len() > 4096 {
+            return bad(path, "has a path that leads elsewhere");
+        }
+        if !folder && path.contains('/') {
+            return bad(path, "lies in a folder, but the package was made from a file");
+        }
+        if !paths.insert(path) {
+            return bad(path, "is there twice");
+        }
+    }
+    for path in &paths {
+        let above = path.match_indices('/').find(|(i, _)| paths.contains(&path[..*i]));
+        if above.is_some() {
+            return bad(path, "lies in another file");
+        }
+    }
+    if !folder && files.len() > 1 {
+        return Err(Error::corrupt(format!("made from one file, but {} are listed", files.len())));
+    }
+    if !folder && files.iter().any(|f| f.header_bytes.is_none()) {
+        return Err(Error::corrupt("made from one file, which has no tensors"));
+    }
+    Ok(())
+}
+
 fn optional<T: serde::de::DeserializeOwned>(
     metadata: &BTreeMap<String, String>,
     key: &str,
@@ -209,54 +362,19 @@ fn optional<T: serde::de::DeserializeOwned>(
     metadata.get(key).map_or(Ok(Vec::new()), |text| record::from_json(key, text))
 }
 
-/// Compare a base with what a delta was made against; its digest, which costs a pass over it, is handed on.
-fn check_base(entry: &Entry, base: &Matrix<'_>) -> Result<Digest> {
-    let wanted = entry.base.as_ref().ok_or_else(blob::stored_alone)?;
+/// Compare a base's dtype and shape with what a delta was made against.
+fn check_shape(entry: &Entry, found: Dtype, found_shape: Shape) -> Result<()> {
+    if entry.base.is_none() {
+        return Err(stored_alone());
+    }
     let (dtype, shape) = (entry.word_dtype(), entry.shape()?);
-    if dtype != Some(base.dtype()) || shape != base.shape() {
+    if dtype != Some(found) || shape != found_shape {
         return Err(Error::mismatch(format!(
-            "is a delta of a {shape} matrix of {}, but the base is a {} matrix of {}",
-            entry.dtype,
-            base.shape(),
-            base.dtype()
+            "is a delta of a {shape} matrix of {}, but the base is a {found_shape} matrix of {found}",
+            entry.dtype
         )));
-    }
-    let found = base.digest();
-    if found != wanted.digest {
-        return Err(Error::mismatch(format!(
-            "another base: it was packed against `{}` of digest {}, this one has digest {found}",
-            wanted.name, wanted.digest
-        )));
-    }
-    Ok(found)
-}
-
-fn compare_check(stored: &[u8], want: Option<Digest>) -> Result<()> {
-    let found = record::check_of(stored);
-    match want {
-        Some(want) if want == found => Ok(()),
-        Some(want) => Err(Error::corrupt(format!("damaged: its bytes have digest {found}, not {want}"))),
-        None => Err(Error::corrupt("its digest is not one")),
-    }
-}
-
-/// Stream one checked frame of `total` bytes.
-fn copy_frame(frame: &[u8], total: u64, out: &mut dyn Write) -> Result<()> {
-    let mut decoder = source::decoder(frame, total)?;
-    let mut buffer = vec![0u8; 1 << 16];
-    let mut left = total;
-    while left > 0 {
-        let n = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
-        decoder.read_exact(&mut buffer[..n]).map_err(|e| Error::corrupt(format!("zstd: {e}")))?;
-        out.write_all(&buffer[..n])?;
-        left -= n as u64;
     }
     Ok(())
-}
-
-fn copy_frame_to(frame: &[u8], total: u64, out: &mut Vec<u8>) -> Result<()> {
-    frames::check_frame(frame, total)?;
-    copy_frame(frame, total, out)
 }
 
 /// Parse the source header of a package that unpacks to a file of `bytes` bytes.

@@ -14,10 +14,13 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 /// Everything of ours in a package begins with this, so no tensor's name may.
 pub(super) const RESERVED: &str = "xorz:";
 pub(super) const FORMAT: &str = "xorz";
-pub(super) const VERSION: &str = "0";
+pub(super) const VERSION: &str = "1";
 pub(super) const CHECK: &str = "xorz:check";
 pub(super) const REMOVED: &str = "xorz:removed";
 pub(super) const FILES: &str = "xorz:files";
+pub(super) const SOURCE: &str = "xorz:source";
+/// The value of [`SOURCE`] in a package made from a folder.
+pub(super) const FOLDER: &str = "folder";
 const TENSOR: &str = "xorz:tensor:";
 
 /// The metadata key of a tensor's record.
@@ -25,9 +28,22 @@ pub(super) fn tensor_key(name: &str) -> String {
     format!("{TENSOR}{name}")
 }
 
-/// The name of the entry that holds the safetensors header of source file `i`.
-pub(super) fn header_entry(i: usize) -> String {
-    format!("{RESERVED}header:{i}")
+/// The name of the entry that holds the safetensors header of source file `i`, or the whole file if it has no tensors.
+pub(super) fn file_entry(i: usize) -> String {
+    format!("{RESERVED}file:{i}")
+}
+
+/// The entry of tensor `name` of source file `i`, where an earlier file has a tensor of that name.
+pub(super) fn again_entry(i: usize, name: &str) -> String {
+    format!("{RESERVED}again:{i}:{name}")
+}
+
+/// The tensor that an entry holds: its name, or `None` for an entry that holds none.
+pub(super) fn tensor_of(entry: &str) -> Option<&str> {
+    let Some(ours) = entry.strip_prefix(RESERVED) else { return Some(entry) };
+    let (number, name) = ours.strip_prefix("again:")?.split_once(':')?;
+    // As `again_entry` writes it, so that no tensor has two names.
+    number.parse::<usize>().is_ok_and(|i| i.to_string() == number).then_some(name)
 }
 
 /// One tensor of a package.
@@ -43,16 +59,19 @@ pub struct Entry {
     pub bytes: u64,
     /// How it is stored.
     pub codec: Codec,
-    /// The base tensor it is a delta against; `None` when stored alone.
+    /// The base tensor it is a delta against; `None` where it is no delta.
     pub base: Option<BaseTensor>,
     /// The encoding of the stored resident delta; `None` for codecs that hold none.
     pub encoding: Option<Encoding>,
-    /// What the resident delta was encoded for; `None` when stored alone.
+    /// What the resident delta was encoded for; `None` where it is no delta.
     pub prefer: Option<Prefer>,
-    /// Words that differ from the base; `None` when stored alone.
+    /// Words that differ from the base; `None` where it is no delta.
     pub changed: Option<u64>,
     /// Bytes stored.
     pub stored_bytes: u64,
+    /// The tensor of the fine-tune whose bytes these are, for codec `same`.
+    pub same: Option<String>,
+    pub(super) key: String,
     pub(super) range: Range<u64>,
     pub(super) check: Digest,
 }
@@ -85,16 +104,20 @@ impl Entry {
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
 pub struct SourceFile {
-    /// File name, without folders.
-    pub name: String,
+    /// Path within the folder that was packed, `/` between its parts; a name where a single file was.
+    pub path: String,
     /// sha256 of the whole file, 64 hexadecimal digits.
     pub sha256: String,
     /// Length of the file in bytes.
     pub bytes: u64,
-    /// Length of its safetensors header in bytes, padding included.
-    pub header_bytes: u64,
-    /// Digest of the stored (zstd) header entry.
-    pub header_check: String,
+    /// Whether it may be executed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub executable: bool,
+    /// Length of its safetensors header in bytes, padding included; `None` for a file that was carried along as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub header_bytes: Option<u64>,
+    /// Digest of the stored entry.
+    pub check: String,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -115,6 +138,8 @@ struct Record {
     encoding: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     changed: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    same: Option<String>,
 }
 
 /// Digest of stored bytes; it finds accidents, not forgeries.
@@ -143,6 +168,7 @@ pub(super) fn encode(e: &Entry) -> Result<String> {
         prefer: e.prefer.map(|p| prefer_name(p).into()),
         encoding: e.encoding.map(|x| x.name().into()),
         changed: e.changed,
+        same: e.same.clone(),
     };
     to_json(&record)
 }
@@ -164,9 +190,10 @@ pub(super) fn decode(info: &TensorInfo, text: &str) -> Result<Entry> {
         |what: &str, value: &str| Error::corrupt(format!("metadata `{key}`: {what} `{value}` is unknown"));
     let codec = Codec::from_name(&r.codec).ok_or_else(|| bad("codec", &r.codec))?;
     let digest = |hex: &str| Digest::from_hex(hex).ok_or_else(|| bad("digest", hex));
+    let name = tensor_of(&info.name).ok_or_else(|| Error::corrupt(format!("`{}` is reserved", info.name)))?;
     let base = match &r.base {
         Some(hex) => Some(BaseTensor {
-            name: r.base_name.clone().unwrap_or_else(|| info.name.clone()),
+            name: r.base_name.clone().unwrap_or_else(|| name.to_owned()),
             digest: digest(hex)?,
         }),
         None => None,
@@ -178,7 +205,9 @@ pub(super) fn decode(info: &TensorInfo, text: &str) -> Result<Entry> {
         .map(|n| Encoding::ALL.into_iter().find(|e| e.name() == n).ok_or_else(|| bad("encoding", n)))
         .transpose()?;
     let entry = Entry {
-        name: info.name.clone(),
+        name: name.to_owned(),
+        key: info.name.clone(),
+        same: r.same,
         dtype: r.dtype,
         dims: r.shape,
         bytes: r.bytes,
@@ -211,13 +240,14 @@ fn check_entry(e: &Entry, info: &TensorInfo, renamed: bool) -> Result<()> {
     if super::container::dtype_bits(&e.dtype).is_some() && bits != e.bytes.checked_mul(8) {
         return Err(Error::corrupt(format!("{} {:?} does not take {} bytes", e.dtype, e.dims, e.bytes)));
     }
-    let delta = !e.codec.alone();
+    let delta = e.codec.delta();
     let resident = matches!(e.codec, Codec::Resident | Codec::ResidentZstd);
     let fields = [
         ("base", e.base.is_some(), delta),
         ("prefer", e.prefer.is_some(), delta),
         ("changed", e.changed.is_some(), delta),
         ("encoding", e.encoding.is_some(), resident),
+        ("same", e.same.is_some(), e.codec == Codec::Same),
     ];
     for (field, has, should) in fields {
         if has != should {
@@ -226,7 +256,10 @@ fn check_entry(e: &Entry, info: &TensorInfo, renamed: bool) -> Result<()> {
         }
     }
     if renamed && !delta {
-        return Err(Error::corrupt("a tensor stored alone has the field `base_name`"));
+        return Err(Error::corrupt("a tensor that is no delta has the field `base_name`"));
+    }
+    if e.same.is_some() && e.stored_bytes > 0 {
+        return Err(Error::corrupt(format!("codec `same` stores {} bytes", e.stored_bytes)));
     }
     if delta {
         let dtype = e.word_dtype().ok_or_else(|| Error::corrupt(format!("a delta of dtype {}", e.dtype)))?;

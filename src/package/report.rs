@@ -28,19 +28,35 @@ pub struct Report {
     pub package_bytes: u64,
     /// Tensors by codec name.
     pub codecs: BTreeMap<&'static str, usize>,
-    /// sha256 of the fine-tuned file, where there is one.
+    /// Tensors that are another tensor of the fine-tune, such as a tied head.
+    pub same: usize,
+    /// sha256 of the fine-tuned file, where a single file was packed.
     pub sha256: Option<String>,
+    /// Whether a folder was packed.
+    pub folder: bool,
+    /// The files that were packed.
+    pub files: Vec<FileLine>,
+}
+
+/// One file that was packed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FileLine {
+    /// Path within the folder; a single file's name.
+    pub path: String,
+    /// Its length.
+    pub bytes: u64,
+    /// Its sha256.
+    pub sha256: String,
+    /// Whether it holds tensors; else it was carried along as it is.
+    pub tensors: bool,
 }
 
 impl Report {
     /// The totals of an opened package.
     pub fn of(package: &Package) -> Self {
-        let mut report = Self {
-            removed: package.removed().len(),
-            package_bytes: package.file_bytes(),
-            sha256: package.files().first().map(|f| f.sha256.clone()),
-            ..Self::default()
-        };
+        let mut report =
+            Self { removed: package.removed().len(), package_bytes: package.file_bytes(), ..Self::default() };
+        report.set_files(package.files().iter(), package.is_folder());
         package.entries().iter().for_each(|e| report.count(e));
         report
     }
@@ -49,14 +65,27 @@ impl Report {
         self.tensors += 1;
         self.tensor_bytes = self.tensor_bytes.saturating_add(e.bytes);
         *self.codecs.entry(e.codec.name()).or_default() += 1;
-        if e.codec.alone() {
-            self.alone += 1;
+        if !e.codec.delta() {
+            self.alone += usize::from(e.codec == Codec::Alone);
+            self.same += usize::from(e.codec == Codec::Same);
             return;
         }
         let words = e.shape().and_then(|s| s.words()).unwrap_or(0) as u64;
         self.words = self.words.saturating_add(words);
         self.changed = self.changed.saturating_add(e.changed.unwrap_or(0));
         self.unchanged += usize::from(e.changed == Some(0));
+    }
+
+    pub(super) fn set_files<'a>(&mut self, files: impl Iterator<Item = &'a super::SourceFile>, folder: bool) {
+        let line = |f: &super::SourceFile| FileLine {
+            path: f.path.clone(),
+            bytes: f.bytes,
+            sha256: f.sha256.clone(),
+            tensors: f.header_bytes.is_some(),
+        };
+        self.files = files.map(line).collect();
+        self.folder = folder;
+        self.sha256 = self.files.first().filter(|_| !folder).map(|f| f.sha256.clone());
     }
 
     /// As one JSON object.
@@ -74,7 +103,6 @@ struct Inspection<'a> {
     #[serde(flatten)]
     report: Report,
     removed_names: &'a [String],
-    files: &'a [super::SourceFile],
     entries: Vec<Line<'a>>,
 }
 
@@ -91,9 +119,10 @@ struct Line<'a> {
     encoding: Option<&'static str>,
     prefer: Option<&'static str>,
     changed: Option<u64>,
+    same: Option<&'a str>,
 }
 
-/// What a package holds, as one JSON object: the fields of [`Report`], `removed_names`, `files`, and `entries` sorted by
+/// What a package holds, as one JSON object: the fields of [`Report`], `removed_names`, and `entries` sorted by
 /// name.
 ///
 /// # Errors
@@ -107,18 +136,19 @@ pub fn inspect_json(package: &Path) -> Result<String> {
 /// # Errors
 /// `Internal` only.
 pub fn describe_json(package: &Package) -> Result<String> {
-    let mut entries: Vec<_> = package.entries().iter().map(line).collect();
+    let mut entries: Vec<_> = package.entries().iter().map(|e| line(package, e)).collect();
     entries.sort_by_key(|l| l.name);
     to_json(&Inspection {
-        format_version: 0,
+        format_version: 1,
         report: Report::of(package),
         removed_names: package.removed(),
-        files: package.files(),
         entries,
     })
 }
 
-fn line(e: &Entry) -> Line<'_> {
+fn line<'a>(package: &'a Package, e: &'a Entry) -> Line<'a> {
+    // A tensor that is another one is loaded as that one's delta.
+    let base = package.resolve(e).ok().and_then(|stored| stored.base.as_ref());
     Line {
         name: &e.name,
         dtype: &e.dtype,
@@ -126,10 +156,11 @@ fn line(e: &Entry) -> Line<'_> {
         codec: Codec::name(e.codec),
         bytes: e.bytes,
         stored_bytes: e.stored_bytes,
-        base_name: e.base.as_ref().map(|b| b.name.as_str()),
-        base: e.base.as_ref().map(|b| b.digest.to_string()),
+        base_name: base.map(|b| b.name.as_str()),
+        base: base.map(|b| b.digest.to_string()),
         encoding: e.encoding.map(|x| x.name()),
         prefer: e.prefer.map(prefer_name),
         changed: e.changed,
+        same: e.same.as_deref(),
     }
 }

@@ -1,16 +1,21 @@
-//! Writing a package: tensors are encoded one by one into a nameless spool file, since the header that goes first holds
-//! their sizes; the whole then appears under its name at once.
+//! Writing a package: stored tensors wait in nameless spool files, since the header that goes first holds their sizes; the
+//! whole then appears under its name at once.
 
+use super::chunks::Chunks;
 use super::container::{LENGTH_BYTES, MAX_HEADER_BYTES, TensorInfo, dtype_bits};
-use super::record::{self, BaseTensor, Entry, SourceFile};
-use super::temp::{self, Output};
-use super::{Codec, PackOptions, Report, blob, frames};
+use super::encode::{BaseWords, Job, Scratch};
+use super::ordered;
+use super::record::{self, Entry, SourceFile};
+use super::temp::{Output, Sequential, Spool};
+use super::words::Words;
+use super::{Codec, Destination, PackOptions, Report};
 use crate::error::{Error, Result};
-use crate::matrix::{Dtype, Matrix, Shape};
-use std::collections::{BTreeMap, HashSet};
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
+use crate::matrix::{Dtype, Shape};
+use std::collections::{BTreeMap, HashMap};
+use std::io::{BufWriter, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use xxhash_rust::xxh3::xxh3_128;
 
 /// Data begin at a multiple of this, so that resident deltas can be mapped and used in place.
 const ALIGN: u64 = 64;
@@ -28,146 +33,122 @@ pub struct Tensor<'a> {
     pub bytes: &'a [u8],
 }
 
-/// A package being written. Dropped before [`Writer::finish`], it leaves no file.
+/// Stored bytes of some tensors and files, and what they are.
 #[derive(Debug)]
-pub struct Writer {
-    options: PackOptions,
-    path: PathBuf,
-    spool: File,
-    spooled: u64,
-    entries: Vec<Entry>,
-    names: HashSet<String>,
-    removed: Vec<String>,
-    files: Vec<(SourceFile, Vec<u8>)>,
-    report: Report,
+pub(super) struct Part {
+    pub(super) spool: Spool,
+    pub(super) entries: Vec<Entry>,
+    /// A source file and where its stored entry lies in the spool.
+    pub(super) file: Option<(SourceFile, Range<u64>)>,
 }
 
-/// One tensor, encoded; `entry.range` is not known yet.
-pub(super) struct Packed {
-    entry: Entry,
-    bytes: Vec<u8>,
+/// All that a package holds.
+#[derive(Debug, Default)]
+pub(super) struct Contents {
+    pub(super) parts: Vec<Part>,
+    pub(super) removed: Vec<String>,
+    pub(super) folder: bool,
 }
 
-impl Writer {
-    /// Begin a package that will appear at `path`. Its folder must exist and be writable.
-    ///
-    /// # Errors
-    /// `Io`; `InvalidArgument` for a directory.
-    pub fn create(path: &Path, options: PackOptions) -> Result<Self> {
-        if path.is_dir() {
-            return Err(Error::invalid("is a directory; name a file").within(path.display()));
-        }
-        Ok(Self {
-            options,
-            path: path.into(),
-            spool: temp::spool(path)?,
-            spooled: 0,
-            entries: Vec::new(),
-            names: HashSet::new(),
-            removed: Vec::new(),
-            files: Vec::new(),
-            report: Report::default(),
-        })
-    }
-
-    /// Add one fine-tuned tensor. It becomes a delta if `base` has the same dtype and dimensions, else it is stored alone.
-    ///
-    /// # Errors
-    /// `InvalidArgument` for a name used twice or reserved, or bytes that do not fit dtype and dimensions; `Io`.
-    pub fn add(&mut self, fine_tuned: &Tensor<'_>, base: Option<&Tensor<'_>>) -> Result<()> {
-        let packed = encode(fine_tuned, base, &self.options)?;
-        self.push(packed)
-    }
-
-    /// Note a base tensor that the fine-tune lacks.
-    pub fn removed(&mut self, name: &str) {
-        self.removed.push(name.into());
-    }
-
-    pub(super) fn push(&mut self, packed: Packed) -> Result<()> {
-        let Packed { mut entry, bytes } = packed;
-        if !self.names.insert(entry.name.clone()) {
-            return Err(Error::invalid(format!("tensor `{}` was added twice", entry.name)));
-        }
-        self.spool.write_all(&bytes)?;
-        entry.range = self.spooled..self.spooled + bytes.len() as u64;
-        self.spooled = entry.range.end;
-        self.report.count(&entry);
-        self.entries.push(entry);
-        Ok(())
-    }
-
-    pub(super) fn set_file(&mut self, mut file: SourceFile, header: &str) -> Result<()> {
-        let stored = frames::compress(header.as_bytes(), 19)?;
-        file.header_check = record::check_of(&stored).to_string();
-        self.report.sha256 = Some(file.sha256.clone());
-        self.files.push((file, stored));
-        Ok(())
-    }
-
-    /// Write header and data to a temporary file beside the path, sync it and rename it.
-    ///
-    /// # Errors
-    /// `Io`; `Unsupported` for a header beyond the limit of safetensors. No file is left then.
-    pub fn finish(mut self) -> Result<Report> {
+impl Contents {
+    /// Every stored range in the order of the package's data: part, range, name.
+    fn order(&self) -> Vec<(usize, Range<u64>, String)> {
+        let tensors = || {
+            let parts = self.parts.iter().enumerate();
+            parts.flat_map(|(p, part)| part.entries.iter().map(move |e| (p, e)))
+        };
+        let place = |(p, e): (usize, &Entry)| (p, e.range.clone(), e.key.clone());
         // Resident deltas first: they are multiples of 64 bytes, so all of them stay aligned.
-        self.entries.sort_by_key(|e| e.codec != Codec::Resident);
-        let header = self.header()?;
-        let mut out = Output::create(&self.path)?;
-        let within = |e: std::io::Error| Error::from(e).within(self.path.display());
-        out.write_all(&(header.len() as u64).to_le_bytes()).map_err(within)?;
-        out.write_all(header.as_bytes()).map_err(within)?;
-        for e in &self.entries {
-            self.spool.seek(SeekFrom::Start(e.range.start)).map_err(within)?;
-            let copied = std::io::copy(&mut (&self.spool).take(e.stored_bytes), &mut out).map_err(within)?;
-            if copied != e.stored_bytes {
-                return Err(Error::io("the spool file ends early").within(self.path.display()));
-            }
+        let mut out: Vec<_> = tensors().filter(|(_, e)| e.codec == Codec::Resident).map(place).collect();
+        out.extend(tensors().filter(|(_, e)| e.codec != Codec::Resident).map(place));
+        for (i, (p, (_, range))) in self.files().enumerate() {
+            out.push((p, range.clone(), record::file_entry(i)));
         }
-        for (_, stored) in &self.files {
-            out.write_all(stored).map_err(within)?;
-        }
-        out.commit()?;
-        self.report.removed = self.removed.len();
-        self.report.package_bytes = LENGTH_BYTES
-            + header.len() as u64
-            + self.spooled
-            + self.files.iter().map(|(_, s)| s.len() as u64).sum::<u64>();
-        Ok(self.report)
+        out
+    }
+
+    fn files(&self) -> impl Iterator<Item = (usize, &(SourceFile, Range<u64>))> {
+        self.parts.iter().enumerate().filter_map(|(p, part)| part.file.as_ref().map(|f| (p, f)))
     }
 
     /// The header text, padded so that the data are aligned.
-    fn header(&self) -> Result<String> {
+    fn header(&self, order: &[(usize, Range<u64>, String)]) -> Result<String> {
         let mut metadata = BTreeMap::from([
             ("format".to_string(), record::FORMAT.to_string()),
             ("format_version".to_string(), record::VERSION.to_string()),
         ]);
-        let mut infos = Vec::new();
-        let mut at = 0;
-        let mut place = |name: String, bytes: usize| {
-            let range = at..at + bytes as u64;
-            at = range.end;
-            infos.push(TensorInfo { name, dtype: "U8".into(), dims: vec![bytes], range });
-        };
-        for e in &self.entries {
-            metadata.insert(record::tensor_key(&e.name), record::encode(e)?);
-            place(
-                e.name.clone(),
-                usize::try_from(e.stored_bytes).map_err(|_| Error::internal("stored bytes"))?,
-            );
-        }
-        for (i, (_, stored)) in self.files.iter().enumerate() {
-            place(record::header_entry(i), stored.len());
+        for e in self.parts.iter().flat_map(|p| &p.entries) {
+            if metadata.insert(record::tensor_key(&e.key), record::encode(e)?).is_some() {
+                return Err(Error::invalid(format!("tensor `{}` was added twice", e.name)));
+            }
         }
         if !self.removed.is_empty() {
             metadata.insert(record::REMOVED.into(), record::to_json(&self.removed)?);
         }
-        if !self.files.is_empty() {
-            let files: Vec<_> = self.files.iter().map(|(f, _)| f).collect();
+        let files: Vec<_> = self.files().map(|(_, (f, _))| f).collect();
+        if !files.is_empty() {
             metadata.insert(record::FILES.into(), record::to_json(&files)?);
+        }
+        if self.folder {
+            metadata.insert(record::SOURCE.into(), record::FOLDER.into());
+        }
+        let mut at = 0;
+        let mut infos = Vec::new();
+        for (_, range, name) in order {
+            let bytes = range.end - range.start;
+            let dims = vec![usize::try_from(bytes).map_err(|_| Error::internal("stored bytes"))?];
+            infos.push(TensorInfo { name: name.clone(), dtype: "U8".into(), dims, range: at..at + bytes });
+            at += bytes;
         }
         metadata.insert(record::CHECK.into(), record::header_check(&metadata, &infos).to_string());
         header_text(&metadata, &infos)
+    }
+
+    /// Write the package; gives its totals.
+    pub(super) fn write(mut self, out: Destination<'_>) -> Result<Report> {
+        let order = self.order();
+        let header = self.header(&order)?;
+        let report = self.report(&header, &order);
+        match out {
+            Destination::Stream(stream) => {
+                self.write_to(&order, &header, stream)?;
+                stream.flush()?;
+            }
+            Destination::Path(path) => {
+                let output = Output::create(path)?;
+                let mut to = BufWriter::with_capacity(1 << 20, Sequential::new(output.file()));
+                let written = self.write_to(&order, &header, &mut to);
+                let flushed = to.flush();
+                drop(to);
+                written.and(flushed.map_err(Error::from)).map_err(|e| e.within(path.display()))?;
+                output.commit()?;
+            }
+        }
+        Ok(report)
+    }
+
+    fn write_to(
+        &mut self,
+        order: &[(usize, Range<u64>, String)],
+        header: &str,
+        out: &mut dyn Write,
+    ) -> Result<()> {
+        out.write_all(&(header.len() as u64).to_le_bytes())?;
+        out.write_all(header.as_bytes())?;
+        for (p, range, _) in order {
+            self.parts[*p].spool.replay(range.clone(), |bytes| Ok(out.write_all(bytes)?))?;
+        }
+        Ok(())
+    }
+
+    fn report(&self, header: &str, order: &[(usize, Range<u64>, String)]) -> Report {
+        let mut report = Report::default();
+        self.parts.iter().flat_map(|p| &p.entries).for_each(|e| report.count(e));
+        report.set_files(self.files().map(|(_, (f, _))| f), self.folder);
+        report.removed = self.removed.len();
+        report.package_bytes =
+            LENGTH_BYTES + header.len() as u64 + order.iter().map(|(_, r, _)| r.end - r.start).sum::<u64>();
+        report
     }
 }
 
@@ -203,26 +184,105 @@ pub(super) fn header_text(metadata: &BTreeMap<String, String>, infos: &[TensorIn
     Ok(text)
 }
 
-/// Encode one tensor; pure, so that many can be encoded at once.
-pub(super) fn encode(
-    fine_tuned: &Tensor<'_>,
-    base: Option<&Tensor<'_>>,
-    options: &PackOptions,
-) -> Result<Packed> {
-    let pack = || {
-        if fine_tuned.name.starts_with(record::RESERVED) || fine_tuned.name == "__metadata__" {
-            return Err(Error::invalid("the name is reserved"));
+/// Refuse a name that belongs to the format.
+pub(super) fn check_name(name: &str) -> Result<()> {
+    if name.starts_with(record::RESERVED) || name == "__metadata__" {
+        return Err(Error::invalid("the name is reserved").within(format_args!("tensor `{name}`")));
+    }
+    Ok(())
+}
+
+/// What makes two tensors one: digest, dtype and dimensions.
+type Content = (u128, String, Vec<usize>);
+
+/// A package being written from tensors in memory. Dropped before [`Writer::finish`], it leaves no file.
+#[derive(Debug)]
+pub struct Writer {
+    options: PackOptions,
+    jobs: usize,
+    path: PathBuf,
+    part: Part,
+    removed: Vec<String>,
+    /// Tensors that may be met again, by digest, dtype and dimensions; and the digest of the base each had.
+    seen: HashMap<Content, (String, Option<u128>)>,
+}
+
+impl Writer {
+    /// Begin a package that will appear at `path`. Its folder must exist and be writable.
+    ///
+    /// # Errors
+    /// `Io`; `InvalidArgument` for a directory.
+    pub fn create(path: &Path, options: PackOptions) -> Result<Self> {
+        if path.is_dir() {
+            return Err(Error::invalid("is a directory; name a file").within(path.display()));
         }
-        check_tensor(fine_tuned)?;
-        match base.filter(|b| (b.dtype, b.dims) == (fine_tuned.dtype, fine_tuned.dims)) {
-            Some(base) => match Dtype::from_name(fine_tuned.dtype) {
-                Some(dtype) => encode_delta(fine_tuned, base, dtype, options),
-                None => encode_alone(fine_tuned, options),
-            },
-            None => encode_alone(fine_tuned, options),
+        let part = Part { spool: Spool::create(Some(path))?, entries: Vec::new(), file: None };
+        let (removed, seen) = (Vec::new(), HashMap::new());
+        Ok(Self { options, jobs: 0, path: path.into(), part, removed, seen })
+    }
+
+    /// Threads that encode a tensor; 0, the default, takes one per core.
+    #[must_use]
+    pub fn jobs(mut self, jobs: usize) -> Self {
+        self.jobs = jobs;
+        self
+    }
+
+    /// Add one fine-tuned tensor. It becomes a delta if `base` has the same dtype and dimensions, else it is stored alone; one
+    /// that equals an earlier one (a tied weight) is stored once.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a name used twice or reserved, or bytes that do not fit dtype and dimensions; `Io`.
+    pub fn add(&mut self, fine_tuned: &Tensor<'_>, base: Option<&Tensor<'_>>) -> Result<()> {
+        check_name(fine_tuned.name)?;
+        let base = base.filter(|b| (b.dtype, b.dims) == (fine_tuned.dtype, fine_tuned.dims));
+        [Some(fine_tuned), base]
+            .into_iter()
+            .flatten()
+            .try_for_each(|t| check_tensor(t).map_err(|e| e.within(format_args!("tensor `{}`", t.name))))?;
+        if self.part.entries.iter().any(|e| e.name == fine_tuned.name) {
+            return Err(Error::invalid(format!("tensor `{}` was added twice", fine_tuned.name)));
         }
-    };
-    pack().map_err(|e| e.within(format_args!("tensor `{}`", fine_tuned.name)))
+        let mut job = job(fine_tuned, base)?;
+        job.same = self.met_before(fine_tuned, base);
+        if job.same.is_some() {
+            job.delta = None;
+        }
+        let entry = store(&job, &self.options, self.jobs, &mut self.part.spool)?;
+        self.part.entries.push(entry);
+        Ok(())
+    }
+
+    /// The earlier tensor with the same bytes, whose base has the same bytes too.
+    fn met_before(&mut self, ft: &Tensor<'_>, base: Option<&Tensor<'_>>) -> Option<String> {
+        const WORTH: usize = 4096;
+        if ft.bytes.len() < WORTH {
+            return None;
+        }
+        let base = base.map(|b| xxh3_128(b.bytes));
+        let key = (xxh3_128(ft.bytes), ft.dtype.to_owned(), ft.dims.to_vec());
+        match self.seen.get(&key) {
+            Some((name, earlier)) => (base.is_none() || base == *earlier).then(|| name.clone()),
+            None => {
+                self.seen.insert(key, (ft.name.to_owned(), base));
+                None
+            }
+        }
+    }
+
+    /// Note a base tensor that the fine-tune lacks.
+    pub fn removed(&mut self, name: &str) {
+        self.removed.push(name.into());
+    }
+
+    /// Write header and data to a temporary file beside the path, sync it and rename it.
+    ///
+    /// # Errors
+    /// `Io`; `Unsupported` for a header beyond the limit of safetensors. No file is left then.
+    pub fn finish(self) -> Result<Report> {
+        let contents = Contents { parts: vec![self.part], removed: self.removed, folder: false };
+        contents.write(Destination::Path(&self.path))
+    }
 }
 
 fn check_tensor(t: &Tensor<'_>) -> Result<()> {
@@ -234,41 +294,31 @@ fn check_tensor(t: &Tensor<'_>) -> Result<()> {
     Ok(())
 }
 
-fn encode_delta(ft: &Tensor<'_>, base: &Tensor<'_>, dtype: Dtype, options: &PackOptions) -> Result<Packed> {
-    let shape = Shape::of_dims(ft.dims)?;
-    let stored =
-        blob::write(&Matrix::new(dtype, shape, base.bytes)?, &Matrix::new(dtype, shape, ft.bytes)?, options)?;
-    let mut entry = entry(ft, stored.codec, &stored.bytes);
-    entry.base = Some(BaseTensor { name: base.name.into(), digest: stored.base });
-    entry.encoding = stored.encoding;
-    entry.prefer = Some(options.prefer);
-    entry.changed = Some(stored.changed);
-    Ok(Packed { entry, bytes: stored.bytes })
-}
-
-fn encode_alone(ft: &Tensor<'_>, options: &PackOptions) -> Result<Packed> {
-    let zstd = frames::compress(ft.bytes, options.level())?;
-    let (codec, bytes) = if zstd.len() < ft.bytes.len() {
-        (Codec::AloneZstd, zstd)
-    } else {
-        (Codec::Alone, ft.bytes.to_vec())
+fn job<'a>(ft: &Tensor<'a>, base: Option<&Tensor<'a>>) -> Result<Job<'a>> {
+    let delta = match (base, Dtype::from_name(ft.dtype)) {
+        (Some(b), Some(dtype)) => {
+            let words = BaseWords { name: b.name, words: Words::Memory(b.bytes), digest: None };
+            Some((dtype, Shape::of_dims(ft.dims)?, words))
+        }
+        _ => None,
     };
-    Ok(Packed { entry: entry(ft, codec, &bytes), bytes })
+    Job::new((ft.name, ft.dtype, ft.dims), Words::Memory(ft.bytes), delta)
 }
 
-fn entry(ft: &Tensor<'_>, codec: Codec, stored: &[u8]) -> Entry {
-    Entry {
-        name: ft.name.into(),
-        dtype: ft.dtype.into(),
-        dims: ft.dims.to_vec(),
-        bytes: ft.bytes.len() as u64,
-        codec,
-        base: None,
-        encoding: None,
-        prefer: None,
-        changed: None,
-        stored_bytes: stored.len() as u64,
-        range: 0..stored.len() as u64,
-        check: record::check_of(stored),
-    }
+/// Encode one tensor onto the spool with several threads.
+fn store(job: &Job<'_>, options: &PackOptions, jobs: usize, spool: &mut Spool) -> Result<Entry> {
+    let chunks: Chunks = job.chunks;
+    let mut open = None;
+    ordered::in_order::<Scratch>(
+        ordered::threads(jobs),
+        chunks.count(),
+        |i, s| job.make(i, options, s),
+        |i, s| {
+            if i == 0 {
+                open = Some(job.open(options, spool)?);
+            }
+            open.as_mut().map_or(Ok(()), |o| o.take(i, spool, s))
+        },
+    )?;
+    open.ok_or_else(|| Error::internal("a tensor without pieces"))?.finish(spool)
 }

@@ -117,11 +117,7 @@ pub fn encode_pair(base: &Matrix<'_>, fine_tuned: &Matrix<'_>, prefer: Prefer) -
 pub(crate) type Write<'f> = &'f dyn Fn(&mut dyn Source, &Plan) -> Result<Vec<u8>>;
 
 /// Write by the sample's plan, and once more by an exact one if the sample misled.
-pub(crate) fn planned(
-    source: &mut dyn Source,
-    prefer: Prefer,
-    write: Write<'_>,
-) -> Result<Vec<u8>> {
+pub(crate) fn planned(source: &mut dyn Source, prefer: Prefer, write: Write<'_>) -> Result<Vec<u8>> {
     let sampled = estimate::estimate(source, prefer)?;
     let delta = write(source, &sampled.plan)?;
     if !sampled.is_off(delta.len() as u64) {

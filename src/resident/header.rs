@@ -159,6 +159,11 @@ impl Header {
 
     /// Read and check a header and the sizes it announces against `bytes`, the whole delta.
     pub(crate) fn read(bytes: &[u8]) -> Result<(Self, Layout)> {
+        Self::read_head(bytes, bytes.len() as u64)
+    }
+
+    /// [`Header::read`] where `bytes` are the first ones of a delta of `total` bytes.
+    pub(crate) fn read_head(bytes: &[u8], total: u64) -> Result<(Self, Layout)> {
         if bytes.len() < HEADER_BYTES {
             return Err(Error::truncated(format!(
                 "resident delta: {} bytes are fewer than the {HEADER_BYTES} of a header",
@@ -178,7 +183,7 @@ impl Header {
         }
         let header = Self::read_fields(bytes)?;
         let layout = header.layout()?;
-        header.check_sizes(bytes, &layout)?;
+        header.check_sizes(bytes, total, &layout)?;
         Ok((header, layout))
     }
 
@@ -244,22 +249,20 @@ impl Header {
         Ok(())
     }
 
-    fn check_sizes(&self, bytes: &[u8], layout: &Layout) -> Result<()> {
+    fn check_sizes(&self, bytes: &[u8], total: u64, layout: &Layout) -> Result<()> {
         if self.write()?[..112] != bytes[..112] {
             return Err(Error::corrupt("resident delta: the header's offsets are not those of its sizes"));
         }
-        if bytes.len() < layout.total {
+        let want = layout.total as u64;
+        if total < want {
             return Err(Error::truncated(format!(
-                "resident delta: {} bytes, but the header announces {}",
-                bytes.len(),
-                layout.total
+                "resident delta: {total} bytes, but the header announces {want}"
             )));
         }
-        if bytes.len() > layout.total {
+        if total > want {
             return Err(Error::corrupt(format!(
-                "resident delta: {} bytes follow the {} that the header announces",
-                bytes.len() - layout.total,
-                layout.total
+                "resident delta: {} bytes follow the {want} that the header announces",
+                total - want
             )));
         }
         Ok(())

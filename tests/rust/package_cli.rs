@@ -139,7 +139,7 @@ fn exit_codes_tell_what_kind_of_thing_went_wrong() {
         (1, "digest", &["verify", "other", "p.xorz"]),
         (1, "layer.weight", &["verify", "base", "p.xorz", "base"]),
         (2, "overwrite", &["pack", "base", "ft", "-o", "base"]),
-        (2, "directory", &["pack", "folder", "ft", "-o", "q.xorz"]),
+        (2, "holds no .safetensors", &["pack", "folder", "ft", "-o", "q.xorz"]),
         (2, "directory", &["pack", "base", "ft", "-o", "folder"]),
         (3, "cut", &["verify", "base", "cut"]),
         (3, "flipped", &["verify", "base", "flipped"]),

@@ -31,7 +31,7 @@ pub(crate) fn run(args: &Args) -> Outcome {
 fn describe(path: &str, package: &Package) -> String {
     let mut out = print::row("package", path);
     for file in package.files() {
-        let (name, sha256) = (print::name(&file.name), print::name(&file.sha256));
+        let (name, sha256) = (print::name(&file.path), print::name(&file.sha256));
         out += &print::row("made from", &format!("{name}, {}, sha256 {sha256}", print::bytes(file.bytes)));
     }
     out += &print::report(&Report::of(package));

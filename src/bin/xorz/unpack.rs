@@ -31,7 +31,7 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let report =
         args.job.run(Some(&args.sha256), |run| unpack_files(&base, &package, output.destination(), run));
     let report = report.map_err(|e| inputs.told(e).or_another_base())?;
-    let exact = match (&report.sha256, args.sha256.skipped()) {
+    let exact = match (report.files.first(), args.sha256.skipped()) {
         (Some(_), false) => "exact: its sha256 is that of the file that was packed",
         (Some(_), true) => "every tensor is exact; sha256 was not compared",
         (None, _) => "exact: every tensor; the package was not made from a file",

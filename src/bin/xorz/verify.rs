@@ -34,12 +34,12 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let report =
         args.job.run(Some(&args.sha256), |run| verify_files(&base, &package, fine_tuned.as_deref(), run));
     let report = report.map_err(|e| inputs.told(e).or_another_base())?;
-    let sha256 = report.sha256.is_some() && !args.sha256.skipped();
+    let sha256 = !report.files.is_empty() && !args.sha256.skipped();
     let what = match (sha256, &fine_tuned) {
         (true, Some(_)) => "every tensor and the file's sha256 equal the fine-tune given",
         (false, Some(_)) => "every tensor equals the fine-tune given",
         (true, None) => "the restored file has the sha256 of the file that was packed",
-        (false, None) if report.sha256.is_some() => "every digest fits; sha256 was not compared",
+        (false, None) if !report.files.is_empty() => "every digest fits; sha256 was not compared",
         (false, None) => "every digest fits; there is no file to compare with",
     };
     args.job.said(false, &print::row("verified", what), &report)

@@ -27,7 +27,7 @@ impl Forge {
 
     /// An empty package.
     pub fn new() -> Self {
-        let metadata = [("format", "xorz"), ("format_version", "0")];
+        let metadata = [("format", "xorz"), ("format_version", "1")];
         Self { metadata: metadata.map(|(k, v)| (k.into(), v.into())).into(), entries: Vec::new() }
     }
 
@@ -77,13 +77,20 @@ impl Forge {
     }
 }
 
-/// A framed blob of `frames`, each with the decompressed size that it claims.
-pub fn framed(frames: &[(Vec<u8>, u32)]) -> Vec<u8> {
-    let mut out = (frames.len() as u32).to_le_bytes().to_vec();
+/// A framed blob of `frames`, each with the decompressed size that it claims; `first` of them go before what follows them.
+pub fn framed_first(frames: &[(Vec<u8>, u32)], first: u32) -> Vec<u8> {
+    let mut out = Vec::new();
+    frames.iter().for_each(|(frame, _)| out.extend(frame));
     for (frame, raw) in frames {
         out.extend((frame.len() as u32).to_le_bytes());
         out.extend(raw.to_le_bytes());
     }
-    frames.iter().for_each(|(frame, _)| out.extend(frame));
+    out.extend(first.to_le_bytes());
+    out.extend((frames.len() as u32).to_le_bytes());
     out
+}
+
+/// [`framed_first`] with all frames in order.
+pub fn framed(frames: &[(Vec<u8>, u32)]) -> Vec<u8> {
+    framed_first(frames, 0)
 }

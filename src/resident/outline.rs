@@ -1,0 +1,127 @@
+//! A resident delta that lies elsewhere, in a file or in frames: header and directories in memory, tiles fetched on demand,
+//! so that a matrix of any size is restored band by band.
+
+use super::header::{HEADER_BYTES, Header, Layout};
+use crate::codec::Encoding;
+use crate::codec::word::Word;
+use crate::error::{Error, Result};
+use crate::matrix::Shape;
+use std::ops::Range;
+
+/// Fills a buffer with the delta's bytes from a position on.
+pub type ReadAt<'r> = &'r mut dyn FnMut(u64, &mut [u8]) -> Result<()>;
+
+/// The header and the directories of a resident delta.
+#[derive(Clone, Debug)]
+pub struct Outline {
+    header: Header,
+    layout: Layout,
+    directory: Vec<u32>,
+    exception_directory: Vec<u32>,
+}
+
+/// Where the payload of a delta begins, as the first 80 bytes of its header say; unchecked.
+pub(crate) fn head_bytes(header: &[u8; 80]) -> u64 {
+    u64::load(&header[72..80])
+}
+
+impl Outline {
+    /// Read the outline of a delta of `total` bytes. What it allocates is bounded by the tiles of the header's shape: compare
+    /// that with the base before trusting it to be small (`limit`, in tiles).
+    ///
+    /// # Errors
+    /// `Truncated`, `Corrupt`, `Unsupported` as [`super::Resident::parse`]; those of `read`.
+    pub fn read(total: u64, limit: usize, read: ReadAt<'_>) -> Result<Self> {
+        let mut head = [0u8; HEADER_BYTES];
+        if total < HEADER_BYTES as u64 {
+            return Err(Error::truncated(format!("resident delta: {total} bytes are fewer than a header's")));
+        }
+        read(0, &mut head)?;
+        let (header, layout) = Header::read_head(&head, total)?;
+        if header.grid().tiles() > limit {
+            return Err(Error::corrupt(format!(
+                "resident delta: {} tiles where {limit} belong",
+                header.grid().tiles()
+            )));
+        }
+        let mut list = |range: &Range<usize>, what: &str, limit: u64| -> Result<Vec<u32>> {
+            let mut bytes = vec![0u8; range.len()];
+            read(range.start as u64, &mut bytes)?;
+            let list: Vec<u32> = bytes.chunks_exact(4).map(u32::load).collect();
+            let ends = list.first().zip(list.last()).is_none_or(|(a, b)| *a == 0 && u64::from(*b) == limit);
+            if !ends || !list.is_sorted() {
+                return Err(Error::corrupt(format!(
+                    "resident delta: the directory of {what} is not one of {limit}"
+                )));
+            }
+            Ok(list)
+        };
+        let directory = list(&layout.directory, "units", header.units)?;
+        let exception_directory = list(&layout.exception_directory, "exceptions", header.exceptions)?;
+        Ok(Self { header, layout, directory, exception_directory })
+    }
+
+    /// What the delta says of itself.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Put into `out` a resident delta of its own: that of `tiles`, which are the tiles of a matrix of `shape`, whole bands or
+    /// a run of one row. Its count of changes and its content digest are not those of what it holds.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if `tiles` and `shape` do not fit each other; those of `read`.
+    pub fn cut(&self, tiles: Range<usize>, shape: Shape, read: ReadAt<'_>, out: &mut Vec<u8>) -> Result<()> {
+        let span = |list: &[u32]| list.get(tiles.start).zip(list.get(tiles.end)).map(|(a, b)| *a..*b);
+        let units = span(&self.directory).unwrap_or(0..0);
+        let exceptions = span(&self.exception_directory).unwrap_or(0..0);
+        let header = Header {
+            shape,
+            changed: 0,
+            units: u64::from(units.end - units.start),
+            exceptions: u64::from(exceptions.end - exceptions.start),
+            ..self.header
+        };
+        if header.grid().tiles() != tiles.len() || tiles.end > self.header.grid().tiles() {
+            return Err(Error::invalid(format!("tiles {tiles:?} are not those of a {shape} matrix")));
+        }
+        let layout = header.layout()?;
+        out.clear();
+        out.resize(layout.total, 0);
+        out[..HEADER_BYTES].copy_from_slice(&header.write()?);
+        rebase(&self.directory, &tiles, &mut out[layout.directory]);
+        let payload = self.layout.payload.start as u64 + self.payload_at(&tiles, units.start);
+        read(payload, &mut out[layout.payload])?;
+        if header.exceptions > 0 {
+            rebase(&self.exception_directory, &tiles, &mut out[layout.exception_directory]);
+            let first = u64::from(exceptions.start);
+            read(
+                self.layout.exception_positions.start as u64 + 2 * first,
+                &mut out[layout.exception_positions],
+            )?;
+            let words = first * self.header.dtype.word_bytes() as u64;
+            read(self.layout.exception_words.start as u64 + words, &mut out[layout.exception_words])?;
+        }
+        Ok(())
+    }
+
+    /// Where in the payload the first of `tiles` begins.
+    fn payload_at(&self, tiles: &Range<usize>, unit: u32) -> u64 {
+        let grid = self.header.grid();
+        if self.header.encoding == Encoding::Raw && !tiles.is_empty() {
+            let rect = grid.rect(tiles.start);
+            return ((rect.r0 * grid.shape.k + rect.c0) * self.header.dtype.word_bytes()) as u64;
+        }
+        u64::from(unit) * self.header.unit_bytes() as u64
+    }
+}
+
+/// The directory of `tiles`, counted from the first of them.
+fn rebase(list: &[u32], tiles: &Range<usize>, out: &mut [u8]) {
+    if out.is_empty() {
+        return;
+    }
+    let first = list[tiles.start];
+    let entries = list[tiles.start..=tiles.end].iter();
+    entries.zip(out.chunks_exact_mut(4)).for_each(|(e, o)| o.copy_from_slice(&(e - first).to_le_bytes()));
+}
