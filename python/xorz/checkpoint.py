@@ -116,7 +116,7 @@ def _base_of(entry: dict[str, Any], base: StateDict) -> Tensor | None:
 
 
 def restore(base: StateDict, package: PathLike) -> dict[str, Tensor]:
-    """The fine-tune's state_dict, bit for bit, on the CPU.
+    """The fine-tune's state_dict, bit for bit, on the CPU; tensors that were the same one in its file are one.
 
     Raises:
         KeyError: `base` lacks a tensor; ValueError: it has another one (both digests are named), or the package is damaged;
@@ -125,7 +125,12 @@ def restore(base: StateDict, package: PathLike) -> dict[str, Tensor]:
     if _is_path("base", base):
         raise TypeError("base must be a state_dict; for files there is unpack()")
     with _core.Package(package) as opened:
-        return {name: opened.restore(name, _base_of(entry, base)) for name, entry in opened.entries.items()}
+        out = {
+            name: opened.restore(name, _base_of(entry, base))
+            for name, entry in opened.entries.items()
+            if not entry["same"]
+        }
+        return {name: out[entry["same"] or name] for name, entry in opened.entries.items()}
 
 
 def load_deltas(base: StateDict, package: PathLike, *, prefer: str | None = "speed") -> dict[str, Tensor]:
@@ -139,9 +144,10 @@ def load_deltas(base: StateDict, package: PathLike, *, prefer: str | None = "spe
     out = {}
     with _core.Package(package) as opened:
         for name, entry in opened.entries.items():
-            old = _base_of(entry, base)
-            out[name] = opened.restore(name, None) if old is None else opened.resident(name, old, prefer)
-    return out
+            if not entry["same"]:
+                old = _base_of(entry, base)
+                out[name] = opened.restore(name, None) if old is None else opened.resident(name, old, prefer)
+        return {name: out[entry["same"] or name] for name, entry in opened.entries.items()}
 
 
 def inspect(package: PathLike) -> dict[str, Any]:

@@ -3,15 +3,14 @@
 //! Reads by position into one buffer a thread; never holds a tensor.
 
 use super::aligned::Aligned;
-use super::container::{LENGTH_BYTES, SafeTensors, TensorInfo};
+use super::checkpoint::{Checkpoint, TensorFile};
+use super::container::{SafeTensors, TensorInfo};
+use super::ordered::threads;
 use super::{DigestCache, Identity, Run};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Shape};
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::ErrorKind;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
@@ -21,77 +20,37 @@ const BUFFER_BYTES: usize = 1 << 20;
 /// Bytes of leaves that one thread takes at a time; a longer leaf is taken whole.
 const PIECE_BYTES: u64 = 8 << 20;
 
-/// The digest of every tensor of a checkpoint, a .safetensors file or a folder of them, in order of their names. Files whose
-/// digests `cache` knows are not read; what is computed is kept there. Tensors of dtypes that cannot be a base (such as
-/// `F4`) have no digest and are left out.
+/// The digest of every tensor of a base, a .safetensors file or a folder of them, in order of their names. Files whose digests
+/// `cache` knows are not read; what is computed is kept there. Tensors of dtypes that cannot be a base (such as `F4`) have no
+/// digest and are left out.
 ///
 /// # Errors
-/// `Io`, `Corrupt` or `Truncated` files, `InvalidArgument` for a folder without .safetensors files or with one name twice;
-/// every message names the file.
+/// As [`Checkpoint::open_base`]; `Io` or `Truncated` for a file that is cut while it is read. Messages name the file.
 pub fn digest_files(base: &Path, cache: &DigestCache, run: &Run<'_>) -> Result<Vec<(String, Digest)>> {
-    let mut all: BTreeMap<String, (Digest, PathBuf)> = BTreeMap::new();
-    for path in shards(base)? {
-        let digests = digest_file(&path, cache, run)?;
-        for (name, digest) in digests {
-            if let Some((_, other)) = all.insert(name.clone(), (digest, path.clone())) {
-                return Err(Error::invalid(format!(
-                    "{} and {} both have a tensor `{name}`; give the folder of one checkpoint",
-                    other.display(),
-                    path.display()
-                )));
-            }
-        }
+    let checkpoint = Checkpoint::open_base(base)?;
+    let mut all = BTreeMap::new();
+    for (i, file) in checkpoint.files().iter().enumerate() {
+        let digests = digest_file(file, cache, run).map_err(|e| e.within(file.place.display()))?;
+        // Of two tensors of one name, the one that packing would take.
+        all.extend(
+            digests.into_iter().filter(|(name, _)| checkpoint.find(name).is_some_and(|(f, _)| f == i)),
+        );
     }
-    Ok(all.into_iter().map(|(name, (digest, _))| (name, digest)).collect())
+    Ok(all.into_iter().collect())
 }
 
-/// The .safetensors files of a checkpoint, in order.
-fn shards(base: &Path) -> Result<Vec<PathBuf>> {
-    if !base.is_dir() {
-        return Ok(vec![base.into()]);
-    }
-    let mut found = Vec::new();
-    collect(base, 0, &mut found)?;
-    found.sort();
-    if found.is_empty() {
-        let message = "has no .safetensors file; save pickled weights with save_pretrained(safe_serialization=True) \
-                       or safetensors.torch.save_file first";
-        return Err(Error::invalid(message).within(base.display()));
-    }
-    Ok(found)
-}
-
-/// Folders within folders that are looked into; a loop of links ends here.
-const MAX_DEPTH: usize = 16;
-
-fn collect(folder: &Path, depth: usize, found: &mut Vec<PathBuf>) -> Result<()> {
-    for item in std::fs::read_dir(folder).map_err(|e| Error::from(e).within(folder.display()))? {
-        let path = item.map_err(|e| Error::from(e).within(folder.display()))?.path();
-        if path.extension().is_some_and(|e| e == "safetensors") {
-            found.push(path);
-        } else if depth < MAX_DEPTH && path.is_dir() {
-            collect(&path, depth + 1, found)?;
-        }
-    }
-    Ok(())
-}
-
-fn digest_file(path: &Path, cache: &DigestCache, run: &Run<'_>) -> Result<BTreeMap<String, Digest>> {
-    let tensors = SafeTensors::open(path)?;
-    let within = |e: Error| e.within(path.display());
-    let file = File::open(path).map_err(|e| within(e.into()))?;
-    let known =
-        tensors.header().tensors.iter().filter_map(Tensor::of).collect::<Result<Vec<_>>>().map_err(within)?;
-    if let Some(kept) = cache.load(path, &file)
+fn digest_file(t: &TensorFile, cache: &DigestCache, run: &Run<'_>) -> Result<BTreeMap<String, Digest>> {
+    let file = t.tensors.file().ok_or_else(|| Error::internal("a checkpoint of no file"))?;
+    let known = t.tensors.header().tensors.iter().filter_map(Tensor::of).collect::<Result<Vec<_>>>()?;
+    if let Some(kept) = cache.load(&t.place, file)
         && kept.len() == known.len()
         && known.iter().all(|t| kept.contains_key(&t.info.name))
     {
         return Ok(kept);
     }
-    let before = Identity::of(&file).map_err(within)?;
-    let data_at = LENGTH_BYTES + tensors.header_text().len() as u64;
-    let digests = compute(&file, data_at, &known, run).map_err(within)?;
-    cache.store(path, &file, &before, &digests);
+    let before = Identity::of(file)?;
+    let digests = compute(&t.tensors, &known, run)?;
+    cache.store(&t.place, file, &before, &digests);
     Ok(digests)
 }
 
@@ -144,20 +103,12 @@ fn pieces(tensors: &[Tensor<'_>]) -> Vec<Piece> {
 
 type Leaves = Vec<[u8; 16]>;
 
-fn compute(
-    file: &File,
-    data_at: u64,
-    tensors: &[Tensor<'_>],
-    run: &Run<'_>,
-) -> Result<BTreeMap<String, Digest>> {
+fn compute(file: &SafeTensors, tensors: &[Tensor<'_>], run: &Run<'_>) -> Result<BTreeMap<String, Digest>> {
     let pieces = pieces(tensors);
     if let Some(progress) = run.progress {
         progress.begin("digest", tensors.iter().map(|t| t.info.bytes()).sum());
     }
-    let jobs = match run.jobs {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        n => n,
-    };
+    let jobs = threads(run.jobs);
     let next = AtomicUsize::new(0);
     let done: Mutex<Vec<(usize, Result<Leaves>)>> = Mutex::new(Vec::new());
     let work = || {
@@ -166,7 +117,7 @@ fn compute(
             let i = next.fetch_add(1, Ordering::Relaxed);
             let Some(piece) = pieces.get(i) else { return };
             let t = &tensors[piece.tensor];
-            let made = leaves(file, data_at, t, piece, &mut room)
+            let made = leaves(file, t, piece, &mut room)
                 .map_err(|e| e.within(format_args!("tensor `{}`", t.info.name)));
             if made.is_err() {
                 next.store(pieces.len(), Ordering::Relaxed);
@@ -196,20 +147,17 @@ fn compute(
 }
 
 /// The digests of a piece's leaves. Leaves are mostly shorter than the buffer, but any of them may be longer.
-fn leaves(file: &File, data_at: u64, t: &Tensor<'_>, piece: &Piece, room: &mut Aligned) -> Result<Leaves> {
+fn leaves(file: &SafeTensors, t: &Tensor<'_>, piece: &Piece, room: &mut Aligned) -> Result<Leaves> {
     let end = t.at(piece.first + piece.count);
     let mut at = t.at(piece.first);
     let mut out = Vec::with_capacity(piece.count);
     let mut open = Xxh3::new();
     let mut filled = 0u64;
     while at < end {
-        let here = data_at + t.info.range.start + at;
+        let here = t.info.range.start + at;
         let len = usize::try_from(end - at).unwrap_or(BUFFER_BYTES).min(BUFFER_BYTES);
-        let bytes = room.room(len, here);
-        file.read_exact_at(bytes, here).map_err(|e| match e.kind() {
-            ErrorKind::UnexpectedEof => Error::truncated("the file was cut while it was read"),
-            _ => e.into(),
-        })?;
+        let bytes = room.room(len, file.data_at() + here);
+        file.read_at(here, bytes)?;
         at += len as u64;
         let mut rest = room.get();
         while !rest.is_empty() {

@@ -1,6 +1,7 @@
 """Promise: a checkpoint packed against its base comes back bit for bit from state_dicts and from files; another base or a
 broken package is refused by name; every error is of the class that Python users expect."""
 
+import json
 import os
 
 import pytest
@@ -238,6 +239,74 @@ def test_jobs_and_sha256_change_no_byte(tmp_path, jobs, sha256):
     assert xorz.verify(a, package, b, jobs=jobs, sha256=sha256)["tensors"] == xorz.inspect(package)["tensors"]
     with pytest.raises(ValueError, match="digest"):
         xorz.verify(b, package, jobs=jobs, sha256=sha256)
+
+
+def folders(tmp_path):
+    """A base in one file, a fine-tune in two shards with index, config and tokenizer, and a tied head."""
+    base, tuned = checkpoint()
+    base["head"] = base["layer.sparse.weight"].clone()
+    tuned["head"] = tuned["layer.sparse.weight"].clone()
+    a, b = tmp_path / "base", tmp_path / "tuned"
+    (b / "tokenizer").mkdir(parents=True)
+    a.mkdir()
+    safetensors_torch.save_file(base, a / "model.safetensors")
+    names = sorted(tuned)
+    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for shard, own in shards.items():
+        safetensors_torch.save_file({n: tuned[n] for n in own}, b / shard, metadata={"format": "pt"})
+    index = {"weight_map": {n: shard for shard, own in shards.items() for n in own}}
+    (b / "model.safetensors.index.json").write_text(json.dumps(index))
+    (b / "config.json").write_text('{"a": 1}\n')
+    (b / "tokenizer" / "vocab.txt").write_bytes(bytes(range(256)))
+    return base, tuned, a, b
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_folder_comes_back_as_the_same_folder(tmp_path, jobs):
+    base, tuned, a, b = folders(tmp_path)
+    package, out = tmp_path / "t.xorz", tmp_path / "out"
+    report = xorz.pack(a, str(b), package, jobs=jobs)
+    assert report["folder"] and {f["path"] for f in report["files"]} == set(contents(b))
+    assert xorz.unpack(a / "model.safetensors", package, out, jobs=jobs) == report
+    assert contents(out) == contents(b)
+    xorz.verify(a, package, b, jobs=jobs)
+    xorz.verify(a, package, out)
+    assert {e["name"] for e in xorz.inspect(package)["entries"]} == set(tuned)
+    # The same package serves state_dicts.
+    back, deltas = xorz.restore(base, package), xorz.load_deltas(base, package)
+    assert set(back) == set(tuned) and all(equal(back[n], tuned[n]) for n in tuned)
+    assert set(deltas) == set(tuned)
+    assert same_bits(xorz.delta_restore(base["head"], deltas["head"]), tuned["head"])
+
+
+def test_folders_that_do_not_fit_are_refused(tmp_path):
+    _, _, a, b = folders(tmp_path)
+    package, out = tmp_path / "t.xorz", tmp_path / "out"
+    xorz.pack(a, b, package)
+    out.mkdir()
+    (out / "precious").write_text("x")
+    with pytest.raises(ValueError, match="out"):
+        xorz.unpack(a, package, out)
+    assert contents(out) == {"precious": b"x"}
+    with pytest.raises(ValueError, match="digest"):
+        xorz.verify(b, package)
+    with pytest.raises(ValueError):
+        xorz.verify(a, package, a)
+    (b / "config.json").write_text('{"a": 2}\n')
+    with pytest.raises(ValueError, match=r"config\.json"):
+        xorz.verify(a, package, b)
+    (b / "model-2.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-2\.safetensors"):
+        xorz.pack(a, b, tmp_path / "u.xorz")
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"PK" + bytes(2 << 20))
+    with pytest.raises(ValueError, match="safe_serialization=True"):
+        xorz.pack(a, tmp_path / "pickled", tmp_path / "u.xorz")
+    assert not (tmp_path / "u.xorz").exists()
 
 
 def test_bad_jobs_and_paths_are_refused(tmp_path):

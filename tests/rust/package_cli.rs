@@ -376,6 +376,97 @@ fn completions_and_manual_know_every_verb_and_flag() {
     assert_eq!(xorz(d, &["man", "--dir", "no/where"]).status.code(), Some(4));
 }
 
+/// A folder as save_pretrained makes it: two shards, their index, a config; the base is sharded otherwise.
+fn folders(d: &Path) {
+    let mut rng = Rng::new(5);
+    let words = 512 * 70;
+    for folder in ["base", "ft", "ft/tokenizer"] {
+        fs::create_dir(d.join(folder)).unwrap();
+    }
+    for (i, name) in ["a", "b"].into_iter().enumerate() {
+        let base = rng.weights(Dtype::BF16, words);
+        let ft = perturbed(&mut rng, Dtype::BF16, &base, 0.02);
+        write(d.join(format!("base/part-{}.safetensors", 9 - i)), name, words, &base);
+        write(d.join(format!("ft/model-{i}.safetensors")), name, words, &ft);
+    }
+    let index = r#"{"weight_map":{"a":"model-0.safetensors","b":"model-1.safetensors"}}"#;
+    fs::write(d.join("ft/model.safetensors.index.json"), index).unwrap();
+    fs::write(d.join("ft/tokenizer/vocab.txt"), "a\nb\n").unwrap();
+}
+
+#[test]
+fn a_folder_comes_back_as_the_same_folder_and_each_file_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    folders(d);
+    let names =
+        ["model-0.safetensors", "model-1.safetensors", "model.safetensors.index.json", "tokenizer/vocab.txt"];
+    let out = xorz(d, &["pack", "base", "ft", "-o", "p.xorz"]);
+    assert!(out.status.success() && out.stderr.is_empty(), "{}", String::from_utf8_lossy(&out.stderr));
+    let text = stdout(&out);
+    let lines: Vec<_> = text.lines().filter(|l| l.starts_with("sha256")).collect();
+    assert_eq!(lines.len(), 4, "{text}");
+    for name in names {
+        assert!(lines.iter().any(|l| l.ends_with(&format!("  {name}"))), "{text}");
+    }
+    let inspected = stdout(&xorz(d, &["inspect", "p.xorz"]));
+    assert_eq!(inspected.matches("made from").count(), 4, "{inspected}");
+    assert_eq!(inspected.matches("carried along").count(), 2, "{inspected}");
+    for jobs in ["1", "3"] {
+        let target = format!("out{jobs}");
+        let out = xorz(d, &["unpack", "base", "p.xorz", "-o", &target, "-j", jobs]);
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        assert!(stdout(&out).contains("exact: 4 files"), "{}", stdout(&out));
+        for name in names {
+            let (back, ft) = (fs::read(d.join(&target).join(name)), fs::read(d.join("ft").join(name)));
+            assert!(back.unwrap() == ft.unwrap(), "{name}");
+        }
+    }
+    let out = xorz(d, &["verify", "base", "p.xorz", "ft"]);
+    assert!(stdout(&out).contains("sha256 of 4 files equal the fine-tune given"), "{}", stdout(&out));
+    let json: serde_json::Value =
+        serde_json::from_slice(&xorz(d, &["verify", "base", "p.xorz", "--json"]).stdout).unwrap();
+    assert_eq!((&json["folder"], json["files"].as_array().unwrap().len()), (&true.into(), 4));
+    // Byte for byte the same whatever the threads, and on a stream.
+    assert!(xorz(d, &["pack", "base", "ft", "-o", "q.xorz", "-j", "1"]).status.success());
+    let whole = fs::read(d.join("p.xorz")).unwrap();
+    assert!(whole == fs::read(d.join("q.xorz")).unwrap());
+    assert!(whole == xorz(d, &["pack", "base", "ft", "-o", "-", "-q"]).stdout);
+    // The digests of the base's folder are those that the package wants.
+    let text = stdout(&xorz(d, &["digest", "base"]));
+    let inspected = String::from_utf8(xorz(d, &["inspect", "p.xorz", "--json"]).stdout).unwrap();
+    assert_eq!(text.lines().count(), 2);
+    assert!(text.lines().all(|l| inspected.contains(l.split(' ').next().unwrap())), "{text}");
+}
+
+#[test]
+fn folders_are_refused_in_words_where_they_do_not_fit() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    folders(d);
+    assert!(xorz(d, &["pack", "base", "ft", "-o", "p.xorz"]).status.success());
+    fs::create_dir(d.join("full")).unwrap();
+    fs::write(d.join("full/precious"), "x").unwrap();
+    fs::create_dir(d.join("pickled")).unwrap();
+    fs::File::create(d.join("pickled/pytorch_model.bin")).unwrap().set_len(2 << 20).unwrap();
+    for (code, words, args) in [
+        (2, "full", &["unpack", "base", "p.xorz", "-o", "full"][..]),
+        (3, "stream", &["unpack", "base", "p.xorz", "-o", "-"]),
+        (3, "safe_serialization=True", &["pack", "base", "pickled", "-o", "q"]),
+        (3, "safe_serialization=True", &["digest", "pickled"]),
+        (1, "digest", &["unpack", "ft", "p.xorz", "-o", "out"]),
+        (1, "", &["verify", "base", "p.xorz", "base"]),
+    ] {
+        let out = xorz(d, args);
+        let text = complaint(&out);
+        assert_eq!(out.status.code(), Some(code), "{args:?}: {text}");
+        assert!(text.contains(words) && out.stdout.is_empty(), "{args:?}: {text}");
+        assert!(!d.join("q").exists() && !d.join("out").exists(), "{args:?}");
+    }
+    assert_eq!(fs::read_dir(d.join("full")).unwrap().count(), 1);
+    assert_eq!(fs::read_dir(d).unwrap().count(), 5, "something is left beside");
+}
+
 #[test]
 fn names_from_a_file_cannot_control_the_terminal() {
     let dir = tempfile::tempdir().unwrap();

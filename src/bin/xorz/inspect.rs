@@ -29,12 +29,15 @@ pub(crate) fn run(args: &Args) -> Outcome {
 }
 
 fn describe(path: &str, package: &Package) -> String {
+    let report = Report::of(package);
     let mut out = print::row("package", path);
-    for file in package.files() {
+    for file in &report.files {
+        let kind = if file.tensors { "" } else { ", carried along" };
         let (name, sha256) = (print::name(&file.path), print::name(&file.sha256));
-        out += &print::row("made from", &format!("{name}, {}, sha256 {sha256}", print::bytes(file.bytes)));
+        out +=
+            &print::row("made from", &format!("{name}, {}, sha256 {sha256}{kind}", print::bytes(file.bytes)));
     }
-    out += &print::report(&Report::of(package));
+    out += &print::report(&report, false);
     let mut entries: Vec<&Entry> = package.entries().iter().collect();
     entries.sort_by_key(|e| &e.name);
     let mut table = vec![HEAD.map(String::from)];

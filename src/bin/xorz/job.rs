@@ -91,7 +91,7 @@ impl Job {
         if self.json {
             return Ok(Said::Out(report.to_json()? + "\n"));
         }
-        let text = || first.to_owned() + &print::report(report);
+        let text = || first.to_owned() + &print::report(report, true);
         Ok(match (self.quiet, aside) {
             (true, _) => Said::Nothing,
             (false, true) => Said::Aside(text()),

@@ -8,11 +8,14 @@ pub(crate) fn row(label: &str, text: &str) -> String {
     format!("{label:<10}{text}\n")
 }
 
-/// The totals of a package.
-pub(crate) fn report(r: &Report) -> String {
-    let deltas = r.tensors - r.alone;
+/// The totals of a package, and each of its files unless they are printed elsewhere.
+pub(crate) fn report(r: &Report, files: bool) -> String {
+    let deltas = r.tensors - r.alone - r.same;
     let mut tensors =
         format!("{}: {deltas} deltas ({} unchanged), {} stored alone", r.tensors, r.unchanged, r.alone);
+    if r.same > 0 {
+        tensors += &format!(", {} the same as another", r.same);
+    }
     if r.removed > 0 {
         tensors += &format!("; {} of the base removed", r.removed);
     }
@@ -26,8 +29,8 @@ pub(crate) fn report(r: &Report) -> String {
     );
     let mut out = row("tensors", &tensors) + &row("changed", &changed) + &row("size", &size);
     out += &row("codecs", &codecs.join(", "));
-    if let Some(sha256) = &r.sha256 {
-        out += &row("sha256", &name(sha256));
+    for f in r.files.iter().filter(|_| files) {
+        out += &row("sha256", &format!("{}  {}", name(&f.sha256), name(&f.path)));
     }
     out
 }

@@ -31,11 +31,12 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let report =
         args.job.run(Some(&args.sha256), |run| unpack_files(&base, &package, output.destination(), run));
     let report = report.map_err(|e| inputs.told(e).or_another_base())?;
-    let exact = match (report.files.first(), args.sha256.skipped()) {
-        (Some(_), false) => "exact: its sha256 is that of the file that was packed",
-        (Some(_), true) => "every tensor is exact; sha256 was not compared",
-        (None, _) => "exact: every tensor; the package was not made from a file",
+    let exact = match (report.files.len(), args.sha256.skipped()) {
+        (0, _) => "exact: every tensor; the package was not made from a file".into(),
+        (_, true) => "every tensor is exact; sha256 was not compared".into(),
+        (1, false) => "exact: its sha256 is that of the file that was packed".to_owned(),
+        (n, false) => format!("exact: {n} files, the sha256 of each is that of the file that was packed"),
     };
-    let first = print::row("restored", &print::path(&args.output)) + &print::row("", exact);
+    let first = print::row("restored", &print::path(&args.output)) + &print::row("", &exact);
     args.job.said(output.is_stdout(), &first, &report)
 }

@@ -34,13 +34,17 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let report =
         args.job.run(Some(&args.sha256), |run| verify_files(&base, &package, fine_tuned.as_deref(), run));
     let report = report.map_err(|e| inputs.told(e).or_another_base())?;
-    let sha256 = !report.files.is_empty() && !args.sha256.skipped();
-    let what = match (sha256, &fine_tuned) {
-        (true, Some(_)) => "every tensor and the file's sha256 equal the fine-tune given",
-        (false, Some(_)) => "every tensor equals the fine-tune given",
-        (true, None) => "the restored file has the sha256 of the file that was packed",
-        (false, None) if !report.files.is_empty() => "every digest fits; sha256 was not compared",
-        (false, None) => "every digest fits; there is no file to compare with",
+    let files = report.files.len();
+    let what = match (files, args.sha256.skipped(), &fine_tuned) {
+        (1.., false, Some(_)) if files > 1 => {
+            format!("every tensor and the sha256 of {files} files equal the fine-tune given")
+        }
+        (1.., false, Some(_)) => "every tensor and the file's sha256 equal the fine-tune given".into(),
+        (_, _, Some(_)) => "every tensor equals the fine-tune given".into(),
+        (0, _, None) => "every digest fits; there is no file to compare with".into(),
+        (_, true, None) => "every digest fits; sha256 was not compared".into(),
+        (1, false, None) => "the restored file has the sha256 of the file that was packed".to_owned(),
+        (n, false, None) => format!("the {n} restored files have the sha256 of those that were packed"),
     };
-    args.job.said(false, &print::row("verified", what), &report)
+    args.job.said(false, &print::row("verified", &what), &report)
 }
