@@ -19,12 +19,14 @@ impl Bar {
 impl Progress for Bar {
     fn begin(&self, what: &str, bytes: u64) {
         let bar = ProgressBar::with_draw_target(Some(bytes), ProgressDrawTarget::stderr());
+        // As wide as the terminal, so that no line wraps.
         let look =
-            "{msg:8} [{bar:32}] {binary_bytes} of {binary_total_bytes}  {binary_bytes_per_sec}  {eta} left";
+            "{msg} [{wide_bar}] {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
         if let Ok(style) = ProgressStyle::with_template(look) {
             bar.set_style(style.progress_chars("=> "));
         }
         bar.set_message(what.to_owned());
+        bar.tick();
         bar.enable_steady_tick(Duration::from_millis(200));
         let mut current = self.0.write().unwrap_or_else(PoisonError::into_inner);
         current.finish_and_clear();
