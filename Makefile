@@ -17,7 +17,7 @@ SHIM_SOURCES   := $(wildcard csrc/*) CMakeLists.txt
 PYTHON_SOURCES := $(shell find python -name '*.py' -o -name py.typed) pyproject.toml README.md
 PYTHON_LINTED  := $(wildcard python tests benches examples)
 
-.PHONY: build demo test test-rust test-capi test-python test-avx512 lint format bench clean
+.PHONY: build demo test test-rust test-capi test-python test-avx512 lint format bench bench-checkpoint clean
 .DELETE_ON_ERROR:
 
 build: $(INSTALLED)
@@ -78,6 +78,19 @@ format: $(REQUIREMENTS)
 
 bench: build
 	$(PY) benches/bench.py
+
+# An environment of its own for the rivals' packages, which sees what the developer's has (torch, numpy, ...).
+BENCH_VENV := build/bench-venv
+$(BENCH_VENV)/.xorz-requirements: benches/requirements.txt $(REQUIREMENTS)
+	$(PYTHON) -m venv --clear $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benches/requirements.txt
+	$(PY) -c 'import site; print(site.getsitepackages()[0])' > \
+	  "$$($(BENCH_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/developer.pth"
+	@touch $@
+
+# Minutes, and a few GB of disk or memory; `make bench-checkpoint ARGS="--gb 0.1 --dir /dev/shm"` for less.
+bench-checkpoint: $(BENCH_VENV)/.xorz-requirements
+	$(BENCH_VENV)/bin/python benches/checkpoint.py $(ARGS)
 
 clean:
 	rm -rf build target
