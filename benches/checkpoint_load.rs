@@ -30,12 +30,8 @@ fn main() -> ExitCode {
 
 fn measure(base: &Path, package: &Path) -> Result<(f64, usize)> {
     let file = SafeTensors::open(base)?;
-    let base: Vec<(&str, Vec<u8>)> = file
-        .header()
-        .tensors
-        .iter()
-        .map(|t| Ok((t.name.as_str(), file.read(t)?)))
-        .collect::<Result<_>>()?;
+    let base: Vec<(&str, Vec<u8>)> =
+        file.header().tensors.iter().map(|t| Ok((t.name.as_str(), file.read(t)?))).collect::<Result<_>>()?;
     let (mut best, mut bytes) = (f64::INFINITY, 0);
     for _ in 0..5 {
         let start = Instant::now();

@@ -142,18 +142,19 @@ fn of_runs_that_write_to_one_name_one_wins_whole() {
     let d = dir.path();
     done(d, &["pack", "base", "base", "-o", "same.whole"]);
     let results = [fs::read(d.join("p.whole")).unwrap(), fs::read(d.join("same.whole")).unwrap()];
-    let start = |args: &[&str]| command(d, args).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    let start =
+        |args: &[&str]| command(d, args).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
     let tuned = tree(&d.join("ft.d"));
     for round in 0..10 {
-        let packs: Vec<_> = ["ft", "base", "ft", "base"].map(|ft| start(&["pack", "base", ft, "-o", "p"])).into();
+        let packs: Vec<_> =
+            ["ft", "base", "ft", "base"].map(|ft| start(&["pack", "base", ft, "-o", "p"])).into();
         for pack in packs {
             let out = pack.wait_with_output().unwrap();
             assert!(out.status.success(), "round {round}: {}", String::from_utf8_lossy(&out.stderr));
         }
         assert!(results.contains(&fs::read(d.join("p")).unwrap()), "round {round}");
         let _ = fs::remove_dir_all(d.join("out"));
-        let unpacks: Vec<_> =
-            (0..3).map(|_| start(&["unpack", "base.d", "d.whole", "-o", "out"])).collect();
+        let unpacks: Vec<_> = (0..3).map(|_| start(&["unpack", "base.d", "d.whole", "-o", "out"])).collect();
         let ends: Vec<_> = unpacks.into_iter().map(|u| u.wait_with_output().unwrap()).collect();
         // Who comes second finds the folder taken.
         ends.iter().filter(|o| !o.status.success()).for_each(|o| assert!(disk::complaint(o).contains("out")));

@@ -51,7 +51,10 @@ fn a_full_disk_is_an_error_and_leaves_nothing() {
     let dir = folder();
     let d = dir.path();
     fs::create_dir(d.join("small")).unwrap();
-    let can = Command::new("unshare").args(["-rm", "mount", "-t", "tmpfs", "none", "small"]).current_dir(d).output();
+    let can = Command::new("unshare")
+        .args(["-rm", "mount", "-t", "tmpfs", "none", "small"])
+        .current_dir(d)
+        .output();
     if !can.is_ok_and(|o| o.status.success()) {
         eprintln!("SKIPPED a_full_disk_is_an_error_and_leaves_nothing: no namespaces here");
         return;
@@ -90,9 +93,15 @@ fn a_limit_on_the_length_of_files_is_an_error_and_leaves_nothing() {
             if old {
                 fs::write(d.join("small/out"), b"old").unwrap();
             }
-            let out = run(shell(d, &format!("trap '' XFSZ; ulimit -f {blocks}; exec $XORZ {verb} 2>&1 1>/dev/null | cat")));
+            let out = run(shell(
+                d,
+                &format!("trap '' XFSZ; ulimit -f {blocks}; exec $XORZ {verb} 2>&1 1>/dev/null | cat"),
+            ));
             let text = String::from_utf8_lossy(&out.stdout).into_owned();
-            assert!(text.starts_with("xorz: ") && text.contains("small") && text.lines().count() == 1, "{text}");
+            assert!(
+                text.starts_with("xorz: ") && text.contains("small") && text.lines().count() == 1,
+                "{text}"
+            );
             if old {
                 assert_eq!(fs::read(d.join("small/out")).unwrap(), b"old", "{verb}, {blocks} blocks");
                 fs::remove_file(d.join("small/out")).unwrap();
@@ -192,7 +201,11 @@ fn unreadable_inputs_are_named_and_nothing_hangs() {
             let text = complaint(&out);
             assert!(text.contains(word), "{args:?}: {text}");
             let codes = [code, if word == "empty" { 2 } else { 3 }];
-            assert!(out.status.code().is_some_and(|c| codes.contains(&c)), "{args:?}, {:?}: {text}", out.status);
+            assert!(
+                out.status.code().is_some_and(|c| codes.contains(&c)),
+                "{args:?}, {:?}: {text}",
+                out.status
+            );
         }
         refused_any(d, &["verify", "base", "p", word], word);
         refused_any(d, &["inspect", word], word);
@@ -224,7 +237,8 @@ fn unprivileged(d: &Path, args: &[&str]) -> Output {
 fn what_may_not_be_read_or_written_is_named() {
     let dir = folder();
     let d = dir.path();
-    let mode = |name: &str, mode| fs::set_permissions(d.join(name), fs::Permissions::from_mode(mode)).unwrap();
+    let mode =
+        |name: &str, mode| fs::set_permissions(d.join(name), fs::Permissions::from_mode(mode)).unwrap();
     fs::create_dir(d.join("open")).unwrap();
     mode("open", 0o777);
     fs::create_dir(d.join("shut")).unwrap();
@@ -256,7 +270,11 @@ fn what_may_not_be_read_or_written_is_named() {
         let text = complaint(&out);
         assert_eq!(out.status.code(), Some(4), "{args:?}: {text}");
         assert!(text.contains(word) && text.to_lowercase().contains("permission"), "{args:?}: {text}");
-        assert_eq!((names(&d.join("open")), names(&d.join("shut"))), (vec![], vec!["old".to_owned()]), "{args:?}");
+        assert_eq!(
+            (names(&d.join("open")), names(&d.join("shut"))),
+            (vec![], vec!["old".to_owned()]),
+            "{args:?}"
+        );
     }
     assert_eq!(fs::read(d.join("shut/old")).unwrap(), b"old");
     // Not a word about the base's settings: only its tensors matter.

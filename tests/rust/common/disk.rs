@@ -20,7 +20,8 @@ pub fn safetensors(tensors: &[Tensor]) -> Vec<u8> {
     for (name, dtype, dims, bytes) in tensors {
         let (start, end) = (data.len(), data.len() + bytes.len());
         let name = serde_json::to_string(name).unwrap();
-        header += &format!(r#",{name}:{{"dtype":"{dtype}","shape":{dims:?},"data_offsets":[{start},{end}]}}"#);
+        header +=
+            &format!(r#",{name}:{{"dtype":"{dtype}","shape":{dims:?},"data_offsets":[{start},{end}]}}"#);
         data.extend_from_slice(bytes);
     }
     header += "}";
@@ -66,7 +67,7 @@ pub fn tree(dir: &Path) -> BTreeMap<String, (bool, Vec<u8>)> {
                     out.insert(format!("{path}/"), (false, Vec::new()));
                 }
             } else {
-                let executable = entry.metadata().unwrap().permissions().mode() & 0o111 != 0;
+                let executable = fs::metadata(entry.path()).unwrap().permissions().mode() & 0o111 != 0;
                 out.insert(path, (executable, fs::read(entry.path()).unwrap()));
             }
         }
