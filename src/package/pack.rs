@@ -9,7 +9,7 @@ use super::ordered;
 use super::pairing::{Found, Pairs, pair};
 use super::record::{self, SourceFile};
 use super::stored::FramesBody;
-use super::temp::Spool;
+use super::temp::{Spool, check_target};
 use super::words::Words;
 use super::writer::{Contents, Part, check_name};
 use super::{Destination, PackOptions, Report, Run};
@@ -40,9 +40,7 @@ pub fn pack_files(
         Destination::Stream(_) => None,
     };
     if let Some(path) = beside {
-        if path.is_dir() {
-            return Err(Error::invalid("is a directory; name a file").within(path.display()));
-        }
+        check_target(path)?;
         refuse_overwrite(path, &base)?;
         refuse_overwrite(path, &ft)?;
     }

@@ -85,6 +85,16 @@ fn sweep(path: &Path) {
     }
 }
 
+/// Refuse a `path` that is there and no regular file: a rename would put a file in the place of a pipe, or of `/dev/null`.
+pub(super) fn check_target(path: &Path) -> Result<()> {
+    let what = match std::fs::metadata(path) {
+        Ok(found) if found.is_dir() => "is a directory; name a file",
+        Ok(found) if !found.is_file() => "is no regular file; name one, or `-` for standard output",
+        _ => return Ok(()),
+    };
+    Err(Error::invalid(what).within(path.display()))
+}
+
 /// A file being written; it has no name, or is removed, unless [`Output::commit`] is reached.
 #[derive(Debug)]
 pub(super) struct Output {
@@ -97,9 +107,7 @@ pub(super) struct Output {
 impl Output {
     /// Open a new file that will appear at `path`.
     pub(super) fn create(path: &Path) -> Result<Self> {
-        if path.is_dir() {
-            return Err(Error::invalid("is a directory; name a file").within(path.display()));
-        }
+        check_target(path)?;
         prefix(path)?;
         sweep(path);
         if Path::new("/proc/self/fd").exists()

@@ -33,7 +33,10 @@ use std::sync::{Mutex, PoisonError};
 /// Nothing appears at a path then.
 pub fn unpack_files(base: &Path, package: &Path, out: Destination<'_>, run: &Run<'_>) -> Result<Report> {
     let (checkpoint, opened) = (Checkpoint::open_base(base)?, Package::open(package)?);
-    let job = Unpack::new(&checkpoint, &opened, None, run);
+    let mut job = Unpack::new(&checkpoint, &opened, None, run);
+    if let Destination::Path(path) = &out {
+        job.out = Some(path);
+    }
     let within = |e: Error| e.within(package.display());
     match out {
         Destination::Stream(_) if opened.is_folder() => {
@@ -111,6 +114,8 @@ struct Unpack<'a> {
     digests: BaseDigests,
     ft: Option<&'a Checkpoint>,
     run: &'a Run<'a>,
+    /// Where files go, for messages.
+    out: Option<&'a Path>,
     /// Base tensors whose digests were found right on the way.
     right: Mutex<HashMap<usize, Vec<(String, Digest)>>>,
 }
@@ -118,7 +123,15 @@ struct Unpack<'a> {
 impl<'a> Unpack<'a> {
     fn new(base: &'a Checkpoint, package: &'a Package, ft: Option<&'a Checkpoint>, run: &'a Run<'a>) -> Self {
         let (digests, right) = (BaseDigests::cached(base), Mutex::new(HashMap::new()));
-        Self { base, package, digests, ft, run, right }
+        Self { base, package, digests, ft, run, out: None, right }
+    }
+
+    /// A failure to write is one of the output, not of the package.
+    fn wrote<T>(&self, result: std::io::Result<T>) -> Result<T> {
+        result.map_err(|e| match self.out {
+            Some(out) => Error::from(e).within(format_args!("cannot write {}", out.display())),
+            None => e.into(),
+        })
     }
 
     fn begin(&self, what: &str) {
@@ -149,7 +162,7 @@ impl<'a> Unpack<'a> {
                     let mode = file.metadata()?.permissions().mode();
                     file.set_permissions(Permissions::from_mode(mode | (mode & 0o444) >> 2))?;
                 }
-                file.sync_all()?;
+                self.wrote(file.sync_all())?;
             }
             Ok(())
         })
@@ -170,7 +183,8 @@ impl<'a> Unpack<'a> {
         sha.iter_mut().for_each(|s| s.update(&start));
         let file = match &mut sink {
             Sink::File(file) => {
-                Some((*file, file.set_len(data + order.last().map_or(0, |(e, at)| at + e.bytes))?).0)
+                self.wrote(file.set_len(data + order.last().map_or(0, |(e, at)| at + e.bytes)))?;
+                Some(*file)
             }
             Sink::Stream(stream) => {
                 stream.write_all(&start)?;
@@ -179,12 +193,13 @@ impl<'a> Unpack<'a> {
             Sink::Nothing => None,
         };
         if let Some(file) = file {
-            file.write_all_at(&start, 0)?;
+            self.wrote(file.write_all_at(&start, 0))?;
         }
         let put = |(j, c): (usize, usize), s: &Scratch| -> Result<()> {
             let at = jobs[j].chunks.bytes(c).start;
             self.compare(order[j].0, at, s)?;
-            file.map_or(Ok(()), |f| Ok(f.write_all_at(s.words(), data + order[j].1 + at as u64)?))
+            let at = data + order[j].1 + at as u64;
+            file.map_or(Ok(()), |f| self.wrote(f.write_all_at(s.words(), at)))
         };
         let mut taken = None;
         ordered::in_order::<Scratch>(
@@ -239,7 +254,7 @@ impl<'a> Unpack<'a> {
             let n = (blob.len() - at).min(FRAME_BYTES as u64) as usize;
             blob.read(at, &mut buffer[..n], &mut inflater)?;
             sha.iter_mut().for_each(|s| s.update(&buffer[..n]));
-            file.map_or(Ok(()), |f| f.write_all_at(&buffer[..n], at))?;
+            file.map_or(Ok(()), |f| self.wrote(f.write_all_at(&buffer[..n], at)))?;
             self.run.advance(n as u64);
             at += n as u64;
         }
