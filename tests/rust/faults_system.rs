@@ -163,7 +163,7 @@ fn strange_outputs_are_refused_and_left_alone() {
         (2, "pipe", ["unpack", "base", "p", "-o", "pipe"]),
         (2, "pipe", ["unpack", "base.d", "d", "-o", "pipe"]),
         (2, "overwrite", ["pack", "base", "ft", "-o", "ft"]),
-        (2, "overwrite", ["pack", "base.d", "ft.d", "-o", "base.d/config.json"]),
+        (2, "overwrite", ["pack", "base.d", "ft.d", "-o", "ft.d/config.json"]),
         (2, "overwrite", ["unpack", "base", "p", "-o", "p"]),
         (2, "overwrite", ["unpack", "base", "p", "-o", "./base"]),
     ] {
