@@ -190,13 +190,13 @@ fn every_dtype_comes_back_even_those_unknown() {
             let old = rng.bytes(len);
             let mut new = old.clone();
             for b in &mut new {
-                if rng.next() % 8 == 0 {
+                if rng.next().is_multiple_of(8) {
                     *b ^= 1 << (rng.next() % 8);
                 }
             }
             let name = format!("{dtype}{dims:?}");
             base.push(t(&name, dtype, dims, &old));
-            ft.push(t(&name, dtype, dims, if rng.next() % 4 == 0 { &old } else { &new }));
+            ft.push(t(&name, dtype, dims, if rng.next().is_multiple_of(4) { &old } else { &new }));
         }
     }
     plain(d, &base, &ft);
