@@ -7,6 +7,7 @@ Every result is compared with the fine-tune, byte for byte. Jobs take turns, a r
 many runs they are of: a job slower than ``--patience`` seconds runs once. Programs are measured whole, by the system's
 accounting of the process; Python jobs from after their imports. Everyone syncs but zstd, which cannot.
 
+`load` makes resident deltas of the package, the base being in memory (rss is the base).
 GB/s are bytes of the fine-tune by the wall clock; GB/s/core are the same by CPU seconds. Peak memory: `rss` counts
 mapped file pages, `anon` does not (both sampled every 5 ms).
 """
@@ -141,7 +142,8 @@ def xorz_jobs(
         jobs.append(Job("xorz --no-sha256, cached", "unpack", threads, fast, out, tuned, warm))
     if loader is not None and base.is_file():
         load = [loader, str(base), str(package)]
-        jobs.append(Job("xorz", "load", 1, load, None, environment=warm, inner=True))
+        jobs.append(Job("xorz to resident deltas", "load", 1, load, None, inner=True))
+        jobs.append(Job("xorz, and base digested", "load", 1, [*load, "digest"], None, inner=True))
     return jobs
 
 
