@@ -166,7 +166,7 @@ Tensor delta_encode_cpu(const Tensor& base, const Tensor& fine_tuned, const std:
   const Words from = checks.words("base", base), to = checks.words("fine_tuned", fine_tuned);
   if (base.scalar_type() != fine_tuned.scalar_type() || shape_text(base) != shape_text(fine_tuned))
     checks.refuse("base is " + text(base) + ", but fine_tuned is " + text(fine_tuned));
-  return core(checks, [&] { return as_tensor(delta_encode(from, to, rust::Str(prefer))); });
+  return core(checks, [&] { return as_tensor(delta_encode(from, to, rust::Str(prefer), threads)); });
 }
 
 Tensor delta_slice_cpu(const Tensor& delta, const Tensor& base, int64_t dim, int64_t start, int64_t end) {

@@ -140,7 +140,7 @@ int32_t xorz_delta_info(const void* delta, size_t delta_bytes, xorz_delta_info_t
 
 /* delta := from base to fine_tuned; same dtype and shape. */
 int32_t xorz_delta_encode(const xorz_matrix* base, const xorz_matrix* fine_tuned, int32_t prefer,
-                          xorz_buffer* delta, xorz_error* error);
+                          xorz_buffer* delta, const xorz_executor* executor, xorz_error* error);
 
 /* Full validation, the digest of base included. */
 int32_t xorz_delta_check(const void* delta, size_t delta_bytes, const xorz_matrix* base, xorz_error* error);

@@ -145,28 +145,51 @@ impl<W: Word> Builder<W> {
         base: &[W],
         fine_tuned: &[W],
     ) {
+        self.clear();
+        let rows = base.chunks_exact(cols).zip(fine_tuned.chunks_exact(cols));
+        for (r, (br, fr)) in rows.enumerate().filter(|(_, (br, fr))| br != fr) {
+            let words = br.iter().zip(fr).enumerate().filter(|(_, (b, f))| b != f);
+            self.row(dtype, r, tile_cols, words.map(|(c, (b, f))| (c, *b, *f)));
+        }
+    }
+
+    /// Begin a tile.
+    pub(crate) fn clear(&mut self) {
         (self.records, self.changed) = ([0; 2], 0);
         self.exceptions.clear();
         self.lanes.iter_mut().for_each(Vec::clear);
-        let rows = base.chunks_exact(cols).zip(fine_tuned.chunks_exact(cols));
-        for (r, (br, fr)) in rows.enumerate().filter(|(_, (br, fr))| br != fr) {
-            let lane = &mut self.lanes[r];
-            let (mut last, mut skipped) = (0, 0);
-            for (c, (&bw, &fw)) in br.iter().zip(fr).enumerate().filter(|(_, (b, f))| b != f) {
-                let s = split(dtype, bw.to_u64(), fw.to_u64());
-                self.changed += 1;
-                for term in &s.terms[..s.count] {
-                    skipped += skips(c - last);
-                    last = c;
-                    lane.push((c as u32, W::from_u64(*term)));
-                }
-                if s.exception {
-                    self.exceptions.push(((r * tile_cols + c) as u16, fw.to_u64()));
-                }
+    }
+
+    /// The changes of row `r`, once a row: column, base, fine_tuned.
+    #[inline]
+    pub(crate) fn row(
+        &mut self,
+        dtype: Dtype,
+        r: usize,
+        tile_cols: usize,
+        changes: impl Iterator<Item = (usize, W, W)>,
+    ) {
+        let lane = &mut self.lanes[r];
+        let (mut last, mut skipped) = (0, 0);
+        for (c, bw, fw) in changes {
+            let s = split(dtype, bw.to_u64(), fw.to_u64());
+            self.changed += 1;
+            for term in &s.terms[..s.count] {
+                skipped += skips(c - last);
+                last = c;
+                lane.push((c as u32, W::from_u64(*term)));
             }
-            self.records[0] = self.records[0].max(lane.len() + skipped);
-            self.records[1] = self.records[1].max(lane.len());
+            if s.exception {
+                self.exceptions.push(((r * tile_cols + c) as u16, fw.to_u64()));
+            }
         }
+        self.records[0] = self.records[0].max(lane.len() + skipped);
+        self.records[1] = self.records[1].max(lane.len());
+    }
+
+    /// Records with gaps of one byte, of two, and exceptions.
+    pub(crate) fn sizes(&self) -> [u64; 3] {
+        [self.records[0] as u64, self.records[1] as u64, self.exceptions.len() as u64]
     }
 
     /// Records the tile takes with gaps of `kind`.

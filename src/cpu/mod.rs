@@ -10,6 +10,7 @@
 //! | `wide` | the decode path of outputs that are not finite |
 //! | `lanes` | the bit streams of `exponent` |
 //! | `grad` | `delta_linear_grad_input` |
+//! | `encode` | words to tiles and whole deltas, and the estimates that choose how |
 //! | `restore` | fine-tuned words: restore, apply, tiles for scratch |
 //! | `simd`, `scalar`, `x86_64` | the vector trait and its instances; `dispatch` picks one |
 //! | `float` | bf16, f16, f32 as lanes; `scratch`, `counters`, `exec`: what their names say |
@@ -17,6 +18,7 @@
 pub mod counters;
 mod dispatch;
 mod dot;
+mod encode;
 mod exec;
 mod exponent;
 mod float;
@@ -33,6 +35,7 @@ mod wide;
 mod x86_64;
 
 pub use dispatch::Isa;
+pub use encode::{encode, encode_on, encode_tiles, encode_tiles_on, estimate, estimate_exactly, estimate_on};
 pub use exec::{Executor, Serial};
 
 use crate::codec::ExponentTile;
@@ -283,12 +286,28 @@ pub fn delta_apply(
     Isa::active()?.with(Call(delta, dtype, shape, weight, exec))?
 }
 
-/// Turn the base words of a whole matrix into the fine-tuned ones on this thread; the digest of the content is not compared.
+/// Turn base words into fine-tuned ones in place, on the calling thread: `words` holds the whole matrix of the delta's
+/// dtype and shape, at any alignment. Memory-safe on any bytes; neither the delta's content nor the base is checked
+/// against a digest ([`Resident::check`], [`Resident::check_digest`]).
 ///
 /// # Errors
-/// `Corrupt` or `Truncated` for bad delta bytes; `words` then holds unspecified words.
+/// `Mismatch` for another length of `words`; `Corrupt` or `Truncated` for bad delta bytes, `words` then holds
+/// unspecified words.
 pub fn patch(delta: &Resident<'_>, words: &mut [u8]) -> Result<()> {
-    let h = delta.header();
-    let base = words.to_vec();
-    crate::resident::restore(delta, &Matrix::new(h.dtype, h.shape, &base)?, words)
+    patch_on(Isa::active()?, delta, words)
+}
+
+/// [`patch`] on an instruction set of the caller's choice, for tests and benchmarks.
+///
+/// # Errors
+/// As [`patch`]; `Unsupported` if the machine lacks `isa`.
+pub fn patch_on(isa: Isa, delta: &Resident<'_>, words: &mut [u8]) -> Result<()> {
+    struct Call<'a, 'b>(&'a Resident<'b>, &'a mut [u8]);
+    impl Visitor for Call<'_, '_> {
+        type Out = Result<()>;
+        fn visit<S: Simd>(self, s: S) -> Result<()> {
+            restore::patch_all(s, self.0, self.1)
+        }
+    }
+    isa.with(Call(delta, words))?
 }

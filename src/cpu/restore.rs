@@ -7,7 +7,7 @@ use super::float::{BF16, F16, F32, Float};
 use super::lanes::{Decoder, Lane};
 use super::simd::Simd;
 use crate::codec::word::{Word, with_word};
-use crate::codec::{Exceptions, ExponentTile, GapKind, Grid, SparseTile, Tile};
+use crate::codec::{Encoding, Exceptions, ExponentTile, GapKind, Grid, SparseTile, Tile};
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Matrix, Shape};
 use crate::resident::Resident;
@@ -87,6 +87,25 @@ pub(super) fn apply<S: Simd>(
         let mut words = bands[band].lock().unwrap_or_else(|p| p.into_inner());
         apply_band(s, delta, band, &mut words)
     })
+}
+
+/// See [`super::patch`].
+pub(super) fn patch_all<S: Simd>(s: S, delta: &Resident<'_>, words: &mut [u8]) -> Result<()> {
+    let (header, grid) = (delta.header(), delta.grid());
+    let want = header.shape.bytes(header.dtype)?;
+    if words.len() != want {
+        return Err(Error::mismatch(format!(
+            "words have {} bytes, but a {} matrix of {} takes {want}",
+            words.len(),
+            header.shape,
+            header.dtype
+        )));
+    }
+    if header.encoding == Encoding::Unchanged || words.is_empty() {
+        return Ok(());
+    }
+    let band_bytes = grid.tile_rows * header.shape.k * header.dtype.word_bytes();
+    words.chunks_mut(band_bytes).enumerate().try_for_each(|(band, words)| apply_band(s, delta, band, words))
 }
 
 /// Turn the base words of row band `band` into the fine-tuned ones; `words` holds the band's whole rows.

@@ -8,6 +8,7 @@
 //! `detect`. So every method here is safe to call, bounds are carried by array types or clamped, and `unsafe` stays
 //! inside the architecture folders. This file must hold no intrinsic and no algorithm.
 
+use super::encode::packer::{Never, Packer};
 use super::lanes::{Bits, Code, Progress, portable};
 
 /// Lanes of a vector, on every instance.
@@ -92,5 +93,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn lanes32(self, lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
         portable(lanes, code, units, words)
+    }
+
+    /// What encodes fast on this machine, if anything does.
+    fn packer(self) -> Option<impl Packer> {
+        None::<Never>
     }
 }

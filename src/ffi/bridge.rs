@@ -74,7 +74,12 @@ pub mod door {
             delta: &[u8],
             executor: &Executor,
         ) -> Result<()>;
-        fn delta_encode(base: &Words<'_>, fine_tuned: &Words<'_>, prefer: &str) -> Result<Vec<u8>>;
+        fn delta_encode(
+            base: &Words<'_>,
+            fine_tuned: &Words<'_>,
+            prefer: &str,
+            executor: &Executor,
+        ) -> Result<Vec<u8>>;
         fn delta_slice(
             delta: &[u8],
             base: &Words<'_>,
@@ -176,8 +181,13 @@ fn delta_apply(
     ops::delta_apply(u32::from(dtype), n, k, weight, delta, &Shim(executor))
 }
 
-fn delta_encode(base: &Words<'_>, fine_tuned: &Words<'_>, prefer: &str) -> Result<Vec<u8>> {
-    ops::delta_encode(base.into(), fine_tuned.into(), prefer.parse::<Prefer>()?)
+fn delta_encode(
+    base: &Words<'_>,
+    fine_tuned: &Words<'_>,
+    prefer: &str,
+    executor: &Executor,
+) -> Result<Vec<u8>> {
+    ops::delta_encode(base.into(), fine_tuned.into(), prefer.parse::<Prefer>()?, &Shim(executor))
 }
 
 fn delta_slice(delta: &[u8], base: &Words<'_>, dim: usize, start: usize, end: usize) -> Result<Vec<u8>> {

@@ -175,8 +175,13 @@ pub fn delta_apply(
 ///
 /// # Errors
 /// `Mismatch` if dtypes or shapes differ.
-pub fn delta_encode(base: Words<'_>, fine_tuned: Words<'_>, prefer: Prefer) -> Result<Vec<u8>> {
-    guard(|| resident::encode_pair(&base.matrix()?, &fine_tuned.matrix()?, prefer))
+pub fn delta_encode(
+    base: Words<'_>,
+    fine_tuned: Words<'_>,
+    prefer: Prefer,
+    exec: &dyn Executor,
+) -> Result<Vec<u8>> {
+    guard(|| cpu::encode(&base.matrix()?, &fine_tuned.matrix()?, prefer, exec))
 }
 
 /// The delta of rows (`dim` 0) or columns (`dim` 1) `range` of the matrix.

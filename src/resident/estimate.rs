@@ -6,17 +6,22 @@ use super::plan::Plan;
 use super::widths::{Need, Widths};
 use crate::codec::sparse::Builder;
 use crate::codec::word::{Word, with_word};
-use crate::codec::{Encoding, GapKind, Grid, Prefer, exponent};
+use crate::codec::{Encoding, GapKind, Grid, Prefer, Rect, exponent};
 use crate::error::Result;
 use crate::matrix::Dtype;
 
 /// `sparse` is worth its bytes below this share of the fine-tuned words' own: it decodes several times faster than
 /// `exponent` (one add per change against a bit stream per word), but near `raw` it saves nothing.
 const SPARSE_WORTH: f64 = 0.75;
-/// Matrices of at most this many tiles are read whole.
-const SMALL: usize = 16;
-/// Of larger ones, one tile in this many is read, and no fewer than `SMALL`.
-const ONE_IN: usize = 32;
+/// One tile in this many is read,
+const ONE_IN: usize = 64;
+/// but at least this many tiles,
+const LEAST_TILES: usize = 8;
+/// and this many words.
+const LEAST_WORDS: usize = 1 << 16;
+/// Of a sampled tile of more words, only every n-th row counts for widths, which need far fewer words than `sparse`, whose
+/// padding shows in whole tiles alone; n is 4 at most.
+const ROW_WORDS: usize = 1 << 13;
 
 /// A plan, and what it is thought to take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +45,7 @@ impl Estimate {
 }
 
 /// Plan how to store what turns the source's base into its fine_tuned, from a sample: the same tiles every time, about
-/// one in 32, spread over the matrix; all tiles of a matrix that has at most 16. Where the sample shows no change, any
+/// one in 64, spread over the matrix; all of a small matrix (8 tiles, or 65536 words). Where the sample shows no change, any
 /// change will be an exception: free for an unchanged matrix, and [`Estimate::is_off`] tells surprises.
 ///
 /// # Errors
@@ -75,18 +80,19 @@ pub(crate) fn plan_for(source: &mut dyn Source, encoding: Encoding) -> Result<Pl
     match encoding {
         Encoding::Unchanged => Ok(survey.choose(Prefer::Memory)?.plan),
         Encoding::Sparse => Ok(survey.sparse()?.0),
-        Encoding::Exponent => Ok(survey.widths()?.plan(shape, 1.0).0),
+        Encoding::Exponent => Ok(survey.widths()?.plan(shape).0),
         Encoding::Raw => Ok(Plan { encoding, ..Plan::unchanged(shape) }),
     }
 }
 
-/// Which of `tiles` tiles are read: one of each of as many equal runs, at a place that shifts from run to run (by the
+/// Which of `tiles` tiles of at most `tile_words` words are read: one of each of as many equal runs, at a place that shifts from run to run (by the
 /// golden section), so that no period of the matrix hides from it.
-fn sample(tiles: usize) -> Vec<usize> {
-    if tiles <= SMALL {
+fn sample(tiles: usize, tile_words: usize) -> Vec<usize> {
+    let least = LEAST_TILES.max(LEAST_WORDS.div_ceil(tile_words.max(1)));
+    if tiles <= least {
         return (0..tiles).collect();
     }
-    let count = (tiles / ONE_IN).max(SMALL);
+    let count = (tiles / ONE_IN).max(least);
     let place = |i: usize| {
         let (start, end) =
             (i * (tiles / count), if i + 1 == count { tiles } else { (i + 1) * (tiles / count) });
@@ -137,8 +143,7 @@ impl Count for Oracle {
             let mut builder = Builder::<W>::default();
             let (base, fine_tuned) = (bytemuck::cast_slice::<_, W>(base), bytemuck::cast_slice::<_, W>(fine_tuned));
             builder.collect(dtype, cols, tile_cols, base, fine_tuned);
-            let records = |gap| builder.records(gap) as u64;
-            [records(GapKind::U8), records(GapKind::U16), builder.exceptions.len() as u64]
+            builder.sizes()
         })
     }
 }
@@ -150,7 +155,7 @@ struct Survey<'a> {
     grid: Grid,
     /// Of that grid.
     tiles: Vec<usize>,
-    /// Words of the matrix for each word read.
+    /// Words of the matrix for each word of the tiles.
     scale: f64,
     exact: bool,
 }
@@ -158,7 +163,8 @@ struct Survey<'a> {
 impl<'a> Survey<'a> {
     fn new(count: &'a mut dyn Count, source: &'a mut dyn Source, exactly: bool) -> Self {
         let grid = Grid::for_sparse(source.shape());
-        let tiles = if exactly { (0..grid.tiles()).collect() } else { sample(grid.tiles()) };
+        let tile_words = grid.tile_rows.min(grid.shape.n) * grid.tile_cols.min(grid.shape.k);
+        let tiles = if exactly { (0..grid.tiles()).collect() } else { sample(grid.tiles(), tile_words) };
         let exact = tiles.len() == grid.tiles();
         let read: usize = tiles.iter().map(|t| grid.rect(*t).words()).sum();
         let scale = if exact { 1.0 } else { grid.shape.n as f64 * grid.shape.k as f64 / read as f64 };
@@ -175,7 +181,7 @@ impl<'a> Survey<'a> {
             let plan = if exact { Plan::unchanged(shape) } else { Plan::quiet(shape) };
             return Ok(Estimate { bytes: whole(&plan, word, 0, 0), plan, exact });
         }
-        let (plan, payload, exceptions) = widths.plan(shape, self.scale);
+        let (plan, payload, exceptions) = widths.plan(shape);
         let exponent = Estimate { bytes: whole(&plan, word, payload, exceptions), plan, exact };
         let plan = Plan { encoding: Encoding::Raw, ..Plan::unchanged(shape) };
         let raw = Estimate { bytes: whole(&plan, word, raw_bytes, 0), plan, exact };
@@ -183,7 +189,7 @@ impl<'a> Survey<'a> {
         let fast = (raw_bytes as f64 * SPARSE_WORTH) as u64;
 
         // Not even without padding can `sparse` be taken: spare the pass.
-        let least = (widths.changed as f64 * self.scale) as u64 * (1 + word);
+        let least = (widths.changed as f64 * widths.scale) as u64 * (1 + word);
         let limit = if prefer == Prefer::Speed { fast } else { 0 };
         let smaller = if fits(&exponent) { exponent } else { raw };
         let smaller = if smaller.bytes <= raw.bytes { smaller } else { raw };
@@ -199,8 +205,22 @@ impl<'a> Survey<'a> {
     fn widths(&mut self) -> Result<Widths> {
         let dtype = self.source.dtype();
         let mut need = Box::new([[0; 65]; exponent::CLASSES]);
-        self.visit(|count, _, base, fine_tuned| count.widths(dtype, base, fine_tuned, &mut need))?;
-        Ok(Widths::of(&need, 8 * dtype.word_bytes() as u32))
+        let (mut buffers, mut words) = (Buffers::default(), 0);
+        for (i, index) in self.tiles.iter().enumerate() {
+            let rect = self.grid.rect(*index);
+            let every = if self.exact { 1 } else { (rect.words() / ROW_WORDS).clamp(1, 4) };
+            // Whole tiles at once, or single rows, not the same ones of every tile.
+            let (first, rows) = if every == 1 { (0, rect.rows()) } else { (i % every, 1) };
+            for r in (rect.r0 + first..rect.r1).step_by(rows.max(every)) {
+                let part = Rect { r0: r, r1: (r + rows).min(rect.r1), ..rect };
+                let (base, fine_tuned) = buffers.read(self.source, &part)?;
+                self.count.widths(dtype, base, fine_tuned, &mut need);
+                words += part.words();
+            }
+        }
+        let all = self.grid.shape.n as f64 * self.grid.shape.k as f64;
+        let scale = if self.exact { 1.0 } else { all / words as f64 };
+        Ok(Widths::of(&need, 8 * dtype.word_bytes() as u32, scale))
     }
 
     /// The plan of `sparse` with the smaller kind of gap, the bytes of its records and the exceptions.
@@ -208,32 +228,37 @@ impl<'a> Survey<'a> {
         const GAPS: [GapKind; 2] = [GapKind::U8, GapKind::U16];
         let (dtype, grid) = (self.source.dtype(), self.grid);
         let mut sums = [0u64; 3];
-        self.visit(|count, cols, base, fine_tuned| {
-            let tile = count.records(dtype, cols, grid.tile_cols, base, fine_tuned);
+        let mut buffers = Buffers::default();
+        for index in &self.tiles {
+            let rect = grid.rect(*index);
+            let (base, fine_tuned) = buffers.read(self.source, &rect)?;
+            let tile = self.count.records(dtype, rect.cols(), grid.tile_cols, base, fine_tuned);
             sums.iter_mut().zip(tile).for_each(|(sum, n)| *sum += n);
-        })?;
+        }
         let record = |i: usize| (Grid::LANES * (GAPS[i].bytes() + dtype.word_bytes())) as u64;
         let bytes = |i: usize| sums[i].saturating_mul(record(i)) as f64 * self.scale;
         let i = usize::from(bytes(1) < bytes(0));
         let plan = Plan { encoding: Encoding::Sparse, gap: GAPS[i], ..Plan::unchanged(grid.shape) };
         Ok((plan, bytes(i) as u64, (sums[2] as f64 * self.scale) as u64))
     }
+}
 
-    /// Visit the words of the tiles: columns of the tile, base, fine_tuned.
-    fn visit(&mut self, mut f: impl FnMut(&mut dyn Count, usize, &[u8], &[u8])) -> Result<()> {
-        let word = self.source.dtype().word_bytes();
-        let (mut base, mut fine_tuned) = (Vec::<u64>::new(), Vec::<u64>::new());
-        for index in &self.tiles {
-            let rect = self.grid.rect(*index);
-            let bytes = rect.words() * word;
-            base.resize(bytes.div_ceil(8), 0);
-            fine_tuned.resize(bytes.div_ceil(8), 0);
-            let b = &mut bytemuck::cast_slice_mut(&mut base)[..bytes];
-            let t = &mut bytemuck::cast_slice_mut(&mut fine_tuned)[..bytes];
-            self.source.read(rect.r0..rect.r1, rect.c0..rect.c1, b, t)?;
-            f(self.count, rect.cols(), b, t);
-        }
-        Ok(())
+/// Words of one rectangle, at multiples of 8 bytes.
+#[derive(Default)]
+struct Buffers {
+    base: Vec<u64>,
+    fine_tuned: Vec<u64>,
+}
+
+impl Buffers {
+    fn read(&mut self, source: &mut dyn Source, rect: &Rect) -> Result<(&[u8], &[u8])> {
+        let bytes = rect.words() * source.dtype().word_bytes();
+        self.base.resize(bytes.div_ceil(8), 0);
+        self.fine_tuned.resize(bytes.div_ceil(8), 0);
+        let base = &mut bytemuck::cast_slice_mut(&mut self.base)[..bytes];
+        let fine_tuned = &mut bytemuck::cast_slice_mut(&mut self.fine_tuned)[..bytes];
+        source.read(rect.r0..rect.r1, rect.c0..rect.c1, base, fine_tuned)?;
+        Ok((base, fine_tuned))
     }
 }
 

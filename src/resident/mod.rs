@@ -22,3 +22,8 @@ pub use piece::{Piece, encode_tiles};
 pub use plan::Plan;
 pub use regions::{concat, slice};
 pub use view::{Resident, restore, restore_rows};
+
+// What the fast encoders of `cpu` share with the plain ones here.
+pub(crate) use estimate::{Count, Oracle, estimate_by};
+pub(crate) use piece::Region;
+pub(crate) use widths::Need;

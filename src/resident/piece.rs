@@ -43,6 +43,14 @@ impl Piece {
         self.exceptions.push(((self.positions.len() - positions) / 2) as u32);
     }
 
+    /// Append exceptions: position in the tile, word.
+    pub(crate) fn list<W: Word>(&mut self, exceptions: &[(u16, u64)]) {
+        for (position, word) in exceptions {
+            self.positions.extend_from_slice(&position.to_le_bytes());
+            self.words.extend_from_slice(&word.to_le_bytes()[..W::BYTES]);
+        }
+    }
+
     /// Append a tile that is already encoded.
     pub(crate) fn copy(&mut self, tile: &Tile<'_>, word_bytes: usize) -> Result<()> {
         let (units, exceptions) = match tile {
@@ -83,7 +91,8 @@ pub fn encode_tiles(
 ) -> Result<()> {
     let region = Region::new(plan, dtype, tiles, base, fine_tuned)?;
     if !plan.tiled() {
-        return region.flat(plan, dtype, out);
+        region.flat(plan, count_changed(dtype, base, fine_tuned), out);
+        return Ok(());
     }
     with_word!(dtype, W => {
         let (mut coder, mut b, mut f) = (Coder::<W>::default(), Vec::new(), Vec::new());
@@ -158,13 +167,12 @@ impl<'a> Region<'a> {
     }
 
     /// Encodings without tiles: `raw`, the words as they are, and `unchanged`.
-    pub(crate) fn flat(&self, plan: &Plan, dtype: Dtype, out: &mut Piece) -> Result<()> {
+    pub(crate) fn flat(&self, plan: &Plan, changed: u64, out: &mut Piece) {
         if plan.encoding == Encoding::Raw {
             out.payload.extend_from_slice(self.fine_tuned);
         }
-        out.changed += count_changed(dtype, self.base, self.fine_tuned);
+        out.changed += changed;
         self.tiles.clone().for_each(|_| out.close(0, out.positions.len()));
-        Ok(())
     }
 }
 
@@ -209,10 +217,7 @@ impl<W: Word> Coder<W> {
             out.changed += exponent::encode(dtype, &plan.widths, cols, tile_cols, (base, fine_tuned), to);
             ((out.payload.len() - from) / W::BYTES, &self.exceptions)
         };
-        for (position, word) in listed {
-            out.positions.extend_from_slice(&position.to_le_bytes());
-            out.words.extend_from_slice(&word.to_le_bytes()[..W::BYTES]);
-        }
+        out.list::<W>(listed);
         out.close(units, positions);
     }
 }

@@ -18,10 +18,12 @@ pub(super) struct Widths {
     parts: Vec<[(u64, u64); 65]>,
     /// Words that differ.
     pub(super) changed: u64,
+    /// Words of the matrix for each word counted.
+    pub(super) scale: f64,
 }
 
 impl Widths {
-    pub(super) fn of(need: &Need, word_bits: u32) -> Self {
+    pub(super) fn of(need: &Need, word_bits: u32, scale: f64) -> Self {
         let parts = need.iter().map(|need| {
             let all: u64 = need.iter().sum();
             let mut left = all;
@@ -31,7 +33,7 @@ impl Widths {
             })
         });
         let changed = need.iter().flat_map(|n| &n[1..]).sum();
-        Self { word_bits: word_bits as u8, parts: parts.collect(), changed }
+        Self { word_bits: word_bits as u8, parts: parts.collect(), changed, scale }
     }
 
     fn class_cost(&self, c: usize, w: u8) -> u64 {
@@ -52,14 +54,14 @@ impl Widths {
         canonical.filter(|t| self.table_cost(t) as f64 <= limit).unwrap_or(free)
     }
 
-    /// The plan of `exponent`, the bytes of its streams and the exceptions for a matrix `scale` times what was counted.
-    pub(super) fn plan(&self, shape: Shape, scale: f64) -> (Plan, u64, u64) {
+    /// The plan of `exponent`, the bytes of its streams and the exceptions of the whole matrix.
+    pub(super) fn plan(&self, shape: Shape) -> (Plan, u64, u64) {
         let widths = self.table();
         let plan = Plan { encoding: Encoding::Exponent, widths, ..Plan::quiet(shape) };
         let classes = widths.iter().zip(&self.parts).map(|(w, parts)| parts[usize::from(*w)]);
         let (bits, exceptions) = classes.fold((0, 0), |a, c| (a.0 + c.0, a.1 + c.1));
         let ends = if bits == 0 { 0 } else { tails(&plan.grid, self.word_bits) };
-        (plan, (bits as f64 / 8.0 * scale) as u64 + ends, (exceptions as f64 * scale) as u64)
+        (plan, (bits as f64 / 8.0 * self.scale) as u64 + ends, (exceptions as f64 * self.scale) as u64)
     }
 }
 

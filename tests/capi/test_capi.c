@@ -99,7 +99,7 @@ static void test_products(int step, int32_t prefer) {
   xorz_matrix w = matrix(base, N, K), f = matrix(fine_tuned, N, K), x = matrix(input, M, K),
               g = matrix(grad, M, N);
   xorz_buffer delta = {NULL, 0};
-  CHECK(xorz_delta_encode(&w, &f, prefer, &delta, &error) == XORZ_OK);
+  CHECK(xorz_delta_encode(&w, &f, prefer, &delta, NULL, &error) == XORZ_OK);
   CHECK(xorz_delta_check(delta.data, delta.length, &w, &error) == XORZ_OK);
   CHECK(xorz_delta_matches(delta.data, delta.length, &w, &error) == XORZ_OK);
 
@@ -166,7 +166,7 @@ static void test_refusals(void) {
   make_data(20);
   xorz_matrix w = matrix(base, N, K), f = matrix(fine_tuned, N, K), x = matrix(input, M, K);
   xorz_buffer delta = {NULL, 0};
-  CHECK(xorz_delta_encode(&w, &f, XORZ_PREFER_SPEED, &delta, &error) == XORZ_OK);
+  CHECK(xorz_delta_encode(&w, &f, XORZ_PREFER_SPEED, &delta, NULL, &error) == XORZ_OK);
   const uint8_t* d = delta.data;
   const size_t len = delta.length;
 
@@ -205,8 +205,8 @@ static void test_refusals(void) {
   REFUSED(xorz_delta_linear(&x, &w, bias, d, len, 0, out, 8, NULL, &error), XORZ_MISMATCH, "out_bytes is 8");
   bad = matrix(input, M, K - 1);
   REFUSED(xorz_delta_linear(&bad, &w, bias, d, len, 0, out, sizeof out, NULL, &error), XORZ_MISMATCH, "52");
-  REFUSED(xorz_delta_encode(&w, &f, 5, &delta, &error), XORZ_INVALID_ARGUMENT, "prefer");
-  REFUSED(xorz_delta_encode(&w, &f, 0, NULL, &error), XORZ_INVALID_ARGUMENT, "delta is NULL");
+  REFUSED(xorz_delta_encode(&w, &f, 5, &delta, NULL, &error), XORZ_INVALID_ARGUMENT, "prefer");
+  REFUSED(xorz_delta_encode(&w, &f, 0, NULL, NULL, &error), XORZ_INVALID_ARGUMENT, "delta is NULL");
   REFUSED(xorz_delta_slice(d, len, &w, 0, 3, N + 9, &delta, &error), XORZ_INVALID_ARGUMENT, "46");
   REFUSED(xorz_delta_concat(NULL, 2, 0, &delta, &error), XORZ_INVALID_ARGUMENT, "parts is NULL");
   CHECK(xorz_delta_check(d, 10, &w, NULL) == XORZ_TRUNCATED); /* error may be NULL */

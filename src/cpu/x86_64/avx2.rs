@@ -2,6 +2,7 @@
 //! Every method is one or two instructions per register; nothing else belongs here.
 
 use super::lanes;
+use crate::cpu::encode::packer::Packer;
 use crate::cpu::lanes::{Bits, Code, Progress};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use std::arch::x86_64::*;
@@ -301,5 +302,9 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn lanes32(self, lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
         lanes::words32(self, lanes, code, units, words)
+    }
+
+    fn packer(self) -> Option<impl Packer> {
+        Some(self)
     }
 }

@@ -3,6 +3,7 @@
 
 use super::avx2::Avx2;
 use super::lanes;
+use crate::cpu::encode::packer::Packer;
 use crate::cpu::lanes::{Bits, Code, Progress};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use std::arch::x86_64::*;
@@ -190,5 +191,9 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn lanes32(self, lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
         lanes::words32(Avx2::from(self), lanes, code, units, words)
+    }
+
+    fn packer(self) -> Option<impl Packer> {
+        Some(Avx2::from(self))
     }
 }

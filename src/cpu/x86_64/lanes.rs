@@ -77,7 +77,7 @@ static TABLES: [[[u8; 16]; 2]; 3] = {
 
 #[target_feature(enable = "avx2")]
 #[inline]
-fn load<T: bytemuck::Pod, const N: usize>(from: &[T; N]) -> __m256i {
+pub(super) fn load<T: bytemuck::Pod, const N: usize>(from: &[T; N]) -> __m256i {
     const { assert!(size_of::<[T; N]>() >= 32) };
     // SAFETY: the array holds at least 32 bytes of plain data, the load asks no alignment.
     unsafe { _mm256_loadu_si256(from.as_ptr().cast()) }
@@ -85,7 +85,7 @@ fn load<T: bytemuck::Pod, const N: usize>(from: &[T; N]) -> __m256i {
 
 #[target_feature(enable = "avx2")]
 #[inline]
-fn store<T: bytemuck::Pod, const N: usize>(v: __m256i, to: &mut [T; N]) {
+pub(super) fn store<T: bytemuck::Pod, const N: usize>(v: __m256i, to: &mut [T; N]) {
     const { assert!(size_of::<[T; N]>() >= 32) };
     // SAFETY: the array takes at least 32 bytes, any bytes are a T, the store asks no alignment.
     unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), v) }
@@ -93,7 +93,7 @@ fn store<T: bytemuck::Pod, const N: usize>(v: __m256i, to: &mut [T; N]) {
 
 #[target_feature(enable = "avx2")]
 #[inline]
-fn load16(from: &[u8; 16]) -> __m128i {
+pub(super) fn load16(from: &[u8; 16]) -> __m128i {
     // SAFETY: the array holds the 16 bytes, the load asks no alignment.
     unsafe { _mm_loadu_si128(from.as_ptr().cast()) }
 }
@@ -108,7 +108,7 @@ fn twice(from: &[u8; 16]) -> __m256i {
 /// Which lanes of a step of `words` words are there, a byte each.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn active(words: usize) -> __m256i {
+pub(super) fn active(words: usize) -> __m256i {
     let from = STEP - words.min(STEP);
     // SAFETY: `from <= 32`, so the 32 bytes from there on are within the array's 64.
     unsafe { _mm256_loadu_si256(ACTIVE.as_ptr().add(from).cast()) }
@@ -116,7 +116,7 @@ fn active(words: usize) -> __m256i {
 
 /// The widths table, looked up by a shuffle of each half.
 #[derive(Clone, Copy)]
-struct Widths {
+pub(super) struct Widths {
     low: __m256i,
     high: __m256i,
 }
@@ -124,7 +124,7 @@ struct Widths {
 impl Widths {
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn new(widths: &[u8; CLASSES]) -> Self {
+    pub(super) fn new(widths: &[u8; CLASSES]) -> Self {
         let both = load(widths);
         Self {
             low: _mm256_permute2x128_si256::<0x00>(both, both),
@@ -136,7 +136,7 @@ impl Widths {
     /// its top bit: so the low half sees 16 and above, and the high half what is below 16.
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn of(self, classes: __m256i) -> __m256i {
+    pub(super) fn of(self, classes: __m256i) -> __m256i {
         let low = _mm256_shuffle_epi8(self.low, _mm256_adds_epu8(classes, _mm256_set1_epi8(0x70)));
         let high = _mm256_shuffle_epi8(self.high, _mm256_sub_epi8(classes, _mm256_set1_epi8(16)));
         _mm256_or_si256(low, high)
@@ -146,15 +146,23 @@ impl Widths {
 /// [`table`]'s values at 32 packed indices, as two vectors of 16-bit lanes; zero for an index of 0xFF.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn pick(table: [__m256i; 2], at: __m256i) -> [__m256i; 2] {
+pub(super) fn pick(table: [__m256i; 2], at: __m256i) -> [__m256i; 2] {
     let (low, high) = (_mm256_shuffle_epi8(table[0], at), _mm256_shuffle_epi8(table[1], at));
     [_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)]
+}
+
+/// [`TABLES`] as [`pick`] takes them.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn tables16() -> [[__m256i; 2]; 3] {
+    let both = |t: usize| [twice(&TABLES[t][0]), twice(&TABLES[t][1])];
+    [both(0), both(1), both(2)]
 }
 
 /// A byte per lane as two vectors of 16-bit lanes, the byte in both halves.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn spread(bytes: __m256i) -> [__m256i; 2] {
+pub(super) fn spread(bytes: __m256i) -> [__m256i; 2] {
     [_mm256_unpacklo_epi8(bytes, bytes), _mm256_unpackhi_epi8(bytes, bytes)]
 }
 
@@ -190,7 +198,7 @@ impl Words16 {
     #[target_feature(enable = "avx2")]
     #[inline]
     fn new(lanes: &Bits<u16>, code: Code<'_>) -> Self {
-        let both = |t: usize| [twice(&TABLES[t][0]), twice(&TABLES[t][1])];
+        let [powers, falling, masks] = tables16();
         let halves = |v: &[u16; STEP]| {
             let (halves, _) = v.as_chunks::<16>();
             [load(&halves[0]), load(&halves[1])]
@@ -199,9 +207,9 @@ impl Words16 {
         Self {
             widths: Widths::new(code.widths),
             shift: _mm_cvtsi32_si128(code.shift as i32),
-            powers: both(0),
-            falling: both(1),
-            masks: both(2),
+            powers,
+            falling,
+            masks,
             bits: halves(&lanes.bits),
             held: _mm256_packus_epi16(held[0], held[1]),
         }
@@ -337,7 +345,7 @@ impl Words32 {
 /// Eight bytes, in the low half.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn eight(from: &[u8; 8]) -> __m128i {
+pub(super) fn eight(from: &[u8; 8]) -> __m128i {
     _mm_cvtsi64_si128(i64::from_le_bytes(*from))
 }
 

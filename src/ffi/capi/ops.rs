@@ -227,13 +227,15 @@ pub unsafe extern "C" fn xorz_delta_encode(
     fine_tuned: *const XorzMatrix,
     prefer_code: i32,
     delta: *mut XorzBuffer,
+    exec: *const XorzExecutor,
     error: *mut XorzError,
 ) -> i32 {
     // SAFETY: the caller keeps the header's contract.
     unsafe {
         call(error, || {
             let (base, fine_tuned) = (matrix(base, "base")?, matrix(fine_tuned, "fine_tuned")?);
-            give_bytes(delta, ops::delta_encode(base, fine_tuned, prefer(prefer_code)?)?, "delta")
+            let encoded = ops::delta_encode(base, fine_tuned, prefer(prefer_code)?, executor(exec))?;
+            give_bytes(delta, encoded, "delta")
         })
     }
 }
