@@ -3,5 +3,6 @@
 
 pub(super) mod avx2;
 pub(super) mod avx512;
+mod differ;
 mod lanes;
 mod pack;

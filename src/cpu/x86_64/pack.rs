@@ -2,6 +2,7 @@
 //! `cpu::encode::exponent` for the idea. The AVX-512 instance uses this code too. Must check nothing but its bounds.
 
 use super::avx2::Avx2;
+use super::differ::{differ16, differ32};
 use super::lanes::{Widths, active, eight, load, load16, pick, spread, store, tables16};
 use crate::cpu::encode::packer::{Open, Packed, Packer, SLACK};
 use crate::cpu::lanes::{Code, STEP};
@@ -49,12 +50,12 @@ const WINDOW32: usize = 4 * STEP + 32;
 const _: () = assert!(WINDOW16 <= SLACK && WINDOW32 <= SLACK);
 
 /// 32 words of 16 bits.
-type Step16 = [u8; 2 * STEP];
+pub(super) type Step16 = [u8; 2 * STEP];
 /// 32 words of 32 bits.
-type Step32 = [u8; 4 * STEP];
+pub(super) type Step32 = [u8; 4 * STEP];
 
 /// A row as whole steps and what is left, which `padded` takes, followed by zeros.
-fn steps<'a, const N: usize>(row: &'a [u8], padded: &mut [u8; N]) -> (&'a [[u8; N]], usize) {
+pub(super) fn steps<'a, const N: usize>(row: &'a [u8], padded: &mut [u8; N]) -> (&'a [[u8; N]], usize) {
     let (whole, rest) = row.as_chunks::<N>();
     padded[..rest.len()].copy_from_slice(rest);
     (whole, rest.len())
@@ -63,7 +64,7 @@ fn steps<'a, const N: usize>(row: &'a [u8], padded: &mut [u8; N]) -> (&'a [[u8; 
 /// Four vectors of a step.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn quarters(step: &Step32) -> [__m256i; 4] {
+pub(super) fn quarters(step: &Step32) -> [__m256i; 4] {
     let (parts, _) = step.as_chunks::<32>();
     [load(&parts[0]), load(&parts[1]), load(&parts[2]), load(&parts[3])]
 }
@@ -71,7 +72,7 @@ fn quarters(step: &Step32) -> [__m256i; 4] {
 /// Both vectors of a step.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn halves(step: &Step16) -> [__m256i; 2] {
+pub(super) fn halves(step: &Step16) -> [__m256i; 2] {
     let (parts, _) = step.as_chunks::<32>();
     [load(&parts[0]), load(&parts[1])]
 }
@@ -96,7 +97,7 @@ fn widths32(widths: Widths, shift: __m128i, base: __m256i) -> __m256i {
 /// The order of two packed vectors as that of the lanes.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn in_order(packed: __m256i) -> __m256i {
+pub(super) fn in_order(packed: __m256i) -> __m256i {
     _mm256_permute4x64_epi64::<0xD8>(packed)
 }
 
@@ -403,42 +404,6 @@ macro_rules! rows {
 rows! {
     row16: u16, Pack16, 2, WINDOW16, |words| in_order(active(words));
     row32: u32, Pack32, 4, WINDOW32, |words| present(words);
-}
-
-#[target_feature(enable = "avx2")]
-fn differ16(base: &[u8], tuned: &[u8], masks: &mut Vec<u32>) {
-    let differ = |base: &Step16, tuned: &Step16| {
-        let (b, t) = (halves(base), halves(tuned));
-        let same = [_mm256_cmpeq_epi16(b[0], t[0]), _mm256_cmpeq_epi16(b[1], t[1])];
-        !_mm256_movemask_epi8(in_order(_mm256_packs_epi16(same[0], same[1]))) as u32
-    };
-    let mut padded = [[0; 2 * STEP]; 2];
-    let [left, right] = &mut padded;
-    let ((base, rest), (tuned, _)) = (steps(base, left), steps(tuned, right));
-    masks.extend(base.iter().zip(tuned).map(|(b, t)| differ(b, t)));
-    if rest > 0 {
-        masks.push(differ(left, right));
-    }
-}
-
-#[target_feature(enable = "avx2")]
-fn differ32(base: &[u8], tuned: &[u8], masks: &mut Vec<u32>) {
-    let differ = |base: &Step32, tuned: &Step32| {
-        let (b, t) = (quarters(base), quarters(tuned));
-        let same = |i: usize| _mm256_cmpeq_epi32(b[i], t[i]);
-        let (low, high) = (_mm256_packs_epi32(same(0), same(1)), _mm256_packs_epi32(same(2), same(3)));
-        // Lanes of 32 bits come out of two packs in the order 0, 4, 1, 5, 2, 6, 3, 7 of fours.
-        let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-        let bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
-        !_mm256_movemask_epi8(bytes) as u32
-    };
-    let mut padded = [[0; 4 * STEP]; 2];
-    let [left, right] = &mut padded;
-    let ((base, rest), (tuned, _)) = (steps(base, left), steps(tuned, right));
-    masks.extend(base.iter().zip(tuned).map(|(b, t)| differ(b, t)));
-    if rest > 0 {
-        masks.push(differ(left, right));
-    }
 }
 
 impl Packer for Avx2 {
