@@ -6,3 +6,4 @@ pub(super) mod avx512;
 mod differ;
 mod lanes;
 mod pack;
+mod right;
