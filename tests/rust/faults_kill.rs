@@ -64,7 +64,7 @@ fn kill(d: &Path, args: &[&str], before: impl Fn(usize), after: impl Fn(usize) -
     before(1);
     done(d, args);
     assert!(met.killed >= KILLS / 3, "{args:?}: only {} of {KILLS} runs were killed", met.killed);
-    assert!(met.untouched >= KILLS / 5 && met.whole >= KILLS / 20, "{args:?}: {met:?}");
+    assert!(met.untouched >= KILLS / 5 && met.whole >= 3, "{args:?}: {met:?}");
     assert!(met.most_left <= 2, "{args:?}: {} temporary names at once", met.most_left);
     let left: Vec<_> = names(d).into_iter().filter(|n| n.starts_with('.')).collect();
     assert!(left.is_empty(), "{args:?}: a whole run leaves {left:?}");
