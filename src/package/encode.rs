@@ -10,9 +10,9 @@ use super::stored::Body;
 use super::temp::Spool;
 use super::words::{PairSource, Words};
 use super::{Codec, PackOptions};
+use crate::cpu;
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, DigestStream, Dtype, Matrix, Shape};
-use crate::resident as cpu;
 use crate::resident::{Estimate, Piece};
 use std::sync::OnceLock;
 
@@ -263,7 +263,9 @@ pub(super) struct Open<'j> {
 impl Open<'_> {
     fn body(&self, choice: Choice, spool: &mut Spool) -> Result<Body> {
         let dtype = self.job.delta.map(|(dtype, ..)| dtype);
-        Body::new(choice, dtype, self.job.bytes, self.options.level(), spool)
+        let resident = matches!(choice, Choice::Resident { .. });
+        let level = if resident { self.options.stream_level() } else { self.options.level() };
+        Body::new(choice, dtype, self.job.bytes, level, spool)
     }
 
     /// Append piece `chunk`, which is in `s`: the next one in order.

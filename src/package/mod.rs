@@ -119,7 +119,7 @@ pub struct PackOptions {
     pub prefer: Prefer,
     /// One codec for all deltas; `None` takes the smallest of resident, resident-zstd and planes for each tensor.
     pub codec: Option<Codec>,
-    /// zstd level; `None` is 3, and 10 for [`Codec::Xor`], as in the notebook.
+    /// zstd level; `None` is 3 for planes, 1 for resident deltas, and 10 for [`Codec::Xor`], as in the notebook.
     pub level: Option<i32>,
     /// A prefix that is dropped from tensor names on both sides before they are paired, such as `bert.`.
     pub strip_prefix: Option<String>,
@@ -182,5 +182,10 @@ impl Run<'_> {
 impl PackOptions {
     pub(crate) fn level(&self) -> i32 {
         self.level.unwrap_or(if self.codec == Some(Codec::Xor) { 10 } else { 3 })
+    }
+
+    /// For the bit streams of resident deltas, where higher levels find no more.
+    pub(crate) fn stream_level(&self) -> i32 {
+        self.level.unwrap_or(1)
     }
 }

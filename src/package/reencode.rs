@@ -2,9 +2,9 @@
 
 use super::restore::{Restore, Scratch};
 use crate::codec::Prefer;
+use crate::cpu;
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Shape};
-use crate::resident as cpu;
 use crate::resident::{self, Assembler, Estimate, Piece, Source};
 use std::ops::Range;
 
