@@ -215,6 +215,7 @@ typedef struct xorz_run {
 
 typedef struct xorz_writer xorz_writer;
 typedef struct xorz_package xorz_package;
+typedef struct xorz_base xorz_base;
 
 /* A package appears under `path` at once, when it is finished. */
 int32_t xorz_writer_new(const char* path, const xorz_options* options, xorz_writer** writer,
@@ -243,6 +244,15 @@ int32_t xorz_package_describe(const xorz_package* package, xorz_buffer* json, xo
  * checked. */
 int32_t xorz_package_resident(const xorz_package* package, const char* name, const xorz_matrix* base,
                               int32_t prefer, xorz_buffer* delta, xorz_error* error);
+
+/* A base on disk, a safetensors file or a folder. The digests of its tensors come from the user's cache, or are
+ * computed and kept there. */
+int32_t xorz_base_open(const char* path, const xorz_run* run, xorz_base** base, xorz_error* error);
+void xorz_base_close(xorz_base* base);
+
+/* As xorz_package_resident; words of the base are read only if the delta must be encoded anew. */
+int32_t xorz_package_resident_from(const xorz_package* package, const char* name, const xorz_base* base,
+                                   int32_t prefer, xorz_buffer* delta, xorz_error* error);
 
 /* out := one tensor's fine-tuned bytes. base: NULL for a tensor stored alone. */
 int32_t xorz_package_restore(const xorz_package* package, const char* name, const xorz_matrix* base,

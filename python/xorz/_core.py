@@ -114,6 +114,9 @@ _declare("xorz_package_open", c_char_p, POINTER(c_void_p), _E)
 _declare("xorz_package_close", c_void_p, result=None)
 _declare("xorz_package_describe", c_void_p, POINTER(_Buffer), _E)
 _declare("xorz_package_resident", c_void_p, c_char_p, POINTER(_Matrix), c_int32, POINTER(_Buffer), _E)
+_declare("xorz_base_open", c_char_p, POINTER(_Run), POINTER(c_void_p), _E)
+_declare("xorz_base_close", c_void_p, result=None)
+_declare("xorz_package_resident_from", c_void_p, c_char_p, c_void_p, c_int32, POINTER(_Buffer), _E)
 _declare("xorz_package_restore", c_void_p, c_char_p, POINTER(_Matrix), c_void_p, c_size_t, _E)
 _declare(
     "xorz_pack_files", c_char_p, c_char_p, c_char_p, POINTER(_Options), POINTER(_Run), POINTER(_Buffer), _E
@@ -291,6 +294,34 @@ class Writer:
         _lib.xorz_writer_free(handle)
 
 
+def _tensor_of(buffer: _Buffer) -> Tensor:
+    """The buffer's bytes as a tensor of their own; the buffer is freed."""
+    try:
+        out = torch.empty(buffer.length, dtype=torch.uint8)
+        ctypes.memmove(out.data_ptr(), buffer.data, buffer.length)
+        return out
+    finally:
+        _lib.xorz_buffer_free(byref(buffer))
+
+
+class Base:
+    """An open base on disk: its digests are known, its words are read only where they are needed."""
+
+    def __init__(self, path: Any, run: "_Run") -> None:
+        """Open `path`, a safetensors file or a folder."""
+        self.handle = c_void_p()
+        _call("xorz_base_open", _path(path), byref(run), byref(self.handle))
+
+    def __enter__(self) -> "Base":
+        """Use as a context, which closes it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the base."""
+        handle, self.handle = self.handle, c_void_p()
+        _lib.xorz_base_close(handle)
+
+
 class Package:
     """An open package, read only."""
 
@@ -306,12 +337,13 @@ class Package:
         matrix, buffer = _matrix(base), _Buffer()
         code = _choice("prefer", prefer, _PREFER)
         _call("xorz_package_resident", self._handle, _name(name), byref(matrix), code, byref(buffer))
-        try:
-            out = torch.empty(buffer.length, dtype=torch.uint8)
-            ctypes.memmove(out.data_ptr(), buffer.data, buffer.length)
-            return out
-        finally:
-            _lib.xorz_buffer_free(byref(buffer))
+        return _tensor_of(buffer)
+
+    def resident_from(self, name: str, base: "Base", prefer: str | None) -> Tensor:
+        """The resident delta of one tensor against a base on disk."""
+        buffer, code = _Buffer(), _choice("prefer", prefer, _PREFER)
+        _call("xorz_package_resident_from", self._handle, _name(name), base.handle, code, byref(buffer))
+        return _tensor_of(buffer)
 
     def restore(self, name: str, base: Tensor | None) -> Tensor:
         """The fine-tuned tensor."""

@@ -133,20 +133,33 @@ def restore(base: StateDict, package: PathLike) -> dict[str, Tensor]:
         return {name: out[entry["same"] or name] for name, entry in opened.entries.items()}
 
 
-def load_deltas(base: StateDict, package: PathLike, *, prefer: str | None = "speed") -> dict[str, Tensor]:
+def load_deltas(
+    base: StateDict | PathLike, package: PathLike, *, prefer: str | None = "speed"
+) -> dict[str, Tensor]:
     """Per tensor name its resident delta (1-D uint8), checked against `base`; tensors stored alone are given whole.
 
     No dense matrix is made on the way. `prefer` re-encodes for "speed" or "memory" where the package holds the other;
-    None takes what it holds. Errors as `restore`.
+    None takes what it holds, which is the fastest. A base given by its path is read only for what must be encoded anew,
+    and once for its digests, which the user's cache keeps. Errors as `restore`.
     """
     if _is_path("base", base):
-        raise TypeError("base must be a state_dict")
+        return _load_from_disk(base, package, prefer)
     out = {}
     with _core.Package(package) as opened:
         for name, entry in opened.entries.items():
             if not entry["same"]:
                 old = _base_of(entry, base)
                 out[name] = opened.restore(name, None) if old is None else opened.resident(name, old, prefer)
+        return {name: out[entry["same"] or name] for name, entry in opened.entries.items()}
+
+
+def _load_from_disk(base: PathLike, package: PathLike, prefer: str | None) -> dict[str, Tensor]:
+    out = {}
+    with _core.Base(base, _core.run()) as old, _core.Package(package) as opened:
+        for name, entry in opened.entries.items():
+            if not entry["same"]:
+                alone = entry["base"] is None
+                out[name] = opened.restore(name, None) if alone else opened.resident_from(name, old, prefer)
         return {name: out[entry["same"] or name] for name, entry in opened.entries.items()}
 
 

@@ -4,7 +4,7 @@ use super::guard;
 use super::ops::Words;
 use crate::codec::Prefer;
 use crate::error::{Error, Result};
-use crate::package::{self, Codec, Destination, PackOptions, Package, Run, Tensor, Writer};
+use crate::package::{self, Base, Codec, Destination, PackOptions, Package, Run, Tensor, Writer};
 use std::path::Path;
 
 /// Options from a C caller's numbers.
@@ -85,6 +85,22 @@ pub fn describe(package: &Package) -> Result<String> {
 /// As [`Package::resident`].
 pub fn resident(package: &Package, name: &str, base: Words<'_>, prefer: Option<Prefer>) -> Result<Vec<u8>> {
     guard(|| package.resident(name, &base.matrix()?, prefer))
+}
+
+/// Open a base on disk; its digests come from the user's cache or are computed.
+///
+/// # Errors
+/// As [`Base::open`].
+pub fn base(path: &Path, run: &Run<'_>) -> Result<Base> {
+    guard(|| Base::open(path, run))
+}
+
+/// One tensor's resident delta against a base on disk.
+///
+/// # Errors
+/// As [`Base::resident`].
+pub fn resident_from(package: &Package, name: &str, base: &Base, prefer: Option<Prefer>) -> Result<Vec<u8>> {
+    guard(|| base.resident(package, name, prefer))
 }
 
 /// One tensor's fine-tuned bytes.

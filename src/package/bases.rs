@@ -2,8 +2,14 @@
 
 use super::cache::{DigestCache, Identity};
 use super::checkpoint::Checkpoint;
+use super::container::{SafeTensors, TensorInfo};
+use super::digests::digest_files;
+use super::{Package, Run};
+use crate::codec::Prefer;
+use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype};
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 
 /// Digests of a base's tensors, file by file.
 #[derive(Debug)]
@@ -44,5 +50,41 @@ impl BaseDigests {
                 self.cache.store(&f.place, file, before, &all);
             }
         }
+    }
+}
+
+/// A base on disk and the digests of its tensors, so that packages are loaded against it without reading it.
+#[derive(Debug)]
+pub struct Base {
+    checkpoint: Checkpoint,
+    digests: HashMap<String, Digest>,
+}
+
+impl Base {
+    /// Open a base, a safetensors file or a folder. Its digests come from the user's cache, or are computed and kept there.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open_base`] and [`digest_files`].
+    pub fn open(path: &Path, run: &Run<'_>) -> Result<Self> {
+        let checkpoint = Checkpoint::open_base(path)?;
+        let digests = digest_files(path, &DigestCache::user(), run)?.into_iter().collect();
+        Ok(Self { checkpoint, digests })
+    }
+
+    /// Where tensor `name` is, and its digest.
+    pub(super) fn find(&self, name: &str) -> Result<(&SafeTensors, &TensorInfo, Digest)> {
+        let found = self.checkpoint.find(name).zip(self.digests.get(name));
+        let ((file, info), digest) =
+            found.ok_or_else(|| Error::mismatch(format!("the base has no tensor `{name}`")))?;
+        Ok((&self.checkpoint.files()[file].tensors, info, *digest))
+    }
+
+    /// The resident delta of `package`'s tensor `name` against this base. Words of the base are read only if the delta must be
+    /// encoded anew: if none is stored, or one for another preference than is asked for.
+    ///
+    /// # Errors
+    /// As [`Package::resident`]; `Mismatch` for a base without the tensor.
+    pub fn resident(&self, package: &Package, name: &str, prefer: Option<Prefer>) -> Result<Vec<u8>> {
+        package.resident_from(name, self, prefer)
     }
 }

@@ -18,8 +18,10 @@ use std::sync::OnceLock;
 
 /// Planes must be this much smaller than the resident delta: they decode several times slower.
 const PLANES_WORTH: f64 = 0.97;
+/// Where the resident delta takes a smaller share of the words than this, planes are hardly ever smaller (`benches/pairs.rs`).
+const PLANES_FROM: f64 = 0.25;
 /// Pieces of a tensor that are compressed to learn what its planes would take.
-const PLANES_SAMPLE: usize = 6;
+const PLANES_SAMPLE: usize = 4;
 
 /// The base tensor of a delta.
 #[derive(Clone, Copy, Debug)]
@@ -123,7 +125,7 @@ impl<'a> Job<'a> {
         let zstd = options.codec != Some(Codec::Resident);
         if options.codec.is_none()
             // Below that, planes save a header at most.
-            && estimate.bytes > self.bytes as u64 / 4 + 512
+            && estimate.bytes as f64 > self.bytes as f64 * PLANES_FROM + 512.0
             && self.sample_planes(options)? < estimate.bytes as f64 * PLANES_WORTH
         {
             return Ok(Choice::Planes);

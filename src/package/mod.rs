@@ -42,6 +42,7 @@ mod words;
 mod writer;
 mod xor;
 
+pub use bases::Base;
 pub use cache::{DigestCache, Identity};
 pub use checkpoint::{CarriedFile, Checkpoint, TensorFile};
 pub use container::{Header, MAX_HEADER_BYTES, SafeTensors, TensorInfo};

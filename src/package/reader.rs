@@ -5,7 +5,7 @@ use super::container::{Header, LENGTH_BYTES, MAX_HEADER_BYTES, SafeTensors, Tens
 use super::record::{self, Entry, SourceFile};
 use super::restore::{self, Restore, Scratch, another_base, stored_alone};
 use super::words::Words;
-use super::{Codec, reencode};
+use super::{Base, Codec, reencode};
 use crate::codec::Prefer;
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Matrix, Shape};
@@ -156,7 +156,7 @@ impl Package {
     /// or if no resident delta is stored.
     ///
     /// `base` is the matrix of the base tensor [`Package::base_of`]. No dense matrix is made. Costs one pass over the base
-    /// for its digest; [`Package::resident_as_stored`] does without.
+    /// for its digest; [`super::Base`] does without.
     ///
     /// # Errors
     /// `Mismatch` for another dtype, shape or digest than the base had, naming the tensor and both; `Unsupported` for a
@@ -177,24 +177,27 @@ impl Package {
         read().map_err(|e: Error| e.within(format_args!("tensor `{name}`")))
     }
 
-    /// One tensor's resident delta without reading the base, whose dtype, shape and digest are known; `None` if it must be
-    /// encoded anew, for which the base is needed.
-    ///
-    /// # Errors
-    /// As [`Package::resident`].
-    pub fn resident_as_stored(
-        &self,
-        name: &str,
-        (dtype, shape, digest): (Dtype, Shape, Digest),
-        prefer: Option<Prefer>,
-    ) -> Result<Option<Vec<u8>>> {
+    /// See [`Base::resident`].
+    pub(super) fn resident_from(&self, name: &str, base: &Base, prefer: Option<Prefer>) -> Result<Vec<u8>> {
         let entry = self.resolve(self.entry(name)?)?;
         let read = || {
-            check_shape(entry, dtype, shape)?;
+            let wanted = entry.base.as_ref().ok_or_else(stored_alone)?;
+            let (file, info, digest) = base.find(&wanted.name)?;
+            if (&info.dtype, &info.dims) != (&entry.dtype, &entry.dims) {
+                return Err(Error::mismatch(format!(
+                    "is a delta of {} {:?}, but the base has {} {:?}",
+                    entry.dtype, entry.dims, info.dtype, info.dims
+                )));
+            }
             self.check_digest(entry, digest)?;
-            self.as_stored(entry, prefer)
+            if let Some(bytes) = self.as_stored(entry, prefer)? {
+                return Ok(bytes);
+            }
+            let words = Words::File(file, info);
+            let restore = Restore::new(&self.container, entry, Some((words, Some(digest))))?;
+            reencode::resident(&restore, prefer.or(entry.prefer).unwrap_or(Prefer::Memory))
         };
-        read().map_err(|e| e.within(format_args!("tensor `{name}`")))
+        read().map_err(|e: Error| e.within(format_args!("tensor `{name}`")))
     }
 
     fn check_digest(&self, entry: &Entry, found: Digest) -> Result<()> {

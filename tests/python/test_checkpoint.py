@@ -72,6 +72,28 @@ def test_loaded_deltas_compute(tmp_path, prefer):
         assert equal(deltas[name], tuned[name])
 
 
+@pytest.mark.parametrize("codec", [None, "xor", "planes", "resident"])
+@pytest.mark.parametrize("prefer", ["speed", "memory", None])
+def test_deltas_loaded_against_a_base_on_disk_are_those_of_the_base_in_memory(tmp_path, prefer, codec):
+    base, tuned = checkpoint()
+    safetensors_torch.save_file(base, tmp_path / "base.safetensors")
+    xorz.pack(base, tuned, tmp_path / "t.xorz", codec=codec)
+    memory = xorz.load_deltas(base, tmp_path / "t.xorz", prefer=prefer)
+    disk = xorz.load_deltas(tmp_path / "base.safetensors", tmp_path / "t.xorz", prefer=prefer)
+    assert set(disk) == set(memory) == set(tuned)
+    assert all(equal(disk[n], memory[n]) for n in memory)
+    base["layer.sparse.weight"][0, 0] = 7
+    safetensors_torch.save_file(base, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"layer.sparse.weight.*another base.*digest"):
+        xorz.load_deltas(tmp_path / "other.safetensors", tmp_path / "t.xorz", prefer=prefer)
+    del base["layer.sparse.weight"]
+    safetensors_torch.save_file(base, tmp_path / "less.safetensors")
+    with pytest.raises(ValueError, match="the base has no tensor `layer.sparse.weight`"):
+        xorz.load_deltas(tmp_path / "less.safetensors", tmp_path / "t.xorz", prefer=prefer)
+    with pytest.raises(OSError, match="nowhere"):
+        xorz.load_deltas(tmp_path / "nowhere", tmp_path / "t.xorz", prefer=prefer)
+
+
 def test_files_come_back_byte_for_byte(tmp_path):
     base, tuned = checkpoint()
     a, b = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"

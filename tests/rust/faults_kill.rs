@@ -79,7 +79,7 @@ fn kill_file(d: &Path, args: &[&str], name: &str, new: &[u8]) {
         _ => drop(fs::remove_file(&path)),
     };
     let after = |round: usize| match fs::read(&path) {
-        Ok(found) if found == b"old" && round % 2 == 0 => false,
+        Ok(found) if found == b"old" && round.is_multiple_of(2) => false,
         Ok(found) => {
             assert!(found == new, "{args:?}, round {round}: {name} is {} bytes of something", found.len());
             true

@@ -7,7 +7,7 @@ use super::{
 use crate::codec::Prefer;
 use crate::error::Result;
 use crate::ffi::packages;
-use crate::package::{PackOptions, Package, Run, Tensor, Writer};
+use crate::package::{Base, PackOptions, Package, Run, Tensor, Writer};
 use std::ffi::{CStr, OsStr, c_char, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -56,6 +56,9 @@ pub struct XorzWriter(Writer);
 
 /// `xorz_package`: an open package.
 pub struct XorzPackage(Package);
+
+/// `xorz_base`: an open base on disk.
+pub struct XorzBase(Base);
 
 /// # Safety
 /// `p` is null or a zero-terminated string for `'a`.
@@ -272,6 +275,62 @@ pub unsafe extern "C" fn xorz_package_resident(
             let package = &reference(package, "package")?.0;
             let (name, base) = (text(name, "name")?, matrix(base, "base")?);
             let made = packages::resident(package, name, base, prefer_or_stored(prefer_code)?)?;
+            give_bytes(delta, made, "delta")
+        })
+    }
+}
+
+/// Open a base on disk, to load packages against.
+///
+/// # Safety
+/// As `csrc/xorz.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xorz_base_open(
+    file: *const c_char,
+    job: *const XorzRun,
+    base: *mut *mut XorzBase,
+    error: *mut XorzError,
+) -> i32 {
+    // SAFETY: the caller keeps the header's contract.
+    unsafe {
+        call(error, || {
+            let opened = packages::base(path(file, "path")?, &run(job)?)?;
+            give(base, Box::into_raw(Box::new(XorzBase(opened))), "base")
+        })
+    }
+}
+
+/// Close a base.
+///
+/// # Safety
+/// `base` is null or came from `xorz_base_open` and was not closed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xorz_base_close(base: *mut XorzBase) {
+    if !base.is_null() {
+        // SAFETY: the caller's promise.
+        drop(unsafe { Box::from_raw(base) });
+    }
+}
+
+/// One tensor's resident delta against a base on disk.
+///
+/// # Safety
+/// As `csrc/xorz.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xorz_package_resident_from(
+    package: *const XorzPackage,
+    name: *const c_char,
+    base: *const XorzBase,
+    prefer_code: i32,
+    delta: *mut XorzBuffer,
+    error: *mut XorzError,
+) -> i32 {
+    // SAFETY: the caller keeps the header's contract.
+    unsafe {
+        call(error, || {
+            let (package, base) = (&reference(package, "package")?.0, &reference(base, "base")?.0);
+            let prefer = prefer_or_stored(prefer_code)?;
+            let made = packages::resident_from(package, text(name, "name")?, base, prefer)?;
             give_bytes(delta, made, "delta")
         })
     }
