@@ -128,8 +128,8 @@ def test_another_base_is_refused_by_name(tmp_path):
             call({**base, name: base[name][:39]}, package)
         with pytest.raises(TypeError, match=f"{name} must be a tensor, but is list"):
             call({**base, name: []}, package)
-        with pytest.raises(TypeError, match="base must be a state_dict"):
-            call("base.safetensors", package)
+    with pytest.raises(TypeError, match="base must be a state_dict"):
+        xorz.restore("base.safetensors", package)
 
 
 def test_errors_are_of_the_expected_class(tmp_path):
