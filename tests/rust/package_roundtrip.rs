@@ -122,6 +122,62 @@ fn matrices_of_many_frames_give_the_same_bits_back() {
     }
 }
 
+/// The payload is written before the header that tells of it: what is read back is the delta in its own order.
+#[test]
+fn deltas_longer_than_a_frame_give_the_same_bits_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p.xorz");
+    let mut rng = Rng::new(12);
+    let (dtype, dims) = (Dtype::F32, vec![1031, 700]);
+    let base = rng.weights(dtype, 1031 * 700);
+    let ft = perturbed(&mut rng, dtype, &base, 0.9);
+    for codec in [Codec::ResidentZstd, Codec::Resident] {
+        for prefer in [Prefer::Speed, Prefer::Memory] {
+            let mut w = Writer::create(&path, options(Some(codec), prefer)).unwrap();
+            let t = |bytes| Tensor { name: "w", dtype: dtype.name(), dims: &dims, bytes };
+            w.add(&t(&ft), Some(&t(&base))).unwrap();
+            let report = w.finish().unwrap();
+            assert!(report.package_bytes > 2 << 20, "several frames are meant");
+            check_one(&path, dtype, &dims, &base, &ft, Some(codec));
+            if codec == Codec::ResidentZstd {
+                let file = SafeTensors::open(&path).unwrap();
+                let blob = file.read(file.find("w").unwrap()).unwrap();
+                let number = |at: usize| u32::from_le_bytes(blob[at..at + 4].try_into().unwrap());
+                let (first, count) = (number(blob.len() - 8), number(blob.len() - 4));
+                assert!(first > 1 && first < count, "{first} of {count} frames go first");
+            }
+        }
+    }
+}
+
+/// The plan comes from a sample of tiles. Where all changes are in rows that it does not see, the tensor is encoded again
+/// by what it really holds.
+#[test]
+fn changes_that_a_sample_misses_cost_no_more_than_those_it_sees() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p.xorz");
+    let mut rng = Rng::new(13);
+    let (dtype, n, k) = (Dtype::BF16, 4096, 512);
+    let base = rng.weights(dtype, n * k);
+    let row = k * 2;
+    for rows in [100..103, 2000..2017, 4090..4096] {
+        let mut ft = base.clone();
+        let part = rows.start * row..rows.end * row;
+        let new = perturbed(&mut rng, dtype, &base[part.clone()], 1.0);
+        ft[part].copy_from_slice(&new);
+        let mut w = Writer::create(&path, options(Some(Codec::Resident), Prefer::Memory)).unwrap();
+        let dims = vec![n, k];
+        let t = |bytes| Tensor { name: "w", dtype: dtype.name(), dims: &dims, bytes };
+        w.add(&t(&ft), Some(&t(&base))).unwrap();
+        w.finish().unwrap();
+        check_one(&path, dtype, &dims, &base, &ft, Some(Codec::Resident));
+        // As exceptions they would take 4 bytes each and a directory; no plan that has seen them takes more.
+        let stored = Package::open(&path).unwrap().entry("w").unwrap().stored_bytes;
+        let most = (rows.len() * k * 4 + 4096) as u64;
+        assert!(stored <= most, "{rows:?}: {stored} bytes, at most {most}");
+    }
+}
+
 #[test]
 fn xor_is_one_zstd_frame_that_any_decompressor_reads() {
     let dir = tempfile::tempdir().unwrap();

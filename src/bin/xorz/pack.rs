@@ -21,10 +21,10 @@ pub(crate) struct Args {
     /// What deltas are encoded for when loaded: speed or memory.
     #[arg(long, default_value = "memory", value_parser = prefer)]
     prefer: Prefer,
-    /// One codec for all deltas: xor, resident, resident-zstd or planes [default: the smallest for each tensor].
+    /// One codec for all deltas: xor, resident, resident-zstd or planes [default: resident-zstd, or planes where a sample of them is smaller].
     #[arg(long, value_parser = codec)]
     codec: Option<Codec>,
-    /// zstd level [default: 3, or 10 with --codec xor].
+    /// zstd level [default: 1 for resident deltas, 3 for planes, 10 for xor].
     #[arg(long, value_parser = clap::value_parser!(i32).range(1..=22))]
     level: Option<i32>,
     /// Drop this prefix from names on both sides before pairing them, such as "bert.".
