@@ -18,7 +18,7 @@ const ONE_IN: usize = 64;
 /// but at least this many tiles,
 const LEAST_TILES: usize = 8;
 /// and this many words.
-const LEAST_WORDS: usize = 1 << 16;
+const LEAST_WORDS: usize = 1 << 18;
 /// Of a sampled tile of more words, only every n-th row counts for widths, which need far fewer words than `sparse`, whose
 /// padding shows in whole tiles alone; n is 4 at most.
 const ROW_WORDS: usize = 1 << 13;
@@ -45,7 +45,7 @@ impl Estimate {
 }
 
 /// Plan how to store what turns the source's base into its fine_tuned, from a sample: the same tiles every time, about
-/// one in 64, spread over the matrix; all of a small matrix (8 tiles, or 65536 words). Where the sample shows no change, any
+/// one in 64, spread over the matrix; all of a small matrix (8 tiles, or 262144 words). Where the sample shows no change, any
 /// change will be an exception: free for an unchanged matrix, and [`Estimate::is_off`] tells surprises.
 ///
 /// # Errors
@@ -85,8 +85,8 @@ pub(crate) fn plan_for(source: &mut dyn Source, encoding: Encoding) -> Result<Pl
     }
 }
 
-/// Which of `tiles` tiles of at most `tile_words` words are read: one of each of as many equal runs, at a place that shifts from run to run (by the
-/// golden section), so that no period of the matrix hides from it.
+/// Which of `tiles` tiles of at most `tile_words` words are read: one of each of as many equal runs, at a place that
+/// shifts from run to run (by the golden section), so that no period of the matrix hides from it.
 fn sample(tiles: usize, tile_words: usize) -> Vec<usize> {
     let least = LEAST_TILES.max(LEAST_WORDS.div_ceil(tile_words.max(1)));
     if tiles <= least {
