@@ -88,7 +88,7 @@ def test_deltas_loaded_against_a_base_on_disk_are_those_of_the_base_in_memory(tm
         xorz.load_deltas(tmp_path / "other.safetensors", tmp_path / "t.xorz", prefer=prefer)
     del base["layer.sparse.weight"]
     safetensors_torch.save_file(base, tmp_path / "less.safetensors")
-    with pytest.raises(ValueError, match="the base has no tensor `layer.sparse.weight`"):
+    with pytest.raises(ValueError, match=r"the base has no tensor `layer\.sparse\.weight`"):
         xorz.load_deltas(tmp_path / "less.safetensors", tmp_path / "t.xorz", prefer=prefer)
     with pytest.raises(OSError, match="nowhere"):
         xorz.load_deltas(tmp_path / "nowhere", tmp_path / "t.xorz", prefer=prefer)
