@@ -245,8 +245,8 @@ int32_t xorz_package_describe(const xorz_package* package, xorz_buffer* json, xo
 int32_t xorz_package_resident(const xorz_package* package, const char* name, const xorz_matrix* base,
                               int32_t prefer, xorz_buffer* delta, xorz_error* error);
 
-/* A base on disk, a safetensors file or a folder. The digests of its tensors come from the user's cache, or are
- * computed and kept there. */
+/* A base on disk, a safetensors file or a folder. The digests of its tensors come from the user's cache, or
+ * are computed and kept there. */
 int32_t xorz_base_open(const char* path, const xorz_run* run, xorz_base** base, xorz_error* error);
 void xorz_base_close(xorz_base* base);
 
