@@ -24,7 +24,7 @@ impl BaseDigests {
     pub(super) fn cached(base: &Checkpoint) -> Self {
         let cache = DigestCache::user();
         let files = base.files().iter().map(|f| match f.tensors.file() {
-            Some(file) => (Identity::of(file).ok(), cache.load(&f.place, file).unwrap_or_default()),
+            Some(file) => (f.identity, cache.load(&f.place, file).unwrap_or_default()),
             None => (None, BTreeMap::new()),
         });
         Self { files: files.collect(), cache }

@@ -1,6 +1,7 @@
 //! Checkpoints on disk: one safetensors file, or a folder as Hugging Face lays them out, with shards, an index and small
 //! files beside them. Reads names, headers and indexes; no tensor.
 
+use super::cache::Identity;
 use super::container::{SafeTensors, TensorInfo};
 use crate::error::{Error, Result};
 use serde::Deserialize;
@@ -28,6 +29,31 @@ pub struct TensorFile {
     /// Its tensors.
     pub tensors: SafeTensors,
     pub(super) executable: bool,
+    /// What it was when it was opened.
+    pub(super) identity: Option<Identity>,
+}
+
+impl TensorFile {
+    fn open(path: String, place: PathBuf) -> Result<Self> {
+        let tensors = SafeTensors::open(&place)?;
+        let identity = tensors.file().and_then(|file| Identity::of(file).ok());
+        let executable = executable(&place);
+        Ok(Self { path, place, tensors, executable, identity })
+    }
+
+    /// Refuse a file that somebody has written to since it was opened: what was read of it may be of two minds.
+    ///
+    /// # Errors
+    /// `Io`, naming the file.
+    pub(super) fn check_unchanged(&self) -> Result<()> {
+        match (self.tensors.file(), &self.identity) {
+            (Some(file), Some(before)) if !Identity::of(file)?.same(before) => {
+                Err(Error::io("was changed while it was read; try again when it is at rest")
+                    .within(self.place.display()))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// A file without tensors, carried along as it is.
@@ -73,9 +99,8 @@ impl Checkpoint {
     fn open_as(path: &Path, whole: bool) -> Result<Self> {
         if !path.is_dir() {
             refuse_pickle(path)?;
-            let tensors = SafeTensors::open(path)?;
             let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-            let file = TensorFile { path: name, place: path.into(), tensors, executable: executable(path) };
+            let file = TensorFile::open(name, path.into())?;
             return Ok(Self::new(vec![file], Vec::new(), false));
         }
         let mut found = Vec::new();
@@ -85,10 +110,7 @@ impl Checkpoint {
         if weights.is_empty() {
             return Err(no_weights(&rest).within(path.display()));
         }
-        let files = weights.into_iter().map(|(path, place)| {
-            let (tensors, executable) = (SafeTensors::open(&place)?, executable(&place));
-            Ok(TensorFile { path, place, tensors, executable })
-        });
+        let files = weights.into_iter().map(|(path, place)| TensorFile::open(path, place));
         let mut checkpoint = Self::new(files.collect::<Result<_>>()?, Vec::new(), true);
         for (path, place) in rest {
             if path.ends_with(INDEX_ENDING) {

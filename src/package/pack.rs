@@ -48,6 +48,7 @@ pub fn pack_files(
     let digests = BaseDigests::cached(&base);
     let job = Pack { base: &base, ft: &ft, digests: &digests, bases, same, options, run, beside };
     let parts = job.parts()?;
+    base.files().iter().chain(ft.files()).try_for_each(TensorFile::check_unchanged)?;
     job.remember(&parts);
     let removed = removed.into_iter().map(str::to_owned).collect();
     Contents { parts, removed, folder: ft.is_folder() }.write(out)
