@@ -28,7 +28,8 @@ fuzz_target!(|data: &[u8]| {
 /// A package with the one tensor `w`, stored as `blob`, whose every digest is right.
 fn forged(codec: Codec, base: &Matrix<'_>, blob: &[u8]) -> Vec<u8> {
     let more = match codec {
-        Codec::Alone | Codec::AloneZstd => String::new(),
+        Codec::Alone => String::new(),
+        Codec::Same => r#","same":"w""#.into(),
         _ => {
             let encoding = ["unchanged", "sparse", "exponent", "raw"][blob.len() % 4];
             let resident = matches!(codec, Codec::Resident | Codec::ResidentZstd);
