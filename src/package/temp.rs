@@ -113,6 +113,8 @@ impl Output {
         if Path::new("/proc/self/fd").exists()
             && let Ok(file) = nameless(folder(path))
         {
+            // For the moment in which it has a temporary name: others then see that it is somebody's.
+            let _ = flock(&file, FlockOperation::NonBlockingLockExclusive);
             return Ok(Self { file, path: path.into(), temp: None });
         }
         let (file, temp) = temporary(path, |temp| {

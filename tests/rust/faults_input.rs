@@ -14,6 +14,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
+use xorz::error::Kind;
+use xorz::package::{Destination, PackOptions, Progress, Run, pack_files, unpack_files, verify_files};
 
 /// What happens to a file while it is read.
 #[derive(Clone, Copy, Debug)]
@@ -219,4 +221,57 @@ fn inputs_that_change_while_they_are_unpacked() {
 fn inputs_that_change_while_they_are_verified() {
     let refused = faults(&["verify", "base", "p", "ft"], &["ft", "base", "p"], |_, _| {});
     assert!(refused > 0);
+}
+
+/// Writes a file anew, with the bytes it has, when a job begins to read: nothing but its times can tell.
+struct Rewrite<'a>(&'a Path);
+
+impl Progress for Rewrite<'_> {
+    fn begin(&self, _: &str, _: u64) {
+        let bytes = fs::read(self.0).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        let file = fs::OpenOptions::new().write(true).open(self.0).unwrap();
+        file.write_all_at(&bytes, 0).unwrap();
+    }
+
+    fn advance(&self, _: u64) {}
+}
+
+#[test]
+fn inputs_written_to_while_they_are_read_are_refused_where_nothing_else_would_tell() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let mut rng = Rng::new(5);
+    let base: Vec<u8> = rng.bytes(2 * 64 * 300);
+    let file = |words: &[u8]| {
+        let text = r#"{"w":{"dtype":"BF16","shape":[64,300],"data_offsets":[0,38400]}}"#;
+        [(text.len() as u64).to_le_bytes().to_vec(), text.as_bytes().to_vec(), words.to_vec()].concat()
+    };
+    let mut tuned = base.clone();
+    tuned[100] ^= 1;
+    fs::write(path("base"), file(&base)).unwrap();
+    fs::write(path("ft"), file(&tuned)).unwrap();
+    let (options, out) = (PackOptions::default(), path("p"));
+    let pack = |run: &Run<'_>| {
+        pack_files(&path("base"), &path("ft"), Destination::Path(&out), &options, run).map(|_| ())
+    };
+    for victim in ["base", "ft"] {
+        let e = pack(&Run { progress: Some(&Rewrite(&path(victim))), ..Run::default() }).unwrap_err();
+        assert_eq!(e.kind(), Kind::Io);
+        assert!(e.message().contains(victim) && e.message().contains("was changed while it was read"), "{e}");
+        assert!(!out.exists());
+    }
+    pack(&Run::default()).unwrap();
+    let victim = path("base");
+    let rewrite = Rewrite(&victim);
+    let restored = path("out");
+    for sha256 in [true, false] {
+        let run = Run { progress: Some(&rewrite), sha256, ..Run::default() };
+        let unpacked = unpack_files(&path("base"), &out, Destination::Path(&restored), &run).map(|_| ());
+        let verified = verify_files(&path("base"), &out, None, &run).map(|_| ());
+        // The sha256 of what came out says more than the times of what went in.
+        assert_eq!((unpacked.is_ok(), verified.is_ok()), (sha256, sha256));
+        assert_eq!(restored.exists(), sha256);
+        let _ = fs::remove_file(&restored);
+    }
 }
