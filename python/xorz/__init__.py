@@ -5,6 +5,9 @@ for state_dicts in memory; the `delta_*` functions
 are the ops of `torch.ops.xorz`.
 """
 
+from . import _torch as _torch  # first: it says in words that torch is missing
+
+# isort: split
 from . import _core
 from ._core import DeltaInfo, delta_info
 from ._library import library_path

@@ -19,7 +19,8 @@ def load() -> ctypes.CDLL:
         try:
             torch.ops.load_library(library_path)
         except OSError as error:
+            # torch's own message stops at the path; the linker's, which says why, is the cause.
             raise ImportError(
-                f"xorz: torch {torch.__version__} cannot load {library_path}: {error}"
+                f"xorz: torch {torch.__version__} cannot load {library_path}: {error.__cause__ or error}"
             ) from error
     return ctypes.CDLL(str(library_path))
