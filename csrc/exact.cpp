@@ -86,8 +86,15 @@ size_t panel_rows(size_t m, const Words& weight, ScalarType type) {
 
 }  // namespace
 
-Tensor exact_linear(const Tensor& input, size_t m, const Words& weight, const std::optional<Tensor>& bias,
-                    rust::Slice<const uint8_t> delta, ScalarType type) {
+void check_not_autocast(const Checks& checks, const Tensor& product, ScalarType type) {
+  if (product.scalar_type() != type)
+    checks.refuse(
+        "mode=\"exact\" computes in the weight's dtype, but autocast is on with another one; "
+        "disable autocast around it");
+}
+
+Tensor exact_linear(const Checks& checks, const Tensor& input, size_t m, const Words& weight,
+                    const std::optional<Tensor>& bias, rust::Slice<const uint8_t> delta, ScalarType type) {
   const NoGrad guard;
   const TorchThreads threads;
   const size_t word = type == ScalarType::Float ? 4 : 2;
@@ -107,10 +114,7 @@ Tensor exact_linear(const Tensor& input, size_t m, const Words& weight, const st
     if (bias) part_bias = cut(*bias, 0, r0, count);
     const Tensor part = linear(input, panel, part_bias);
     note_exact_panel((bytes.size() + (count == weight.n ? 0 : m * count * word)) / threads.threads());
-    if (part.scalar_type() != type)
-      fail(
-          "delta_linear: mode=\"exact\" computes in the weight's dtype, but autocast is on with another one; "
-          "disable autocast around it");
+    check_not_autocast(checks, part, type);
     if (count == weight.n) {
       out = part;
       return;

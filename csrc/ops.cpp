@@ -22,6 +22,14 @@ const Op kOps[] = {
      TORCH_BOX(&delta_linear_cpu)},
     {"delta_linear_grad_input", "delta_linear_grad_input(Tensor grad, Tensor weight, Tensor delta) -> Tensor",
      TORCH_BOX(&delta_linear_grad_input_cpu)},
+    {"delta_linear_grouped",
+     "delta_linear_grouped(Tensor input, Tensor weight, Tensor? biases, Tensor arena, Tensor slots, "
+     "Tensor tenant_of_row, *, str mode=\"fast\") -> Tensor",
+     TORCH_BOX(&delta_linear_grouped_cpu)},
+    {"delta_linear_grouped_grad_input",
+     "delta_linear_grouped_grad_input(Tensor grad, Tensor weight, Tensor arena, Tensor slots, Tensor "
+     "tenant_of_row) -> Tensor",
+     TORCH_BOX(&delta_linear_grouped_grad_input_cpu)},
     {"delta_restore", "delta_restore(Tensor base, Tensor delta) -> Tensor", TORCH_BOX(&delta_restore_cpu)},
     {"delta_apply_", "delta_apply_(Tensor(a!) weight, Tensor delta) -> ()", TORCH_BOX(&delta_apply_cpu)},
     {"delta_encode", "delta_encode(Tensor base, Tensor fine_tuned, *, str prefer=\"speed\") -> Tensor",

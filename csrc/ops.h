@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "xorz/src/ffi/bridge.rs.h"
 
 namespace xorz {
@@ -17,6 +18,11 @@ using torch::stable::Tensor;
 Tensor delta_linear_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                         const Tensor& delta, const std::string& mode);
 Tensor delta_linear_grad_input_cpu(const Tensor& grad, const Tensor& weight, const Tensor& delta);
+Tensor delta_linear_grouped_cpu(const Tensor& input, const Tensor& weight,
+                                const std::optional<Tensor>& biases, const Tensor& arena, const Tensor& slots,
+                                const Tensor& tenant_of_row, const std::string& mode);
+Tensor delta_linear_grouped_grad_input_cpu(const Tensor& grad, const Tensor& weight, const Tensor& arena,
+                                           const Tensor& slots, const Tensor& tenant_of_row);
 Tensor delta_restore_cpu(const Tensor& base, const Tensor& delta);
 void delta_apply_cpu(const Tensor& weight, const Tensor& delta);
 Tensor delta_encode_cpu(const Tensor& base, const Tensor& fine_tuned, const std::string& prefer);
@@ -26,7 +32,11 @@ void delta_check_cpu(const Tensor& delta, const Tensor& base);
 
 // mode="exact" of delta_linear: `input` [..., k] as the caller gave it, `m` its rows, `weight` the base of
 // `delta`.
-Tensor exact_linear(const Tensor& input, size_t m, const Words& weight, const std::optional<Tensor>& bias,
-                    rust::Slice<const uint8_t> delta, torch::headeronly::ScalarType type);
+Tensor exact_linear(const Checks& checks, const Tensor& input, size_t m, const Words& weight,
+                    const std::optional<Tensor>& bias, rust::Slice<const uint8_t> delta,
+                    torch::headeronly::ScalarType type);
+
+// Refuses what aten::linear gave under autocast with another dtype.
+void check_not_autocast(const Checks& checks, const Tensor& product, torch::headeronly::ScalarType type);
 
 }  // namespace xorz

@@ -100,7 +100,8 @@ Tensor delta_linear_cpu(const Tensor& input, const Tensor& weight, const std::op
     plain_bias = torch::stable::contiguous(*bias);
   }
   if (mode == "exact")
-    return core(checks, [&] { return exact_linear(input, m, w.weight, plain_bias, w.delta, w.type->torch); });
+    return core(checks,
+                [&] { return exact_linear(checks, input, m, w.weight, plain_bias, w.delta, w.type->torch); });
   const Tensor x = torch::stable::contiguous(input);
   const Tensor out = torch::stable::empty(sizes_with_last(input, w.weight.n), w.type->torch);
   const Linear args{bytes_of(x, w.type->bytes),

@@ -10,6 +10,7 @@ from . import _torch as _torch  # first: it says in words that torch is missing
 # isort: split
 from . import _core
 from ._core import DeltaInfo, delta_info
+from ._grouped import delta_linear_grouped, delta_linear_grouped_grad_input
 from ._library import library_path
 from ._ops import (
     delta_apply_,
@@ -39,6 +40,8 @@ __all__ = [
     "delta_info",
     "delta_linear",
     "delta_linear_grad_input",
+    "delta_linear_grouped",
+    "delta_linear_grouped_grad_input",
     "delta_restore",
     "delta_slice",
     "diff",

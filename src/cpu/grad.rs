@@ -16,10 +16,9 @@ use super::exponent::{MICRO, Stream};
 use super::float::Float;
 use super::scratch::{self, Scratch};
 use super::simd::{Kernel, LANES, Simd};
+use super::weights::Weights;
 use crate::codec::{Encoding, GapKind, Grid, Rect, SparseTile, Tile};
 use crate::error::{Error, Result};
-use crate::matrix::Matrix;
-use crate::resident::Resident;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -32,16 +31,15 @@ const STEP: usize = LANES;
 pub(super) struct Job<'a, D: Float> {
     pub(super) grad: &'a [u8],
     pub(super) m: usize,
-    pub(super) base: Matrix<'a>,
-    pub(super) delta: &'a Resident<'a>,
+    pub(super) weights: Weights<'a>,
     pub(super) out: &'a [D::Shared],
 }
 
 /// Run a checked call; no dimension is zero but n.
 pub(super) fn run<S: Simd, D: Float>(s: S, job: &Job<'_, D>, exec: &dyn Executor) -> Result<()> {
-    let grid = job.delta.grid();
+    let grid = job.weights.grid();
     // Lanes of `exponent` carry bits from column to column, so its tiles are not cut.
-    let cut = job.delta.header().encoding != Encoding::Exponent;
+    let cut = job.weights.encoding() != Encoding::Exponent;
     let width = if cut { STRIP.min(grid.tile_cols) } else { grid.tile_cols };
     let strips = grid.shape.k.div_ceil(width);
     try_run(exec, strips * job.m.div_ceil(LANES), |task| {
@@ -95,7 +93,7 @@ impl<D: Float> Job<'_, D> {
         sc: &mut Scratch,
     ) -> Result<()> {
         let rect = grid.rect(index);
-        let tile = self.delta.tile(index)?;
+        let tile = self.weights.tile(index)?;
         let mut g = [[0f32; LANES]; STEP];
         let sums = sc.panel.get(columns.len() * LANES).as_chunks_mut::<LANES>().0;
         let w = D::BYTES;
@@ -108,7 +106,12 @@ impl<D: Float> Job<'_, D> {
                 self.grads(m0, rect.r0 + r, 1, &mut g);
                 for c in (0..rect.cols()).step_by(MICRO) {
                     let words = &mut words[..MICRO.min(rect.cols() - c)];
-                    stream.decode(s, (r, c), self.base.span(rect.r0 + r, rect.c0 + c, words.len()), words)?;
+                    stream.decode(
+                        s,
+                        (r, c),
+                        self.weights.base.span(rect.r0 + r, rect.c0 + c, words.len()),
+                        words,
+                    )?;
                     let bytes: &[u8] = bytemuck::cast_slice(words);
                     let rows = Rows { bytes, stride: bytes.len(), len: bytes.len() };
                     let sums = &mut sums[c..c + words.len()];
@@ -125,8 +128,12 @@ impl<D: Float> Job<'_, D> {
                     Rows { bytes: &raw.bytes[r * raw.stride + offset..], stride: raw.stride, len }
                 }
                 _ => {
-                    let at = (rect.r0 + r) * self.base.row_bytes() + columns.start * w;
-                    Rows { bytes: &self.base.bytes()[at..], stride: self.base.row_bytes(), len }
+                    let at = (rect.r0 + r) * self.weights.base.row_bytes() + columns.start * w;
+                    Rows {
+                        bytes: &self.weights.base.bytes()[at..],
+                        stride: self.weights.base.row_bytes(),
+                        len,
+                    }
                 }
             };
             s.run(Outer::<D> { words, rows, g: &g, sums, dtype: PhantomData });
@@ -159,7 +166,7 @@ impl<D: Float> Job<'_, D> {
 
     /// `to[i][j]`: row `m0 + j` of grad at row `r0 + i` of W; zero beyond m.
     fn grads(&self, m0: usize, r0: usize, rows: usize, to: &mut [[f32; LANES]; STEP]) {
-        let n = self.base.shape().n;
+        let n = self.weights.base.shape().n;
         for j in 0..LANES.min(self.m - m0) {
             let row = &self.grad[((m0 + j) * n + r0) * D::BYTES..];
             (0..rows).for_each(|i| to[i][j] = D::value_at(row, i));
@@ -184,7 +191,7 @@ impl<D: Float> Job<'_, D> {
             let index = band * across + columns.start / grid.tile_cols;
             let rect = grid.rect(index);
             let words = sc.words.bytes_mut(rect.words() * D::BYTES);
-            super::restore::tile_words(s, self.delta, &self.base, index, words)?;
+            self.weights.words(s, index, words)?;
             for (r, row) in words.chunks_exact(rect.cols() * D::BYTES).enumerate() {
                 let row = &row[(columns.start - rect.c0) * D::BYTES..];
                 for j in (0..LANES).filter(|j| again >> j & 1 == 1) {

@@ -16,11 +16,10 @@ use super::float::{Float, padded};
 use super::scratch::{self, Scratch};
 use super::simd::{GROUP, LANES, Simd};
 use super::sparse::{Gathered, Natural, TRANSPOSE_ROWS, Transposed};
-use super::{LinearArgs, Mode, exponent, wide};
+use super::weights::Weights;
+use super::{Mode, exponent, wide};
 use crate::codec::{Encoding, Grid, Rect, SparseTile, Tile};
 use crate::error::{Error, Result};
-use crate::matrix::Matrix;
-use crate::resident::Resident;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -40,8 +39,7 @@ pub(super) struct Job<'a, D: Float> {
     /// No other call's.
     id: u64,
     pub(super) x: &'a [u8],
-    pub(super) base: Matrix<'a>,
-    pub(super) delta: &'a Resident<'a>,
+    pub(super) weights: Weights<'a>,
     pub(super) bias: Option<&'a [u8]>,
     pub(super) out: &'a [D::Shared],
     pub(super) grid: Grid,
@@ -49,23 +47,31 @@ pub(super) struct Job<'a, D: Float> {
     pub(super) k: usize,
 }
 
+/// What one call multiplies.
+pub(super) struct Call<'a> {
+    pub(super) x: &'a [u8],
+    pub(super) m: usize,
+    pub(super) weights: Weights<'a>,
+    pub(super) bias: Option<&'a [u8]>,
+    pub(super) mode: Mode,
+}
+
 /// Run a checked call.
 pub(super) fn run<S: Simd, D: Float>(
     s: S,
-    args: &LinearArgs<'_>,
+    args: &Call<'_>,
     out: &mut [u8],
     exec: &dyn Executor,
 ) -> Result<()> {
     static CALLS: AtomicU64 = AtomicU64::new(0);
-    let shape = args.base.shape();
+    let shape = args.weights.base.shape();
     let job = Job::<D> {
         id: CALLS.fetch_add(1, Relaxed),
         x: args.x,
-        base: args.base,
-        delta: &args.delta,
+        weights: args.weights,
         bias: args.bias,
         out: D::share(out, "out")?,
-        grid: args.delta.grid(),
+        grid: args.weights.grid(),
         n: shape.n,
         k: shape.k,
     };
@@ -107,10 +113,9 @@ impl<D: Float> Job<'_, D> {
     /// about 6.5 ns a record and row of x on Zen 3, the transposed kernel 25 ns a record whatever m, and more where
     /// changes are so rare that every entry finds its row of x outside L2.
     fn transposed(&self, block: Block) -> bool {
-        let h = self.delta.header();
-        h.encoding == Encoding::Sparse
+        self.weights.encoding() == Encoding::Sparse
             && block.m >= TRANSPOSE_ROWS
-            && h.changed.saturating_mul(64) >= (self.n as u64).saturating_mul(self.k as u64)
+            && self.weights.changed().saturating_mul(64) >= (self.n as u64).saturating_mul(self.k as u64)
     }
 
     /// `rows` rows of x from `m0` on, the columns of `rect`.
@@ -121,7 +126,11 @@ impl<D: Float> Job<'_, D> {
 
     fn base_rows(&self, rect: &Rect) -> Rows<'_> {
         let at = (rect.r0 * self.k + rect.c0) * D::BYTES;
-        Rows { bytes: &self.base.bytes()[at..], stride: self.k * D::BYTES, len: rect.cols() * D::BYTES }
+        Rows {
+            bytes: &self.weights.base.bytes()[at..],
+            stride: self.k * D::BYTES,
+            len: rect.cols() * D::BYTES,
+        }
     }
 
     /// Small m: one block.
@@ -157,7 +166,7 @@ impl<D: Float> Job<'_, D> {
         let (words, width) = (self.x_rows(block.m0, &rect), padded(rect.cols()));
         let split = sc.split.get(block.m * width).as_chunks_mut::<GROUP>().0;
         s.run(ToSplit::<D> { words, rows: block.m, to: split, groups: width / GROUP, dtype: PhantomData });
-        if self.delta.header().encoding == Encoding::Sparse {
+        if self.weights.encoding() == Encoding::Sparse {
             let transposed = self.transposed(block);
             let columns = rect.cols();
             let to = if transposed {
@@ -180,7 +189,7 @@ impl<D: Float> Job<'_, D> {
         sc: &mut Scratch,
     ) -> Result<()> {
         let rect = self.grid.rect(index);
-        let tile = self.delta.tile(index)?;
+        let tile = self.weights.tile(index)?;
         match &tile {
             Tile::Exponent(t) => {
                 let (x, partial) = (sc.split.get(block.m * padded(rect.cols())), &mut [[0.0; LANES]; BLOCK]);
@@ -324,7 +333,7 @@ impl<D: Float> Job<'_, D> {
             let index = band * across + tc;
             let rect = self.grid.rect(index);
             let words = sc.words.bytes_mut(rect.words() * D::BYTES);
-            super::restore::tile_words(s, self.delta, &self.base, index, words)?;
+            self.weights.words(s, index, words)?;
             counters::count_panel();
             let len = rect.cols() * D::BYTES;
             let groups = padded(rect.cols()) / GROUP;

@@ -13,8 +13,10 @@
 //! | `encode` | words to tiles and whole deltas, and the estimates that choose how |
 //! | `restore` | fine-tuned words: restore, apply, tiles for scratch |
 //! | `simd`, `scalar`, `x86_64` | the vector trait and its instances; `dispatch` picks one |
+//! | `grouped` | `delta_linear_grouped` and its gradient; `arena` the deltas of many tenants, `weights` a base with one or none |
 //! | `float` | bf16, f16, f32 as lanes; `scratch`, `counters`, `exec`: what their names say |
 
+mod arena;
 pub mod counters;
 mod dispatch;
 mod dot;
@@ -23,6 +25,7 @@ mod exec;
 mod exponent;
 mod float;
 mod grad;
+mod grouped;
 mod lanes;
 mod linear;
 mod restore;
@@ -30,13 +33,19 @@ mod scalar;
 mod scratch;
 mod simd;
 mod sparse;
+mod weights;
 mod wide;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+pub use arena::{ARENA_ALIGN, Arena, Tenants};
 pub use dispatch::Isa;
 pub use encode::{encode, encode_on, encode_tiles, encode_tiles_on, estimate, estimate_exactly, estimate_on};
 pub use exec::{Executor, Serial};
+pub use grouped::{
+    Biases, GroupedArgs, GroupedGradArgs, delta_linear_grouped, delta_linear_grouped_grad_input,
+    delta_linear_grouped_on,
+};
 
 use crate::codec::ExponentTile;
 use crate::error::{Error, Result};
@@ -46,6 +55,7 @@ use dispatch::Visitor;
 use float::with_float;
 use simd::Simd;
 use std::ops::Range;
+use weights::Weights;
 
 /// How a product is computed. The third mode of the ops, "exact", is `F.linear` on rows of [`delta_restore_rows`], and
 /// so is the shim's.
@@ -131,7 +141,9 @@ pub fn delta_linear_on(isa: Isa, args: &LinearArgs<'_>, out: &mut [u8], exec: &d
             let Self(args, out, exec) = self;
             with_float!(args.base.dtype(), D => {
                 args.check(out)?;
-                if out.is_empty() { Ok(()) } else { linear::run::<S, D>(s, args, out, exec) }
+                let weights = Weights::new(args.base, Some(&args.delta));
+                let call = linear::Call { x: args.x, m: args.m, weights, bias: args.bias, mode: args.mode };
+                if out.is_empty() { Ok(()) } else { linear::run::<S, D>(s, &call, out, exec) }
             })
         }
     }
@@ -181,7 +193,7 @@ pub fn delta_linear_grad_input_on(
                     return Ok(());
                 }
                 let out = <D as float::Float>::share(out, "out")?;
-                grad::run::<S, D>(s, &grad::Job { grad, m, base: *base, delta, out }, exec)
+                grad::run::<S, D>(s, &grad::Job { grad, m, weights: Weights::new(*base, Some(delta)), out }, exec)
             })
         }
     }

@@ -25,7 +25,7 @@ pub(super) fn linear<S: Simd, D: Float>(
         let index = band * across + tc;
         let rect = job.grid.rect(index);
         let words = sc.words.bytes_mut(rect.words() * D::BYTES);
-        super::restore::tile_words(s, job.delta, &job.base, index, words)?;
+        job.weights.words(s, index, words)?;
         let x = job.x_rows(m0, &rect);
         let rows = words.chunks_exact(rect.cols() * D::BYTES).zip(again);
         for (r, (row, &flags)) in rows.enumerate().filter(|(_, (_, flags))| **flags != 0) {

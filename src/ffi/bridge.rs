@@ -30,6 +30,33 @@ pub mod door {
         mode: &'a str,
     }
 
+    /// The tenants of a batch. `slots`: offset and length of each delta in the arena, one pair after another.
+    struct Batch<'a> {
+        arena: &'a [u8],
+        slots: &'a [i64],
+        tenant_of_row: &'a [i32],
+    }
+
+    /// Arguments of `delta_linear_grouped`. `biases` are `bias_stride` bytes apart; with `has_biases` unset: none.
+    struct Grouped<'a> {
+        input: &'a [u8],
+        m: usize,
+        weight: Words<'a>,
+        has_biases: bool,
+        biases: &'a [u8],
+        bias_stride: usize,
+        batch: Batch<'a>,
+        mode: &'a str,
+    }
+
+    /// One tenant of a batch: its row of biases, its rows, and where in the arena its delta is; length 0 is none.
+    struct Tenant {
+        bias: usize,
+        rows: Vec<i64>,
+        offset: usize,
+        length: usize,
+    }
+
     /// One part of `delta_concat`.
     struct Part<'a> {
         delta: &'a [u8],
@@ -57,6 +84,16 @@ pub mod door {
             out: &mut [u8],
             executor: &Executor,
         ) -> Result<()>;
+        fn delta_linear_grouped(args: &Grouped<'_>, out: &mut [u8], executor: &Executor) -> Result<()>;
+        fn delta_linear_grouped_grad_input(
+            grad: &[u8],
+            m: usize,
+            weight: &Words<'_>,
+            batch: &Batch<'_>,
+            out: &mut [u8],
+            executor: &Executor,
+        ) -> Result<()>;
+        fn grouped_tenants(m: usize, weight: &Words<'_>, batch: &Batch<'_>) -> Result<Vec<Tenant>>;
         fn delta_restore(base: &Words<'_>, delta: &[u8], out: &mut [u8], executor: &Executor) -> Result<()>;
         fn delta_restore_rows(
             base: &Words<'_>,
@@ -100,11 +137,17 @@ pub mod door {
     }
 }
 
-use door::{Executor, Info, Linear, Part, Words};
+use door::{Batch, Executor, Grouped, Info, Linear, Part, Tenant, Words};
 
 impl<'a> From<&Words<'a>> for ops::Words<'a> {
     fn from(w: &Words<'a>) -> Self {
         Self { dtype: u32::from(w.dtype), n: w.n, k: w.k, bytes: w.bytes }
+    }
+}
+
+impl<'a> From<&Batch<'a>> for ops::Batch<'a> {
+    fn from(b: &Batch<'a>) -> Self {
+        Self { arena: b.arena, slots: b.slots, tenant_of_row: b.tenant_of_row }
     }
 }
 
@@ -153,6 +196,39 @@ fn delta_linear_grad_input(
     executor: &Executor,
 ) -> Result<()> {
     ops::delta_linear_grad_input(grad, m, weight.into(), delta, out, &Shim(executor))
+}
+
+fn delta_linear_grouped(args: &Grouped<'_>, out: &mut [u8], executor: &Executor) -> Result<()> {
+    let biases = cpu::Biases { bytes: args.biases, stride: args.bias_stride };
+    let call = ops::Grouped {
+        input: args.input,
+        m: args.m,
+        weight: (&args.weight).into(),
+        biases: args.has_biases.then_some(biases),
+        batch: (&args.batch).into(),
+        mode: args.mode.parse()?,
+    };
+    ops::delta_linear_grouped(&call, out, &Shim(executor))
+}
+
+fn delta_linear_grouped_grad_input(
+    grad: &[u8],
+    m: usize,
+    weight: &Words<'_>,
+    batch: &Batch<'_>,
+    out: &mut [u8],
+    executor: &Executor,
+) -> Result<()> {
+    ops::delta_linear_grouped_grad_input(grad, m, weight.into(), &batch.into(), out, &Shim(executor))
+}
+
+fn grouped_tenants(m: usize, weight: &Words<'_>, batch: &Batch<'_>) -> Result<Vec<Tenant>> {
+    let base_bias = batch.slots.len() / 2;
+    let tenant = |t: ops::Tenant| {
+        let (bias, delta) = (t.slot.unwrap_or(base_bias), t.delta.unwrap_or_default());
+        Tenant { bias, rows: t.rows, offset: delta.start, length: delta.len() }
+    };
+    Ok(ops::grouped_tenants(m, weight.into(), &batch.into())?.into_iter().map(tenant).collect())
 }
 
 fn delta_restore(base: &Words<'_>, delta: &[u8], out: &mut [u8], executor: &Executor) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use super::guard;
 use crate::codec::{Encoding, Prefer};
-use crate::cpu::{self, Executor, LinearArgs, Mode};
+use crate::cpu::{self, Arena, Biases, Executor, GroupedArgs, GroupedGradArgs, LinearArgs, Mode, Tenants};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Matrix, Shape};
 use crate::resident::{self, Resident};
@@ -118,6 +118,106 @@ pub fn delta_linear_grad_input(
     exec: &dyn Executor,
 ) -> Result<()> {
     guard(|| cpu::delta_linear_grad_input(grad, m, &weight.matrix()?, &Resident::parse(delta)?, out, exec))
+}
+
+/// The tenants of a batch: their deltas, and whose each row is.
+#[derive(Clone, Copy)]
+pub struct Batch<'a> {
+    /// The deltas.
+    pub arena: &'a [u8],
+    /// Offset and length of each delta in the arena, one pair after another; length 0 is an empty slot.
+    pub slots: &'a [i64],
+    /// The slot of each row; -1 is the base.
+    pub tenant_of_row: &'a [i32],
+}
+
+impl<'a> Batch<'a> {
+    fn arena(&self) -> Arena<'a> {
+        Arena { bytes: self.arena, slots: self.slots.as_chunks().0 }
+    }
+}
+
+/// Arguments of [`delta_linear_grouped`].
+pub struct Grouped<'a> {
+    /// `[m, k]` words of the weight's dtype.
+    pub input: &'a [u8],
+    /// Rows of `input`.
+    pub m: usize,
+    /// The base, `[n, k]`.
+    pub weight: Words<'a>,
+    /// `[slots + 1, n]` words of the weight's dtype, the base's last, some bytes apart.
+    pub biases: Option<Biases<'a>>,
+    /// The tenants.
+    pub batch: Batch<'a>,
+    /// Order of summation.
+    pub mode: Mode,
+}
+
+/// `out [m, n]`: row i is `delta_linear` of row i with the delta and the bias of its tenant.
+///
+/// # Errors
+/// As [`delta_linear`]; `InvalidArgument` for a slot outside of the arena or a row of no slot.
+pub fn delta_linear_grouped(args: &Grouped<'_>, out: &mut [u8], exec: &dyn Executor) -> Result<()> {
+    guard(|| {
+        let args = GroupedArgs {
+            x: args.input,
+            m: args.m,
+            base: args.weight.matrix()?,
+            arena: args.batch.arena(),
+            tenant_of_row: args.batch.tenant_of_row,
+            biases: args.biases,
+            mode: args.mode,
+        };
+        cpu::delta_linear_grouped(&args, out, exec)
+    })
+}
+
+/// `out [m, k]`: row i is `delta_linear_grad_input` of row i with the delta of its tenant.
+///
+/// # Errors
+/// As [`delta_linear_grouped`].
+pub fn delta_linear_grouped_grad_input(
+    grad: &[u8],
+    m: usize,
+    weight: Words<'_>,
+    batch: &Batch<'_>,
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    guard(|| {
+        let (base, arena) = (weight.matrix()?, batch.arena());
+        let args = GroupedGradArgs { grad, m, base, arena, tenant_of_row: batch.tenant_of_row };
+        cpu::delta_linear_grouped_grad_input(&args, out, exec)
+    })
+}
+
+/// One tenant of a batch.
+pub struct Tenant {
+    /// Its slot; none is the base.
+    pub slot: Option<usize>,
+    /// Its rows, in the order of the batch.
+    pub rows: Vec<i64>,
+    /// Where in the arena its delta is; none for the base and for an empty slot.
+    pub delta: Option<Range<usize>>,
+}
+
+/// The tenants of a batch of `m` rows on `weight`, checked as [`delta_linear_grouped`] checks them: for mode "exact",
+/// which the shim drives.
+///
+/// # Errors
+/// As [`delta_linear_grouped`].
+pub fn grouped_tenants(m: usize, weight: Words<'_>, batch: &Batch<'_>) -> Result<Vec<Tenant>> {
+    guard(|| {
+        let (base, arena) = (weight.matrix()?, batch.arena());
+        let tenants = Tenants::new(batch.tenant_of_row, m, arena.slots.len())?;
+        let tenant = |(slot, rows): (Option<usize>, Range<usize>)| {
+            slot.map_or(Ok(None), |slot| arena.delta(slot, &base))?;
+            let delta = slot.map_or(Ok(None), |slot| arena.place(slot))?;
+            let rows = tenants.order()[rows].iter().map(|&row| row as i64).collect();
+            Ok(Tenant { slot, rows, delta })
+        };
+        tenants.groups().map(tenant).collect()
+    })
 }
 
 /// Write the fine-tuned words of the whole matrix to `out`.

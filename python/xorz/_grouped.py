@@ -1,0 +1,175 @@
+"""The ops on many tenants at once, as functions, with what torch needs to trace and differentiate them."""
+
+import torch
+from torch import Tensor
+
+from ._ops import _no_cuda, _ops
+
+
+def _check_grouped(
+    op: str,
+    name: str,
+    rows: Tensor,
+    weight: Tensor,
+    arena: Tensor,
+    slots: Tensor,
+    tenant_of_row: Tensor,
+    dim: int,
+) -> None:
+    torch._check(
+        weight.dim() == 2, lambda: f"xorz::{op}: weight must be 2-D [n, k], but has {weight.dim()} dimensions"
+    )
+    torch._check(rows.dim() >= 1, lambda: f"xorz::{op}: {name} must have at least one dimension")
+    torch._check(
+        rows.size(-1) == weight.size(dim),
+        lambda: (
+            f"xorz::{op}: {name} has a last dimension of {rows.size(-1)}, but weight.shape[{dim}] is {weight.size(dim)}"
+        ),
+    )
+    torch._check(
+        rows.dtype == weight.dtype or not weight.dtype.is_floating_point,
+        lambda: f"xorz::{op}: {name} is {rows.dtype}, but weight is {weight.dtype}",
+    )
+    torch._check(
+        arena.dim() == 1 and arena.dtype == torch.uint8,
+        lambda: (
+            f"xorz::{op}: arena must be a 1-D uint8 tensor, but is {arena.dtype} of {arena.dim()} dimensions"
+        ),
+    )
+    torch._check(
+        slots.dim() == 2 and slots.dtype == torch.int64,
+        lambda: f"xorz::{op}: slots must be int64 [s, 2], but is {slots.dtype} of {slots.dim()} dimensions",
+    )
+    torch._check(
+        slots.size(1) == 2, lambda: f"xorz::{op}: slots must be int64 [s, 2], but is [s, {slots.size(1)}]"
+    )
+    torch._check(
+        tenant_of_row.dim() == 1 and tenant_of_row.dtype == torch.int32,
+        lambda: (
+            f"xorz::{op}: tenant_of_row must be int32 [rows of {name}], but is {tenant_of_row.dtype} "
+            f"of {tenant_of_row.dim()} dimensions"
+        ),
+    )
+    count = 1
+    for size in rows.shape[:-1]:
+        count = count * size
+    torch._check(
+        tenant_of_row.size(0) == count,
+        lambda: f"xorz::{op}: tenant_of_row has {tenant_of_row.size(0)} entries, but {name} has {count} rows",
+    )
+
+
+@torch.library.register_fake("xorz::delta_linear_grouped")
+def _(input, weight, biases, arena, slots, tenant_of_row, *, mode="fast"):
+    op = "delta_linear_grouped"
+    _check_grouped(op, "input", input, weight, arena, slots, tenant_of_row, 1)
+    if biases is not None:
+        torch._check(
+            biases.dim() == 2 and biases.dtype == input.dtype,
+            lambda: (
+                f"xorz::{op}: biases must be {input.dtype} [s + 1, n], but is {biases.dtype} "
+                f"of {biases.dim()} dimensions"
+            ),
+        )
+        torch._check(
+            biases.size(0) == slots.size(0) + 1,
+            lambda: (
+                f"xorz::{op}: biases has {biases.size(0)} rows, but there are {slots.size(0)} slots and the base"
+            ),
+        )
+        torch._check(
+            biases.size(1) == weight.size(0),
+            lambda: (
+                f"xorz::{op}: biases has {biases.size(1)} columns, but weight.shape[0] is {weight.size(0)}"
+            ),
+        )
+    return input.new_empty((*input.shape[:-1], weight.size(0)))
+
+
+@torch.library.register_fake("xorz::delta_linear_grouped_grad_input")
+def _(grad, weight, arena, slots, tenant_of_row):
+    op = "delta_linear_grouped_grad_input"
+    _check_grouped(op, "grad", grad, weight, arena, slots, tenant_of_row, 0)
+    return grad.new_empty((*grad.shape[:-1], weight.size(1)))
+
+
+def _setup_linear(ctx, inputs, keyword_only_inputs, output):
+    _input, weight, biases, arena, slots, tenant_of_row = inputs
+    ctx.save_for_backward(weight, arena, slots, tenant_of_row)
+    ctx.biases = biases is not None and biases.requires_grad
+
+
+def _backward_linear(ctx, grad):
+    weight, arena, slots, tenant_of_row = ctx.saved_tensors
+    grad_input = grad_biases = None
+    if ctx.needs_input_grad[0]:
+        grad_input = _ops.delta_linear_grouped_grad_input(grad, weight, arena, slots, tenant_of_row)
+    if ctx.biases:
+        # A row of the batch adds to the bias that it was given: its slot's, or the base's, which is the last.
+        base = slots.size(0)
+        row = torch.where(tenant_of_row < 0, base, tenant_of_row)
+        grad_biases = grad.new_zeros((base + 1, grad.size(-1)))
+        grad_biases = grad_biases.index_add(0, row, grad.reshape(-1, grad.size(-1)))
+    return grad_input, None, grad_biases, None, None, None
+
+
+def _setup_grad(ctx, inputs, output):
+    _grad, weight, arena, slots, tenant_of_row = inputs
+    ctx.save_for_backward(weight, arena, slots, tenant_of_row)
+
+
+def _backward_grad(ctx, grad):
+    # Linear in its argument: the gradient of x @ W is grad @ W^T.
+    weight, arena, slots, tenant_of_row = ctx.saved_tensors
+    grad = _ops.delta_linear_grouped(grad, weight, None, arena, slots, tenant_of_row)
+    return grad, None, None, None, None
+
+
+torch.library.register_autograd("xorz::delta_linear_grouped", _backward_linear, setup_context=_setup_linear)
+torch.library.register_autograd(
+    "xorz::delta_linear_grouped_grad_input", _backward_grad, setup_context=_setup_grad
+)
+
+
+def delta_linear_grouped(
+    input: Tensor,
+    weight: Tensor,
+    arena: Tensor,
+    slots: Tensor,
+    tenant_of_row: Tensor,
+    biases: Tensor | None = None,
+    *,
+    mode: str = "fast",
+) -> Tensor:
+    """`delta_linear` of a batch whose rows belong to different tenants of one base, in one pass over the base.
+
+    Args:
+        input: `[..., k]`, float32, bfloat16 or float16.
+        weight: the base, `[n, k]`, contiguous, of the same dtype, or its bits as int32 or int16.
+        arena: 1-D uint8, contiguous: the tenants' resident deltas (see `delta_encode`) side by side. It may hold
+            others too, and be larger than memory: only bytes of slots that `tenant_of_row` uses are read.
+        slots: int64 `[s, 2]`: byte offset (a multiple of 64) and length in the arena of each tenant's delta. Length 0
+            is an empty slot: that tenant's weights are the base's own.
+        tenant_of_row: int32, a slot for each row of `input` flattened to `[rows, k]`; -1 is the base.
+        biases: `[s + 1, n]`, same dtype, the base's bias last. Any stride from row to row, 0 included.
+        mode: "fast"; "deterministic" (a row's bits are those of `delta_linear` on that row alone, whatever the batch,
+            the other tenants and the threads); "exact" (the rows of a tenant, in their order, are bit-identical to
+            `torch.nn.functional.linear` on its fine-tuned weights).
+
+    Returns:
+        `[..., n]`. Gradients flow to `input` and `biases`; weight and deltas are frozen. Slots and arena that a
+        backward pass still needs must not change before it.
+
+    Raises:
+        RuntimeError: naming the argument, the row or the slot, and both values, where something does not fit.
+    """
+    _no_cuda("delta_linear_grouped", input, weight, biases, arena, slots, tenant_of_row)
+    return _ops.delta_linear_grouped(input, weight, biases, arena, slots, tenant_of_row, mode=mode)
+
+
+def delta_linear_grouped_grad_input(
+    grad: Tensor, weight: Tensor, arena: Tensor, slots: Tensor, tenant_of_row: Tensor
+) -> Tensor:
+    """The gradient of `delta_linear_grouped` for its input: `grad [..., n]`, row by row with its tenant's weights."""
+    _no_cuda("delta_linear_grouped_grad_input", grad, weight, arena, slots, tenant_of_row)
+    return _ops.delta_linear_grouped_grad_input(grad, weight, arena, slots, tenant_of_row)

@@ -1,0 +1,199 @@
+//! `delta_linear_grouped` and its gradient: one batch, many tenants on one base.
+
+use super::arena::{Arena, Tenants};
+use super::dispatch::{Isa, Visitor};
+use super::exec::Executor;
+use super::float::{Float, with_float};
+use super::simd::Simd;
+use super::weights::Weights;
+use super::{Mode, check_words, grad, linear};
+use crate::error::{Error, Result};
+use crate::matrix::{Matrix, Shape};
+
+/// One bias for each slot and one for the base, some bytes apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Biases<'a> {
+    /// `[slots + 1, n]` words of the base's dtype, the base's last; any alignment.
+    pub bytes: &'a [u8],
+    /// Bytes from row to row; 0 where all are one.
+    pub stride: usize,
+}
+
+impl<'a> Biases<'a> {
+    fn check(&self, slots: usize, len: usize) -> Result<()> {
+        let want = slots.checked_mul(self.stride).and_then(|at| at.checked_add(len));
+        if want == Some(self.bytes.len()) {
+            return Ok(());
+        }
+        Err(Error::mismatch(format!(
+            "biases have {} bytes, but {} rows of {len} bytes, {} apart, take {want:?}",
+            self.bytes.len(),
+            slots + 1,
+            self.stride
+        )))
+    }
+
+    fn row(&self, row: usize, len: usize) -> &'a [u8] {
+        &self.bytes[row * self.stride..][..len]
+    }
+}
+
+/// What [`delta_linear_grouped`] multiplies.
+#[derive(Clone, Copy, Debug)]
+pub struct GroupedArgs<'a> {
+    /// x, `[m, k]` words of the base's dtype, any alignment.
+    pub x: &'a [u8],
+    /// Rows of x.
+    pub m: usize,
+    /// The base, `[n, k]` of f32, bf16 or f16, any alignment.
+    pub base: Matrix<'a>,
+    /// The tenants' deltas. Base digests are not checked here.
+    pub arena: Arena<'a>,
+    /// Which slot each row of x belongs to; -1 is the base.
+    pub tenant_of_row: &'a [i32],
+    /// Biases, if there are any.
+    pub biases: Option<Biases<'a>>,
+    /// The order of summing.
+    pub mode: Mode,
+}
+
+/// [`delta_linear`](super::delta_linear) of many tenants at once: row i of `out [m, n]` is what it gives for row i of x
+/// with the delta and the bias of row i's tenant; an empty slot and -1 stand for the base's own weights.
+///
+/// The rows of a tenant are computed in the order of the batch. With [`Mode::Deterministic`] a row's bits are those of
+/// [`delta_linear`](super::delta_linear) on that row alone, whatever else is in the batch; with [`Mode::Fast`] they are
+/// within the same bound and depend on the map, never on another row's values. The decode path of results that are not
+/// finite is taken row by row.
+///
+/// # Errors
+/// As [`delta_linear`](super::delta_linear); `InvalidArgument` for a slot outside of the arena or a tenant that does
+/// not exist. Only slots that a row uses are looked at.
+pub fn delta_linear_grouped(args: &GroupedArgs<'_>, out: &mut [u8], exec: &dyn Executor) -> Result<()> {
+    delta_linear_grouped_on(Isa::active()?, args, out, exec)
+}
+
+/// [`delta_linear_grouped`] on an instruction set of the caller's choice, for tests and benchmarks.
+///
+/// # Errors
+/// As [`delta_linear_grouped`]; `Unsupported` if the machine lacks `isa`.
+pub fn delta_linear_grouped_on(
+    isa: Isa,
+    args: &GroupedArgs<'_>,
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    struct Call<'a, 'b>(&'a GroupedArgs<'b>, &'a mut [u8], &'a dyn Executor);
+    impl Visitor for Call<'_, '_> {
+        type Out = Result<()>;
+        fn visit<S: Simd>(self, s: S) -> Result<()> {
+            with_float!(self.0.base.dtype(), D => linear_groups::<S, D>(s, self.0, self.1, self.2))
+        }
+    }
+    isa.with(Call(args, out, exec))?
+}
+
+fn linear_groups<S: Simd, D: Float>(
+    s: S,
+    args: &GroupedArgs<'_>,
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    let Shape { n, k } = args.base.shape();
+    let dtype = args.base.dtype();
+    check_words("x", args.x, Shape { n: args.m, k }, dtype)?;
+    check_words("out", out, Shape { n: args.m, k: n }, dtype)?;
+    let slots = args.arena.slots.len();
+    args.biases.map_or(Ok(()), |b| b.check(slots, n * D::BYTES))?;
+    let tenants = Tenants::new(args.tenant_of_row, args.m, slots)?;
+    if !out.is_empty() {
+        D::share(out, "out")?;
+    }
+    let (row, column) = (k * D::BYTES, n * D::BYTES);
+    for (slot, rows) in tenants.groups() {
+        let delta = slot.map_or(Ok(None), |slot| args.arena.delta(slot, &args.base))?;
+        let rows = &tenants.order()[rows];
+        if column == 0 {
+            continue;
+        }
+        let x: Vec<u8> = rows.iter().flat_map(|r| &args.x[r * row..(r + 1) * row]).copied().collect();
+        let mut part = vec![0u32; (rows.len() * column).div_ceil(4)];
+        let part = &mut bytemuck::cast_slice_mut::<u32, u8>(&mut part)[..rows.len() * column];
+        let weights = Weights::new(args.base, delta.as_ref());
+        let bias = args.biases.map(|b| b.row(slot.unwrap_or(slots), column));
+        let call = linear::Call { x: &x, m: rows.len(), weights, bias, mode: args.mode };
+        linear::run::<S, D>(s, &call, part, exec)?;
+        for (row, part) in rows.iter().zip(part.chunks_exact(column)) {
+            out[row * column..(row + 1) * column].copy_from_slice(part);
+        }
+    }
+    Ok(())
+}
+
+/// What [`delta_linear_grouped_grad_input`] multiplies.
+#[derive(Clone, Copy, Debug)]
+pub struct GroupedGradArgs<'a> {
+    /// The gradient of the output, `[m, n]` words of the base's dtype, any alignment.
+    pub grad: &'a [u8],
+    /// Rows of `grad`.
+    pub m: usize,
+    /// As in [`GroupedArgs`].
+    pub base: Matrix<'a>,
+    /// As in [`GroupedArgs`].
+    pub arena: Arena<'a>,
+    /// As in [`GroupedArgs`].
+    pub tenant_of_row: &'a [i32],
+}
+
+/// [`delta_linear_grad_input`](super::delta_linear_grad_input) of many tenants at once: row i of `out [m, k]` has the
+/// bits that it gives for row i of grad with row i's tenant.
+///
+/// # Errors
+/// As [`delta_linear_grouped`].
+pub fn delta_linear_grouped_grad_input(
+    args: &GroupedGradArgs<'_>,
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    struct Call<'a, 'b>(&'a GroupedGradArgs<'b>, &'a mut [u8], &'a dyn Executor);
+    impl Visitor for Call<'_, '_> {
+        type Out = Result<()>;
+        fn visit<S: Simd>(self, s: S) -> Result<()> {
+            with_float!(self.0.base.dtype(), D => grad_groups::<S, D>(s, self.0, self.1, self.2))
+        }
+    }
+    Isa::active()?.with(Call(args, out, exec))?
+}
+
+fn grad_groups<S: Simd, D: Float>(
+    s: S,
+    args: &GroupedGradArgs<'_>,
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    let Shape { n, k } = args.base.shape();
+    let dtype = args.base.dtype();
+    check_words("grad", args.grad, Shape { n: args.m, k: n }, dtype)?;
+    check_words("out", out, Shape { n: args.m, k }, dtype)?;
+    let tenants = Tenants::new(args.tenant_of_row, args.m, args.arena.slots.len())?;
+    if !out.is_empty() {
+        D::share(out, "out")?;
+    }
+    let (row, column) = (n * D::BYTES, k * D::BYTES);
+    for (slot, rows) in tenants.groups() {
+        let delta = slot.map_or(Ok(None), |slot| args.arena.delta(slot, &args.base))?;
+        let rows = &tenants.order()[rows];
+        if column == 0 {
+            continue;
+        }
+        let grad: Vec<u8> = rows.iter().flat_map(|r| &args.grad[r * row..(r + 1) * row]).copied().collect();
+        let mut part = vec![0u32; (rows.len() * column).div_ceil(4)];
+        let part = &mut bytemuck::cast_slice_mut::<u32, u8>(&mut part)[..rows.len() * column];
+        let weights = Weights::new(args.base, delta.as_ref());
+        let job = grad::Job { grad: &grad, m: rows.len(), weights, out: D::share(part, "out")? };
+        grad::run::<S, D>(s, &job, exec)?;
+        for (row, part) in rows.iter().zip(part.chunks_exact(column)) {
+            out[row * column..(row + 1) * column].copy_from_slice(part);
+        }
+    }
+    Ok(())
+}
