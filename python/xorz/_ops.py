@@ -1,6 +1,6 @@
-"""The ops of `torch.ops.xorz` as functions, with what torch needs to trace and differentiate them.
+"""The ops of `torch.ops.xorz` as functions, and their shapes without data (fakes), which torch traces with.
 
-Shapes without data (fakes) and gradients are Python here and nowhere else; the kernels are in the library.
+Gradients and vmap are in `_transforms`; the kernels are in the library.
 """
 
 from collections.abc import Sequence
@@ -8,17 +8,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _library, _transforms  # noqa: F401
 
 _library.load()
 _ops = torch.ops.xorz
 
 
-def _float_dtype(weight: Tensor, input: Tensor) -> torch.dtype:
-    return weight.dtype if weight.dtype.is_floating_point else input.dtype
+_BITS = {torch.int32: (torch.float32,), torch.int16: (torch.bfloat16, torch.float16)}
+_MODES = ("fast", "deterministic", "exact")
+
+
+def _same_device(op: str, **tensors: Tensor | None) -> None:
+    (first, like), *others = ((name, t) for name, t in tensors.items() if t is not None)
+    for name, t in others:
+        torch._check(
+            t.device == like.device,
+            lambda name=name, t=t: f"xorz::{op}: {name} is on {t.device}, but {first} is on {like.device}",
+        )
 
 
 def _check_linear(op: str, name: str, rows: Tensor, weight: Tensor, delta: Tensor, dim: int) -> None:
+    _same_device(op, **{name: rows}, weight=weight, delta=delta)
     torch._check(
         weight.dim() == 2, lambda: f"xorz::{op}: weight must be 2-D [n, k], but has {weight.dim()} dimensions"
     )
@@ -30,7 +40,7 @@ def _check_linear(op: str, name: str, rows: Tensor, weight: Tensor, delta: Tenso
         ),
     )
     torch._check(
-        rows.dtype == _float_dtype(weight, rows),
+        rows.dtype in _BITS.get(weight.dtype, (weight.dtype,)),
         lambda: f"xorz::{op}: {name} is {rows.dtype}, but weight is {weight.dtype}",
     )
     _check_delta(op, delta)
@@ -48,6 +58,11 @@ def _check_delta(op: str, delta: Tensor, name: str = "delta") -> None:
 @torch.library.register_fake("xorz::delta_linear")
 def _(input, weight, bias, delta, *, mode="fast"):
     _check_linear("delta_linear", "input", input, weight, delta, 1)
+    torch._check(
+        mode in _MODES,
+        lambda: f'xorz::delta_linear: mode must be "fast", "deterministic" or "exact", but is "{mode}"',
+    )
+    _same_device("delta_linear", input=input, bias=bias)
     if bias is not None:
         torch._check(
             bias.dim() == 1 and bias.size(0) == weight.size(0) and bias.dtype == input.dtype,
@@ -112,37 +127,6 @@ def _(deltas, bases, dim):
     return _bytes_of_unknown_length(deltas[0])
 
 
-def _setup_linear(ctx, inputs, keyword_only_inputs, output):
-    _input, weight, bias, delta = inputs
-    ctx.save_for_backward(weight, delta)
-    ctx.bias = bias is not None and bias.requires_grad
-
-
-def _backward_linear(ctx, grad):
-    weight, delta = ctx.saved_tensors
-    grad_input = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_input = _ops.delta_linear_grad_input(grad, weight, delta)
-    if ctx.bias:
-        grad_bias = grad.reshape(-1, grad.size(-1)).sum(0)
-    return grad_input, None, grad_bias, None
-
-
-def _setup_grad(ctx, inputs, output):
-    _grad, weight, delta = inputs
-    ctx.save_for_backward(weight, delta)
-
-
-def _backward_grad(ctx, grad):
-    # Linear in its argument: the gradient of x @ W is grad @ W^T.
-    weight, delta = ctx.saved_tensors
-    return _ops.delta_linear(grad, weight, None, delta), None, None
-
-
-torch.library.register_autograd("xorz::delta_linear", _backward_linear, setup_context=_setup_linear)
-torch.library.register_autograd("xorz::delta_linear_grad_input", _backward_grad, setup_context=_setup_grad)
-
-
 def _no_cuda(op: str, *tensors: Tensor | None) -> None:
     for t in tensors:
         if t is not None and t.device.type == "cuda":
@@ -163,10 +147,13 @@ def delta_linear(
             `torch.nn.functional.linear` on the fine-tuned weights; float32 builds one transient matrix for it).
 
     Returns:
-        `[..., n]`. Gradients flow to `input` and `bias`; the weight is frozen.
+        `[..., n]`. Gradients flow to `input` and `bias`, in reverse and forward mode; the weight is frozen.
+
+    Under `torch.func.vmap` a batch of inputs is one call on more rows; a batch of weights, deltas or biases is a loop of calls.
 
     Raises:
-        RuntimeError: naming the argument and both values, where shapes, dtypes, devices or the delta do not fit.
+        RuntimeError: naming the argument and both values, where shapes, dtypes, devices or the delta do not fit, or where
+            `weight` requires grad in grad mode.
     """
     _no_cuda("delta_linear", input, weight, delta, bias)
     return _ops.delta_linear(input, weight, bias, delta, mode=mode)
@@ -179,13 +166,16 @@ def delta_linear_grad_input(grad: Tensor, weight: Tensor, delta: Tensor) -> Tens
 
 
 def delta_restore(base: Tensor, delta: Tensor) -> Tensor:
-    """The fine-tuned tensor, bit for bit; of `base`'s shape and dtype (bits for bits)."""
+    """The fine-tuned tensor, bit for bit; of `base`'s shape and dtype (bits for bits). No gradient flows through it."""
     _no_cuda("delta_restore", base, delta)
     return _ops.delta_restore(base, delta)
 
 
 def delta_apply_(weight: Tensor, delta: Tensor) -> Tensor:
-    """Turn `weight` from base into fine-tune, in place, and give it back. Its digest is checked first."""
+    """Turn `weight` from base into fine-tune, in place, and give it back. Its digest is checked first.
+
+    RuntimeError if it is another base, or requires grad in grad mode.
+    """
     _no_cuda("delta_apply_", weight, delta)
     _ops.delta_apply_(weight, delta)
     return weight

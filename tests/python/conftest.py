@@ -56,6 +56,21 @@ def make_delta(base: torch.Tensor, encoding: str, seed: int = 1) -> tuple[torch.
     return tuned, delta
 
 
+def bound(x: torch.Tensor, tuned: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Generous for one output: the summation's own error, and two roundings to the dtype."""
+    total = x.double().abs() @ tuned.double().abs().T
+    if bias is not None:
+        total = total + bias.double().abs()
+    return total * (tuned.shape[1] + 8) * 2.0**-23 + total * 2 * torch.finfo(x.dtype).eps + 1e-30
+
+
+def close(y: torch.Tensor, x: torch.Tensor, tuned: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    want = x.double() @ tuned.double().T
+    if bias is not None:
+        want = want + bias.double()
+    return y.shape == want.shape and bool(((y.double() - want).abs() <= bound(x, tuned, bias)).all())
+
+
 @pytest.fixture(params=ENCODINGS)
 def encoding(request: pytest.FixtureRequest) -> str:
     return request.param

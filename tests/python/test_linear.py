@@ -235,43 +235,6 @@ def test_gradient_checkpointing_and_hooks_see_an_ordinary_module():
     assert torch.equal(plain, again) and len(seen) >= 2
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_is_whole_dynamic_and_trains(backend):
-    linear, _, module = layer(dtype=torch.float32)
-    model = nn.Sequential(module, nn.ReLU())
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
-    for m in (2, 3, 17):
-        x = torch.randn(m, 40, requires_grad=True)
-        a, b = compiled(x), model(x)
-        assert torch.equal(a, b)
-        ga, gb = (torch.autograd.grad(v.square().sum(), (x, linear.bias)) for v in (a, b))
-        for g, h in zip(ga, gb, strict=True):
-            torch.testing.assert_close(g, h)
-
-
-def test_compile_under_autocast():
-    _, _, module = layer(dtype=torch.bfloat16)
-    torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    x = torch.randn(3, 40)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert same_bits(compiled(x), module(x))
-
-
-def test_export_keeps_a_dynamic_batch():
-    _, _, module = layer(dtype=torch.float32)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(module, (torch.randn(3, 40),), dynamic_shapes=({0: batch},))
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    loaded = torch.export.load(file).module()
-    for m in (1, 3, 40):
-        x = torch.randn(m, 40)
-        assert torch.equal(loaded(x), module(x))
-
-
 def test_modes_and_gradients_agree_on_exact_sums():
     base = torch.randint(-4, 5, (30, 50), generator=torch.Generator().manual_seed(1)).float()
     tuned = base.clone()
