@@ -2,10 +2,13 @@
 // both values that disagree, holds no path of the build machine, and comes before anything of aten is called.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/Layout.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <iterator>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -44,9 +47,34 @@ inline constexpr DtypeRow kDtypes[] = {
     {ScalarType::Long, 15, 8, "int64"},
 };
 
-inline const DtypeRow* find_dtype(ScalarType type) {
+// Dtypes that torch has and the core has not, for sentences.
+inline constexpr struct {
+  ScalarType torch;
+  const char* name;
+} kForeignDtypes[] = {
+    {ScalarType::ComplexHalf, "complex32"},
+    {ScalarType::ComplexFloat, "complex64"},
+    {ScalarType::ComplexDouble, "complex128"},
+    {ScalarType::QInt8, "qint8 (quantised)"},
+    {ScalarType::QUInt8, "quint8 (quantised)"},
+    {ScalarType::QInt32, "qint32 (quantised)"},
+    {ScalarType::QUInt4x2, "quint4x2 (quantised)"},
+    {ScalarType::QUInt2x4, "quint2x4 (quantised)"},
+    {ScalarType::Float8_e5m2fnuz, "float8_e5m2fnuz"},
+    {ScalarType::Float8_e4m3fnuz, "float8_e4m3fnuz"},
+};
+
+// torch's own number of the dtype: Tensor::scalar_type throws at those that the stable ABI does not know.
+inline int32_t dtype_number(const Tensor& t) {
+  int32_t number = -1;
+  aoti_torch_get_dtype(t.get(), &number);
+  return number;
+}
+
+inline const DtypeRow* find_dtype(const Tensor& t) {
+  const int32_t number = dtype_number(t);
   for (const DtypeRow& row : kDtypes)
-    if (row.torch == type) return &row;
+    if (static_cast<int32_t>(row.torch) == number) return &row;
   return nullptr;
 }
 
@@ -61,11 +89,33 @@ inline std::string shape_text(const Tensor& t) {
 }
 
 inline std::string type_text(const Tensor& t) {
-  const DtypeRow* row = find_dtype(t.scalar_type());
-  return row ? row->name : "a dtype that xorz does not know";
+  if (const DtypeRow* row = find_dtype(t)) return row->name;
+  const int32_t number = dtype_number(t);
+  for (const auto& row : kForeignDtypes)
+    if (static_cast<int32_t>(row.torch) == number) return row.name;
+  return "torch's dtype number " + std::to_string(number);
 }
 
 inline std::string text(const Tensor& t) { return type_text(t) + " " + shape_text(t); }
+
+// How the tensor lies in memory, where that is not plain strides: "sparse COO", ...; else empty.
+inline std::string layout_text(const Tensor& t) {
+  static constexpr const char* names[] = {"",           "sparse COO", "sparse CSR", "MKL-DNN",
+                                          "sparse CSC", "sparse BSR", "sparse BSC", "jagged"};
+  int32_t layout = 0;
+  aoti_torch_get_layout(t.get(), &layout);
+  const bool known = layout >= 0 && static_cast<size_t>(layout) < std::size(names);
+  return known ? names[layout] : "torch's layout number " + std::to_string(layout);
+}
+
+inline std::string device_text(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  if (t.is_cuda()) return "cuda:" + std::to_string(t.get_device_index());
+  int32_t type = -1;
+  aoti_torch_get_device_type(t.get(), &type);
+  return type == aoti_torch_device_type_meta() ? "meta"
+                                               : "torch's device type number " + std::to_string(type);
+}
 
 // One op's arguments; `op` opens every sentence.
 struct Checks {
@@ -77,13 +127,16 @@ struct Checks {
     if (!ok) refuse(sentence);
   }
 
-  // On the CPU, of a dtype that the core knows.
+  // Dense, on the CPU, of a dtype that the core knows.
   const DtypeRow& known(const char* name, const Tensor& t) const {
+    if (!t.defined()) refuse(std::string(name) + " must be a tensor, but is None");
+    if (const std::string layout = layout_text(t); !layout.empty())
+      refuse(std::string(name) + " must be a dense tensor, but is " + layout + " " + text(t));
     if (!t.is_cpu())
-      refuse(std::string(name) +
-             " is not on the CPU, but another argument is; this build has no CUDA kernels");
-    const DtypeRow* row = find_dtype(t.scalar_type());
-    if (!row) refuse(std::string(name) + " has " + type_text(t));
+      refuse(std::string(name) + " is on " + device_text(t) +
+             ", but another argument is on cpu; this build has no CUDA kernels");
+    const DtypeRow* row = find_dtype(t);
+    if (!row) refuse(std::string(name) + " is " + text(t) + ", a dtype that xorz does not know");
     return *row;
   }
 
@@ -94,8 +147,7 @@ struct Checks {
 
   // The bytes of a delta.
   rust::Slice<const uint8_t> delta(const char* name, const Tensor& t) const {
-    known(name, t);
-    if (t.scalar_type() != ScalarType::Byte || t.dim() != 1)
+    if (known(name, t).torch != ScalarType::Byte || t.dim() != 1)
       refuse(std::string(name) + " must be a 1-D uint8 tensor (a resident delta), but is " + text(t));
     contiguous(name, t);
     return {static_cast<const uint8_t*>(t.const_data_ptr()), static_cast<size_t>(t.numel())};
@@ -127,8 +179,9 @@ struct Checks {
   Words base(const char* name, const Tensor& t, const Info& info) const {
     Words words = this->words(name, t);
     const DtypeRow& want = dtype_of_code(info.dtype);
-    const bool bits = t.scalar_type() == ScalarType::Short || t.scalar_type() == ScalarType::Int;
-    if (bits && find_dtype(t.scalar_type())->bytes == want.bytes) words.dtype = info.dtype;
+    const DtypeRow& have = dtype_of_code(words.dtype);
+    const bool bits = have.torch == ScalarType::Short || have.torch == ScalarType::Int;
+    if (bits && have.bytes == want.bytes) words.dtype = info.dtype;
     if (words.dtype != info.dtype || words.n != info.n || words.k != info.k)
       refuse(std::string(name) + " is " + text(t) + ", but the delta is of " + want.name + " [" +
              std::to_string(info.n) + ", " + std::to_string(info.k) + "]");

@@ -41,6 +41,10 @@ const Op kOps[] = {
     {"delta_check", "delta_check(Tensor delta, Tensor base) -> ()", TORCH_BOX(&delta_check_cpu)},
 };
 
+// Tensors of these kinds would get a page of torch's own about backends. The CPU kernels refuse them in words:
+// none of them reads an argument that has no plain strides on the CPU.
+const char* const kRefusing[] = {"SparseCPU", "SparseCsrCPU", "QuantizedCPU", "MkldnnCPU"};
+
 // Survives a second copy of this library in one process, which torch's STABLE_TORCH_LIBRARY does not: that
 // one ignores the refusal and goes on with a wild handle. The first copy serves; torch is told nothing of the
 // second.
@@ -56,21 +60,29 @@ class Registrar {
     }
     bool ok = true;
     for (const Op& op : kOps) ok = aoti_torch_library_def(def_, op.schema) == 0 && ok;
-    if (aoti_torch_library_init_impl("xorz", "CPU", "xorz", 0, &cpu_) != 0) cpu_ = nullptr;
-    for (const Op& op : kOps)
-      ok = cpu_ && torch_library_impl(cpu_, op.name, op.cpu, TORCH_ABI_VERSION) == 0 && ok;
+    ok = implement("CPU") && ok;
+    for (const char* key : kRefusing) ok = implement(key) && ok;
     if (!ok) std::fprintf(stderr, "xorz: this torch refused to register some of the ops\n");
   }
   ~Registrar() {
-    if (cpu_ != nullptr) aoti_torch_delete_library_object(cpu_);
+    for (TorchLibraryHandle impl : impls_) aoti_torch_delete_library_object(impl);
     if (def_ != nullptr) aoti_torch_delete_library_object(def_);
   }
   Registrar(const Registrar&) = delete;
   Registrar& operator=(const Registrar&) = delete;
 
  private:
+  bool implement(const char* key) {
+    TorchLibraryHandle impl = nullptr;
+    if (aoti_torch_library_init_impl("xorz", key, "xorz", 0, &impl) != 0) return false;
+    impls_.push_back(impl);
+    bool ok = true;
+    for (const Op& op : kOps) ok = torch_library_impl(impl, op.name, op.cpu, TORCH_ABI_VERSION) == 0 && ok;
+    return ok;
+  }
+
   TorchLibraryHandle def_ = nullptr;
-  TorchLibraryHandle cpu_ = nullptr;
+  std::vector<TorchLibraryHandle> impls_;
 };
 
 const Registrar registrar;

@@ -59,6 +59,7 @@ struct LinearWeight {
 LinearWeight linear_weight(const Checks& checks, const Tensor& weight, const Tensor& delta) {
   const auto bytes = checks.delta("delta", delta);
   const Info info = checks.info("delta", bytes);
+  checks.known("weight", weight);
   if (weight.dim() != 2) checks.refuse("weight must be 2-D [n, k], but is " + text(weight));
   const DtypeRow& type = dtype_of_code(info.dtype);
   if (info.dtype > 3)
@@ -70,11 +71,11 @@ LinearWeight linear_weight(const Checks& checks, const Tensor& weight, const Ten
 // The left operand: [..., columns] of the weight's dtype. Gives its number of rows.
 size_t check_rows(const Checks& checks, const char* name, const Tensor& t, const DtypeRow& type,
                   size_t columns, const char* columns_name) {
-  checks.known(name, t);
+  const DtypeRow& have = checks.known(name, t);
   if (t.dim() < 1 || t.size(t.dim() - 1) != static_cast<int64_t>(columns))
     checks.refuse(std::string(name) + " is " + text(t) + ", but its last dimension must be " + columns_name +
                   " = " + std::to_string(columns));
-  if (t.scalar_type() != type.torch)
+  if (have.torch != type.torch)
     checks.refuse(std::string(name) + " is " + text(t) + ", but the delta's dtype is " + type.name);
   size_t m = 1;
   for (int64_t i = 0; i + 1 < t.dim(); ++i) m *= static_cast<size_t>(t.size(i));
@@ -92,9 +93,9 @@ Tensor delta_linear_cpu(const Tensor& input, const Tensor& weight, const std::op
   const size_t m = check_rows(checks, "input", input, *w.type, w.weight.k, "weight.shape[1]");
   std::optional<Tensor> plain_bias;
   if (bias) {
-    checks.known("bias", *bias);
+    const DtypeRow& bias_type = checks.known("bias", *bias);
     if (bias->dim() != 1 || bias->size(0) != static_cast<int64_t>(w.weight.n) ||
-        bias->scalar_type() != w.type->torch)
+        bias_type.torch != w.type->torch)
       checks.refuse("bias is " + text(*bias) + ", but must be " + w.type->name + " [" +
                     std::to_string(w.weight.n) + "]");
     plain_bias = torch::stable::contiguous(*bias);

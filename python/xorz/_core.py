@@ -205,7 +205,7 @@ def delta_info(delta: Tensor) -> DeltaInfo:
         raise ValueError(
             f"delta must be a 1-D uint8 tensor (a resident delta), but is {delta.dtype} {list(delta.shape)}"
         )
-    host, info = delta.detach().cpu().contiguous(), _Info()
+    host, info = on_host("delta", delta), _Info()
     _call("xorz_delta_info", host.data_ptr(), host.numel(), byref(info))
     return DeltaInfo(
         _ENCODINGS[info.encoding],
@@ -228,7 +228,8 @@ def on_host(name: str, tensor: Any) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, but is {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        raise TypeError(f"{name} must be a dense tensor with data")
+        what = f"{tensor.dtype} {tensor.layout} on {tensor.device}"
+        raise TypeError(f"{name} must be a dense tensor with data, but is {what}")
     return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
 
 

@@ -46,6 +46,19 @@ def _check_linear(op: str, name: str, rows: Tensor, weight: Tensor, delta: Tenso
     _check_delta(op, delta)
 
 
+def _check_devices(op: str, **tensors: Tensor | None) -> None:
+    """A fake that takes tensors of several devices would answer with memory that nobody wrote."""
+    given = {name: t.device for name, t in tensors.items() if t is not None}
+    first, device = next(iter(given.items()))
+    strays = [name for name, other in given.items() if other != device]
+    torch._check(
+        not strays,
+        lambda: (
+            f"xorz::{op}: {first} is on {device}, but {strays[0]} is on {given[strays[0]]}; all must be on one device"
+        ),
+    )
+
+
 def _check_delta(op: str, delta: Tensor, name: str = "delta") -> None:
     torch._check(
         delta.dim() == 1 and delta.dtype == torch.uint8,
@@ -57,6 +70,7 @@ def _check_delta(op: str, delta: Tensor, name: str = "delta") -> None:
 
 @torch.library.register_fake("xorz::delta_linear")
 def _(input, weight, bias, delta, *, mode="fast"):
+    _check_devices("delta_linear", input=input, weight=weight, bias=bias, delta=delta)
     _check_linear("delta_linear", "input", input, weight, delta, 1)
     torch._check(
         mode in _MODES,
@@ -73,33 +87,42 @@ def _(input, weight, bias, delta, *, mode="fast"):
 
 @torch.library.register_fake("xorz::delta_linear_grad_input")
 def _(grad, weight, delta):
+    _check_devices("delta_linear_grad_input", grad=grad, weight=weight, delta=delta)
     _check_linear("delta_linear_grad_input", "grad", grad, weight, delta, 0)
     return grad.new_empty((*grad.shape[:-1], weight.size(1)))
 
 
 @torch.library.register_fake("xorz::delta_restore")
 def _(base, delta):
+    _check_devices("delta_restore", base=base, delta=delta)
     _check_delta("delta_restore", delta)
     return torch.empty_like(base, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("xorz::delta_apply_")
 def _(weight, delta):
+    _check_devices("delta_apply_", weight=weight, delta=delta)
     _check_delta("delta_apply_", delta)
 
 
 @torch.library.register_fake("xorz::delta_check")
 def _(delta, base):
+    _check_devices("delta_check", delta=delta, base=base)
     _check_delta("delta_check", delta)
 
 
-def _bytes_of_unknown_length(like: Tensor) -> Tensor:
+def _bytes_of_unknown_length(op: str, like: Tensor) -> Tensor:
+    torch._check(
+        type(like) is not Tensor,
+        lambda: f"xorz::{op}: the length of its result follows from values, which meta tensors have not",
+    )
     length = torch.library.get_ctx().new_dynamic_size(min=0)
     return like.new_empty(length, dtype=torch.uint8)
 
 
 @torch.library.register_fake("xorz::delta_encode")
 def _(base, fine_tuned, *, prefer="speed"):
+    _check_devices("delta_encode", base=base, fine_tuned=fine_tuned)
     torch._check(
         base.dtype == fine_tuned.dtype and base.dim() == fine_tuned.dim(),
         lambda: (
@@ -107,13 +130,14 @@ def _(base, fine_tuned, *, prefer="speed"):
             f"but fine_tuned is {fine_tuned.dtype} of {fine_tuned.dim()}"
         ),
     )
-    return _bytes_of_unknown_length(base)
+    return _bytes_of_unknown_length("delta_encode", base)
 
 
 @torch.library.register_fake("xorz::delta_slice")
 def _(delta, base, dim, start, end):
+    _check_devices("delta_slice", delta=delta, base=base)
     _check_delta("delta_slice", delta)
-    return _bytes_of_unknown_length(delta)
+    return _bytes_of_unknown_length("delta_slice", delta)
 
 
 @torch.library.register_fake("xorz::delta_concat")
@@ -122,9 +146,13 @@ def _(deltas, bases, dim):
         len(deltas) == len(bases) and len(deltas) > 0,
         lambda: f"xorz::delta_concat: there are {len(deltas)} deltas, but {len(bases)} bases",
     )
+    numbered = {
+        f"{name}[{i}]": t for name, ts in (("deltas", deltas), ("bases", bases)) for i, t in enumerate(ts)
+    }
+    _check_devices("delta_concat", **numbered)
     for i, delta in enumerate(deltas):
         _check_delta("delta_concat", delta, f"deltas[{i}]")
-    return _bytes_of_unknown_length(deltas[0])
+    return _bytes_of_unknown_length("delta_concat", deltas[0])
 
 
 def _no_cuda(op: str, *tensors: Tensor | None) -> None:

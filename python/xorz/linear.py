@@ -55,6 +55,10 @@ class XorDeltaLinear(nn.Module):
     def _fill(self, weight: Tensor, delta: Tensor, mode: str) -> None:
         if weight.dtype not in _BITS:
             raise TypeError(f"weight must be float32, bfloat16 or float16, but is {weight.dtype}")
+        if weight.layout != torch.strided:
+            raise TypeError(f"weight must be a dense tensor, but is {weight.layout}")
+        if weight.is_neg():
+            raise ValueError("weight is a negated view, its memory holds other words; call .resolve_neg()")
         if mode not in _MODES:
             raise ValueError(f"mode must be one of {', '.join(_MODES)}, but is {mode!r}")
         self.out_features, self.in_features = weight.shape
@@ -104,6 +108,16 @@ class XorDeltaLinear(nn.Module):
         if self.bias is not None:
             out.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return out.train(self.training)
+
+    def check_base(self) -> None:
+        """Validate the delta in full, and that `weight_bits` still is its base: nobody has trained or changed it since.
+
+        Products do not look, since this reads and decodes everything: about ten times the work of one row's product.
+
+        Raises:
+            ValueError: the delta is damaged, or the base has changed; both digests are named.
+        """
+        _check(self.delta, self.weight)
 
     @property
     def weight(self) -> Tensor:
