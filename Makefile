@@ -54,7 +54,15 @@ test-capi: build
 	build/capi/test_capi build/capi
 
 test-python: build
+	@$(MAKE) --no-print-directory build/serve/serve
 	$(PY) -m pytest
+
+# The C++ program of docs/serving.md, against the torch of the environment.
+build/serve/serve: examples/serve.cpp examples/CMakeLists.txt $(wildcard $(VENV)/lib/python3*/site-packages/torch/version.py)
+	PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S examples -B build/serve -G Ninja \
+	  -DPython_EXECUTABLE="$(abspath $(PY))" --log-level=WARNING
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(NICE) cmake --build build/serve -- --quiet
+	@touch $@
 
 # Not part of test: minutes of emulation, and Debian's packages. For machines without AVX-512.
 test-avx512:
@@ -67,14 +75,14 @@ lint: $(REQUIREMENTS)
 	RUSTDOCFLAGS="-D warnings" $(NICE) $(CARGO) doc --locked --quiet --no-deps --lib
 	$(PY) -m ruff check $(PYTHON_LINTED)
 	$(PY) -m ruff format --check $(PYTHON_LINTED)
-	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests -name '*.c' -o -name '*.cpp' -o -name '*.h')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests examples -name '*.c' -o -name '*.cpp' -o -name '*.h')
 	@echo "lint: all clean"
 
 format: $(REQUIREMENTS)
 	$(CARGO) fmt
 	$(PY) -m ruff check --fix-only --quiet $(PYTHON_LINTED)
 	$(PY) -m ruff format --quiet $(PYTHON_LINTED)
-	$(VENV)/bin/clang-format -i $$(find csrc tests -name '*.c' -o -name '*.cpp' -o -name '*.h')
+	$(VENV)/bin/clang-format -i $$(find csrc tests examples -name '*.c' -o -name '*.cpp' -o -name '*.h')
 
 bench: build
 	$(PY) benches/bench.py

@@ -11,7 +11,7 @@ from . import _torch as _torch  # first: it says in words that torch is missing
 from . import _core
 from ._core import DeltaInfo, delta_info
 from ._grouped import delta_linear_grouped, delta_linear_grouped_grad_input
-from ._library import library_path
+from ._library import include_path, library_path
 from ._ops import (
     delta_apply_,
     delta_check,
@@ -45,6 +45,7 @@ __all__ = [
     "delta_restore",
     "delta_slice",
     "diff",
+    "include_path",
     "inspect",
     "library_path",
     "load_deltas",

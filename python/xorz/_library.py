@@ -1,4 +1,4 @@
-"""Where the native library is, and loading it once. Knows nothing of the ops it brings."""
+"""Where the native library and its header are, and loading it once. Knows nothing of the ops it brings."""
 
 import ctypes
 from pathlib import Path
@@ -7,6 +7,9 @@ import torch
 
 library_path = Path(__file__).with_name("libxorz_torch.so")
 """The library with the ops and the C ABI; pass it to `torch.ops.load_library` where this package is not imported."""
+
+include_path = Path(__file__).with_name("include")
+"""The folder with the header of the C ABI, `xorz.h`."""
 
 
 def load() -> ctypes.CDLL:

@@ -1,0 +1,46 @@
+"""`python -m xorz`: where the library and its header are, for build scripts; other words go to the `xorz` command."""
+
+import os
+import sys
+import sysconfig
+from collections.abc import Sequence
+
+from . import __version__, include_path, library_path
+
+_HELP = """usage: python -m xorz --library-path | --include-path | --version
+       python -m xorz COMMAND ...
+
+  --library-path  the library for torch.ops.load_library, dlopen, and C programs
+  --include-path  the folder of xorz.h, the header of its C ABI
+  --version       the version of the library
+  COMMAND         one of the xorz command: pack, unpack, verify, inspect, ... (see xorz --help)
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print what was asked for, or become the `xorz` command; gives the exit code."""
+    answers = {
+        "--library-path": library_path,
+        "--include-path": include_path,
+        "--version": f"xorz {__version__}",
+        "--help": _HELP.rstrip(),
+        "-h": _HELP.rstrip(),
+    }
+    first = arguments[0] if arguments else "--help"
+    if first in answers and len(arguments) < 2:
+        print(answers[first])
+        return 0
+    if first.startswith("-"):
+        unknown = arguments[1] if first in answers else first
+        print(f"xorz: unexpected argument {unknown!r}\n\n{_HELP}", end="", file=sys.stderr)
+        return 2
+    command = os.path.join(sysconfig.get_path("scripts"), "xorz")
+    try:
+        os.execv(command, [command, *arguments])
+    except OSError as error:
+        print(f"xorz: the xorz command cannot be run ({error.strerror}): {command}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
