@@ -50,6 +50,7 @@ Operands grouped(const Checks& checks, const char* name, const Tensor& rows, int
   g.type = &checks.known(name, rows);
   if (g.type->code > 3)
     checks.refuse(std::string(name) + " is " + text(rows) + "; only float32, bfloat16 and float16 compute");
+  checks.known("weight", weight);
   if (weight.dim() != 2) checks.refuse("weight must be 2-D [n, k], but is " + text(weight));
   g.weight = checks.words("weight", weight);
   const bool bits = weight.scalar_type() == ScalarType::Short || weight.scalar_type() == ScalarType::Int;

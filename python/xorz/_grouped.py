@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._ops import _no_cuda, _ops
+from ._ops import _check_devices, _no_cuda, _ops
 
 
 def _check_grouped(
@@ -62,6 +62,15 @@ def _check_grouped(
 @torch.library.register_fake("xorz::delta_linear_grouped")
 def _(input, weight, biases, arena, slots, tenant_of_row, *, mode="fast"):
     op = "delta_linear_grouped"
+    _check_devices(
+        op,
+        input=input,
+        weight=weight,
+        biases=biases,
+        arena=arena,
+        slots=slots,
+        tenant_of_row=tenant_of_row,
+    )
     _check_grouped(op, "input", input, weight, arena, slots, tenant_of_row, 1)
     if biases is not None:
         torch._check(
@@ -89,6 +98,7 @@ def _(input, weight, biases, arena, slots, tenant_of_row, *, mode="fast"):
 @torch.library.register_fake("xorz::delta_linear_grouped_grad_input")
 def _(grad, weight, arena, slots, tenant_of_row):
     op = "delta_linear_grouped_grad_input"
+    _check_devices(op, grad=grad, weight=weight, arena=arena, slots=slots, tenant_of_row=tenant_of_row)
     _check_grouped(op, "grad", grad, weight, arena, slots, tenant_of_row, 0)
     return grad.new_empty((*grad.shape[:-1], weight.size(1)))
 

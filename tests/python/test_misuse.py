@@ -166,8 +166,16 @@ def good(dtype=torch.float32):
     base = random_weight(8, 12, dtype)
     tuned, delta = make_delta(base, "sparse")
     x, g, b = (random_weight(2, k, dtype, k) for k in (12, 8, 4))
+    many = {
+        "weight": base,
+        "arena": delta,
+        "slots": torch.tensor([[0, delta.numel()], [0, 0]]),
+        "tenant_of_row": torch.tensor([0, -1], dtype=torch.int32),
+    }
     return {
         "delta_linear": {"input": x, "weight": base, "bias": b.flatten(), "delta": delta},
+        "delta_linear_grouped": {"input": x, "biases": random_weight(3, 8, dtype), **many},
+        "delta_linear_grouped_grad_input": {"grad": g, **many},
         "delta_linear_grad_input": {"grad": g, "weight": base, "delta": delta},
         "delta_restore": {"base": base, "delta": delta},
         "delta_apply_": {"weight": base.clone(), "delta": delta},
@@ -220,13 +228,10 @@ def test_the_table_of_ops_is_whole():
         for op, arguments in good().items()
     )
     registered = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("xorz::")}
-    assert registered - set(good()) <= GROUPED
+    assert registered == set(good())
     for op, arguments in good().items():
         call(op, arguments)
 
-
-# Ops of test_grouped.py, which has their misuses.
-GROUPED = {"delta_linear_grouped", "delta_linear_grouped_grad_input"}
 
 FOREIGN = {
     "sparse COO": (
@@ -260,8 +265,8 @@ FOREIGN = {
 }
 
 
-MATRICES = {"weight", "base", "fine_tuned", "input", "grad", "bases"}
-FLOATS = MATRICES | {"bias"}
+MATRICES = {"weight", "base", "fine_tuned", "input", "grad", "bases", "biases", "slots"}
+FLOATS = MATRICES - {"slots"} | {"bias"}
 
 
 def cases(kinds, only):
@@ -312,7 +317,7 @@ def test_meta_tensors_alone_give_shapes(op, capfd):
 @pytest.mark.parametrize(("op", "name"), TENSORS)
 def test_missing_tensors(op, name, capfd):
     value = good()[op][name]
-    if isinstance(value, list) or name == "bias":
+    if isinstance(value, list) or name in ("bias", "biases"):
         with pytest.raises(
             RuntimeError, match=f"xorz::{op}.*Expected a value of type .* for argument '{name}'"
         ):
@@ -326,7 +331,11 @@ def test_missing_tensors(op, name, capfd):
 def test_other_dtypes_name_both(op, name, capfd):
     arguments, said = replaced(good()[op], name, lambda t: t.double())
     text = refusal(op, arguments, capfd)
-    assert said in text and "float64" in text and re.search(r"float32|uint8", text.replace("float64", ""))
+    assert (
+        said in text
+        and "float64" in text
+        and re.search(r"float32|uint8|int64|int32", text.replace("float64", ""))
+    )
 
 
 STRIDES = {
@@ -346,7 +355,10 @@ def test_memory_that_is_not_contiguous(op, name, kind, capfd):
     t = arguments[name][1] if isinstance(arguments[name], list) else arguments[name]
     assert not t.is_contiguous()
     before = t.clone()
-    if name in ("input", "grad", "bias"):  # activations may lie anyhow
+    if name == "biases" and t.stride(1) != 1:
+        sentence = f"biases has a stride of {t.stride(1)} along its last dimension, but must have 1"
+        assert refusal(op, arguments, capfd) == f"xorz::{op}: {sentence}"
+    elif name in ("input", "grad", "bias", "biases", "slots", "tenant_of_row"):  # activations may lie anyhow
         assert same_bits(call(op, arguments), call(op, {**arguments, name: t.contiguous()}))
     else:
         text = refusal(op, arguments, capfd)
