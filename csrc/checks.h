@@ -52,16 +52,11 @@ inline constexpr struct {
   ScalarType torch;
   const char* name;
 } kForeignDtypes[] = {
-    {ScalarType::ComplexHalf, "complex32"},
-    {ScalarType::ComplexFloat, "complex64"},
-    {ScalarType::ComplexDouble, "complex128"},
-    {ScalarType::QInt8, "qint8 (quantised)"},
-    {ScalarType::QUInt8, "quint8 (quantised)"},
-    {ScalarType::QInt32, "qint32 (quantised)"},
-    {ScalarType::QUInt4x2, "quint4x2 (quantised)"},
-    {ScalarType::QUInt2x4, "quint2x4 (quantised)"},
-    {ScalarType::Float8_e5m2fnuz, "float8_e5m2fnuz"},
-    {ScalarType::Float8_e4m3fnuz, "float8_e4m3fnuz"},
+    {ScalarType::ComplexHalf, "complex32"},           {ScalarType::ComplexFloat, "complex64"},
+    {ScalarType::ComplexDouble, "complex128"},        {ScalarType::QInt8, "qint8 (quantised)"},
+    {ScalarType::QUInt8, "quint8 (quantised)"},       {ScalarType::QInt32, "qint32 (quantised)"},
+    {ScalarType::QUInt4x2, "quint4x2 (quantised)"},   {ScalarType::QUInt2x4, "quint2x4 (quantised)"},
+    {ScalarType::Float8_e5m2fnuz, "float8_e5m2fnuz"}, {ScalarType::Float8_e4m3fnuz, "float8_e4m3fnuz"},
 };
 
 // torch's own number of the dtype: Tensor::scalar_type throws at those that the stable ABI does not know.

@@ -41,8 +41,8 @@ const Op kOps[] = {
     {"delta_check", "delta_check(Tensor delta, Tensor base) -> ()", TORCH_BOX(&delta_check_cpu)},
 };
 
-// Tensors of these kinds would get a page of torch's own about backends. The CPU kernels refuse them in words:
-// none of them reads an argument that has no plain strides on the CPU.
+// Tensors of these kinds would get a page of torch's own about backends. The CPU kernels refuse them in
+// words: none of them reads an argument that has no plain strides on the CPU.
 const char* const kRefusing[] = {"SparseCPU", "SparseCsrCPU", "QuantizedCPU", "MkldnnCPU"};
 
 // Survives a second copy of this library in one process, which torch's STABLE_TORCH_LIBRARY does not: that
