@@ -31,7 +31,7 @@ def _forward(op: Any, keyset: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 def _is_differentiated(op: str, weight: Tensor, *others: Tensor | None) -> bool:
     if torch.is_grad_enabled():
-        if weight.requires_grad:
+        if weight is not None and weight.requires_grad:  # None: the kernel says so
             raise RuntimeError(f"xorz::{op}: weight requires grad, but it is frozen; pass weight.detach()")
         if any(t is not None and t.requires_grad for t in others):
             return True
