@@ -115,7 +115,7 @@ def _grad_input(keyset, grad, weight, delta):
 
 def _apply(keyset, weight, delta):
     # The kernel's own check sees no leaf under torch.compile, which runs it on a stand-in.
-    if torch.is_grad_enabled() and weight.requires_grad:
+    if torch.is_grad_enabled() and weight is not None and weight.requires_grad:
         what = (
             "is a leaf that requires grad" if weight.is_leaf else "requires grad, and a delta has no gradient"
         )
