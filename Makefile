@@ -17,7 +17,7 @@ SHIM_SOURCES   := $(wildcard csrc/*) CMakeLists.txt
 PYTHON_SOURCES := $(shell find python -name '*.py' -o -name py.typed) pyproject.toml README.md
 PYTHON_LINTED  := $(wildcard python tests benches examples)
 
-.PHONY: build demo test test-rust test-capi test-python test-avx512 lint format bench bench-checkpoint clean
+.PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-wheel lint format bench bench-checkpoint clean
 .DELETE_ON_ERROR:
 
 build: $(INSTALLED)
@@ -67,6 +67,15 @@ build/serve/serve: examples/serve.cpp examples/CMakeLists.txt $(wildcard $(VENV)
 # Not part of test: minutes of emulation, and Debian's packages. For machines without AVX-512.
 test-avx512:
 	NICE="$(NICE)" CARGO="$(CARGO)" tests/avx512/run.sh
+
+# Not part of test: each other torch takes 5 to 7 GB, kept in the user's cache ($XORZ_ABI_VENVS), and minutes of tests.
+# `make test-abi ARGS="--only 2.10"` for one of them.
+test-abi: build
+	$(NICE) $(PY) tests/abi/run.py $(ARGS)
+
+# Not part of test: fetches torch twice, and compiles everything in a clean folder.
+test-wheel: build
+	PY="$(PY)" $(NICE) tests/wheel/run.sh
 
 lint: $(REQUIREMENTS)
 	$(CARGO) fmt --check
