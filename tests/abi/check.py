@@ -2,7 +2,7 @@
 
     check.py inputs FILE               matrices and rows in every dtype and encoding, the same for every torch
     check.py write INPUTS FOLDER       every op on them; leaves outputs, archives and a package in FOLDER, prints JSON
-    check.py read FOLDER NAME          loads archive NAME of another torch's FOLDER; exit code 0 if the bits agree
+    check.py read FOLDER NAME...       loads these archives of another torch's FOLDER, prints JSON: whether the bits agree
 
 Only the library is loaded here, with torch.ops.load_library, unless a check is about the Python package.
 """
@@ -313,7 +313,14 @@ def main(command: str, *args: str) -> None:
     elif command == "write":
         print(json.dumps(write(args[0], Path(args[1]))))
     elif command == "read":
-        read(Path(args[0]), args[1])
+        said = {}
+        for name in args[1:]:
+            try:
+                read(Path(args[0]), name)
+                said[name] = "ok"
+            except Exception as error:
+                said[name] = f"{type(error).__name__}: {error}"[:300]
+        print(json.dumps(said))
     else:
         raise SystemExit(__doc__)
 

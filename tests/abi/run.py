@@ -187,10 +187,13 @@ class Environment:
             fail(f"{self.name}: this is torch {result['torch']}")
         return result
 
-    def read(self, writer: "Environment", archive: str) -> str:
-        command = self.command(HERE / "check.py", "read", writer.exchange, archive)
+    def read(self, writer: "Environment") -> dict:
+        """What this torch makes of another one's archives, {archive: "ok" or what went wrong}."""
+        command = self.command(HERE / "check.py", "read", writer.exchange, *ARCHIVES)
         done = run(*command, capture_output=True, text=True, cwd=self.folder)
-        return "ok" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no word"])[-1][:160]
+        if done.returncode:
+            return dict.fromkeys(ARCHIVES, f"exit code {done.returncode}: {done.stderr[-300:]}")
+        return json.loads(done.stdout.splitlines()[-1])
 
     def suite(self) -> dict:
         """The project's own tests: counts, and each failure and skip by name."""
@@ -236,20 +239,21 @@ def compare(environments: list[Environment], results: dict[str, dict]) -> list[s
         for name in mine["digests"].keys() & first["digests"].keys():
             if mine["digests"][name] != first["digests"][name]:
                 wrong.append(f"{env.name}: other bits of {name} than in {environments[0].name}")
-        said = (env.exchange / "misuses.json").read_text()
-        if said != (environments[0].exchange / "misuses.json").read_text():
+        words = (env.exchange / "misuses.json").read_text()
+        if words != (environments[0].exchange / "misuses.json").read_text():
             wrong.append(f"{env.name}: other words for misuses than in {environments[0].name}")
     print(f"Outputs compared bit for bit among all: {len(first['digests'])} in each.\n")
+    said = {(w.name, r.name): r.read(w) for w in environments for r in environments}
     rows = []
     for archive in ARCHIVES:
         for writer in environments:
             row = [archive, writer.name]
             for reader in environments:
-                said = reader.read(writer, archive)
+                found = said[writer.name, reader.name][archive]
                 why = TORCH_LIMITS.get((archive, writer.torch, reader.torch))
-                if said != "ok" and not why:
-                    wrong.append(f"{reader.name} cannot read {archive} of {writer.name}: {said}")
-                row.append("ok" if said == "ok" else f"torch: {why}" if why else "FAILED")
+                if found != "ok" and not why:
+                    wrong.append(f"{reader.name} cannot read {archive} of {writer.name}: {found}")
+                row.append("ok" if found == "ok" else f"torch: {why}" if why else "FAILED")
             rows.append(row)
     table(["archive", "written by", *(f"read by {e.name}" for e in environments)], rows)
     return wrong
