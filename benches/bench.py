@@ -123,6 +123,45 @@ def line(row: dict[str, object]) -> str:
     )
 
 
+def grouped(tenants: int, share: float, rounds: int, matrices: int = 3, size: int = 4096) -> str:
+    """One batch of a row per tenant, beside a product per dense model, and beside one model with all rows."""
+    generator = torch.Generator().manual_seed(0)
+    dtype, op = torch.bfloat16, torch.ops.xorz.delta_linear_grouped
+    bases = [(torch.randn(size, size, generator=generator) * 0.02).to(dtype) for _ in range(matrices)]
+    dense = [[fine_tune(b, share, generator) for _ in range(tenants)] for b in bases]
+    arenas, slots = [], []
+    for base, tuned in zip(bases, dense, strict=True):
+        deltas = [torch.ops.xorz.delta_encode(base, f) for f in tuned]
+        padded = [F.pad(d, (0, -d.numel() % 64)) for d in deltas]
+        starts = torch.tensor([0] + [d.numel() for d in padded]).cumsum(0)[:-1]
+        arenas.append(torch.cat(padded))
+        slots.append(torch.stack([starts, torch.tensor([d.numel() for d in deltas])], 1))
+    rows = torch.arange(tenants, dtype=torch.int32)
+    x = torch.randn(tenants, size, generator=generator).to(dtype)
+    wide = [[f.float() for f in tuned] for tuned in dense]
+    each = range(tenants)
+    variants: dict[str, Callable[[int], object]] = {
+        "xorz": lambda i: op(x, bases[i], None, arenas[i], slots[i], rows),
+        "calls": lambda i: [F.linear(x[t], dense[i][t]) for t in each],
+        "calls fp32": lambda i: [F.linear(x[t].float(), wide[i][t]) for t in each],
+        "one": lambda i: F.linear(x, dense[i][0]),
+        "one fp32": lambda i: F.linear(x.float(), wide[i][0]),
+    }
+    for i in range(matrices):
+        want = torch.cat([F.linear(x[t : t + 1].float(), wide[i][t]) for t in each])
+        got = variants["xorz"](i).float()
+        assert torch.allclose(got, want, rtol=2e-2, atol=2e-2), (
+            "the product is wrong, so its speed means nothing"
+        )
+    ms = {name: 1e3 * s for name, s in interleave(variants, matrices, rounds).items()}
+    return (
+        f"{size}x{size} bf16 {100 * share:>4.1f} % changed, {tenants:>2} tenants, a row each: xorz {ms['xorz']:.2f} ms; "
+        f"{tenants} dense calls {ms['calls']:.2f} ({ms['calls'] / ms['xorz']:.2f}x), in fp32 {ms['calls fp32']:.2f} "
+        f"({ms['calls fp32'] / ms['xorz']:.2f}x); one dense model, m = {tenants}: {ms['one']:.2f} "
+        f"({ms['one'] / ms['xorz']:.2f}x), in fp32 {ms['one fp32']:.2f} ({ms['one fp32'] / ms['xorz']:.2f}x)"
+    )
+
+
 def main() -> None:
     """Run the table."""
     parser = argparse.ArgumentParser(
@@ -130,7 +169,12 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="bf16 4096x4096 only, fewer rounds")
     parser.add_argument("--json", type=pathlib.Path, help="write the rows here too")
+    parser.add_argument("--grouped", action="store_true", help="only batches of many tenants")
     args = parser.parse_args()
+    if args.grouped:
+        for tenants in (2, 8, 16):
+            print(grouped(tenants, 0.03, 3 if args.quick else 7), flush=True)
+        return
     speed = bandwidth()
     chip = platform.processor() or platform.machine()
     machine = f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -244,9 +244,11 @@ impl<D: Float> TileProduct<'_, D> {
 }
 
 /// Add the product of a restored panel (split order) with many rows of x (words) to `sums`, `[m, rows]`.
-pub(crate) struct PanelProduct<'a, D> {
+pub(crate) struct PanelProduct<'a, D, F> {
     /// Rows of x, the panel's columns.
     pub(crate) x: Rows<'a>,
+    /// Which row of `x` the i-th one of the product is.
+    pub(crate) row: F,
     /// How many.
     pub(crate) m: usize,
     /// The panel, `groups` per row.
@@ -264,7 +266,7 @@ pub(crate) struct PanelProduct<'a, D> {
 const PANEL_GROUPS: usize = 32;
 const PANEL_ROWS: usize = 4;
 
-impl<D: Float> Kernel for PanelProduct<'_, D> {
+impl<D: Float, F: Fn(usize) -> usize> Kernel for PanelProduct<'_, D, F> {
     type Out = ();
 
     #[inline(always)]
@@ -285,13 +287,13 @@ impl<D: Float> Kernel for PanelProduct<'_, D> {
     }
 }
 
-impl<D: Float> PanelProduct<'_, D> {
+impl<D: Float, F: Fn(usize) -> usize> PanelProduct<'_, D, F> {
     #[inline(always)]
     fn block<S: Simd, const M: usize>(&mut self, s: S, from: usize, rows: std::ops::Range<usize>, j: usize) {
         let group = GROUP * D::BYTES;
         let mut x: [&[u8]; M] = [&[]; M];
         for (i, x) in x.iter_mut().enumerate() {
-            *x = self.x.part(j + i, from * group, (from + PANEL_GROUPS) * group);
+            *x = self.x.part((self.row)(j + i), from * group, (from + PANEL_GROUPS) * group);
         }
         let mut r = rows.start;
         while r + 2 <= rows.end {

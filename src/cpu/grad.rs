@@ -30,7 +30,10 @@ const STEP: usize = LANES;
 
 pub(super) struct Job<'a, D: Float> {
     pub(super) grad: &'a [u8],
+    /// Rows of grad.
     pub(super) m: usize,
+    /// Which rows of `grad` and of `out` they are; as they are if none.
+    pub(super) order: Option<&'a [usize]>,
     pub(super) weights: Weights<'a>,
     pub(super) out: &'a [D::Shared],
 }
@@ -50,6 +53,10 @@ pub(super) fn run<S: Simd, D: Float>(s: S, job: &Job<'_, D>, exec: &dyn Executor
 }
 
 impl<D: Float> Job<'_, D> {
+    fn row(&self, j: usize) -> usize {
+        self.order.map_or(j, |order| order[j])
+    }
+
     fn strip<S: Simd>(
         &self,
         s: S,
@@ -70,7 +77,7 @@ impl<D: Float> Job<'_, D> {
         let mut again = 0u16;
         for (c, sums) in sc.panel.get(columns.len() * LANES).as_chunks::<LANES>().0.iter().enumerate() {
             for (j, v) in sums.iter().enumerate().take(m) {
-                D::put(&self.out[(m0 + j) * k + columns.start + c], D::round(*v));
+                D::put(&self.out[self.row(m0 + j) * k + columns.start + c], D::round(*v));
                 again |= u16::from(!v.is_finite()) << j;
             }
         }
@@ -168,7 +175,7 @@ impl<D: Float> Job<'_, D> {
     fn grads(&self, m0: usize, r0: usize, rows: usize, to: &mut [[f32; LANES]; STEP]) {
         let n = self.weights.base.shape().n;
         for j in 0..LANES.min(self.m - m0) {
-            let row = &self.grad[((m0 + j) * n + r0) * D::BYTES..];
+            let row = &self.grad[(self.row(m0 + j) * n + r0) * D::BYTES..];
             (0..rows).for_each(|i| to[i][j] = D::value_at(row, i));
         }
     }
@@ -195,7 +202,8 @@ impl<D: Float> Job<'_, D> {
             for (r, row) in words.chunks_exact(rect.cols() * D::BYTES).enumerate() {
                 let row = &row[(columns.start - rect.c0) * D::BYTES..];
                 for j in (0..LANES).filter(|j| again >> j & 1 == 1) {
-                    let g = f64::from(D::value_at(&self.grad[(m0 + j) * n * D::BYTES..], rect.r0 + r));
+                    let g =
+                        f64::from(D::value_at(&self.grad[self.row(m0 + j) * n * D::BYTES..], rect.r0 + r));
                     for c in 0..columns.len() {
                         wide[c * LANES + j] += g * f64::from(D::value_at(row, c));
                     }
@@ -207,7 +215,7 @@ impl<D: Float> Job<'_, D> {
             for j in (0..LANES).filter(|j| again >> j & 1 == 1) {
                 if !sums[c - strip.start][j].is_finite() {
                     let value = D::round_wide(wide[(c - columns.start) * LANES + j]);
-                    D::put(&self.out[(m0 + j) * grid.shape.k + c], value);
+                    D::put(&self.out[self.row(m0 + j) * grid.shape.k + c], value);
                 }
             }
         }

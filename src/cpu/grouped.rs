@@ -4,11 +4,14 @@ use super::arena::{Arena, Tenants};
 use super::dispatch::{Isa, Visitor};
 use super::exec::Executor;
 use super::float::{Float, with_float};
+use super::linear::{Segment, Way};
 use super::simd::Simd;
 use super::weights::Weights;
 use super::{Mode, check_words, grad, linear};
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Shape};
+use crate::resident::Resident;
+use std::ops::Range;
 
 /// One bias for each slot and one for the base, some bytes apart.
 #[derive(Clone, Copy, Debug)]
@@ -105,28 +108,27 @@ fn linear_groups<S: Simd, D: Float>(
     let slots = args.arena.slots.len();
     args.biases.map_or(Ok(()), |b| b.check(slots, n * D::BYTES))?;
     let tenants = Tenants::new(args.tenant_of_row, args.m, slots)?;
-    if !out.is_empty() {
-        D::share(out, "out")?;
+    let groups: Vec<_> = tenants.groups().collect();
+    let deltas = deltas(&groups, &args.arena, &args.base)?;
+    if out.is_empty() {
+        return Ok(());
     }
-    let (row, column) = (k * D::BYTES, n * D::BYTES);
-    for (slot, rows) in tenants.groups() {
-        let delta = slot.map_or(Ok(None), |slot| args.arena.delta(slot, &args.base))?;
-        let rows = &tenants.order()[rows];
-        if column == 0 {
-            continue;
-        }
-        let x: Vec<u8> = rows.iter().flat_map(|r| &args.x[r * row..(r + 1) * row]).copied().collect();
-        let mut part = vec![0u32; (rows.len() * column).div_ceil(4)];
-        let part = &mut bytemuck::cast_slice_mut::<u32, u8>(&mut part)[..rows.len() * column];
-        let weights = Weights::new(args.base, delta.as_ref());
-        let bias = args.biases.map(|b| b.row(slot.unwrap_or(slots), column));
-        let call = linear::Call { x: &x, m: rows.len(), weights, bias, mode: args.mode };
-        linear::run::<S, D>(s, &call, part, exec)?;
-        for (row, part) in rows.iter().zip(part.chunks_exact(column)) {
-            out[row * column..(row + 1) * column].copy_from_slice(part);
-        }
+    let weights = |i: usize| Weights::new(args.base, deltas[i].as_ref());
+    let mut ways: Vec<_> =
+        (0..groups.len()).map(|i| (Way::of(&weights(i), groups[i].1.len(), args.mode), i)).collect();
+    ways.sort_unstable();
+    let mut order = Vec::with_capacity(args.m);
+    let mut segments = Vec::with_capacity(groups.len());
+    for (_, i) in ways {
+        let (slot, rows) = &groups[i];
+        let start = order.len();
+        order.extend_from_slice(&tenants.order()[rows.clone()]);
+        let bias = args.biases.map(|b| b.row(slot.unwrap_or(slots), n * D::BYTES));
+        segments.push(Segment { weights: weights(i), bias, rows: start..order.len(), slot: *slot });
     }
-    Ok(())
+    let (order, segments) = (Some(&order[..]), &segments[..]);
+    let call = linear::Call { x: args.x, base: args.base, order, segments, mode: args.mode };
+    linear::run::<S, D>(s, &call, out, exec)
 }
 
 /// What [`delta_linear_grouped_grad_input`] multiplies.
@@ -175,25 +177,28 @@ fn grad_groups<S: Simd, D: Float>(
     check_words("grad", args.grad, Shape { n: args.m, k: n }, dtype)?;
     check_words("out", out, Shape { n: args.m, k }, dtype)?;
     let tenants = Tenants::new(args.tenant_of_row, args.m, args.arena.slots.len())?;
-    if !out.is_empty() {
-        D::share(out, "out")?;
+    let groups: Vec<_> = tenants.groups().collect();
+    let deltas = deltas(&groups, &args.arena, &args.base)?;
+    if out.is_empty() {
+        return Ok(());
     }
-    let (row, column) = (n * D::BYTES, k * D::BYTES);
-    for (slot, rows) in tenants.groups() {
-        let delta = slot.map_or(Ok(None), |slot| args.arena.delta(slot, &args.base))?;
-        let rows = &tenants.order()[rows];
-        if column == 0 {
-            continue;
-        }
-        let grad: Vec<u8> = rows.iter().flat_map(|r| &args.grad[r * row..(r + 1) * row]).copied().collect();
-        let mut part = vec![0u32; (rows.len() * column).div_ceil(4)];
-        let part = &mut bytemuck::cast_slice_mut::<u32, u8>(&mut part)[..rows.len() * column];
+    let out = D::share(out, "out")?;
+    groups.iter().zip(&deltas).try_for_each(|((slot, rows), delta)| {
+        let rows = &tenants.order()[rows.clone()];
         let weights = Weights::new(args.base, delta.as_ref());
-        let job = grad::Job { grad: &grad, m: rows.len(), weights, out: D::share(part, "out")? };
-        grad::run::<S, D>(s, &job, exec)?;
-        for (row, part) in rows.iter().zip(part.chunks_exact(column)) {
-            out[row * column..(row + 1) * column].copy_from_slice(part);
-        }
-    }
-    Ok(())
+        let job = grad::Job { grad: args.grad, m: rows.len(), order: Some(rows), weights, out };
+        grad::run::<S, D>(s, &job, exec).map_err(|e| match slot {
+            Some(slot) => e.within(format_args!("slots[{slot}]")),
+            None => e,
+        })
+    })
+}
+
+/// The deltas of the groups of a batch: every slot in use is looked at before a word is computed.
+fn deltas<'a>(
+    groups: &[(Option<usize>, Range<usize>)],
+    arena: &Arena<'a>,
+    base: &Matrix<'_>,
+) -> Result<Vec<Option<Resident<'a>>>> {
+    groups.iter().map(|(slot, _)| slot.map_or(Ok(None), |slot| arena.delta(slot, base))).collect()
 }

@@ -6,7 +6,7 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `linear` | `delta_linear`: which tiles go where; `dot` base products, `sparse` entries, `exponent` decoding on the way |
+//! | `linear` | products: which rows of x go where; `fused` few rows, of one tenant or many; `dot` base products, `sparse` entries, `exponent` decoding on the way |
 //! | `wide` | the decode path of outputs that are not finite |
 //! | `lanes` | the bit streams of `exponent` |
 //! | `grad` | `delta_linear_grad_input` |
@@ -24,6 +24,7 @@ mod encode;
 mod exec;
 mod exponent;
 mod float;
+mod fused;
 mod grad;
 mod grouped;
 mod lanes;
@@ -142,7 +143,9 @@ pub fn delta_linear_on(isa: Isa, args: &LinearArgs<'_>, out: &mut [u8], exec: &d
             with_float!(args.base.dtype(), D => {
                 args.check(out)?;
                 let weights = Weights::new(args.base, Some(&args.delta));
-                let call = linear::Call { x: args.x, m: args.m, weights, bias: args.bias, mode: args.mode };
+                let segment = linear::Segment { weights, bias: args.bias, rows: 0..args.m, slot: None };
+                let (x, base, segments) = (args.x, args.base, &[segment]);
+                let call = linear::Call { x, base, order: None, segments, mode: args.mode };
                 if out.is_empty() { Ok(()) } else { linear::run::<S, D>(s, &call, out, exec) }
             })
         }
@@ -193,7 +196,7 @@ pub fn delta_linear_grad_input_on(
                     return Ok(());
                 }
                 let out = <D as float::Float>::share(out, "out")?;
-                grad::run::<S, D>(s, &grad::Job { grad, m, weights: Weights::new(*base, Some(delta)), out }, exec)
+                grad::run::<S, D>(s, &grad::Job { grad, m, order: None, weights: Weights::new(*base, Some(delta)), out }, exec)
             })
         }
     }

@@ -22,8 +22,10 @@ pub(crate) struct Scratch {
     pub(crate) words: Buffer<u64>,
     /// Sums of the decode path.
     pub(crate) wide: Buffer<f64>,
-    /// Which x `split` and `entries` hold: op, first row, tile column.
-    pub(crate) holds: Option<(u64, usize, usize)>,
+    /// Which x `split` holds: call, first place, first and last column.
+    pub(crate) split_holds: Option<(u64, usize, usize, usize)>,
+    /// The same of `entries`.
+    pub(crate) entries_hold: Option<(u64, usize, usize, usize)>,
 }
 
 /// One buffer, which grows to what was asked most.

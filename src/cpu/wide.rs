@@ -3,42 +3,43 @@
 //! weights, whatever the base, the differences and the order of f32 sums made of them. Slow and plain on purpose.
 
 use super::float::Float;
-use super::linear::Job;
+use super::linear::{Job, Segment};
 use super::scratch::Scratch;
 use super::simd::{LANES, Simd};
 use crate::error::Result;
 
-/// Compute and write outputs of row band `band` again: bit j of `again[r]` asks for row r of the band and row
-/// `m0 + j` of x.
+/// Compute and write outputs of row band `band` of the segment's grid again: bit j of `again[r]` asks for row r of the
+/// band and the row of x at place `m0 + j`.
 pub(super) fn linear<S: Simd, D: Float>(
     s: S,
     job: &Job<'_, D>,
+    segment: &Segment<'_>,
     band: usize,
     m0: usize,
     again: &[u16],
     sc: &mut Scratch,
 ) -> Result<()> {
-    let across = job.grid.tile_cols_count();
-    let r0 = band * job.grid.tile_rows;
+    let grid = segment.weights.grid();
+    let across = grid.tile_cols_count();
+    let r0 = band * grid.tile_rows;
     let sums = sc.wide.zeroed(again.len() * LANES);
     for tc in 0..across {
         let index = band * across + tc;
-        let rect = job.grid.rect(index);
+        let rect = grid.rect(index);
         let words = sc.words.bytes_mut(rect.words() * D::BYTES);
-        job.weights.words(s, index, words)?;
-        let x = job.x_rows(m0, &rect);
+        segment.restore(s, index, words)?;
         let rows = words.chunks_exact(rect.cols() * D::BYTES).zip(again);
         for (r, (row, &flags)) in rows.enumerate().filter(|(_, (_, flags))| **flags != 0) {
             for j in (0..LANES).filter(|j| flags >> j & 1 == 1) {
-                sums[r * LANES + j] += dot::<D>(row, x.row(j));
+                sums[r * LANES + j] += dot::<D>(row, job.x_row(m0 + j, &(rect.c0..rect.c1)).bytes);
             }
         }
     }
     for (r, &flags) in again.iter().enumerate() {
         for j in (0..LANES).filter(|j| flags >> j & 1 == 1) {
-            let bias = job.bias.map_or(0.0, |b| f64::from(D::value_at(b, r0 + r)));
+            let bias = segment.bias.map_or(0.0, |b| f64::from(D::value_at(b, r0 + r)));
             let value = D::round_wide(sums[r * LANES + j] + bias);
-            D::put(&job.out[(m0 + j) * job.n + r0 + r], value);
+            D::put(&job.out[job.row(m0 + j) * job.n + r0 + r], value);
         }
     }
     Ok(())

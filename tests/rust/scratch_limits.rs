@@ -11,7 +11,10 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicIsize, Ordering::Relaxed};
 use xorz::codec::{Encoding, Prefer};
-use xorz::cpu::{Isa, LinearArgs, Mode, Serial, counters, delta_linear, delta_linear_grad_input};
+use xorz::cpu::{
+    Arena, GroupedArgs, Isa, LinearArgs, Mode, Serial, counters, delta_linear, delta_linear_grad_input,
+    delta_linear_grouped,
+};
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::{Resident, encode_pair};
 
@@ -121,6 +124,53 @@ fn no_panel_is_restored_at_small_m() {
                 // The counter counts: a large m restores each tile once.
                 let tiles = Resident::parse(&case.blob).unwrap().grid().tiles() as u64;
                 assert_eq!(panels(&case, &mut rng, 40, Mode::Fast), tiles, "{}", case.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_batch_of_many_tenants_takes_no_more_and_restores_no_panel() {
+    let _one = ONE_AT_A_TIME.lock().unwrap();
+    let mut rng = Rng::new(34);
+    let (dtype, n, k) = (Dtype::F32, 32, 9000);
+    let base = rng.weights(dtype, n * k);
+    let (mut arena, mut slots) = (Vec::new(), Vec::new());
+    for encoding in [Encoding::Sparse, Encoding::Sparse, Encoding::Exponent, Encoding::Raw, Encoding::Sparse]
+    {
+        let fresh = rng.weights(dtype, n * k);
+        let fine_tuned = rng.mix(dtype, &base, &fresh, 0.1);
+        let case = Case::new(dtype, Shape { n, k }, encoding, &base, &fine_tuned);
+        slots.push([arena.len() as i64, case.blob.len() as i64]);
+        arena.extend_from_slice(&case.blob);
+        arena.resize(arena.len().next_multiple_of(64), 0);
+    }
+    for m in [1, 8, 16, 300] {
+        let mut x = rng.weights(dtype, m * k);
+        let clean = x.clone();
+        x[..4].copy_from_slice(&common::word(dtype, f64::NAN));
+        let mixed: Vec<i32> = (0..m).map(|i| (i * 7 % 6) as i32 - 1).collect();
+        // Three tenants of whole blocks of rows, so that entries go through both kernels.
+        let runs: Vec<i32> = (0..m).map(|i| [0, 1, 4][i * 3 / m]).collect();
+        for map in [mixed, runs] {
+            for mode in MODES {
+                let mut args = GroupedArgs {
+                    x: &x,
+                    m,
+                    base: matrix(dtype, Shape { n, k }, &base),
+                    arena: Arena { bytes: &arena, slots: &slots },
+                    tenant_of_row: &map,
+                    biases: None,
+                    mode,
+                };
+                let mut y = vec![0; m * n * 4];
+                let peak = peak_of(|| delta_linear_grouped(&args, &mut y, &Serial).unwrap());
+                assert!(peak <= LIMIT, "m {m} {mode:?}: {peak} bytes");
+                args.x = &clean;
+                counters::reset();
+                delta_linear_grouped(&args, &mut y, &Serial).unwrap();
+                let counted = counters::panels_restored();
+                assert!(counted == 0 || (m > 16 && mode == Mode::Fast), "m {m} {mode:?}: {counted} panels");
             }
         }
     }

@@ -1,0 +1,349 @@
+//! Small m: up to sixteen rows of x at a time, of one tenant or of many, on tiles that are never restored.
+//!
+//! Rows of x on the base's own words (the base itself, `unchanged`, `sparse`) are multiplied together: each word of the
+//! base is read from memory once for all of them. Then each tenant's entries are added to its rows' totals, its rows of x
+//! in L1 while a chunk of W passes by. Rows on words of their own (`exponent`, `raw`) go through those, tenant by tenant.
+//!
+//! **Order** of one output, the same for every company: over blocks of [`BASE_COLUMNS`] columns the base product (see
+//! `dot`), each added to the total; then the entries, tile column after tile column of the delta's own grid (see
+//! `sparse`); then the bias. `exponent` and `raw`: the products of the tile columns of the delta's own grid.
+
+use super::dot::{Rows, Strides, TileProduct, ToSplit};
+use super::exponent;
+use super::float::{Float, padded};
+use super::linear::{BLOCK, Job, Segment};
+use super::scratch::{Buffer, Scratch};
+use super::simd::{GROUP, LANES, Simd};
+use super::sparse::{Gathered, Natural, TRANSPOSE_ROWS, Transposed};
+use super::wide;
+use crate::codec::{Encoding, Grid, Rect, SparseTile, Tile};
+use crate::error::{Error, Result};
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Columns of the base of one dot product, whatever the grids of the deltas on it.
+pub(super) const BASE_COLUMNS: usize = Grid::MAX_COLS;
+
+/// Rows of W and rows of x (by their places in the order of the call) of one task.
+#[derive(Clone, Copy)]
+pub(super) struct Block {
+    pub(super) r0: usize,
+    pub(super) r1: usize,
+    pub(super) m0: usize,
+    pub(super) m: usize,
+}
+
+impl Block {
+    /// Which of the block's rows of x belong to `segment`, counted from the block's first.
+    fn part(&self, segment: &Segment<'_>) -> Range<usize> {
+        let from = segment.rows.start.max(self.m0) - self.m0;
+        from..segment.rows.end.min(self.m0 + self.m) - self.m0
+    }
+}
+
+/// Whether the entries of `m` rows of x go through the transposed kernel. Either kernel gives the same bits. Gathering
+/// costs about 6.5 ns a record and row of x on Zen 3, the transposed kernel 25 ns a record whatever m, and more where
+/// changes are so rare that every entry finds its row of x outside L2.
+fn transposed(segment: &Segment<'_>, m: usize) -> bool {
+    let weights = &segment.weights;
+    let shape = weights.base.shape();
+    weights.encoding() == Encoding::Sparse
+        && m >= TRANSPOSE_ROWS
+        && weights.changed().saturating_mul(64) >= (shape.n as u64).saturating_mul(shape.k as u64)
+}
+
+impl<D: Float> Job<'_, D> {
+    /// A block of rows of x on the base's words, of the tenants `segments`.
+    pub(super) fn shared<S: Simd>(
+        &self,
+        s: S,
+        block: Block,
+        segments: &[Segment<'_>],
+        sc: &mut Scratch,
+    ) -> Result<()> {
+        let rows = (block.r1 - block.r0).next_multiple_of(LANES);
+        let whole = matches!(segments, [one] if transposed(one, block.m));
+        let strides =
+            if whole { Strides { row: LANES, column: 1 } } else { Strides { row: 1, column: rows } };
+        sc.sums.zeroed(rows * if whole { LANES } else { block.m });
+        for c0 in (0..self.k).step_by(BASE_COLUMNS) {
+            let columns = c0..(c0 + BASE_COLUMNS).min(self.k);
+            self.split(s, block, &columns, sc);
+            for r0 in (block.r0..block.r1).step_by(LANES) {
+                let rect = Rect { r0, r1: (r0 + LANES).min(block.r1), c0: columns.start, c1: columns.end };
+                self.product(s, self.base_rows(&rect), &rect, block, strides, sc);
+            }
+        }
+        for segment in segments.iter().filter(|s| s.weights.encoding() == Encoding::Sparse) {
+            self.changes(s, block, segment, strides, sc)?;
+        }
+        let sums = std::mem::take(&mut sc.sums);
+        let done = self.finish(s, block, segments, (sums.all(), strides), sc);
+        sc.sums = sums;
+        done
+    }
+
+    /// A block of rows of x of one tenant, on words of its own.
+    pub(super) fn own<S: Simd>(
+        &self,
+        s: S,
+        block: Block,
+        segment: &Segment<'_>,
+        sc: &mut Scratch,
+    ) -> Result<()> {
+        let grid = segment.weights.grid();
+        let across = grid.tile_cols_count();
+        let rows = (block.r1 - block.r0).next_multiple_of(LANES);
+        let strides = Strides { row: 1, column: rows };
+        sc.sums.zeroed(rows * block.m);
+        for tc in 0..across {
+            let rect = grid.rect(tc);
+            self.split(s, block, &(rect.c0..rect.c1), sc);
+            for tr in block.r0 / grid.tile_rows..block.r1.div_ceil(grid.tile_rows) {
+                let index = tr * across + tc;
+                let tile = segment.weights.tile(index);
+                tile.and_then(|tile| self.tile(s, &tile, &grid, index, block, strides, sc))
+                    .map_err(|e| e.within(format_args!("{}, tile {index}", segment.name())))?;
+            }
+        }
+        let sums = std::mem::take(&mut sc.sums);
+        let done = self.finish(s, block, std::slice::from_ref(segment), (sums.all(), strides), sc);
+        sc.sums = sums;
+        done
+    }
+
+    /// Columns of the row of x at place `at`.
+    pub(super) fn x_row(&self, at: usize, columns: &Range<usize>) -> Rows<'_> {
+        let from = (self.row(at) * self.k + columns.start) * D::BYTES;
+        let len = columns.len() * D::BYTES;
+        Rows { bytes: &self.x[from..from + len], stride: len, len }
+    }
+
+    fn base_rows(&self, rect: &Rect) -> Rows<'_> {
+        let at = (rect.r0 * self.k + rect.c0) * D::BYTES;
+        Rows { bytes: &self.base.bytes()[at..], stride: self.k * D::BYTES, len: rect.cols() * D::BYTES }
+    }
+
+    /// Columns of the block's rows of x as f32 in split order, unless this thread has them from its last task.
+    fn split<S: Simd>(&self, s: S, block: Block, columns: &Range<usize>, sc: &mut Scratch) {
+        let key = Some((self.id, block.m0, columns.start, columns.end));
+        if sc.split_holds == key {
+            return;
+        }
+        let width = padded(columns.len());
+        let split = sc.split.get(block.m * width).as_chunks_mut::<GROUP>().0;
+        let groups = width / GROUP;
+        for (j, to) in split.chunks_exact_mut(groups.max(1)).enumerate() {
+            let words = self.x_row(block.m0 + j, columns);
+            s.run(ToSplit::<D> { words, rows: 1, to, groups, dtype: PhantomData });
+        }
+        sc.split_holds = key;
+    }
+
+    /// Columns of a tenant's rows of x as f32 in natural order, or transposed, unless this thread has them.
+    fn natural<S: Simd>(
+        &self,
+        s: S,
+        at: Range<usize>,
+        columns: &Range<usize>,
+        transposed: bool,
+        sc: &mut Scratch,
+    ) {
+        let key = Some((self.id, at.start, columns.start, columns.end));
+        if sc.entries_hold == key {
+            return;
+        }
+        let width = columns.len();
+        let to = if transposed { sc.entries.zeroed(width * LANES) } else { sc.entries.get(width * at.len()) };
+        for (j, at) in at.enumerate() {
+            let to = &mut to[j * if transposed { 1 } else { width }..];
+            let words = self.x_row(at, columns);
+            s.run(Natural::<D> { words, rows: 1, columns: width, transposed, to, dtype: PhantomData });
+        }
+        sc.entries_hold = key;
+    }
+
+    /// Add one tile of a tenant's own words to the totals.
+    #[allow(clippy::too_many_arguments)]
+    fn tile<S: Simd>(
+        &self,
+        s: S,
+        tile: &Tile<'_>,
+        grid: &Grid,
+        index: usize,
+        block: Block,
+        strides: Strides,
+        sc: &mut Scratch,
+    ) -> Result<()> {
+        let rect = grid.rect(index);
+        match tile {
+            Tile::Exponent(t) => {
+                let (x, partial) = (sc.split.get(block.m * padded(rect.cols())), &mut [[0.0; LANES]; BLOCK]);
+                let x = x.as_chunks::<GROUP>().0;
+                let sums = &mut sc.sums.all_mut()[(rect.r0 - block.r0) * strides.row..];
+                let add = |r, j, v| sums[r * strides.row + j * strides.column] += v;
+                exponent::product::<S, D>(
+                    s,
+                    t,
+                    self.base_rows(&rect),
+                    grid,
+                    &rect,
+                    (x, block.m),
+                    partial,
+                    add,
+                )
+            }
+            Tile::Raw(raw) => {
+                let rows = Rows { bytes: raw.bytes, stride: raw.stride, len: raw.row_bytes };
+                self.product(s, rows, &rect, block, strides, sc);
+                Ok(())
+            }
+            Tile::Unchanged | Tile::Sparse(_) => Err(Error::internal("a tile without words of its own")),
+        }
+    }
+
+    /// The product of a tile's rows of words with the block's rows of x.
+    fn product<S: Simd>(
+        &self,
+        s: S,
+        words: Rows<'_>,
+        rect: &Rect,
+        block: Block,
+        strides: Strides,
+        sc: &mut Scratch,
+    ) {
+        let width = padded(rect.cols());
+        let x = sc.split.get(block.m * width).as_chunks::<GROUP>().0;
+        let partial = sc.panel.get(LANES * LANES * BLOCK).as_chunks_mut::<LANES>().0;
+        for r in (0..rect.rows()).step_by(LANES) {
+            let sums = &mut sc.sums.all_mut()[(rect.r0 - block.r0 + r) * strides.row..];
+            s.run(TileProduct::<D> {
+                words: Rows { bytes: &words.bytes[r * words.stride..], ..words },
+                rows: LANES.min(rect.rows() - r),
+                x,
+                groups: width / GROUP,
+                m: block.m,
+                partial,
+                sums,
+                strides,
+                dtype: PhantomData,
+            });
+        }
+    }
+
+    /// Add a tenant's entries to its rows' totals.
+    fn changes<S: Simd>(
+        &self,
+        s: S,
+        block: Block,
+        segment: &Segment<'_>,
+        strides: Strides,
+        sc: &mut Scratch,
+    ) -> Result<()> {
+        let grid = segment.weights.grid();
+        let across = grid.tile_cols_count();
+        let part = block.part(segment);
+        let transposed = transposed(segment, part.len());
+        for tc in 0..across {
+            let rect = grid.rect(tc);
+            let at = block.m0 + part.start..block.m0 + part.end;
+            self.natural(s, at, &(rect.c0..rect.c1), transposed, sc);
+            for tr in block.r0 / LANES..block.r1.div_ceil(LANES) {
+                let index = tr * across + tc;
+                let tile = segment.weights.tile(index);
+                tile.and_then(|tile| {
+                    let Tile::Sparse(tile) = tile else {
+                        return Err(Error::internal("a sparse delta with a tile that is not"));
+                    };
+                    let sums = part.start * strides.column + (tr * LANES - block.r0) * strides.row;
+                    let sums = &mut sc.sums.all_mut()[sums..];
+                    Entries::<D> { tile, m: part.len(), width: rect.cols(), transposed, dtype: PhantomData }
+                        .add(s, &mut sc.entries, sums, strides)
+                })
+                .map_err(|e| e.within(format_args!("{}, tile {index}", segment.name())))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Bias, rounding, and the way out; band by band, so that a band with non-finite outputs is done again.
+    pub(super) fn finish<S: Simd>(
+        &self,
+        s: S,
+        block: Block,
+        segments: &[Segment<'_>],
+        (sums, strides): (&[f32], Strides),
+        sc: &mut Scratch,
+    ) -> Result<()> {
+        for segment in segments {
+            let tile_rows = segment.weights.grid().tile_rows;
+            for band in block.r0 / tile_rows..block.r1.div_ceil(tile_rows) {
+                let (r0, r1) = (band * tile_rows, ((band + 1) * tile_rows).min(self.n));
+                let mut again = [0u16; 256];
+                let mut any = false;
+                for j in block.part(segment) {
+                    let out = &self.out[self.row(block.m0 + j) * self.n..];
+                    for r in r0..r1 {
+                        let total = sums[(r - block.r0) * strides.row + j * strides.column];
+                        let value = segment.bias.map_or(total, |b| total + D::value_at(b, r));
+                        if value.is_finite() {
+                            D::put(&out[r], D::round(value));
+                        } else {
+                            again[r - r0] |= 1 << j;
+                            any = true;
+                        }
+                    }
+                }
+                if any {
+                    wide::linear(s, self, segment, band, block.m0, &again[..r1 - r0], sc)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The entries of a `sparse` tile, for some rows of x.
+struct Entries<'a, D> {
+    tile: SparseTile<'a>,
+    m: usize,
+    /// Columns of the tile.
+    width: usize,
+    transposed: bool,
+    dtype: PhantomData<D>,
+}
+
+impl<D: Float> Entries<'_, D> {
+    fn add<S: Simd>(&self, s: S, x: &mut Buffer<f32>, sums: &mut [f32], strides: Strides) -> Result<()> {
+        let (tile, width, m) = (&self.tile, self.width, self.m);
+        // So that sixteen one-byte gaps each cannot wrap a column.
+        if tile.records > 1 << 24 {
+            return Err(Error::corrupt(format!("{} records in one tile", tile.records)));
+        }
+        let dtype = PhantomData;
+        let largest = if !self.transposed {
+            let stride = strides.column;
+            s.run(Gathered::<D> { tile, x: x.get(width * m), width, m, sums, stride, dtype })
+        } else {
+            let x = x.get(width * LANES).as_chunks().0;
+            if strides.column == 1 {
+                s.run(Transposed::<D> { tile, x, sums: sums.as_chunks_mut().0, dtype })
+            } else {
+                // Among other tenants' rows, totals lie by row of x.
+                let mut lanes = [[0.0; LANES]; LANES];
+                for (r, lanes) in lanes.iter_mut().enumerate() {
+                    (0..m).for_each(|j| lanes[j] = sums[j * strides.column + r]);
+                }
+                let largest = s.run(Transposed::<D> { tile, x, sums: &mut lanes, dtype });
+                for (r, lanes) in lanes.iter().enumerate() {
+                    (0..m).for_each(|j| sums[j * strides.column + r] = lanes[j]);
+                }
+                largest
+            }
+        };
+        if tile.records > 0 && largest as usize >= width {
+            return Err(Error::corrupt(format!("an entry names column {largest} of {width}")));
+        }
+        Ok(())
+    }
+}
