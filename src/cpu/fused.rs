@@ -61,6 +61,26 @@ impl<D: Float> Job<'_, D> {
         segments: &[Segment<'_>],
         sc: &mut Scratch,
     ) -> Result<()> {
+        // Of one tenant, x is at hand for the base and for the entries alike: sixteen rows of W at a time, so that
+        // reading the base and computing with entries take turns. Of many, it would be converted again and again.
+        let whole = |grid: Grid| self.k <= grid.tile_cols.min(BASE_COLUMNS);
+        let rows = match segments {
+            [one] if whole(one.weights.grid()) => LANES,
+            _ => block.r1 - block.r0,
+        };
+        (block.r0..block.r1).step_by(rows).try_for_each(|r0| {
+            let r1 = (r0 + rows).min(block.r1);
+            self.rows_of_w(s, Block { r0, r1, ..block }, segments, sc)
+        })
+    }
+
+    fn rows_of_w<S: Simd>(
+        &self,
+        s: S,
+        block: Block,
+        segments: &[Segment<'_>],
+        sc: &mut Scratch,
+    ) -> Result<()> {
         let rows = (block.r1 - block.r0).next_multiple_of(LANES);
         let whole = matches!(segments, [one] if transposed(one, block.m));
         let strides =

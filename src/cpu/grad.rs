@@ -1,7 +1,7 @@
 //! `delta_linear_grad_input`: `gx = grad @ W_ft` without a dense W_ft.
 //!
-//! A task is sixteen rows of grad and a strip of columns; it walks all rows of W. A lane is a row of grad, an
-//! accumulator is sixteen lanes per column. **Order** of one output: rows of W by tile band; in a band first the words
+//! A task is sixteen rows of grad, of one tenant or of many on the base's words, and a strip of columns; it walks all
+//! rows of W. A lane is a row of grad, an accumulator is sixteen lanes per column. **Order** of one output: rows of W by tile band; in a band first the words
 //! of its rows, top down, then (`sparse`) its entries in the order of the stream, all by FMA. So the longest chain of
 //! roundings is n plus the entries of the column. Outputs that are not finite are computed again in f64 from the
 //! fine-tuned words.
@@ -10,15 +10,17 @@
     reason = "arrays indexed in step are what the unrolled loops keep in registers"
 )]
 
+use super::Mode;
 use super::dot::Rows;
 use super::exec::{Executor, try_run};
 use super::exponent::{MICRO, Stream};
 use super::float::Float;
+use super::linear::{Segment, Way};
 use super::scratch::{self, Scratch};
 use super::simd::{Kernel, LANES, Simd};
-use super::weights::Weights;
 use crate::codec::{Encoding, GapKind, Grid, Rect, SparseTile, Tile};
 use crate::error::{Error, Result};
+use crate::matrix::Matrix;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -30,63 +32,131 @@ const STEP: usize = LANES;
 
 pub(super) struct Job<'a, D: Float> {
     pub(super) grad: &'a [u8],
-    /// Rows of grad.
-    pub(super) m: usize,
-    /// Which rows of `grad` and of `out` they are; as they are if none.
+    pub(super) base: Matrix<'a>,
+    /// Which row of `grad` and of `out` is at each place; as they are if none.
     pub(super) order: Option<&'a [usize]>,
-    pub(super) weights: Weights<'a>,
     pub(super) out: &'a [D::Shared],
 }
 
-/// Run a checked call; no dimension is zero but n.
-pub(super) fn run<S: Simd, D: Float>(s: S, job: &Job<'_, D>, exec: &dyn Executor) -> Result<()> {
-    let grid = job.weights.grid();
-    // Lanes of `exponent` carry bits from column to column, so its tiles are not cut.
-    let cut = job.weights.encoding() != Encoding::Exponent;
-    let width = if cut { STRIP.min(grid.tile_cols) } else { grid.tile_cols };
-    let strips = grid.shape.k.div_ceil(width);
-    try_run(exec, strips * job.m.div_ceil(LANES), |task| {
-        let c0 = task % strips * width;
-        let columns = c0..(c0 + width).min(grid.shape.k);
-        scratch::with(|sc| job.strip(s, &grid, columns, task / strips * LANES, sc))
+/// Tasks of one kind: strips of columns by blocks of rows of grad.
+struct Part<'a> {
+    segments: &'a [Segment<'a>],
+    /// Columns of a strip: within one tile of every segment.
+    width: usize,
+    /// Which of all tasks are these.
+    tasks: Range<usize>,
+}
+
+impl<'a> Part<'a> {
+    fn new(segments: &'a [Segment<'a>], k: usize, start: usize) -> Self {
+        let tile_cols = segments.iter().map(|s| s.weights.grid().tile_cols).min().unwrap_or(STRIP);
+        // Lanes of `exponent` carry bits from column to column, so its tiles are not cut.
+        let cut = segments[0].weights.encoding() != Encoding::Exponent;
+        let width = if cut { STRIP.min(tile_cols) } else { tile_cols };
+        let mut part = Self { segments, width, tasks: start..start };
+        part.tasks.end += k.div_ceil(width) * part.places().len().div_ceil(LANES);
+        part
+    }
+
+    fn places(&self) -> Range<usize> {
+        self.segments[0].rows.start..self.segments[self.segments.len() - 1].rows.end
+    }
+}
+
+/// A strip of columns and up to sixteen rows of grad, by their places in the order of the call.
+struct Strip<'a> {
+    columns: Range<usize>,
+    m0: usize,
+    m: usize,
+    /// Whose rows they are.
+    segments: &'a [Segment<'a>],
+}
+
+impl Strip<'_> {
+    /// The lanes of a segment.
+    fn lanes(&self, segment: &Segment<'_>) -> Range<usize> {
+        let from = segment.rows.start.max(self.m0) - self.m0;
+        from..segment.rows.end.min(self.m0 + self.m) - self.m0
+    }
+}
+
+/// Run a checked call; no dimension is zero but n. The segments are in the order of their places and of their ways.
+pub(super) fn run<S: Simd, D: Float>(
+    s: S,
+    job: &Job<'_, D>,
+    segments: &[Segment<'_>],
+    exec: &dyn Executor,
+) -> Result<()> {
+    let shared = |s: &Segment<'_>| Way::of(&s.weights, 0, Mode::Deterministic) == Way::Shared;
+    let k = job.base.shape().k;
+    let mut parts: Vec<Part<'_>> = Vec::new();
+    for segments in segments.chunk_by(|a, b| shared(a) && shared(b)) {
+        parts.push(Part::new(segments, k, parts.last().map_or(0, |part| part.tasks.end)));
+    }
+    try_run(exec, parts.last().map_or(0, |part| part.tasks.end), |task| {
+        let part = &parts[parts.partition_point(|part| part.tasks.end <= task)];
+        let (strips, task) = (k.div_ceil(part.width), task - part.tasks.start);
+        let (c0, m0) = (task % strips * part.width, part.places().start + task / strips * LANES);
+        let m = LANES.min(part.places().end - m0);
+        let first = part.segments.partition_point(|s| s.rows.end <= m0);
+        let end = part.segments.partition_point(|s| s.rows.start < m0 + m);
+        let (columns, segments) = (c0..(c0 + part.width).min(k), &part.segments[first..end]);
+        let strip = Strip { columns, m0, m, segments };
+        scratch::with(|sc| {
+            sc.panel.zeroed(strip.columns.len() * LANES);
+            if shared(&segments[0]) {
+                job.shared(s, &strip, sc)?;
+            } else {
+                job.own(s, &strip, &segments[0], sc)?;
+            }
+            job.finish(s, &strip, sc)
+        })
     })
 }
 
 impl<D: Float> Job<'_, D> {
-    fn row(&self, j: usize) -> usize {
-        self.order.map_or(j, |order| order[j])
+    fn row(&self, at: usize) -> usize {
+        self.order.map_or(at, |order| order[at])
     }
 
-    fn strip<S: Simd>(
-        &self,
-        s: S,
-        grid: &Grid,
-        columns: Range<usize>,
-        m0: usize,
-        sc: &mut Scratch,
-    ) -> Result<()> {
-        let m = LANES.min(self.m - m0);
-        sc.panel.zeroed(columns.len() * LANES);
-        let across = grid.tile_cols_count();
-        for band in 0..grid.tile_rows_count() {
-            let index = band * across + columns.start / grid.tile_cols;
-            self.tile(s, grid, index, &columns, m0, sc)
-                .map_err(|e| e.within(format!("delta, tile {index}")))?;
-        }
-        let k = grid.shape.k;
-        let mut again = 0u16;
-        for (c, sums) in sc.panel.get(columns.len() * LANES).as_chunks::<LANES>().0.iter().enumerate() {
-            for (j, v) in sums.iter().enumerate().take(m) {
-                D::put(&self.out[self.row(m0 + j) * k + columns.start + c], D::round(*v));
-                again |= u16::from(!v.is_finite()) << j;
+    /// Rows on the base's words: each word once for all tenants, then each tenant's entries of the same rows of W.
+    fn shared<S: Simd>(&self, s: S, strip: &Strip<'_>, sc: &mut Scratch) -> Result<()> {
+        let n = self.base.shape().n;
+        let (mut g, columns) = ([[0f32; LANES]; STEP], &strip.columns);
+        let sums = sc.panel.get(columns.len() * LANES).as_chunks_mut::<LANES>().0;
+        for r in (0..n).step_by(STEP) {
+            let rows = STEP.min(n - r);
+            self.grads(strip, r, rows, &mut g);
+            let at = r * self.base.row_bytes() + columns.start * D::BYTES;
+            let (bytes, stride) = (&self.base.bytes()[at..], self.base.row_bytes());
+            let words = Rows { bytes, stride, len: columns.len() * D::BYTES };
+            s.run(Outer::<D> { words, rows, g: &g, sums, dtype: PhantomData });
+            for segment in strip.segments.iter().filter(|s| s.weights.encoding() == Encoding::Sparse) {
+                let grid = segment.weights.grid();
+                let index = r / STEP * grid.tile_cols_count() + columns.start / grid.tile_cols;
+                let added = segment.weights.tile(index).and_then(|tile| match tile {
+                    Tile::Sparse(t) => {
+                        entries::<S, D>(s, &t, &grid.rect(index), strip, strip.lanes(segment), &g, sums)
+                    }
+                    _ => Err(Error::internal("a sparse delta with a tile that is not")),
+                });
+                added.map_err(|e| e.within(format_args!("{}, tile {index}", segment.name())))?;
             }
         }
-        if again == 0 {
-            return Ok(());
+        Ok(())
+    }
+
+    /// Rows of one tenant, on words of its own.
+    fn own<S: Simd>(&self, s: S, strip: &Strip<'_>, segment: &Segment<'_>, sc: &mut Scratch) -> Result<()> {
+        let grid = segment.weights.grid();
+        let sums = sc.panel.get(strip.columns.len() * LANES).as_chunks_mut::<LANES>().0;
+        for band in 0..grid.tile_rows_count() {
+            let index = band * grid.tile_cols_count() + strip.columns.start / grid.tile_cols;
+            let tile = segment.weights.tile(index);
+            tile.and_then(|tile| self.tile(s, &grid, &tile, &grid.rect(index), strip, sums))
+                .map_err(|e| e.within(format_args!("{}, tile {index}", segment.name())))?;
         }
-        (columns.start..columns.end)
-            .step_by(STRIP)
-            .try_for_each(|c| self.wide(s, grid, c..(c + STRIP).min(columns.end), &columns, m0, again, sc))
+        Ok(())
     }
 
     /// Add one tile's rows to the strip.
@@ -94,133 +164,138 @@ impl<D: Float> Job<'_, D> {
         &self,
         s: S,
         grid: &Grid,
-        index: usize,
-        columns: &Range<usize>,
-        m0: usize,
-        sc: &mut Scratch,
-    ) -> Result<()> {
-        let rect = grid.rect(index);
-        let tile = self.weights.tile(index)?;
-        let mut g = [[0f32; LANES]; STEP];
-        let sums = sc.panel.get(columns.len() * LANES).as_chunks_mut::<LANES>().0;
-        let w = D::BYTES;
-        let offset = (columns.start - rect.c0) * w;
-        let len = columns.len() * w;
-        if let Tile::Exponent(t) = &tile {
-            let mut stream = Stream::<D>::new(t, grid.tile_cols);
-            let mut words = [D::Word::default(); MICRO];
-            for r in 0..rect.rows() {
-                self.grads(m0, rect.r0 + r, 1, &mut g);
-                for c in (0..rect.cols()).step_by(MICRO) {
-                    let words = &mut words[..MICRO.min(rect.cols() - c)];
-                    stream.decode(
-                        s,
-                        (r, c),
-                        self.weights.base.span(rect.r0 + r, rect.c0 + c, words.len()),
-                        words,
-                    )?;
-                    let bytes: &[u8] = bytemuck::cast_slice(words);
-                    let rows = Rows { bytes, stride: bytes.len(), len: bytes.len() };
-                    let sums = &mut sums[c..c + words.len()];
-                    s.run(Outer::<D> { words: rows, rows: 1, g: &g, sums, dtype: PhantomData });
-                }
-            }
-            return stream.finish();
-        }
-        for r in (0..rect.rows()).step_by(STEP) {
-            let rows = STEP.min(rect.rows() - r);
-            self.grads(m0, rect.r0 + r, rows, &mut g);
-            let words = match &tile {
-                Tile::Raw(raw) => {
-                    Rows { bytes: &raw.bytes[r * raw.stride + offset..], stride: raw.stride, len }
-                }
-                _ => {
-                    let at = (rect.r0 + r) * self.weights.base.row_bytes() + columns.start * w;
-                    Rows {
-                        bytes: &self.weights.base.bytes()[at..],
-                        stride: self.weights.base.row_bytes(),
-                        len,
-                    }
-                }
-            };
-            s.run(Outer::<D> { words, rows, g: &g, sums, dtype: PhantomData });
-            if let Tile::Sparse(t) = &tile {
-                self.entries(s, t, &rect, columns, &g, sums)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn entries<S: Simd>(
-        &self,
-        s: S,
-        tile: &SparseTile<'_>,
+        tile: &Tile<'_>,
         rect: &Rect,
-        columns: &Range<usize>,
-        g: &[[f32; LANES]; STEP],
+        strip: &Strip<'_>,
         sums: &mut [[f32; LANES]],
     ) -> Result<()> {
-        if tile.records > 1 << 24 {
-            return Err(Error::corrupt(format!("{} records in one tile", tile.records)));
+        let mut g = [[0f32; LANES]; STEP];
+        match tile {
+            Tile::Exponent(t) => {
+                let mut stream = Stream::<D>::new(t, grid.tile_cols);
+                let mut words = [D::Word::default(); MICRO];
+                for r in 0..rect.rows() {
+                    self.grads(strip, rect.r0 + r, 1, &mut g);
+                    for c in (0..rect.cols()).step_by(MICRO) {
+                        let words = &mut words[..MICRO.min(rect.cols() - c)];
+                        let base = self.base.span(rect.r0 + r, rect.c0 + c, words.len());
+                        stream.decode(s, (r, c), base, words)?;
+                        let bytes: &[u8] = bytemuck::cast_slice(words);
+                        let rows = Rows { bytes, stride: bytes.len(), len: bytes.len() };
+                        let sums = &mut sums[c..c + words.len()];
+                        s.run(Outer::<D> { words: rows, rows: 1, g: &g, sums, dtype: PhantomData });
+                    }
+                }
+                stream.finish()
+            }
+            Tile::Raw(raw) => {
+                let offset = (strip.columns.start - rect.c0) * D::BYTES;
+                for r in (0..rect.rows()).step_by(STEP) {
+                    let rows = STEP.min(rect.rows() - r);
+                    self.grads(strip, rect.r0 + r, rows, &mut g);
+                    let bytes = &raw.bytes[r * raw.stride + offset..];
+                    let words = Rows { bytes, stride: raw.stride, len: strip.columns.len() * D::BYTES };
+                    s.run(Outer::<D> { words, rows, g: &g, sums, dtype: PhantomData });
+                }
+                Ok(())
+            }
+            Tile::Unchanged | Tile::Sparse(_) => Err(Error::internal("a tile without words of its own")),
         }
-        let from = (columns.start - rect.c0) as u32;
-        let largest = s.run(OuterEntries::<D> { tile, g, sums, from, rows: rect.rows(), dtype: PhantomData });
-        if largest as usize >= rect.cols() {
-            return Err(Error::corrupt(format!("an entry names column {largest} of {}", rect.cols())));
-        }
-        Ok(())
     }
 
-    /// `to[i][j]`: row `m0 + j` of grad at row `r0 + i` of W; zero beyond m.
-    fn grads(&self, m0: usize, r0: usize, rows: usize, to: &mut [[f32; LANES]; STEP]) {
-        let n = self.weights.base.shape().n;
-        for j in 0..LANES.min(self.m - m0) {
-            let row = &self.grad[(self.row(m0 + j) * n + r0) * D::BYTES..];
+    /// `to[i][j]`: the row of grad of lane j at row `r0 + i` of W; zero beyond the strip's.
+    fn grads(&self, strip: &Strip<'_>, r0: usize, rows: usize, to: &mut [[f32; LANES]; STEP]) {
+        let n = self.base.shape().n;
+        for j in 0..strip.m {
+            let row = &self.grad[(self.row(strip.m0 + j) * n + r0) * D::BYTES..];
             (0..rows).for_each(|i| to[i][j] = D::value_at(row, i));
         }
     }
 
-    /// Compute the non-finite outputs of `columns` again; bit j of `again` says that row `m0 + j` has some.
+    /// Rounding, and the way out.
+    fn finish<S: Simd>(&self, s: S, strip: &Strip<'_>, sc: &mut Scratch) -> Result<()> {
+        let (k, columns) = (self.base.shape().k, &strip.columns);
+        let mut again = 0u16;
+        for (c, sums) in sc.panel.get(columns.len() * LANES).as_chunks::<LANES>().0.iter().enumerate() {
+            for (j, v) in sums.iter().enumerate().take(strip.m) {
+                D::put(&self.out[self.row(strip.m0 + j) * k + columns.start + c], D::round(*v));
+                again |= u16::from(!v.is_finite()) << j;
+            }
+        }
+        for segment in strip.segments {
+            let lanes = strip.lanes(segment).filter(|j| again >> j & 1 == 1).fold(0, |all, j| all | 1 << j);
+            for c in columns.clone().step_by(STRIP).filter(|_| lanes != 0) {
+                self.wide(s, segment, c..(c + STRIP).min(columns.end), strip, lanes, sc)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Compute a segment's non-finite outputs of `columns` again; bit j of `again` says that lane j has some.
     fn wide<S: Simd>(
         &self,
         s: S,
-        grid: &Grid,
+        segment: &Segment<'_>,
         columns: Range<usize>,
-        strip: &Range<usize>,
-        m0: usize,
+        strip: &Strip<'_>,
         again: u16,
         sc: &mut Scratch,
     ) -> Result<()> {
+        let grid = segment.weights.grid();
         let across = grid.tile_cols_count();
         let wide = sc.wide.zeroed(columns.len() * LANES);
-        let n = grid.shape.n;
+        let (n, k) = (grid.shape.n, grid.shape.k);
         for band in 0..grid.tile_rows_count() {
             let index = band * across + columns.start / grid.tile_cols;
             let rect = grid.rect(index);
             let words = sc.words.bytes_mut(rect.words() * D::BYTES);
-            self.weights.words(s, index, words)?;
+            segment.restore(s, index, words)?;
             for (r, row) in words.chunks_exact(rect.cols() * D::BYTES).enumerate() {
                 let row = &row[(columns.start - rect.c0) * D::BYTES..];
                 for j in (0..LANES).filter(|j| again >> j & 1 == 1) {
-                    let g =
-                        f64::from(D::value_at(&self.grad[self.row(m0 + j) * n * D::BYTES..], rect.r0 + r));
+                    let grad = &self.grad[self.row(strip.m0 + j) * n * D::BYTES..];
+                    let g = f64::from(D::value_at(grad, rect.r0 + r));
                     for c in 0..columns.len() {
                         wide[c * LANES + j] += g * f64::from(D::value_at(row, c));
                     }
                 }
             }
         }
-        let sums = sc.panel.get(strip.len() * LANES).as_chunks::<LANES>().0;
+        let sums = sc.panel.get(strip.columns.len() * LANES).as_chunks::<LANES>().0;
         for c in columns.clone() {
             for j in (0..LANES).filter(|j| again >> j & 1 == 1) {
-                if !sums[c - strip.start][j].is_finite() {
+                if !sums[c - strip.columns.start][j].is_finite() {
                     let value = D::round_wide(wide[(c - columns.start) * LANES + j]);
-                    D::put(&self.out[self.row(m0 + j) * grid.shape.k + c], value);
+                    D::put(&self.out[self.row(strip.m0 + j) * k + c], value);
                 }
             }
         }
         Ok(())
     }
+}
+
+/// Add the entries of a tile to some lanes of a strip.
+fn entries<S: Simd, D: Float>(
+    s: S,
+    tile: &SparseTile<'_>,
+    rect: &Rect,
+    strip: &Strip<'_>,
+    lanes: Range<usize>,
+    g: &[[f32; LANES]; STEP],
+    sums: &mut [[f32; LANES]],
+) -> Result<()> {
+    if tile.records > 1 << 24 {
+        return Err(Error::corrupt(format!("{} records in one tile", tile.records)));
+    }
+    let from = (strip.columns.start - rect.c0) as u32;
+    // Lanes beyond the strip's rows hold nothing.
+    let lanes = if lanes.len() == strip.m { 0..LANES } else { lanes };
+    let entries = OuterEntries::<D> { tile, g, sums, from, rows: rect.rows(), lanes, dtype: PhantomData };
+    let largest = s.run(entries);
+    if largest as usize >= rect.cols() {
+        return Err(Error::corrupt(format!("an entry names column {largest} of {}", rect.cols())));
+    }
+    Ok(())
 }
 
 /// `sums[c] += words[i][c] * g[i]` for every row i of words and column c, row after row.
@@ -284,6 +359,8 @@ struct OuterEntries<'a, D> {
     sums: &'a mut [[f32; LANES]],
     from: u32,
     rows: usize,
+    /// The rows of grad that the tile's tenant has.
+    lanes: Range<usize>,
     dtype: PhantomData<D>,
 }
 
@@ -308,7 +385,14 @@ impl<D: Float> Kernel for OuterEntries<'_, D> {
             for lane in 0..self.rows.min(LANES) {
                 let column = at[lane].wrapping_sub(self.from) as usize;
                 let Some(sums) = self.sums.get_mut(column) else { continue };
-                s.store(s.fma(s.splat(diff[lane]), s.load(&self.g[lane]), s.load(sums)), sums);
+                if self.lanes.len() < LANES {
+                    // Other tenants' lanes stay as they are, bit for bit.
+                    for j in self.lanes.clone() {
+                        sums[j] = diff[lane].mul_add(self.g[lane][j], sums[j]);
+                    }
+                } else {
+                    s.store(s.fma(s.splat(diff[lane]), s.load(&self.g[lane]), s.load(sums)), sums);
+                }
             }
         }
         s.store_columns(largest, &mut at);

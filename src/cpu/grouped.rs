@@ -113,19 +113,8 @@ fn linear_groups<S: Simd, D: Float>(
     if out.is_empty() {
         return Ok(());
     }
-    let weights = |i: usize| Weights::new(args.base, deltas[i].as_ref());
-    let mut ways: Vec<_> =
-        (0..groups.len()).map(|i| (Way::of(&weights(i), groups[i].1.len(), args.mode), i)).collect();
-    ways.sort_unstable();
-    let mut order = Vec::with_capacity(args.m);
-    let mut segments = Vec::with_capacity(groups.len());
-    for (_, i) in ways {
-        let (slot, rows) = &groups[i];
-        let start = order.len();
-        order.extend_from_slice(&tenants.order()[rows.clone()]);
-        let bias = args.biases.map(|b| b.row(slot.unwrap_or(slots), n * D::BYTES));
-        segments.push(Segment { weights: weights(i), bias, rows: start..order.len(), slot: *slot });
-    }
+    let bias = |slot: Option<usize>| args.biases.map(|b| b.row(slot.unwrap_or(slots), n * D::BYTES));
+    let (order, segments) = segments(&args.base, &tenants, &groups, &deltas, args.mode, bias);
     let (order, segments) = (Some(&order[..]), &segments[..]);
     let call = linear::Call { x: args.x, base: args.base, order, segments, mode: args.mode };
     linear::run::<S, D>(s, &call, out, exec)
@@ -183,15 +172,9 @@ fn grad_groups<S: Simd, D: Float>(
         return Ok(());
     }
     let out = D::share(out, "out")?;
-    groups.iter().zip(&deltas).try_for_each(|((slot, rows), delta)| {
-        let rows = &tenants.order()[rows.clone()];
-        let weights = Weights::new(args.base, delta.as_ref());
-        let job = grad::Job { grad: args.grad, m: rows.len(), order: Some(rows), weights, out };
-        grad::run::<S, D>(s, &job, exec).map_err(|e| match slot {
-            Some(slot) => e.within(format_args!("slots[{slot}]")),
-            None => e,
-        })
-    })
+    let (order, segments) = segments(&args.base, &tenants, &groups, &deltas, Mode::Deterministic, |_| None);
+    let job = grad::Job { grad: args.grad, base: args.base, order: Some(&order), out };
+    grad::run::<S, D>(s, &job, &segments, exec)
 }
 
 /// The deltas of the groups of a batch: every slot in use is looked at before a word is computed.
@@ -201,4 +184,32 @@ fn deltas<'a>(
     base: &Matrix<'_>,
 ) -> Result<Vec<Option<Resident<'a>>>> {
     groups.iter().map(|(slot, _)| slot.map_or(Ok(None), |slot| arena.delta(slot, base))).collect()
+}
+
+/// The rows of a batch, way after way and tenant after tenant: which row is at each place, and whose places are whose.
+fn segments<'a>(
+    base: &Matrix<'a>,
+    tenants: &Tenants<'_>,
+    groups: &[(Option<usize>, Range<usize>)],
+    deltas: &'a [Option<Resident<'a>>],
+    mode: Mode,
+    bias: impl Fn(Option<usize>) -> Option<&'a [u8]>,
+) -> (Vec<usize>, Vec<Segment<'a>>) {
+    let weights = |i: usize| Weights::new(*base, deltas[i].as_ref());
+    let mut ways: Vec<_> =
+        (0..groups.len()).map(|i| (Way::of(&weights(i), groups[i].1.len(), mode), i)).collect();
+    ways.sort_unstable();
+    let (mut order, mut segments) = (Vec::new(), Vec::with_capacity(groups.len()));
+    for (_, i) in ways {
+        let (slot, rows) = &groups[i];
+        let start = order.len();
+        order.extend_from_slice(&tenants.order()[rows.clone()]);
+        segments.push(Segment {
+            weights: weights(i),
+            bias: bias(*slot),
+            rows: start..order.len(),
+            slot: *slot,
+        });
+    }
+    (order, segments)
 }

@@ -36,8 +36,11 @@ const PANEL_ABOVE: usize = 2 * BLOCK;
 /// Totals of one task on a restored panel (512 KiB); more rows of x are done in blocks.
 const PANEL_SUMS: usize = 1 << 17;
 
-/// A base of at most these bytes stays in the cache from one block of rows of x to the next.
-const CACHED_BYTES: usize = 4 << 20;
+/// So many bytes of a base stay in the cache from one block of rows of x to the next.
+const CACHED_BYTES: usize = 8 << 20;
+
+/// Rows of W of one small-m task, at most: their totals are scratch (64 KiB).
+const MOST_ROWS: usize = 1024;
 
 /// The rows of x of one tenant.
 pub(super) struct Segment<'a> {
@@ -143,7 +146,7 @@ pub(super) fn run<S: Simd, D: Float>(
         n: shape.n,
         k: shape.k,
     };
-    let parts = job.parts(call);
+    let parts = job.parts(call, exec.threads());
     let tasks = parts.last().map_or(0, |part| part.tasks.end);
     try_run(exec, tasks, |task| {
         let part = &parts[parts.partition_point(|part| part.tasks.end <= task)];
@@ -157,7 +160,7 @@ impl<D: Float> Job<'_, D> {
         self.order.map_or(at, |order| order[at])
     }
 
-    fn parts<'a>(&self, call: &Call<'a>) -> Vec<Part<'a>> {
+    fn parts<'a>(&self, call: &Call<'a>, threads: usize) -> Vec<Part<'a>> {
         let mut parts: Vec<Part<'a>> = Vec::new();
         let way = |s: &Segment<'_>| Way::of(&s.weights, s.rows.len(), call.mode);
         let alike = |a: &Segment<'_>, b: &Segment<'_>| way(a) == Way::Shared && way(b) == Way::Shared;
@@ -169,8 +172,14 @@ impl<D: Float> Job<'_, D> {
                 way == Way::Shared && places.len() > BLOCK && self.base.bytes().len() > CACHED_BYTES;
             let (rows, block) = match way {
                 Way::Panels => (grid.tile_rows, PANEL_SUMS / grid.tile_rows),
-                Way::Shared => (self.chunk_rows(segments.len(), again_cached, BASE_COLUMNS, LANES), BLOCK),
-                Way::Own => (self.chunk_rows(1, false, grid.tile_cols, grid.tile_rows), BLOCK),
+                Way::Shared if again_cached => {
+                    // Many rows of W, since each block of x is converted anew for them (10 to 20 % of the time at 256).
+                    let cached = CACHED_BYTES / self.base.row_bytes();
+                    let rows = self.n.div_ceil(2 * threads.max(1)).min(cached).clamp(LANES, MOST_ROWS);
+                    (rows.next_multiple_of(LANES), BLOCK)
+                }
+                Way::Shared => (self.chunk_rows(segments.len(), BASE_COLUMNS, LANES), BLOCK),
+                Way::Own => (self.chunk_rows(1, grid.tile_cols, grid.tile_rows), BLOCK),
             };
             let start = parts.last().map_or(0, |part| part.tasks.end);
             let tasks = start..start + self.n.div_ceil(rows) * places.len().div_ceil(block);
@@ -180,11 +189,11 @@ impl<D: Float> Job<'_, D> {
     }
 
     /// Rows of W of one small-m task: enough to pay for converting x, few enough for every thread to have some.
-    fn chunk_rows(&self, tenants: usize, again_cached: bool, columns: usize, tile_rows: usize) -> usize {
+    fn chunk_rows(&self, tenants: usize, columns: usize, tile_rows: usize) -> usize {
         // A thread keeps x as f32 from task to task only if nothing else takes its place.
-        let most = match (self.k <= columns, again_cached, tenants) {
-            (true, false, 1) => 64,
-            (true, false, _) => 128,
+        let most = match (self.k <= columns, tenants) {
+            (true, 1) => 64,
+            (true, _) => 128,
             _ => 256,
         };
         self.n.div_ceil(16).min(most).next_multiple_of(tile_rows)

@@ -196,7 +196,10 @@ pub fn delta_linear_grad_input_on(
                     return Ok(());
                 }
                 let out = <D as float::Float>::share(out, "out")?;
-                grad::run::<S, D>(s, &grad::Job { grad, m, order: None, weights: Weights::new(*base, Some(delta)), out }, exec)
+                let weights = Weights::new(*base, Some(delta));
+                let segment = linear::Segment { weights, bias: None, rows: 0..m, slot: None };
+                let job = grad::Job { grad, base: *base, order: None, out };
+                grad::run::<S, D>(s, &job, &[segment], exec)
             })
         }
     }

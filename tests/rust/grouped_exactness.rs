@@ -7,7 +7,7 @@ mod common;
 mod linear;
 
 use common::{Rng, matrix, word};
-use linear::{Case, DTYPES, ENCODINGS, MODES, Shuffled, first_difference, integers, isas, values};
+use linear::{Case, DTYPES, MODES, Shuffled, first_difference, integers, isas, values};
 use xorz::codec::{Encoding, Grid};
 use xorz::cpu::{
     Arena, Biases, Executor, GroupedArgs, GroupedGradArgs, Isa, Mode, Serial, delta_linear_grouped,
@@ -223,7 +223,7 @@ fn a_row_never_depends_on_the_values_of_another() {
         for dtype in DTYPES {
             let shape = Shape { n: 21, k: 270 };
             let fleet = Fleet::new(&mut rng, dtype, shape, |r, w| r.weights(dtype, w), 0.1);
-            let (row, out) = (shape.k * dtype.word_bytes(), shape.n * dtype.word_bytes());
+            let out = shape.n * dtype.word_bytes();
             for m in [2, 9, 37, 90] {
                 let clean = rng.weights(dtype, m * shape.k);
                 for map in maps(&mut rng, m) {
@@ -242,7 +242,6 @@ fn a_row_never_depends_on_the_values_of_another() {
                         let at = keep * out..(keep + 1) * out;
                         assert!(a[at.clone()] == b[at], "{isa:?} {dtype} m {m} {mode:?} row {keep} {map:?}");
                     }
-                    assert_eq!(clean.len(), m * row);
                 }
             }
         }
@@ -500,7 +499,7 @@ fn mutants_are_caught() {
             assert!(run(&fleet, &swapped) != want, "{dtype}: rows {i} and {} swapped", i + 1);
         }
         for slot in [0, 1, 3, 4] {
-            let kept = std::mem::replace(&mut fleet.slots[slot], [0, 0]);
+            let kept = std::mem::take(&mut fleet.slots[slot]);
             assert!(run(&fleet, &map) != want, "{dtype}: slot {slot} ignored");
             fleet.slots[slot] = kept;
         }
@@ -508,5 +507,4 @@ fn mutants_are_caught() {
         fleet.biases[len] ^= 0x40;
         assert!(run(&fleet, &map) != want, "{dtype}: the base's bias changed");
     }
-    assert_eq!(ENCODINGS.len(), 4);
 }
