@@ -11,6 +11,7 @@
 //! | `lanes` | the bit streams of `exponent` |
 //! | `grad` | `delta_linear_grad_input` |
 //! | `encode` | words to tiles and whole deltas, and the estimates that choose how |
+//! | `lookup` | `delta_embedding`: rows of the tenants' tables |
 //! | `restore` | fine-tuned words: restore, apply, tiles for scratch |
 //! | `simd`, `scalar`, `x86_64` | the vector trait and its instances; `dispatch` picks one |
 //! | `grouped` | `delta_linear_grouped` and its gradient; `arena` the deltas of many tenants, `weights` a base with one or none |
@@ -29,6 +30,7 @@ mod grad;
 mod grouped;
 mod lanes;
 mod linear;
+mod lookup;
 mod restore;
 mod scalar;
 mod scratch;
@@ -47,6 +49,7 @@ pub use grouped::{
     Biases, GroupedArgs, GroupedGradArgs, delta_linear_grouped, delta_linear_grouped_grad_input,
     delta_linear_grouped_on,
 };
+pub use lookup::{EmbeddingArgs, delta_embedding, delta_embedding_on};
 
 use crate::codec::ExponentTile;
 use crate::error::{Error, Result};

@@ -294,7 +294,7 @@ fn overwrite<W: Word>(
 }
 
 /// What an entry does to a word.
-trait Change<W> {
+pub(super) trait Change<W> {
     /// The difference that does nothing.
     const NOTHING: u64;
     /// The word after the difference `diff` of lane `lane` at column `c`.
@@ -302,7 +302,7 @@ trait Change<W> {
 }
 
 /// Dtypes that do not compute.
-struct Xor;
+pub(super) struct Xor;
 
 impl<W: Word> Change<W> for Xor {
     const NOTHING: u64 = 0;
@@ -313,13 +313,13 @@ impl<W: Word> Change<W> for Xor {
 
 /// Dtypes that compute. Per lane: the column of the last entry and its exact sum, since a second entry there adds to
 /// the sum and not to the word, which may not hold it.
-struct Sums<D> {
+pub(super) struct Sums<D> {
     last: [(usize, f32); Grid::LANES],
     dtype: PhantomData<D>,
 }
 
 impl<D: Float> Sums<D> {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { last: [(usize::MAX, 0.0); Grid::LANES], dtype: PhantomData }
     }
 }
