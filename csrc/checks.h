@@ -184,4 +184,14 @@ struct Checks {
   }
 };
 
+// A call into the core; its sentence gets the op's name in front.
+template <class F>
+auto core(const Checks& checks, const F& f) {
+  try {
+    return f();
+  } catch (const rust::Error& e) {
+    checks.refuse(e.what());
+  }
+}
+
 }  // namespace xorz

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "aten.h"
-#include "checks.h"
+#include "grouped.h"
 #include "ops.h"
 
 namespace xorz {
@@ -12,33 +12,13 @@ namespace {
 
 const TorchThreads threads;
 
-template <class F>
-auto core(const Checks& checks, const F& f) {
-  try {
-    return f();
-  } catch (const rust::Error& e) {
-    checks.refuse(e.what());
-  }
-}
-
-// Contiguous, and aligned to its elements, which a view of foreign memory may not be.
-Tensor plain(const Tensor& t) {
-  const Tensor c = torch::stable::contiguous(t);
-  const auto at = reinterpret_cast<uintptr_t>(c.const_data_ptr());
-  return at % t.element_size() == 0 ? c : torch::stable::clone(c);
-}
-
-rust::Slice<const uint8_t> bytes_of(const Tensor& t) {
-  return {static_cast<const uint8_t*>(t.const_data_ptr()), static_cast<size_t>(t.numel()) * t.element_size()};
-}
-
 // What the two ops share, checked as far as it can be without reading a slot.
 struct Operands {
-  Tensor rows, slots, tenant_of_row;
+  Tensor rows;
   const DtypeRow* type;
   Words weight;
   size_t m, s;
-  Batch batch;
+  Tenancy tenancy;
   std::vector<int64_t> out_sizes;
 };
 
@@ -65,25 +45,9 @@ Operands grouped(const Checks& checks, const char* name, const Tensor& rows, int
   g.out_sizes.back() = weight.size(1 - columns);
   g.m = 1;
   for (int64_t i = 0; i + 1 < rows.dim(); ++i) g.m *= static_cast<size_t>(rows.size(i));
-  checks.known("arena", arena);
-  if (arena.scalar_type() != ScalarType::Byte || arena.dim() != 1)
-    checks.refuse("arena must be a 1-D uint8 tensor, but is " + text(arena));
-  checks.contiguous("arena", arena);
-  checks.known("slots", slots);
-  if (slots.scalar_type() != ScalarType::Long || slots.dim() != 2 || slots.size(1) != 2)
-    checks.refuse("slots must be int64 [s, 2], an offset and a length each, but is " + text(slots));
-  checks.known("tenant_of_row", tenant_of_row);
-  if (tenant_of_row.scalar_type() != ScalarType::Int || tenant_of_row.dim() != 1 ||
-      tenant_of_row.size(0) != static_cast<int64_t>(g.m))
-    checks.refuse("tenant_of_row is " + text(tenant_of_row) + ", but must be int32 [" + std::to_string(g.m) +
-                  "], one for each row of " + name);
+  g.tenancy = tenancy(checks, arena, slots, tenant_of_row, g.m, std::string("row of ") + name);
   g.rows = torch::stable::contiguous(rows);
-  g.slots = plain(slots);
-  g.tenant_of_row = plain(tenant_of_row);
   g.s = static_cast<size_t>(slots.size(0));
-  g.batch = Batch{bytes_of(arena),
-                  {static_cast<const int64_t*>(g.slots.const_data_ptr()), 2 * g.s},
-                  {static_cast<const int32_t*>(g.tenant_of_row.const_data_ptr()), g.m}};
   return g;
 }
 
@@ -107,7 +71,7 @@ Tensor exact_grouped(const Checks& checks, const Operands& g, const Tensor& weig
   const NoGrad guard;
   const Tensor out = torch::stable::empty(g.out_sizes, g.type->torch);
   const size_t row = g.weight.k * g.type->bytes, out_row = g.weight.n * g.type->bytes;
-  const auto tenants = core(checks, [&] { return grouped_tenants(g.m, g.weight, g.batch); });
+  const auto tenants = core(checks, [&] { return grouped_tenants(g.m, g.weight, g.tenancy.batch); });
   for (const Tenant& tenant : tenants) {
     const size_t m = tenant.rows.size();
     const Tensor x =
@@ -153,7 +117,7 @@ Tensor delta_linear_grouped_cpu(const Tensor& input, const Tensor& weight,
   if (biases) check_biases(checks, *biases, g);
   if (mode == "exact") return exact_grouped(checks, g, weight, arena, biases);
   const Tensor out = torch::stable::empty(g.out_sizes, g.type->torch);
-  Grouped args{bytes_of(g.rows), g.m, g.weight, biases.has_value(), {}, 0, g.batch, rust::Str(mode)};
+  Grouped args{bytes_of(g.rows), g.m, g.weight, biases.has_value(), {}, 0, g.tenancy.batch, rust::Str(mode)};
   if (biases) {
     args.bias_stride = static_cast<size_t>(biases->stride(0)) * g.type->bytes;
     args.biases = {static_cast<const uint8_t*>(biases->const_data_ptr()),
@@ -171,8 +135,9 @@ Tensor delta_linear_grouped_grad_input_cpu(const Tensor& grad, const Tensor& wei
   const Operands g = grouped(checks, "grad", grad, 0, weight, arena, slots, tenant_of_row);
   const Tensor out = torch::stable::empty(g.out_sizes, g.type->torch);
   rust::Slice<uint8_t> bytes(static_cast<uint8_t*>(out.mutable_data_ptr()), g.m * g.weight.k * g.type->bytes);
-  core(checks,
-       [&] { delta_linear_grouped_grad_input(bytes_of(g.rows), g.m, g.weight, g.batch, bytes, threads); });
+  core(checks, [&] {
+    delta_linear_grouped_grad_input(bytes_of(g.rows), g.m, g.weight, g.tenancy.batch, bytes, threads);
+  });
   return out;
 }
 

@@ -30,6 +30,10 @@ const Op kOps[] = {
      "delta_linear_grouped_grad_input(Tensor grad, Tensor weight, Tensor arena, Tensor slots, Tensor "
      "tenant_of_row) -> Tensor",
      TORCH_BOX(&delta_linear_grouped_grad_input_cpu)},
+    {"delta_embedding",
+     "delta_embedding(Tensor indices, Tensor weight, Tensor arena, Tensor slots, Tensor tenant_of_row) -> "
+     "Tensor",
+     TORCH_BOX(&delta_embedding_cpu)},
     {"delta_restore", "delta_restore(Tensor base, Tensor delta) -> Tensor", TORCH_BOX(&delta_restore_cpu)},
     {"delta_apply_", "delta_apply_(Tensor(a!) weight, Tensor delta) -> ()", TORCH_BOX(&delta_apply_cpu)},
     {"delta_encode", "delta_encode(Tensor base, Tensor fine_tuned, *, str prefer=\"speed\") -> Tensor",

@@ -23,6 +23,8 @@ Tensor delta_linear_grouped_cpu(const Tensor& input, const Tensor& weight,
                                 const Tensor& tenant_of_row, const std::string& mode);
 Tensor delta_linear_grouped_grad_input_cpu(const Tensor& grad, const Tensor& weight, const Tensor& arena,
                                            const Tensor& slots, const Tensor& tenant_of_row);
+Tensor delta_embedding_cpu(const Tensor& indices, const Tensor& weight, const Tensor& arena,
+                           const Tensor& slots, const Tensor& tenant_of_row);
 Tensor delta_restore_cpu(const Tensor& base, const Tensor& delta);
 void delta_apply_cpu(const Tensor& weight, const Tensor& delta);
 Tensor delta_encode_cpu(const Tensor& base, const Tensor& fine_tuned, const std::string& prefer);

@@ -27,16 +27,6 @@ std::vector<int64_t> sizes_with_last(const Tensor& t, size_t last) {
   return sizes;
 }
 
-// A call into the core; its sentence gets the op's name in front.
-template <class F>
-auto core(const Checks& checks, const F& f) {
-  try {
-    return f();
-  } catch (const rust::Error& e) {
-    checks.refuse(e.what());
-  }
-}
-
 Tensor as_tensor(const rust::Vec<uint8_t>& bytes) {
   Tensor t = torch::stable::empty({static_cast<int64_t>(bytes.size())}, ScalarType::Byte);
   if (!bytes.empty()) std::memcpy(t.mutable_data_ptr(), bytes.data(), bytes.size());

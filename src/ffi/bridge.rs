@@ -94,6 +94,13 @@ pub mod door {
             executor: &Executor,
         ) -> Result<()>;
         fn grouped_tenants(m: usize, weight: &Words<'_>, batch: &Batch<'_>) -> Result<Vec<Tenant>>;
+        fn delta_embedding(
+            indices: &[i64],
+            weight: &Words<'_>,
+            batch: &Batch<'_>,
+            out: &mut [u8],
+            executor: &Executor,
+        ) -> Result<()>;
         fn delta_restore(base: &Words<'_>, delta: &[u8], out: &mut [u8], executor: &Executor) -> Result<()>;
         fn delta_restore_rows(
             base: &Words<'_>,
@@ -229,6 +236,16 @@ fn grouped_tenants(m: usize, weight: &Words<'_>, batch: &Batch<'_>) -> Result<Ve
         Tenant { bias, rows: t.rows, offset: delta.start, length: delta.len() }
     };
     Ok(ops::grouped_tenants(m, weight.into(), &batch.into())?.into_iter().map(tenant).collect())
+}
+
+fn delta_embedding(
+    indices: &[i64],
+    weight: &Words<'_>,
+    batch: &Batch<'_>,
+    out: &mut [u8],
+    executor: &Executor,
+) -> Result<()> {
+    ops::delta_embedding(indices, weight.into(), &batch.into(), out, &Shim(executor))
 }
 
 fn delta_restore(base: &Words<'_>, delta: &[u8], out: &mut [u8], executor: &Executor) -> Result<()> {

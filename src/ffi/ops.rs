@@ -2,7 +2,9 @@
 
 use super::guard;
 use crate::codec::{Encoding, Prefer};
-use crate::cpu::{self, Arena, Biases, Executor, GroupedArgs, GroupedGradArgs, LinearArgs, Mode, Tenants};
+use crate::cpu::{
+    self, Arena, Biases, EmbeddingArgs, Executor, GroupedArgs, GroupedGradArgs, LinearArgs, Mode, Tenants,
+};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Matrix, Shape};
 use crate::resident::{self, Resident};
@@ -217,6 +219,45 @@ pub fn grouped_tenants(m: usize, weight: Words<'_>, batch: &Batch<'_>) -> Result
             Ok(Tenant { slot, rows, delta })
         };
         tenants.groups().map(tenant).collect()
+    })
+}
+
+/// The base as the deltas of a batch see it: int16 and int32 words stand for the bits of any dtype of their size, so the
+/// first delta in use tells which.
+fn base_of_batch<'a>(weight: &Words<'a>, batch: &Batch<'_>) -> Result<Matrix<'a>> {
+    let (base, arena) = (weight.matrix()?, batch.arena());
+    if !matches!(base.dtype(), Dtype::I16 | Dtype::I32) {
+        return Ok(base);
+    }
+    let used = batch.tenant_of_row.iter().filter_map(|&tenant| usize::try_from(tenant).ok());
+    for slot in used.filter(|&slot| slot < arena.slots.len()) {
+        let Some(place) = arena.place(slot)? else { continue };
+        let delta =
+            Resident::parse(&batch.arena[place]).map_err(|e| e.within(format_args!("slots[{slot}]")))?;
+        let dtype = delta.header().dtype;
+        let same = dtype.word_bytes() == base.dtype().word_bytes();
+        return if same { Matrix::new(dtype, base.shape(), base.bytes()) } else { Ok(base) };
+    }
+    Ok(base)
+}
+
+/// `out [rows, k]`: row i is row `indices[i]` of the fine-tuned table of row i's tenant. int16 and int32 words of `weight`
+/// stand for the bits of any dtype of their size.
+///
+/// # Errors
+/// `InvalidArgument` for an index beyond the table, a slot outside of the arena or a row of no slot; `Mismatch` where
+/// sizes or dtypes disagree; `Corrupt` or `Truncated` for a broken delta.
+pub fn delta_embedding(
+    indices: &[i64],
+    weight: Words<'_>,
+    batch: &Batch<'_>,
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    guard(|| {
+        let (base, arena) = (base_of_batch(&weight, batch)?, batch.arena());
+        let args = EmbeddingArgs { indices, base, arena, tenant_of_row: batch.tenant_of_row };
+        cpu::delta_embedding(&args, out, exec)
     })
 }
 
