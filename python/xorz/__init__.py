@@ -10,7 +10,7 @@ from . import _torch as _torch  # first: it says in words that torch is missing
 # isort: split
 from . import _core
 from ._core import DeltaInfo, delta_info
-from ._grouped import delta_linear_grouped, delta_linear_grouped_grad_input
+from ._grouped import delta_embedding, delta_linear_grouped, delta_linear_grouped_grad_input
 from ._library import include_path, library_path
 from ._ops import (
     delta_apply_,
@@ -36,6 +36,7 @@ __all__ = [
     "delta_apply_",
     "delta_check",
     "delta_concat",
+    "delta_embedding",
     "delta_encode",
     "delta_info",
     "delta_linear",

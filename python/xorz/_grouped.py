@@ -1,5 +1,7 @@
 """The ops on many tenants at once, as functions, with what torch needs to trace and differentiate them."""
 
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,13 @@ def _check_grouped(
         rows.dtype == weight.dtype or not weight.dtype.is_floating_point,
         lambda: f"xorz::{op}: {name} is {rows.dtype}, but weight is {weight.dtype}",
     )
+    count = 1
+    for size in rows.shape[:-1]:
+        count = count * size
+    _check_tenants(op, arena, slots, tenant_of_row, count, f"row of {name}")
+
+
+def _check_tenants(op: str, arena: Tensor, slots: Tensor, tenant_of_row: Tensor, count: int, of: str) -> None:
     torch._check(
         arena.dim() == 1 and arena.dtype == torch.uint8,
         lambda: (
@@ -40,22 +49,20 @@ def _check_grouped(
         slots.dim() == 2 and slots.dtype == torch.int64,
         lambda: f"xorz::{op}: slots must be int64 [s, 2], but is {slots.dtype} of {slots.dim()} dimensions",
     )
-    torch._check(
-        slots.size(1) == 2, lambda: f"xorz::{op}: slots must be int64 [s, 2], but is [s, {slots.size(1)}]"
-    )
+    # That slots.size(1) is 2 is for the kernel to say: torch traces equal sizes as one symbol, so a trace with two slots
+    # would be good for two only.
     torch._check(
         tenant_of_row.dim() == 1 and tenant_of_row.dtype == torch.int32,
         lambda: (
-            f"xorz::{op}: tenant_of_row must be int32 [rows of {name}], but is {tenant_of_row.dtype} "
+            f"xorz::{op}: tenant_of_row must be int32, one for each {of}, but is {tenant_of_row.dtype} "
             f"of {tenant_of_row.dim()} dimensions"
         ),
     )
-    count = 1
-    for size in rows.shape[:-1]:
-        count = count * size
     torch._check(
         tenant_of_row.size(0) == count,
-        lambda: f"xorz::{op}: tenant_of_row has {tenant_of_row.size(0)} entries, but {name} has {count} rows",
+        lambda: (
+            f"xorz::{op}: tenant_of_row has {tenant_of_row.size(0)} entries, but must have {count}, one for each {of}"
+        ),
     )
 
 
@@ -103,6 +110,21 @@ def _(grad, weight, arena, slots, tenant_of_row):
     return grad.new_empty((*grad.shape[:-1], weight.size(1)))
 
 
+@torch.library.register_fake("xorz::delta_embedding")
+def _(indices, weight, arena, slots, tenant_of_row):
+    op = "delta_embedding"
+    _check_devices(op, indices=indices, weight=weight, arena=arena, slots=slots, tenant_of_row=tenant_of_row)
+    torch._check(
+        indices.dtype in (torch.int64, torch.int32),
+        lambda: f"xorz::{op}: indices must be int64 or int32, but is {indices.dtype}",
+    )
+    torch._check(
+        weight.dim() == 2, lambda: f"xorz::{op}: weight must be 2-D [V, k], but has {weight.dim()} dimensions"
+    )
+    _check_tenants(op, arena, slots, tenant_of_row, indices.numel(), "element of indices")
+    return weight.new_empty((*indices.shape, weight.size(1)))
+
+
 def _setup_linear(ctx, inputs, keyword_only_inputs, output):
     _input, weight, biases, arena, slots, tenant_of_row = inputs
     ctx.save_for_backward(weight, arena, slots, tenant_of_row)
@@ -139,6 +161,14 @@ torch.library.register_autograd("xorz::delta_linear_grouped", _backward_linear, 
 torch.library.register_autograd(
     "xorz::delta_linear_grouped_grad_input", _backward_grad, setup_context=_setup_grad
 )
+
+
+def _refuse(ctx: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    # Only weight can require grad: everything else is of integers.
+    raise RuntimeError("xorz::delta_embedding: weight requires grad, but it is frozen; pass weight.detach()")
+
+
+torch.library.register_autograd("xorz::delta_embedding", _refuse, setup_context=_refuse)
 
 
 def delta_linear_grouped(
@@ -183,3 +213,33 @@ def delta_linear_grouped_grad_input(
     """The gradient of `delta_linear_grouped` for its input: `grad [..., n]`, row by row with its tenant's weights."""
     _no_cuda("delta_linear_grouped_grad_input", grad, weight, arena, slots, tenant_of_row)
     return _ops.delta_linear_grouped_grad_input(grad, weight, arena, slots, tenant_of_row)
+
+
+def delta_embedding(
+    indices: Tensor, weight: Tensor, arena: Tensor, slots: Tensor, tenant_of_row: Tensor
+) -> Tensor:
+    """`F.embedding` of a batch whose rows belong to different tenants of one base: rows are patched as they are read.
+
+    `out[i]` is row `indices[i]` of the fine-tuned table of i's tenant, bit for bit; no table is restored. Of `sparse` and
+    `raw` deltas only the rows asked are read; of an `exponent` delta whole bands of up to 256 rows are decoded, each once
+    per call, so prefer="speed" is the better choice for tables.
+
+    Args:
+        indices: int64 or int32 of any shape, each within 0 to V - 1.
+        weight: the base's table `[V, k]`, contiguous, of any dtype that deltas know, or the bits of the deltas' dtype as
+            int32 or int16.
+        arena: 1-D uint8, contiguous: the tenants' resident deltas of `weight` (see `delta_encode`) side by side. It may
+            hold others too, and be larger than memory: only bytes of slots that `tenant_of_row` uses are read.
+        slots: int64 `[s, 2]`: byte offset (a multiple of 64) and length in the arena of each tenant's delta. Length 0
+            is an empty slot: that tenant's table is the base's own.
+        tenant_of_row: int32 `[indices.numel()]`, a slot for each element of `indices`, row-major; -1 is the base.
+
+    Returns:
+        `[*indices.shape, k]` of `weight`'s dtype (bits for bits). No gradient: the weight is frozen.
+
+    Raises:
+        RuntimeError: naming the argument, the position or the slot, and both values, where something does not fit, or
+            where `weight` requires grad in grad mode.
+    """
+    _no_cuda("delta_embedding", indices, weight, arena, slots, tenant_of_row)
+    return _ops.delta_embedding(indices, weight, arena, slots, tenant_of_row)

@@ -176,6 +176,7 @@ def good(dtype=torch.float32):
         "delta_linear": {"input": x, "weight": base, "bias": b.flatten(), "delta": delta},
         "delta_linear_grouped": {"input": x, "biases": random_weight(3, 8, dtype), **many},
         "delta_linear_grouped_grad_input": {"grad": g, **many},
+        "delta_embedding": {"indices": torch.tensor([7, 0]), **many},
         "delta_linear_grad_input": {"grad": g, "weight": base, "delta": delta},
         "delta_restore": {"base": base, "delta": delta},
         "delta_apply_": {"weight": base.clone(), "delta": delta},
@@ -358,7 +359,15 @@ def test_memory_that_is_not_contiguous(op, name, kind, capfd):
     if name == "biases" and t.stride(1) != 1:
         sentence = f"biases has a stride of {t.stride(1)} along its last dimension, but must have 1"
         assert refusal(op, arguments, capfd) == f"xorz::{op}: {sentence}"
-    elif name in ("input", "grad", "bias", "biases", "slots", "tenant_of_row"):  # activations may lie anyhow
+    elif name in (
+        "input",
+        "grad",
+        "bias",
+        "biases",
+        "slots",
+        "tenant_of_row",
+        "indices",
+    ):  # activations may lie anyhow
         assert same_bits(call(op, arguments), call(op, {**arguments, name: t.contiguous()}))
     else:
         text = refusal(op, arguments, capfd)
