@@ -49,8 +49,9 @@ def _check_tenants(op: str, arena: Tensor, slots: Tensor, tenant_of_row: Tensor,
         slots.dim() == 2 and slots.dtype == torch.int64,
         lambda: f"xorz::{op}: slots must be int64 [s, 2], but is {slots.dtype} of {slots.dim()} dimensions",
     )
-    # That slots.size(1) is 2 is for the kernel to say: torch traces equal sizes as one symbol, so a trace with two slots
-    # would be good for two only.
+    torch._check(
+        slots.size(1) == 2, lambda: f"xorz::{op}: slots must be int64 [s, 2], but is [s, {slots.size(1)}]"
+    )
     torch._check(
         tenant_of_row.dim() == 1 and tenant_of_row.dtype == torch.int32,
         lambda: (
