@@ -19,7 +19,7 @@ use super::scratch;
 use super::simd::Simd;
 use crate::codec::word::{Word, with_word};
 use crate::codec::{Encoding, Exceptions, ExponentTile, GapKind, Grid, SparseTile, Tile, exponent};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::matrix::{Dtype, Matrix, Shape};
 use crate::resident::Resident;
 use std::sync::Mutex;
@@ -93,7 +93,8 @@ fn run<S: Simd>(s: S, args: &EmbeddingArgs<'_>, out: &mut [u8], exec: &dyn Execu
     let tenants = Tenants::new(args.tenant_of_row, m, args.arena.slots.len())?;
     let mut groups = Vec::new();
     for (slot, rows) in tenants.groups() {
-        let delta = slot.map_or(Ok(None), |slot| args.arena.delta(slot, base))?;
+        let delta = slot.map_or(Ok(None), |slot| args.arena.delta(slot, base));
+        let delta = delta.map_err(|e| if e.kind() == Kind::Mismatch { e.within("weight") } else { e })?;
         groups.push((slot, delta.filter(|d| d.header().encoding != Encoding::Unchanged), rows));
     }
     let mut rows = rows(args, tenants.order(), out)?;
