@@ -22,17 +22,21 @@ from ._ops import (
     delta_restore,
     delta_slice,
 )
+from .attach import attach
 from .checkpoint import inspect, load_deltas, pack, restore, unpack, verify
 from .diff import StateDelta, apply_, diff
 from .linear import XorDeltaLinear
+from .tenants import Tenants
 
 __version__ = _core.version()
 
 __all__ = [
     "DeltaInfo",
     "StateDelta",
+    "Tenants",
     "XorDeltaLinear",
     "apply_",
+    "attach",
     "delta_apply_",
     "delta_check",
     "delta_concat",

@@ -1,0 +1,199 @@
+"""From a package (or deltas in memory) to what each attached module needs of it; every refusal comes from here, before a
+tenant exists. No dense fine-tuned matrix is made, but one expert of a stack at a time and tensors that are small.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _core, _ops, checkpoint
+from .diff import StateDelta
+from .sites import Site
+
+LARGEST_COPY = 0.01
+"""Share of the base's bytes that a tenant's dense copies may take; what no op serves must fit in it."""
+
+
+class Prepared:
+    """What one tenant changes: deltas and dense values by site and parameter."""
+
+    def __init__(self) -> None:
+        """Nothing."""
+        self.deltas: list[tuple[Site, str, Tensor]] = []
+        self.values: list[tuple[Site, str, Tensor]] = []
+        self.alone = False
+
+    @property
+    def copies(self) -> int:
+        """Bytes of the dense values; tied ones once."""
+        return sum({t.data_ptr(): t.nbytes for _, _, t in self.values}.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it will take."""
+        deltas = {id(d): -(-d.numel() // 64) * 64 for _, _, d in self.deltas}
+        return sum(deltas.values()) + self.copies
+
+
+def prepare(
+    model: nn.Module, sites: dict[str, Site], modules: dict[str, nn.Module], source: Any, prefer: str | None
+) -> Prepared:
+    """Read, check against the model's own tensors, and say who serves what; errors as `Tenants.load`."""
+    base = {
+        name: tensor.detach()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if torch.is_tensor(tensor)
+    }
+    entries = _entries(base, source, prefer)
+    where = _places(model, sites)
+    out = Prepared()
+    base_bytes = sum({t.untyped_storage().data_ptr(): t.nbytes for t in base.values()}.values())
+    small: dict[str, int] = {}
+    for name, (kind, tensor) in entries.items():
+        for site, param in where.get(name, ()):
+            _one(out, site, modules, param, name, kind, tensor, base[name], small)
+        if not where.get(name):
+            raise ValueError(
+                f"tensor `{name}` is changed, but its module is not attached (filter_fn), so nothing serves it"
+            )
+    total = sum(small.values())
+    if total > LARGEST_COPY * base_bytes:
+        largest = max(small, key=small.__getitem__)
+        raise ValueError(
+            f"tensor `{largest}` ({small[largest]:,} bytes) is changed, and only a dense copy could serve it; all such copies "
+            f"would take {total:,} bytes, over {LARGEST_COPY:.0%} of the base's {base_bytes:,}"
+        )
+    return out
+
+
+def _entries(base: dict[str, Tensor], source: Any, prefer: str | None) -> dict[str, tuple[str, Tensor]]:
+    """Name in the model -> ("delta", resident delta) or ("alone", tensor), changed ones only, ties made whole."""
+    if isinstance(source, StateDelta):
+        deltas, alone, removed = dict(source.deltas), dict(source.alone), source.removed
+        for name, first in source.ties.items():
+            for kind in (deltas, alone):
+                if first in kind:
+                    kind[name] = kind[first]
+    elif isinstance(source, Mapping):
+        deltas, alone, removed = dict(source), {}, ()
+    else:
+        description = checkpoint.inspect(source)
+        loaded = checkpoint.load_deltas(base, source, prefer=prefer)
+        stored = {e["name"] for e in description["entries"] if e["base"] is None and not e["same"]}
+        stored |= {e["name"] for e in description["entries"] if e["same"] in stored}
+        deltas = {n: t for n, t in loaded.items() if n not in stored}
+        alone = {n: t for n, t in loaded.items() if n in stored}
+        removed = description["removed_names"]
+    tied = _ties(base)
+    for name in removed:
+        if name in base and not any(alias in deltas or alias in alone for alias in tied[name]):
+            raise ValueError(f"tensor `{name}` is not in the fine-tune, and the model needs it")
+    out: dict[str, tuple[str, Tensor]] = {}
+    for kind, tensors in (("delta", deltas), ("alone", alone)):
+        for name, tensor in tensors.items():
+            if name not in base:
+                raise KeyError(f"the model has no tensor `{name}`, which the fine-tune has")
+            if kind == "delta":
+                _check(name, base[name], tensor)
+                if _core.delta_info(tensor).changed == 0:
+                    continue
+            out[name] = (kind, tensor)
+    for name in list(out):
+        for alias in tied[name]:
+            if alias not in deltas and alias not in alone:
+                out[alias] = out[name]
+    return out
+
+
+def _check(name: str, base: Tensor, delta: Any) -> None:
+    if not isinstance(delta, Tensor):
+        raise TypeError(f"tensor `{name}`: a delta must be a tensor, but is {type(delta).__name__}")
+    try:
+        _core.delta_matches(delta, base)
+    except ValueError as error:
+        raise ValueError(f"tensor `{name}`: {error}") from None
+
+
+def _ties(base: dict[str, Tensor]) -> dict[str, list[str]]:
+    """Name -> the other names of the same tensor."""
+    groups: dict[Any, list[str]] = {}
+    for name, tensor in base.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        groups.setdefault(key, []).append(name)
+    return {name: [other for other in group if other != name] for group in groups.values() for name in group}
+
+
+def _places(model: nn.Module, sites: dict[str, Site]) -> dict[str, list[tuple[Site, str]]]:
+    """Name in the state_dict -> the attached module and its name of it."""
+    out: dict[str, list[tuple[Site, str]]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        site = module.__dict__.get("_xorz")
+        if site is not None:
+            for name in (*module._parameters, *module._buffers):
+                out.setdefault(f"{prefix}.{name}" if prefix else name, []).append((site, name))
+    return out
+
+
+def _one(
+    out: Prepared,
+    site: Site,
+    modules: dict[str, nn.Module],
+    param: str,
+    name: str,
+    kind: str,
+    tensor: Tensor,
+    base: Tensor,
+    small: dict[str, int],
+) -> None:
+    if kind == "alone":
+        _alone(out, site, param, name, tensor, base)
+    elif _computes(site, param):
+        out.deltas.append((site, param, tensor))
+    elif site.kind == "experts":
+        for expert, delta in enumerate(_experts(tensor, base)):
+            if delta is not None:
+                out.deltas.append((site, f"{param}.{expert}", delta))
+    else:
+        value = _ops.delta_restore(base.contiguous(), tensor)
+        if site.kind not in ("linear", "conv1d", "embedding") or param != "bias":
+            small[name] = value.nbytes
+        out.values.append((site, param, value))
+
+
+def _computes(site: Site, param: str) -> bool:
+    """Whether an op computes with this parameter's delta as it is."""
+    if site.kind == "attention":
+        return param in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    return site.kind in ("linear", "conv1d", "embedding") and param == "weight"
+
+
+def _alone(out: Prepared, site: Site, param: str, name: str, tensor: Tensor, base: Tensor) -> None:
+    """A tensor of another shape or dtype than the base's: a table with more tokens is served alone, others are not."""
+    grown = tensor.dtype == base.dtype and tensor.dim() == base.dim() and tensor.shape[1:] == base.shape[1:]
+    if not grown or site.kind not in ("linear", "embedding"):
+        raise ValueError(
+            f"tensor `{name}` is {_text(tensor)} in the fine-tune and {_text(base)} in the model; only embeddings and output "
+            "layers may differ, in their number of rows"
+        )
+    out.values.append((site, param, tensor))
+    out.alone = True
+
+
+def _text(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _experts(delta: Tensor, base: Tensor) -> list[Tensor | None]:
+    """A stack's delta, cut into one per expert, each a matrix of its own; None where nothing changes."""
+    rows = base.reshape(base.size(0), -1)
+    out: list[Tensor | None] = []
+    for expert in range(base.size(0)):
+        part = _ops.delta_slice(delta, rows, 0, expert, expert + 1)
+        if _core.delta_info(part).changed == 0:
+            out.append(None)
+            continue
+        tuned = _ops.delta_restore(rows[expert : expert + 1], part).view(base.shape[1:])
+        out.append(_ops.delta_encode(base[expert], tuned))
+    return out
