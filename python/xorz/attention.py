@@ -126,7 +126,7 @@ def _project(x: Tensor, weight: Any, bias: Any, part: int | None) -> Tensor:
     if table is not None and part is not None:
         table = table.chunk(3, dim=1)[part]
     slots = rows.along(1).rows(x.shape[:-1], False, site.name)
-    return site.product(x, module._parameters[param].detach(), table, site.slots(param), slots)
+    return site.product(x, module._parameters[param].detach(), table, param, slots, rows.only)
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor, weight: Any, bias: Any) -> list[Tensor]:
@@ -185,7 +185,7 @@ def _out(mixed: Tensor, weight: Any, bias: Any, length: int, batch: int) -> Tens
     if found is None:
         return F.linear(mixed, weight, bias).view(length, batch, -1)
     site, module, _param, rows = found
-    x = mixed.view(length, batch, -1)
     slots = rows.along(1).rows((length, batch), False, site.name)
     table = site.biases("bias", module._parameters.get("bias"))
-    return site.product(x, module._parameters["weight"].detach(), table, site.slots("weight"), slots)
+    out = site.product(mixed, module._parameters["weight"].detach(), table, "weight", slots, rows.only)
+    return out.view(length, batch, -1)

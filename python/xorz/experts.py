@@ -59,11 +59,11 @@ def forward(
         token, position = token[order], position[order]
         mine = slots[token]
         both = site.product(
-            hidden_states[token], gate_up[expert], None, site.slots(f"gate_up_proj.{expert}"), mine
+            hidden_states[token], gate_up[expert], None, f"gate_up_proj.{expert}", mine, rows.only
         )
         gate, up = both.chunk(2, dim=-1)
         mixed = site.product(
-            module.act_fn(gate) * up, down[expert], None, site.slots(f"down_proj.{expert}"), mine
+            module.act_fn(gate) * up, down[expert], None, f"down_proj.{expert}", mine, rows.only
         )
         mixed = mixed * top_k_weights[token, position, None]
         out.index_add_(0, token, mixed.to(out.dtype))

@@ -15,6 +15,9 @@ from .sites import Site
 LARGEST_COPY = 0.01
 """Share of the base's bytes that a tenant's dense copies may take; what no op serves must fit in it."""
 
+SMALL = 64 << 10
+"""Bytes of copies that are nothing to speak of, however small the base."""
+
 
 class Prepared:
     """What one tenant changes: deltas and dense values by site and parameter."""
@@ -59,7 +62,7 @@ def prepare(
                 f"tensor `{name}` is changed, but its module is not attached (filter_fn), so nothing serves it"
             )
     total = sum(small.values())
-    if total > LARGEST_COPY * base_bytes:
+    if total > max(SMALL, LARGEST_COPY * base_bytes):
         largest = max(small, key=small.__getitem__)
         raise ValueError(
             f"tensor `{largest}` ({small[largest]:,} bytes) is changed, and only a dense copy could serve it; all such copies "

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 F = nn.functional
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _PRODUCTS = ("linear", "conv1d", "attention", "experts")
+_BY_ROW = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 
 class Site:
@@ -135,7 +136,14 @@ class Site:
 
         In deterministic mode, rows of the base go through the op, too: its bits do not depend on a row's company.
         """
-        return self.touched(rows) or (self.owner.mode == "deterministic" and self.kind in _PRODUCTS)
+        deterministic = self.owner.mode == "deterministic"
+        return self.touched(rows) or (deterministic and (self.kind in _PRODUCTS or self.row_by_row))
+
+    @property
+    def row_by_row(self) -> bool:
+        """Whether this module must run on one batch row at a time, since torch's sums in it depend on their number."""
+        convolves = self.kind == "split" and not issubclass(self.original, _BY_ROW)
+        return self.owner.mode == "deterministic" and convolves
 
     def stack(self, module: nn.Module, param: str) -> Tensor:
         """[slots + 1, ...]: `param` of each slot, the base's last."""
@@ -197,11 +205,8 @@ class Site:
         out = flat.new_empty(flat.size(0), weight.size(1))
         for slot in slots.unique().tolist():
             index = (slots == slot).nonzero()[:, 0]
-            piece = self.pieces.get("weight", {}).get(slot)
-            tuned = weight
-            if piece is not None:
-                delta = self.owner.arena.tensor[piece[0] : piece[0] + piece[1]]
-                tuned = torch.ops.xorz.delta_restore(weight, delta)
+            delta = self.delta("weight", slot)
+            tuned = weight if delta is None else torch.ops.xorz.delta_restore(weight, delta)
             out = out.index_copy(0, index, torch.addmm(biases[slot], flat[index], tuned))
         return out.view(*x.shape[:-1], -1)
 
@@ -209,22 +214,51 @@ class Site:
         """`input @ W^T + b`, row by row with its tenant's W and b. Differentiable in `input`."""
         biases = self.biases("bias", module._parameters["bias"])
         slots = rows.rows(input.shape[:-1], self.flattens, self.name)
-        return self.product(input, module._parameters["weight"].detach(), biases, self.slots("weight"), slots)
+        return self.product(input, module._parameters["weight"].detach(), biases, "weight", slots, rows.only)
 
     def product(
-        self, input: Tensor, weight: Tensor, biases: Tensor | None, table: Tensor, slots: Tensor
+        self,
+        input: Tensor,
+        weight: Tensor,
+        biases: Tensor | None,
+        param: str,
+        slots: Tensor,
+        only: int | None,
     ) -> Tensor:
-        """One grouped product; under autocast in the weight's own dtype, given in autocast's."""
-        op, mode = torch.ops.xorz.delta_linear_grouped, self.owner.mode
-        arena = self.owner.arena.tensor
+        """One grouped product; under autocast in the weight's own dtype, given in autocast's. `only`: see `RowMap`."""
         device = input.device.type
-        if input.dtype != weight.dtype and input.is_floating_point() and torch.is_autocast_enabled(device):
-            input = input.to(weight.dtype)
         if not torch.is_autocast_enabled(device):
-            return op(input, weight, biases, arena, table, slots, mode=mode)
+            return self._product(input, weight, biases, param, slots, only)
+        if input.is_floating_point():
+            input = input.to(weight.dtype)
         with torch.autocast(device, enabled=False):
-            out = op(input, weight, biases, arena, table, slots, mode=mode)
+            out = self._product(input, weight, biases, param, slots, only)
             return out.to(torch.get_autocast_dtype(device))
+
+    def _product(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        biases: Tensor | None,
+        param: str,
+        slots: Tensor,
+        only: int | None,
+    ) -> Tensor:
+        mode, arena = self.owner.mode, self.owner.arena.tensor
+        if mode == "exact" and only is not None:
+            # torch's bits depend on the input's strides, too: it is not to be gathered.
+            bias, delta = None if biases is None else biases[only], self.delta(param, only)
+            if delta is None:
+                return F.linear(input, weight, bias)
+            return torch.ops.xorz.delta_linear(input, weight, bias, delta, mode=mode)
+        return torch.ops.xorz.delta_linear_grouped(
+            input, weight, biases, arena, self.slots(param), slots, mode=mode
+        )
+
+    def delta(self, param: str, slot: int) -> Tensor | None:
+        """A slot's resident delta of `param`, in the arena; None if it has the base's words."""
+        piece = self.pieces.get(param, {}).get(slot)
+        return None if piece is None else self.owner.arena.tensor[piece[0] : piece[0] + piece[1]]
 
 
 def _shallow(module: nn.Module, cls: type, values: dict[str, Tensor]) -> nn.Module:

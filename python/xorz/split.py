@@ -19,7 +19,7 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 def forward(site: "Site", module: nn.Module, rows: RowMap, args: Any, kwargs: Any) -> Any:
     """`module(*args, **kwargs)`, each batch row with its tenant's own values."""
-    if rows.only is not None:
+    if rows.only is not None and not site.row_by_row:
         return _one(site, module, rows.only, args, kwargs)
     if site.kind == "rows":
         return _rows(site, module, rows, args, kwargs)
@@ -27,9 +27,7 @@ def forward(site: "Site", module: nn.Module, rows: RowMap, args: Any, kwargs: An
 
 
 def _one(site: "Site", module: nn.Module, slot: int, args: Any, kwargs: Any) -> Any:
-    if slot in site.values:
-        return site.clone(module, slot).forward(*args, **kwargs)
-    return site.original.forward(module, *args, **kwargs)
+    return site.clone(module, slot).forward(*args, **kwargs)
 
 
 def _rows(site: "Site", module: nn.Module, rows: RowMap, args: Any, kwargs: Any) -> Any:
@@ -52,9 +50,14 @@ def _split(site: "Site", module: nn.Module, rows: RowMap, args: Any, kwargs: Any
                 f"row: it was given a {type(leaf).__name__}; use one tenant at a time"
             )
     count, slots = _count(site, rows, tensors)
-    groups = {slot: (slots == slot).nonzero()[:, 0] for slot in rows.used}
+    if count == 0:
+        return _one(site, module, rows.used[0], args, kwargs)
+    if site.row_by_row:
+        groups = [(int(slot), torch.tensor([row])) for row, slot in enumerate(slots)]
+    else:
+        groups = [(slot, (slots == slot).nonzero()[:, 0]) for slot in rows.used]
     outputs = []
-    for slot, index in groups.items():
+    for slot, index in groups:
 
         def cut(leaf: Any, index: Tensor = index) -> Any:
             return leaf.index_select(0, index) if _is_batched(leaf, count) else leaf
@@ -75,7 +78,7 @@ def _count(site: "Site", rows: RowMap, tensors: list[Tensor]) -> tuple[int, Tens
         if rows.dim == 0 and tensor.dim() > 1:
             lead = tensor.shape[:1]
             flat = site.flattens and tensor.dim() == 2
-            if lead[0] == len(rows.slots) or flat or rows.tokens:
+            if rows.only is not None or lead[0] == len(rows.slots) or flat or rows.tokens:
                 return lead[0], rows.rows(lead, flat, site.name)
     if rows.dim == 1 and tensors and tensors[0].dim() > 2:
         raise RuntimeError(
