@@ -40,9 +40,7 @@ class Prepared:
         return sum(deltas.values()) + self.copies
 
 
-def prepare(
-    model: nn.Module, sites: dict[str, Site], modules: dict[str, nn.Module], source: Any, prefer: str | None
-) -> Prepared:
+def prepare(model: nn.Module, source: Any, prefer: str | None) -> Prepared:
     """Read, check against the model's own tensors, and say who serves what; errors as `Tenants.load`."""
     base = {
         name: tensor.detach()
@@ -50,13 +48,13 @@ def prepare(
         if torch.is_tensor(tensor)
     }
     entries = _entries(base, source, prefer)
-    where = _places(model, sites)
+    where = _places(model)
     out = Prepared()
     base_bytes = sum({t.untyped_storage().data_ptr(): t.nbytes for t in base.values()}.values())
     small: dict[str, int] = {}
     for name, (kind, tensor) in entries.items():
         for site, param in where.get(name, ()):
-            _one(out, site, modules, param, name, kind, tensor, base[name], small)
+            _one(out, site, param, name, kind, tensor, base[name], small)
         if not where.get(name):
             raise ValueError(
                 f"tensor `{name}` is changed, but its module is not attached (filter_fn), so nothing serves it"
@@ -128,7 +126,7 @@ def _ties(base: dict[str, Tensor]) -> dict[str, list[str]]:
     return {name: [other for other in group if other != name] for group in groups.values() for name in group}
 
 
-def _places(model: nn.Module, sites: dict[str, Site]) -> dict[str, list[tuple[Site, str]]]:
+def _places(model: nn.Module) -> dict[str, list[tuple[Site, str]]]:
     """Name in the state_dict -> the attached module and its name of it."""
     out: dict[str, list[tuple[Site, str]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -142,7 +140,6 @@ def _places(model: nn.Module, sites: dict[str, Site]) -> dict[str, list[tuple[Si
 def _one(
     out: Prepared,
     site: Site,
-    modules: dict[str, nn.Module],
     param: str,
     name: str,
     kind: str,

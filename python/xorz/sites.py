@@ -39,6 +39,7 @@ class Site:
         """Serves nothing yet."""
         self.owner, self.name, self.kind = owner, name, kind
         self.original = type(module)
+        self._is_leaf = not module._modules
         self.flattens = False
         self.table: dict[str, Tensor] = {}
         self.pieces: dict[str, dict[int, tuple[int, int]]] = {}
@@ -142,7 +143,7 @@ class Site:
     @property
     def row_by_row(self) -> bool:
         """Whether this module must run on one batch row at a time, since torch's sums in it depend on their number."""
-        convolves = self.kind == "split" and not issubclass(self.original, _BY_ROW)
+        convolves = self.kind == "split" and self._is_leaf and not issubclass(self.original, _BY_ROW)
         return self.owner.mode == "deterministic" and convolves
 
     def stack(self, module: nn.Module, param: str) -> Tensor:

@@ -139,7 +139,7 @@ class Tenants:
             raise ValueError(
                 f"tenant {tenant.name!r}: {tenant.path} has changed since it was loaded; swap or unload it"
             )
-        prepared = prepare(self.model, self.sites, self.modules, tenant.source, self.prefer)
+        prepared = prepare(self.model, tenant.source, self.prefer)
         if tenant.path is not None and _identity(tenant.path) != before:
             raise ValueError(f"tenant {tenant.name!r}: {tenant.path} was changed while it was read")
         tenant.identity = before

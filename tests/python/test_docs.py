@@ -1,5 +1,5 @@
-"""Promise: what docs/serving.md shows runs as it stands, in order, in one folder; and each message that it lists is one that
-users get."""
+"""Promise: what the documents show runs as it stands, in order, in one folder; and each message that docs/serving.md lists is one
+that users get."""
 
 import os
 import pathlib
@@ -57,6 +57,23 @@ def test_every_block_runs_in_order(tmp_path):
             )
             done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, f"{code}\n{done.stderr}"
+
+
+def test_every_block_about_tenants_runs_in_order(tmp_path):
+    text = (cpp.ROOT / "docs" / "tenants.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.S | re.M)
+    assert len(blocks) == text.count("\n```") // 2 == 2
+    env = {**os.environ, "PYTHONPATH": str(pathlib.Path(xorz.__file__).parents[1])}
+    for code in blocks:
+        command = [sys.executable, "-W", "error", "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{code}\n{done.stderr}"
+        shown = done.stdout
+    assert (
+        "0                                        Embedding" in shown
+        and "alice, bob" in shown
+        and "'base'" in shown
+    )
 
 
 def message(run) -> str:
