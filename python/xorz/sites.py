@@ -47,6 +47,8 @@ class Site:
         self._clones: dict[int, nn.Module] = {}
         self._biases: tuple[Any, ...] | None = None
         self._stack: tuple[Any, ...] | None = None
+        # Counts changes of `values`: what a forward makes of them while another thread changes them is not kept.
+        self._changes = 0
 
     def __deepcopy__(self, memo: Any) -> "Site":
         """An attached model cannot be copied or pickled."""
@@ -69,7 +71,7 @@ class Site:
         """The tenant's own copy of a small tensor."""
         self.values.setdefault(slot, {})[param] = value
         self._clones.pop(slot, None)
-        self._biases = self._stack = None
+        self._changes += 1
 
     def drop(self, slot: int) -> None:
         """Forget a slot."""
@@ -78,6 +80,7 @@ class Site:
                 self._fill(param)
         if self.values.pop(slot, None) is not None:
             self._clones.pop(slot, None)
+            self._changes += 1
             self._biases = self._stack = None
 
     def _fill(self, param: str) -> None:
@@ -91,7 +94,8 @@ class Site:
 
     def touched(self, rows: RowMap) -> bool:
         """Whether a row's tenant changes anything here."""
-        return any(slot in self.values or any(slot in p for p in self.pieces.values()) for slot in rows.used)
+        pieces = list(self.pieces.values())  # a load in another thread may add one
+        return any(slot in self.values or any(slot in p for p in pieces) for slot in rows.used)
 
     def slots(self, param: str) -> Tensor:
         """The table of `param`, with a row for every slot there is."""
@@ -110,18 +114,19 @@ class Site:
         """[slots + 1, n]: each tenant's bias, the base's last; no memory where no tenant changes it."""
         if base is None:
             return None
-        cached = self._biases
-        if cached is not None and cached[0] is base and cached[1] == self.owner.capacity:
-            return cached[2]
-        plain, own = base.detach(), {s: v[param] for s, v in list(self.values.items()) if param in v}
-        rows = self.owner.capacity + 1
-        table = plain.expand(rows, -1)
-        if own:
-            table = table.clone()
-            for slot, value in own.items():
-                table[slot] = value
-        self._biases = (base, rows - 1, table)
-        return table
+        key, cached = (self._changes, self.owner.capacity), self._biases
+        if cached is None or cached[0] is not base or cached[1] != key:
+            table, own = base.detach().expand(key[1] + 1, -1), self._changed(param, key[1])
+            if own:
+                table = table.clone()
+                for slot, value in own.items():
+                    table[slot] = value
+            cached = self._biases = (base, key, table)
+        return cached[2]
+
+    def _changed(self, param: str, capacity: int) -> dict[int, Tensor]:
+        """Slots' own values of `param`; not of slots that there were not yet when `capacity` was read."""
+        return {s: v[param] for s, v in list(self.values.items()) if param in v and s < capacity}
 
     def clone(self, module: nn.Module, slot: int) -> nn.Module:
         """The module with the tenant's own small tensors; shares everything else."""
@@ -148,10 +153,11 @@ class Site:
 
     def stack(self, module: nn.Module, param: str) -> Tensor:
         """[slots + 1, ...]: `param` of each slot, the base's last."""
-        cached, base = self._stack, module._parameters[param]
-        if cached is None or cached[0] is not base or cached[1].size(0) != self.owner.capacity + 1:
-            cached = self._stack = (base, split.stacked(self.values, param, base, self.owner.capacity))
-        return cached[1]
+        base, cached = module._parameters[param], self._stack
+        key = (self._changes, self.owner.capacity)
+        if cached is None or cached[0] is not base or cached[1] != key:
+            cached = self._stack = (base, key, split.stacked(self._changed(param, key[1]), base, key[1]))
+        return cached[2]
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the module's `forward` does now: find the active map, and serve each row."""
@@ -252,9 +258,11 @@ class Site:
             if delta is None:
                 return F.linear(input, weight, bias)
             return torch.ops.xorz.delta_linear(input, weight, bias, delta, mode=mode)
-        return torch.ops.xorz.delta_linear_grouped(
-            input, weight, biases, arena, self.slots(param), slots, mode=mode
-        )
+        table = self.slots(param)
+        if biases is not None:
+            # There may be more slots by now than when the biases were put together.
+            table = table[: biases.size(0) - 1]
+        return torch.ops.xorz.delta_linear_grouped(input, weight, biases, arena, table, slots, mode=mode)
 
     def delta(self, param: str, slot: int) -> Tensor | None:
         """A slot's resident delta of `param`, in the arena; None if it has the base's words."""

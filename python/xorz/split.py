@@ -112,10 +112,9 @@ def _merge(site: "Site", outputs: list[tuple[Tensor, Any]], count: int) -> Any:
     return tree_unflatten(merged, spec)
 
 
-def stacked(values: dict[int, dict[str, Tensor]], param: str, base: Tensor, capacity: int) -> Tensor:
-    """[slots + 1, ...]: `param` of each slot, the base's where a tenant has none, and last (so that BASE = -1 finds it)."""
+def stacked(own: dict[int, Tensor], base: Tensor, capacity: int) -> Tensor:
+    """[slots + 1, ...]: each slot's own value, the base's where it has none, and last (so that BASE = -1 finds it)."""
     table = base.detach().expand(capacity + 1, *base.shape).clone()
-    for slot, own in list(values.items()):
-        if param in own:
-            table[slot] = own[param]
+    for slot, value in own.items():
+        table[slot] = value
     return table
