@@ -53,7 +53,7 @@ def _attached(input: Tensor, module: int, width: int) -> Tensor:
 def _(input: Tensor, module: int, width: int) -> Tensor:
     found, site = _site(module)
     if site.kind == "embedding":
-        return found._parameters["weight"].new_empty((*input.shape, width))
+        return input.new_empty((*input.shape, width), dtype=found._parameters["weight"].dtype)
     out = input.new_empty((*input.shape[:-1], width))
     if (
         input.is_floating_point()
