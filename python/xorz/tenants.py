@@ -168,6 +168,9 @@ class Tenants:
         except BaseException:
             self._evict(tenant)
             raise
+        if tenant.path is None:
+            # It is in the arena now, and never evicted: to keep it twice would not be in anybody's sum.
+            tenant.source = None
         copies = prepared.copies
         tenant.bytes = sum(-(-length // 64) * 64 for _, _, length in tenant.pieces) + copies
         tenant.copies = copies
