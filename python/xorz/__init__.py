@@ -27,6 +27,7 @@ from .checkpoint import inspect, load_deltas, pack, restore, unpack, verify
 from .diff import StateDelta, apply_, diff
 from .linear import XorDeltaLinear
 from .tenants import Tenants
+from .versions import Versions
 
 __version__ = _core.version()
 
@@ -34,6 +35,7 @@ __all__ = [
     "DeltaInfo",
     "StateDelta",
     "Tenants",
+    "Versions",
     "XorDeltaLinear",
     "apply_",
     "attach",
