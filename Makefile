@@ -17,7 +17,7 @@ SHIM_SOURCES   := $(wildcard csrc/*) CMakeLists.txt
 PYTHON_SOURCES := $(shell find python -name '*.py' -o -name py.typed) pyproject.toml README.md
 PYTHON_LINTED  := $(wildcard python tests benches examples)
 
-.PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-wheel lint format bench bench-checkpoint clean
+.PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-wheel stress lint format bench bench-checkpoint clean
 .DELETE_ON_ERROR:
 
 build: $(INSTALLED)
@@ -76,6 +76,10 @@ test-abi: build
 # Not part of test: fetches torch twice, and compiles everything in a clean folder.
 test-wheel: build
 	PY="$(PY)" $(NICE) tests/wheel/run.sh
+
+# Not part of test, which runs 3000 of them: minutes.
+stress: build
+	$(PY) tests/python/test_stress.py 100000
 
 lint: $(REQUIREMENTS)
 	$(CARGO) fmt --check
