@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -125,6 +126,7 @@ class Decoding:
         self.ids = self.logits.argmax(-1, keepdim=True)
 
 
+@functools.cache
 def prompts(rows: int) -> Tensor:
     """[rows, PROMPT], no two alike."""
     ids = smollm.tokenizer()(" ".join(smollm.TEXTS.values()), return_tensors="pt").input_ids[0]

@@ -6,7 +6,9 @@ once and kept in a folder as bf16 safetensors and packages; the folder's name sa
 
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("XORZ_CACHE_DIR", "")
@@ -65,7 +67,10 @@ def folder() -> Path | None:
 
 def tokenizer():
     """The model's own, with a padding token, on the left."""
-    out = AutoTokenizer.from_pretrained(folder(), gguf_file=FILE)
+    if not (KEPT / "tokenizer").is_dir():
+        # Minutes from GGUF, a second from here.
+        _keep(AutoTokenizer.from_pretrained(folder(), gguf_file=FILE), "tokenizer")
+    out = AutoTokenizer.from_pretrained(KEPT / "tokenizer")
     out.padding_side = "left"
     out.pad_token = out.pad_token or out.eos_token
     return out
@@ -105,7 +110,15 @@ def _make_base() -> None:
         model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(found.state_dict(), assign=True)
     model.tie_weights()
-    model.save_pretrained(KEPT / "base")
+    _keep(model, "base")
+
+
+def _keep(what: Any, name: str) -> None:
+    """`what` saved under `name`, whole or not at all."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=KEPT) as part:
+        what.save_pretrained(Path(part) / name)
+        (Path(part) / name).rename(KEPT / name)
 
 
 def _train(text: str) -> None:
