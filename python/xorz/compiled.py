@@ -38,7 +38,7 @@ def _site(number: int) -> "tuple[nn.Module, Site]":
 _TAGS = (torch.Tag.nondeterministic_seeded,)
 
 
-@torch.library.custom_op("xorz::attached", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("xorz_attached::call", mutates_args=(), tags=_TAGS)
 def _attached(input: Tensor, module: int, width: int) -> Tensor:
     found, site = _site(module)
     out = site.call(found, input)
@@ -76,4 +76,4 @@ _attached.register_autograd(_refuse)
 
 def call(module: nn.Module, input: Tensor, width: int) -> Tensor:
     """What an attached module of one input does where it is being compiled."""
-    return torch.ops.xorz.attached(input, module._xorz_number, width)
+    return torch.ops.xorz_attached.call(input, module._xorz_number, width)
