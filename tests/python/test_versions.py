@@ -23,6 +23,15 @@ F = nn.functional
 KINDS = (torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.int64, torch.bool, torch.uint8)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small only wait for a second one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def step_of(state, seed, share=0.05):
     """The next version: some words of every tensor replaced by random bits; what was one tensor stays one."""
     g, out, made = torch.Generator().manual_seed(seed), {}, {}
@@ -377,11 +386,13 @@ def test_a_killed_publisher_leaves_whole_versions_and_readers_see_no_halves(tmp_
     base = {"a": torch.randn(300, 200).bfloat16(), "b": torch.randn(500)}
     torch.save(base, tmp_path / "base.pt")
     command = [sys.executable, "-c", PUBLISHER, str(tmp_path / "base.pt"), str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     try:
         assert process.stdout.readline() == "ready\n"
         run = xorz.Versions(base, tmp_path / "run")
-        while run.head < 8:
+        while run.head < 5:
             assert process.poll() is None
             run.state_dict(run.head)
     finally:
@@ -390,7 +401,7 @@ def test_a_killed_publisher_leaves_whole_versions_and_readers_see_no_halves(tmp_
         process.stdout.close()
     state = {n: t.clone() for n, t in base.items()}
     head = run.head
-    assert head >= 8
+    assert head >= 5
     for k in range(head + 1):
         assert all_equal(run.state_dict(k), state), k
         for t in state.values():
@@ -435,16 +446,7 @@ def policy():
     return nn.Sequential(*layers).bfloat16()
 
 
-@pytest.fixture
-def one_thread():
-    """Steps this small only wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def reinforce(publish, syncs, master, steps=12, batch=256):
+def reinforce(publish, syncs, master, steps=8, batch=128):
     """Policies at each sync; `publish` gets the trained model. The reward is 1 where the action is the one that the observation
     calls for, which the policy is never told. With `master`, AdamW works on an fp32 copy, else on the bf16 words."""
     g = torch.Generator().manual_seed(1)
@@ -473,7 +475,7 @@ def reinforce(publish, syncs, master, steps=12, batch=256):
 
 
 @pytest.mark.parametrize("master", [True, False], ids=["fp32-master", "bf16"])
-def test_the_last_five_versions_of_a_run_are_served_side_by_side(tmp_path, one_thread, master):
+def test_the_last_five_versions_of_a_run_are_served_side_by_side(tmp_path, master):
     base, kept = policy(), []
     run = xorz.Versions(base, tmp_path / "run", keyframe=4)
 
@@ -482,7 +484,7 @@ def test_the_last_five_versions_of_a_run_are_served_side_by_side(tmp_path, one_t
         kept.append(copy.deepcopy(model))
 
     rewards = reinforce(publish, 9, master)
-    assert sum(rewards[-12:]) / 12 > sum(rewards[:12]) / 12 + 0.15, rewards  # it has learnt something
+    assert sum(rewards[-8:]) / 8 > sum(rewards[:8]) / 8 + 0.15, rewards  # it has learnt something
     last = range(run.head - 4, run.head + 1)
     x = torch.randn(4, 16, generator=torch.Generator().manual_seed(2)).bfloat16()
     order = [8, None, 5, 9, 7, 6]
