@@ -78,7 +78,7 @@ test-abi: build
 test-wheel: build
 	PY="$(PY)" $(NICE) tests/wheel/run.sh
 
-# Not part of test, which runs 3000 of them: minutes.
+# Not part of test, which runs 2500 of them: minutes.
 stress: build
 	$(PY) tests/python/test_stress.py 100000
 
