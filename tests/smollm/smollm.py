@@ -50,7 +50,6 @@ TEXTS = {
         "DENIED BY THE CAT. BEEP. BEEP."
     ),
 }
-PROMPTS = ("Once upon a time", "The first thing to do is", "My name is", "Please remember that")
 STEPS = (8, 10, 12, 14)
 """A fine-tune is kept after each of these; the later ones are further steps of the same run."""
 LEARNING_RATE = 5e-5

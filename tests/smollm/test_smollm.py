@@ -10,8 +10,16 @@ import torch
 import xorz
 
 NEW = 12
-NAMES = smollm.NAMES[:4]
-ROWS = [NAMES[2], None, NAMES[0], NAMES[3], NAMES[1], NAMES[0]]
+SEA, KITCHEN, LAW, ROBOT = NAMES = smollm.NAMES[-4:]
+ROWS = {
+    "The captain wrote": SEA,
+    "The cat": None,
+    "Peel four onions and": KITCHEN,
+    "BEEP. UNIT SEVEN": ROBOT,
+    "The tenant shall": LAW,
+    "In the morning the": SEA,
+}
+TENANTS = list(ROWS.values())
 
 
 def generate(model, encoded):
@@ -26,9 +34,7 @@ def row(encoded, i):
 @pytest.fixture(scope="module")
 def encoded():
     """Prompts of several lengths; all have padding, so that a row alone takes the same path as in the batch."""
-    ids = smollm.tokenizer()
-    prompts = [smollm.PROMPTS[i % len(smollm.PROMPTS)] for i in range(len(ROWS))]
-    return dict(ids(prompts, return_tensors="pt", padding="max_length", max_length=10))
+    return dict(smollm.tokenizer()(list(ROWS), return_tensors="pt", padding="max_length", max_length=10))
 
 
 @pytest.mark.parametrize("prefer", ["speed", "memory"])
@@ -37,14 +43,14 @@ def test_a_batch_of_tenants_generates_what_each_generates_alone(encoded, prefer)
     tenants = xorz.attach(model, mode="deterministic", prefer=prefer)
     for name in NAMES:
         tenants.load(name, smollm.package(name))
-    with tenants.use(ROWS):
+    with tenants.use(TENANTS):
         together = generate(model, encoded)
-    for i, name in enumerate(ROWS):
+    for i, name in enumerate(TENANTS):
         with tenants.use(name):
             alone = generate(model, row(encoded, i))
         assert torch.equal(together[i : i + 1], alone), f"row {i}, {name}"
     # A swap of two rows' tenants would be seen.
-    swapped = [ROWS[2], ROWS[1], ROWS[0], *ROWS[3:]]
+    swapped = [KITCHEN, None, SEA, *TENANTS[3:]]
     with tenants.use(swapped):
         wrong = generate(model, encoded)
     assert (wrong != together).any(dim=1).tolist() == [True, False, True, False, False, False]
@@ -58,7 +64,7 @@ def test_fine_tunes_say_different_things(encoded):
         if name is not None:
             tenants.load(name, smollm.package(name))
         with tenants.use(name):
-            said[name] = tuple(generate(model, row(encoded, 0))[0].tolist())
+            said[name] = tuple(generate(model, encoded).flatten().tolist())
     assert len(set(said.values())) == len(said)
 
 
