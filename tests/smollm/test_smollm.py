@@ -9,7 +9,7 @@ import smollm
 import torch
 import xorz
 
-NEW = 12
+NEW = 8
 SEA, KITCHEN, LAW, ROBOT = NAMES = smollm.NAMES[-4:]
 ROWS = {
     "The captain wrote": SEA,
