@@ -7,6 +7,7 @@
 Only the library is loaded here, with torch.ops.load_library, unless a check is about the Python package.
 """
 
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -115,6 +116,7 @@ class Checks:
         covered = {
             "delta_encode", "delta_check", "delta_restore", "delta_apply_", "delta_slice", "delta_concat",
             "delta_linear", "delta_linear_grad_input", "delta_linear_grouped", "delta_linear_grouped_grad_input",
+            "delta_embedding",
         }  # fmt: skip
         there = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("xorz::")}
         assert there == {f"xorz::{name}" for name in covered}, there
@@ -139,6 +141,39 @@ class Checks:
                 alone = ops.delta_linear(x[row : row + 1], base, None, delta, mode="deterministic")
                 assert same(y[row : row + 1], alone), (name, row)
             self.outputs.update({f"{name}.grouped": y, f"{name}.grouped.grad": g})
+            indices = torch.arange(40) * 7 % base.size(0)
+            looked_up = ops.delta_embedding(indices, base, arena, slots, tenants)
+            for row, tenant in enumerate(tenants.tolist()):
+                table = base if tenant < 0 else ops.delta_restore(base, deltas[tenant])
+                assert same(looked_up[row], table[indices[row]]), (name, row)
+
+    def a_whole_model_attached(self) -> None:
+        import xorz
+
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Embedding(50, 32),
+            torch.nn.LayerNorm(32),
+            torch.nn.Linear(32, 32),
+            torch.nn.Linear(32, 50),
+        )
+        model = model.bfloat16().eval()
+        tenants, tuned = xorz.attach(copy.deepcopy(model), mode="exact"), {None: model}
+        for seed in (1, 2):
+            other = tuned[f"t{seed}"] = copy.deepcopy(model)
+            with torch.no_grad():
+                for p in other.parameters():
+                    p.add_(0.05 * (torch.rand(p.shape) < 0.2) * seed)
+            tenants.load(f"t{seed}", xorz.diff(model, other))
+        ids, who = torch.arange(20).view(4, 5), ["t2", None, "t1", "t2"]
+        with torch.no_grad(), tenants.use(who):
+            mixed = tenants.model(ids)
+        for row, name in enumerate(who):
+            with torch.no_grad(), tenants.use(name):
+                alone = tenants.model(ids[row : row + 1])
+            assert same(alone, tuned[name](ids[row : row + 1]).detach()), name
+            torch.testing.assert_close(mixed[row : row + 1], alone, rtol=0.05, atol=0.05)
+        assert same(tenants.detach()(ids).detach(), model(ids).detach())
 
     def every_misuse_in_our_words(self) -> None:
         sys.path.insert(0, str(Path(__file__).parents[1] / "python"))

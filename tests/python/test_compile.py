@@ -265,7 +265,7 @@ def test_devices_are_not_mixed_silently_while_tracing():
             ("delta", (x.cuda(), w.cuda(), b.cuda(), d)),
             ("bias", (x.cuda(), w.cuda(), b, d.cuda())),
         ):
-            with pytest.raises(RuntimeError, match=f"delta_linear: {name} is on cpu, but input is on cuda:0"):
+            with pytest.raises(RuntimeError, match=f"delta_linear: input is on cuda:0, but {name} is on cpu"):
                 ops.delta_linear(*args)
 
 
