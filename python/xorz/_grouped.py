@@ -126,8 +126,14 @@ def _(indices, weight, arena, slots, tenant_of_row):
     return weight.new_empty((*indices.shape, weight.size(1)))
 
 
+def _frozen(op: str, weight: Tensor) -> None:
+    if weight.requires_grad:
+        raise RuntimeError(f"xorz::{op}: weight requires grad, but it is frozen; pass weight.detach()")
+
+
 def _setup_linear(ctx, inputs, keyword_only_inputs, output):
     _input, weight, biases, arena, slots, tenant_of_row = inputs
+    _frozen("delta_linear_grouped", weight)
     ctx.save_for_backward(weight, arena, slots, tenant_of_row)
     ctx.biases = biases is not None and biases.requires_grad
 
@@ -148,6 +154,7 @@ def _backward_linear(ctx, grad):
 
 def _setup_grad(ctx, inputs, output):
     _grad, weight, arena, slots, tenant_of_row = inputs
+    _frozen("delta_linear_grouped_grad_input", weight)
     ctx.save_for_backward(weight, arena, slots, tenant_of_row)
 
 
@@ -164,12 +171,16 @@ torch.library.register_autograd(
 )
 
 
-def _refuse(ctx: Any, *args: Any, **kwargs: Any) -> NoReturn:
-    # Only weight can require grad: everything else is of integers.
-    raise RuntimeError("xorz::delta_embedding: weight requires grad, but it is frozen; pass weight.detach()")
+def _refuse(ctx: Any, inputs: Any, output: Any) -> None:
+    _frozen("delta_embedding", inputs[1])
 
 
-torch.library.register_autograd("xorz::delta_embedding", _refuse, setup_context=_refuse)
+def _no_gradient(ctx: Any, grad: Tensor) -> NoReturn:
+    # Only the weight could require grad: everything else is of integers.
+    raise RuntimeError("xorz::delta_embedding: it has no gradient")
+
+
+torch.library.register_autograd("xorz::delta_embedding", _no_gradient, setup_context=_refuse)
 
 
 def delta_linear_grouped(

@@ -435,3 +435,25 @@ def test_exact_mode_refuses_autocast_to_another_dtype():
         pytest.raises(RuntimeError, match=r"delta_linear_grouped: .*autocast"),
     ):
         fleet(x, rows, "exact")
+
+
+def test_a_weight_that_is_trained_is_refused_in_grad_mode():
+    base = random_weight(8, 12, torch.float32)
+    delta = xorz.delta_encode(base, base + 1)
+    arena = torch.nn.functional.pad(delta, (0, -delta.numel() % 64))
+    slots, rows = torch.tensor([[0, delta.numel()]]), torch.tensor([0, -1], dtype=torch.int32)
+    trained = torch.nn.Parameter(base.clone())
+    x, grad = random_weight(2, 12, torch.float32), random_weight(2, 8, torch.float32)
+    for op, call in (
+        ("delta_linear_grouped", lambda: ops.delta_linear_grouped(x, trained, None, arena, slots, rows)),
+        (
+            "delta_linear_grouped_grad_input",
+            lambda: ops.delta_linear_grouped_grad_input(grad, trained, arena, slots, rows),
+        ),
+    ):
+        with pytest.raises(
+            RuntimeError, match=rf"^xorz::{op}: weight requires grad, but it is frozen; pass weight"
+        ):
+            call()
+        with torch.no_grad():
+            assert not call().requires_grad
