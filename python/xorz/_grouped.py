@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ._ops import _check_devices, _no_cuda, _ops
+from ._ops import _check_devices, _check_rows, _no_cuda, _ops
 
 
 def _check_grouped(
@@ -18,20 +18,7 @@ def _check_grouped(
     tenant_of_row: Tensor,
     dim: int,
 ) -> None:
-    torch._check(
-        weight.dim() == 2, lambda: f"xorz::{op}: weight must be 2-D [n, k], but has {weight.dim()} dimensions"
-    )
-    torch._check(rows.dim() >= 1, lambda: f"xorz::{op}: {name} must have at least one dimension")
-    torch._check(
-        rows.size(-1) == weight.size(dim),
-        lambda: (
-            f"xorz::{op}: {name} has a last dimension of {rows.size(-1)}, but weight.shape[{dim}] is {weight.size(dim)}"
-        ),
-    )
-    torch._check(
-        rows.dtype == weight.dtype or not weight.dtype.is_floating_point,
-        lambda: f"xorz::{op}: {name} is {rows.dtype}, but weight is {weight.dtype}",
-    )
+    _check_rows(op, name, rows, weight, dim)
     count = 1
     for size in rows.shape[:-1]:
         count = count * size

@@ -18,17 +18,8 @@ _BITS = {torch.int32: (torch.float32,), torch.int16: (torch.bfloat16, torch.floa
 _MODES = ("fast", "deterministic", "exact")
 
 
-def _same_device(op: str, **tensors: Tensor | None) -> None:
-    (first, like), *others = ((name, t) for name, t in tensors.items() if t is not None)
-    for name, t in others:
-        torch._check(
-            t.device == like.device,
-            lambda name=name, t=t: f"xorz::{op}: {name} is on {t.device}, but {first} is on {like.device}",
-        )
-
-
-def _check_linear(op: str, name: str, rows: Tensor, weight: Tensor, delta: Tensor, dim: int) -> None:
-    _same_device(op, **{name: rows}, weight=weight, delta=delta)
+def _check_rows(op: str, name: str, rows: Tensor, weight: Tensor, dim: int) -> None:
+    """The left operand of a product beside the weight, or its bits."""
     torch._check(
         weight.dim() == 2, lambda: f"xorz::{op}: weight must be 2-D [n, k], but has {weight.dim()} dimensions"
     )
@@ -43,6 +34,10 @@ def _check_linear(op: str, name: str, rows: Tensor, weight: Tensor, delta: Tenso
         rows.dtype in _BITS.get(weight.dtype, (weight.dtype,)),
         lambda: f"xorz::{op}: {name} is {rows.dtype}, but weight is {weight.dtype}",
     )
+
+
+def _check_linear(op: str, name: str, rows: Tensor, weight: Tensor, delta: Tensor, dim: int) -> None:
+    _check_rows(op, name, rows, weight, dim)
     _check_delta(op, delta)
 
 
@@ -76,7 +71,6 @@ def _(input, weight, bias, delta, *, mode="fast"):
         mode in _MODES,
         lambda: f'xorz::delta_linear: mode must be "fast", "deterministic" or "exact", but is "{mode}"',
     )
-    _same_device("delta_linear", input=input, bias=bias)
     if bias is not None:
         torch._check(
             bias.dim() == 1 and bias.size(0) == weight.size(0) and bias.dtype == input.dtype,

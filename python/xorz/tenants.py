@@ -182,7 +182,7 @@ class Tenants:
         while self._used() + need > self.budget:
             idle = [
                 t
-                for t in self._slots.values()
+                for t in list(self._slots.values())  # a collected graph may release one meanwhile
                 if t.pins == 0 and t.path is not None and not t.gone and t is not tenant
             ]
             if not idle:

@@ -457,3 +457,15 @@ def test_a_weight_that_is_trained_is_refused_in_grad_mode():
             call()
         with torch.no_grad():
             assert not call().requires_grad
+
+
+def test_a_fake_refuses_bits_of_another_dtype():
+    base = random_weight(8, 12, torch.float32)
+    delta = xorz.delta_encode(base, base + 1)
+    arena = torch.nn.functional.pad(delta, (0, -delta.numel() % 64))
+    slots, rows = torch.tensor([[0, delta.numel()]]), torch.tensor([0, -1], dtype=torch.int32)
+    x = torch.zeros(2, 12, dtype=torch.bfloat16, device="meta")
+    given = [t.to("meta") for t in (base.view(torch.int32), arena, slots, rows)]
+    with pytest.raises(RuntimeError, match=r"input is torch\.bfloat16, but weight is torch\.int32"):
+        ops.delta_linear_grouped(x, given[0], None, *given[1:])
+    assert ops.delta_linear_grouped(x.float(), given[0], None, *given[1:]).shape == (2, 8)
