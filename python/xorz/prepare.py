@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import _core, _ops, checkpoint
 from .diff import StateDelta
 from .sites import Site
+from .stored import Experts, Stored, stored
 
 LARGEST_COPY = 0.01
 """Share of the base's bytes that a tenant's dense copies may take; what no op serves must fit in it."""
@@ -47,7 +48,7 @@ def prepare(model: nn.Module, source: Any, prefer: str | None) -> Prepared:
         for name, tensor in model.state_dict(keep_vars=True).items()
         if torch.is_tensor(tensor)
     }
-    entries = _entries(base, source, prefer)
+    entries = _entries(model, base, source, prefer)
     where = _places(model)
     out = Prepared()
     base_bytes = sum({t.untyped_storage().data_ptr(): t.nbytes for t in base.values()}.values())
@@ -69,33 +70,28 @@ def prepare(model: nn.Module, source: Any, prefer: str | None) -> Prepared:
     return out
 
 
-def _entries(base: dict[str, Tensor], source: Any, prefer: str | None) -> dict[str, tuple[str, Tensor]]:
-    """Name in the model -> ("delta", resident delta) or ("alone", tensor), changed ones only, ties made whole."""
-    if isinstance(source, StateDelta):
-        deltas, alone, removed = dict(source.deltas), dict(source.alone), source.removed
-        for name, first in source.ties.items():
-            for kind in (deltas, alone):
-                if first in kind:
-                    kind[name] = kind[first]
-    elif isinstance(source, Mapping):
-        deltas, alone, removed = dict(source), {}, ()
-    else:
-        description = checkpoint.inspect(source)
-        loaded = checkpoint.load_deltas(base, source, prefer=prefer)
-        stored = {e["name"] for e in description["entries"] if e["base"] is None and not e["same"]}
-        stored |= {e["name"] for e in description["entries"] if e["same"] in stored}
-        deltas = {n: t for n, t in loaded.items() if n not in stored}
-        alone = {n: t for n, t in loaded.items() if n in stored}
-        removed = description["removed_names"]
+def _entries(
+    model: nn.Module, base: dict[str, Tensor], source: Any, prefer: str | None
+) -> dict[str, tuple[str, Any]]:
+    """Name in the model -> ("delta", resident delta), ("experts", one of them or None for each) or ("alone", tensor).
+
+    Changed ones only, ties made whole.
+    """
+    deltas, alone, removed = _read(model, base, source, prefer)
     tied = _ties(base)
     for name in removed:
         if name in base and not any(alias in deltas or alias in alone for alias in tied[name]):
             raise ValueError(f"tensor `{name}` is not in the fine-tune, and the model needs it")
-    out: dict[str, tuple[str, Tensor]] = {}
+    out: dict[str, tuple[str, Any]] = {}
     for kind, tensors in (("delta", deltas), ("alone", alone)):
         for name, tensor in tensors.items():
             if name not in base:
                 raise KeyError(f"the model has no tensor `{name}`, which the fine-tune has")
+            if isinstance(tensor, list):
+                experts = [None if d is None or _core.delta_info(d).changed == 0 else d for d in tensor]
+                if any(d is not None for d in experts):
+                    out[name] = ("experts", experts)
+                continue
             if kind == "delta":
                 _check(name, base[name], tensor)
                 if _core.delta_info(tensor).changed == 0:
@@ -106,6 +102,46 @@ def _entries(base: dict[str, Tensor], source: Any, prefer: str | None) -> dict[s
             if alias not in deltas and alias not in alone:
                 out[alias] = out[name]
     return out
+
+
+def _read(
+    model: nn.Module, base: dict[str, Tensor], source: Any, prefer: str | None
+) -> tuple[dict[str, Tensor | Experts], dict[str, Tensor], list[str]]:
+    """Deltas, tensors stored alone, and missing ones, by their names in the model."""
+    if isinstance(source, (StateDelta, Mapping)):
+        files = None
+        deltas = dict(source.deltas if isinstance(source, StateDelta) else source)
+        alone = dict(source.alone) if isinstance(source, StateDelta) else {}
+        removed = list(source.removed) if isinstance(source, StateDelta) else []
+        for name, first in source.ties.items() if isinstance(source, StateDelta) else ():
+            for kind in (deltas, alone):
+                if first in kind:
+                    kind[name] = kind[first]
+        if not base.keys() >= {*deltas, *alone}:
+            files = stored(model, base)
+    else:
+        description = checkpoint.inspect(source)
+        entries = description["entries"]
+        files = None if base.keys() >= {e["name"] for e in entries} else stored(model, base)
+        loaded = checkpoint.load_deltas(base if files is None else files.base, source, prefer=prefer)
+        apart = {e["name"] for e in entries if e["base"] is None and not e["same"]}
+        apart |= {e["name"] for e in entries if e["same"] in apart}
+        deltas = {n: t for n, t in loaded.items() if n not in apart}
+        alone = {n: t for n, t in loaded.items() if n in apart}
+        removed = list(description["removed_names"])
+    if files is None:
+        return deltas, alone, removed
+    return _renamed(files, deltas, alone, removed)
+
+
+def _renamed(
+    files: Stored, deltas: dict[str, Tensor], alone: dict[str, Tensor], removed: list[str]
+) -> tuple[dict[str, Tensor | Experts], dict[str, Tensor], list[str]]:
+    for name, delta in deltas.items():
+        if name in files.base:
+            _check(name, files.base[name], delta)
+    lost = [files.whole(name) for name in removed if name in files.base]
+    return files.deltas(deltas), {files.whole(name): t for name, t in alone.items()}, lost
 
 
 def _check(name: str, base: Tensor, delta: Any) -> None:
@@ -143,23 +179,29 @@ def _one(
     param: str,
     name: str,
     kind: str,
-    tensor: Tensor,
+    tensor: Any,
     base: Tensor,
     small: dict[str, int],
 ) -> None:
     if kind == "alone":
         _alone(out, site, param, name, tensor, base)
+    elif kind == "experts":
+        if site.kind != "experts":
+            raise ValueError(f"tensor `{name}` is changed, and experts of {site.original.__name__} cannot be served")
+        _add_experts(out, site, param, tensor)
     elif _computes(site, param):
         out.deltas.append((site, param, tensor))
     elif site.kind == "experts":
-        for expert, delta in enumerate(_experts(tensor, base)):
-            if delta is not None:
-                out.deltas.append((site, f"{param}.{expert}", delta))
+        _add_experts(out, site, param, _experts(tensor, base))
     else:
         value = _ops.delta_restore(base.contiguous(), tensor)
         if site.kind not in ("linear", "conv1d", "embedding") or param != "bias":
             small[name] = value.nbytes
         out.values.append((site, param, value))
+
+
+def _add_experts(out: Prepared, site: Site, param: str, experts: Experts) -> None:
+    out.deltas += [(site, f"{param}.{expert}", d) for expert, d in enumerate(experts) if d is not None]
 
 
 def _computes(site: Site, param: str) -> bool:
@@ -185,10 +227,10 @@ def _text(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _experts(delta: Tensor, base: Tensor) -> list[Tensor | None]:
+def _experts(delta: Tensor, base: Tensor) -> Experts:
     """A stack's delta, cut into one per expert, each a matrix of its own; None where nothing changes."""
     rows = base.reshape(base.size(0), -1)
-    out: list[Tensor | None] = []
+    out: Experts = []
     for expert in range(base.size(0)):
         part = _ops.delta_slice(delta, rows, 0, expert, expert + 1)
         if _core.delta_info(part).changed == 0:

@@ -5,6 +5,8 @@ module gives on the same rows, and a tenant alone is the plain fine-tuned model,
 """
 
 import copy
+import functools
+import re
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -255,11 +257,80 @@ def test_folders_packed_by_the_command_are_served(name, tmp_path):
 
 
 def test_folders_packed_from_python_are_served(family, tmp_path):
-    # Expert stacks under the model's own names; the files' names are others by default (one matrix an expert).
-    folders(family, tmp_path, **({"save_original_format": False} if family.name == "mixtral" else {}))
+    folders(family, tmp_path)
     for tenant in models.TENANTS:
         xorz.pack(tmp_path / "base", tmp_path / tenant, tmp_path / f"{tenant}.xorz")
     check_served_from(family, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def mixtral():
+    return Family("mixtral", torch.bfloat16)
+
+
+def test_folders_with_stacks_of_experts_are_served(mixtral, tmp_path):
+    """Under the model's own names; by default transformers writes one matrix an expert."""
+    folders(mixtral, tmp_path, save_original_format=False)
+    names = safetensors.torch.load_file(tmp_path / "base" / "model.safetensors").keys()
+    assert any(name.endswith("experts.gate_up_proj") for name in names)
+    for tenant in models.TENANTS:
+        xorz.pack(tmp_path / "base", tmp_path / tenant, tmp_path / f"{tenant}.xorz")
+    check_served_from(mixtral, tmp_path)
+
+
+def experts_one_by_one(mixtral, folder):
+    """A package of files that hold each expert alone, in which only one half of one expert's stack changes; its name."""
+    folders(mixtral, folder)
+    path = folder / "ann" / "model.safetensors"
+    tuned, base = safetensors.torch.load_file(path), safetensors.torch.load_file(folder / "base" / path.name)
+    (name,) = (n for n in tuned if n.endswith("layers.1.block_sparse_moe.experts.2.w3.weight"))
+    safetensors.torch.save_file({n: tuned[n] if n == name else t for n, t in base.items()}, path, {"format": "pt"})
+    xorz.pack(folder / "base", folder / "ann", folder / "ann.xorz")
+    return name
+
+
+def test_half_of_one_expert_is_served_from_the_files_of_single_experts(mixtral, tmp_path):
+    experts_one_by_one(mixtral, tmp_path)
+    load = functools.partial(type(mixtral.base).from_pretrained, experts_implementation="eager")
+    plain, model = load(tmp_path / "ann").eval(), load(tmp_path / "base").eval()
+    stacks = zip(plain.state_dict().items(), model.state_dict().values(), strict=True)
+    assert [n for (n, a), b in stacks if not torch.equal(a, b)] == ["model.layers.1.mlp.experts.gate_up_proj"]
+    inputs = mixtral.inputs(mixtral.tokens(2, 7))
+    tenants = xorz.attach(model, mode="exact")
+    tenants.load("ann", tmp_path / "ann.xorz")
+    assert tenants.summary().count(" ann") == 1
+    deltas = xorz.load_deltas(tmp_path / "base", tmp_path / "ann.xorz")
+    tenants.load("by name", deltas)
+    with torch.no_grad():
+        want = plain(**inputs).logits
+        for name in ("ann", "by name"):
+            with tenants.use(name):
+                assert torch.equal(model(**inputs).logits, want)
+        with tenants.use(None):
+            assert not torch.equal(model(**inputs).logits, want)
+
+
+def test_experts_of_another_base_are_refused_by_the_name_that_the_file_has(mixtral, tmp_path):
+    name = experts_one_by_one(mixtral, tmp_path)
+    model = type(mixtral.base).from_pretrained(tmp_path / "base").eval()
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.gate_up_proj[2, -1, -1] += 1
+    tenants = xorz.attach(model)
+    with pytest.raises(ValueError, match=re.escape(name) + ".*digest"):
+        tenants.load("ann", tmp_path / "ann.xorz")
+    assert tenants.names() == []
+
+
+def test_an_expert_of_another_shape_is_refused_with_its_rows(mixtral, tmp_path):
+    name = experts_one_by_one(mixtral, tmp_path)
+    path = tmp_path / "ann" / "model.safetensors"
+    tuned = safetensors.torch.load_file(path)
+    tuned[name] = tuned[name][1:].clone()
+    safetensors.torch.save_file(tuned, path, {"format": "pt"})
+    xorz.pack(tmp_path / "base", tmp_path / "ann", tmp_path / "ann.xorz")
+    tenants = xorz.attach(type(mixtral.base).from_pretrained(tmp_path / "base").eval())
+    with pytest.raises(ValueError, match=re.escape(name) + ".*rows 480 to 576.*gate_up_proj"):
+        tenants.load("ann", tmp_path / "ann.xorz")
 
 
 def test_packed_state_dicts_are_served(family, tmp_path):
