@@ -187,7 +187,9 @@ def _one(
         _alone(out, site, param, name, tensor, base)
     elif kind == "experts":
         if site.kind != "experts":
-            raise ValueError(f"tensor `{name}` is changed, and experts of {site.original.__name__} cannot be served")
+            raise ValueError(
+                f"tensor `{name}` is changed, and experts of {site.original.__name__} cannot be served"
+            )
         _add_experts(out, site, param, tensor)
     elif _computes(site, param):
         out.deltas.append((site, param, tensor))

@@ -1,9 +1,9 @@
 """Checkpoints that name their tensors otherwise than the model: transformers keeps a mixture's experts as one stack and saves
 them one by one, joins projections, and renames.
 
-What file holds which rows is asked of transformers itself: its own reversed conversion (`revert_weight_conversion`, of version 5,
-looked up and never imported) is run once over the numbers of the rows in place of the weights, so no pattern of names is
-repeated here. No dense weight is copied or made.
+Which file's tensor holds which rows is asked of transformers itself: its own reversed conversion (`revert_weight_conversion`,
+of version 5, looked up and never imported) is run once over the numbers of the rows in place of the weights, so no pattern
+of names is repeated here. No dense weight is copied or made.
 """
 
 import sys

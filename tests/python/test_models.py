@@ -284,7 +284,9 @@ def experts_one_by_one(mixtral, folder):
     path = folder / "ann" / "model.safetensors"
     tuned, base = safetensors.torch.load_file(path), safetensors.torch.load_file(folder / "base" / path.name)
     (name,) = (n for n in tuned if n.endswith("layers.1.block_sparse_moe.experts.2.w3.weight"))
-    safetensors.torch.save_file({n: tuned[n] if n == name else t for n, t in base.items()}, path, {"format": "pt"})
+    safetensors.torch.save_file(
+        {n: tuned[n] if n == name else t for n, t in base.items()}, path, {"format": "pt"}
+    )
     xorz.pack(folder / "base", folder / "ann", folder / "ann.xorz")
     return name
 
