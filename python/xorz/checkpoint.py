@@ -1,7 +1,8 @@
 """Whole checkpoints: pack a fine-tune against its base, give it back, or load its deltas. No kernel is called here."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from torch import Tensor
@@ -134,32 +135,41 @@ def restore(base: StateDict, package: PathLike) -> dict[str, Tensor]:
 
 
 def load_deltas(
-    base: StateDict | PathLike, package: PathLike, *, prefer: str | None = "speed"
+    base: StateDict | PathLike, package: PathLike, *, prefer: str | None = "speed", jobs: int | None = None
 ) -> dict[str, Tensor]:
     """Per tensor name its resident delta (1-D uint8), checked against `base`; tensors stored alone are given whole.
 
     No dense matrix is made on the way. `prefer` re-encodes for "speed" or "memory" where the package holds the other;
     None takes what it holds, which is the fastest. A base given by its path is read only for what must be encoded anew,
-    and once for its digests, which the user's cache keeps. Errors as `restore`.
+    and once for its digests, which the user's cache keeps. `jobs` threads; None is one per core. Errors as `restore`.
     """
     if _is_path("base", base):
-        return _load_from_disk(base, package, prefer)
-    out = {}
-    with _core.Package(package) as opened:
-        for name, entry in opened.entries.items():
-            if not entry["same"]:
-                old = _base_of(entry, base)
-                out[name] = opened.restore(name, None) if old is None else opened.resident(name, old, prefer)
-        return {name: out[entry["same"] or name] for name, entry in opened.entries.items()}
+        with _core.Base(base, _core.run(jobs)) as old:
+            return _load_each(package, jobs, lambda opened, name, _: opened.resident_from(name, old, prefer))
+    return _load_each(
+        package, jobs, lambda opened, name, entry: opened.resident(name, _base_of(entry, base), prefer)
+    )
 
 
-def _load_from_disk(base: PathLike, package: PathLike, prefer: str | None) -> dict[str, Tensor]:
-    out = {}
-    with _core.Base(base, _core.run()) as old, _core.Package(package) as opened:
-        for name, entry in opened.entries.items():
-            if not entry["same"]:
-                alone = entry["base"] is None
-                out[name] = opened.restore(name, None) if alone else opened.resident_from(name, old, prefer)
+def _load_each(
+    package: PathLike, jobs: int | None, resident: Callable[[_core.Package, str, dict[str, Any]], Tensor]
+) -> dict[str, Tensor]:
+    """Every tensor of the package, several at a time; of several errors, that of the first tensor."""
+
+    def load(name: str, entry: dict[str, Any]) -> Tensor:
+        return opened.restore(name, None) if entry["base"] is None else resident(opened, name, entry)
+
+    workers = _core.run(jobs).jobs or len(os.sched_getaffinity(0))
+    with _core.Package(package) as opened, ThreadPoolExecutor(workers) as pool:
+        mine = {name: entry for name, entry in opened.entries.items() if not entry["same"]}
+        # Large ones first, so that none is begun when the others are done.
+        order = sorted(mine, key=lambda name: -mine[name]["bytes"])
+        waiting = {name: pool.submit(load, name, mine[name]) for name in order}
+        try:
+            out = {name: waiting[name].result() for name in mine}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
         return {name: out[entry["same"] or name] for name, entry in opened.entries.items()}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import _core, _ops, checkpoint
 from .diff import StateDelta
 from .sites import Site
-from .stored import Experts, Stored, stored
+from .stored import Experts, stored
 
 LARGEST_COPY = 0.01
 """Share of the base's bytes that a tenant's dense copies may take; what no op serves must fit in it."""
@@ -92,10 +92,8 @@ def _entries(
                 if any(d is not None for d in experts):
                     out[name] = ("experts", experts)
                 continue
-            if kind == "delta":
-                _check(name, base[name], tensor)
-                if _core.delta_info(tensor).changed == 0:
-                    continue
+            if kind == "delta" and _core.delta_info(tensor).changed == 0:
+                continue
             out[name] = (kind, tensor)
     for name in list(out):
         for alias in tied[name]:
@@ -107,41 +105,45 @@ def _entries(
 def _read(
     model: nn.Module, base: dict[str, Tensor], source: Any, prefer: str | None
 ) -> tuple[dict[str, Tensor | Experts], dict[str, Tensor], list[str]]:
-    """Deltas, tensors stored alone, and missing ones, by their names in the model."""
+    """Deltas, each checked against its base, tensors stored alone, and missing ones, by their names in the model."""
     if isinstance(source, (StateDelta, Mapping)):
-        files = None
-        deltas = dict(source.deltas if isinstance(source, StateDelta) else source)
-        alone = dict(source.alone) if isinstance(source, StateDelta) else {}
-        removed = list(source.removed) if isinstance(source, StateDelta) else []
-        for name, first in source.ties.items() if isinstance(source, StateDelta) else ():
-            for kind in (deltas, alone):
-                if first in kind:
-                    kind[name] = kind[first]
-        if not base.keys() >= {*deltas, *alone}:
-            files = stored(model, base)
+        deltas, alone, removed = _in_memory(source)
+        files = None if base.keys() >= {*deltas, *alone} else stored(model, base)
+        words = base if files is None else files.base
+        unchecked = set(deltas)
     else:
         description = checkpoint.inspect(source)
         entries = description["entries"]
         files = None if base.keys() >= {e["name"] for e in entries} else stored(model, base)
-        loaded = checkpoint.load_deltas(base if files is None else files.base, source, prefer=prefer)
+        words = base if files is None else files.base
+        loaded = checkpoint.load_deltas(words, source, prefer=prefer)
         apart = {e["name"] for e in entries if e["base"] is None and not e["same"]}
         apart |= {e["name"] for e in entries if e["same"] in apart}
         deltas = {n: t for n, t in loaded.items() if n not in apart}
         alone = {n: t for n, t in loaded.items() if n in apart}
-        removed = list(description["removed_names"])
+        removed = description["removed_names"]
+        # Loading has checked a delta against the tensor that it was made of, which need not be the one of its own name.
+        unchecked = {e["name"] for e in entries if e["same"] or e["base_name"] not in (None, e["name"])}
+    for name, delta in deltas.items():
+        if name in unchecked and name in words:
+            _check(name, words[name], delta)
     if files is None:
         return deltas, alone, removed
-    return _renamed(files, deltas, alone, removed)
-
-
-def _renamed(
-    files: Stored, deltas: dict[str, Tensor], alone: dict[str, Tensor], removed: list[str]
-) -> tuple[dict[str, Tensor | Experts], dict[str, Tensor], list[str]]:
-    for name, delta in deltas.items():
-        if name in files.base:
-            _check(name, files.base[name], delta)
     lost = [files.whole(name) for name in removed if name in files.base]
     return files.deltas(deltas), {files.whole(name): t for name, t in alone.items()}, lost
+
+
+def _in_memory(
+    source: StateDelta | Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    if not isinstance(source, StateDelta):
+        return dict(source), {}, []
+    deltas, alone = dict(source.deltas), dict(source.alone)
+    for name, first in source.ties.items():
+        for kind in (deltas, alone):
+            if first in kind:
+                kind[name] = kind[first]
+    return deltas, alone, list(source.removed)
 
 
 def _check(name: str, base: Tensor, delta: Any) -> None:

@@ -26,6 +26,7 @@ class RowMap:
         dim: dimension of the batch in what modules are given (0, or 1 for sequence-first models).
         used: the distinct slots.
         only: the slot, where all rows have the same one.
+        touching: module -> whether a row's tenant changes anything there.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class RowMap:
         self._release = release
         self._tensor = torch.tensor(self.slots, dtype=torch.int32)
         self._expanded: dict[Any, Tensor] = {}
+        # What modules know of these slots: it cannot change while their tenants are held.
+        self.touching: dict[Any, bool] = {}
         self._closed = False
         self._running: list[None] = []
         self._lock = threading.Lock()

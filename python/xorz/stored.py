@@ -42,7 +42,7 @@ class Stored:
 
     def deltas(self, found: Mapping[str, Tensor]) -> dict[str, Tensor | Experts]:
         """Deltas by name in the model, from deltas by name in the checkpoint."""
-        changed = {self._place(stored)[0] for stored in found}
+        changed = dict.fromkeys(self._place(stored)[0] for stored in found)
         return {name: self._joined(name, found) for name in changed}
 
     def whole(self, stored: str) -> str:

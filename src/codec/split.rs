@@ -53,7 +53,28 @@ fn poison(dtype: Dtype) -> u64 {
 }
 
 /// Split the difference of two words that are not equal; `dtype` tells the arithmetic.
+#[inline]
 pub fn split(dtype: Dtype, base: u64, fine_tuned: u64) -> Split {
+    if dtype == Dtype::BF16
+        && let Some(term) = one_bf16(base as u16, fine_tuned as u16)
+    {
+        return Split { terms: [u64::from(term), 0], count: 1, exception: false };
+    }
+    split_any(dtype, base, fine_tuned)
+}
+
+/// The one term of two finite bf16 words that is theirs exactly, and gives the word back: the case of nearly all changes
+/// (a third of the time of encoding `sparse` is spent here). Infinities and NaN make the error, or the difference, a NaN.
+#[inline]
+fn one_bf16(base: u16, fine_tuned: u16) -> Option<u16> {
+    let (b, f) = (widen(Dtype::BF16, u64::from(base)), widen(Dtype::BF16, u64::from(fine_tuned)));
+    let (sum, error) = two_sum(f, -b);
+    let exact = error == 0.0 && is_bf16(sum) && sum != 0.0;
+    (exact && (b + sum).to_bits() >> 16 == u32::from(fine_tuned)).then_some((sum.to_bits() >> 16) as u16)
+}
+
+/// [`split`], every case.
+fn split_any(dtype: Dtype, base: u64, fine_tuned: u64) -> Split {
     if !dtype.computes() {
         return Split { terms: [base ^ fine_tuned, 0], count: 1, exception: false };
     }
@@ -92,7 +113,7 @@ fn split_f32(sum: f32, error: f32) -> Option<(f32, f32)> {
     sum.is_finite().then_some((sum, error))
 }
 
-/// Whether a bf16 holds the value: the case of nearly all changes, told without rounding.
+/// Whether a bf16 holds the value, told without rounding.
 #[inline]
 fn is_bf16(value: f32) -> bool {
     value.to_bits() & 0xFFFF == 0 && value.is_finite()
@@ -100,7 +121,7 @@ fn is_bf16(value: f32) -> bool {
 
 /// Two terms of 8 or 11 bits whose f32 sums are exact in either order of adding, so that a one-hot product is too.
 fn split_half(dtype: Dtype, sum: f32, error: f32, b: f32, f: f32) -> Option<(f32, f32)> {
-    if dtype == Dtype::BF16 && error == 0.0 && is_bf16(sum) {
+    if error == 0.0 && dtype == Dtype::BF16 && is_bf16(sum) {
         return Some((sum, 0.0));
     }
     let d1 = round_finite(dtype, sum);
@@ -150,6 +171,7 @@ mod tests {
             for &b in &words {
                 for &f in words.iter().filter(|f| **f != b) {
                     let s = split(dtype, b, f);
+                    assert_eq!(s, split_any(dtype, b, f), "{dtype} {b:04x} {f:04x}");
                     pairs += 1;
                     exceptions += u64::from(s.exception);
                     assert!(s.terms[..s.count].iter().all(|t| *t != no_op(dtype)), "{dtype} {b:04x} {f:04x}");
