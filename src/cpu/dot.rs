@@ -50,13 +50,45 @@ fn halves(group: &Split) -> (&[f32; LANES], &[f32; LANES]) {
     (&halves[0], &halves[1])
 }
 
-/// `acc[i][j] += words[i] . x[j]`, partial sums; the rows of words are equally long, `x[j]` covers them. While a group
-/// is used, the words `ahead` bytes on are asked for (0: none).
+/// What is asked for while a group is used, by its distance from the rows of words.
+#[derive(Clone, Copy)]
+pub(crate) enum Ahead {
+    Nothing,
+    /// The same columns of each row, so many bytes on, soon to be used.
+    Rows(usize),
+    /// A run that begins so many bytes (wrapping) after the first row and is asked for evenly, `step` bytes and `lines` lines
+    /// of cache a group; to be used after this block.
+    Spread {
+        at: usize,
+        step: usize,
+        lines: usize,
+    },
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+impl Ahead {
+    #[inline(always)]
+    fn ask<S: Simd, D: Float, const R: usize>(self, s: S, words: [&[u8]; R], g: usize) {
+        match self {
+            Self::Nothing => {}
+            Self::Rows(ahead) => words.iter().for_each(|w| s.prefetch(w, g * GROUP * D::BYTES + ahead)),
+            Self::Spread { at, step, lines } => {
+                for line in 0..lines {
+                    s.prefetch_far(words[0], at.wrapping_add(g * step + line * LINE));
+                }
+            }
+        }
+    }
+}
+
+/// `acc[i][j] += words[i] . x[j]`, partial sums; the rows of words are equally long, `x[j]` covers them.
 #[inline(always)]
 pub(crate) fn dot_block<S: Simd, D: Float, const R: usize, const M: usize>(
     s: S,
     words: [&[u8]; R],
-    ahead: usize,
+    ahead: Ahead,
     x: [&[Split]; M],
     acc: &mut [[S::F; M]; R],
 ) {
@@ -71,11 +103,7 @@ pub(crate) fn dot_block<S: Simd, D: Float, const R: usize, const M: usize>(
         xs[j] = &x[j][..full + usize::from(tail)];
     }
     for g in 0..full {
-        if ahead > 0 {
-            for words in words {
-                s.prefetch(words, g * GROUP * D::BYTES + ahead);
-            }
-        }
+        ahead.ask::<S, D, R>(s, words, g);
         let mut loaded = [D::load(s, &groups[0][g]); R];
         for i in 1..R {
             loaded[i] = D::load(s, &groups[i][g]);
@@ -140,6 +168,10 @@ pub(crate) struct TileProduct<'a, D> {
     /// Totals, added to.
     pub(crate) sums: &'a mut [f32],
     pub(crate) strides: Strides,
+    /// Bytes from this tile's first row to that of the one to come next; 0 if none is.
+    pub(crate) ahead: usize,
+    /// Bytes that a pair of a row and a row of x asks for: see [`TileProduct::share`].
+    pub(crate) share: usize,
     pub(crate) dtype: PhantomData<D>,
 }
 
@@ -165,6 +197,10 @@ impl<D: Float> Kernel for TileProduct<'_, D> {
         }
         for from in (0..self.groups).step_by(BLOCK_GROUPS) {
             let mut j = 0;
+            while S::WIDE && j + 4 <= self.m {
+                self.block::<S, 4>(s, from, j);
+                j += 4;
+            }
             while j + 2 <= self.m {
                 self.block::<S, 2>(s, from, j);
                 j += 2;
@@ -183,6 +219,11 @@ impl<D: Float> Kernel for TileProduct<'_, D> {
 }
 
 impl<D: Float> TileProduct<'_, D> {
+    /// Bytes of a block of a row's columns for each of `m` rows of x, rounded up.
+    pub(crate) fn share(groups: usize, m: usize) -> usize {
+        (BLOCK_GROUPS.min(groups) * GROUP * D::BYTES).div_ceil(m.max(1))
+    }
+
     #[inline(always)]
     fn rows_by_one<S: Simd, const R: usize>(&mut self, s: S, r: usize) {
         let mut words: [&[u8]; R] = [&[]; R];
@@ -190,7 +231,7 @@ impl<D: Float> TileProduct<'_, D> {
             *w = self.words.row(r + i);
         }
         let mut acc = [[s.splat(0.0)]; R];
-        dot_block::<S, D, R, 1>(s, words, R * self.words.stride, [self.x], &mut acc);
+        dot_block::<S, D, R, 1>(s, words, Ahead::Rows(R * self.words.stride), [self.x], &mut acc);
         for (i, a) in acc.iter().enumerate() {
             self.sums[(r + i) * self.strides.row] += s.sum(a[0]);
         }
@@ -204,6 +245,10 @@ impl<D: Float> TileProduct<'_, D> {
             *x = &self.x[(j + i) * self.groups + from..(j + i + 1) * self.groups];
         }
         let mut r = 0;
+        while S::WIDE && r + 4 <= self.rows {
+            self.piece::<S, 4, M>(s, from, (r, j), x);
+            r += 4;
+        }
         while r + 2 <= self.rows {
             self.piece::<S, 2, M>(s, from, (r, j), x);
             r += 2;
@@ -211,6 +256,28 @@ impl<D: Float> TileProduct<'_, D> {
         if r < self.rows {
             self.piece::<S, 1, M>(s, from, (r, j), x);
         }
+    }
+
+    /// What rows `r..` and rows of x `j..`, `count` of each pair of them, ask for of the next block of columns, or of the next
+    /// tile: each piece an equal share, since all rows of x pass by before any of it is used. (The processor's own look-ahead
+    /// ends with every page, and a block of a row is one.)
+    #[inline(always)]
+    fn ahead(&self, from: usize, (r, j): (usize, usize), (rows, columns): (usize, usize)) -> Ahead {
+        let group = GROUP * D::BYTES;
+        let next = from + BLOCK_GROUPS;
+        let origin = if next < self.groups { next * group } else { self.ahead };
+        if origin == 0 {
+            return Ahead::Nothing;
+        }
+        let width = BLOCK_GROUPS.min(self.groups);
+        // All pieces take rows * m pairs of rows, and a pair takes this much of rows * width groups.
+        let pair = self.share;
+        let at = (j * self.rows + r * columns) * pair;
+        let step = rows * columns * pair / width;
+        let lines = step.div_ceil(LINE);
+        let step = if lines > 1 { lines * LINE } else { step };
+        let to = origin + at / (width * group) * self.words.stride + at % (width * group);
+        Ahead::Spread { at: to.wrapping_sub(r * self.words.stride + from * group), step, lines }
     }
 
     #[inline(always)]
@@ -234,7 +301,7 @@ impl<D: Float> TileProduct<'_, D> {
                 }
             }
         }
-        dot_block::<S, D, R, M>(s, words, 0, x, &mut acc);
+        dot_block::<S, D, R, M>(s, words, self.ahead(from, (r, j), (R, M)), x, &mut acc);
         for (i, acc) in acc.iter().enumerate() {
             for (l, acc) in acc.iter().enumerate() {
                 s.store(*acc, &mut self.partial[(r + i) * self.m + j + l]);
@@ -319,7 +386,7 @@ impl<D: Float, F: Fn(usize) -> usize> PanelProduct<'_, D, F> {
             *p = &self.panel[(r + i) * self.groups + from..(r + i + 1) * self.groups];
         }
         let mut acc = [[s.splat(0.0); R]; M];
-        dot_block::<S, D, M, R>(s, x, 0, panel, &mut acc);
+        dot_block::<S, D, M, R>(s, x, Ahead::Nothing, panel, &mut acc);
         let zero = s.splat(0.0);
         let mut four = [zero; 4];
         for (l, acc) in acc.iter().enumerate() {

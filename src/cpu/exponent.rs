@@ -5,7 +5,7 @@
     reason = "arrays indexed in step are what the unrolled loops keep in registers"
 )]
 
-use super::dot::{Rows, Split, dot_block};
+use super::dot::{Ahead, Rows, Split, dot_block};
 use super::float::{Float, padded};
 use super::lanes::Decoder;
 use super::simd::{GROUP, Kernel, LANES, Simd};
@@ -146,7 +146,7 @@ impl<D: Float> Piece<'_, D> {
             x[i] = &self.x[(j + i) * self.groups + self.from..(j + i + 1) * self.groups];
             acc[0][i] = s.load(&self.partial[j + i]);
         }
-        dot_block::<S, D, 1, M>(s, [self.words], 0, x, &mut acc);
+        dot_block::<S, D, 1, M>(s, [self.words], Ahead::Nothing, x, &mut acc);
         for i in 0..M {
             s.store(acc[0][i], &mut self.partial[j + i]);
         }

@@ -234,18 +234,23 @@ impl<D: Float> Job<'_, D> {
     ) {
         let width = padded(rect.cols());
         let x = sc.split.get(block.m * width).as_chunks::<GROUP>().0;
+        let groups = width / GROUP;
         let partial = sc.panel.get(LANES * LANES * BLOCK).as_chunks_mut::<LANES>().0;
         for r in (0..rect.rows()).step_by(LANES) {
+            // The rows of W that follow are this thread's next ones, most often.
+            let ahead = if rect.r0 + r + LANES < self.n { LANES * words.stride } else { 0 };
             let sums = &mut sc.sums.all_mut()[(rect.r0 - block.r0 + r) * strides.row..];
             s.run(TileProduct::<D> {
                 words: Rows { bytes: &words.bytes[r * words.stride..], ..words },
                 rows: LANES.min(rect.rows() - r),
                 x,
-                groups: width / GROUP,
+                groups,
                 m: block.m,
                 partial,
                 sums,
                 strides,
+                ahead,
+                share: TileProduct::<D>::share(groups, block.m),
                 dtype: PhantomData,
             });
         }

@@ -37,6 +37,7 @@ fn map(mut value: impl FnMut(usize) -> f32) -> [f32; LANES] {
 impl Simd for Scalar {
     type F = [f32; LANES];
     type C = [u32; LANES];
+    const WIDE: bool = false;
 
     fn run<K: Kernel>(self, kernel: K) -> K::Out {
         kernel.call(self)
@@ -145,4 +146,7 @@ impl Simd for Scalar {
 
     #[inline(always)]
     fn prefetch(self, _bytes: &[u8], _at: usize) {}
+
+    #[inline(always)]
+    fn prefetch_far(self, _bytes: &[u8], _at: usize) {}
 }

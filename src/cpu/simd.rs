@@ -32,6 +32,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type F: Copy;
     /// Sixteen u32.
     type C: Copy;
+    /// Whether there are registers for four by four vectors of sums.
+    const WIDE: bool;
 
     /// Run `kernel` with this instance's instructions switched on.
     fn run<K: Kernel>(self, kernel: K) -> K::Out;
@@ -80,8 +82,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `table[min(c, table.len() - 1)]` per lane. The table holds 1 to 2^30 values, or this panics.
     fn gather(self, table: &[f32], c: Self::C) -> Self::F;
 
-    /// Ask for the cache line at `bytes[at]`; nothing happens beyond the end.
+    /// Ask for the cache line `at` bytes (wrapping) after the first of `bytes`, whatever is there.
     fn prefetch(self, bytes: &[u8], at: usize);
+    /// The same, but to the second cache only, for what is not used at once.
+    fn prefetch_far(self, bytes: &[u8], at: usize);
 
     /// Steps of `exponent` on 16-bit words: [`Lane::steps`](super::lanes::Lane::steps).
     #[inline(always)]

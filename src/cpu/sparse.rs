@@ -39,9 +39,11 @@ impl<D: Float> Kernel for Gathered<'_, D> {
     fn call<S: Simd>(mut self, s: S) -> u32 {
         let mut largest = 0;
         for j in 0..self.m {
-            largest = match self.tile.gap {
-                GapKind::U8 => self.row::<S, false>(s, j),
-                GapKind::U16 => self.row::<S, true>(s, j),
+            largest = match (self.tile.gap, j) {
+                (GapKind::U8, 0) => self.row::<S, false, true>(s, j),
+                (GapKind::U8, _) => self.row::<S, false, false>(s, j),
+                (GapKind::U16, 0) => self.row::<S, true, true>(s, j),
+                (GapKind::U16, _) => self.row::<S, true, false>(s, j),
             };
         }
         largest
@@ -49,22 +51,33 @@ impl<D: Float> Kernel for Gathered<'_, D> {
 }
 
 impl<D: Float> Gathered<'_, D> {
+    /// One row of x; the first asks for the next tile's records, which lie behind this one's, as far on as they are long. (A
+    /// tile is a few pages, and the processor's own look-ahead ends with each.)
     #[inline(always)]
-    fn row<S: Simd, const WIDE: bool>(&mut self, s: S, j: usize) -> u32 {
+    fn row<S: Simd, const WIDE: bool, const FIRST: bool>(&mut self, s: S, j: usize) -> u32 {
         let x = &self.x[j * self.width..(j + 1) * self.width];
         let Some(sums) = self.sums[j * self.stride..].first_chunk_mut::<LANES>() else { return 0 };
         let mut total = s.load(sums);
         let mut columns = s.columns();
         let mut largest = columns;
         let diffs = self.tile.diffs.chunks_exact(LANES * D::BYTES);
+        let mut next = self.tile.gaps.len() + self.tile.diffs.len();
+        let mut ask = |bytes: usize| {
+            if FIRST {
+                s.prefetch(self.tile.gaps, next);
+                next += bytes;
+            }
+        };
         if WIDE {
             for (gaps, diffs) in self.tile.gaps.as_chunks::<32>().0.iter().zip(diffs) {
+                ask(LANES * (2 + D::BYTES));
                 columns = s.load_columns(gaps);
                 largest = s.max_columns(largest, columns);
                 total = s.fma(D::widen(s, diffs), s.gather(x, columns), total);
             }
         } else {
             for (gaps, diffs) in self.tile.gaps.as_chunks::<LANES>().0.iter().zip(diffs) {
+                ask(LANES * (1 + D::BYTES));
                 columns = s.add_gaps(columns, gaps);
                 total = s.fma(D::widen(s, diffs), s.gather(x, columns), total);
             }

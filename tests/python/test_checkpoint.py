@@ -94,6 +94,22 @@ def test_deltas_loaded_against_a_base_on_disk_are_those_of_the_base_in_memory(tm
         xorz.load_deltas(tmp_path / "nowhere", tmp_path / "t.xorz", prefer=prefer)
 
 
+def test_jobs_change_nothing_that_is_loaded_and_the_first_bad_tensor_is_named(tmp_path):
+    base = {f"t{i}": torch.randn(40 - i, 64).bfloat16() for i in range(9)}
+    tuned = {n: (t.float() * (1 + 2**-7)).bfloat16() for n, t in base.items()}
+    xorz.pack(base, tuned, tmp_path / "t.xorz", prefer="memory")
+    one, many = (xorz.load_deltas(base, tmp_path / "t.xorz", jobs=jobs) for jobs in (1, 5))
+    assert list(one) == list(many) == list(base)
+    assert all(torch.equal(one[name], many[name]) for name in base)
+    other = dict(base, t3=base["t3"] + 1, t7=base["t7"] + 1)
+    for jobs in (1, 5, None):
+        with pytest.raises(ValueError, match="`t3`.*digest"):
+            xorz.load_deltas(other, tmp_path / "t.xorz", jobs=jobs)
+    for jobs, error in ((0, ValueError), ("2", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="jobs must be"):
+            xorz.load_deltas(base, tmp_path / "t.xorz", jobs=jobs)
+
+
 def test_files_come_back_byte_for_byte(tmp_path):
     base, tuned = checkpoint()
     a, b = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"

@@ -121,6 +121,7 @@ fn fours(_: Avx2, a: F, b: F) -> __m256 {
 impl Simd for Avx2 {
     type F = F;
     type C = C;
+    const WIDE: bool = false;
 
     fn run<K: Kernel>(self, kernel: K) -> K::Out {
         #[target_feature(enable = "avx2,fma,f16c")]
@@ -292,6 +293,12 @@ impl Simd for Avx2 {
     fn prefetch(self, bytes: &[u8], at: usize) {
         // SAFETY: a prefetch never faults, whatever the address, and `wrapping_add` computes any.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast()) }
+    }
+
+    #[inline(always)]
+    fn prefetch_far(self, bytes: &[u8], at: usize) {
+        // SAFETY: a prefetch never faults, whatever the address, and `wrapping_add` computes any.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().wrapping_add(at).cast()) }
     }
 
     #[inline(always)]

@@ -44,6 +44,7 @@ fn bytes32<const N: usize>(_: Avx512, from: &[u8; N], at: usize) -> __m256i {
 impl Simd for Avx512 {
     type F = __m512;
     type C = __m512i;
+    const WIDE: bool = true;
 
     fn run<K: Kernel>(self, kernel: K) -> K::Out {
         #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
@@ -181,6 +182,12 @@ impl Simd for Avx512 {
     fn prefetch(self, bytes: &[u8], at: usize) {
         // SAFETY: a prefetch never faults, whatever the address, and `wrapping_add` computes any.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast()) }
+    }
+
+    #[inline(always)]
+    fn prefetch_far(self, bytes: &[u8], at: usize) {
+        // SAFETY: a prefetch never faults, whatever the address, and `wrapping_add` computes any.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().wrapping_add(at).cast()) }
     }
 
     #[inline(always)]
