@@ -113,7 +113,7 @@ format: $(REQUIREMENTS)
 	$(VENV)/bin/clang-format -i $$(find csrc tests examples -name '*.c' -o -name '*.cpp' -o -name '*.h')
 
 bench: build
-	$(PY) benches/bench.py
+	$(PY) benches/bench.py $(ARGS)
 
 # An environment of its own for the rivals' packages, which sees what the developer's has (torch, numpy, ...).
 BENCH_VENV := build/bench-venv

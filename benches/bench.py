@@ -1,42 +1,42 @@
-"""``delta_linear`` beside PyTorch in one run: ``make bench``, or ``python benches/bench.py --help``.
+"""``delta_linear`` and ``delta_linear_grouped`` beside every other way, in one run: ``make bench``, or ``--help``.
 
-Floor: a small-m product must read the base (n * k words) and the delta once; "roof" is those bytes over the
-read bandwidth measured in the same run. Opponents: ``F.linear`` on the fine-tune's own dense weights in the
-same dtype, and, since PyTorch has no fast bf16 product on CPUs without AVX-512, also on an fp32 copy of
-them, at twice the memory. Every variant takes a turn in every round over matrices that together exceed the
-caches; medians are reported. The machine is noisy: believe the ratios.
+Floor: few rows must read the base (n * k words) once, for all tenants, and each tenant's delta; "roof" is those bytes over the
+read bandwidth measured in the same run, as a share of the time taken. Opponents, on the same rows of x:
+
+  one        ``F.linear`` with ONE dense model, all rows: what no serving of several fine-tunes can be expected to reach
+  each       ``F.linear`` with each tenant's own dense model, one after another; T times the memory
+  one32, each32   the same on fp32 copies, at twice the memory: torch has no fast bf16 product on CPUs without AVX-512
+  csr        ``F.linear`` with the base, and ``torch.sparse`` (fp32 CSR) with the difference of each tenant
+  scatter    the changed words written into the base, ``F.linear``, and the base's written back, tenant after tenant
+  notebook   the XOR decompressed (zstd), applied to a copy of the base, ``F.linear``: per call, tenant after tenant
+
+Each variant takes a turn in every round over matrices that together exceed the caches; medians are reported. A number beside an
+opponent is its time over that of xorz: above 1 xorz is faster. The machine is noisy: believe the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import xorz  # noqa: F401  (registers the ops)
+import zstandard
 from torch import Tensor
+from tunes import INTS, KINDS, pairs
 
-INTS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
-
-
-def fine_tune(base: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Move a share of the words by one to three steps at random positions; if 1, all by small noise."""
-    if share >= 1:
-        noise = torch.randn(base.shape, generator=generator) * 1e-3
-        moved = (base.float() + noise).to(base.dtype)
-        bits = moved.view(INTS[base.dtype])
-        return torch.where(bits == base.view(INTS[base.dtype]), bits + 1, bits).view(base.dtype)
-    steps = torch.randint(1, 4, base.shape, generator=generator, dtype=torch.int32)
-    steps *= torch.randint(0, 2, base.shape, generator=generator, dtype=torch.int32) * 2 - 1
-    # A step down from zero would be a NaN.
-    steps *= (torch.rand(base.shape, generator=generator) < share) & (base != 0)
-    return (base.view(INTS[base.dtype]) + steps.to(INTS[base.dtype])).view(base.dtype)
+Variants = dict[str, Callable[[int], object]]
+FAST = ("xorz", "one", "each", "one32", "each32")
+SLOW = ("csr", "scatter", "notebook")
+RATIOS = (*FAST[1:], *SLOW)
 
 
 def bandwidth() -> float:
@@ -50,12 +50,14 @@ def bandwidth() -> float:
     return data.numel() * 4 / min(times)
 
 
-def interleave(variants: dict[str, Callable[[int], object]], matrices: int, rounds: int) -> dict[str, float]:
-    """Median seconds of one call of each variant, matrix after matrix, variants in turn."""
+def interleave(variants: Variants, matrices: int, rounds: int) -> dict[str, float]:
+    """Median seconds of one call of each variant, matrix after matrix, variants in turn; slow ones every third round."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name, call in variants.items():
-            for i in range(matrices):
+            if name in SLOW and turn % 3 != 1:
+                continue
+            for i in range(matrices if name not in SLOW else 1):
                 start = time.perf_counter()
                 call(i)
                 if turn:
@@ -63,103 +65,188 @@ def interleave(variants: dict[str, Callable[[int], object]], matrices: int, roun
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+class Tenant:
+    """One fine-tune of one matrix, in the form that each variant takes."""
+
+    def __init__(self, base: Tensor, tuned: Tensor, prefer: str, rivals: bool) -> None:
+        """Encode; the rivals' forms are made if asked for."""
+        self.dense = tuned
+        self.wide = tuned if tuned.dtype == torch.float32 else tuned.float()
+        self.delta = torch.ops.xorz.delta_encode(base, tuned, prefer=prefer)
+        if rivals:
+            difference = self.wide - base.float()
+            self.csr = difference.to_sparse_csr()
+            ints = INTS[base.dtype]
+            bits, old = tuned.view(ints), base.view(ints)
+            self.at = (bits != old).reshape(-1).nonzero()[:, 0]
+            self.new, self.old = bits.reshape(-1)[self.at], old.reshape(-1)[self.at]
+            self.xor = zstandard.ZstdCompressor(level=10).compress((bits ^ old).numpy().tobytes())
+
+
 class Case:
-    """One shape, dtype and share of changed words: several matrices with their deltas."""
+    """Some matrices of one kind with the fine-tunes of up to `tenants` tenants each."""
 
-    def __init__(self, n: int, k: int, dtype: torch.dtype, share: float, prefer: str, matrices: int):
-        """Make the matrices and encode."""
-        generator = torch.Generator().manual_seed(0)
-        self.n, self.k, self.dtype, self.share, self.prefer = n, k, dtype, share, prefer
-        self.bases = [(torch.randn(n, k, generator=generator) * 0.02).to(dtype) for _ in range(matrices)]
-        self.dense = [fine_tune(b, share, generator) for b in self.bases]
-        encode = torch.ops.xorz.delta_encode
-        self.deltas = [encode(b, f, prefer=prefer) for b, f in zip(self.bases, self.dense, strict=True)]
-        self.wide = [] if dtype == torch.float32 else [f.float() for f in self.dense]
+    def __init__(self, bases: list[Tensor], tuned: list[list[Tensor]], prefer: str, rivals: bool) -> None:
+        """`tuned[i]` holds the fine-tunes of `bases[i]`; the rivals take the first matrix alone."""
+        self.bases, self.rivals = bases, rivals
+        pairs = zip(bases, tuned, strict=True)
+        self.tenants = [
+            [Tenant(b, f, prefer, rivals and i == 0) for f in fs] for i, (b, fs) in enumerate(pairs)
+        ]
+        self.arenas, self.slots = [], []
+        for tenants in self.tenants:
+            padded = [F.pad(t.delta, (0, -t.delta.numel() % 64)) for t in tenants]
+            starts = torch.tensor([0] + [d.numel() for d in padded]).cumsum(0)[:-1]
+            self.arenas.append(torch.cat(padded))
+            self.slots.append(torch.stack([starts, torch.tensor([t.delta.numel() for t in tenants])], 1))
 
-    def measure(self, m: int, rounds: int, bytes_per_second: float) -> dict[str, object]:
-        """One row of the table."""
-        x = torch.randn(m, self.k).to(self.dtype)
-        wide = x.float()
-        op = torch.ops.xorz.delta_linear
-        variants: dict[str, Callable[[int], object]] = {
-            "xorz": lambda i: op(x, self.bases[i], None, self.deltas[i]),
-            "dense": lambda i: F.linear(x, self.dense[i]),
+    def variants(self, x: Tensor, count: int) -> Variants:
+        """Rows of x are dealt to `count` tenants in runs."""
+        wide, each = x.float(), range(count)
+        parts, wide_parts = x.chunk(count), wide.chunk(count)
+        rows = torch.repeat_interleave(torch.arange(count, dtype=torch.int32), x.size(0) // count)
+        single, grouped = torch.ops.xorz.delta_linear, torch.ops.xorz.delta_linear_grouped
+        bases, tenants = self.bases, self.tenants
+
+        def ours(i: int) -> Tensor:
+            if count == 1:
+                return single(x, bases[i], None, tenants[i][0].delta)
+            return grouped(x, bases[i], None, self.arenas[i], self.slots[i], rows)
+
+        out: Variants = {
+            "xorz": ours,
+            "one": lambda i: F.linear(x, tenants[i][0].dense),
+            "each": lambda i: [F.linear(parts[t], tenants[i][t].dense) for t in each],
         }
-        if self.wide:
-            variants["dense fp32"] = lambda i: F.linear(wide, self.wide[i])
+        if x.dtype != torch.float32:
+            out["one32"] = lambda i: F.linear(wide, tenants[i][0].wide)
+            out["each32"] = lambda i: [F.linear(wide_parts[t], tenants[i][t].wide) for t in each]
+        if count == 1:
+            for name in ("each", "each32"):
+                out.pop(name, None)
+        if self.rivals:
+            out |= {
+                name: lambda i, call=call: call(x, parts, bases[i], tenants[i][:count])
+                for name, call in (("csr", csr), ("scatter", scatter), ("notebook", notebook))
+            }
+        return out
+
+    def check(self, variants: Variants, x: Tensor, count: int) -> None:
+        """A wrong product's speed means nothing."""
         for i in range(len(self.bases)):
-            got, want = (
-                op(x, self.bases[i], None, self.deltas[i]).float(),
-                F.linear(wide, self.dense[i].float()),
+            parts = x.float().chunk(count)
+            want = torch.cat([F.linear(p, t.wide) for p, t in zip(parts, self.tenants[i], strict=False)])
+            assert torch.allclose(variants["xorz"](i).float(), want, rtol=2e-2, atol=2e-2)
+        for name in set(SLOW) & set(variants):
+            want = torch.cat(
+                [F.linear(p, t.wide) for p, t in zip(x.float().chunk(count), self.tenants[0], strict=False)]
             )
-            assert torch.allclose(got, want, rtol=2e-2, atol=2e-2), (
-                "the product is wrong, so its speed means nothing"
-            )
+            assert torch.allclose(variants[name](0).float(), want, rtol=2e-2, atol=2e-2), name
+
+    def measure(self, m: int, count: int, rounds: int, bytes_per_second: float) -> dict[str, Any]:
+        """One row of the table: `m` rows of x, dealt to `count` tenants."""
+        n, k = self.bases[0].shape
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(self.bases[0].dtype)
+        variants = self.variants(x, count)
+        self.check(variants, x, count)
         seconds = interleave(variants, len(self.bases), rounds)
-        delta_bytes = statistics.mean(d.numel() for d in self.deltas)
-        floor = (self.n * self.k * self.bases[0].element_size() + delta_bytes) / bytes_per_second
-        row: dict[str, object] = {
-            "shape": f"{self.n}x{self.k}",
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "changed": self.share,
-            "prefer": self.prefer,
-            "encoding": ("unchanged", "sparse", "exponent", "raw")[int(self.deltas[0][10])],
-            "bits_per_element": 8 * delta_bytes / (self.n * self.k),
+        deltas = statistics.mean(sum(t.delta.numel() for t in ts[:count]) for ts in self.tenants)
+        floor = (n * k * x.element_size() + deltas) / bytes_per_second
+        encodings = ("unchanged", "sparse", "exponent", "raw")
+        row: dict[str, Any] = {
+            "shape": f"{n}x{k}",
+            "dtype": str(x.dtype).removeprefix("torch."),
+            "encoding": encodings[int(self.tenants[0][0].delta[10])],
+            "bits": 8 * deltas / (n * k * count),
+            "T": count,
             "m": m,
-            "roofline": floor / seconds["xorz"],
+            "roof": floor / seconds["xorz"],
+            "ms": {name: 1e3 * s for name, s in seconds.items()},
         }
-        row |= {f"{name} ms": 1e3 * s for name, s in seconds.items()}
-        row |= {f"speed-up over {name}": s / seconds["xorz"] for name, s in seconds.items() if name != "xorz"}
-        return row
+        return row | {name: s / seconds["xorz"] for name, s in seconds.items() if name != "xorz"}
 
 
-def line(row: dict[str, object]) -> str:
-    """One row as text."""
-    over32 = f"{row['speed-up over dense fp32']:>6.2f}x" if "speed-up over dense fp32" in row else "      -"
-    return (
-        f"{row['shape']:>11} {row['dtype']:>9} {100 * row['changed']:>6.1f} % {row['encoding']:>9} "
-        f"{row['bits_per_element']:>6.2f} b {row['m']:>4} {row['xorz ms']:>9.2f} {row['dense ms']:>9.2f} "
-        f"{row['speed-up over dense']:>6.2f}x {over32} {100 * row['roofline']:>5.0f} %"
-    )
+def csr(x: Tensor, parts: tuple[Tensor, ...], base: Tensor, tenants: list[Tenant]) -> Tensor:
+    """Dense base, sparse differences."""
+    extra = [
+        torch.mv(t.csr, p[0].float())[None] if len(p) == 1 else (t.csr @ p.float().T).T
+        for p, t in zip(parts, tenants, strict=True)
+    ]
+    return F.linear(x, base) + torch.cat(extra).to(x.dtype)
 
 
-def grouped(tenants: int, share: float, rounds: int, matrices: int = 3, size: int = 4096) -> str:
-    """One batch of a row per tenant, beside a product per dense model, and beside one model with all rows."""
+def scatter(x: Tensor, parts: tuple[Tensor, ...], base: Tensor, tenants: list[Tenant]) -> Tensor:
+    """In place, and back."""
+    flat, out = base.view(INTS[base.dtype]).view(-1), []
+    for part, tenant in zip(parts, tenants, strict=True):
+        flat[tenant.at] = tenant.new
+        out.append(F.linear(part, base))
+        flat[tenant.at] = tenant.old
+    return torch.cat(out)
+
+
+def notebook(x: Tensor, parts: tuple[Tensor, ...], base: Tensor, tenants: list[Tenant]) -> Tensor:
+    """The seed notebook's way, for each call."""
+    ints, out = INTS[base.dtype], []
+    for part, tenant in zip(parts, tenants, strict=True):
+        xor = torch.frombuffer(bytearray(zstandard.ZstdDecompressor().decompress(tenant.xor)), dtype=ints)
+        out.append(F.linear(part, (base.view(ints) ^ xor.view(base.shape)).view(base.dtype)))
+    return torch.cat(out)
+
+
+def synthetic(
+    n: int, k: int, dtype: torch.dtype, share: float, kind: str, tenants: int, prefer: str, rivals: bool
+) -> Case:
+    """Matrices that together exceed the caches, and fine-tunes of each."""
     generator = torch.Generator().manual_seed(0)
-    dtype, op = torch.bfloat16, torch.ops.xorz.delta_linear_grouped
-    bases = [(torch.randn(size, size, generator=generator) * 0.02).to(dtype) for _ in range(matrices)]
-    dense = [[fine_tune(b, share, generator) for _ in range(tenants)] for b in bases]
-    arenas, slots = [], []
-    for base, tuned in zip(bases, dense, strict=True):
-        deltas = [torch.ops.xorz.delta_encode(base, f) for f in tuned]
-        padded = [F.pad(d, (0, -d.numel() % 64)) for d in deltas]
-        starts = torch.tensor([0] + [d.numel() for d in padded]).cumsum(0)[:-1]
-        arenas.append(torch.cat(padded))
-        slots.append(torch.stack([starts, torch.tensor([d.numel() for d in deltas])], 1))
-    rows = torch.arange(tenants, dtype=torch.int32)
-    x = torch.randn(tenants, size, generator=generator).to(dtype)
-    wide = [[f.float() for f in tuned] for tuned in dense]
-    each = range(tenants)
-    variants: dict[str, Callable[[int], object]] = {
-        "xorz": lambda i: op(x, bases[i], None, arenas[i], slots[i], rows),
-        "calls": lambda i: [F.linear(x[t], dense[i][t]) for t in each],
-        "calls fp32": lambda i: [F.linear(x[t].float(), wide[i][t]) for t in each],
-        "one": lambda i: F.linear(x, dense[i][0]),
-        "one fp32": lambda i: F.linear(x.float(), wide[i][0]),
+    size = n * k * dtype.itemsize
+    matrices = max(2 if tenants > 4 else 4, min(64, (96 << 20) // size))
+    bases = [(torch.randn(n, k, generator=generator) * 0.02).to(dtype) for _ in range(matrices)]
+    tuned = [[KINDS[kind](b, share, generator) for _ in range(tenants)] for b in bases]
+    return Case(bases, tuned, prefer, rivals)
+
+
+def overhead() -> dict[str, Any]:
+    """Microseconds of a call beyond that of ``F.linear`` where the product itself is nothing, and right after a torch op."""
+    base = torch.randn(64, 64).bfloat16()
+    delta = torch.ops.xorz.delta_encode(base, (base * 1.01).bfloat16())
+    x, big = torch.randn(1, 64).bfloat16(), torch.randn(1024, 1024)
+    calls = {
+        "F.linear": lambda: F.linear(x, base),
+        "xorz": lambda: torch.ops.xorz.delta_linear(x, base, None, delta),
     }
-    for i in range(matrices):
-        want = torch.cat([F.linear(x[t : t + 1].float(), wide[i][t]) for t in each])
-        got = variants["xorz"](i).float()
-        assert torch.allclose(got, want, rtol=2e-2, atol=2e-2), (
-            "the product is wrong, so its speed means nothing"
-        )
-    ms = {name: 1e3 * s for name, s in interleave(variants, matrices, rounds).items()}
+    out: dict[str, Any] = {}
+    for where, before in (("64x64", None), ("after a torch op", lambda: big @ big)):
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(50 if before else 3000):
+            for name, call in calls.items():
+                if before:
+                    before()
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
+        out[where] = {name: 1e6 * statistics.median(t) for name, t in times.items()}
+    return out
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row as text."""
+    ratios = " ".join(f"{row[name]:>8.2f}" if name in row else f"{'-':>8}" for name in RATIOS)
     return (
-        f"{size}x{size} bf16 {100 * share:>4.1f} % changed, {tenants:>2} tenants, a row each: xorz {ms['xorz']:.2f} ms; "
-        f"{tenants} dense calls {ms['calls']:.2f} ({ms['calls'] / ms['xorz']:.2f}x), in fp32 {ms['calls fp32']:.2f} "
-        f"({ms['calls fp32'] / ms['xorz']:.2f}x); one dense model, m = {tenants}: {ms['one']:.2f} "
-        f"({ms['one'] / ms['xorz']:.2f}x), in fp32 {ms['one fp32']:.2f} ({ms['one fp32'] / ms['xorz']:.2f}x)"
+        f"{row['shape']:>11} {row['dtype']:>8} {row['what']:>14} {row['encoding']:>9} {row['bits']:>6.2f} {row['T']:>3} "
+        f"{row['m']:>5} {row['ms']['xorz']:>8.2f} {100 * row['roof']:>5.0f} {ratios}"
     )
+
+
+HEADER = (
+    f"{'shape':>11} {'dtype':>8} {'changed':>14} {'encoding':>9} {'bits':>6} {'T':>3} {'m':>5} {'xorz ms':>8} {'roof%':>5} "
+    + " ".join(f"{name:>8}" for name in RATIOS)
+)
+
+
+def numbers(text: str) -> list[int]:
+    """A list of numbers with commas."""
+    return [int(part) for part in text.split(",") if part]
 
 
 def main() -> None:
@@ -167,44 +254,78 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="bf16 4096x4096 only, fewer rounds")
-    parser.add_argument("--json", type=pathlib.Path, help="write the rows here too")
-    parser.add_argument("--grouped", action="store_true", help="only batches of many tenants")
-    args = parser.parse_args()
-    if args.grouped:
-        for tenants in (2, 8, 16):
-            print(grouped(tenants, 0.03, 3 if args.quick else 7), flush=True)
-        return
-    speed = bandwidth()
-    chip = platform.processor() or platform.machine()
-    machine = f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{machine}, {torch.backends.cpu.get_cpu_capability()}, reads {speed / 1e9:.1f} GB/s")
-    print(
-        f"{'shape':>11} {'dtype':>9} {'changed':>8} {'encoding':>9} {'size':>8} {'m':>4} "
-        f"{'xorz ms':>9} {'dense ms':>9} {'dense':>7} {'fp32':>7} {'roof':>7}"
+    parser.add_argument("--shapes", default="4096x4096", help="n x k, with commas (default %(default)s)")
+    parser.add_argument(
+        "--dtypes", default="bfloat16", help="float32, bfloat16, float16 (default %(default)s)"
     )
-    shapes = [(4096, 4096, torch.bfloat16)]
-    if not args.quick:
-        shapes += [(4096, 4096, torch.float32), (768, 768, torch.bfloat16)]
-    rows = []
-    for n, k, dtype in shapes:
-        matrices = 6 if n * k > 1 << 22 else 64
-        for share, prefer in (
-            (0.005, "speed"),
-            (0.03, "speed"),
-            (0.3, "speed"),
-            (0.3, "memory"),
-            (1.0, "speed"),
-        ):
-            case = Case(n, k, dtype, share, prefer, matrices)
-            for m in (1, 8, 64, 256):
-                rounds = 2 if m > 8 or args.quick else 5
-                rows.append(case.measure(m, rounds, speed))
-                print(line(rows[-1]), flush=True)
+    parser.add_argument(
+        "--changed", default="0.5,3,10,30,70", help="percent of the words (default %(default)s)"
+    )
+    parser.add_argument("--kinds", default="random", help="random, adamw (default %(default)s)")
+    parser.add_argument("--prefer", default="speed", choices=("speed", "memory"))
+    parser.add_argument(
+        "--tenants", type=numbers, default=[1, 2, 4, 8, 16], help="a row each (default 1,2,4,8,16)"
+    )
+    parser.add_argument(
+        "--rows", type=numbers, default=[1, 4, 16, 64, 256], help="of one tenant (default 1,4,16,64,256)"
+    )
+    parser.add_argument(
+        "--pairs", action="store_true", help="layers of real pairs too, where ../shared has them"
+    )
+    parser.add_argument("--no-rivals", action="store_true", help="dense products only")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--full", action="store_true", help="every shape, dtype, share and kind of the project: an hour"
+    )
+    parser.add_argument("--quick", action="store_true", help="3 percent only, two rounds")
+    parser.add_argument("--json", type=pathlib.Path, help="write the rows here too")
+    args = parser.parse_args()
+    if args.full:
+        args.shapes, args.dtypes = "4096x4096,11008x4096,4096x11008,768x768", "bfloat16,float32"
+        args.changed, args.kinds, args.pairs = "0.5,1,3,10,30,70", "random,adamw", True
+        args.tenants, args.rows = [1, 2, 4, 8, 16, 32], [1, 4, 16, 64, 256, 1024]
+    if args.quick:
+        args.changed, args.rounds = "3", 2
+    speed, chip = bandwidth(), platform.processor() or platform.machine()
+    machine = (
+        f"{chip}, {torch.get_num_threads()} threads, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"reads {speed / 1e9:.1f} GB/s, load {os.getloadavg()[0]:.1f}"
+    )
+    calls = overhead()
+    print(machine)
+    for where, us in calls.items():
+        print(f"a call, {where}: " + ", ".join(f"{name} {t:.1f} us" for name, t in us.items()))
+    print(HEADER, flush=True)
+    rows: list[dict[str, Any]] = []
+
+    def add(case: Case, what: str, m: int, count: int) -> None:
+        rounds = args.rounds if m <= 16 else max(1, args.rounds // 2)
+        rows.append({"what": what} | case.measure(m, count, rounds, speed))
+        print(line(rows[-1]), flush=True)
+
+    for shape in args.shapes.split(","):
+        n, k = map(int, shape.split("x"))
+        for name in args.dtypes.split(","):
+            for kind in args.kinds.split(","):
+                for percent in args.changed.split(","):
+                    dtype, share = getattr(torch, name), float(percent) / 100
+                    rest = (args.prefer, not args.no_rivals)
+                    case = synthetic(n, k, dtype, share, kind, max(args.tenants), *rest)
+                    for count in args.tenants:
+                        add(case, f"{percent} % {kind}", count, count)
+                    for m in args.rows:
+                        if (m, 1) != (1, min(args.tenants)):
+                            add(case, f"{percent} % {kind}", m, 1)
+    for what, base, tuned in pairs() if args.pairs else ():
+        print(what)
+        for prefer in ("speed", "memory"):
+            copies = [base.clone() for _ in range(max(1, (96 << 20) // base.nbytes))]
+            case = Case(copies, [[tuned.clone()] for _ in copies], prefer, not args.no_rivals)
+            for m in args.rows:
+                add(case, f"real, {prefer}", m, 1)
     if args.json:
-        args.json.write_text(
-            json.dumps({"machine": machine, "bytes_per_second": speed, "rows": rows}, indent=1)
-        )
+        found = {"machine": machine, "bytes_per_second": speed, "call_us": calls, "rows": rows}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

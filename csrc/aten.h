@@ -16,6 +16,11 @@
 
 namespace xorz {
 
+// The same words in a row; asking first saves the dispatcher's microsecond where they are already.
+inline torch::stable::Tensor in_a_row(const torch::stable::Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 // Calls any aten op of one result. All arguments of its schema are given, defaults too.
 template <class... A>
 torch::stable::Tensor call_aten(const char* name, const char* overload, const A&... args) {
@@ -43,6 +48,7 @@ class TorchThreads final : public Executor {
   std::size_t threads() const override { return torch::stable::get_num_threads(); }
 
   void run(std::size_t tasks, const Task& task) const override {
+    if (tasks == 1) return task.call(0);
     torch::stable::parallel_for(0, static_cast<int64_t>(tasks), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) task.call(static_cast<std::size_t>(i));
     });

@@ -11,7 +11,7 @@ namespace xorz {
 
 // Contiguous, and aligned to its elements, which a view of foreign memory may not be.
 inline Tensor plain(const Tensor& t) {
-  const Tensor c = torch::stable::contiguous(t);
+  const Tensor c = in_a_row(t);
   const auto at = reinterpret_cast<uintptr_t>(c.const_data_ptr());
   return at % t.element_size() == 0 ? c : torch::stable::clone(c);
 }

@@ -46,7 +46,7 @@ Operands grouped(const Checks& checks, const char* name, const Tensor& rows, int
   g.m = 1;
   for (int64_t i = 0; i + 1 < rows.dim(); ++i) g.m *= static_cast<size_t>(rows.size(i));
   g.tenancy = tenancy(checks, arena, slots, tenant_of_row, g.m, std::string("row of ") + name);
-  g.rows = torch::stable::contiguous(rows);
+  g.rows = in_a_row(rows);
   g.s = static_cast<size_t>(slots.size(0));
   return g;
 }
@@ -96,7 +96,7 @@ Tensor exact_grouped(const Checks& checks, const Operands& g, const Tensor& weig
       part = call_aten("aten::linear", "", x, w, bias);
       check_not_autocast(checks, part, g.type->torch);
     }
-    part = torch::stable::contiguous(part);
+    part = in_a_row(part);
     const auto* results = static_cast<const uint8_t*>(part.const_data_ptr());
     auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
     for (size_t i = 0; out_row > 0 && i < m; ++i)

@@ -88,12 +88,12 @@ Tensor delta_linear_cpu(const Tensor& input, const Tensor& weight, const std::op
         bias_type.torch != w.type->torch)
       checks.refuse("bias is " + text(*bias) + ", but must be " + w.type->name + " [" +
                     std::to_string(w.weight.n) + "]");
-    plain_bias = torch::stable::contiguous(*bias);
+    plain_bias = in_a_row(*bias);
   }
   if (mode == "exact")
     return core(checks,
                 [&] { return exact_linear(checks, input, m, w.weight, plain_bias, w.delta, w.type->torch); });
-  const Tensor x = torch::stable::contiguous(input);
+  const Tensor x = in_a_row(input);
   const Tensor out = torch::stable::empty(sizes_with_last(input, w.weight.n), w.type->torch);
   const Linear args{bytes_of(x, w.type->bytes),
                     m,
@@ -110,7 +110,7 @@ Tensor delta_linear_grad_input_cpu(const Tensor& grad, const Tensor& weight, con
   const Checks checks{"delta_linear_grad_input"};
   const LinearWeight w = linear_weight(checks, weight, delta);
   const size_t m = check_rows(checks, "grad", grad, *w.type, w.weight.n, "weight.shape[0]");
-  const Tensor g = torch::stable::contiguous(grad);
+  const Tensor g = in_a_row(grad);
   const Tensor out = torch::stable::empty(sizes_with_last(grad, w.weight.k), w.type->torch);
   core(checks, [&] {
     delta_linear_grad_input(bytes_of(g, w.type->bytes), m, w.weight, w.delta,

@@ -11,18 +11,16 @@
 use super::dot::{Rows, Strides, TileProduct, ToSplit};
 use super::exponent;
 use super::float::{Float, padded};
-use super::linear::{BLOCK, Job, Segment};
+use super::linear::{Job, Segment};
+use super::plan::{BASE_COLUMNS, BLOCK, transposed};
 use super::scratch::{Buffer, Scratch};
 use super::simd::{GROUP, LANES, Simd};
-use super::sparse::{Gathered, Natural, TRANSPOSE_ROWS, Transposed};
+use super::sparse::{Gathered, Natural, Transposed};
 use super::wide;
 use crate::codec::{Encoding, Grid, Rect, SparseTile, Tile};
 use crate::error::{Error, Result};
 use std::marker::PhantomData;
 use std::ops::Range;
-
-/// Columns of the base of one dot product, whatever the grids of the deltas on it.
-pub(super) const BASE_COLUMNS: usize = Grid::MAX_COLS;
 
 /// Rows of W and rows of x (by their places in the order of the call) of one task.
 #[derive(Clone, Copy)]
@@ -39,17 +37,6 @@ impl Block {
         let from = segment.rows.start.max(self.m0) - self.m0;
         from..segment.rows.end.min(self.m0 + self.m) - self.m0
     }
-}
-
-/// Whether the entries of `m` rows of x go through the transposed kernel. Either kernel gives the same bits. Gathering
-/// costs about 6.5 ns a record and row of x on Zen 3, the transposed kernel 25 ns a record whatever m, and more where
-/// changes are so rare that every entry finds its row of x outside L2.
-fn transposed(segment: &Segment<'_>, m: usize) -> bool {
-    let weights = &segment.weights;
-    let shape = weights.base.shape();
-    weights.encoding() == Encoding::Sparse
-        && m >= TRANSPOSE_ROWS
-        && weights.changed().saturating_mul(64) >= (shape.n as u64).saturating_mul(shape.k as u64)
 }
 
 impl<D: Float> Job<'_, D> {
@@ -82,7 +69,7 @@ impl<D: Float> Job<'_, D> {
         sc: &mut Scratch,
     ) -> Result<()> {
         let rows = (block.r1 - block.r0).next_multiple_of(LANES);
-        let whole = matches!(segments, [one] if transposed(one, block.m));
+        let whole = matches!(segments, [one] if transposed(&one.weights, block.m));
         let strides =
             if whole { Strides { row: LANES, column: 1 } } else { Strides { row: 1, column: rows } };
         sc.sums.zeroed(rows * if whole { LANES } else { block.m });
@@ -268,7 +255,7 @@ impl<D: Float> Job<'_, D> {
         let grid = segment.weights.grid();
         let across = grid.tile_cols_count();
         let part = block.part(segment);
-        let transposed = transposed(segment, part.len());
+        let transposed = transposed(&segment.weights, part.len());
         for tc in 0..across {
             let rect = grid.rect(tc);
             let at = block.m0 + part.start..block.m0 + part.end;

@@ -14,33 +14,16 @@ use super::counters;
 use super::dot::{PanelProduct, Rows, Split, Strides, ToSplit};
 use super::exec::{Executor, try_run};
 use super::float::{Float, padded};
-use super::fused::{BASE_COLUMNS, Block};
+use super::fused::Block;
+use super::plan::{self, BLOCK, Sizes, Way};
 use super::scratch::{self, Scratch};
-use super::simd::{GROUP, LANES, Simd};
+use super::simd::{GROUP, Simd};
 use super::weights::Weights;
-use crate::codec::Encoding;
 use crate::error::Result;
 use crate::matrix::Matrix;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-
-/// Rows of x of one block.
-pub(super) const BLOCK: usize = LANES;
-
-/// Rows of x above which a restored panel pays in `mode = "fast"`. Below, restoring costs as much as walking the entries
-/// once more for the second block of rows (measured at 4096 x 4096 bf16, AVX2: equal at 32 rows from 3 to 30 % changed,
-/// 10 to 30 % faster at 64).
-const PANEL_ABOVE: usize = 2 * BLOCK;
-
-/// Totals of one task on a restored panel (512 KiB); more rows of x are done in blocks.
-const PANEL_SUMS: usize = 1 << 17;
-
-/// So many bytes of a base stay in the cache from one block of rows of x to the next.
-const CACHED_BYTES: usize = 8 << 20;
-
-/// Rows of W of one small-m task, at most: their totals are scratch (64 KiB).
-const MOST_ROWS: usize = 1024;
 
 /// The rows of x of one tenant.
 pub(super) struct Segment<'a> {
@@ -64,27 +47,6 @@ impl Segment<'_> {
             Some(slot) => e.within(format_args!("slots[{slot}]")),
             None => e,
         })
-    }
-}
-
-/// How the rows of a segment are computed; segments are to be in this order.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Way {
-    /// Together with other tenants' rows, on the base's words.
-    Shared,
-    /// On tiles of the tenant's own words.
-    Own,
-    /// On restored panels.
-    Panels,
-}
-
-impl Way {
-    pub(super) fn of(weights: &Weights<'_>, rows: usize, mode: Mode) -> Self {
-        match weights.encoding() {
-            _ if rows > PANEL_ABOVE && mode == Mode::Fast => Self::Panels,
-            Encoding::Unchanged | Encoding::Sparse => Self::Shared,
-            Encoding::Exponent | Encoding::Raw => Self::Own,
-        }
     }
 }
 
@@ -115,15 +77,9 @@ pub(super) struct Job<'a, D: Float> {
 struct Part<'a> {
     way: Way,
     segments: &'a [Segment<'a>],
-    /// Rows of W of a task.
-    rows: usize,
+    sizes: Sizes,
     /// Places of rows of x.
     places: Range<usize>,
-    /// Rows of x of a task.
-    block: usize,
-    /// Whether all blocks of x come one after another for the same rows of W, which are then read from memory once;
-    /// else all rows of W for the same block of x, which is then converted to f32 once.
-    again_cached: bool,
     /// Which of all tasks are these.
     tasks: Range<usize>,
 }
@@ -147,6 +103,10 @@ pub(super) fn run<S: Simd, D: Float>(
         k: shape.k,
     };
     let parts = job.parts(call, exec.threads());
+    if plan::traces() {
+        let chosen: Vec<_> = parts.iter().map(|part| (part.segments, part.sizes)).collect();
+        eprintln!("{}", plan::describe::<S>((shape, D::DTYPE), call.mode, exec.threads(), &chosen));
+    }
     let tasks = parts.last().map_or(0, |part| part.tasks.end);
     try_run(exec, tasks, |task| {
         let part = &parts[parts.partition_point(|part| part.tasks.end <= task)];
@@ -167,45 +127,23 @@ impl<D: Float> Job<'_, D> {
         for segments in call.segments.chunk_by(alike) {
             let (first, last) = (&segments[0], &segments[segments.len() - 1]);
             let (way, places) = (way(first), first.rows.start..last.rows.end);
-            let grid = first.weights.grid();
-            let again_cached =
-                way == Way::Shared && places.len() > BLOCK && self.base.bytes().len() > CACHED_BYTES;
-            let (rows, block) = match way {
-                Way::Panels => (grid.tile_rows, PANEL_SUMS / grid.tile_rows),
-                Way::Shared if again_cached => {
-                    // Many rows of W, since each block of x is converted anew for them (10 to 20 % of the time at 256).
-                    let cached = CACHED_BYTES / self.base.row_bytes();
-                    let rows = self.n.div_ceil(2 * threads.max(1)).min(cached).clamp(LANES, MOST_ROWS);
-                    (rows.next_multiple_of(LANES), BLOCK)
-                }
-                Way::Shared => (self.chunk_rows(segments.len(), BASE_COLUMNS, LANES), BLOCK),
-                Way::Own => (self.chunk_rows(1, grid.tile_cols, grid.tile_rows), BLOCK),
-            };
+            let base = (self.base.shape(), D::BYTES);
+            let sizes = Sizes::of(way, base, first.weights.grid(), (segments.len(), places.len()), threads);
             let start = parts.last().map_or(0, |part| part.tasks.end);
-            let tasks = start..start + self.n.div_ceil(rows) * places.len().div_ceil(block);
-            parts.push(Part { way, segments, rows, places, block, again_cached, tasks });
+            let tasks = start..start + self.n.div_ceil(sizes.rows) * places.len().div_ceil(sizes.block);
+            parts.push(Part { way, segments, sizes, places, tasks });
         }
         parts
     }
 
-    /// Rows of W of one small-m task: enough to pay for converting x, few enough for every thread to have some.
-    fn chunk_rows(&self, tenants: usize, columns: usize, tile_rows: usize) -> usize {
-        // A thread keeps x as f32 from task to task only if nothing else takes its place.
-        let most = match (self.k <= columns, tenants) {
-            (true, 1) => 64,
-            (true, _) => 128,
-            _ => 256,
-        };
-        self.n.div_ceil(16).min(most).next_multiple_of(tile_rows)
-    }
-
     fn task<S: Simd>(&self, s: S, part: &Part<'_>, task: usize, sc: &mut Scratch) -> Result<()> {
-        let (blocks, chunks) = (part.places.len().div_ceil(part.block), self.n.div_ceil(part.rows));
+        let Sizes { rows, block, again_cached } = part.sizes;
+        let (blocks, chunks) = (part.places.len().div_ceil(block), self.n.div_ceil(rows));
         let (chunk, at) =
-            if part.again_cached { (task / blocks, task % blocks) } else { (task % chunks, task / chunks) };
-        let (r0, m0) = (chunk * part.rows, part.places.start + at * part.block);
-        let r1 = (r0 + part.rows).min(self.n);
-        let block = Block { r0, r1, m0, m: part.block.min(part.places.end - m0) };
+            if again_cached { (task / blocks, task % blocks) } else { (task % chunks, task / chunks) };
+        let (r0, m0) = (chunk * rows, part.places.start + at * block);
+        let r1 = (r0 + rows).min(self.n);
+        let block = Block { r0, r1, m0, m: block.min(part.places.end - m0) };
         match part.way {
             Way::Panels => self.panels(s, block, &part.segments[0], sc),
             Way::Own => self.own(s, block, &part.segments[0], sc),

@@ -7,6 +7,7 @@
 //! | file | what |
 //! |---|---|
 //! | `linear` | products: which rows of x go where; `fused` few rows, of one tenant or many; `dot` base products, `sparse` entries, `exponent` decoding on the way |
+//! | `plan` | the cost model: every choice of kernel and size; `XORZ_TRACE` |
 //! | `wide` | the decode path of outputs that are not finite |
 //! | `lanes` | the bit streams of `exponent` |
 //! | `grad` | `delta_linear_grad_input` |
@@ -31,6 +32,7 @@ mod grouped;
 mod lanes;
 mod linear;
 mod lookup;
+mod plan;
 mod restore;
 mod scalar;
 mod scratch;

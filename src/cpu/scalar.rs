@@ -37,6 +37,7 @@ fn map(mut value: impl FnMut(usize) -> f32) -> [f32; LANES] {
 impl Simd for Scalar {
     type F = [f32; LANES];
     type C = [u32; LANES];
+    const NAME: &'static str = "scalar";
     const WIDE: bool = false;
 
     fn run<K: Kernel>(self, kernel: K) -> K::Out {

@@ -32,6 +32,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type F: Copy;
     /// Sixteen u32.
     type C: Copy;
+    /// As `XORZ_ISA` calls it.
+    const NAME: &'static str;
     /// Whether there are registers for four by four vectors of sums.
     const WIDE: bool;
 

@@ -14,9 +14,6 @@ use super::simd::{Kernel, LANES, Simd};
 use crate::codec::{GapKind, SparseTile};
 use std::marker::PhantomData;
 
-/// Rows of x from which the transposed kernel may be the faster one.
-pub(crate) const TRANSPOSE_ROWS: usize = 8;
-
 /// Few rows of x, or few entries: a lane is a row of the tile, x is gathered. Gives the largest column named.
 pub(crate) struct Gathered<'a, D> {
     pub(crate) tile: &'a SparseTile<'a>,

@@ -369,3 +369,26 @@ def test_the_command_is_installed_beside_python():
     command = Path(sys.executable).with_name("xorz")
     done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     assert xorz.__version__ in done.stdout
+
+
+TRACED = """
+    import torch, xorz
+    torch.manual_seed(0)
+    base = torch.randn(64, 96).bfloat16()
+    sparse = xorz.diff({"w": base}, {"w": torch.where(torch.rand(64, 96) < 0.03, base + 1, base)}).deltas["w"]
+    for m, mode in ((1, "fast"), (16, "fast"), (40, "fast"), (40, "deterministic")):
+        torch.ops.xorz.delta_linear(torch.randn(m, 96).bfloat16(), base, None, sparse, mode=mode)
+"""
+
+
+def test_a_trace_says_what_each_call_chose(monkeypatch):
+    monkeypatch.setenv("XORZ_TRACE", "1")
+    lines = run(TRACED).stderr.splitlines()
+    assert len(lines) == 4 and all(line.startswith("xorz: [64, 96] BF16, ") for line in lines), lines
+    assert "rows 1, tenants 1, on the base's words, then entries: 1 gathered, 0 transposed" in lines[0]
+    assert "entries: 0 gathered, 1 transposed" in lines[1]
+    assert "rows 40, tenants 1, on panels restored from Sparse (more than 32 rows of one tenant)" in lines[2]
+    assert "Deterministic" in lines[3] and "never panels" in lines[3]
+    for off in ("0", ""):
+        monkeypatch.setenv("XORZ_TRACE", off)
+        assert run(TRACED).stderr == ""

@@ -121,6 +121,7 @@ fn fours(_: Avx2, a: F, b: F) -> __m256 {
 impl Simd for Avx2 {
     type F = F;
     type C = C;
+    const NAME: &'static str = "avx2";
     const WIDE: bool = false;
 
     fn run<K: Kernel>(self, kernel: K) -> K::Out {

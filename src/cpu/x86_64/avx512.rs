@@ -44,6 +44,7 @@ fn bytes32<const N: usize>(_: Avx512, from: &[u8; N], at: usize) -> __m256i {
 impl Simd for Avx512 {
     type F = __m512;
     type C = __m512i;
+    const NAME: &'static str = "avx512";
     const WIDE: bool = true;
 
     fn run<K: Kernel>(self, kernel: K) -> K::Out {

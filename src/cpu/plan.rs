@@ -1,0 +1,199 @@
+//! The cost model of the products: which kernel computes which rows of x, and how many rows of W a task takes. Every such
+//! choice is made here. But for [`PANEL_ABOVE`] in `mode = "fast"`, none changes a bit of the result.
+//!
+//! **Model**, 16-bit words on Zen 3 (AVX2, 3.3 GHz, two cores that read 20 GB/s): a product with few rows takes about
+//! `max(bytes / 20 GB/s, m * n * k / 16 per cycle and core) + entries`, where `bytes` are those of the base, read once for
+//! all tenants, and of the deltas; `entries` are [`GATHERED_NS`] a record of sixteen and row of x, or [`TRANSPOSED_NS`] a
+//! record whatever the rows. `exponent` adds 0.33 ns a word and block of sixteen rows for decoding, which no other tenant
+//! shares; restoring a panel costs the same once, and 0.1 ns a word as f32. Both are computed, not waited for, so the second
+//! core helps where memory does not. The constants were measured with `benches/bench.py` and `benches/cpu_linear.rs`.
+//!
+//! `XORZ_TRACE=1` in the environment prints a line a call to stderr: what was chosen, and why.
+
+use super::Mode;
+use super::linear::Segment;
+use super::simd::{LANES, Simd};
+use super::weights::Weights;
+use crate::codec::{Encoding, Grid};
+use crate::matrix::{Dtype, Shape};
+use std::sync::OnceLock;
+
+/// Rows of x of one block.
+pub(super) const BLOCK: usize = LANES;
+
+/// Columns of the base of one dot product, whatever the grids of the deltas on it.
+pub(super) const BASE_COLUMNS: usize = Grid::MAX_COLS;
+
+/// Rows of x of one tenant above which a restored panel pays in `mode = "fast"`. Below, restoring costs as much as walking the
+/// entries once more for the second block of rows (4096 x 4096 bf16, AVX2: equal at 32 rows from 3 to 30 % changed,
+/// 10 to 30 % faster at 64).
+pub(super) const PANEL_ABOVE: usize = 2 * BLOCK;
+
+/// Totals of one task on a restored panel (512 KiB); more rows of x are done in blocks.
+const PANEL_SUMS: usize = 1 << 17;
+
+/// So many bytes of a base stay in the cache from one block of rows of x to the next.
+const CACHED_BYTES: usize = 8 << 20;
+
+/// Rows of W of one small-m task, at most: their totals are scratch (64 KiB).
+const MOST_ROWS: usize = 1024;
+
+/// A record of sixteen entries and a row of x, gathered.
+const GATHERED_NS: f64 = 6.5;
+
+/// A record of sixteen entries and up to sixteen rows of x, transposed. More where changes are so rare that every entry finds
+/// its row of x outside of the second cache: not for less than one word in [`RARE`].
+const TRANSPOSED_NS: f64 = 25.0;
+
+/// See [`TRANSPOSED_NS`].
+const RARE: u64 = 64;
+
+/// How the rows of a segment are computed; segments are to be in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Way {
+    /// Together with other tenants' rows, on the base's words.
+    Shared,
+    /// On tiles of the tenant's own words.
+    Own,
+    /// On restored panels.
+    Panels,
+}
+
+impl Way {
+    /// Of `rows` rows of x with one tenant's weights.
+    pub(super) fn of(weights: &Weights<'_>, rows: usize, mode: Mode) -> Self {
+        match weights.encoding() {
+            _ if rows > PANEL_ABOVE && mode == Mode::Fast => Self::Panels,
+            Encoding::Unchanged | Encoding::Sparse => Self::Shared,
+            Encoding::Exponent | Encoding::Raw => Self::Own,
+        }
+    }
+}
+
+/// Whether the entries of `m` rows of x of one tenant go through the transposed kernel rather than the gathering one.
+pub(super) fn transposed(weights: &Weights<'_>, m: usize) -> bool {
+    let words = weights.base.shape().n as u64 * weights.base.shape().k as u64;
+    weights.encoding() == Encoding::Sparse
+        && 2.0 * TRANSPOSED_NS <= m as f64 * GATHERED_NS
+        && weights.changed().saturating_mul(RARE) >= words
+}
+
+/// What the tasks of some segments of one way take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sizes {
+    /// Rows of W of a task.
+    pub(super) rows: usize,
+    /// Rows of x of a task.
+    pub(super) block: usize,
+    /// Whether all blocks of x come one after another for the same rows of W, which are then read from memory once;
+    /// else all rows of W for the same block of x, which is then converted to f32 once.
+    pub(super) again_cached: bool,
+}
+
+impl Sizes {
+    /// Of `rows` rows of x of `tenants` tenants, computed one way; `grid` is the first one's.
+    pub(super) fn of(
+        way: Way,
+        (base, word_bytes): (Shape, usize),
+        grid: Grid,
+        (tenants, rows): (usize, usize),
+        threads: usize,
+    ) -> Self {
+        let Shape { n, k } = base;
+        let row_bytes = (k * word_bytes).max(1);
+        match way {
+            Way::Panels => {
+                Self { rows: grid.tile_rows, block: PANEL_SUMS / grid.tile_rows, again_cached: false }
+            }
+            Way::Shared if rows > BLOCK && n * row_bytes > CACHED_BYTES => {
+                // Many rows of W, since each block of x is converted anew for them (10 to 20 % of the time at 256).
+                let cached = CACHED_BYTES / row_bytes;
+                let rows = n.div_ceil(2 * threads.max(1)).min(cached).clamp(LANES, MOST_ROWS);
+                Self { rows: rows.next_multiple_of(LANES), block: BLOCK, again_cached: true }
+            }
+            Way::Shared => Self::chunks(base, tenants, BASE_COLUMNS, LANES),
+            Way::Own => Self::chunks(base, 1, grid.tile_cols, grid.tile_rows),
+        }
+    }
+
+    /// Enough rows of W to pay for converting x, few enough for every thread to have some.
+    fn chunks(base: Shape, tenants: usize, columns: usize, tile_rows: usize) -> Self {
+        // A thread keeps x as f32 from task to task only if nothing else takes its place.
+        let most = match (base.k <= columns, tenants) {
+            (true, 1) => 64,
+            (true, _) => 128,
+            _ => 256,
+        };
+        let rows = base.n.div_ceil(16).min(most).next_multiple_of(tile_rows);
+        Self { rows, block: BLOCK, again_cached: false }
+    }
+}
+
+/// Whether `XORZ_TRACE` asks for a line a call; it is read once.
+pub(super) fn traces() -> bool {
+    static ON: OnceLock<bool> = OnceLock::new();
+    *ON.get_or_init(|| std::env::var_os("XORZ_TRACE").is_some_and(|v| !v.is_empty() && v != "0"))
+}
+
+/// The choices of one call, for people: `(segments, sizes)` of each of its parts.
+pub(super) fn describe<S: Simd>(
+    (base, dtype): (Shape, Dtype),
+    mode: Mode,
+    threads: usize,
+    parts: &[(&[Segment<'_>], Sizes)],
+) -> String {
+    let mut out = format!("xorz: {base} {dtype}, {mode:?}, {}, {threads} threads", S::NAME);
+    for (segments, sizes) in parts {
+        let rows: usize = segments.iter().map(|s| s.rows.len()).sum();
+        let way = Way::of(&segments[0].weights, segments[0].rows.len(), mode);
+        let tasks = base.n.div_ceil(sizes.rows.max(1)) * rows.div_ceil(sizes.block.max(1));
+        out += &format!("; rows {rows}, tenants {}, {}", segments.len(), why(way, segments, mode));
+        out += &format!(", {tasks} tasks of {} rows of W", sizes.rows);
+        out += if sizes.again_cached { ", each for all blocks of x in turn" } else { "" };
+    }
+    out
+}
+
+fn why(way: Way, segments: &[Segment<'_>], mode: Mode) -> String {
+    let encoding = segments[0].weights.encoding();
+    match way {
+        Way::Panels => {
+            format!("on panels restored from {encoding:?} (more than {PANEL_ABOVE} rows of one tenant)")
+        }
+        Way::Own => format!("on words decoded from {encoding:?} on the way"),
+        Way::Shared => {
+            let m = |s: &Segment<'_>| s.rows.len().min(BLOCK);
+            let changes = |s: &&Segment<'_>| s.weights.encoding() == Encoding::Sparse;
+            let many = segments.iter().filter(|s| transposed(&s.weights, m(s))).count();
+            let all = segments.iter().filter(changes).count();
+            let not = if mode == Mode::Deterministic { " (never panels: deterministic)" } else { "" };
+            format!("on the base's words{not}, then entries: {} gathered, {many} transposed", all - many)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tasks_are_whole_tiles_within_scratch() {
+        for way in [Way::Shared, Way::Own, Way::Panels] {
+            for (n, k) in [(1, 1), (17, 70_000), (4096, 4096), (11_008, 4096), (1 << 20, 64), (3, 0)] {
+                let base = Shape { n, k };
+                for grid in [Grid::for_sparse(base), Grid::for_exponent(base)] {
+                    for rows in [1, 16, 17, 33, 100_000] {
+                        let s = Sizes::of(way, (base, 2), grid, (3, rows), 4);
+                        let tile = if way == Way::Shared { LANES } else { grid.tile_rows };
+                        assert!(
+                            s.rows > 0 && s.rows.is_multiple_of(tile) && s.block > 0,
+                            "{way:?} {base} {rows} {s:?}"
+                        );
+                        assert!(s.rows * s.block <= PANEL_SUMS, "{way:?} {base} {rows} {s:?}");
+                        assert!(!s.again_cached || (way == Way::Shared && rows > BLOCK));
+                    }
+                }
+            }
+        }
+    }
+}
