@@ -375,7 +375,8 @@ TRACED = """
     import torch, xorz
     torch.manual_seed(0)
     base = torch.randn(64, 96).bfloat16()
-    sparse = xorz.diff({"w": base}, {"w": torch.where(torch.rand(64, 96) < 0.03, base + 1, base)}).deltas["w"]
+    tuned = torch.where(torch.rand(64, 96) < 0.03, base + 1, base)
+    sparse = torch.ops.xorz.delta_encode(base, tuned, prefer="speed")
     for m, mode in ((1, "fast"), (16, "fast"), (40, "fast"), (40, "deterministic")):
         torch.ops.xorz.delta_linear(torch.randn(m, 96).bfloat16(), base, None, sparse, mode=mode)
 """
