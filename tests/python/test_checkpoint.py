@@ -103,7 +103,7 @@ def test_jobs_change_nothing_that_is_loaded_and_the_first_bad_tensor_is_named(tm
     assert all(torch.equal(one[name], many[name]) for name in base)
     other = dict(base, t3=base["t3"] + 1, t7=base["t7"] + 1)
     for jobs in (1, 5, None):
-        with pytest.raises(ValueError, match="`t3`.*digest"):
+        with pytest.raises(ValueError, match=r"`t3`.*digest"):
             xorz.load_deltas(other, tmp_path / "t.xorz", jobs=jobs)
     for jobs, error in ((0, ValueError), ("2", TypeError), (True, TypeError)):
         with pytest.raises(error, match="jobs must be"):
