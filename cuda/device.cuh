@@ -1,0 +1,90 @@
+// What a kernel asks of the machine: every intrinsic and every inline instruction, and nothing else. Compiled by nvcc it
+// is the GPU; compiled by a host compiler it is the emulation of tests/cuda_host, from the same kernel sources.
+#pragma once
+
+#include <stdint.h>
+
+namespace xorz {
+// Sixteen bytes: what one thread asks memory for at a time.
+struct alignas(16) Vector {
+  uint32_t part[4];
+};
+}  // namespace xorz
+
+#ifdef __CUDACC__
+
+#include <cuda_fp16.h>
+
+#define XORZ_DEVICE __device__ __forceinline__
+#define XORZ_KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#define XORZ_SHARED __shared__
+#define XORZ_UNROLL _Pragma("unroll")
+#define XORZ_UNROLL_4 _Pragma("unroll 4")
+#define XORZ_NO_UNROLL _Pragma("unroll 1")
+
+namespace xorz {
+
+XORZ_DEVICE uint32_t thread_index() { return threadIdx.x; }
+XORZ_DEVICE uint32_t block_x() { return blockIdx.x; }
+XORZ_DEVICE uint32_t block_y() { return blockIdx.y; }
+XORZ_DEVICE uint32_t blocks_x() { return gridDim.x; }
+
+XORZ_DEVICE void block_sync() { __syncthreads(); }
+XORZ_DEVICE bool block_any(bool vote) { return __syncthreads_or(vote) != 0; }
+XORZ_DEVICE void warp_sync() { __syncwarp(); }
+
+// The whole warp takes part in each of these.
+XORZ_DEVICE uint32_t warp_ballot(bool vote) { return __ballot_sync(0xFFFFFFFFu, vote); }
+template <class T>
+XORZ_DEVICE T warp_shuffle(T value, uint32_t lane) {
+  return __shfl_sync(0xFFFFFFFFu, value, static_cast<int>(lane));
+}
+template <class T>
+XORZ_DEVICE T warp_shuffle_xor(T value, uint32_t mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, static_cast<int>(mask));
+}
+
+XORZ_DEVICE uint32_t bit_count(uint32_t bits) { return static_cast<uint32_t>(__popc(static_cast<int>(bits))); }
+XORZ_DEVICE uint32_t first_bit(uint32_t bits) { return static_cast<uint32_t>(__ffs(static_cast<int>(bits)) - 1); }
+
+// Memory of the device. `load_once` is for what no thread writes during the launch: it may pass by the coherent path.
+template <class T>
+XORZ_DEVICE T load(const T* at) {
+  return *at;
+}
+template <class T>
+XORZ_DEVICE T load_once(const T* at) {
+  return __ldg(at);
+}
+template <class T>
+XORZ_DEVICE void store(T* at, T value) {
+  *at = value;
+}
+XORZ_DEVICE Vector load_vector(const void* at) {
+  const uint4 v = *static_cast<const uint4*>(at);
+  return {{v.x, v.y, v.z, v.w}};
+}
+XORZ_DEVICE Vector load_vector_once(const void* at) {
+  const uint4 v = __ldg(static_cast<const uint4*>(at));
+  return {{v.x, v.y, v.z, v.w}};
+}
+XORZ_DEVICE void store_vector(void* at, const Vector& v) {
+  *static_cast<uint4*>(at) = make_uint4(v.part[0], v.part[1], v.part[2], v.part[3]);
+}
+// Sixteen bytes of shared memory.
+XORZ_DEVICE Vector load_shared(const void* at) { return load_vector(at); }
+XORZ_DEVICE void store_shared(void* at, const Vector& v) { store_vector(at, v); }
+XORZ_DEVICE void shared_or(uint32_t* at, uint32_t bits) { atomicOr(at, bits); }
+XORZ_DEVICE void raise_to(uint32_t* at, uint32_t value) { atomicMax(at, value); }
+
+XORZ_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
+XORZ_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+XORZ_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+XORZ_DEVICE float half_to_float(uint16_t word) { return __half2float(__ushort_as_half(word)); }
+XORZ_DEVICE uint16_t float_to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
+
+}  // namespace xorz
+
+#else
+#include "runtime.h"
+#endif

@@ -1,0 +1,149 @@
+// A resident delta in device memory (src/resident/SPEC.md), read and checked where it lies: nothing of it is known to
+// the host. One thread opens it once a block; every size it announces is compared with the bytes there are, so that a
+// tile is always handed out within bounds. What it says of a base (digests) is for the host to check.
+#pragma once
+
+#include "word.cuh"
+
+namespace xorz {
+
+// Constants of the layout; tests/rust/cuda_kernels.rs compares them with the core's.
+constexpr uint32_t kHeaderBytes = 192;
+constexpr uint32_t kVersion = 0;
+constexpr uint32_t kSectionAlign = 64;
+constexpr uint32_t kArenaAlign = 64;
+constexpr uint32_t kTileLanes = 16;      // rows of a `sparse` tile
+constexpr uint32_t kStreamLanes = 32;    // lanes of an `exponent` tile
+constexpr uint32_t kClasses = 32;        // classes of base words
+constexpr uint32_t kMaxTileCols = 4096;  // columns of the widest tile
+constexpr uint32_t kMaxTileWordsLog2 = 16;
+
+enum Encoding : uint32_t { kUnchanged = 0, kSparse = 1, kExponent = 2, kRaw = 3 };
+
+// What a kernel reports, worst last; 0 is well.
+enum Status : uint32_t {
+  kOk = 0,
+  kTileCorrupt = 1,  // a tile contradicts itself or the base
+  kNoTenant = 2,     // a row names a slot that does not exist
+  kBadSlot = 3,      // a slot lies outside of the arena, or not at a multiple of 64
+  kMisaligned = 4,   // a delta at an address that is no multiple of 16
+  kNotADelta = 5,    // no magic, an unknown version, or a header that contradicts itself or the length
+  kMismatch = 6,     // a delta of another dtype or shape than the base
+};
+
+// The status word: the status in the high 8 bits, the slot (0 where there is but one delta) in the others. The largest
+// is kept, so that it does not depend on which thread came first.
+XORZ_DEVICE void report(uint32_t* status, uint32_t code, uint32_t slot) {
+  raise_to(status, code << 24 | (slot & 0xFFFFFFu));
+}
+
+// An opened delta.
+struct View {
+  const uint8_t* bytes;
+  uint64_t units, exceptions;
+  // Offsets of the sections.
+  uint64_t directory, payload, exception_directory, exception_positions, exception_words;
+  // Tiles of the matrix, and tiles of one row of tiles.
+  uint64_t tiles, across;
+  uint64_t n, k;
+  uint32_t encoding, dtype;
+  uint32_t rows_log2, cols_log2;
+  uint32_t gap_bytes;
+
+  XORZ_DEVICE uint32_t tile_rows() const { return 1u << rows_log2; }
+  XORZ_DEVICE uint32_t tile_cols() const { return 1u << cols_log2; }
+  XORZ_DEVICE const uint8_t* widths() const { return bytes + 128; }
+};
+
+// The part of the matrix that a tile covers; never empty.
+struct Rect {
+  uint64_t r0, c0;
+  uint32_t rows, cols;
+};
+
+XORZ_DEVICE Rect rect_of(const View& v, uint64_t tile) {
+  Rect rect;
+  rect.r0 = tile / v.across << v.rows_log2;
+  rect.c0 = tile % v.across << v.cols_log2;
+  const uint64_t rows = v.n - rect.r0, cols = v.k - rect.c0;
+  rect.rows = rows < v.tile_rows() ? static_cast<uint32_t>(rows) : v.tile_rows();
+  rect.cols = cols < v.tile_cols() ? static_cast<uint32_t>(cols) : v.tile_cols();
+  return rect;
+}
+
+struct Span {
+  uint32_t from, to;
+};
+
+// Entries `tile` and `tile + 1` of a directory; false where they contradict what the header says. `tile < v.tiles`.
+XORZ_DEVICE bool span_of(const View& v, uint64_t directory, uint64_t tile, uint64_t limit, Span& span) {
+  const uint32_t* at = reinterpret_cast<const uint32_t*>(v.bytes + directory) + tile;
+  span.from = load_once(at);
+  span.to = load_once(at + 1);
+  return span.from <= span.to && span.to <= limit;
+}
+
+XORZ_DEVICE bool units_of(const View& v, uint64_t tile, Span& span) {
+  return span_of(v, v.directory, tile, v.units, span);
+}
+
+XORZ_DEVICE bool exceptions_of(const View& v, uint64_t tile, Span& span) {
+  span = {0, 0};
+  return v.exceptions == 0 || span_of(v, v.exception_directory, tile, v.exceptions, span);
+}
+
+// Open `length` bytes that shall be the delta of an n x k matrix of `dtype`, or of any dtype where that is 0. Reads
+// nothing beyond them.
+XORZ_DEVICE uint32_t open_delta(const uint8_t* bytes, uint64_t length, uint64_t n, uint64_t k, uint32_t dtype,
+                                View& v) {
+  if (length < kHeaderBytes) return kNotADelta;
+  if (!aligned(bytes, 16)) return kMisaligned;
+  const uint64_t* words = reinterpret_cast<const uint64_t*>(bytes);
+  if (load_once(words) != 0x00544C445A524F58ull) return kNotADelta;  // "XORZDLT\0"
+  const uint64_t codes = load_once(words + 1);
+  const auto code = [codes](uint32_t at) { return static_cast<uint32_t>(codes >> (8 * (at - 8))) & 0xFF; };
+  v.encoding = code(10);
+  v.dtype = code(11);
+  v.rows_log2 = code(12);
+  v.cols_log2 = code(13);
+  v.gap_bytes = code(14);
+  const uint32_t word = word_bytes_of(v.dtype);
+  if ((codes & 0xFFFF) != kVersion || v.encoding > kRaw || word == 0 || code(15) != 0) return kNotADelta;
+  v.n = load_once(words + 2);
+  v.k = load_once(words + 3);
+  if ((dtype != 0 && v.dtype != dtype) || v.n != n || v.k != k) return kMismatch;
+  if (v.cols_log2 < 8 || v.cols_log2 > 12 || v.rows_log2 < 4 || v.rows_log2 > kMaxTileWordsLog2 - v.cols_log2 ||
+      (v.encoding == kSparse && v.rows_log2 != 4) || v.gap_bytes < 1 || v.gap_bytes > 2)
+    return kNotADelta;
+  const uint64_t total = load_once(words + 4), changed = load_once(words + 5);
+  v.exceptions = load_once(words + 6);
+  v.units = load_once(words + 7);
+  const bool tiled = v.encoding == kSparse || v.encoding == kExponent;
+  const uint64_t matrix = n * k;
+  if (changed > matrix || v.exceptions > matrix || (v.units | v.exceptions) >> 32 ||
+      (!tiled && (v.units | v.exceptions)))
+    return kNotADelta;
+  for (uint32_t i = 0; i < kClasses; i++)
+    if (load_once(bytes + 128 + i) > 8 * word) return kNotADelta;
+  v.bytes = bytes;
+  v.across = (k + v.tile_cols() - 1) >> v.cols_log2;
+  v.tiles = v.across * ((n + v.tile_rows() - 1) >> v.rows_log2);
+  // Sections one after the other, each at the next multiple of 64. Nothing here overflows: tiles and exceptions are no
+  // more than the matrix's words, units no more than 2^32.
+  const uint64_t directory = tiled ? 4 * (v.tiles + 1) : 0;
+  const uint64_t unit = v.encoding == kSparse ? kTileLanes * (v.gap_bytes + word) : word;
+  const auto next = [](uint64_t end) { return (end + kSectionAlign - 1) / kSectionAlign * kSectionAlign; };
+  v.directory = kHeaderBytes;
+  v.payload = next(v.directory + directory);
+  v.exception_directory = next(v.payload + (v.encoding == kRaw ? matrix * word : v.units * unit));
+  v.exception_positions = next(v.exception_directory + (v.exceptions ? directory : 0));
+  v.exception_words = next(v.exception_positions + 2 * v.exceptions);
+  const uint64_t end = next(v.exception_words + word * v.exceptions);
+  const uint64_t offsets[5] = {v.directory, v.payload, v.exception_directory, v.exception_positions, v.exception_words};
+  bool sound = total == end && length == end && load_once(words + 13) == 0;
+  XORZ_UNROLL
+  for (uint32_t i = 0; i < 5; i++) sound = sound && load_once(words + 8 + i) == offsets[i];
+  return sound ? kOk : kNotADelta;
+}
+
+}  // namespace xorz

@@ -1,0 +1,304 @@
+// delta_restore and delta_apply_: the fine-tuned words of a whole matrix, bit for bit, every encoding, words of 1, 2, 4
+// and 8 bytes.
+//
+//   each block: open the delta (thread 0), refuse what does not fit
+//   unchanged:  copy the base (apply: nothing)         raw: copy the payload         16 bytes a thread and load
+//   sparse, a tile of 16 rows a block:
+//     copy the tile's base words (apply: they are there)
+//     16 runs of records x 16 rows: a thread sums its run's gaps; runs begin where those before end
+//     walk the run: base + difference(s) of one column, first to last, is its word
+//     exceptions
+//   exponent, a tile a warp, 2 KiB of a row at a time: 16-byte loads -> shared memory -> steps (exponent.cuh), the next
+//     2 KiB being loaded meanwhile -> 16-byte stores; exceptions when the tile is done
+//
+// Where a tile contradicts itself: restore fills it with NaN (all bits set), apply leaves unspecified words in it; both
+// report. Where the delta does not fit, restore fills the matrix with NaN and apply leaves it as it was.
+//
+// Bytes: restore reads base + delta and writes n * k words; apply reads the delta and, of `sparse`, the 32-byte
+// sectors with changes, which it also writes. 256 threads; shared memory 17.5 KiB (8 warps x 2 KiB of staged words, 1 KiB
+// of sums). Registers: see gate.txt. Grid: any number of blocks is right; the launch asks for one a tile.
+#include "exponent.cuh"
+#include "sparse.cuh"
+
+namespace xorz {
+namespace {
+
+constexpr uint32_t kThreads = 256;
+constexpr uint32_t kRuns = kThreads / kTileLanes;
+constexpr uint32_t kStage = 2048;               // bytes of a row that a warp stages
+constexpr uint32_t kLoads = kStage / (32 * 16);  // 16-byte loads of a lane for them
+
+struct RestoreShared {
+  Vector stage[kThreads / 32][kStage / 16];
+  uint32_t sums[kRuns][kTileLanes];
+  View view;
+  uint32_t code;
+  uint32_t corrupt;
+};
+
+// Copy `count` words; threads `i` of `of` take part. 16 bytes at a time where both sides allow it.
+template <class W>
+XORZ_DEVICE void copy_words(W* to, const W* from, uint64_t count, uint64_t i, uint64_t of) {
+  constexpr uint32_t kPer = 16 / sizeof(W);
+  const uint64_t past = (reinterpret_cast<uintptr_t>(to) & 15) / sizeof(W);
+  const bool together = (reinterpret_cast<uintptr_t>(from) & 15) == (reinterpret_cast<uintptr_t>(to) & 15);
+  uint64_t head = past == 0 ? 0 : kPer - past;
+  if (!together || head > count) head = count;
+  const uint64_t vectors = (count - head) / kPer;
+  for (uint64_t w = i; w < head; w += of) store(to + w, load_once(from + w));
+  XORZ_UNROLL_4
+  for (uint64_t v = i; v < vectors; v += of)
+    store_vector(to + head + v * kPer, load_vector_once(from + head + v * kPer));
+  for (uint64_t w = head + vectors * kPer + i; w < count; w += of) store(to + w, load_once(from + w));
+}
+
+template <class W>
+XORZ_DEVICE void fill_nan(W* to, uint64_t count, uint64_t i, uint64_t of) {
+  for (uint64_t w = i; w < count; w += of) store(to + w, nan_word<W>());
+}
+
+// One lane's run of records, from its row of the base to its row of the result (which may be the same). `column` is
+// where the record before the run stands. False where a column lies outside of the tile, or columns of the lane go back.
+template <class W>
+XORZ_DEVICE bool patch_run(const Records<W>& records, uint32_t dtype, uint32_t lane, Span run, uint32_t column,
+                           uint32_t cols, const W* base, W* row) {
+  const W nothing = no_op<W>(dtype);
+  // An entry that follows one on the same column is that run's, even if it began in an earlier run.
+  uint32_t last = 0, back = column;
+  bool any = false;
+  for (uint32_t j = run.from; j-- > 0;) {
+    if (records.gap_bytes == 2) back = records.column_at(j, lane, 0);
+    if (records.difference_at(j, lane) != nothing) {
+      last = back;
+      any = true;
+      break;
+    }
+    if (records.gap_bytes == 1) back -= records.column_at(j, lane, 0);
+  }
+  bool open = false, sound = true;
+  float sum = 0;
+  W word = 0;
+  for (uint32_t j = run.from; j < records.count; j++) {
+    // Beyond the run's end only the last column's other entries are wanted.
+    if (j >= run.to && !open) break;
+    column = records.column_at(j, lane, column);
+    const W difference = records.difference_at(j, lane);
+    if (difference == nothing) continue;
+    const bool same = any && column == last;
+    if (same && !open) continue;
+    if (!same && j >= run.to) break;
+    if (column >= cols || (any && column < last)) {
+      sound = false;
+      break;
+    }
+    word = same ? word : load(base + column);
+    if (!computes(dtype)) {
+      word = static_cast<W>(word ^ difference);
+    } else if constexpr (sizeof(W) == 2 || sizeof(W) == 4) {
+      sum = (same ? sum : value_of(dtype, word)) + value_of(dtype, difference);
+      word = narrow_to<W>(dtype, sum);
+    }
+    store(row + column, word);
+    any = open = true;
+    last = column;
+  }
+  return sound;
+}
+
+// The words stored apart. Ascending positions only: two threads never write the same word.
+template <class W>
+XORZ_DEVICE bool patch_exceptions(const View& v, uint64_t tile, const Rect& rect, W* matrix, uint32_t i, uint32_t of) {
+  Span span;
+  if (!exceptions_of(v, tile, span)) return false;
+  const uint16_t* positions = reinterpret_cast<const uint16_t*>(v.bytes + v.exception_positions);
+  const W* words = reinterpret_cast<const W*>(v.bytes + v.exception_words);
+  bool sound = true;
+  for (uint32_t e = span.from + i; e < span.to; e += of) {
+    const uint32_t position = load_once(positions + e);
+    const uint32_t r = position >> v.cols_log2, c = position & (v.tile_cols() - 1);
+    if (r >= rect.rows || c >= rect.cols || (e > span.from && load_once(positions + e - 1) >= position)) {
+      sound = false;
+      continue;
+    }
+    store(matrix + (rect.r0 + r) * v.k + rect.c0 + c, load_once(words + e));
+  }
+  return sound;
+}
+
+template <class W, bool kApply>
+XORZ_DEVICE void sparse_tile(RestoreShared& shared, uint64_t tile, const W* base, W* out, uint32_t* status) {
+  const View& v = shared.view;
+  const Rect rect = rect_of(v, tile);
+  const uint32_t thread = thread_index(), lane = thread % kTileLanes, i = thread / kTileLanes;
+  W* corner = out + rect.r0 * v.k + rect.c0;
+  if (!kApply) {
+    for (uint32_t r = thread / 32; r < rect.rows; r += kThreads / 32)
+      copy_words(corner + r * v.k, base + (rect.r0 + r) * v.k + rect.c0, rect.cols, thread % 32, 32);
+  }
+  if (thread == 0) shared.corrupt = 0;
+  Records<W> records;
+  const bool listed = records_of(v, tile, records);
+  if (!listed) records.count = 0;
+  const Span run = run_of(records.count, i, kRuns);
+  const bool live = lane < rect.rows && run.from < run.to;
+  shared.sums[i][lane] = listed && live ? gap_sum(records, lane, run) : 0;
+  block_sync();
+  bool sound = listed;
+  if (listed && live) {
+    uint32_t column = 0;
+    for (uint32_t before = 0; before < i; before++) column += shared.sums[before][lane];
+    sound = patch_run(records, v.dtype, lane, run, column, rect.cols,
+                      base + (rect.r0 + lane) * v.k + rect.c0, corner + lane * v.k);
+  }
+  if (!sound) shared.corrupt = 1;
+  block_sync();
+  if (!patch_exceptions(v, tile, rect, out, thread, kThreads)) shared.corrupt = 1;
+  block_sync();
+  if (shared.corrupt) {
+    if (!kApply) {
+      for (uint32_t r = thread / 32; r < rect.rows; r += kThreads / 32)
+        fill_nan(corner + r * v.k, rect.cols, thread % 32, 32);
+    }
+    if (thread == 0) report(status, kTileCorrupt, 0);
+  }
+  block_sync();
+}
+
+// A warp's share of a row on its way from memory to shared memory.
+template <class W>
+struct Chunk {
+  static constexpr uint32_t kWords = kStage / sizeof(W);
+  static constexpr uint32_t kPer = 16 / sizeof(W);
+  Vector held[kLoads];
+
+  XORZ_DEVICE void fetch(const W* row, uint32_t cols, uint32_t from, uint32_t lane) {
+    if (!aligned(row, 16)) return;
+    XORZ_UNROLL
+    for (uint32_t i = 0; i < kLoads; i++) {
+      const uint32_t c = from + (i * 32 + lane) * kPer;
+      if (c + kPer <= cols) held[i] = load_vector(row + c);
+    }
+  }
+  // What 16-byte loads cannot fetch goes word by word.
+  XORZ_DEVICE void put(W* stage, const W* row, uint32_t cols, uint32_t from, uint32_t lane) const {
+    uint32_t whole = 0;
+    if (aligned(row, 16)) {
+      XORZ_UNROLL
+      for (uint32_t i = 0; i < kLoads; i++) {
+        const uint32_t c = (i * 32 + lane) * kPer;
+        if (from + c + kPer <= cols) store_shared(stage + c, held[i]);
+      }
+      whole = (cols - from) / kPer * kPer;
+    }
+    for (uint32_t c = whole + lane; c < kWords && from + c < cols; c += 32) stage[c] = load(row + from + c);
+  }
+};
+
+template <class W, bool kApply>
+XORZ_DEVICE void exponent_tile(RestoreShared& shared, uint64_t tile, const W* base, W* out, uint32_t* status) {
+  const View& v = shared.view;
+  const Rect rect = rect_of(v, tile);
+  const uint32_t lane = thread_index() % 32;
+  W* stage = reinterpret_cast<W*>(shared.stage[thread_index() / 32]);
+  constexpr uint32_t kWords = Chunk<W>::kWords;
+  const W* from = (kApply ? out : base) + rect.r0 * v.k + rect.c0;
+  W* corner = out + rect.r0 * v.k + rect.c0;
+  Stream<W> stream;
+  bool sound = stream.begin(v, tile);
+  if (sound) {
+    Chunk<W> chunk;
+    chunk.fetch(from, rect.cols, 0, lane);
+    uint32_t r = 0, c = 0;
+    while (r < rect.rows) {
+      const W* row = from + r * v.k;
+      chunk.put(stage, row, rect.cols, c, lane);
+      const uint32_t next_c = c + kWords < rect.cols ? c + kWords : 0, next_r = r + (next_c == 0);
+      if (next_r < rect.rows) chunk.fetch(from + next_r * v.k, rect.cols, next_c, lane);
+      warp_sync();
+      const uint32_t count = rect.cols - c < kWords ? rect.cols - c : kWords;
+      for (uint32_t s = 0; s < count; s += 32) {
+        const bool live = s + lane < count;
+        const W word = stream.step(live ? stage[s + lane] : W(0), live);
+        if (live) stage[s + lane] = word;
+      }
+      warp_sync();
+      W* to = corner + r * v.k + c;
+      uint32_t whole = 0;
+      if (aligned(to, 16)) {
+        whole = count / Chunk<W>::kPer * Chunk<W>::kPer;
+        for (uint32_t i = lane * Chunk<W>::kPer; i < whole; i += 32 * Chunk<W>::kPer)
+          store_vector(to + i, load_shared(stage + i));
+      }
+      for (uint32_t i = whole + lane; i < count; i += 32) store(to + i, stage[i]);
+      warp_sync();
+      r = next_r;
+      c = next_c;
+    }
+    sound = stream.sound(true);
+  }
+  warp_sync();
+  sound = patch_exceptions(v, tile, rect, out, lane, 32) && sound;
+  if (warp_ballot(!sound) != 0) {
+    if (!kApply)
+      for (uint32_t r = 0; r < rect.rows; r++) fill_nan(corner + r * v.k, rect.cols, lane, 32);
+    if (lane == 0) report(status, kTileCorrupt, 0);
+  }
+}
+
+template <class W, bool kApply>
+XORZ_DEVICE void restore(RestoreShared& shared, const W* base, W* out, const uint8_t* delta, uint64_t delta_bytes, uint64_t n,
+                         uint64_t k, uint32_t dtype, uint32_t* status) {
+  if (thread_index() == 0) {
+    shared.code = open_delta(delta, delta_bytes, n, k, dtype, shared.view);
+    if (shared.code == kOk && word_bytes_of(shared.view.dtype) != sizeof(W)) shared.code = kMismatch;
+  }
+  block_sync();
+  const uint64_t thread = static_cast<uint64_t>(block_x()) * kThreads + thread_index();
+  const uint64_t threads = static_cast<uint64_t>(blocks_x()) * kThreads;
+  if (shared.code != kOk) {
+    if (!kApply) fill_nan(out, n * k, thread, threads);
+    if (thread == 0) report(status, shared.code, 0);
+    return;
+  }
+  const View& v = shared.view;
+  switch (v.encoding) {
+    case kUnchanged:
+      if (!kApply) copy_words(out, base, n * k, thread, threads);
+      break;
+    case kRaw:
+      copy_words(out, reinterpret_cast<const W*>(v.bytes + v.payload), n * k, thread, threads);
+      break;
+    case kSparse:
+      for (uint64_t tile = block_x(); tile < v.tiles; tile += blocks_x())
+        sparse_tile<W, kApply>(shared, tile, base, out, status);
+      break;
+    default:
+      // Tiles go to blocks first and to the warps of a block last: few tiles are spread over all processors.
+      for (uint64_t tile = block_x() + static_cast<uint64_t>(blocks_x()) * (thread_index() / 32); tile < v.tiles;
+           tile += static_cast<uint64_t>(blocks_x()) * (kThreads / 32))
+        exponent_tile<W, kApply>(shared, tile, base, out, status);
+  }
+}
+
+}  // namespace
+}  // namespace xorz
+
+// See README.md for the parameters.
+#define XORZ_RESTORE(bits)                                                                                          \
+  XORZ_KERNEL(256, 4)                                                                                               \
+  xorz_delta_restore_##bits(const uint##bits##_t* base, uint##bits##_t* out, const uint8_t* delta,                  \
+                            uint64_t delta_bytes, uint64_t n, uint64_t k, uint32_t dtype, uint32_t* status) {       \
+    XORZ_SHARED xorz::RestoreShared shared;                                                                                \
+    xorz::restore<uint##bits##_t, false>(shared, base, out, delta, delta_bytes, n, k, dtype, status);               \
+  }                                                                                                                 \
+  XORZ_KERNEL(256, 4)                                                                                               \
+  xorz_delta_apply_##bits(uint##bits##_t* weight, const uint8_t* delta, uint64_t delta_bytes, uint64_t n,           \
+                          uint64_t k, uint32_t dtype, uint32_t* status) {                                           \
+    XORZ_SHARED xorz::RestoreShared shared;                                                                                \
+    xorz::restore<uint##bits##_t, true>(shared, weight, weight, delta, delta_bytes, n, k, dtype, status);           \
+  }
+
+XORZ_RESTORE(8)
+XORZ_RESTORE(16)
+XORZ_RESTORE(32)
+XORZ_RESTORE(64)

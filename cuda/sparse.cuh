@@ -1,0 +1,57 @@
+// The entries of a `sparse` tile, walked in pieces: sixteen threads, one a row of the tile, take a run of records. With
+// gaps of one byte a run begins where the gaps before it add up to; runs are summed first, all at once (`gap_sum`).
+#pragma once
+
+#include "resident.cuh"
+
+namespace xorz {
+
+// A tile's records: gaps of all of them, then differences of all of them, lane (row) after lane in each.
+template <class W>
+struct Records {
+  const uint8_t* gaps;
+  const W* differences;
+  uint32_t count;
+  uint32_t gap_bytes;
+
+  // Column of record `j` in lane `lane`, where the one before it stands at `column`.
+  XORZ_DEVICE uint32_t column_at(uint32_t j, uint32_t lane, uint32_t column) const {
+    const uint64_t i = static_cast<uint64_t>(j) * kTileLanes + lane;
+    return gap_bytes == 1 ? column + load_once(gaps + i) : load_once(reinterpret_cast<const uint16_t*>(gaps) + i);
+  }
+  XORZ_DEVICE W difference_at(uint32_t j, uint32_t lane) const {
+    return load_once(differences + static_cast<uint64_t>(j) * kTileLanes + lane);
+  }
+};
+
+template <class W>
+XORZ_DEVICE bool records_of(const View& v, uint64_t tile, Records<W>& records) {
+  Span span;
+  // More than 2^24 records, and gaps of one byte could wrap a column of 32 bits; no tile has so many.
+  if (!units_of(v, tile, span) || span.to - span.from > 1u << 24) return false;
+  const uint64_t record = kTileLanes * (v.gap_bytes + sizeof(W));
+  records.count = span.to - span.from;
+  records.gap_bytes = v.gap_bytes;
+  records.gaps = v.bytes + v.payload + span.from * record;
+  records.differences =
+      reinterpret_cast<const W*>(records.gaps + static_cast<uint64_t>(records.count) * kTileLanes * v.gap_bytes);
+  return true;
+}
+
+// Run `i` of `of`, as even as can be.
+XORZ_DEVICE Span run_of(uint32_t count, uint32_t i, uint32_t of) {
+  return {static_cast<uint32_t>(static_cast<uint64_t>(count) * i / of),
+          static_cast<uint32_t>(static_cast<uint64_t>(count) * (i + 1) / of)};
+}
+
+// Columns that a run of one lane steps over.
+template <class W>
+XORZ_DEVICE uint32_t gap_sum(const Records<W>& records, uint32_t lane, Span run) {
+  uint32_t sum = 0;
+  if (records.gap_bytes == 1) {
+    for (uint32_t j = run.from; j < run.to; j++) sum = records.column_at(j, lane, sum);
+  }
+  return sum;
+}
+
+}  // namespace xorz

@@ -1,0 +1,141 @@
+// The decode path: an output whose f32 sum is not finite is computed again, from the fine-tuned words themselves, in
+// f64, where products of two f32 are exact and do not overflow. So NaN and infinities are those of the fine-tuned weights,
+// whatever the base, the differences and the order of f32 sums made of them. Slow and plain on purpose.
+//
+//   for each tenant, for each row of the panel with such an output, for each tile column:
+//     base row -> shared memory; the row's words: one thread walks the entries, or a warp decodes down from the tile's top
+//     for each such output: 256 partial sums in f64, then a tree
+//
+// Tiles found corrupt before are not taken again. Shared memory: the 32 KiB that stage x and rows before, and 2 KiB.
+#pragma once
+
+#include "streams.cuh"
+#include "sparse.cuh"
+
+namespace xorz {
+
+template <class W>
+XORZ_DEVICE void override_row(const View& v, uint64_t tile, uint32_t row, uint32_t cols, W* words) {
+  Span span;
+  if (!exceptions_of(v, tile, span)) return;
+  const uint16_t* positions = reinterpret_cast<const uint16_t*>(v.bytes + v.exception_positions);
+  const W* overriding = reinterpret_cast<const W*>(v.bytes + v.exception_words);
+  for (uint32_t e = span.from + thread_index(); e < span.to; e += kWarps * 32) {
+    const uint32_t position = load_once(positions + e), c = position & (v.tile_cols() - 1);
+    if (position >> v.cols_log2 == row && c < cols) words[c] = load_once(overriding + e);
+  }
+}
+
+// As the oracle does it (src/codec/sparse.rs): one lane, entry after entry.
+template <class D>
+XORZ_DEVICE void walk_row(const View& v, uint64_t tile, uint32_t lane, uint32_t cols, typename D::Word* words) {
+  using W = typename D::Word;
+  Records<W> records;
+  if (!records_of(v, tile, records)) return;
+  uint32_t column = 0, last = ~0u;
+  float sum = 0;
+  for (uint32_t j = 0; j < records.count; j++) {
+    column = records.column_at(j, lane, column);
+    const W difference = records.difference_at(j, lane);
+    if (difference == no_op<W>(D::kCode) || column >= cols) continue;
+    sum = (column == last ? sum : D::value(words[column])) + D::value(difference);
+    words[column] = D::narrow(sum);
+    last = column;
+  }
+}
+
+// Row `row` of a tile, decoded from the tile's top. A warp calls.
+template <class W>
+XORZ_DEVICE void decode_row(const View& v, uint64_t tile, const Rect& rect, uint32_t row, const W* weight, W* words) {
+  const uint32_t lane = thread_index() % 32;
+  Stream<W> stream;
+  if (!stream.begin(v, tile)) return;
+  for (uint32_t r = 0; r <= row; r++)
+    for (uint32_t c = 0; c < rect.cols; c += 32) {
+      const bool here = c + lane < rect.cols;
+      const W word = stream.step(here ? load_once(weight + (rect.r0 + r) * v.k + rect.c0 + c + lane) : W(0), here);
+      if (here && r == row) words[c + lane] = word;
+    }
+}
+
+template <uint32_t M>
+struct Wide {
+  uint32_t again[kTileLanes];  // bit j: row j of x
+  double sum[M];
+  double part[kWarps * 32];
+};
+
+// The row of words `row` (of the matrix), columns c0 .., that the rows of `tenant` are multiplied with; `cols` of them.
+template <class D, uint32_t M>
+XORZ_DEVICE void fetch_row(const Batch<M>& batch, uint32_t tenant, const Product<typename D::Word>& p, uint64_t row,
+                           uint64_t c0, uint32_t cols, typename D::Word* words) {
+  using W = typename D::Word;
+  const View& v = batch.view[tenant];
+  const uint32_t way = batch.way[tenant];
+  const W* from = (way == kOnOwnWords ? reinterpret_cast<const W*>(v.bytes + v.payload) : p.weight) + row * p.k + c0;
+  for (uint32_t c = thread_index(); c < cols; c += kWarps * 32) words[c] = load_once(from + c);
+  block_sync();
+  if (way == kOnEntries || way == kOnStream) {
+    const uint64_t tile = (row >> v.rows_log2) * v.across + (c0 >> v.cols_log2);
+    const Rect rect = rect_of(v, tile);
+    const uint32_t r = static_cast<uint32_t>(row - rect.r0);
+    if (way == kOnEntries && thread_index() == 0) walk_row<D>(v, tile, r, cols, words);
+    if (way == kOnStream && thread_index() < 32) decode_row<W>(v, tile, rect, r, p.weight, words);
+    block_sync();
+    override_row(v, tile, r, cols, words);
+    block_sync();
+  }
+}
+
+// Compute and write the outputs that `wide.again` asks for, of the panel at row `r0` and the rows of x from `m0` on. The
+// block calls.
+template <class D, uint32_t M>
+XORZ_DEVICE void compute_again(Wide<M>& wide, typename D::Word* words, const Batch<M>& batch,
+                               const Product<typename D::Word>& p, uint64_t m0, uint64_t r0) {
+  XORZ_NO_UNROLL
+  for (uint32_t t = 0; t < batch.tenants; t++) {
+    uint32_t rows_of_x = 0;
+    for (uint32_t i = batch.first[t]; i < batch.first[t + 1]; i++) rows_of_x |= 1u << batch.order[i];
+    const bool tiled = batch.way[t] == kOnEntries || batch.way[t] == kOnStream;
+    const uint32_t width = tiled ? batch.view[t].tile_cols() : kMaxTileCols;
+    XORZ_NO_UNROLL
+    for (uint32_t r = 0; r < kTileLanes; r++) {
+      const uint32_t again = wide.again[r] & rows_of_x;
+      if (again == 0) continue;
+      if (thread_index() < M) wide.sum[thread_index()] = 0;
+      XORZ_NO_UNROLL
+      for (uint64_t c0 = 0; c0 < p.k; c0 += width) {
+        const uint32_t cols = p.k - c0 < width ? static_cast<uint32_t>(p.k - c0) : width;
+        block_sync();
+        fetch_row<D>(batch, t, p, r0 + r, c0, cols, words);
+        XORZ_NO_UNROLL
+        for (uint32_t left = again; left != 0; left &= left - 1) {
+          const uint32_t j = first_bit(left);
+          const auto* x = p.x + (m0 + j) * p.k + c0;
+          double part = 0;
+          for (uint32_t c = thread_index(); c < cols; c += kWarps * 32)
+            part += static_cast<double>(D::value(words[c])) * static_cast<double>(D::value(load_once(x + c)));
+          wide.part[thread_index()] = part;
+          XORZ_NO_UNROLL
+          for (uint32_t half = kWarps * 16; half > 0; half /= 2) {
+            block_sync();
+            if (thread_index() < half) wide.part[thread_index()] += wide.part[thread_index() + half];
+          }
+          if (thread_index() == 0) wide.sum[j] += wide.part[0];
+          block_sync();
+        }
+      }
+      block_sync();
+      if (thread_index() < M && (again >> thread_index() & 1)) {
+        const uint32_t j = thread_index();
+        double value = wide.sum[j];
+        if (p.biases != nullptr)
+          value += static_cast<double>(D::value(load_once(p.biases + bias_row(p, batch.slot[t]) + r0 + r)));
+        store(p.out + (m0 + j) * p.n + r0 + r, round_wide<D>(value));
+      }
+      block_sync();
+    }
+  }
+}
+
+}  // namespace xorz

@@ -1,0 +1,115 @@
+// Runs launches that it reads from standard input and writes what they left in device memory to standard output: the
+// tests' side is tests/rust/cuda_kernels.rs (`Device`). A launch, little-endian:
+//
+//   u32 length and bytes of the kernel's name; u32 blocks x, blocks y, threads; u64 seed; u32 whether to count sectors
+//   u32 parameters; each: u32 kind; 0, 1: u32, u64 value; 2: null; 3, 4: input, output: u64 size, u64 offset of its
+//     address from a multiple of 256, bytes
+//
+// and back, for each parameter of kind 3, 4: u64 sectors of the launch, u64 sectors of its blocks; of kind 4: bytes.
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+template <class... A, size_t... I>
+void call(void (*kernel)(A...), void** params, std::index_sequence<I...>) {
+  kernel(*static_cast<A*>(params[I])...);
+}
+template <class... A>
+constexpr uint32_t arity(void (*)(A...)) {
+  return sizeof...(A);
+}
+
+struct Entry {
+  void (*call)(void**);
+  uint32_t params;
+};
+
+// Each kernel by its name, called with pointers to its parameters, as a driver would.
+const std::map<std::string, Entry>& kernels() {
+#define XORZ_ENTRY(name)                                                                         \
+  {#name,                                                                                        \
+   {[](void** params) { call(name, params, std::make_index_sequence<arity(decltype(&name){})>()); }, \
+    arity(decltype(&name){})}},
+  static const std::map<std::string, Entry> all = {XORZ_KERNELS(XORZ_ENTRY)};
+  return all;
+}
+
+void read(void* to, size_t bytes) {
+  if (std::fread(to, 1, bytes, stdin) != bytes) host::fail("the launch is cut");
+}
+template <class T>
+T read() {
+  T value;
+  read(&value, sizeof value);
+  return value;
+}
+void write(const void* from, size_t bytes) {
+  if (std::fwrite(from, 1, bytes, stdout) != bytes) host::fail("cannot write");
+}
+
+struct Param {
+  uint32_t kind;
+  uint64_t value = 0;
+  void* block = nullptr;
+  size_t buffer = 0;
+};
+
+void one(uint32_t name_bytes) {
+  std::string name(name_bytes, 0);
+  read(name.data(), name_bytes);
+  const auto found = kernels().find(name);
+  if (found == kernels().end()) host::fail("no kernel " + name);
+  host::Launch launch = {};
+  launch.kernel = found->second.call;
+  launch.blocks_x = read<uint32_t>();
+  launch.blocks_y = read<uint32_t>();
+  launch.threads = read<uint32_t>();
+  launch.seed = read<uint64_t>();
+  launch.count = read<uint32_t>() != 0;
+  std::vector<Param> params(read<uint32_t>());
+  if (params.size() != found->second.params) host::fail(name + " takes other parameters");
+  std::vector<host::Buffer> buffers;
+  for (Param& param : params) {
+    param.kind = read<uint32_t>();
+    if (param.kind == 0) param.value = read<uint32_t>();
+    if (param.kind == 1) param.value = read<uint64_t>();
+    if (param.kind < 3) continue;
+    const uint64_t size = read<uint64_t>(), offset = read<uint64_t>();
+    if (posix_memalign(&param.block, 256, size + offset + (size + offset == 0)) != 0) host::fail("no memory");
+    uint8_t* at = static_cast<uint8_t*>(param.block) + offset;
+    read(at, size);
+    param.value = reinterpret_cast<uintptr_t>(at);
+    param.buffer = buffers.size();
+    buffers.push_back({at, size, param.kind == 4});
+  }
+  std::vector<void*> pointers;
+  for (Param& param : params) pointers.push_back(&param.value);
+  launch.params = pointers.data();
+  launch.buffers = &buffers;
+  host::run(launch);
+  for (const Param& param : params) {
+    if (param.kind < 3) continue;
+    const host::Buffer& buffer = buffers[param.buffer];
+    write(&buffer.launch_sectors, 8);
+    write(&buffer.block_sectors, 8);
+    if (param.kind == 4) write(buffer.at, buffer.size);
+    std::free(param.block);
+  }
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main() {
+  uint32_t name_bytes;
+  while (std::fread(&name_bytes, 4, 1, stdin) == 1) one(name_bytes);
+  return 0;
+}

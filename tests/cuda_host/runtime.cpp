@@ -1,0 +1,214 @@
+// Runs launches: fibers, their order, where they meet, and what they touch.
+#include "device.cuh"
+
+#include <algorithm>
+#include <cstdio>
+#include <random>
+
+#include "fiber.h"
+
+extern "C" char __start_xorz_shared[] __attribute__((weak)), __stop_xorz_shared[] __attribute__((weak));
+
+namespace host {
+namespace {
+
+struct Thread {
+  Fiber fiber;
+  uint32_t index = 0;
+  bool done = false;
+  uint32_t met = 0;  // collectives of its warp that it took part in
+};
+
+// Two meetings at a time: a lane is in the second while others are still leaving the first.
+struct Meeting {
+  uint32_t come = 0;
+  int line = 0;
+  uint64_t brought[32];
+};
+struct Warp {
+  Meeting meeting[2];
+};
+
+Launch launch_;
+uint32_t block_x_, block_y_;
+Fiber scheduler_;
+std::vector<Thread> threads_;
+std::vector<Warp> warps_;
+Thread* running_ = nullptr;
+std::vector<Thread*> ready_;
+size_t next_ready_ = 0;
+std::mt19937_64 random_;
+uint32_t until_turn_ = 0;
+
+struct Barrier {
+  uint32_t come = 0;
+  int line = 0;
+  uint64_t all = 0, left = 0;
+};
+Barrier barrier_;
+
+// The next thread that can go on; at random where there is a seed.
+Thread* take() {
+  if (launch_.seed != 0 && ready_.size() - next_ready_ > 1)
+    std::swap(ready_[next_ready_], ready_[next_ready_ + random_() % (ready_.size() - next_ready_)]);
+  Thread* thread = ready_[next_ready_++];
+  if (next_ready_ == ready_.size()) {
+    ready_.clear();
+    next_ready_ = 0;
+  }
+  return thread;
+}
+
+void wait() { switch_fiber(running_->fiber, scheduler_, running_->done); }
+
+void entry() {
+  fiber_begins();
+  launch_.kernel(launch_.params);
+  running_->done = true;
+  wait();
+  std::abort();
+}
+
+// The sanitizer keeps red zones between shared arrays, so it must not see this; eight bytes at a time, since it is done for
+// every block.
+__attribute__((no_sanitize("address"), noinline)) void poison_shared() {
+  volatile uint64_t* at = reinterpret_cast<uint64_t*>((reinterpret_cast<uintptr_t>(__start_xorz_shared) + 7) / 8 * 8);
+  for (; reinterpret_cast<char*>(const_cast<uint64_t*>(at + 1)) <= __stop_xorz_shared; at = at + 1)
+    *at = 0xA5A5A5A5A5A5A5A5u;
+}
+
+void run_block() {
+  poison_shared();
+  threads_.resize(launch_.threads);
+  warps_.assign((launch_.threads + 31) / 32, Warp());
+  barrier_ = Barrier();
+  ready_.clear();
+  next_ready_ = 0;
+  until_turn_ = 1 + random_() % 97;
+  for (uint32_t i = 0; i < launch_.threads; i++) {
+    threads_[i].index = i;
+    threads_[i].done = false;
+    threads_[i].met = 0;
+    prepare(threads_[i].fiber, entry);
+    ready_.push_back(&threads_[i]);
+  }
+  uint32_t live = launch_.threads;
+  while (live > 0) {
+    if (ready_.empty()) {
+      running_ = nullptr;
+      fail("deadlock: " + std::to_string(live) + " threads wait for others, at the barrier of line " +
+           std::to_string(barrier_.line) + " or in a collective");
+    }
+    running_ = take();
+    switch_fiber(scheduler_, running_->fiber, false);
+    live -= running_->done;
+  }
+}
+
+void count(Buffer& buffer, uint64_t from, uint64_t to) {
+  buffer.seen_by_launch.resize(buffer.size / 32 + 2);
+  buffer.seen_by_block.resize(buffer.size / 32 + 2);
+  // Sectors of addresses, not of offsets.
+  const uint64_t base = reinterpret_cast<uintptr_t>(buffer.at) / 32 * 32;
+  for (uint64_t s = (from - base) / 32; s <= (to - 1 - base) / 32; s++) {
+    buffer.launch_sectors += !buffer.seen_by_launch[s];
+    buffer.block_sectors += !buffer.seen_by_block[s];
+    buffer.seen_by_launch[s] = buffer.seen_by_block[s] = 1;
+  }
+}
+
+}  // namespace
+
+void fail(const std::string& what) {
+  std::fprintf(stderr, "cuda_host: %s (block %u, %u; thread %d)\n", what.c_str(), block_x_, block_y_,
+               running_ ? static_cast<int>(running_->index) : -1);
+  std::fflush(stderr);
+  std::_Exit(3);
+}
+
+Index where() { return {running_->index, block_x_, block_y_, launch_.blocks_x, launch_.blocks_y}; }
+
+void touch(const void* at, uint32_t bytes, bool write) {
+  static size_t last = 0;
+  std::vector<Buffer>& buffers = *launch_.buffers;
+  const uint64_t from = reinterpret_cast<uintptr_t>(at);
+  const auto holds = [&](const Buffer& b) {
+    const uint64_t start = reinterpret_cast<uintptr_t>(b.at);
+    return from >= start && from - start <= b.size && bytes <= b.size - (from - start);
+  };
+  if (last >= buffers.size() || !holds(buffers[last])) {
+    last = 0;
+    while (last < buffers.size() && !holds(buffers[last])) last++;
+  }
+  if (last == buffers.size()) {
+    std::string near = "no buffer";
+    for (size_t i = 0; i < buffers.size(); i++) {
+      const int64_t offset = static_cast<int64_t>(from - reinterpret_cast<uintptr_t>(buffers[i].at));
+      if (offset > -4096 && offset < static_cast<int64_t>(buffers[i].size + 4096))
+        near = "byte " + std::to_string(offset) + " of buffer " + std::to_string(i) + " of " +
+               std::to_string(buffers[i].size);
+    }
+    fail("an access of " + std::to_string(bytes) + " bytes outside of device memory: " + near);
+  }
+  if (from % bytes != 0) fail("a misaligned access of " + std::to_string(bytes) + " bytes");
+  if (write && !buffers[last].writable) fail("a write to an input");
+  if (launch_.count) count(buffers[last], from, from + bytes);
+  if (launch_.seed != 0 && --until_turn_ == 0) {
+    until_turn_ = 1 + random_() % 97;
+    ready_.push_back(running_);
+    wait();
+  }
+}
+
+const uint64_t* meet_warp(uint64_t brought, int line) {
+  Thread& me = *running_;
+  Meeting& meeting = warps_[me.index / 32].meeting[me.met++ % 2];
+  const uint32_t lane = me.index % 32;
+  if (meeting.come == 0) meeting.line = line;
+  if (meeting.line != line)
+    fail("lanes of a warp in different collectives, of lines " + std::to_string(meeting.line) + " and " +
+         std::to_string(line));
+  meeting.brought[lane] = brought;
+  if (++meeting.come < 32) {
+    wait();
+  } else {
+    meeting.come = 0;
+    const uint32_t first = me.index / 32 * 32;
+    for (uint32_t i = first; i < first + 32; i++)
+      if (i != me.index) ready_.push_back(&threads_[i]);
+  }
+  return meeting.brought;
+}
+
+uint64_t meet_block(uint64_t brought, int line) {
+  if (barrier_.come == 0) {
+    barrier_.line = line;
+    barrier_.all = 0;
+  }
+  if (barrier_.line != line)
+    fail("threads of a block at different barriers, of lines " + std::to_string(barrier_.line) + " and " +
+         std::to_string(line));
+  barrier_.all |= brought;
+  if (++barrier_.come < launch_.threads) {
+    wait();
+  } else {
+    barrier_.come = 0;
+    barrier_.left = barrier_.all;
+    for (Thread& thread : threads_)
+      if (&thread != running_) ready_.push_back(&thread);
+  }
+  return barrier_.left;
+}
+
+void run(const Launch& launch) {
+  launch_ = launch;
+  random_.seed(launch.seed);
+  if (launch.threads % 32 != 0 || launch.threads > 1024) fail("a block of " + std::to_string(launch.threads) + " threads");
+  for (block_y_ = 0; block_y_ < launch.blocks_y; block_y_++)
+    for (block_x_ = 0; block_x_ < launch.blocks_x; block_x_++) {
+      for (Buffer& buffer : *launch.buffers) std::fill(buffer.seen_by_block.begin(), buffer.seen_by_block.end(), 0);
+      run_block();
+    }
+}
+
+}  // namespace host

@@ -1,0 +1,149 @@
+// The machine that cuda/device.cuh asks for, on the host: a fiber per CUDA thread, one block at a time, one thread of the
+// operating system. Stricter than a GPU where a GPU would be silent: every access to device memory must lie, aligned, in
+// a buffer of the launch; a warp's lanes must meet in the same collective, a block's threads at the same barrier; shared
+// memory holds rubbish when a block begins. `seed` orders fibers at random, and takes turns at loads of device memory.
+// Must hold no kernel and no test.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#define XORZ_DEVICE inline
+#define XORZ_KERNEL(threads, blocks) extern "C" void
+#define XORZ_SHARED static __attribute__((section("xorz_shared")))
+#define XORZ_UNROLL
+#define XORZ_UNROLL_4
+#define XORZ_NO_UNROLL
+
+namespace host {
+
+struct Index {
+  uint32_t thread, block_x, block_y, blocks_x, blocks_y;
+};
+Index where();
+
+// Device memory of a launch, and the 32-byte sectors that were touched: by the launch, and summed over its blocks, each
+// of which counts a sector once.
+struct Buffer {
+  uint8_t* at;
+  uint64_t size;
+  bool writable;
+  std::vector<uint8_t> seen_by_launch = {}, seen_by_block = {};
+  uint64_t launch_sectors = 0, block_sectors = 0;
+};
+
+struct Launch {
+  void (*kernel)(void** params);
+  void** params;
+  uint32_t blocks_x, blocks_y, threads;
+  uint64_t seed;
+  bool count;  // sectors
+  std::vector<Buffer>* buffers;
+};
+void run(const Launch& launch);
+
+// Ends the process with a sentence.
+[[noreturn]] void fail(const std::string& what);
+
+// One access of the running thread to device memory.
+void touch(const void* at, uint32_t bytes, bool write);
+
+// Collectives; `line` tells which one. A shared word that a lane brings, and those of all lanes when all have come.
+const uint64_t* meet_warp(uint64_t brought, int line);
+uint64_t meet_block(uint64_t brought, int line);  // the bitwise or of what threads brought
+
+}  // namespace host
+
+namespace xorz {
+
+inline uint32_t thread_index() { return host::where().thread; }
+inline uint32_t block_x() { return host::where().block_x; }
+inline uint32_t block_y() { return host::where().block_y; }
+inline uint32_t blocks_x() { return host::where().blocks_x; }
+
+inline void block_sync(int line = __builtin_LINE()) { host::meet_block(0, line); }
+inline bool block_any(bool vote, int line = __builtin_LINE()) { return host::meet_block(vote, line) != 0; }
+inline void warp_sync(int line = __builtin_LINE()) { host::meet_warp(0, line); }
+inline uint32_t warp_ballot(bool vote, int line = __builtin_LINE()) {
+  const uint64_t* all = host::meet_warp(vote, line);
+  uint32_t bits = 0;
+  for (uint32_t i = 0; i < 32; i++) bits |= static_cast<uint32_t>(all[i] & 1) << i;
+  return bits;
+}
+template <class T>
+T warp_shuffle(T value, uint32_t lane, int line = __builtin_LINE()) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  if (lane > 31) host::fail("a shuffle from lane " + std::to_string(lane));
+  const uint64_t from = host::meet_warp(bits, line)[lane];
+  std::memcpy(&value, &from, sizeof value);
+  return value;
+}
+template <class T>
+T warp_shuffle_xor(T value, uint32_t mask, int line = __builtin_LINE()) {
+  return warp_shuffle(value, (thread_index() % 32) ^ mask, line);
+}
+
+inline uint32_t bit_count(uint32_t bits) { return static_cast<uint32_t>(__builtin_popcount(bits)); }
+inline uint32_t first_bit(uint32_t bits) { return static_cast<uint32_t>(__builtin_ffs(static_cast<int>(bits)) - 1); }
+
+template <class T>
+T load(const T* at) {
+  host::touch(at, sizeof(T), false);
+  return *at;
+}
+template <class T>
+T load_once(const T* at) {
+  return load(at);
+}
+template <class T>
+void store(T* at, T value) {
+  host::touch(at, sizeof(T), true);
+  *at = value;
+}
+inline Vector load_vector(const void* at) { return load(static_cast<const Vector*>(at)); }
+inline Vector load_vector_once(const void* at) { return load_vector(at); }
+inline void store_vector(void* at, const Vector& v) { store(static_cast<Vector*>(at), v); }
+inline Vector load_shared(const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 16 != 0) host::fail("a misaligned load of shared memory");
+  Vector v;
+  std::memcpy(&v, at, sizeof v);
+  return v;
+}
+inline void store_shared(void* at, const Vector& v) {
+  if (reinterpret_cast<uintptr_t>(at) % 16 != 0) host::fail("a misaligned store to shared memory");
+  std::memcpy(at, &v, sizeof v);
+}
+inline void shared_or(uint32_t* at, uint32_t bits) { *at |= bits; }
+inline void raise_to(uint32_t* at, uint32_t value) {
+  host::touch(at, sizeof *at, true);
+  *at = *at > value ? *at : value;
+}
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline float fused(float a, float b, float c) { return std::fmaf(a, b, c); }
+inline float half_to_float(uint16_t word) {
+  _Float16 half;
+  std::memcpy(&half, &word, sizeof half);
+  return static_cast<float>(half);
+}
+inline uint16_t float_to_half(float value) {
+  const _Float16 half = static_cast<_Float16>(value);
+  uint16_t word;
+  std::memcpy(&word, &half, sizeof word);
+  return word;
+}
+
+}  // namespace xorz

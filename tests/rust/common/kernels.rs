@@ -1,0 +1,215 @@
+//! Launches of the kernels of `cuda/` as their host side will make them (cuda/README.md), and tenants to serve.
+#![allow(dead_code, unreachable_pub)]
+
+use super::common::{Rng, matrix};
+use super::device::{Launch, Param};
+use super::linear::Case;
+use xorz::codec::{Encoding, Grid};
+use xorz::matrix::{Dtype, Shape};
+use xorz::resident::{Assembler, Piece, Plan, Resident, encode_tiles};
+
+/// A delta of `case` on other tiles than the encoder would choose.
+pub fn on_tiles(case: &Case, tile_rows: usize, tile_cols: usize) -> Vec<u8> {
+    let h = *Resident::parse(&case.blob).unwrap().header();
+    let grid = Grid { shape: case.shape, tile_rows, tile_cols };
+    let plan = Plan { encoding: h.encoding, grid, gap: h.gap, widths: h.widths };
+    let (mut piece, mut assembler) = (Piece::default(), Assembler::new(case.dtype, &plan).unwrap());
+    encode_tiles(&plan, case.dtype, 0..grid.tiles(), &case.base, &case.fine_tuned, &mut piece).unwrap();
+    assembler.add(&piece).unwrap();
+    let finished = assembler.finish(matrix(case.dtype, case.shape, &case.base).digest()).unwrap();
+    let payload = if finished.keep_payload { &piece.payload[..] } else { &[] };
+    [&finished.head[..], payload, &finished.tail].concat()
+}
+
+/// `delta_restore` or `delta_apply_` of a blob, on `blocks` blocks. `dtype` 0 takes any of the word's size.
+pub fn restore(
+    apply: bool,
+    (dtype, shape): (u32, Shape),
+    word_bytes: usize,
+    base: &[u8],
+    blob: &[u8],
+    blocks: u32,
+    seed: u64,
+) -> Launch {
+    let bits = 8 * word_bytes;
+    let mut params = vec![];
+    if apply {
+        params.push(Param::Out(base.to_vec(), 0));
+    } else {
+        params.push(Param::In(base.to_vec(), 0));
+        params.push(Param::Out(vec![0x5A; base.len()], 0));
+    }
+    params.push(Param::In(blob.to_vec(), 0));
+    params.extend([blob.len() as u64, shape.n as u64, shape.k as u64].map(Param::U64));
+    params.push(Param::U32(dtype));
+    params.push(Param::Out(vec![0; 4], 0));
+    let kernel = format!("xorz_delta_{}_{bits}", if apply { "apply" } else { "restore" });
+    Launch { kernel, blocks: (blocks, 1), seed, count: false, params }
+}
+
+/// Many tenants' rows, or one tenant's.
+pub struct Linear<'a> {
+    pub dtype: Dtype,
+    pub shape: Shape,
+    pub base: &'a [u8],
+    pub x: &'a [u8],
+    pub m: usize,
+    pub arena: &'a [u8],
+    /// None: `arena` is the delta of every row.
+    pub slots: Option<&'a [[i64; 2]]>,
+    pub tenant_of_row: Option<&'a [i32]>,
+    /// A row for each slot and one for the base; or the one of the tenant.
+    pub biases: Option<&'a [u8]>,
+    /// Rows of x of a block: 4 or 16.
+    pub rows: usize,
+    pub seed: u64,
+}
+
+/// Where in the parameters output and status are.
+pub const LINEAR_OUT: usize = 9;
+pub const LINEAR_STATUS: usize = 13;
+
+impl Linear<'_> {
+    pub fn launch(&self) -> Launch {
+        let Shape { n, k } = self.shape;
+        let name = self.dtype.name().to_lowercase();
+        let w = self.dtype.word_bytes();
+        let slots = self.slots.unwrap_or(&[]);
+        let input = |bytes: &[u8]| Param::In(bytes.to_vec(), 0);
+        let params = vec![
+            input(self.x),
+            input(self.base),
+            self.biases.map_or(Param::Null, input),
+            Param::U64(if slots.is_empty() { 0 } else { n as u64 }),
+            input(self.arena),
+            Param::U64(self.arena.len() as u64),
+            self.slots.map_or(Param::Null, |s| {
+                input(&s.iter().flatten().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>())
+            }),
+            Param::U64(slots.len() as u64),
+            self.tenant_of_row
+                .map_or(Param::Null, |t| input(&t.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>())),
+            Param::Out(vec![0x5A; self.m * n * w], 0),
+            Param::U64(self.m as u64),
+            Param::U64(n as u64),
+            Param::U64(k as u64),
+            Param::Out(vec![0; 4], 0),
+        ];
+        let blocks = (n.div_ceil(16).max(1) as u32, self.m.div_ceil(self.rows).max(1) as u32);
+        Launch {
+            kernel: format!("xorz_linear_small_{name}_m{}", self.rows),
+            blocks,
+            seed: self.seed,
+            count: false,
+            params,
+        }
+    }
+}
+
+/// Tenants on one base, their deltas in one arena among rubbish.
+pub struct Fleet {
+    pub dtype: Dtype,
+    pub shape: Shape,
+    /// By slot; empty slots and the base (last) are of encoding `unchanged`.
+    pub cases: Vec<Case>,
+    pub arena: Vec<u8>,
+    pub slots: Vec<[i64; 2]>,
+    pub biases: Vec<u8>,
+}
+
+/// The tenants that a row may be of.
+pub const TENANTS: [i32; 12] = [-1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10];
+
+impl Fleet {
+    /// Tenants of each encoding, some on other tiles than usual, one unchanged, and an empty slot.
+    pub fn new(
+        rng: &mut Rng,
+        dtype: Dtype,
+        shape: Shape,
+        words: impl Fn(&mut Rng, usize) -> Vec<u8>,
+        share: f64,
+    ) -> Self {
+        let base = words(rng, shape.n * shape.k);
+        let mut cases = Vec::new();
+        let (mut arena, mut slots) = (vec![0xEE; 128], Vec::new());
+        use Encoding::{Exponent, Raw, Sparse, Unchanged};
+        let kinds = [
+            Sparse, Sparse, Sparse, Exponent, Raw, Unchanged, Unchanged, Exponent, Exponent, Sparse, Exponent,
+        ];
+        for (slot, encoding) in kinds.into_iter().enumerate() {
+            let other = words(rng, shape.n * shape.k);
+            let share = if slot == 2 { share / 20.0 } else { share };
+            let fine_tuned = rng.mix(dtype, &base, &other, share);
+            let mut case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
+            let encoded = Resident::parse(&case.blob).unwrap().header().encoding;
+            match slot {
+                1 if encoded == Sparse => case.blob = on_tiles(&case, 16, 256),
+                7 if encoded == Exponent => case.blob = on_tiles(&case, 32, 256),
+                8 if encoded == Exponent => case.blob = on_tiles(&case, 16, 1024),
+                _ => {}
+            }
+            let empty = slot == 6;
+            slots.push(if empty { [-5, 0] } else { [arena.len() as i64, case.blob.len() as i64] });
+            arena.extend_from_slice(if empty { &[] } else { &case.blob });
+            arena.resize(arena.len().next_multiple_of(64) + 64, 0xEE);
+            cases.push(case);
+        }
+        cases.push(Case::new(dtype, shape, Unchanged, &base, &base));
+        let biases = words(rng, cases.len() * shape.n);
+        Self { dtype, shape, cases, arena, slots, biases }
+    }
+
+    fn place(&self, tenant: i32) -> usize {
+        usize::try_from(tenant).unwrap_or(self.slots.len())
+    }
+
+    pub fn case(&self, tenant: i32) -> &Case {
+        &self.cases[self.place(tenant)]
+    }
+
+    pub fn bias(&self, tenant: i32) -> &[u8] {
+        let len = self.shape.n * self.dtype.word_bytes();
+        &self.biases[self.place(tenant) * len..][..len]
+    }
+
+    pub fn launch(&self, x: &[u8], map: &[i32], rows: usize, seed: u64) -> Launch {
+        Linear {
+            dtype: self.dtype,
+            shape: self.shape,
+            base: &self.cases[0].base,
+            x,
+            m: map.len(),
+            arena: &self.arena,
+            slots: Some(&self.slots),
+            tenant_of_row: Some(map),
+            biases: Some(&self.biases),
+            rows,
+            seed,
+        }
+        .launch()
+    }
+
+    /// In f64, row by row.
+    pub fn reference(&self, x: &[u8], map: &[i32]) -> Vec<f64> {
+        let row = self.shape.k * self.dtype.word_bytes();
+        let each = map
+            .iter()
+            .enumerate()
+            .flat_map(|(i, &t)| self.case(t).reference(&x[i * row..(i + 1) * row], 1, Some(self.bias(t))));
+        each.collect()
+    }
+}
+
+/// Maps of `m` rows: all different, one tenant, the base, a few favourites, any, in runs, streams alone.
+pub fn maps(rng: &mut Rng, m: usize) -> Vec<Vec<i32>> {
+    let all = TENANTS.len() as u64;
+    let mut any = |of: u64| TENANTS[(rng.next() % of) as usize];
+    let (one, favourite) = (any(all), any(all));
+    let zipf = (0..m).map(|i| if i % 5 < 3 { favourite } else { any(all) }).collect();
+    let mixed = (0..m).map(|_| any(all)).collect();
+    let distinct = (0..m).map(|i| TENANTS[i % TENANTS.len()]).collect();
+    let runs = (0..m).map(|i| TENANTS[i * 5 / m.max(1) + 1]).collect();
+    let streams = (0..m).map(|i| [3, 7, 8, 10][i % 4]).collect();
+    let entries = (0..m).map(|i| [0, 1, 2, 9][i % 4]).collect();
+    vec![distinct, vec![one; m], vec![-1; m], zipf, mixed, runs, streams, entries]
+}
