@@ -17,8 +17,8 @@ SHIM_SOURCES   := $(wildcard csrc/*) CMakeLists.txt
 PYTHON_SOURCES := $(shell find python -name '*.py' -o -name py.typed) pyproject.toml README.md
 PYTHON_LINTED  := $(wildcard python tests benches examples)
 
-.PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-wheel stress test-smollm lint format \
-  bench bench-checkpoint bench-serving clean
+.PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-wheel stress test-smollm cuda-gate lint \
+  format bench bench-checkpoint bench-serving clean
 .DELETE_ON_ERROR:
 
 build: $(INSTALLED)
@@ -74,6 +74,11 @@ test-avx512:
 test-abi: build
 	$(NICE) $(PY) tests/abi/run.py $(ARGS)
 
+# Not part of test: nvcc takes 313 MB, kept in the user's cache ($XORZ_CUDA_TOOLS), and minutes. No GPU is needed.
+# `make cuda-gate ARGS="--only 80"` for one architecture, `ARGS=--write` after a change of cuda/.
+cuda-gate:
+	$(NICE) $(PYTHON) tests/cuda_gate/gate.py $(ARGS)
+
 # Not part of test: fetches torch twice, and compiles everything in a clean folder.
 test-wheel: build
 	PY="$(PY)" $(NICE) tests/wheel/run.sh
@@ -103,14 +108,14 @@ lint: $(REQUIREMENTS)
 	RUSTDOCFLAGS="-D warnings" $(NICE) $(CARGO) doc --locked --quiet --no-deps --lib
 	$(PY) -m ruff check $(PYTHON_LINTED)
 	$(PY) -m ruff format --check $(PYTHON_LINTED)
-	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests examples -name '*.c' -o -name '*.cpp' -o -name '*.h')
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc cuda tests examples -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 	@echo "lint: all clean"
 
 format: $(REQUIREMENTS)
 	$(CARGO) fmt
 	$(PY) -m ruff check --fix-only --quiet $(PYTHON_LINTED)
 	$(PY) -m ruff format --quiet $(PYTHON_LINTED)
-	$(VENV)/bin/clang-format -i $$(find csrc tests examples -name '*.c' -o -name '*.cpp' -o -name '*.h')
+	$(VENV)/bin/clang-format -i $$(find csrc cuda tests examples -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 bench: build
 	$(PY) benches/bench.py $(ARGS)

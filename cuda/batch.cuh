@@ -1,6 +1,6 @@
-// Whose rows are whose: the rows of x of one block, tenant by tenant, and every tenant's delta opened. Everything here
-// comes from a caller who may be wrong: rows of a tenant that does not exist, or whose slot or delta is refused, come out
-// as NaN and are reported; the others are computed as if those were not there.
+// Whose rows are whose: the rows of x of one block, tenant by tenant, and every tenant's delta opened.
+// Everything here comes from a caller who may be wrong: rows of a tenant that does not exist, or whose slot
+// or delta is refused, come out as NaN and are reported; the others are computed as if those were not there.
 #pragma once
 
 #include "resident.cuh"
@@ -71,7 +71,8 @@ XORZ_DEVICE uint32_t place_of(const Product<W>& p, int32_t slot, const uint8_t*&
 
 // Sort the block's `rows` rows of x, the first of them row `m0`, and open what they need. The block calls.
 template <class D, uint32_t M>
-XORZ_DEVICE void gather_batch(Batch<M>& batch, const Product<typename D::Word>& p, uint64_t m0, uint32_t rows) {
+XORZ_DEVICE void gather_batch(Batch<M>& batch, const Product<typename D::Word>& p, uint64_t m0,
+                              uint32_t rows) {
   const uint32_t thread = thread_index();
   if (thread == 0) {
     uint32_t count = 0, placed = 0;
@@ -106,9 +107,10 @@ XORZ_DEVICE void gather_batch(Batch<M>& batch, const Product<typename D::Word>& 
       View& view = batch.view[thread];
       code = open_delta(bytes, length, p.n, p.k, D::kCode, view);
       if (code == kOk) {
-        way = view.encoding == kSparse ? kOnEntries : view.encoding == kExponent ? kOnStream
-              : view.encoding == kRaw  ? kOnOwnWords
-                                       : kOnBase;
+        way = view.encoding == kSparse     ? kOnEntries
+              : view.encoding == kExponent ? kOnStream
+              : view.encoding == kRaw      ? kOnOwnWords
+                                           : kOnBase;
       }
     }
     if (code != kOk) {

@@ -1,5 +1,6 @@
-// What a kernel asks of the machine: every intrinsic and every inline instruction, and nothing else. Compiled by nvcc it
-// is the GPU; compiled by a host compiler it is the emulation of tests/cuda_host, from the same kernel sources.
+// What a kernel asks of the machine: every intrinsic and every inline instruction, and nothing else. Compiled
+// by nvcc it is the GPU; compiled by a host compiler it is the emulation of tests/cuda_host, from the same
+// kernel sources.
 #pragma once
 
 #include <stdint.h>
@@ -44,10 +45,15 @@ XORZ_DEVICE T warp_shuffle_xor(T value, uint32_t mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, static_cast<int>(mask));
 }
 
-XORZ_DEVICE uint32_t bit_count(uint32_t bits) { return static_cast<uint32_t>(__popc(static_cast<int>(bits))); }
-XORZ_DEVICE uint32_t first_bit(uint32_t bits) { return static_cast<uint32_t>(__ffs(static_cast<int>(bits)) - 1); }
+XORZ_DEVICE uint32_t bit_count(uint32_t bits) {
+  return static_cast<uint32_t>(__popc(static_cast<int>(bits)));
+}
+XORZ_DEVICE uint32_t first_bit(uint32_t bits) {
+  return static_cast<uint32_t>(__ffs(static_cast<int>(bits)) - 1);
+}
 
-// Memory of the device. `load_once` is for what no thread writes during the launch: it may pass by the coherent path.
+// Memory of the device. `load_once` is for what no thread writes during the launch: it may pass by the
+// coherent path.
 template <class T>
 XORZ_DEVICE T load(const T* at) {
   return *at;

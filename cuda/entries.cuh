@@ -1,17 +1,19 @@
 // What `sparse` tenants' entries add to the base product: the base is not touched.
 //
-//   rounds of up to X rows of x (X = 4, f32: 2), tenants in the order of the batch; a round's rows of one tenant are a
-//   segment, and the 16 half warps are shared out evenly among its segments (16, 8, 4 or 4 a segment)
+//   rounds of up to X rows of x (X = 4, f32: 2), tenants in the order of the batch; a round's rows of one
+//   tenant are a segment, and the 16 half warps are shared out evenly among its segments (16, 8, 4 or 4 a
+//   segment)
 //     for each 4096 columns: the round's rows of x -> shared memory (16-byte loads)
 //       for each tile of them: a half warp is 16 lanes (rows of W) and takes a run of the tile's records:
 //         sum its gaps; block_sync; begin where the runs before it end
 //         for each record: one gap, one difference, and for each row of x of the segment one word and one FMA
 //     half warps' sums, in order, to the totals
 //
-// Order of one output: entries of a run first to last, tile after tile, one FMA each; runs 0, 1, ... added up from 0; the
-// result added to the total. Runs depend on how many segments share the round: a row's bits depend on the map of tenants,
-// never on another row's values. Longest chain: the lane's entries + 16 runs + 1.
-// Shared memory: 32 KiB of x, 2 KiB of gap sums, 4 KiB (f32: 2) of sums. Registers: X sums, 2 of walk, X words.
+// Order of one output: entries of a run first to last, tile after tile, one FMA each; runs 0, 1, ... added up
+// from 0; the result added to the total. Runs depend on how many segments share the round: a row's bits
+// depend on the map of tenants, never on another row's values. Longest chain: the lane's entries + 16 runs
+// + 1. Shared memory: 32 KiB of x, 2 KiB of gap sums, 4 KiB (f32: 2) of sums. Registers: X sums, 2 of walk, X
+// words.
 #pragma once
 
 #include "batch.cuh"
@@ -32,7 +34,8 @@ struct Runs {
   float sums[kHalfWarps][kTileLanes][4];
 };
 
-// Which of the block's rows of x a round takes, and what this half warp does in it. The same everywhere in a half warp.
+// Which of the block's rows of x a round takes, and what this half warp does in it. The same everywhere in a
+// half warp.
 template <uint32_t M, uint32_t kRows>
 struct Segment {
   uint32_t rows[kRows];  // of the round: rows of x of the block
@@ -96,7 +99,8 @@ XORZ_DEVICE void stage_rows(Round<W>& round, const Segment& segment, const W* x,
     const uint32_t whole = aligned(row, 16) ? cols / kPer * kPer : 0;
     for (uint32_t c = thread_index() * kPer; c < whole; c += kHalfWarps * 16 * kPer)
       store_shared(&round.x[r][c], load_vector_once(row + c));
-    for (uint32_t c = whole + thread_index(); c < cols; c += kHalfWarps * 16) round.x[r][c] = load_once(row + c);
+    for (uint32_t c = whole + thread_index(); c < cols; c += kHalfWarps * 16)
+      round.x[r][c] = load_once(row + c);
   }
 }
 
@@ -135,11 +139,11 @@ XORZ_DEVICE void add_entries(float (&total)[kTileLanes][M], Round<typename D::Wo
       for (uint32_t i = 0; i < steps; i++, parity ^= 1) {
         Records<W> records;
         records.count = 0;
-        const uint64_t across = (c0 >> view.cols_log2) + i;
-        uint64_t tile = 0;
+        const uint32_t across = static_cast<uint32_t>(c0 >> view.cols_log2) + i;
+        uint32_t tile = 0;
         bool live = segment.live && i < kMaxTileCols >> view.cols_log2 && across < view.across;
         if (live) {
-          tile = (r0 >> view.rows_log2) * view.across + across;
+          tile = static_cast<uint32_t>(r0 >> view.rows_log2) * view.across + across;
           live = records_of(view, tile, records);
           sound = sound && live;
           if (!live) records.count = 0;

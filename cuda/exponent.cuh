@@ -2,13 +2,14 @@
 //
 //   step (32 columns of one row, lane l the l-th):
 //     w     = widths[class of the base word]                    0 where the lane has no column
-//     takes = ballot(lane holds fewer than w bits)              who takes the next units, in the order of lanes
-//     unit  = stream[at + lanes below me that take]; at += popc(takes)
-//     v     = the lane's next w bits;  word = base + v - 2^(w-1)
+//     takes = ballot(lane holds fewer than w bits)              who takes the next units, in the order of
+//     lanes unit  = stream[at + lanes below me that take]; at += popc(takes) v     = the lane's next w bits;
+//     word = base + v - 2^(w-1)
 //
-// The chain from step to step is held -> ballot -> at: no memory. Units come from a window of 128 in registers, four a
-// lane, of which two are still on their way: 32 consecutive units a load, each read once. Two shuffles pick a unit.
-// Registers of a lane: bits 1 (2 for words of 4 and 8 bytes), held 1, window 4 (8 for 8 bytes), position 2, width 1.
+// The chain from step to step is held -> ballot -> at: no memory. Units come from a window of 128 in
+// registers, four a lane, of which two are still on their way: 32 consecutive units a load, each read once.
+// Two shuffles pick a unit. Registers of a lane: bits 1 (2 for words of 4 and 8 bytes), held 1, window 4 (8
+// for 8 bytes), position 2, width 1.
 #pragma once
 
 #include "resident.cuh"
@@ -49,7 +50,7 @@ class Stream {
 
  public:
   // At the first word of `tile`; false where the directory contradicts itself. The whole warp calls.
-  XORZ_DEVICE bool begin(const View& v, uint64_t tile) {
+  XORZ_DEVICE bool begin(const View& v, uint32_t tile) {
     Span span;
     if (!units_of(v, tile, span)) return false;
     units_ = reinterpret_cast<const W*>(v.bytes + v.payload) + span.from;
@@ -64,20 +65,23 @@ class Stream {
     return true;
   }
 
-  // The fine-tuned word of the lane's base word, exceptions apart; `live` where the lane has a column. The whole warp
-  // calls. Where the stream has ended, its units are zeros (see `spent`).
+  // The fine-tuned word of the lane's base word, exceptions apart; `live` where the lane has a column. The
+  // whole warp calls. Where the stream has ended, its units are zeros (see `spent`).
   XORZ_DEVICE W step(W base, bool live) {
-    const uint32_t wide = warp_shuffle(width_of_class_, static_cast<uint32_t>(base >> shift_) & (kClasses - 1));
+    const uint32_t wide =
+        warp_shuffle(width_of_class_, static_cast<uint32_t>(base >> shift_) & (kClasses - 1));
     const uint32_t w = live ? wide : 0;
     const bool takes = held_ < w;
     const uint32_t takers = warp_ballot(takes);
     const uint32_t mine = at_ + bit_count(takers & ((1u << lane_) - 1));
-    const W first = warp_shuffle(ahead_[0], mine % kStreamLanes), second = warp_shuffle(ahead_[1], mine % kStreamLanes);
+    const W first = warp_shuffle(ahead_[0], mine % kStreamLanes),
+            second = warp_shuffle(ahead_[1], mine % kStreamLanes);
     const W fresh = mine < kStreamLanes ? first : second;
     at_ += bit_count(takers);
     W value = base;
     if (w != 0) {
-      // Words of 8 bytes leave no room above a lane's bits for a unit: what does not fit is taken from the unit itself.
+      // Words of 8 bytes leave no room above a lane's bits for a unit: what does not fit is taken from the
+      // unit itself.
       const Bits mask = ~Bits(0) >> (8 * sizeof(Bits) - w);
       if (takes) {
         const Bits all = bits_ | static_cast<Bits>(fresh) << held_;

@@ -1,22 +1,24 @@
-// delta_linear and delta_linear_grouped for few rows of x: y = x @ (base (+) delta)^T + bias, up to M rows of x a block,
-// each of any tenant. f32 sums in a fixed order, no float atomics, no scratch memory.
+// delta_linear and delta_linear_grouped for few rows of x: y = x @ (base (+) delta)^T + bias, up to M rows of
+// x a block, each of any tenant. f32 sums in a fixed order, no float atomics, no scratch memory.
 //
 //   block (i, j): rows 16 i .. of W (a panel), rows M j .. of x
 //     sort the rows by tenant, open the tenants' deltas (batch.cuh)
-//     rows on the base's words (the base, `unchanged`, `sparse`), together: panel x rows in registers (product.cuh)
-//     each tenant with words of its own (`raw`): the same on its payload
-//     `sparse` tenants: their entries (entries.cuh)
-//     `exponent` tenants: decode and multiply, a warp a tenant (streams.cuh)
+//     rows on the base's words (the base, `unchanged`, `sparse`), together: panel x rows in registers
+//     (product.cuh) each tenant with words of its own (`raw`): the same on its payload `sparse` tenants:
+//     their entries (entries.cuh) `exponent` tenants: decode and multiply, a warp a tenant (streams.cuh)
 //     total + bias: finite -> round once -> y;  else again from the fine-tuned words in f64 (wide.cuh)
 //
-// The order of one output is that of the parts above, each documented in its file: total = 0; + base (or own) product;
-// + entries; or + streams, tile column after tile column; + bias; one rounding to the dtype. Same call, same bits; a row's
-// bits may depend on which tenants share its block of rows, never on another row's values. A NaN that was not in the
-// inputs is written as 0x7FFF.. or with all bits set; only refused and corrupt deltas give all bits set.
+// The order of one output is that of the parts above, each documented in its file: total = 0; + base (or own)
+// product;
+// + entries; or + streams, tile column after tile column; + bias; one rounding to the dtype. Same call, same
+// bits; a row's bits may depend on which tenants share its block of rows, never on another row's values. A
+// NaN that was not in the inputs is written as 0x7FFF.. or with all bits set; only refused and corrupt deltas
+// give all bits set.
 //
-// Bytes: base words once (`exponent` with other kinds of rows in the same block: twice, the second time from L2), each
-// tenant's tiles of the panel once (gaps of one byte again, from L1), x once a panel for each part, from L2.
-// Threads 256. Shared memory: see gate.txt: 32 KiB of staged words, 6 KiB of runs, 2 KiB of totals, up to 16 open deltas.
+// Bytes: base words once (`exponent` with other kinds of rows in the same block: twice, the second time from
+// L2), each tenant's tiles of the panel once (gaps of one byte again, from L1), x once a panel for each part,
+// from L2. Threads 256. Shared memory: see gate.txt: 32 KiB of staged words, 6 KiB of runs, 2 KiB of totals,
+// up to 16 open deltas.
 #include "entries.cuh"
 #include "product.cuh"
 #include "wide.cuh"
@@ -76,7 +78,9 @@ XORZ_DEVICE void linear_small(LinearShared<typename D::Word, M>& shared, const P
       if (thread < count) shared.list[thread] = batch.order[batch.first[t - 1] + thread];
     }
     block_sync();
-    if (count > 0) add_product<D, M>(shared.total, shared.partial, words, p.k, panel, x, shared.list, count);
+    if (count > 0)
+      add_product<D, M>(shared.total, shared.partial, words, static_cast<uint32_t>(p.k), panel, x,
+                        shared.list, count);
   }
   add_entries<D, M>(shared.total, shared.entries.round, shared.entries.runs, batch, x, r0);
   block_sync();
@@ -99,8 +103,10 @@ XORZ_DEVICE void linear_small(LinearShared<typename D::Word, M>& shared, const P
       if (p.biases != nullptr && !refused)
         value += D::value(load_once(p.biases + bias_row(p, batch.slot[t]) + r0 + r));
       W* to = p.out + (m0 + j) * p.n + r0 + r;
-      if (refused) store(to, nan_word<W>());
-      else if (finite(value)) store(to, D::round(value));
+      if (refused)
+        store(to, nan_word<W>());
+      else if (finite(value))
+        store(to, D::round(value));
       else {
         shared_or(&wide.again[r], 1u << j);
         again = true;
@@ -114,15 +120,16 @@ XORZ_DEVICE void linear_small(LinearShared<typename D::Word, M>& shared, const P
 }  // namespace xorz
 
 // See README.md for the parameters. Two blocks a multiprocessor: 128 registers.
-#define XORZ_LINEAR_SMALL(name, D, M)                                                                               \
-  XORZ_KERNEL(256, 2)                                                                                               \
-  xorz_linear_small_##name##_m##M(const xorz::D::Word* x, const xorz::D::Word* weight, const xorz::D::Word* biases, \
-                                  uint64_t bias_stride, const uint8_t* arena, uint64_t arena_bytes,                 \
-                                  const int64_t* slots, uint64_t slot_count, const int32_t* tenant_of_row,          \
-                                  xorz::D::Word* out, uint64_t m, uint64_t n, uint64_t k, uint32_t* status) {       \
-    XORZ_SHARED xorz::LinearShared<xorz::D::Word, M> shared;                                                              \
-    xorz::linear_small<xorz::D, M>(shared, {x, weight, biases, bias_stride, arena, arena_bytes, slots, slot_count,  \
-                                            tenant_of_row, out, m, n, k, status});                                  \
+#define XORZ_LINEAR_SMALL(name, D, M)                                                                       \
+  XORZ_KERNEL(256, 2)                                                                                       \
+  xorz_linear_small_##name##_m##M(const xorz::D::Word* x, const xorz::D::Word* weight,                      \
+                                  const xorz::D::Word* biases, uint64_t bias_stride, const uint8_t* arena,  \
+                                  uint64_t arena_bytes, const int64_t* slots, uint64_t slot_count,          \
+                                  const int32_t* tenant_of_row, xorz::D::Word* out, uint64_t m, uint64_t n, \
+                                  uint64_t k, uint32_t* status) {                                           \
+    XORZ_SHARED xorz::LinearShared<xorz::D::Word, M> shared;                                                \
+    xorz::linear_small<xorz::D, M>(shared, {x, weight, biases, bias_stride, arena, arena_bytes, slots,      \
+                                            slot_count, tenant_of_row, out, m, n, k, status});              \
   }
 
 XORZ_LINEAR_SMALL(bf16, Bf16, 4)

@@ -1,12 +1,13 @@
 // Rows of words (of the base, or a tenant's own) times rows of x, in registers.
 //
-//   warp w: rows 4 (w % 4) .. + 3 of the panel; chunks w / 4, w / 4 + 2, ... of 32 lanes x 16 bytes of columns
-//   for each chunk: four 16-byte loads of W, once; for each row of x: one 16-byte load of x (L1), 4 FMAs a column
+//   warp w: rows 4 (w % 4) .. + 3 of the panel; chunks w / 4, w / 4 + 2, ... of 32 lanes x 16 bytes of
+//   columns for each chunk: four 16-byte loads of W, once; for each row of x: one 16-byte load of x (L1), 4
+//   FMAs a column
 //
-// Order of one output: a lane's columns from left to right, one FMA each; lanes by a butterfly (16, 8, 4, 2, 1); the even
-// chunks' sum plus the odd ones'; then added to the total. It does not depend on the other rows. With c columns a chunk
-// (256, f32: 128) the longest chain is ceil(k / 2c) * c / 32 + 7 roundings.
-// Registers: 4 M sums, 4 x 8 values of W (f32: 4 x 4), 8 of x.
+// Order of one output: a lane's columns from left to right, one FMA each; lanes by a butterfly (16, 8, 4, 2,
+// 1); the even chunks' sum plus the odd ones'; then added to the total. It does not depend on the other rows.
+// With c columns a chunk (256, f32: 128) the longest chain is ceil(k / 2c) * c / 32 + 7 roundings. Registers:
+// 4 M sums, 4 x 8 values of W (f32: 4 x 4), 8 of x.
 #pragma once
 
 #include "batch.cuh"
@@ -17,41 +18,43 @@ constexpr uint32_t kPanel = 16;  // rows of W of a block
 
 // Words `c ..` of a row of `k`, sixteen bytes of them; zeros beyond its end.
 template <class W>
-XORZ_DEVICE Vector load_columns(const W* row, uint64_t c, uint64_t k) {
+XORZ_DEVICE Vector load_columns(const W* row, uint32_t c, uint32_t k) {
   constexpr uint32_t kPer = 16 / sizeof(W);
   if (c + kPer <= k && aligned(row + c, 16)) return load_vector_once(row + c);
   Vector v = {{0, 0, 0, 0}};
   XORZ_UNROLL
   for (uint32_t i = 0; i < kPer; i++)
-    if (c + i < k) v.part[i * sizeof(W) / 4] |= static_cast<uint32_t>(load_once(row + c + i)) << (8 * (i * sizeof(W) % 4));
+    if (c + i < k)
+      v.part[i * sizeof(W) / 4] |= static_cast<uint32_t>(load_once(row + c + i)) << (8 * (i * sizeof(W) % 4));
   return v;
 }
 
-// total[r][list[i]] += words row r . x row list[i], for the panel's `rows` rows and `count` rows of x. The block calls.
+// total[r][list[i]] += words row r . x row list[i], for the panel's `rows` rows and `count` rows of x. The
+// block calls.
 template <class D, uint32_t M>
-XORZ_DEVICE void add_product(float (&total)[kPanel][M], float (&partial)[kPanel][M], const typename D::Word* words,
-                             uint64_t k, uint32_t rows, const typename D::Word* x, const uint32_t* list, uint32_t count) {
+XORZ_DEVICE void add_product(float (&total)[kPanel][M], float (&partial)[kPanel][M],
+                             const typename D::Word* words, uint32_t k, uint32_t rows,
+                             const typename D::Word* x, const uint32_t* list, uint32_t count) {
   using W = typename D::Word;
   constexpr uint32_t kPer = 16 / sizeof(W);
   const uint32_t lane = thread_index() % 32, warp = thread_index() / 32;
   const uint32_t r0 = warp % 4 * 4, half = warp / 4;
   float sum[4][M];
   XORZ_UNROLL
-  for (uint32_t r = 0; r < 4; r++)
-    XORZ_UNROLL
-    for (uint32_t j = 0; j < M; j++) sum[r][j] = 0;
+  for (uint32_t r = 0; r < 4; r++) XORZ_UNROLL
+  for (uint32_t j = 0; j < M; j++) sum[r][j] = 0;
   XORZ_NO_UNROLL
-  for (uint64_t c = (half * 32 + lane) * kPer; c < k; c += 64 * kPer) {
+  for (uint32_t c = (half * 32 + lane) * kPer; c < k; c += 64 * kPer) {
     Vector w[4];
     XORZ_UNROLL
     for (uint32_t r = 0; r < 4; r++) {
       w[r] = {{0, 0, 0, 0}};
-      if (r0 + r < rows) w[r] = load_columns(words + (r0 + r) * k, c, k);
+      if (r0 + r < rows) w[r] = load_columns(words + static_cast<uint64_t>(r0 + r) * k, c, k);
     }
     XORZ_UNROLL
     for (uint32_t j = 0; j < M; j++) {
       if (j < count) {
-        const Vector v = load_columns(x + list[j] * k, c, k);
+        const Vector v = load_columns(x + static_cast<uint64_t>(list[j]) * k, c, k);
         XORZ_UNROLL
         for (uint32_t i = 0; i < kPer; i++) {
           const float value = D::value(word_in<W>(v, i));
@@ -62,21 +65,19 @@ XORZ_DEVICE void add_product(float (&total)[kPanel][M], float (&partial)[kPanel]
     }
   }
   XORZ_UNROLL
-  for (uint32_t r = 0; r < 4; r++)
-    XORZ_UNROLL
-    for (uint32_t j = 0; j < M; j++) {
-      if (j < count) {
-        XORZ_UNROLL
-        for (uint32_t other = 16; other > 0; other /= 2) sum[r][j] += warp_shuffle_xor(sum[r][j], other);
-        if (half == 1 && lane == 0) partial[r0 + r][j] = sum[r][j];
-      }
+  for (uint32_t r = 0; r < 4; r++) XORZ_UNROLL
+  for (uint32_t j = 0; j < M; j++) {
+    if (j < count) {
+      XORZ_UNROLL
+      for (uint32_t other = 16; other > 0; other /= 2) sum[r][j] += warp_shuffle_xor(sum[r][j], other);
+      if (half == 1 && lane == 0) partial[r0 + r][j] = sum[r][j];
     }
+  }
   block_sync();
   XORZ_UNROLL
-  for (uint32_t r = 0; r < 4; r++)
-    XORZ_UNROLL
-    for (uint32_t j = 0; j < M; j++)
-      if (j < count && half == 0 && lane == 0) total[r0 + r][list[j]] += sum[r][j] + partial[r0 + r][j];
+  for (uint32_t r = 0; r < 4; r++) XORZ_UNROLL
+  for (uint32_t j = 0; j < M; j++)
+    if (j < count && half == 0 && lane == 0) total[r0 + r][list[j]] += sum[r][j] + partial[r0 + r][j];
   block_sync();
 }
 

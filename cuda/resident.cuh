@@ -1,6 +1,7 @@
-// A resident delta in device memory (src/resident/SPEC.md), read and checked where it lies: nothing of it is known to
-// the host. One thread opens it once a block; every size it announces is compared with the bytes there are, so that a
-// tile is always handed out within bounds. What it says of a base (digests) is for the host to check.
+// A resident delta in device memory (src/resident/SPEC.md), read and checked where it lies: nothing of it is
+// known to the host. One thread opens it once a block; every size it announces is compared with the bytes
+// there are, so that a tile is always handed out within bounds. What it says of a base (digests) is for the
+// host to check.
 #pragma once
 
 #include "word.cuh"
@@ -31,8 +32,8 @@ enum Status : uint32_t {
   kMismatch = 6,     // a delta of another dtype or shape than the base
 };
 
-// The status word: the status in the high 8 bits, the slot (0 where there is but one delta) in the others. The largest
-// is kept, so that it does not depend on which thread came first.
+// The status word: the status in the high 8 bits, the slot (0 where there is but one delta) in the others.
+// The largest is kept, so that it does not depend on which thread came first.
 XORZ_DEVICE void report(uint32_t* status, uint32_t code, uint32_t slot) {
   raise_to(status, code << 24 | (slot & 0xFFFFFFu));
 }
@@ -44,7 +45,7 @@ struct View {
   // Offsets of the sections.
   uint64_t directory, payload, exception_directory, exception_positions, exception_words;
   // Tiles of the matrix, and tiles of one row of tiles.
-  uint64_t tiles, across;
+  uint32_t tiles, across;
   uint64_t n, k;
   uint32_t encoding, dtype;
   uint32_t rows_log2, cols_log2;
@@ -61,10 +62,10 @@ struct Rect {
   uint32_t rows, cols;
 };
 
-XORZ_DEVICE Rect rect_of(const View& v, uint64_t tile) {
+XORZ_DEVICE Rect rect_of(const View& v, uint32_t tile) {
   Rect rect;
-  rect.r0 = tile / v.across << v.rows_log2;
-  rect.c0 = tile % v.across << v.cols_log2;
+  rect.r0 = static_cast<uint64_t>(tile / v.across) << v.rows_log2;
+  rect.c0 = static_cast<uint64_t>(tile % v.across) << v.cols_log2;
   const uint64_t rows = v.n - rect.r0, cols = v.k - rect.c0;
   rect.rows = rows < v.tile_rows() ? static_cast<uint32_t>(rows) : v.tile_rows();
   rect.cols = cols < v.tile_cols() ? static_cast<uint32_t>(cols) : v.tile_cols();
@@ -75,25 +76,26 @@ struct Span {
   uint32_t from, to;
 };
 
-// Entries `tile` and `tile + 1` of a directory; false where they contradict what the header says. `tile < v.tiles`.
-XORZ_DEVICE bool span_of(const View& v, uint64_t directory, uint64_t tile, uint64_t limit, Span& span) {
+// Entries `tile` and `tile + 1` of a directory; false where they contradict what the header says. `tile <
+// v.tiles`.
+XORZ_DEVICE bool span_of(const View& v, uint64_t directory, uint32_t tile, uint64_t limit, Span& span) {
   const uint32_t* at = reinterpret_cast<const uint32_t*>(v.bytes + directory) + tile;
   span.from = load_once(at);
   span.to = load_once(at + 1);
   return span.from <= span.to && span.to <= limit;
 }
 
-XORZ_DEVICE bool units_of(const View& v, uint64_t tile, Span& span) {
+XORZ_DEVICE bool units_of(const View& v, uint32_t tile, Span& span) {
   return span_of(v, v.directory, tile, v.units, span);
 }
 
-XORZ_DEVICE bool exceptions_of(const View& v, uint64_t tile, Span& span) {
+XORZ_DEVICE bool exceptions_of(const View& v, uint32_t tile, Span& span) {
   span = {0, 0};
   return v.exceptions == 0 || span_of(v, v.exception_directory, tile, v.exceptions, span);
 }
 
-// Open `length` bytes that shall be the delta of an n x k matrix of `dtype`, or of any dtype where that is 0. Reads
-// nothing beyond them.
+// Open `length` bytes that shall be the delta of an n x k matrix of `dtype`, or of any dtype where that is 0.
+// Reads nothing beyond them.
 XORZ_DEVICE uint32_t open_delta(const uint8_t* bytes, uint64_t length, uint64_t n, uint64_t k, uint32_t dtype,
                                 View& v) {
   if (length < kHeaderBytes) return kNotADelta;
@@ -112,8 +114,9 @@ XORZ_DEVICE uint32_t open_delta(const uint8_t* bytes, uint64_t length, uint64_t 
   v.n = load_once(words + 2);
   v.k = load_once(words + 3);
   if ((dtype != 0 && v.dtype != dtype) || v.n != n || v.k != k) return kMismatch;
-  if (v.cols_log2 < 8 || v.cols_log2 > 12 || v.rows_log2 < 4 || v.rows_log2 > kMaxTileWordsLog2 - v.cols_log2 ||
-      (v.encoding == kSparse && v.rows_log2 != 4) || v.gap_bytes < 1 || v.gap_bytes > 2)
+  if (v.cols_log2 < 8 || v.cols_log2 > 12 || v.rows_log2 < 4 ||
+      v.rows_log2 > kMaxTileWordsLog2 - v.cols_log2 || (v.encoding == kSparse && v.rows_log2 != 4) ||
+      v.gap_bytes < 1 || v.gap_bytes > 2)
     return kNotADelta;
   const uint64_t total = load_once(words + 4), changed = load_once(words + 5);
   v.exceptions = load_once(words + 6);
@@ -126,11 +129,15 @@ XORZ_DEVICE uint32_t open_delta(const uint8_t* bytes, uint64_t length, uint64_t 
   for (uint32_t i = 0; i < kClasses; i++)
     if (load_once(bytes + 128 + i) > 8 * word) return kNotADelta;
   v.bytes = bytes;
-  v.across = (k + v.tile_cols() - 1) >> v.cols_log2;
-  v.tiles = v.across * ((n + v.tile_rows() - 1) >> v.rows_log2);
-  // Sections one after the other, each at the next multiple of 64. Nothing here overflows: tiles and exceptions are no
-  // more than the matrix's words, units no more than 2^32.
-  const uint64_t directory = tiled ? 4 * (v.tiles + 1) : 0;
+  // Tiles are counted in 32 bits: divisions of 64 bits are calls on a GPU, and a matrix of more has 4096 GiB.
+  const uint64_t across = (k + v.tile_cols() - 1) >> v.cols_log2;
+  const uint64_t tiles = across * ((n + v.tile_rows() - 1) >> v.rows_log2);
+  if (tiles >> 32) return kNotADelta;
+  v.across = static_cast<uint32_t>(across);
+  v.tiles = static_cast<uint32_t>(tiles);
+  // Sections one after the other, each at the next multiple of 64. Nothing here overflows: tiles and
+  // exceptions are no more than the matrix's words, units no more than 2^32.
+  const uint64_t directory = tiled ? 4 * (tiles + 1) : 0;
   const uint64_t unit = v.encoding == kSparse ? kTileLanes * (v.gap_bytes + word) : word;
   const auto next = [](uint64_t end) { return (end + kSectionAlign - 1) / kSectionAlign * kSectionAlign; };
   v.directory = kHeaderBytes;
@@ -139,7 +146,8 @@ XORZ_DEVICE uint32_t open_delta(const uint8_t* bytes, uint64_t length, uint64_t 
   v.exception_positions = next(v.exception_directory + (v.exceptions ? directory : 0));
   v.exception_words = next(v.exception_positions + 2 * v.exceptions);
   const uint64_t end = next(v.exception_words + word * v.exceptions);
-  const uint64_t offsets[5] = {v.directory, v.payload, v.exception_directory, v.exception_positions, v.exception_words};
+  const uint64_t offsets[5] = {v.directory, v.payload, v.exception_directory, v.exception_positions,
+                               v.exception_words};
   bool sound = total == end && length == end && load_once(words + 13) == 0;
   XORZ_UNROLL
   for (uint32_t i = 0; i < 5; i++) sound = sound && load_once(words + 8 + i) == offsets[i];

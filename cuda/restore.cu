@@ -1,22 +1,25 @@
-// delta_restore and delta_apply_: the fine-tuned words of a whole matrix, bit for bit, every encoding, words of 1, 2, 4
-// and 8 bytes.
+// delta_restore and delta_apply_: the fine-tuned words of a whole matrix, bit for bit, every encoding, words
+// of 1, 2, 4 and 8 bytes.
 //
 //   each block: open the delta (thread 0), refuse what does not fit
-//   unchanged:  copy the base (apply: nothing)         raw: copy the payload         16 bytes a thread and load
-//   sparse, a tile of 16 rows a block:
+//   unchanged:  copy the base (apply: nothing)         raw: copy the payload         16 bytes a thread and
+//   load sparse, a tile of 16 rows a block:
 //     copy the tile's base words (apply: they are there)
 //     16 runs of records x 16 rows: a thread sums its run's gaps; runs begin where those before end
 //     walk the run: base + difference(s) of one column, first to last, is its word
 //     exceptions
-//   exponent, a tile a warp, 2 KiB of a row at a time: 16-byte loads -> shared memory -> steps (exponent.cuh), the next
+//   exponent, a tile a warp, 2 KiB of a row at a time: 16-byte loads -> shared memory -> steps
+//   (exponent.cuh), the next
 //     2 KiB being loaded meanwhile -> 16-byte stores; exceptions when the tile is done
 //
-// Where a tile contradicts itself: restore fills it with NaN (all bits set), apply leaves unspecified words in it; both
-// report. Where the delta does not fit, restore fills the matrix with NaN and apply leaves it as it was.
+// Where a tile contradicts itself: restore fills it with NaN (all bits set), apply leaves unspecified words
+// in it; both report. Where the delta does not fit, restore fills the matrix with NaN and apply leaves it as
+// it was.
 //
-// Bytes: restore reads base + delta and writes n * k words; apply reads the delta and, of `sparse`, the 32-byte
-// sectors with changes, which it also writes. 256 threads; shared memory 17.5 KiB (8 warps x 2 KiB of staged words, 1 KiB
-// of sums). Registers: see gate.txt. Grid: any number of blocks is right; the launch asks for one a tile.
+// Bytes: restore reads base + delta and writes n * k words; apply reads the delta and, of `sparse`, the
+// 32-byte sectors with changes, which it also writes. 256 threads; shared memory 17.5 KiB (8 warps x 2 KiB of
+// staged words, 1 KiB of sums). Registers: see gate.txt. Grid: any number of blocks is right; the launch asks
+// for one a tile.
 #include "exponent.cuh"
 #include "sparse.cuh"
 
@@ -25,7 +28,7 @@ namespace {
 
 constexpr uint32_t kThreads = 256;
 constexpr uint32_t kRuns = kThreads / kTileLanes;
-constexpr uint32_t kStage = 2048;               // bytes of a row that a warp stages
+constexpr uint32_t kStage = 2048;                // bytes of a row that a warp stages
 constexpr uint32_t kLoads = kStage / (32 * 16);  // 16-byte loads of a lane for them
 
 struct RestoreShared {
@@ -57,11 +60,12 @@ XORZ_DEVICE void fill_nan(W* to, uint64_t count, uint64_t i, uint64_t of) {
   for (uint64_t w = i; w < count; w += of) store(to + w, nan_word<W>());
 }
 
-// One lane's run of records, from its row of the base to its row of the result (which may be the same). `column` is
-// where the record before the run stands. False where a column lies outside of the tile, or columns of the lane go back.
+// One lane's run of records, from its row of the base to its row of the result (which may be the same).
+// `column` is where the record before the run stands. False where a column lies outside of the tile, or
+// columns of the lane go back.
 template <class W>
-XORZ_DEVICE bool patch_run(const Records<W>& records, uint32_t dtype, uint32_t lane, Span run, uint32_t column,
-                           uint32_t cols, const W* base, W* row) {
+XORZ_DEVICE bool patch_run(const Records<W>& records, uint32_t dtype, uint32_t lane, Span run,
+                           uint32_t column, uint32_t cols, const W* base, W* row) {
   const W nothing = no_op<W>(dtype);
   // An entry that follows one on the same column is that run's, even if it began in an earlier run.
   uint32_t last = 0, back = column;
@@ -107,7 +111,8 @@ XORZ_DEVICE bool patch_run(const Records<W>& records, uint32_t dtype, uint32_t l
 
 // The words stored apart. Ascending positions only: two threads never write the same word.
 template <class W>
-XORZ_DEVICE bool patch_exceptions(const View& v, uint64_t tile, const Rect& rect, W* matrix, uint32_t i, uint32_t of) {
+XORZ_DEVICE bool patch_exceptions(const View& v, uint32_t tile, const Rect& rect, W* matrix, uint32_t i,
+                                  uint32_t of) {
   Span span;
   if (!exceptions_of(v, tile, span)) return false;
   const uint16_t* positions = reinterpret_cast<const uint16_t*>(v.bytes + v.exception_positions);
@@ -126,7 +131,7 @@ XORZ_DEVICE bool patch_exceptions(const View& v, uint64_t tile, const Rect& rect
 }
 
 template <class W, bool kApply>
-XORZ_DEVICE void sparse_tile(RestoreShared& shared, uint64_t tile, const W* base, W* out, uint32_t* status) {
+XORZ_DEVICE void sparse_tile(RestoreShared& shared, uint32_t tile, const W* base, W* out, uint32_t* status) {
   const View& v = shared.view;
   const Rect rect = rect_of(v, tile);
   const uint32_t thread = thread_index(), lane = thread % kTileLanes, i = thread / kTileLanes;
@@ -147,8 +152,8 @@ XORZ_DEVICE void sparse_tile(RestoreShared& shared, uint64_t tile, const W* base
   if (listed && live) {
     uint32_t column = 0;
     for (uint32_t before = 0; before < i; before++) column += shared.sums[before][lane];
-    sound = patch_run(records, v.dtype, lane, run, column, rect.cols,
-                      base + (rect.r0 + lane) * v.k + rect.c0, corner + lane * v.k);
+    sound = patch_run(records, v.dtype, lane, run, column, rect.cols, base + (rect.r0 + lane) * v.k + rect.c0,
+                      corner + lane * v.k);
   }
   if (!sound) shared.corrupt = 1;
   block_sync();
@@ -195,7 +200,8 @@ struct Chunk {
 };
 
 template <class W, bool kApply>
-XORZ_DEVICE void exponent_tile(RestoreShared& shared, uint64_t tile, const W* base, W* out, uint32_t* status) {
+XORZ_DEVICE void exponent_tile(RestoreShared& shared, uint32_t tile, const W* base, W* out,
+                               uint32_t* status) {
   const View& v = shared.view;
   const Rect rect = rect_of(v, tile);
   const uint32_t lane = thread_index() % 32;
@@ -246,8 +252,8 @@ XORZ_DEVICE void exponent_tile(RestoreShared& shared, uint64_t tile, const W* ba
 }
 
 template <class W, bool kApply>
-XORZ_DEVICE void restore(RestoreShared& shared, const W* base, W* out, const uint8_t* delta, uint64_t delta_bytes, uint64_t n,
-                         uint64_t k, uint32_t dtype, uint32_t* status) {
+XORZ_DEVICE void restore(RestoreShared& shared, const W* base, W* out, const uint8_t* delta,
+                         uint64_t delta_bytes, uint64_t n, uint64_t k, uint32_t dtype, uint32_t* status) {
   if (thread_index() == 0) {
     shared.code = open_delta(delta, delta_bytes, n, k, dtype, shared.view);
     if (shared.code == kOk && word_bytes_of(shared.view.dtype) != sizeof(W)) shared.code = kMismatch;
@@ -270,13 +276,13 @@ XORZ_DEVICE void restore(RestoreShared& shared, const W* base, W* out, const uin
       break;
     case kSparse:
       for (uint64_t tile = block_x(); tile < v.tiles; tile += blocks_x())
-        sparse_tile<W, kApply>(shared, tile, base, out, status);
+        sparse_tile<W, kApply>(shared, static_cast<uint32_t>(tile), base, out, status);
       break;
     default:
       // Tiles go to blocks first and to the warps of a block last: few tiles are spread over all processors.
-      for (uint64_t tile = block_x() + static_cast<uint64_t>(blocks_x()) * (thread_index() / 32); tile < v.tiles;
-           tile += static_cast<uint64_t>(blocks_x()) * (kThreads / 32))
-        exponent_tile<W, kApply>(shared, tile, base, out, status);
+      for (uint64_t tile = block_x() + static_cast<uint64_t>(blocks_x()) * (thread_index() / 32);
+           tile < v.tiles; tile += static_cast<uint64_t>(blocks_x()) * (kThreads / 32))
+        exponent_tile<W, kApply>(shared, static_cast<uint32_t>(tile), base, out, status);
   }
 }
 
@@ -284,18 +290,19 @@ XORZ_DEVICE void restore(RestoreShared& shared, const W* base, W* out, const uin
 }  // namespace xorz
 
 // See README.md for the parameters.
-#define XORZ_RESTORE(bits)                                                                                          \
-  XORZ_KERNEL(256, 4)                                                                                               \
-  xorz_delta_restore_##bits(const uint##bits##_t* base, uint##bits##_t* out, const uint8_t* delta,                  \
-                            uint64_t delta_bytes, uint64_t n, uint64_t k, uint32_t dtype, uint32_t* status) {       \
-    XORZ_SHARED xorz::RestoreShared shared;                                                                                \
-    xorz::restore<uint##bits##_t, false>(shared, base, out, delta, delta_bytes, n, k, dtype, status);               \
-  }                                                                                                                 \
-  XORZ_KERNEL(256, 4)                                                                                               \
-  xorz_delta_apply_##bits(uint##bits##_t* weight, const uint8_t* delta, uint64_t delta_bytes, uint64_t n,           \
-                          uint64_t k, uint32_t dtype, uint32_t* status) {                                           \
-    XORZ_SHARED xorz::RestoreShared shared;                                                                                \
-    xorz::restore<uint##bits##_t, true>(shared, weight, weight, delta, delta_bytes, n, k, dtype, status);           \
+#define XORZ_RESTORE(bits)                                                                                \
+  XORZ_KERNEL(256, 2)                                                                                     \
+  xorz_delta_restore_##bits(const uint##bits##_t* base, uint##bits##_t* out, const uint8_t* delta,        \
+                            uint64_t delta_bytes, uint64_t n, uint64_t k, uint32_t dtype,                 \
+                            uint32_t* status) {                                                           \
+    XORZ_SHARED xorz::RestoreShared shared;                                                               \
+    xorz::restore<uint##bits##_t, false>(shared, base, out, delta, delta_bytes, n, k, dtype, status);     \
+  }                                                                                                       \
+  XORZ_KERNEL(256, 2)                                                                                     \
+  xorz_delta_apply_##bits(uint##bits##_t* weight, const uint8_t* delta, uint64_t delta_bytes, uint64_t n, \
+                          uint64_t k, uint32_t dtype, uint32_t* status) {                                 \
+    XORZ_SHARED xorz::RestoreShared shared;                                                               \
+    xorz::restore<uint##bits##_t, true>(shared, weight, weight, delta, delta_bytes, n, k, dtype, status); \
   }
 
 XORZ_RESTORE(8)

@@ -1,5 +1,6 @@
-// The entries of a `sparse` tile, walked in pieces: sixteen threads, one a row of the tile, take a run of records. With
-// gaps of one byte a run begins where the gaps before it add up to; runs are summed first, all at once (`gap_sum`).
+// The entries of a `sparse` tile, walked in pieces: sixteen threads, one a row of the tile, take a run of
+// records. With gaps of one byte a run begins where the gaps before it add up to; runs are summed first, all
+// at once (`gap_sum`).
 #pragma once
 
 #include "resident.cuh"
@@ -17,7 +18,8 @@ struct Records {
   // Column of record `j` in lane `lane`, where the one before it stands at `column`.
   XORZ_DEVICE uint32_t column_at(uint32_t j, uint32_t lane, uint32_t column) const {
     const uint64_t i = static_cast<uint64_t>(j) * kTileLanes + lane;
-    return gap_bytes == 1 ? column + load_once(gaps + i) : load_once(reinterpret_cast<const uint16_t*>(gaps) + i);
+    return gap_bytes == 1 ? column + load_once(gaps + i)
+                          : load_once(reinterpret_cast<const uint16_t*>(gaps) + i);
   }
   XORZ_DEVICE W difference_at(uint32_t j, uint32_t lane) const {
     return load_once(differences + static_cast<uint64_t>(j) * kTileLanes + lane);
@@ -25,7 +27,7 @@ struct Records {
 };
 
 template <class W>
-XORZ_DEVICE bool records_of(const View& v, uint64_t tile, Records<W>& records) {
+XORZ_DEVICE bool records_of(const View& v, uint32_t tile, Records<W>& records) {
   Span span;
   // More than 2^24 records, and gaps of one byte could wrap a column of 32 bits; no tile has so many.
   if (!units_of(v, tile, span) || span.to - span.from > 1u << 24) return false;
@@ -33,15 +35,14 @@ XORZ_DEVICE bool records_of(const View& v, uint64_t tile, Records<W>& records) {
   records.count = span.to - span.from;
   records.gap_bytes = v.gap_bytes;
   records.gaps = v.bytes + v.payload + span.from * record;
-  records.differences =
-      reinterpret_cast<const W*>(records.gaps + static_cast<uint64_t>(records.count) * kTileLanes * v.gap_bytes);
+  records.differences = reinterpret_cast<const W*>(records.gaps + static_cast<uint64_t>(records.count) *
+                                                                      kTileLanes * v.gap_bytes);
   return true;
 }
 
-// Run `i` of `of`, as even as can be.
+// Run `i` of `of` (at most 16), as even as can be. `count` is at most 2^24, so 32 bits hold the products.
 XORZ_DEVICE Span run_of(uint32_t count, uint32_t i, uint32_t of) {
-  return {static_cast<uint32_t>(static_cast<uint64_t>(count) * i / of),
-          static_cast<uint32_t>(static_cast<uint64_t>(count) * (i + 1) / of)};
+  return {count * i / of, count * (i + 1) / of};
 }
 
 // Columns that a run of one lane steps over.

@@ -1,16 +1,17 @@
-// Rows of x of `exponent` tenants: the panel's base words are staged row by row and every tenant's warp decodes them
-// from there, multiplying each word as soon as it is known. The fine-tuned matrix is nowhere.
+// Rows of x of `exponent` tenants: the panel's base words are staged row by row and every tenant's warp
+// decodes them from there, multiplying each word as soon as it is known. The fine-tuned matrix is nowhere.
 //
 //   for up to 8 tenants on one grid of tiles, for each tile column:
 //     for each row of the tile down to the panel's last: (rows above the panel are decoded and thrown away)
-//       the block: base row -> shared memory, 16-byte loads, the next row's on their way meanwhile; block_sync
-//       warp t: steps of 32 columns: word = decode (exponent.cuh), exceptions override; for each row of x one FMA
-//       lanes by a butterfly -> total
+//       the block: base row -> shared memory, 16-byte loads, the next row's on their way meanwhile;
+//       block_sync warp t: steps of 32 columns: word = decode (exponent.cuh), exceptions override; for each
+//       row of x one FMA lanes by a butterfly -> total
 //
-// A base word is read once for 8 tenants of a grid, and again, from L2, where rows on the base's own words or more grids
-// are in the batch. Order of one output: a lane's columns from left to right, one FMA each; lanes by a butterfly (16, 8, 4,
-// 2, 1); added to the total, tile column after tile column. Longest chain: a tile's columns / 32 + 5, and one a tile.
-// Shared memory: 16 KiB (f32: 32). Registers: M sums, the stream's 11 to 16, 4 x 2 (f32: 4 x 4) of the next row.
+// A base word is read once for 8 tenants of a grid, and again, from L2, where rows on the base's own words or
+// more grids are in the batch. Order of one output: a lane's columns from left to right, one FMA each; lanes
+// by a butterfly (16, 8, 4, 2, 1); added to the total, tile column after tile column. Longest chain: a tile's
+// columns / 32 + 5, and one a tile. Shared memory: 16 KiB (f32: 32). Registers: M sums, the stream's 11 to
+// 16, 4 x 2 (f32: 4 x 4) of the next row.
 #pragma once
 
 #include "batch.cuh"
@@ -25,7 +26,8 @@ struct StagedRows {
   alignas(16) W row[2][kMaxTileCols];
 };
 
-// Exceptions of a tile in the order of their positions, for a warp that passes by; a window of 32 in its lanes.
+// Exceptions of a tile in the order of their positions, for a warp that passes by; a window of 32 in its
+// lanes.
 template <class W>
 class Overrides {
   const uint16_t* positions_ = nullptr;
@@ -43,8 +45,7 @@ class Overrides {
   uint32_t used_ = 0;  // of the window
 
  public:
-
-  XORZ_DEVICE bool begin(const View& v, uint64_t tile) {
+  XORZ_DEVICE bool begin(const View& v, uint32_t tile) {
     positions_ = reinterpret_cast<const uint16_t*>(v.bytes + v.exception_positions);
     words_ = reinterpret_cast<const W*>(v.bytes + v.exception_words);
     used_ = 0;
@@ -54,8 +55,8 @@ class Overrides {
     return true;
   }
 
-  // The lane's word of the step at `position`, the tile's position of lane 0. False, and none, where an exception was
-  // passed over: they are out of order, or out of the tile. The whole warp calls.
+  // The lane's word of the step at `position`, the tile's position of lane 0. False, and none, where an
+  // exception was passed over: they are out of order, or out of the tile. The whole warp calls.
   XORZ_DEVICE bool step(uint32_t position, bool live, W& word) {
     while (next_ < position + 32) {
       if (next_ < position) return false;
@@ -105,12 +106,13 @@ struct RowLoads {
   }
 };
 
-// The tenants of warps 0 .. for one pass; `pass` counts all passes of a batch. kNone where there is no such warp; false
-// where there is no such pass.
+// The tenants of warps 0 .. for one pass; `pass` counts all passes of a batch. kNone where there is no such
+// warp; false where there is no such pass.
 constexpr uint32_t kNone = ~0u;
 
 template <uint32_t M>
-XORZ_DEVICE bool tenant_of_warp(const Batch<M>& batch, uint32_t pass, uint32_t warp, uint32_t& leader, uint32_t& mine) {
+XORZ_DEVICE bool tenant_of_warp(const Batch<M>& batch, uint32_t pass, uint32_t warp, uint32_t& leader,
+                                uint32_t& mine) {
   uint32_t done = 0;
   for (;; pass--) {
     leader = mine = kNone;
@@ -131,8 +133,9 @@ XORZ_DEVICE bool tenant_of_warp(const Batch<M>& batch, uint32_t pass, uint32_t w
 
 // Add the products of `exponent` tenants' rows to the totals of the panel at row `r0`. The block calls.
 template <class D, uint32_t M>
-XORZ_DEVICE void add_streams(float (&total)[kTileLanes][M], StagedRows<typename D::Word>& staged, Batch<M>& batch,
-                             const typename D::Word* weight, const typename D::Word* x, uint64_t r0) {
+XORZ_DEVICE void add_streams(float (&total)[kTileLanes][M], StagedRows<typename D::Word>& staged,
+                             Batch<M>& batch, const typename D::Word* weight, const typename D::Word* x,
+                             uint64_t r0) {
   using W = typename D::Word;
   const uint32_t lane = thread_index() % 32, warp = thread_index() / 32;
   uint32_t leader, mine;
@@ -144,8 +147,8 @@ XORZ_DEVICE void add_streams(float (&total)[kTileLanes][M], StagedRows<typename 
     const uint32_t* list = &batch.order[mine == kNone ? 0 : batch.first[mine]];
     bool sound = true;
     XORZ_NO_UNROLL
-    for (uint64_t across = 0; across < grid.across; across++) {
-      const uint64_t tile = (r0 >> grid.rows_log2) * grid.across + across;
+    for (uint32_t across = 0; across < grid.across; across++) {
+      const uint32_t tile = static_cast<uint32_t>(r0 >> grid.rows_log2) * grid.across + across;
       const Rect rect = rect_of(grid, tile);
       const uint32_t above = static_cast<uint32_t>(r0 - rect.r0);
       const uint32_t rows = above + kTileLanes < rect.rows ? above + kTileLanes : rect.rows;
@@ -180,7 +183,8 @@ XORZ_DEVICE void add_streams(float (&total)[kTileLanes][M], StagedRows<typename 
             XORZ_UNROLL
             for (uint32_t j = 0; j < M; j++)
               if (j < count)
-                sum[j] = fused(D::value(word), D::value(load_once(x + list[j] * grid.k + rect.c0 + c + lane)), sum[j]);
+                sum[j] = fused(D::value(word), D::value(load_once(x + list[j] * grid.k + rect.c0 + c + lane)),
+                               sum[j]);
           }
         }
         if (r < above) continue;
@@ -192,7 +196,8 @@ XORZ_DEVICE void add_streams(float (&total)[kTileLanes][M], StagedRows<typename 
           if (lane == 0) total[r - above][list[j]] += sum[j];
         }
       }
-      if (live) sound = sound && stream.sound(rows == rect.rows) && (rows < rect.rows || overrides.none_left());
+      if (live)
+        sound = sound && stream.sound(rows == rect.rows) && (rows < rect.rows || overrides.none_left());
       // The next tile's first row may lie where this one's last rows are still being read.
       block_sync();
     }

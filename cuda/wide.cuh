@@ -1,21 +1,23 @@
-// The decode path: an output whose f32 sum is not finite is computed again, from the fine-tuned words themselves, in
-// f64, where products of two f32 are exact and do not overflow. So NaN and infinities are those of the fine-tuned weights,
-// whatever the base, the differences and the order of f32 sums made of them. Slow and plain on purpose.
+// The decode path: an output whose f32 sum is not finite is computed again, from the fine-tuned words
+// themselves, in f64, where products of two f32 are exact and do not overflow. So NaN and infinities are
+// those of the fine-tuned weights, whatever the base, the differences and the order of f32 sums made of them.
+// Slow and plain on purpose.
 //
 //   for each tenant, for each row of the panel with such an output, for each tile column:
-//     base row -> shared memory; the row's words: one thread walks the entries, or a warp decodes down from the tile's top
-//     for each such output: 256 partial sums in f64, then a tree
+//     base row -> shared memory; the row's words: one thread walks the entries, or a warp decodes down from
+//     the tile's top for each such output: 256 partial sums in f64, then a tree
 //
-// Tiles found corrupt before are not taken again. Shared memory: the 32 KiB that stage x and rows before, and 2 KiB.
+// Tiles found corrupt before are not taken again. Shared memory: the 32 KiB that stage x and rows before, and
+// 2 KiB.
 #pragma once
 
-#include "streams.cuh"
 #include "sparse.cuh"
+#include "streams.cuh"
 
 namespace xorz {
 
 template <class W>
-XORZ_DEVICE void override_row(const View& v, uint64_t tile, uint32_t row, uint32_t cols, W* words) {
+XORZ_DEVICE void override_row(const View& v, uint32_t tile, uint32_t row, uint32_t cols, W* words) {
   Span span;
   if (!exceptions_of(v, tile, span)) return;
   const uint16_t* positions = reinterpret_cast<const uint16_t*>(v.bytes + v.exception_positions);
@@ -28,7 +30,8 @@ XORZ_DEVICE void override_row(const View& v, uint64_t tile, uint32_t row, uint32
 
 // As the oracle does it (src/codec/sparse.rs): one lane, entry after entry.
 template <class D>
-XORZ_DEVICE void walk_row(const View& v, uint64_t tile, uint32_t lane, uint32_t cols, typename D::Word* words) {
+XORZ_DEVICE void walk_row(const View& v, uint32_t tile, uint32_t lane, uint32_t cols,
+                          typename D::Word* words) {
   using W = typename D::Word;
   Records<W> records;
   if (!records_of(v, tile, records)) return;
@@ -46,14 +49,16 @@ XORZ_DEVICE void walk_row(const View& v, uint64_t tile, uint32_t lane, uint32_t 
 
 // Row `row` of a tile, decoded from the tile's top. A warp calls.
 template <class W>
-XORZ_DEVICE void decode_row(const View& v, uint64_t tile, const Rect& rect, uint32_t row, const W* weight, W* words) {
+XORZ_DEVICE void decode_row(const View& v, uint32_t tile, const Rect& rect, uint32_t row, const W* weight,
+                            W* words) {
   const uint32_t lane = thread_index() % 32;
   Stream<W> stream;
   if (!stream.begin(v, tile)) return;
   for (uint32_t r = 0; r <= row; r++)
     for (uint32_t c = 0; c < rect.cols; c += 32) {
       const bool here = c + lane < rect.cols;
-      const W word = stream.step(here ? load_once(weight + (rect.r0 + r) * v.k + rect.c0 + c + lane) : W(0), here);
+      const W word =
+          stream.step(here ? load_once(weight + (rect.r0 + r) * v.k + rect.c0 + c + lane) : W(0), here);
       if (here && r == row) words[c + lane] = word;
     }
 }
@@ -65,18 +70,21 @@ struct Wide {
   double part[kWarps * 32];
 };
 
-// The row of words `row` (of the matrix), columns c0 .., that the rows of `tenant` are multiplied with; `cols` of them.
+// The row of words `row` (of the matrix), columns c0 .., that the rows of `tenant` are multiplied with;
+// `cols` of them.
 template <class D, uint32_t M>
-XORZ_DEVICE void fetch_row(const Batch<M>& batch, uint32_t tenant, const Product<typename D::Word>& p, uint64_t row,
-                           uint64_t c0, uint32_t cols, typename D::Word* words) {
+XORZ_DEVICE void fetch_row(const Batch<M>& batch, uint32_t tenant, const Product<typename D::Word>& p,
+                           uint64_t row, uint64_t c0, uint32_t cols, typename D::Word* words) {
   using W = typename D::Word;
   const View& v = batch.view[tenant];
   const uint32_t way = batch.way[tenant];
-  const W* from = (way == kOnOwnWords ? reinterpret_cast<const W*>(v.bytes + v.payload) : p.weight) + row * p.k + c0;
+  const W* from =
+      (way == kOnOwnWords ? reinterpret_cast<const W*>(v.bytes + v.payload) : p.weight) + row * p.k + c0;
   for (uint32_t c = thread_index(); c < cols; c += kWarps * 32) words[c] = load_once(from + c);
   block_sync();
   if (way == kOnEntries || way == kOnStream) {
-    const uint64_t tile = (row >> v.rows_log2) * v.across + (c0 >> v.cols_log2);
+    const uint32_t tile =
+        static_cast<uint32_t>(row >> v.rows_log2) * v.across + static_cast<uint32_t>(c0 >> v.cols_log2);
     const Rect rect = rect_of(v, tile);
     const uint32_t r = static_cast<uint32_t>(row - rect.r0);
     if (way == kOnEntries && thread_index() == 0) walk_row<D>(v, tile, r, cols, words);
@@ -87,8 +95,8 @@ XORZ_DEVICE void fetch_row(const Batch<M>& batch, uint32_t tenant, const Product
   }
 }
 
-// Compute and write the outputs that `wide.again` asks for, of the panel at row `r0` and the rows of x from `m0` on. The
-// block calls.
+// Compute and write the outputs that `wide.again` asks for, of the panel at row `r0` and the rows of x from
+// `m0` on. The block calls.
 template <class D, uint32_t M>
 XORZ_DEVICE void compute_again(Wide<M>& wide, typename D::Word* words, const Batch<M>& batch,
                                const Product<typename D::Word>& p, uint64_t m0, uint64_t r0) {

@@ -37,7 +37,8 @@ XORZ_DEVICE W nan_word() {
 
 XORZ_DEVICE bool finite(float value) { return (bits_of(value) & 0x7F800000u) != 0x7F800000u; }
 
-// bf16, f16, f32: how a word becomes a value, a value of the dtype its word again, and any value the nearest word.
+// bf16, f16, f32: how a word becomes a value, a value of the dtype its word again, and any value the nearest
+// word.
 struct Bf16 {
   using Word = uint16_t;
   static constexpr uint32_t kCode = kBf16;
@@ -66,7 +67,8 @@ struct F32 {
   static XORZ_DEVICE uint32_t round(float value) { return bits_of(value); }
 };
 
-// The value of a word of 2 or 4 bytes of a dtype known at run time only, and the word of a value that it holds.
+// The value of a word of 2 or 4 bytes of a dtype known at run time only, and the word of a value that it
+// holds.
 XORZ_DEVICE float value_of(uint32_t dtype, uint16_t word) {
   return dtype == kF16 ? F16::value(word) : Bf16::value(word);
 }
@@ -81,7 +83,8 @@ XORZ_DEVICE W narrow_to(uint32_t dtype, float value) {
 template <class D>
 XORZ_DEVICE typename D::Word round_wide(double value) {
   const float near = static_cast<float>(value);
-  if (sizeof(typename D::Word) == 4 || !finite(near) || static_cast<double>(near) == value) return D::round(near);
+  if (sizeof(typename D::Word) == 4 || !finite(near) || static_cast<double>(near) == value)
+    return D::round(near);
   const uint32_t bits = bits_of(near);
   if (bits & 1) return D::round(near);
   const double there = near < 0 ? -static_cast<double>(near) : static_cast<double>(near);
@@ -92,8 +95,10 @@ XORZ_DEVICE typename D::Word round_wide(double value) {
 // Word `i` of sixteen bytes.
 template <class W>
 XORZ_DEVICE W word_in(const Vector& vector, uint32_t i) {
-  if constexpr (sizeof(W) == 4) return static_cast<W>(vector.part[i]);
-  else return static_cast<W>(vector.part[i * sizeof(W) / 4] >> (8 * (i * sizeof(W) % 4)));
+  if constexpr (sizeof(W) == 4)
+    return static_cast<W>(vector.part[i]);
+  else
+    return static_cast<W>(vector.part[i * sizeof(W) / 4] >> (8 * (i * sizeof(W) % 4)));
 }
 
 template <class T>

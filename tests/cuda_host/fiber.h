@@ -1,5 +1,5 @@
-// Threads that give way by themselves: a stack each, switched by saving what the calling convention asks to keep. Tells
-// the address sanitizer of every switch. Must hold no scheduling.
+// Threads that give way by themselves: a stack each, switched by saving what the calling convention asks to
+// keep. Tells the address sanitizer of every switch. Must hold no scheduling.
 #pragma once
 
 #include <cstddef>
@@ -10,19 +10,23 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
+#if defined(XORZ_TSAN)
+#include <sanitizer/tsan_interface.h>
+#endif
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
 
 namespace host {
 
-constexpr size_t kStack = 64 * 1024 * (
+constexpr size_t kStack = 64 * 1024 *
+                          (
 #if defined(__SANITIZE_ADDRESS__)
-                                          4
+                              4
 #else
-                                          1
+                              1
 #endif
-                                      );
+                          );
 
 struct Fiber {
   char* stack = nullptr;
@@ -31,7 +35,8 @@ struct Fiber {
 #else
   ucontext_t context;
 #endif
-  void* fake = nullptr;  // of the address sanitizer
+  void* fake = nullptr;    // of the address sanitizer
+  void* thread = nullptr;  // of the thread sanitizer
 };
 
 #if defined(__x86_64__)
@@ -53,6 +58,10 @@ inline void switch_fiber(Fiber& from, Fiber& to, [[maybe_unused]] bool last) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(last ? nullptr : &from.fake, to.stack ? to.stack : main_stack,
                                  to.stack ? kStack : main_stack_bytes);
+#endif
+#if defined(XORZ_TSAN)
+  if (from.thread == nullptr) from.thread = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(to.thread, __tsan_switch_to_fiber_no_sync);
 #endif
 #if defined(__x86_64__)
   xorz_switch_stack(&from.saved, to.saved);
@@ -83,6 +92,9 @@ inline void prepare(Fiber& fiber, void (*entry)()) {
   __asan_unpoison_memory_region(fiber.stack, kStack);
   fiber.fake = nullptr;
 #endif
+#if defined(XORZ_TSAN)
+  if (fiber.thread == nullptr) fiber.thread = __tsan_create_fiber(0);
+#endif
 #if defined(__x86_64__)
   uint64_t* top = reinterpret_cast<uint64_t*>(fiber.stack + kStack) - 1;
   *--top = reinterpret_cast<uint64_t>(entry);
@@ -94,6 +106,18 @@ inline void prepare(Fiber& fiber, void (*entry)()) {
   fiber.context.uc_stack.ss_size = kStack;
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, entry, 0);
+#endif
+}
+
+// What comes before `publish` in one thread comes before what follows `observe` in another.
+inline void publish([[maybe_unused]] void* what) {
+#if defined(XORZ_TSAN)
+  __tsan_release(what);
+#endif
+}
+inline void observe([[maybe_unused]] void* what) {
+#if defined(XORZ_TSAN)
+  __tsan_acquire(what);
 #endif
 }
 

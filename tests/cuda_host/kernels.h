@@ -1,22 +1,22 @@
-// Declares every kernel of cuda/, and lists them for the runner. A parameter list that differs from the kernel's own
-// would go unnoticed by a linker, so the kernels' sources are what is included.
+// Declares every kernel of cuda/, and lists them for the runner. A parameter list that differs from the
+// kernel's own would go unnoticed by a linker, so the kernels' sources are what is included.
 #pragma once
 
 #include "linear_small.cu"
 #include "restore.cu"
 
-#define XORZ_KERNELS(X)                                                                               \
-  X(xorz_delta_restore_8)                                                                             \
-  X(xorz_delta_restore_16)                                                                            \
-  X(xorz_delta_restore_32)                                                                            \
-  X(xorz_delta_restore_64)                                                                            \
-  X(xorz_delta_apply_8)                                                                               \
-  X(xorz_delta_apply_16)                                                                              \
-  X(xorz_delta_apply_32)                                                                              \
-  X(xorz_delta_apply_64)                                                                              \
-  X(xorz_linear_small_bf16_m4)                                                                        \
-  X(xorz_linear_small_bf16_m16)                                                                       \
-  X(xorz_linear_small_f16_m4)                                                                         \
-  X(xorz_linear_small_f16_m16)                                                                        \
-  X(xorz_linear_small_f32_m4)                                                                         \
+#define XORZ_KERNELS(X)         \
+  X(xorz_delta_restore_8)       \
+  X(xorz_delta_restore_16)      \
+  X(xorz_delta_restore_32)      \
+  X(xorz_delta_restore_64)      \
+  X(xorz_delta_apply_8)         \
+  X(xorz_delta_apply_16)        \
+  X(xorz_delta_apply_32)        \
+  X(xorz_delta_apply_64)        \
+  X(xorz_linear_small_bf16_m4)  \
+  X(xorz_linear_small_bf16_m16) \
+  X(xorz_linear_small_f16_m4)   \
+  X(xorz_linear_small_f16_m16)  \
+  X(xorz_linear_small_f32_m4)   \
   X(xorz_linear_small_f32_m16)

@@ -1,11 +1,13 @@
-// Runs launches that it reads from standard input and writes what they left in device memory to standard output: the
-// tests' side is tests/rust/cuda_kernels.rs (`Device`). A launch, little-endian:
+// Runs launches that it reads from standard input and writes what they left in device memory to standard
+// output: the tests' side is tests/rust/cuda_kernels.rs (`Device`). A launch, little-endian:
 //
-//   u32 length and bytes of the kernel's name; u32 blocks x, blocks y, threads; u64 seed; u32 whether to count sectors
-//   u32 parameters; each: u32 kind; 0, 1: u32, u64 value; 2: null; 3, 4: input, output: u64 size, u64 offset of its
+//   u32 length and bytes of the kernel's name; u32 blocks x, blocks y, threads; u64 seed; u32 whether to
+//   count sectors u32 parameters; each: u32 kind; 0, 1: u32, u64 value; 2: null; 3, 4: input, output: u64
+//   size, u64 offset of its
 //     address from a multiple of 256, bytes
 //
-// and back, for each parameter of kind 3, 4: u64 sectors of the launch, u64 sectors of its blocks; of kind 4: bytes.
+// and back, for each parameter of kind 3, 4: u64 sectors of the launch, u64 sectors of its blocks; of kind 4:
+// bytes.
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -14,7 +16,10 @@
 #include <utility>
 #include <vector>
 
-#include "kernels.h"
+#ifndef XORZ_KERNELS_HEADER
+#define XORZ_KERNELS_HEADER "kernels.h"
+#endif
+#include XORZ_KERNELS_HEADER
 
 namespace {
 
@@ -34,8 +39,8 @@ struct Entry {
 
 // Each kernel by its name, called with pointers to its parameters, as a driver would.
 const std::map<std::string, Entry>& kernels() {
-#define XORZ_ENTRY(name)                                                                         \
-  {#name,                                                                                        \
+#define XORZ_ENTRY(name)                                                                             \
+  {#name,                                                                                            \
    {[](void** params) { call(name, params, std::make_index_sequence<arity(decltype(&name){})>()); }, \
     arity(decltype(&name){})}},
   static const std::map<std::string, Entry> all = {XORZ_KERNELS(XORZ_ENTRY)};

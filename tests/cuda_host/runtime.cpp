@@ -1,10 +1,9 @@
 // Runs launches: fibers, their order, where they meet, and what they touch.
-#include "device.cuh"
-
 #include <algorithm>
 #include <cstdio>
 #include <random>
 
+#include "device.cuh"
 #include "fiber.h"
 
 extern "C" char __start_xorz_shared[] __attribute__((weak)), __stop_xorz_shared[] __attribute__((weak));
@@ -35,8 +34,15 @@ Fiber scheduler_;
 std::vector<Thread> threads_;
 std::vector<Warp> warps_;
 Thread* running_ = nullptr;
-std::vector<Thread*> ready_;
-size_t next_ready_ = 0;
+
+// Threads that can go on, in the order in which they came; at most as many as a block has. No container: the
+// thread sanitizer watches what those call.
+constexpr uint32_t kMostThreads = 1024;
+Thread* ready_[kMostThreads];
+uint32_t first_ready_ = 0, ready_count_ = 0;
+
+void push(Thread* thread) { ready_[(first_ready_ + ready_count_++) % kMostThreads] = thread; }
+
 std::mt19937_64 random_;
 uint32_t until_turn_ = 0;
 
@@ -47,32 +53,35 @@ struct Barrier {
 };
 Barrier barrier_;
 
-// The next thread that can go on; at random where there is a seed.
+// The next thread that goes on; at random where there is a seed.
 Thread* take() {
-  if (launch_.seed != 0 && ready_.size() - next_ready_ > 1)
-    std::swap(ready_[next_ready_], ready_[next_ready_ + random_() % (ready_.size() - next_ready_)]);
-  Thread* thread = ready_[next_ready_++];
-  if (next_ready_ == ready_.size()) {
-    ready_.clear();
-    next_ready_ = 0;
-  }
-  return thread;
+  Thread*& first = ready_[first_ready_];
+  if (launch_.seed != 0) std::swap(first, ready_[(first_ready_ + random_() % ready_count_) % kMostThreads]);
+  first_ready_ = (first_ready_ + 1) % kMostThreads;
+  ready_count_--;
+  return first;
 }
 
 void wait() { switch_fiber(running_->fiber, scheduler_, running_->done); }
 
+// One block begins when the one before it has ended.
+char blocks_;
+
 void entry() {
   fiber_begins();
+  observe(&blocks_);
   launch_.kernel(launch_.params);
+  publish(&blocks_);
   running_->done = true;
   wait();
   std::abort();
 }
 
-// The sanitizer keeps red zones between shared arrays, so it must not see this; eight bytes at a time, since it is done for
-// every block.
+// The sanitizer keeps red zones between shared arrays, so it must not see this; eight bytes at a time, since
+// it is done for every block.
 __attribute__((no_sanitize("address"), noinline)) void poison_shared() {
-  volatile uint64_t* at = reinterpret_cast<uint64_t*>((reinterpret_cast<uintptr_t>(__start_xorz_shared) + 7) / 8 * 8);
+  volatile uint64_t* at =
+      reinterpret_cast<uint64_t*>((reinterpret_cast<uintptr_t>(__start_xorz_shared) + 7) / 8 * 8);
   for (; reinterpret_cast<char*>(const_cast<uint64_t*>(at + 1)) <= __stop_xorz_shared; at = at + 1)
     *at = 0xA5A5A5A5A5A5A5A5u;
 }
@@ -82,19 +91,19 @@ void run_block() {
   threads_.resize(launch_.threads);
   warps_.assign((launch_.threads + 31) / 32, Warp());
   barrier_ = Barrier();
-  ready_.clear();
-  next_ready_ = 0;
+  first_ready_ = ready_count_ = 0;
   until_turn_ = 1 + random_() % 97;
   for (uint32_t i = 0; i < launch_.threads; i++) {
     threads_[i].index = i;
     threads_[i].done = false;
     threads_[i].met = 0;
     prepare(threads_[i].fiber, entry);
-    ready_.push_back(&threads_[i]);
+    push(&threads_[i]);
   }
+  publish(&blocks_);
   uint32_t live = launch_.threads;
   while (live > 0) {
-    if (ready_.empty()) {
+    if (ready_count_ == 0) {
       running_ = nullptr;
       fail("deadlock: " + std::to_string(live) + " threads wait for others, at the barrier of line " +
            std::to_string(barrier_.line) + " or in a collective");
@@ -103,6 +112,7 @@ void run_block() {
     switch_fiber(scheduler_, running_->fiber, false);
     live -= running_->done;
   }
+  observe(&blocks_);
 }
 
 void count(Buffer& buffer, uint64_t from, uint64_t to) {
@@ -142,11 +152,14 @@ void touch(const void* at, uint32_t bytes, bool write) {
   }
   if (last == buffers.size()) {
     std::string near = "no buffer";
+    int64_t least = 4096;
     for (size_t i = 0; i < buffers.size(); i++) {
       const int64_t offset = static_cast<int64_t>(from - reinterpret_cast<uintptr_t>(buffers[i].at));
-      if (offset > -4096 && offset < static_cast<int64_t>(buffers[i].size + 4096))
-        near = "byte " + std::to_string(offset) + " of buffer " + std::to_string(i) + " of " +
-               std::to_string(buffers[i].size);
+      const int64_t off = offset < 0 ? -offset : offset - static_cast<int64_t>(buffers[i].size);
+      if (off >= least) continue;
+      least = off;
+      near = "byte " + std::to_string(offset) + " of buffer " + std::to_string(i) + " of " +
+             std::to_string(buffers[i].size);
     }
     fail("an access of " + std::to_string(bytes) + " bytes outside of device memory: " + near);
   }
@@ -155,12 +168,12 @@ void touch(const void* at, uint32_t bytes, bool write) {
   if (launch_.count) count(buffers[last], from, from + bytes);
   if (launch_.seed != 0 && --until_turn_ == 0) {
     until_turn_ = 1 + random_() % 97;
-    ready_.push_back(running_);
+    push(running_);
     wait();
   }
 }
 
-const uint64_t* meet_warp(uint64_t brought, int line) {
+const uint64_t* meet_warp(uint64_t brought, int line, bool fence) {
   Thread& me = *running_;
   Meeting& meeting = warps_[me.index / 32].meeting[me.met++ % 2];
   const uint32_t lane = me.index % 32;
@@ -169,14 +182,16 @@ const uint64_t* meet_warp(uint64_t brought, int line) {
     fail("lanes of a warp in different collectives, of lines " + std::to_string(meeting.line) + " and " +
          std::to_string(line));
   meeting.brought[lane] = brought;
+  if (fence) publish(&meeting);
   if (++meeting.come < 32) {
     wait();
   } else {
     meeting.come = 0;
     const uint32_t first = me.index / 32 * 32;
     for (uint32_t i = first; i < first + 32; i++)
-      if (i != me.index) ready_.push_back(&threads_[i]);
+      if (i != me.index) push(&threads_[i]);
   }
+  if (fence) observe(&meeting);
   return meeting.brought;
 }
 
@@ -189,24 +204,28 @@ uint64_t meet_block(uint64_t brought, int line) {
     fail("threads of a block at different barriers, of lines " + std::to_string(barrier_.line) + " and " +
          std::to_string(line));
   barrier_.all |= brought;
+  publish(&barrier_);
   if (++barrier_.come < launch_.threads) {
     wait();
   } else {
     barrier_.come = 0;
     barrier_.left = barrier_.all;
     for (Thread& thread : threads_)
-      if (&thread != running_) ready_.push_back(&thread);
+      if (&thread != running_) push(&thread);
   }
+  observe(&barrier_);
   return barrier_.left;
 }
 
 void run(const Launch& launch) {
   launch_ = launch;
   random_.seed(launch.seed);
-  if (launch.threads % 32 != 0 || launch.threads > 1024) fail("a block of " + std::to_string(launch.threads) + " threads");
+  if (launch.threads % 32 != 0 || launch.threads > kMostThreads)
+    fail("a block of " + std::to_string(launch.threads) + " threads");
   for (block_y_ = 0; block_y_ < launch.blocks_y; block_y_++)
     for (block_x_ = 0; block_x_ < launch.blocks_x; block_x_++) {
-      for (Buffer& buffer : *launch.buffers) std::fill(buffer.seen_by_block.begin(), buffer.seen_by_block.end(), 0);
+      for (Buffer& buffer : *launch.buffers)
+        std::fill(buffer.seen_by_block.begin(), buffer.seen_by_block.end(), 0);
       run_block();
     }
 }

@@ -1,8 +1,8 @@
-// The machine that cuda/device.cuh asks for, on the host: a fiber per CUDA thread, one block at a time, one thread of the
-// operating system. Stricter than a GPU where a GPU would be silent: every access to device memory must lie, aligned, in
-// a buffer of the launch; a warp's lanes must meet in the same collective, a block's threads at the same barrier; shared
-// memory holds rubbish when a block begins. `seed` orders fibers at random, and takes turns at loads of device memory.
-// Must hold no kernel and no test.
+// The machine that cuda/device.cuh asks for, on the host: a fiber per CUDA thread, one block at a time, one
+// thread of the operating system. Stricter than a GPU where a GPU would be silent: every access to device
+// memory must lie, aligned, in a buffer of the launch; a warp's lanes must meet in the same collective, a
+// block's threads at the same barrier; shared memory holds rubbish when a block begins. `seed` orders fibers
+// at random, and takes turns at loads of device memory. Must hold no kernel and no test.
 #pragma once
 
 #include <cmath>
@@ -25,8 +25,8 @@ struct Index {
 };
 Index where();
 
-// Device memory of a launch, and the 32-byte sectors that were touched: by the launch, and summed over its blocks, each
-// of which counts a sector once.
+// Device memory of a launch, and the 32-byte sectors that were touched: by the launch, and summed over its
+// blocks, each of which counts a sector once.
 struct Buffer {
   uint8_t* at;
   uint64_t size;
@@ -51,8 +51,9 @@ void run(const Launch& launch);
 // One access of the running thread to device memory.
 void touch(const void* at, uint32_t bytes, bool write);
 
-// Collectives; `line` tells which one. A shared word that a lane brings, and those of all lanes when all have come.
-const uint64_t* meet_warp(uint64_t brought, int line);
+// Collectives; `line` tells which one. A word that each lane brings, and those of all lanes when all have
+// come. Only a `fence` orders memory: a GPU promises nothing of it for shuffles and votes.
+const uint64_t* meet_warp(uint64_t brought, int line, bool fence = false);
 uint64_t meet_block(uint64_t brought, int line);  // the bitwise or of what threads brought
 
 }  // namespace host
@@ -66,7 +67,7 @@ inline uint32_t blocks_x() { return host::where().blocks_x; }
 
 inline void block_sync(int line = __builtin_LINE()) { host::meet_block(0, line); }
 inline bool block_any(bool vote, int line = __builtin_LINE()) { return host::meet_block(vote, line) != 0; }
-inline void warp_sync(int line = __builtin_LINE()) { host::meet_warp(0, line); }
+inline void warp_sync(int line = __builtin_LINE()) { host::meet_warp(0, line, true); }
 inline uint32_t warp_ballot(bool vote, int line = __builtin_LINE()) {
   const uint64_t* all = host::meet_warp(vote, line);
   uint32_t bits = 0;
@@ -88,7 +89,9 @@ T warp_shuffle_xor(T value, uint32_t mask, int line = __builtin_LINE()) {
 }
 
 inline uint32_t bit_count(uint32_t bits) { return static_cast<uint32_t>(__builtin_popcount(bits)); }
-inline uint32_t first_bit(uint32_t bits) { return static_cast<uint32_t>(__builtin_ffs(static_cast<int>(bits)) - 1); }
+inline uint32_t first_bit(uint32_t bits) {
+  return static_cast<uint32_t>(__builtin_ffs(static_cast<int>(bits)) - 1);
+}
 
 template <class T>
 T load(const T* at) {
@@ -117,10 +120,13 @@ inline void store_shared(void* at, const Vector& v) {
   if (reinterpret_cast<uintptr_t>(at) % 16 != 0) host::fail("a misaligned store to shared memory");
   std::memcpy(at, &v, sizeof v);
 }
-inline void shared_or(uint32_t* at, uint32_t bits) { *at |= bits; }
+inline void shared_or(uint32_t* at, uint32_t bits) { __atomic_fetch_or(at, bits, __ATOMIC_RELAXED); }
 inline void raise_to(uint32_t* at, uint32_t value) {
   host::touch(at, sizeof *at, true);
-  *at = *at > value ? *at : value;
+  uint32_t now = __atomic_load_n(at, __ATOMIC_RELAXED);
+  while (now < value &&
+         !__atomic_compare_exchange_n(at, &now, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
 }
 
 inline uint32_t bits_of(float value) {

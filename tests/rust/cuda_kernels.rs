@@ -10,8 +10,8 @@ mod kernels;
 mod linear;
 
 use common::{Rng, adversarial, matrix, perturbed, value, word};
-use device::{After, Device, Launch};
-use kernels::{Fleet, LINEAR_OUT, LINEAR_STATUS, Linear, maps, on_tiles, restore};
+use device::{After, Device, Launch, Param, TSAN};
+use kernels::{Fleet, LINEAR_OUT, LINEAR_STATUS, Linear, assert_streams, maps, nudged, on_tiles, restore};
 use linear::{Case, DTYPES, ENCODINGS, first_difference, integers, values};
 use xorz::codec::Encoding;
 use xorz::matrix::{Dtype, Shape};
@@ -91,6 +91,18 @@ fn restore_and_apply_are_bit_exact_for_every_dtype_encoding_and_shape() {
                 let blob = case.blob.clone();
                 cases.push((case, blob));
             }
+            // Streams of narrow and of wide steps, a few exceptions among them.
+            let w = dtype.word_bytes();
+            for bits in [1, 3, 7, 8 * w as u32 - 3] {
+                let near = nudged(&mut rng, w, &base, bits, 0);
+                let fine_tuned = rng.mix(dtype, &near, &fine_tuned, 0.01);
+                let case = Case::new(dtype, shape, Encoding::Exponent, &base, &fine_tuned);
+                if n * k > 1000 {
+                    assert_streams(&case.blob);
+                }
+                let blob = case.blob.clone();
+                cases.push((case, blob));
+            }
         }
         check_restores(&device, &cases, &mut rng);
     }
@@ -112,7 +124,14 @@ fn tiles_of_every_size_are_restored() {
                 (Encoding::Exponent, 64, 512),
                 (Encoding::Exponent, 256, 256),
             ] {
+                let near = nudged(&mut rng, dtype.word_bytes(), &base, 4, 0);
+                let fine_tuned = if encoding == Encoding::Exponent {
+                    rng.mix(dtype, &near, &fine_tuned, 0.02)
+                } else {
+                    fine_tuned.clone()
+                };
                 let case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
+                assert_streams(&case.blob);
                 let blob = on_tiles(&case, rows, cols);
                 cases.push((case, blob));
             }
@@ -157,9 +176,12 @@ fn one_hot_x_gives_the_fine_tuned_column_exactly() {
     let Shape { n, k } = shape;
     for dtype in [Dtype::BF16, Dtype::F16] {
         let base = rng.weights(dtype, n * k);
-        let fine_tuned = perturbed(&mut rng, dtype, &base, 0.3);
+        let far = perturbed(&mut rng, dtype, &base, 0.3);
+        let near = nudged(&mut rng, 2, &base, 4, 0);
         for encoding in ENCODINGS {
-            let case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
+            let fine_tuned = if encoding == Encoding::Exponent { &near } else { &far };
+            let case = Case::new(dtype, shape, encoding, &base, fine_tuned);
+            assert_streams(&case.blob);
             let x: Vec<u8> =
                 (0..k * k).flat_map(|i| word(dtype, f64::from(u8::from(i / k == i % k)))).collect();
             for rows in [4, 16] {
@@ -213,10 +235,10 @@ fn mixes(
 fn exact_sums_equal_float64_bit_for_bit_in_any_mix() {
     let (device, mut rng) = (device(), Rng::new(82));
     for dtype in DTYPES {
-        for (n, k) in [(35, 259), (18, 4099), (1, 600), (33, 1), (70, 1032)] {
+        for (n, k) in [(35, 259), (18, 4099), (1, 600), (33, 1), (70, 1032), (2, 20_001)] {
             let shape = Shape { n, k };
             let fleet = Fleet::new(&mut rng, dtype, shape, |r, w| integers(r, dtype, w, 8), 0.1);
-            let numbers: &[usize] = if k > 4000 { &[1, 16] } else { &[1, 2, 4, 5, 16, 17, 40] };
+            let numbers: &[usize] = if k > 4000 { &[1, 16] } else { &[1, 4, 16, 19] };
             let mixes = mixes(&mut rng, &fleet, numbers, |r, w| integers(r, dtype, w, 3));
             let launches: Vec<_> = mixes.iter().map(|m| m.0.clone()).collect();
             for (after, (_, x, map)) in device.run(&launches).unwrap().iter().zip(&mixes) {
@@ -323,7 +345,9 @@ fn non_finite_results_are_those_of_the_tenants_weights() {
         let x_of = |r: &mut Rng, words: usize| {
             let plain = integers(r, dtype, words, 2);
             let odd = adversarial(r, dtype, words);
-            r.mix(dtype, &plain, &odd, 0.001)
+            let mut x = r.mix(dtype, &plain, &odd, 0.001);
+            x[..dtype.word_bytes()].copy_from_slice(&word(dtype, f64::INFINITY));
+            x
         };
         let mixes = mixes(&mut rng, &fleet, &[1, 9, 20], x_of);
         let launches: Vec<_> = mixes.iter().map(|m| m.0.clone()).collect();
@@ -345,6 +369,53 @@ fn non_finite_results_are_those_of_the_tenants_weights() {
             }
         }
         assert!(nans > 100 && infinities > 10, "only {nans} NaN and {infinities} infinities");
+    }
+}
+
+/// The parameter's bytes, so many past a multiple of 256.
+fn moved(param: &mut Param, by: u64) {
+    match param {
+        Param::In(_, offset) | Param::Out(_, offset) => *offset = by,
+        _ => panic!("no bytes"),
+    }
+}
+
+#[test]
+fn words_at_any_address_are_computed_on_and_deltas_at_odd_ones_refused() {
+    let (device, mut rng) = (device(), Rng::new(88));
+    for dtype in DTYPES {
+        let w = dtype.word_bytes() as u64;
+        for (n, k) in [(19, 1024), (18, 270)] {
+            let shape = Shape { n, k };
+            let fleet = Fleet::new(&mut rng, dtype, shape, |r, w| integers(r, dtype, w, 8), 0.1);
+            let x = integers(&mut rng, dtype, 6 * k, 3);
+            let map = [0, 3, 4, -1, 8, 2];
+            let mut launches = vec![];
+            for (at, by) in [(0, 1), (1, 3), (9, 5), (2, 1)] {
+                let mut launch = fleet.launch(&x, &map, 16, 1);
+                moved(&mut launch.params[at], by * w);
+                launches.push(launch);
+            }
+            for after in device.run(&launches).unwrap() {
+                assert_eq!(status(&after, LINEAR_STATUS), 0);
+                let difference =
+                    first_difference(dtype, &after[LINEAR_OUT].bytes, &fleet.reference(&x, &map));
+                assert_eq!(difference, None, "{dtype} {shape}");
+            }
+            for slot in [0, 3, 4] {
+                let case = fleet.case(slot);
+                for (from, to) in [(1, 1), (0, 3), (2, 5)] {
+                    let mut launch = restore(false, (0, shape), w as usize, &case.base, &case.blob, 3, 1);
+                    moved(&mut launch.params[0], from * w);
+                    moved(&mut launch.params[1], to * w);
+                    let mut odd = launch.clone();
+                    moved(&mut odd.params[2], 8);
+                    assert!(run_one(&device, launch)[1].bytes == case.fine_tuned, "{dtype} {shape}");
+                    let odd = run_one(&device, odd);
+                    assert!(status(&odd, 7) == 4 << 24 && odd[1].bytes.iter().all(|b| *b == 0xFF));
+                }
+            }
+        }
     }
 }
 
@@ -456,8 +527,12 @@ fn hostile(device: &Device, seed: u64, every: usize) {
         let base = rng.weights(dtype, 5400);
         let fine_tuned = tuned(&mut rng, dtype, &base, 0.05);
         let x = rng.weights(dtype, 2 * shape.k);
+        let near = nudged(&mut rng, dtype.word_bytes(), &base, 3, 0);
+        let near = rng.mix(dtype, &near, &fine_tuned, 0.01);
         for encoding in ENCODINGS {
-            let case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
+            let fine_tuned = if encoding == Encoding::Exponent { &near } else { &fine_tuned };
+            let case = Case::new(dtype, shape, encoding, &base, fine_tuned);
+            assert_streams(&case.blob);
             let mut launches = vec![];
             let mut blobs = vec![];
             let head = 0..HEADER_BYTES.min(case.blob.len());
@@ -521,7 +596,7 @@ fn hostile(device: &Device, seed: u64, every: usize) {
 
 #[test]
 fn broken_bytes_give_the_oracles_words_or_nan_and_a_status() {
-    hostile(&device(), 91, 5);
+    hostile(&device(), 91, 17);
 }
 
 #[test]
@@ -534,12 +609,35 @@ fn broken_bytes_harm_no_memory() {
         "-fsanitize-sections=xorz_shared",
     ];
     let device = Device::new("sanitized", &flags);
-    hostile(&device, 92, 29);
+    hostile(&device, 92, 97);
     let mut rng = Rng::new(93);
     let shape = Shape { n: 35, k: 259 };
     let fleet = Fleet::new(&mut rng, Dtype::BF16, shape, |r, w| integers(r, Dtype::BF16, w, 8), 0.1);
     let mixes = mixes(&mut rng, &fleet, &[3, 16], |r, w| integers(r, Dtype::BF16, w, 3));
     device.run(&mixes.iter().map(|m| m.0.clone()).collect::<Vec<_>>()).unwrap();
+}
+
+#[test]
+fn no_two_threads_race() {
+    let device = Device::new("raced", &["-O1", "-g1", TSAN]);
+    let mut rng = Rng::new(94);
+    let dtype = Dtype::BF16;
+    for (n, k) in [(35, 1030), (18, 4400)] {
+        let shape = Shape { n, k };
+        let words = |r: &mut Rng, words: usize| {
+            let plain = integers(r, dtype, words, 6);
+            let special = adversarial(r, dtype, words);
+            r.mix(dtype, &plain, &special, 0.0002)
+        };
+        let fleet = Fleet::new(&mut rng, dtype, shape, words, 0.1);
+        let mixes = mixes(&mut rng, &fleet, &[16], |r, w| integers(r, dtype, w, 3));
+        let mut launches: Vec<_> = mixes.into_iter().map(|m| m.0).collect();
+        for case in &fleet.cases {
+            launches.push(restore(false, (0, shape), 2, &case.base, &case.blob, 2, 1));
+            launches.push(restore(true, (0, shape), 2, &case.base, &case.blob, 2, 1));
+        }
+        device.run(&launches).unwrap();
+    }
 }
 
 #[test]

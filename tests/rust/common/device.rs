@@ -1,11 +1,11 @@
 //! The kernels of `cuda/`, compiled for the host (`tests/cuda_host`) and launched from here. Must hold no expectation.
 #![allow(dead_code, unreachable_pub)]
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
-use std::time::SystemTime;
+use std::sync::{Mutex, MutexGuard};
 
 /// One parameter of a kernel.
 #[derive(Clone)]
@@ -40,6 +40,9 @@ pub struct After {
     pub bytes: Vec<u8>,
 }
 
+/// Watches for races between threads.
+pub const TSAN: &str = "-fsanitize=thread";
+
 /// A build of the kernels.
 pub struct Device {
     runner: PathBuf,
@@ -50,9 +53,59 @@ pub fn root(dir: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(dir)
 }
 
-fn newest(dirs: &[&Path]) -> SystemTime {
-    let files = dirs.iter().flat_map(|d| std::fs::read_dir(d).unwrap().map(|e| e.unwrap()));
-    files.filter_map(|f| f.metadata().ok()?.modified().ok()).max().unwrap_or(SystemTime::UNIX_EPOCH)
+fn is_newer(built: &Path, sources: &[&Path]) -> bool {
+    let files = sources.iter().flat_map(|d| std::fs::read_dir(d).unwrap().map(|e| e.unwrap()));
+    let newest = files.filter_map(|f| f.metadata().ok()?.modified().ok()).max();
+    let at = built.metadata().and_then(|m| m.modified()).ok();
+    at.is_some_and(|at| Some(at) > newest)
+}
+
+/// Held by the test that builds `what`, while others need it.
+fn only_one(what: &str) -> MutexGuard<'static, ()> {
+    static BUILDS: Mutex<BTreeMap<String, &'static Mutex<()>>> = Mutex::new(BTreeMap::new());
+    let mut builds = BUILDS.lock().unwrap();
+    let one = *builds.entry(what.into()).or_insert_with(|| Box::leak(Box::default()));
+    drop(builds);
+    one.lock().unwrap_or_else(|p| p.into_inner())
+}
+
+fn compile(cuda: &Path, flags: &[&str], files: &[&Path], to: &Path) -> Result<(), String> {
+    // Another process may be at the same: whoever is last wins, with the same bytes.
+    let mine = to.with_extension(format!("{}.o", std::process::id()));
+    let out = Command::new(std::env::var("CXX").unwrap_or_else(|_| "c++".into()))
+        .args(["-std=c++20", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"])
+        .args(flags)
+        .arg("-I")
+        .arg(cuda)
+        .arg("-I")
+        .arg(root("tests/cuda_host"))
+        .args(files)
+        .arg("-o")
+        .arg(&mine)
+        .output()
+        .map_err(|e| format!("no C++ compiler: {e}"))?;
+    if !out.status.success() {
+        return Err(String::from_utf8_lossy(&out.stderr).into_owned());
+    }
+    std::fs::rename(&mine, to).map_err(|e| e.to_string())
+}
+
+/// The scheduler, without what the thread sanitizer would watch in it.
+fn runtime(flags: &[&str]) -> Result<PathBuf, String> {
+    let (cuda, host) = (root("cuda"), root("tests/cuda_host"));
+    let mut flags: Vec<&str> = flags
+        .iter()
+        .map(|f| if *f == TSAN { "-DXORZ_TSAN" } else { *f })
+        .filter(|f| !f.contains("KERNELS"))
+        .collect();
+    let name = flags.concat().replace(|c: char| !c.is_alphanumeric(), "_");
+    let object = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cuda_host_runtime_{name}"));
+    let _one = only_one(&name);
+    if !is_newer(&object, &[&cuda, &host]) {
+        flags.push("-c");
+        compile(&cuda, &flags, &[&host.join("runtime.cpp")], &object)?;
+    }
+    Ok(object)
 }
 
 impl Device {
@@ -62,34 +115,17 @@ impl Device {
     }
 
     /// Compile the kernels in `cuda`.
+    ///
+    /// # Errors
+    /// What the compiler said.
     pub fn of(name: &str, cuda: &Path, flags: &[&str]) -> Result<Self, String> {
-        // Tests run side by side, and compiling is most of their time.
-        static BUILDING: Mutex<()> = Mutex::new(());
-        let _one = BUILDING.lock().unwrap_or_else(|p| p.into_inner());
+        let _one = only_one(name);
         let host = root("tests/cuda_host");
         let runner = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cuda_host_{name}"));
-        let built = runner.metadata().and_then(|m| m.modified());
-        if built.is_ok_and(|at| at > newest(&[cuda, &host])) {
-            return Ok(Self { runner });
+        if !is_newer(&runner, &[cuda, &host]) {
+            let runtime = runtime(flags)?;
+            compile(cuda, flags, &[&host.join("runner.cpp"), &runtime], &runner)?;
         }
-        let mine = runner.with_extension(std::process::id().to_string());
-        let out = Command::new(std::env::var("CXX").unwrap_or_else(|_| "c++".into()))
-            .args(["-std=c++20", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"])
-            .args(flags)
-            .arg("-I")
-            .arg(cuda)
-            .arg("-I")
-            .arg(&host)
-            .args(["-x", "c++"])
-            .args([host.join("runner.cpp"), host.join("runtime.cpp")])
-            .arg("-o")
-            .arg(&mine)
-            .output()
-            .map_err(|e| format!("no C++ compiler: {e}"))?;
-        if !out.status.success() {
-            return Err(String::from_utf8_lossy(&out.stderr).into_owned());
-        }
-        std::fs::rename(&mine, &runner).map_err(|e| e.to_string())?;
         Ok(Self { runner })
     }
 
@@ -100,6 +136,7 @@ impl Device {
     pub fn run(&self, launches: &[Launch]) -> Result<Vec<Vec<After>>, String> {
         let mut child = Command::new(&self.runner)
             .env("ASAN_OPTIONS", "detect_leaks=0")
+            .env("TSAN_OPTIONS", "halt_on_error=1 report_signal_unsafe=0 exitcode=66")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

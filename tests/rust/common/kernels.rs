@@ -1,12 +1,44 @@
 //! Launches of the kernels of `cuda/` as their host side will make them (cuda/README.md), and tenants to serve.
 #![allow(dead_code, unreachable_pub)]
 
-use super::common::{Rng, matrix};
+use super::common::{Rng, matrix, value};
 use super::device::{Launch, Param};
 use super::linear::Case;
 use xorz::codec::{Encoding, Grid};
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::{Assembler, Piece, Plan, Resident, encode_tiles};
+
+/// Words a few steps from `base`, as `exponent` is made for: each moved by less than `2^(bits - 1)` times `2^low`.
+pub fn nudged(rng: &mut Rng, word_bytes: usize, base: &[u8], bits: u32, low: u32) -> Vec<u8> {
+    let one = |word: &[u8]| {
+        let mut bytes = [0; 8];
+        bytes[..word_bytes].copy_from_slice(word);
+        let step = (rng.next() >> (64 - bits)).wrapping_sub(1 << (bits - 1)) << low;
+        u64::from_le_bytes(bytes).wrapping_add(step).to_le_bytes()[..word_bytes].to_vec()
+    };
+    base.chunks(word_bytes).flat_map(one).collect()
+}
+
+/// Fine-tuned words that are exact where `words` are: steps of seven bits of mantissa, zeros and non-finite words kept.
+fn stepped_exactly(rng: &mut Rng, dtype: Dtype, base: &[u8]) -> Vec<u8> {
+    let low = match dtype {
+        Dtype::F16 => 3,
+        Dtype::F32 => 16,
+        _ => 0,
+    };
+    let w = dtype.word_bytes();
+    let moved = nudged(rng, w, base, 3, low);
+    let plain = |b: &[u8]| (1.0 / 64.0..1e4).contains(&value(dtype, b).abs());
+    base.chunks(w).zip(moved.chunks(w)).flat_map(|(b, m)| if plain(b) { m } else { b }.to_vec()).collect()
+}
+
+/// Whether the streams of an `exponent` delta hold a bit for each word, at least.
+pub fn assert_streams(blob: &[u8]) {
+    let h = *Resident::parse(blob).unwrap().header();
+    let words = h.shape.n * h.shape.k;
+    let bits = h.units as usize * 8 * h.dtype.word_bytes();
+    assert!(h.encoding != Encoding::Exponent || bits >= words, "streams of {bits} bits for {words} words");
+}
 
 /// A delta of `case` on other tiles than the encoder would choose.
 pub fn on_tiles(case: &Case, tile_rows: usize, tile_cols: usize) -> Vec<u8> {
@@ -139,8 +171,14 @@ impl Fleet {
         for (slot, encoding) in kinds.into_iter().enumerate() {
             let other = words(rng, shape.n * shape.k);
             let share = if slot == 2 { share / 20.0 } else { share };
-            let fine_tuned = rng.mix(dtype, &base, &other, share);
+            // A tenant of each kind that `exponent` has: nearly all in streams, or nearly all exceptions.
+            let streams = encoding == Exponent && slot != 10;
+            let near = if streams { stepped_exactly(rng, dtype, &base) } else { base.clone() };
+            let fine_tuned = rng.mix(dtype, &near, &other, if streams { share / 10.0 } else { share });
             let mut case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
+            if streams && shape.n * shape.k > 1000 {
+                assert_streams(&case.blob);
+            }
             let encoded = Resident::parse(&case.blob).unwrap().header().encoding;
             match slot {
                 1 if encoded == Sparse => case.blob = on_tiles(&case, 16, 256),

@@ -1,0 +1,190 @@
+"""Promise: every kernel compiles for every architecture without a spill or local memory, and costs what `cuda/gate.txt` says.
+
+`make cuda-gate`. Compiles cuda/*.cu for each architecture, spills and local memory being errors, and compares registers,
+shared memory, blocks a multiprocessor and the memory instructions of each kernel with the committed table. No GPU is needed.
+
+    gate.py [--write] [--only ARCH]...
+
+The compiler is nvcc of $XORZ_CUDA_TOOLS (or xorz/cuda in the user's cache), an environment made once from
+cuda/requirements.txt. `--write` replaces the table: say in the commit why it changed.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "cuda" / "gate.txt"
+ARCHS = (80, 86, 89, 90, 100, 120)
+THREADS = 256
+
+# What one multiprocessor has: registers, warps, blocks, shared memory in bytes (CUDA's occupancy tables).
+LIMITS = {
+    80: (65536, 64, 32, 164 << 10),
+    86: (65536, 48, 16, 100 << 10),
+    89: (65536, 48, 24, 100 << 10),
+    90: (65536, 64, 32, 228 << 10),
+    100: (65536, 64, 32, 228 << 10),
+    120: (65536, 48, 24, 100 << 10),
+}
+
+# Columns of the table: name, and what an instruction's name begins with.
+COUNTED = {
+    "ldg128": r"LDG\.E\.(\w+\.)*128",
+    "ldg": r"LDG\.E",
+    "stg128": r"STG\.E\.(\w+\.)*128",
+    "stg": r"STG\.E",
+    "lds": r"LDS",
+    "sts": r"STS",
+    "ffma": r"FFMA",
+    "shfl": r"SHFL",
+    "vote": r"VOTE",
+    "bar": r"BAR",
+    "local": r"(LDL|STL)",
+}
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
+
+
+def fail(text: str) -> None:
+    raise SystemExit(f"cuda-gate: {text}")
+
+
+def tools() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("XORZ_CUDA_TOOLS") or Path(cache) / "xorz" / "cuda")
+
+
+def toolchain() -> Path:
+    """The folder of nvcc; fetched once."""
+    home, wanted = tools(), ROOT / "cuda" / "requirements.txt"
+    stamp = home / "requirements.txt"
+    if not stamp.exists() or stamp.read_text() != wanted.read_text():
+        print(f"cuda-gate: fetching nvcc into {home}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        pip = [
+            home / "bin" / "python",
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "-r",
+            wanted,
+        ]
+        subprocess.run(pip, check=True)
+        stamp.write_text(wanted.read_text())
+    found = sorted(home.glob("lib/python3*/site-packages/nvidia/cu*/bin/nvcc"))
+    return found[0].parent if found else fail(f"no nvcc in {home}")
+
+
+def blocks(arch: int, registers: int, shared: int) -> int:
+    """How many blocks one multiprocessor holds."""
+    have, warps, most, memory = LIMITS[arch]
+    each = THREADS // 32
+    per_warp = -(-registers * 32 // 256) * 256
+    by_registers = have // per_warp // 4 * 4 // each
+    by_memory = memory // (-(-(shared + 1024) // 128) * 128)
+    return min(most, warps // each, by_registers, by_memory)
+
+
+def compiled(nvcc: Path, source: Path, arch: int, to: Path) -> dict[str, tuple[int, int]]:
+    """Compile one file for one architecture; registers and shared memory by kernel."""
+    strict = "-v,-warn-spills,-warn-lmem-usage"
+    command = [nvcc / "nvcc", "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Werror", "all-warnings"]
+    command += ["-Xptxas", strict, "-o", to, source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        said = [
+            line for line in done.stderr.splitlines() if "error" in line.lower() or "warning" in line.lower()
+        ]
+        fail(f"{source.name} for sm_{arch}: " + "\n  ".join(said[:8] or [done.stderr[-2000:]]))
+    found, kernel = {}, None
+    for line in done.stderr.splitlines():
+        if m := re.search(r"Compiling entry function '(\w+)'", line):
+            kernel = m[1]
+        if m := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            found[kernel] = (int(m[1]), int(shared[1]) if shared else 0)
+    return found
+
+
+def instructions(nvcc: Path, cubin: Path) -> dict[str, Counter]:
+    text = subprocess.run(
+        [nvcc / "cuobjdump", "-sass", cubin], check=True, capture_output=True, text=True
+    ).stdout
+    counts, kernel = {}, None
+    for line in text.splitlines():
+        if m := re.search(r"Function : (\S+)", line):
+            kernel = counts.setdefault(m[1], Counter())
+        elif (m := INSTRUCTION.search(line)) and kernel is not None:
+            # ptxas puts loads that are never executed round copies to shared memory.
+            if "@!PT" not in line:
+                kernel[m[1]] += 1
+    return counts
+
+
+def rows(archs) -> list[str]:
+    nvcc = toolchain()
+    out = []
+    with tempfile.TemporaryDirectory() as work:
+        for source in sorted((ROOT / "cuda").glob("*.cu")):
+            for arch in archs:
+                cubin = Path(work) / f"{source.stem}_{arch}.cubin"
+                used = compiled(nvcc, source, arch, cubin)
+                counts = instructions(nvcc, cubin)
+                for kernel in sorted(used):
+                    registers, shared = used[kernel]
+                    each = [
+                        sum(n for name, n in counts[kernel].items() if re.match(p, name))
+                        for p in COUNTED.values()
+                    ]
+                    if each[-1]:
+                        fail(f"{kernel} for sm_{arch} uses local memory")
+                    cells = [
+                        registers,
+                        shared,
+                        blocks(arch, registers, shared),
+                        sum(counts[kernel].values()),
+                        *each[:-1],
+                    ]
+                    out.append(f"{kernel:28} {arch:4} " + " ".join(f"{cell:7}" for cell in cells))
+                print(f"cuda-gate: {source.name} for sm_{arch}", flush=True)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--only", type=int, action="append", choices=ARCHS)
+    args = parser.parse_args()
+    found = rows(args.only or ARCHS)
+    names = ["regs", "shared", "blocks", "instr", *list(COUNTED)[:-1]]
+    head = [
+        "# Written by `make cuda-gate ARGS=--write` and compared by `make cuda-gate`: what ptxas makes of each kernel, at",
+        "# 256 threads a block. blocks: of one multiprocessor, by registers and shared memory. Instructions are counted in",
+        "# the code, not as executed. No spills and no local memory anywhere.",
+        f"{'# kernel':28} {'sm':>4} " + " ".join(f"{name:>7}" for name in names),
+    ]
+    if args.write:
+        if args.only:
+            fail("--write takes all architectures")
+        TABLE.write_text("\n".join([*head, *found]) + "\n")
+        return
+    kept = [line for line in TABLE.read_text().splitlines() if not line.startswith("#")]
+    if args.only:
+        kept = [line for line in kept if int(line.split()[1]) in args.only]
+    differ = sorted(set(kept) ^ set(found))
+    for line in differ:
+        print(("- " if line in kept else "+ ") + line)
+    if differ:
+        fail("cuda/gate.txt says otherwise; if that is meant, write it anew and say why")
+    print(f"cuda-gate: {len(found)} rows as in cuda/gate.txt")
+
+
+if __name__ == "__main__":
+    main()
