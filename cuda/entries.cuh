@@ -1,8 +1,7 @@
 // What `sparse` tenants' entries add to the base product: the base is not touched.
 //
-//   rounds of up to X rows of x (X = 4, f32: 2), tenants in the order of the batch; a round's rows of one
-//   tenant are a segment, and the 16 half warps are shared out evenly among its segments (16, 8, 4 or 4 a
-//   segment)
+//   rounds of up to X rows of x (X = 4, f32: 2), tenants in the order of the batch; a round's rows of one tenant
+//   are a segment, and the 16 half warps are shared out evenly among its segments (16, 8, 4 or 4 a segment)
 //     for each 4096 columns: the round's rows of x -> shared memory (16-byte loads)
 //       for each tile of them: a half warp is 16 lanes (rows of W) and takes a run of the tile's records:
 //         sum its gaps; block_sync; begin where the runs before it end
@@ -11,9 +10,8 @@
 //
 // Order of one output: entries of a run first to last, tile after tile, one FMA each; runs 0, 1, ... added up
 // from 0; the result added to the total. Runs depend on how many segments share the round: a row's bits
-// depend on the map of tenants, never on another row's values. Longest chain: the lane's entries + 16 runs
-// + 1. Shared memory: 32 KiB of x, 2 KiB of gap sums, 4 KiB (f32: 2) of sums. Registers: X sums, 2 of walk, X
-// words.
+// depend on the map of tenants, never on another row's values. Longest chain: the lane's entries + 16 runs + 1.
+// Shared memory: 32 KiB of x, 2 KiB of gap sums, 4 KiB of sums. Registers: X sums, 2 of walk, X words.
 #pragma once
 
 #include "batch.cuh"

@@ -2,14 +2,14 @@
 //
 //   step (32 columns of one row, lane l the l-th):
 //     w     = widths[class of the base word]                    0 where the lane has no column
-//     takes = ballot(lane holds fewer than w bits)              who takes the next units, in the order of
-//     lanes unit  = stream[at + lanes below me that take]; at += popc(takes) v     = the lane's next w bits;
-//     word = base + v - 2^(w-1)
+//     takes = ballot(lane holds fewer than w bits)              who takes the next units, in the order of lanes
+//     unit  = stream[at + lanes below me that take]; at += popc(takes)
+//     v     = the lane's next w bits;  word = base + v - 2^(w-1)
 //
 // The chain from step to step is held -> ballot -> at: no memory. Units come from a window of 128 in
 // registers, four a lane, of which two are still on their way: 32 consecutive units a load, each read once.
-// Two shuffles pick a unit. Registers of a lane: bits 1 (2 for words of 4 and 8 bytes), held 1, window 4 (8
-// for 8 bytes), position 2, width 1.
+// Two shuffles pick a unit.
+// Registers of a lane: bits 1 (2 for words of 4 and 8 bytes), held 1, window 4 (8 for 8 bytes), position 2, width 1.
 #pragma once
 
 #include "resident.cuh"

@@ -4,16 +4,16 @@
 //   block (i, j): rows 16 i .. of W (a panel), rows M j .. of x
 //     sort the rows by tenant, open the tenants' deltas (batch.cuh)
 //     rows on the base's words (the base, `unchanged`, `sparse`), together: panel x rows in registers
-//     (product.cuh) each tenant with words of its own (`raw`): the same on its payload `sparse` tenants:
-//     their entries (entries.cuh) `exponent` tenants: decode and multiply, a warp a tenant (streams.cuh)
+//       (product.cuh)
+//     each tenant with words of its own (`raw`): the same on its payload
+//     `sparse` tenants: their entries (entries.cuh)
+//     `exponent` tenants: decode and multiply, a warp a tenant (streams.cuh)
 //     total + bias: finite -> round once -> y;  else again from the fine-tuned words in f64 (wide.cuh)
 //
 // The order of one output is that of the parts above, each documented in its file: total = 0; + base (or own)
-// product;
-// + entries; or + streams, tile column after tile column; + bias; one rounding to the dtype. Same call, same
-// bits; a row's bits may depend on which tenants share its block of rows, never on another row's values. A
-// NaN that was not in the inputs is written as 0x7FFF.. or with all bits set; only refused and corrupt deltas
-// give all bits set.
+// product; + entries; or + streams, tile column after tile column; + bias; one rounding to the dtype. Same
+// call, same bits; a row's bits may depend on which tenants share its block of rows, never on another row's
+// values. Payloads of NaN that are computed are unspecified; refused and corrupt deltas give all bits set.
 //
 // Bytes: base words once (`exponent` with other kinds of rows in the same block: twice, the second time from
 // L2), each tenant's tiles of the panel once (gaps of one byte again, from L1), x once a panel for each part,

@@ -1,13 +1,12 @@
 // Rows of words (of the base, or a tenant's own) times rows of x, in registers.
 //
-//   warp w: rows 4 (w % 4) .. + 3 of the panel; chunks w / 4, w / 4 + 2, ... of 32 lanes x 16 bytes of
-//   columns for each chunk: four 16-byte loads of W, once; for each row of x: one 16-byte load of x (L1), 4
-//   FMAs a column
+//   warp w: rows 4 (w % 4) .. + 3 of the panel; chunks w / 4, w / 4 + 2, ... of 32 lanes x 16 bytes
+//   for each chunk: four 16-byte loads of W, once; for each row of x: one 16-byte load of x (L1), 4 FMAs a column
 //
 // Order of one output: a lane's columns from left to right, one FMA each; lanes by a butterfly (16, 8, 4, 2,
 // 1); the even chunks' sum plus the odd ones'; then added to the total. It does not depend on the other rows.
-// With c columns a chunk (256, f32: 128) the longest chain is ceil(k / 2c) * c / 32 + 7 roundings. Registers:
-// 4 M sums, 4 x 8 values of W (f32: 4 x 4), 8 of x.
+// With c columns a chunk (256, f32: 128) the longest chain is ceil(k / 2c) * c / 32 + 7 roundings.
+// Registers: 4 M sums, 4 x 8 values of W (f32: 4 x 4), 8 of x.
 #pragma once
 
 #include "batch.cuh"

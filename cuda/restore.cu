@@ -2,15 +2,16 @@
 // of 1, 2, 4 and 8 bytes.
 //
 //   each block: open the delta (thread 0), refuse what does not fit
-//   unchanged:  copy the base (apply: nothing)         raw: copy the payload         16 bytes a thread and
-//   load sparse, a tile of 16 rows a block:
+//   unchanged: copy the base (apply: nothing), 16 bytes a load
+//   raw: copy the payload, 16 bytes a load
+//   sparse, a tile of 16 rows a block:
 //     copy the tile's base words (apply: they are there)
 //     16 runs of records x 16 rows: a thread sums its run's gaps; runs begin where those before end
 //     walk the run: base + difference(s) of one column, first to last, is its word
 //     exceptions
-//   exponent, a tile a warp, 2 KiB of a row at a time: 16-byte loads -> shared memory -> steps
-//   (exponent.cuh), the next
-//     2 KiB being loaded meanwhile -> 16-byte stores; exceptions when the tile is done
+//   exponent, a tile a warp, 2 KiB of a row at a time:
+//     16-byte loads -> shared memory -> steps (exponent.cuh), the next 2 KiB being loaded meanwhile -> 16-byte stores
+//     exceptions when the tile is done
 //
 // Where a tile contradicts itself: restore fills it with NaN (all bits set), apply leaves unspecified words
 // in it; both report. Where the delta does not fit, restore fills the matrix with NaN and apply leaves it as

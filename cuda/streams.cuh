@@ -3,14 +3,16 @@
 //
 //   for up to 8 tenants on one grid of tiles, for each tile column:
 //     for each row of the tile down to the panel's last: (rows above the panel are decoded and thrown away)
-//       the block: base row -> shared memory, 16-byte loads, the next row's on their way meanwhile;
-//       block_sync warp t: steps of 32 columns: word = decode (exponent.cuh), exceptions override; for each
-//       row of x one FMA lanes by a butterfly -> total
+//       the block: base row -> shared memory, 16-byte loads, the next row's on their way; block_sync
+//       warp t: steps of 32 columns: word = decode (exponent.cuh), exceptions override; an FMA for each row of x
+//       lanes by a butterfly -> total
 //
 // A base word is read once for 8 tenants of a grid, and again, from L2, where rows on the base's own words or
-// more grids are in the batch. Order of one output: a lane's columns from left to right, one FMA each; lanes
-// by a butterfly (16, 8, 4, 2, 1); added to the total, tile column after tile column. Longest chain: a tile's
-// columns / 32 + 5, and one a tile. Shared memory: 16 KiB (f32: 32). Registers: M sums, the stream's 11 to
+// more grids are in the batch.
+//
+// Order of one output: a lane's columns from left to right, one FMA each; lanes by a butterfly (16, 8, 4, 2, 1); added to the total, tile column after tile column. Longest chain: a tile's
+// columns / 32 + 5, and one a tile.
+// Shared memory: 16 KiB (f32: 32). Registers: M sums, the stream's 11 to
 // 16, 4 x 2 (f32: 4 x 4) of the next row.
 #pragma once
 

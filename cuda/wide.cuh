@@ -5,7 +5,8 @@
 //
 //   for each tenant, for each row of the panel with such an output, for each tile column:
 //     base row -> shared memory; the row's words: one thread walks the entries, or a warp decodes down from
-//     the tile's top for each such output: 256 partial sums in f64, then a tree
+//       the tile's top
+//     for each such output: 256 partial sums in f64, then a tree
 //
 // Tiles found corrupt before are not taken again. Shared memory: the 32 KiB that stage x and rows before, and
 // 2 KiB.

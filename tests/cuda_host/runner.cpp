@@ -2,8 +2,9 @@
 // output: the tests' side is tests/rust/cuda_kernels.rs (`Device`). A launch, little-endian:
 //
 //   u32 length and bytes of the kernel's name; u32 blocks x, blocks y, threads; u64 seed; u32 whether to
-//   count sectors u32 parameters; each: u32 kind; 0, 1: u32, u64 value; 2: null; 3, 4: input, output: u64
-//   size, u64 offset of its
+//     count sectors
+//   u32 parameters; each: u32 kind; 0, 1: u32, u64 value; 2: null; 3, 4: input, output: u64 size, u64 offset
+//     of its
 //     address from a multiple of 256, bytes
 //
 // and back, for each parameter of kind 3, 4: u64 sectors of the launch, u64 sectors of its blocks; of kind 4:

@@ -43,7 +43,7 @@ uint32_t first_ready_ = 0, ready_count_ = 0;
 
 void push(Thread* thread) { ready_[(first_ready_ + ready_count_++) % kMostThreads] = thread; }
 
-std::mt19937_64 random_;
+std::minstd_rand random_;
 uint32_t until_turn_ = 0;
 
 struct Barrier {
@@ -219,7 +219,7 @@ uint64_t meet_block(uint64_t brought, int line) {
 
 void run(const Launch& launch) {
   launch_ = launch;
-  random_.seed(launch.seed);
+  random_.seed(static_cast<uint32_t>(launch.seed));
   if (launch.threads % 32 != 0 || launch.threads > kMostThreads)
     fail("a block of " + std::to_string(launch.threads) + " threads");
   for (block_y_ = 0; block_y_ < launch.blocks_y; block_y_++)
