@@ -1,5 +1,5 @@
 // Runs launches that it reads from standard input and writes what they left in device memory to standard
-// output: the tests' side is tests/rust/cuda_kernels.rs (`Device`). A launch, little-endian:
+// output: the tests' side is tests/rust/common/device.rs. A launch, little-endian:
 //
 //   u32 length and bytes of the kernel's name; u32 blocks x, blocks y, threads; u64 seed; u32 whether to
 //     count sectors

@@ -1,8 +1,8 @@
 //! Launches of the kernels of `cuda/` as their host side will make them (cuda/README.md), and tenants to serve.
 #![allow(dead_code, unreachable_pub)]
 
-use super::common::{Rng, matrix, value};
-use super::device::{Launch, Param};
+use super::common::{Rng, adversarial, matrix, perturbed, value};
+use super::device::{After, Device, Launch, Param};
 use super::linear::Case;
 use xorz::codec::{Encoding, Grid};
 use xorz::matrix::{Dtype, Shape};
@@ -250,4 +250,41 @@ pub fn maps(rng: &mut Rng, m: usize) -> Vec<Vec<i32>> {
     let streams = (0..m).map(|i| [3, 7, 8, 10][i % 4]).collect();
     let entries = (0..m).map(|i| [0, 1, 2, 9][i % 4]).collect();
     vec![distinct, vec![one; m], vec![-1; m], zipf, mixed, runs, streams, entries]
+}
+
+/// The kernels of this repository.
+pub fn device() -> Device {
+    Device::new("plain", &["-O2"])
+}
+
+/// The status word, parameter `at`.
+pub fn status(after: &[After], at: usize) -> u32 {
+    u32::from_le_bytes(after[at].bytes[..].try_into().unwrap())
+}
+
+/// Fine-tuned words with everything that arithmetic mishandles in a few places.
+pub fn tuned(rng: &mut Rng, dtype: Dtype, base: &[u8], share: f64) -> Vec<u8> {
+    let floating = matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16 | Dtype::F64);
+    let near = perturbed(rng, dtype, base, share);
+    let words = base.len() / dtype.word_bytes();
+    let odd = if floating { adversarial(rng, dtype, words) } else { rng.bytes(base.len()) };
+    rng.mix(dtype, &near, &odd, share / 8.0)
+}
+
+/// Every map of some numbers of rows, as launches, and what each shall give.
+pub fn mixes(
+    rng: &mut Rng,
+    fleet: &Fleet,
+    numbers: &[usize],
+    x_of: impl Fn(&mut Rng, usize) -> Vec<u8>,
+) -> Vec<(Launch, Vec<u8>, Vec<i32>)> {
+    let mut all = vec![];
+    for &m in numbers {
+        let x = x_of(rng, m * fleet.shape.k);
+        for map in maps(rng, m) {
+            let rows = if m <= 4 { 4 } else { 16 };
+            all.push((fleet.launch(&x, &map, rows, rng.next() % 3), x.clone(), map));
+        }
+    }
+    all
 }
