@@ -38,6 +38,9 @@ const CACHED_BYTES: usize = 8 << 20;
 /// Rows of W of one small-m task, at most: their totals are scratch (64 KiB).
 const MOST_ROWS: usize = 1024;
 
+/// Words of W that a small-m task takes at least: some 5 us. Waking another thread for less takes longer.
+const LEAST_WORDS: usize = 1 << 15;
+
 /// A record of sixteen entries and a row of x, gathered.
 const GATHERED_NS: f64 = 6.5;
 
@@ -124,7 +127,8 @@ impl Sizes {
             (true, _) => 128,
             _ => 256,
         };
-        let rows = base.n.div_ceil(16).min(most).next_multiple_of(tile_rows);
+        let least = (LEAST_WORDS / base.k.max(1)).min(MOST_ROWS);
+        let rows = base.n.div_ceil(16).min(most).max(least.min(base.n)).next_multiple_of(tile_rows);
         Self { rows, block: BLOCK, again_cached: false }
     }
 }
