@@ -344,6 +344,27 @@ def test_packed_state_dicts_are_served(family, tmp_path):
     check_served_from(family, tmp_path)
 
 
+def test_names_that_no_conversion_explains_are_refused(mixtral, tmp_path, monkeypatch):
+    import transformers.core_model_loading as loading
+
+    experts_one_by_one(mixtral, tmp_path)
+    tenants = xorz.attach(type(mixtral.base).from_pretrained(tmp_path / "base").eval())
+    expert = r"`model\.layers\.\d\.block_sparse_moe\.experts\.\d\.w\d\.weight`"
+
+    def broken(model, tensors):
+        raise RuntimeError("shape '[8, 2, 4]' is invalid for input of size 1")
+
+    def shuffled(model, tensors):
+        return {n: t.flip(0) for n, t in original(model, tensors).items()}
+
+    original = loading.revert_weight_conversion
+    for conversion in (broken, shuffled, lambda model, tensors: tensors):
+        monkeypatch.setattr(loading, "revert_weight_conversion", conversion)
+        with pytest.raises(KeyError, match=expert if conversion is not shuffled else "has no tensor `"):
+            tenants.load("ann", tmp_path / "ann.xorz")
+    assert tenants.names() == []
+
+
 # The layer of the notebook that xorz began as, and its fine-tunes.
 
 
