@@ -66,17 +66,28 @@ class Stored:
         if len(parts) == 1 and self.base[parts[0]] is tensor:
             return found[parts[0]]
         if tensor.dim() != 3:
-            return self._concat(parts, found)
+            return self._concat(name, parts, (0, _rows(tensor)), found)
         out: Experts = []
         for expert in range(tensor.size(0)):
             first = expert * tensor.size(1)
             inside = [p for p in parts if first <= self._places[p][1] < first + tensor.size(1)]
             changed = any(part in found for part in inside)
-            out.append(self._concat(inside, found) if changed else None)
+            last = first + tensor.size(1)
+            out.append(self._concat(name, inside, (first, last), found) if changed else None)
         return out
 
-    def _concat(self, parts: list[str], found: Mapping[str, Tensor]) -> Tensor:
-        """One delta of consecutive parts, those without one unchanged."""
+    def _concat(
+        self, name: str, parts: list[str], rows: tuple[int, int], found: Mapping[str, Tensor]
+    ) -> Tensor:
+        """One delta of the parts that make up these rows, those without one unchanged; ValueError if they do not."""
+        at = rows[0]
+        for part in parts:
+            at = self._places[part][2] if self._places[part][1] == at else -1
+        if at != rows[1]:
+            raise ValueError(
+                f"tensor `{parts[0]}` is a part of the model's `{name}`, of which the checkpoint does not hold every row of "
+                f"{rows[0]} to {rows[1]} once; it cannot be served"
+            )
         bases = [self.base[part] for part in parts]
         deltas = [
             found[part] if part in found else _ops.delta_encode(base, base)

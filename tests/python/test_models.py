@@ -357,7 +357,16 @@ def test_names_that_no_conversion_explains_are_refused(mixtral, tmp_path, monkey
     def shuffled(model, tensors):
         return {n: t.flip(0) for n, t in original(model, tensors).items()}
 
+    def halved(model, tensors):
+        found = original(model, tensors)
+        return {n: t for n, t in found.items() if not n.endswith("experts.2.w1.weight")}
+
     original = loading.revert_weight_conversion
+    monkeypatch.setattr(loading, "revert_weight_conversion", halved)
+    deltas = xorz.load_deltas(tmp_path / "base", tmp_path / "ann.xorz")
+    held = {n: d for n, d in deltas.items() if not n.endswith("experts.2.w1.weight")}
+    with pytest.raises(ValueError, match=r"does not hold every row of 384 to 576 once"):
+        tenants.load("ann", held)
     for conversion in (broken, shuffled, lambda model, tensors: tensors):
         monkeypatch.setattr(loading, "revert_weight_conversion", conversion)
         with pytest.raises(KeyError, match=expert if conversion is not shuffled else "has no tensor `"):
