@@ -7,7 +7,7 @@ a module asks for the slots of the rows that it was given, by their leading shap
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,11 @@ from torch import Tensor
 
 BASE = -1
 """The slot of the base."""
+
+
+def lasting() -> AbstractContextManager[Any]:
+    """For tensors that outlive a forward: made in inference mode, they would be of no use to a later one that trains."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 class RowMap:
@@ -50,7 +55,8 @@ class RowMap:
         self.root: RowMap = self if parent is None else parent.root
         self.carried = parent.carried if parent is not None else False
         self._release = release
-        self._tensor = torch.tensor(self.slots, dtype=torch.int32)
+        with lasting():
+            self._tensor = torch.tensor(self.slots, dtype=torch.int32)
         self._expanded: dict[Any, Tensor] = {}
         # What modules know of these slots: it cannot change while their tenants are held.
         self.touching: dict[Any, bool] = {}
@@ -101,7 +107,8 @@ class RowMap:
         key = (*lead, flattens)
         found = self._expanded.get(key)
         if found is None:
-            found = self._expand(tuple(lead), flattens, who)
+            with lasting():
+                found = self._expand(tuple(lead), flattens, who)
             if len(self._expanded) > 64:
                 self._expanded.clear()
             self._expanded[key] = found

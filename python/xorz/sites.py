@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import attention, compiled, experts, split
-from .rows import BASE, RowMap
+from .rows import BASE, RowMap, lasting
 
 if TYPE_CHECKING:
     from .tenants import Tenants
@@ -67,10 +67,9 @@ class Site:
     def add_piece(self, param: str, slot: int, offset: int, length: int) -> None:
         """The delta of `param` for `slot`."""
         self.pieces.setdefault(param, {})[slot] = (offset, length)
-        # Whoever loads in inference mode must not make what a training forward cannot save.
-        with torch.inference_mode(False):
+        with lasting():
             self._deltas[param, slot] = self.owner.arena.tensor[offset : offset + length]
-            self._fill(param)
+        self._fill(param)
 
     def add_value(self, param: str, slot: int, value: Tensor) -> None:
         """The tenant's own copy of a small tensor."""
@@ -91,9 +90,10 @@ class Site:
 
     def _fill(self, param: str) -> None:
         # A new tensor each time: forwards that run in other threads keep the one that they have.
-        table = torch.zeros(self.owner.capacity, 2, dtype=torch.int64)
-        for slot, piece in self.pieces.get(param, {}).items():
-            table[slot] = torch.tensor(piece)
+        with lasting():
+            table = torch.zeros(self.owner.capacity, 2, dtype=torch.int64)
+            for slot, piece in self.pieces.get(param, {}).items():
+                table[slot] = torch.tensor(piece)
         self.table[param] = table
 
     # What forwards read.
@@ -126,11 +126,12 @@ class Site:
             return None
         key, cached = (self._changes, self.owner.capacity), self._biases
         if cached is None or cached[0] is not base or cached[1] != key:
-            table, own = base.detach().expand(key[1] + 1, -1), self._changed(param, key[1])
-            if own:
-                table = table.clone()
-                for slot, value in own.items():
-                    table[slot] = value
+            with lasting():
+                table, own = base.detach().expand(key[1] + 1, -1), self._changed(param, key[1])
+                if own:
+                    table = table.clone()
+                    for slot, value in own.items():
+                        table[slot] = value
             cached = self._biases = (base, key, table)
         return cached[2]
 
@@ -166,7 +167,8 @@ class Site:
         base, cached = module._parameters[param], self._stack
         key = (self._changes, self.owner.capacity)
         if cached is None or cached[0] is not base or cached[1] != key:
-            cached = self._stack = (base, key, split.stacked(self._changed(param, key[1]), base, key[1]))
+            with lasting():
+                cached = self._stack = (base, key, split.stacked(self._changed(param, key[1]), base, key[1]))
         return cached[2]
 
     def call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import sites
 from .arena import Arena
 from .prepare import Prepared, prepare
-from .rows import BASE, Active, RowMap
+from .rows import BASE, Active, RowMap, lasting
 from .sites import Site
 
 Source = Any  # a package's path, a StateDelta, or name -> resident delta
@@ -139,7 +139,8 @@ class Tenants:
             raise ValueError(
                 f"tenant {tenant.name!r}: {tenant.path} has changed since it was loaded; swap or unload it"
             )
-        prepared = prepare(self.model, tenant.source, self.prefer)
+        with lasting():
+            prepared = prepare(self.model, tenant.source, self.prefer)
         if tenant.path is not None and _identity(tenant.path) != before:
             raise ValueError(f"tenant {tenant.name!r}: {tenant.path} was changed while it was read")
         tenant.identity = before

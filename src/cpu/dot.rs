@@ -253,9 +253,9 @@ impl<D: Float> TileProduct<'_, D> {
         }
     }
 
-    /// What rows `r..` and rows of x `j..`, `count` of each pair of them, ask for of the next block of columns, or of the next
-    /// tile: each piece an equal share, since all rows of x pass by before any of it is used. (The processor's own look-ahead
-    /// ends with every page, and a block of a row is one.)
+    /// What the piece of `rows` rows from `r` on with `columns` rows of x from `j` on asks for, of the next block of columns or
+    /// of the next tile: each pair of a row and a row of x the same share, since all rows of x pass by before any of it is used.
+    /// (The processor's own look-ahead ends with every page, and a block of a row is one.)
     #[inline(always)]
     fn ahead(&self, from: usize, (r, j): (usize, usize), (rows, columns): (usize, usize)) -> Ahead {
         let group = GROUP * D::BYTES;

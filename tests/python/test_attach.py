@@ -378,6 +378,32 @@ def test_large_tensors_that_no_op_serves_are_refused_and_small_ones_are_copied()
     assert tenants.names() == []
 
 
+@pytest.mark.parametrize("mode", ["fast", "deterministic"])
+def test_what_inference_mode_has_loaded_and_served_can_be_trained_through(mode):
+    """Tensors made in inference mode can never be saved for a backward pass."""
+    torch.manual_seed(4)
+    base = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4), nn.RMSNorm(4)).eval()
+    tuned = tune(base, 1)
+    tenants = xorz.attach(copy.deepcopy(base), mode=mode)
+    x = torch.randn(3, 16)
+    grads = {}
+    with torch.inference_mode():
+        tenants.load("t", xorz.diff(base, tuned))
+    for names in ("t", ["t", None, "t"]):
+        with tenants.use(names):
+            with torch.inference_mode():
+                tenants.model(x)
+            leaf = x.clone().requires_grad_()
+            tenants.model(leaf).square().sum().backward()
+            grads[str(names)] = leaf.grad
+    want = [x.clone().requires_grad_() for _ in range(2)]
+    for model, leaf in zip((tuned, base), want, strict=True):
+        model(leaf).square().sum().backward()
+    assert torch.allclose(grads["t"], want[0].grad, atol=1e-4)
+    mixed = torch.stack([want[0].grad[0], want[1].grad[1], want[0].grad[2]])
+    assert torch.allclose(grads["['t', None, 't']"], mixed, atol=1e-4)
+
+
 def test_the_model_stays_the_same_object_until_it_is_detached():
     base, _, tenants = family(Toy())
     model = tenants.model
