@@ -34,6 +34,8 @@ pub(crate) trait Float: Copy + Send + Sync + 'static {
     fn value(word: Self::Word) -> f32;
     /// Round to nearest, ties to even.
     fn round(value: f32) -> Self::Word;
+    /// [`Float::round`] of a finite value, without a branch where there is a way.
+    fn round_finite(value: f32) -> Self::Word;
     /// The word of a value that the dtype holds exactly; the oracle's choice of others (`codec::split::narrow`).
     fn narrow(value: f32) -> Self::Word;
     /// Write a word.
@@ -81,7 +83,7 @@ fn to_odd(value: f64, near: f32) -> f32 {
 
 macro_rules! floats {
     ($($name:ident: $word:ty, $shared:ty, $group:literal, $sixteen:literal, $load:ident, $widen:ident,
-       $value:expr, $round:expr, $narrow:expr;)*) => {$(
+       $value:expr, $round:expr, $finite:expr, $narrow:expr;)*) => {$(
         /// The dtype of this name.
         #[derive(Clone, Copy)]
         pub(crate) struct $name;
@@ -120,6 +122,10 @@ macro_rules! floats {
                 $round(value)
             }
             #[inline(always)]
+            fn round_finite(value: f32) -> $word {
+                $finite(value)
+            }
+            #[inline(always)]
             fn narrow(value: f32) -> $word {
                 $narrow(value)
             }
@@ -134,12 +140,13 @@ macro_rules! floats {
 floats! {
     BF16: u16, AtomicU16, 64, 32, load_bf16, widen_bf16,
         |w: u16| f32::from_bits(u32::from(w) << 16), |v: f32| half::bf16::from_f32(v).to_bits(),
+        |v: f32| (v.to_bits().wrapping_add(0x7FFF + (v.to_bits() >> 16 & 1)) >> 16) as u16,
         |v: f32| (v.to_bits() >> 16) as u16;
     F16: u16, AtomicU16, 64, 32, load_f16, widen_f16,
         |w: u16| half::f16::from_bits(w).to_f32(), |v: f32| half::f16::from_f32(v).to_bits(),
-        |v: f32| half::f16::from_f32(v).to_bits();
+        |v: f32| half::f16::from_f32(v).to_bits(), |v: f32| half::f16::from_f32(v).to_bits();
     F32: u32, AtomicU32, 128, 64, load_f32, widen_f32,
-        f32::from_bits, f32::to_bits, f32::to_bits;
+        f32::from_bits, f32::to_bits, f32::to_bits, f32::to_bits;
 }
 
 /// Words padded to whole groups.

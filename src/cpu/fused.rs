@@ -16,7 +16,6 @@ use super::plan::{BASE_COLUMNS, BLOCK, transposed};
 use super::scratch::{Buffer, Scratch};
 use super::simd::{GROUP, LANES, Simd};
 use super::sparse::{Gathered, Natural, Transposed};
-use super::wide;
 use crate::codec::{Encoding, Grid, Rect, SparseTile, Tile};
 use crate::error::{Error, Result};
 use std::marker::PhantomData;
@@ -33,7 +32,7 @@ pub(super) struct Block {
 
 impl Block {
     /// Which of the block's rows of x belong to `segment`, counted from the block's first.
-    fn part(&self, segment: &Segment<'_>) -> Range<usize> {
+    pub(super) fn part(&self, segment: &Segment<'_>) -> Range<usize> {
         let from = segment.rows.start.max(self.m0) - self.m0;
         from..segment.rows.end.min(self.m0 + self.m) - self.m0
     }
@@ -273,42 +272,6 @@ impl<D: Float> Job<'_, D> {
                         .add(s, &mut sc.entries, sums, strides)
                 })
                 .map_err(|e| e.within(format_args!("{}, tile {index}", segment.name())))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Bias, rounding, and the way out; band by band, so that a band with non-finite outputs is done again.
-    pub(super) fn finish<S: Simd>(
-        &self,
-        s: S,
-        block: Block,
-        segments: &[Segment<'_>],
-        (sums, strides): (&[f32], Strides),
-        sc: &mut Scratch,
-    ) -> Result<()> {
-        for segment in segments {
-            let tile_rows = segment.weights.grid().tile_rows;
-            for band in block.r0 / tile_rows..block.r1.div_ceil(tile_rows) {
-                let (r0, r1) = (band * tile_rows, ((band + 1) * tile_rows).min(self.n));
-                let mut again = [0u16; 256];
-                let mut any = false;
-                for j in block.part(segment) {
-                    let out = &self.out[self.row(block.m0 + j) * self.n..];
-                    for r in r0..r1 {
-                        let total = sums[(r - block.r0) * strides.row + j * strides.column];
-                        let value = segment.bias.map_or(total, |b| total + D::value_at(b, r));
-                        if value.is_finite() {
-                            D::put(&out[r], D::round(value));
-                        } else {
-                            again[r - r0] |= 1 << j;
-                            any = true;
-                        }
-                    }
-                }
-                if any {
-                    wide::linear(s, self, segment, band, block.m0, &again[..r1 - r0], sc)?;
-                }
             }
         }
         Ok(())

@@ -25,6 +25,7 @@ mod dot;
 mod encode;
 mod exec;
 mod exponent;
+mod finish;
 mod float;
 mod fused;
 mod grad;
