@@ -69,6 +69,30 @@ XORZ_DEVICE uint32_t place_of(const Product<W>& p, int32_t slot, const uint8_t*&
   return kOk;
 }
 
+// How the rows of a slot's tenant are computed; its delta, where it has one; what is refused is reported.
+template <class D>
+XORZ_DEVICE uint32_t open_tenant(const Product<typename D::Word>& p, int32_t slot, View& view) {
+  const uint64_t slots = p.slots == nullptr ? 1 : p.slot_count;
+  const uint8_t* bytes = nullptr;
+  uint64_t length = 0;
+  uint32_t code = kOk;
+  if (slot < -1 || (slot >= 0 && static_cast<uint64_t>(slot) >= slots)) code = kNoTenant;
+  if (code == kOk && slot >= 0) code = place_of(p, slot, bytes, length);
+  uint32_t way = kOnBase;
+  if (code == kOk && bytes != nullptr) {
+    code = open_delta(bytes, length, p.n, p.k, D::kCode, view);
+    if (code == kOk) {
+      way = view.encoding == kSparse     ? kOnEntries
+            : view.encoding == kExponent ? kOnStream
+            : view.encoding == kRaw      ? kOnOwnWords
+                                         : kOnBase;
+    }
+  }
+  if (code == kOk) return way;
+  report(p.status, code, p.slots == nullptr ? 0 : static_cast<uint32_t>(slot));
+  return kRefused;
+}
+
 // Sort the block's `rows` rows of x, the first of them row `m0`, and open what they need. The block calls.
 template <class D, uint32_t M>
 XORZ_DEVICE void gather_batch(Batch<M>& batch, const Product<typename D::Word>& p, uint64_t m0,
@@ -95,29 +119,7 @@ XORZ_DEVICE void gather_batch(Batch<M>& batch, const Product<typename D::Word>& 
   }
   block_sync();
   if (thread < batch.tenants) {
-    const int32_t slot = batch.slot[thread];
-    const uint64_t slots = p.slots == nullptr ? 1 : p.slot_count;
-    const uint8_t* bytes = nullptr;
-    uint64_t length = 0;
-    uint32_t code = kOk;
-    if (slot < -1 || (slot >= 0 && static_cast<uint64_t>(slot) >= slots)) code = kNoTenant;
-    if (code == kOk && slot >= 0) code = place_of(p, slot, bytes, length);
-    uint32_t way = kOnBase;
-    if (code == kOk && bytes != nullptr) {
-      View& view = batch.view[thread];
-      code = open_delta(bytes, length, p.n, p.k, D::kCode, view);
-      if (code == kOk) {
-        way = view.encoding == kSparse     ? kOnEntries
-              : view.encoding == kExponent ? kOnStream
-              : view.encoding == kRaw      ? kOnOwnWords
-                                           : kOnBase;
-      }
-    }
-    if (code != kOk) {
-      way = kRefused;
-      report(p.status, code, p.slots == nullptr ? 0 : static_cast<uint32_t>(slot));
-    }
-    batch.way[thread] = way;
+    batch.way[thread] = open_tenant<D>(p, batch.slot[thread], batch.view[thread]);
     batch.corrupt[thread] = 0;
   }
   block_sync();

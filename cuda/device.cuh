@@ -26,6 +26,12 @@ struct alignas(16) Vector {
 namespace xorz {
 
 XORZ_DEVICE uint32_t thread_index() { return threadIdx.x; }
+// As if it were news: what follows from it is computed where it is used, instead of being kept in a register.
+XORZ_DEVICE uint32_t thread_index_anew() {
+  uint32_t index = threadIdx.x;
+  asm volatile("" : "+r"(index));
+  return index;
+}
 XORZ_DEVICE uint32_t block_x() { return blockIdx.x; }
 XORZ_DEVICE uint32_t block_y() { return blockIdx.y; }
 XORZ_DEVICE uint32_t blocks_x() { return gridDim.x; }
@@ -82,6 +88,44 @@ XORZ_DEVICE Vector load_shared(const void* at) { return load_vector(at); }
 XORZ_DEVICE void store_shared(void* at, const Vector& v) { store_vector(at, v); }
 XORZ_DEVICE void shared_or(uint32_t* at, uint32_t bits) { atomicOr(at, bits); }
 XORZ_DEVICE void raise_to(uint32_t* at, uint32_t value) { atomicMax(at, value); }
+XORZ_DEVICE uint32_t add_to(uint32_t* at, uint32_t value) { return atomicAdd(at, value); }
+
+// Sixteen bytes of device memory on their way to shared memory, past the registers. A thread's copies since
+// its last `copies_end_group` are a group; when `wait_for_copies` returns, the thread's groups have arrived but
+// for the last N. Others see them after a barrier.
+XORZ_DEVICE void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+XORZ_DEVICE void copies_end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <uint32_t N>
+XORZ_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Four matrices of 8 rows of 16 bytes: lane l names row l % 8 of matrix l / 8, and gets, of each, the 4 bytes
+// at 4 (l % 4) of row l / 4. The whole warp calls.
+XORZ_DEVICE void load_matrices(uint32_t (&parts)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(parts[0]), "=r"(parts[1]), "=r"(parts[2]), "=r"(parts[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+// sums (16 x 8) += a (16 x 16) * b (16 x 8), in f32. The whole warp calls.
+XORZ_DEVICE void multiply_bf16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+XORZ_DEVICE void multiply_f16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
 XORZ_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 XORZ_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }

@@ -71,14 +71,12 @@ struct Wide {
   double part[kWarps * 32];
 };
 
-// The row of words `row` (of the matrix), columns c0 .., that the rows of `tenant` are multiplied with;
-// `cols` of them.
-template <class D, uint32_t M>
-XORZ_DEVICE void fetch_row(const Batch<M>& batch, uint32_t tenant, const Product<typename D::Word>& p,
-                           uint64_t row, uint64_t c0, uint32_t cols, typename D::Word* words) {
+// The row of words `row` (of the matrix), columns c0 .., that the rows of a tenant are multiplied with; `cols`
+// of them, within one tile. The block calls.
+template <class D>
+XORZ_DEVICE void fetch_row(const View& v, uint32_t way, const Product<typename D::Word>& p, uint64_t row,
+                           uint64_t c0, uint32_t cols, typename D::Word* words) {
   using W = typename D::Word;
-  const View& v = batch.view[tenant];
-  const uint32_t way = batch.way[tenant];
   const W* from =
       (way == kOnOwnWords ? reinterpret_cast<const W*>(v.bytes + v.payload) : p.weight) + row * p.k + c0;
   for (uint32_t c = thread_index(); c < cols; c += kWarps * 32) words[c] = load_once(from + c);
@@ -94,6 +92,22 @@ XORZ_DEVICE void fetch_row(const Batch<M>& batch, uint32_t tenant, const Product
     override_row(v, tile, r, cols, words);
     block_sync();
   }
+}
+
+// words . x, in thread 0; `part` holds a number a thread. The block calls, and must meet before it calls again.
+template <class D>
+XORZ_DEVICE double dot_wide(double* part, const typename D::Word* words, const typename D::Word* x,
+                            uint32_t cols) {
+  double sum = 0;
+  for (uint32_t c = thread_index(); c < cols; c += kWarps * 32)
+    sum += static_cast<double>(D::value(words[c])) * static_cast<double>(D::value(load_once(x + c)));
+  part[thread_index()] = sum;
+  XORZ_NO_UNROLL
+  for (uint32_t half = kWarps * 16; half > 0; half /= 2) {
+    block_sync();
+    if (thread_index() < half) part[thread_index()] += part[thread_index() + half];
+  }
+  return thread_index() == 0 ? part[0] : 0;
 }
 
 // Compute and write the outputs that `wide.again` asks for, of the panel at row `r0` and the rows of x from
@@ -116,21 +130,13 @@ XORZ_DEVICE void compute_again(Wide<M>& wide, typename D::Word* words, const Bat
       for (uint64_t c0 = 0; c0 < p.k; c0 += width) {
         const uint32_t cols = p.k - c0 < width ? static_cast<uint32_t>(p.k - c0) : width;
         block_sync();
-        fetch_row<D>(batch, t, p, r0 + r, c0, cols, words);
+        fetch_row<D>(batch.view[t], batch.way[t], p, r0 + r, c0, cols, words);
         XORZ_NO_UNROLL
         for (uint32_t left = again; left != 0; left &= left - 1) {
           const uint32_t j = first_bit(left);
           const auto* x = p.x + (m0 + j) * p.k + c0;
-          double part = 0;
-          for (uint32_t c = thread_index(); c < cols; c += kWarps * 32)
-            part += static_cast<double>(D::value(words[c])) * static_cast<double>(D::value(load_once(x + c)));
-          wide.part[thread_index()] = part;
-          XORZ_NO_UNROLL
-          for (uint32_t half = kWarps * 16; half > 0; half /= 2) {
-            block_sync();
-            if (thread_index() < half) wide.part[thread_index()] += wide.part[thread_index() + half];
-          }
-          if (thread_index() == 0) wide.sum[j] += wide.part[0];
+          const double sum = dot_wide<D>(wide.part, words, x, cols);
+          if (thread_index() == 0) wide.sum[j] += sum;
           block_sync();
         }
       }

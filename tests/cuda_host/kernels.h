@@ -2,6 +2,8 @@
 // kernel's own would go unnoticed by a linker, so the kernels' sources are what is included.
 #pragma once
 
+#include "linear_large.cu"
+#include "linear_segments.cu"
 #include "linear_small.cu"
 #include "restore.cu"
 
@@ -19,4 +21,10 @@
   X(xorz_linear_small_f16_m4)   \
   X(xorz_linear_small_f16_m16)  \
   X(xorz_linear_small_f32_m4)   \
-  X(xorz_linear_small_f32_m16)
+  X(xorz_linear_small_f32_m16)  \
+  X(xorz_linear_segments_bf16)  \
+  X(xorz_linear_segments_f16)   \
+  X(xorz_linear_segments_f32)   \
+  X(xorz_linear_large_bf16)     \
+  X(xorz_linear_large_f16)      \
+  X(xorz_linear_large_f32)

@@ -1,8 +1,8 @@
 // Runs launches that it reads from standard input and writes what they left in device memory to standard
 // output: the tests' side is tests/rust/common/device.rs. A launch, little-endian:
 //
-//   u32 length and bytes of the kernel's name; u32 blocks x, blocks y, threads; u64 seed; u32 whether to
-//     count sectors
+//   u32 length and bytes of the kernel's name; u32 blocks x, blocks y, threads; u64 seed; u32 1 to count
+//     sectors + 2 for asynchronous copies that land late
 //   u32 parameters; each: u32 kind; 0, 1: u32, u64 value; 2: null; 3, 4: input, output: u64 size, u64 offset
 //     of its
 //     address from a multiple of 256, bytes
@@ -79,7 +79,9 @@ void one(uint32_t name_bytes) {
   launch.blocks_y = read<uint32_t>();
   launch.threads = read<uint32_t>();
   launch.seed = read<uint64_t>();
-  launch.count = read<uint32_t>() != 0;
+  const uint32_t ways = read<uint32_t>();
+  launch.count = (ways & 1) != 0;
+  launch.late = (ways & 2) != 0;
   std::vector<Param> params(read<uint32_t>());
   if (params.size() != found->second.params) host::fail(name + " takes other parameters");
   std::vector<host::Buffer> buffers;

@@ -16,6 +16,7 @@ struct Thread {
   uint32_t index = 0;
   bool done = false;
   uint32_t met = 0;  // collectives of its warp that it took part in
+  Copies copies;
 };
 
 // Two meetings at a time: a lane is in the second while others are still leaving the first.
@@ -23,6 +24,7 @@ struct Meeting {
   uint32_t come = 0;
   int line = 0;
   uint64_t brought[32];
+  Operands operands[32];
 };
 struct Warp {
   Meeting meeting[2];
@@ -97,6 +99,8 @@ void run_block() {
     threads_[i].index = i;
     threads_[i].done = false;
     threads_[i].met = 0;
+    threads_[i].copies.under_way.clear();
+    threads_[i].copies.groups = 0;
     prepare(threads_[i].fiber, entry);
     push(&threads_[i]);
   }
@@ -173,27 +177,75 @@ void touch(const void* at, uint32_t bytes, bool write) {
   }
 }
 
-const uint64_t* meet_warp(uint64_t brought, int line, bool fence) {
+namespace {
+
+// The running thread's next meeting with its warp.
+Meeting& meeting_of(int line) {
   Thread& me = *running_;
   Meeting& meeting = warps_[me.index / 32].meeting[me.met++ % 2];
-  const uint32_t lane = me.index % 32;
   if (meeting.come == 0) meeting.line = line;
   if (meeting.line != line)
     fail("lanes of a warp in different collectives, of lines " + std::to_string(meeting.line) + " and " +
          std::to_string(line));
-  meeting.brought[lane] = brought;
-  if (fence) publish(&meeting);
+  return meeting;
+}
+
+// Wait until all lanes have come; the last one does `work` for them.
+template <class F>
+void meet(Meeting& meeting, F work) {
   if (++meeting.come < 32) {
     wait();
-  } else {
-    meeting.come = 0;
-    const uint32_t first = me.index / 32 * 32;
-    for (uint32_t i = first; i < first + 32; i++)
-      if (i != me.index) push(&threads_[i]);
+    return;
   }
+  work();
+  meeting.come = 0;
+  const uint32_t first = running_->index / 32 * 32;
+  for (uint32_t i = first; i < first + 32; i++)
+    if (i != running_->index) push(&threads_[i]);
+}
+
+}  // namespace
+
+const uint64_t* meet_warp(uint64_t brought, int line, bool fence) {
+  Meeting& meeting = meeting_of(line);
+  meeting.brought[running_->index % 32] = brought;
+  if (fence) publish(&meeting);
+  meet(meeting, [] {});
   if (fence) observe(&meeting);
   return meeting.brought;
 }
+
+// m16n8k16: row r of a is in lanes 4 (r % 8) .., register r / 8 + 2 (k / 8); column c of b in lanes 4 c ..,
+// register k / 8; of the sums, lane l has rows l / 4 and l / 4 + 8 of columns 2 (l % 4) and the next. The 16
+// products of a sum are added to it in f64, from left to right, and the sum is rounded once.
+void multiply_matrices(Operands& mine, float (*value)(uint16_t), int line) {
+  Meeting& meeting = meeting_of(line);
+  const uint32_t lane = running_->index % 32;
+  meeting.operands[lane] = mine;
+  meet(meeting, [&] {
+    double a[16][16], b[8][16];
+    const auto half = [value](uint32_t word, uint32_t k) {
+      return static_cast<double>(value(static_cast<uint16_t>(word >> (16 * (k % 2)))));
+    };
+    for (uint32_t k = 0; k < 16; k++) {
+      const uint32_t in_row = k % 8 / 2, side = k / 8;
+      for (uint32_t r = 0; r < 16; r++)
+        a[r][k] = half(meeting.operands[r % 8 * 4 + in_row].a[r / 8 + 2 * side], k);
+      for (uint32_t c = 0; c < 8; c++) b[c][k] = half(meeting.operands[c * 4 + in_row].b[side], k);
+    }
+    for (uint32_t l = 0; l < 32; l++)
+      for (uint32_t i = 0; i < 4; i++) {
+        const double *row = a[l / 4 + i / 2 * 8], *column = b[l % 4 * 2 + i % 2];
+        double sum = static_cast<double>(meeting.operands[l].sums[i]);
+        for (uint32_t k = 0; k < 16; k++) sum += row[k] * column[k];
+        meeting.operands[l].sums[i] = static_cast<float>(sum);
+      }
+  });
+  mine = meeting.operands[lane];
+}
+
+Copies& copies() { return running_->copies; }
+bool copies_are_late() { return launch_.late; }
 
 uint64_t meet_block(uint64_t brought, int line) {
   if (barrier_.come == 0) {

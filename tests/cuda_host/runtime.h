@@ -41,6 +41,7 @@ struct Launch {
   uint32_t blocks_x, blocks_y, threads;
   uint64_t seed;
   bool count;  // sectors
+  bool late;   // asynchronous copies land when waited for, as late as they may; else at once
   std::vector<Buffer>* buffers;
 };
 void run(const Launch& launch);
@@ -56,11 +57,33 @@ void touch(const void* at, uint32_t bytes, bool write);
 const uint64_t* meet_warp(uint64_t brought, int line, bool fence = false);
 uint64_t meet_block(uint64_t brought, int line);  // the bitwise or of what threads brought
 
+// A lane's share of an operand of a matrix instruction, and what the lane gets of the product.
+struct Operands {
+  uint32_t a[4], b[2];
+  float sums[4];
+};
+// `value` of the two halves of a word of an operand.
+void multiply_matrices(Operands& mine, float (*value)(uint16_t), int line);
+
+// Copies of 16 bytes to shared memory that the running thread has under way.
+struct Copy {
+  void* to;
+  const void* from;
+  uint32_t group;
+};
+struct Copies {
+  std::vector<Copy> under_way;
+  uint32_t groups = 0;  // ended
+};
+Copies& copies();
+bool copies_are_late();
+
 }  // namespace host
 
 namespace xorz {
 
 inline uint32_t thread_index() { return host::where().thread; }
+inline uint32_t thread_index_anew() { return thread_index(); }
 inline uint32_t block_x() { return host::where().block_x; }
 inline uint32_t block_y() { return host::where().block_y; }
 inline uint32_t blocks_x() { return host::where().blocks_x; }
@@ -129,6 +152,42 @@ inline void raise_to(uint32_t* at, uint32_t value) {
   }
 }
 
+inline uint32_t add_to(uint32_t* at, uint32_t value) {
+  host::touch(at, sizeof *at, true);
+  return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
+}
+
+// The copies are made here, where the thread sanitizer sees who writes.
+inline void copy_async(void* to, const void* from) {
+  host::touch(from, 16, false);
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) host::fail("a misaligned copy to shared memory");
+  if (host::copies_are_late())
+    host::copies().under_way.push_back({to, from, host::copies().groups});
+  else
+    std::memcpy(to, from, 16);
+}
+inline void copies_end_group() { host::copies().groups++; }
+template <uint32_t N>
+void wait_for_copies() {
+  host::Copies& copies = host::copies();
+  size_t kept = 0;
+  for (const host::Copy& copy : copies.under_way) {
+    if (copy.group + N < copies.groups)
+      std::memcpy(copy.to, copy.from, 16);
+    else
+      copies.under_way[kept++] = copy;
+  }
+  copies.under_way.resize(kept);
+}
+
+inline void load_matrices(uint32_t (&parts)[4], const void* row, int line = __builtin_LINE()) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) host::fail("a misaligned row of a matrix");
+  const uint64_t* rows = host::meet_warp(reinterpret_cast<uintptr_t>(row), line);
+  const uint32_t lane = thread_index() % 32;
+  for (uint32_t i = 0; i < 4; i++)
+    std::memcpy(&parts[i], reinterpret_cast<const char*>(rows[8 * i + lane / 4]) + lane % 4 * 4, 4);
+}
+
 inline uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
@@ -150,6 +209,22 @@ inline uint16_t float_to_half(float value) {
   uint16_t word;
   std::memcpy(&word, &half, sizeof word);
   return word;
+}
+
+inline void multiply_words(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                           float (*value)(uint16_t), int line) {
+  host::Operands mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}, {sums[0], sums[1], sums[2], sums[3]}};
+  host::multiply_matrices(mine, value, line);
+  std::memcpy(sums, mine.sums, sizeof sums);
+}
+inline void multiply_bf16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                          int line = __builtin_LINE()) {
+  multiply_words(
+      sums, a, b0, b1, [](uint16_t word) { return float_of(static_cast<uint32_t>(word) << 16); }, line);
+}
+inline void multiply_f16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                         int line = __builtin_LINE()) {
+  multiply_words(sums, a, b0, b1, half_to_float, line);
 }
 
 }  // namespace xorz

@@ -76,7 +76,7 @@ pub fn restore(
     params.push(Param::U32(dtype));
     params.push(Param::Out(vec![0; 4], 0));
     let kernel = format!("xorz_delta_{}_{bits}", if apply { "apply" } else { "restore" });
-    Launch { kernel, blocks: (blocks, 1), seed, count: false, params }
+    Launch { kernel, blocks: (blocks, 1), seed, count: false, late: false, params }
 }
 
 /// Many tenants' rows, or one tenant's.
@@ -133,8 +133,72 @@ impl Linear<'_> {
             blocks,
             seed: self.seed,
             count: false,
+            late: false,
             params,
         }
+    }
+}
+
+/// The two launches of a product of many rows.
+#[derive(Clone)]
+pub struct Large {
+    pub segments: Launch,
+    pub product: Launch,
+}
+
+/// Where in the parameters of both the workspace is.
+pub const LARGE_WORKSPACE: usize = 14;
+
+/// Rows of x of a tile.
+pub fn large_rows(dtype: Dtype) -> usize {
+    if dtype == Dtype::F32 { 64 } else { 128 }
+}
+
+impl Linear<'_> {
+    /// As cuda/README.md says: bytes of the workspace, and pairs of a panel and a tile of rows of x at most.
+    fn large_sizes(&self) -> (usize, usize) {
+        let (m, slots) = (self.m, self.slots.map_or(1, |s| s.len()));
+        let (tenants, tiles) = (m.min(slots + 2), m / large_rows(self.dtype));
+        let bytes = 64 + 144 * tenants + 16 * tiles + 4 * (slots + 2) + 4 * m;
+        (bytes, (tiles + tenants) * self.shape.n.div_ceil(64))
+    }
+
+    /// On `blocks` blocks, or as many as there may be pairs.
+    pub fn large(&self, blocks: Option<usize>, late: bool) -> Large {
+        let (bytes, pairs) = self.large_sizes();
+        let mut one = self.launch();
+        one.late = late;
+        one.params.push(Param::Out(vec![0xEE; bytes], 0));
+        let name = self.dtype.name().to_lowercase();
+        let blocks = blocks.unwrap_or(pairs).clamp(1, pairs.max(1)) as u32;
+        let kernel = |what: &str, blocks| Launch {
+            kernel: format!("xorz_linear_{what}_{name}"),
+            blocks: (blocks, 1),
+            ..one.clone()
+        };
+        Large { segments: kernel("segments", 1), product: kernel("large", blocks) }
+    }
+}
+
+/// Run the products, each after its segments, on one status word and one workspace.
+///
+/// # Errors
+/// What the runner or a sanitizer said.
+pub fn run_large(device: &Device, all: &[Large]) -> Result<Vec<Vec<After>>, String> {
+    let segments: Vec<_> = all.iter().map(|l| l.segments.clone()).collect();
+    let left = device.run(&segments)?;
+    let products: Vec<_> = all.iter().zip(left).map(|(l, mut left)| l.product_after(&mut left)).collect();
+    device.run(&products)
+}
+
+impl Large {
+    /// The second launch, on what the first has left.
+    pub fn product_after(&self, left: &mut [After]) -> Launch {
+        let mut product = self.product.clone();
+        product.params[LARGE_WORKSPACE] =
+            Param::In(std::mem::take(&mut left[LARGE_WORKSPACE].bytes), 0);
+        product.params[LINEAR_STATUS] = Param::Out(std::mem::take(&mut left[LINEAR_STATUS].bytes), 0);
+        product
     }
 }
 
@@ -211,7 +275,16 @@ impl Fleet {
     }
 
     pub fn launch(&self, x: &[u8], map: &[i32], rows: usize, seed: u64) -> Launch {
-        Linear {
+        self.linear(x, map, rows, seed, |linear| linear.launch())
+    }
+
+    /// As a product of many rows, on `blocks` blocks or as many as there may be pairs.
+    pub fn large(&self, x: &[u8], map: &[i32], blocks: Option<usize>, late: bool, seed: u64) -> Large {
+        self.linear(x, map, 16, seed, |linear| linear.large(blocks, late))
+    }
+
+    fn linear<T>(&self, x: &[u8], map: &[i32], rows: usize, seed: u64, f: impl Fn(&Linear<'_>) -> T) -> T {
+        f(&Linear {
             dtype: self.dtype,
             shape: self.shape,
             base: &self.cases[0].base,
@@ -223,8 +296,7 @@ impl Fleet {
             biases: Some(&self.biases),
             rows,
             seed,
-        }
-        .launch()
+        })
     }
 
     /// In f64, row by row.

@@ -1,0 +1,202 @@
+// delta_linear and delta_linear_grouped for many rows of x: a GEMM on tiles of W that are patched in shared
+// memory, so that what is multiplied are the fine-tuned words themselves. After linear_segments.cu.
+//
+//   for each of the block's pairs (panel of 64 rows of W, row tile: up to 128 rows of x of one tenant, f32: 64):
+//     the tenant's delta, opened before; refused: NaN
+//     for each tile column of the delta (the base, `raw`: one of all columns):
+//       where the panel's rows begin in the delta's streams (patch_*.cuh)
+//       for each 32 columns (stages.cuh): x and W by cp.async, 2 steps ahead (f32: 1)
+//         W of the next step: base words -> fine-tuned words, each warp its 8 rows   (`raw`: the payload is W)
+//         x . W of this step: ldmatrix and mma.m16n8k16, f32 sums; f32: FMAs         (sums.cuh)
+//     sum + bias: finite -> round once -> y;  else again from the fine-tuned words in f64 (wide_tile.cuh)
+//
+// One barrier a step. Pairs go to blocks with the row tiles of a panel side by side, so that a panel's words and
+// deltas are read from DRAM once and from L2 for the others.
+//
+// The order of one output is that of sums.cuh over all columns, + bias, one rounding to the dtype: it depends on
+// the row and its tenant's words alone.
+//
+// Bytes: a panel's base words and its tenant's tiles once a pair (a pair has up to 128 rows of x: they are read, and
+// the deltas decoded, ceil(rows of the tenant / 128) times; `exponent` reads base words twice a pair), x once a panel,
+// from L2. Threads 256, two blocks a multiprocessor: 128 registers. Shared memory: 40 KiB of stages, which hold the marks
+// of rows before the steps and the decode path after them; 2 KiB.
+#include "patch_entries.cuh"
+#include "patch_streams.cuh"
+#include "sums.cuh"
+#include "wide_tile.cuh"
+
+namespace xorz {
+namespace {
+
+// What the block is at: panel `at` and tile `tile` of the rows of x: rows r0 .. of W, `panel` of them, and
+// `count` rows of x. In shared memory, where it costs no registers.
+struct Pair {
+  uint64_t r0;
+  uint32_t at, tile;
+  uint32_t panel, count;
+};
+
+template <class W>
+struct LargeShared {
+  union {
+    Stages<W> stages;
+    Marks marks;
+    WideTile<W> wide;
+  };
+  TenantRows tenant;
+  AgainBits<W> again;
+  Pair pair;
+  uint32_t rows[kRowsOfX<W>];
+  // Bit i: sixteen rows of the panel, from 16 i on, in which a tile contradicts itself.
+  uint32_t corrupt;
+};
+
+// W as it is.
+struct NoPatch {
+  template <class W>
+  XORZ_DEVICE void begin(Marks&, uint32_t*, const View&, const W*, uint64_t, uint32_t, uint32_t) {}
+  template <class W>
+  XORZ_DEVICE void step(W*, uint32_t) {}
+  XORZ_DEVICE void end(uint32_t*) {}
+};
+
+// sums += x . (words, patched), over `across` tile columns of `cols` columns. The block calls.
+template <class Patch, class Sums, class W>
+XORZ_DEVICE void add_patched(LargeShared<W>& shared, const Product<W>& p, const W* words, uint32_t across, uint32_t cols, Sums& sums) {
+  const Pair& pair = shared.pair;
+  const uint32_t k = static_cast<uint32_t>(p.k);
+  Copier<W> copier;
+  copier.begin(p.x, shared.rows, pair.count, words + pair.r0 * p.k, pair.panel, p.k);
+  Patch patch;
+  XORZ_NO_UNROLL
+  for (uint32_t i = 0; i < across; i++) {
+    const uint32_t from = i * cols, to = k - from < cols ? k : from + cols;
+    patch.begin(shared.marks, &shared.corrupt, shared.tenant.view, words, pair.r0, pair.panel, i);
+    const auto patch_step = [&](W* w, uint32_t column) { patch.step(w, column - from); };
+    const auto multiply = [&](const W* x, const W* w) { sums.step(x, w, pair.count); };
+    run_steps(shared.stages, copier, from, to, patch_step, multiply);
+    patch.end(&shared.corrupt);
+  }
+}
+
+// What the sums are, to y; which of them are to be computed again. The block calls.
+template <class D, class Sums>
+XORZ_DEVICE bool write_sums(LargeShared<typename D::Word>& shared, const Product<typename D::Word>& p,
+                            const Sums& sums) {
+  using W = typename D::Word;
+  const Pair& pair = shared.pair;
+  const bool refused = shared.tenant.way == kRefused;
+  const uint32_t corrupt = shared.corrupt;
+  const W* bias = p.biases == nullptr || refused
+                      ? nullptr
+                      : p.biases + bias_row(p, shared.tenant.slot) + pair.r0;
+  bool again = false;
+  sums.each([&](uint32_t j, uint32_t r, float sum) {
+    if (j >= pair.count || r >= pair.panel) return;
+    W* to = p.out + shared.rows[j] * p.n + pair.r0 + r;
+    const float value = bias == nullptr ? sum : sum + D::value(load_once(bias + r));
+    if (refused || (corrupt >> (r / kTileLanes) & 1))
+      store(to, nan_word<W>());
+    else if (finite(value))
+      store(to, D::round(value));
+    else {
+      shared_or(&shared.again.bits[r][j / 32], 1u << (j % 32));
+      again = true;
+    }
+  });
+  return again;
+}
+
+template <class D>
+XORZ_DEVICE void linear_pair(LargeShared<typename D::Word>& shared, const Product<typename D::Word>& p) {
+  using W = typename D::Word;
+  using Sums = typename SumsOf<D>::Type;
+  const View& view = shared.tenant.view;
+  const uint32_t way = shared.tenant.way, k = static_cast<uint32_t>(p.k);
+  Sums sums;
+  sums.clear();
+  if (way == kOnEntries)
+    add_patched<PatchEntries<D>>(shared, p, p.weight, view.across, view.tile_cols(), sums);
+  else if (way == kOnStream)
+    add_patched<PatchStreams<D>>(shared, p, p.weight, view.across, view.tile_cols(), sums);
+  else if (way != kRefused)
+    add_patched<NoPatch>(shared, p,
+                         way == kOnOwnWords ? reinterpret_cast<const W*>(view.bytes + view.payload) : p.weight,
+                         k != 0, k, sums);
+  block_sync();
+  if (block_any(write_sums<D>(shared, p, sums)))
+    compute_tile_again<D>(shared.wide, shared.again, shared.tenant, p, shared.rows, shared.pair.r0);
+  if (thread_index_anew() == 0 && shared.corrupt != 0)
+    report(p.status, kTileCorrupt, p.slots == nullptr ? 0 : static_cast<uint32_t>(shared.tenant.slot));
+}
+
+// The pair's tenant and rows to shared memory. The block calls.
+template <class W>
+XORZ_DEVICE void fetch_pair(LargeShared<W>& shared, const Product<W>& p, const Workspace& work) {
+  const uint32_t thread = thread_index_anew();
+  Pair& pair = shared.pair;
+  const Vector record = load_vector_once(work.tiles + pair.tile);
+  const uint32_t first = record.part[1], count = record.part[2];
+  if (thread < sizeof(TenantRows) / 16)
+    store_shared(reinterpret_cast<Vector*>(&shared.tenant) + thread,
+                 load_vector_once(reinterpret_cast<const Vector*>(work.tenants + record.part[0]) + thread));
+  for (uint32_t i = thread; i < count; i += kLargeThreads) shared.rows[i] = load_once(work.order + first + i);
+  uint32_t* bits = &shared.again.bits[0][0];
+  for (uint32_t i = thread; i < sizeof(shared.again) / 4; i += kLargeThreads) bits[i] = 0;
+  block_sync();
+  if (thread == 0) {
+    shared.corrupt = 0;
+    shared.tenant.view.bytes = p.arena + shared.tenant.offset;
+    pair.r0 = static_cast<uint64_t>(pair.at) * kRowsOfW;
+    pair.panel = p.n - pair.r0 < kRowsOfW ? static_cast<uint32_t>(p.n - pair.r0) : kRowsOfW;
+    pair.count = count;
+  }
+  block_sync();
+}
+
+template <class D>
+XORZ_DEVICE void linear_large(LargeShared<typename D::Word>& shared, const Product<typename D::Word>& p,
+                              uint8_t* workspace) {
+  const Workspace work = workspace_of(p, workspace);
+  const uint32_t tiles = load_once(work.tile_count);
+  if (tiles == 0) return;
+  Pair& pair = shared.pair;
+  if (thread_index_anew() == 0) {
+    pair.at = block_x() / tiles;
+    pair.tile = block_x() % tiles;
+  }
+  block_sync();
+  XORZ_NO_UNROLL
+  while (static_cast<uint64_t>(pair.at) * kRowsOfW < p.n) {
+    fetch_pair(shared, p, workspace_of(p, workspace));
+    linear_pair<D>(shared, p);
+    block_sync();
+    if (thread_index_anew() == 0) {
+      const uint32_t all = load_once(work.tile_count);
+      const uint32_t tile = pair.tile + blocks_x() % all;
+      pair.at += blocks_x() / all + (tile >= all);
+      pair.tile = tile >= all ? tile - all : tile;
+    }
+    block_sync();
+  }
+}
+
+}  // namespace
+}  // namespace xorz
+
+// See README.md for the parameters.
+#define XORZ_LINEAR_LARGE(name, D)                                                                          \
+  XORZ_KERNEL(256, 2)                                                                                       \
+  xorz_linear_large_##name(const xorz::D::Word* x, const xorz::D::Word* weight, const xorz::D::Word* biases, \
+                           uint64_t bias_stride, const uint8_t* arena, uint64_t arena_bytes,                \
+                           const int64_t* slots, uint64_t slot_count, const int32_t* tenant_of_row,         \
+                           xorz::D::Word* out, uint64_t m, uint64_t n, uint64_t k, uint32_t* status,        \
+                           uint8_t* workspace) {                                                            \
+    XORZ_SHARED xorz::LargeShared<xorz::D::Word> shared;                                                    \
+    xorz::linear_large<xorz::D>(shared, {x, weight, biases, bias_stride, arena, arena_bytes, slots,         \
+                                         slot_count, tenant_of_row, out, m, n, k, status}, workspace);      \
+  }
+
+XORZ_LINEAR_LARGE(bf16, Bf16)
+XORZ_LINEAR_LARGE(f16, F16)
+XORZ_LINEAR_LARGE(f32, F32)

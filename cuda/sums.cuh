@@ -1,0 +1,116 @@
+// The sums of a block's tile of outputs, in registers, and one step of 32 columns of them.
+//
+//   bf16, f16: 128 rows of x by 64 of W, warp w has rows 32 (w / 2) .. + 31 by 32 (w % 2) .. + 31
+//     for each 16 columns: ldmatrix 2 x 16 rows of x and 2 x 16 of W, 8 mma.m16n8k16; sixteens of x beyond `count` are left out
+//   f32: 64 by 64, thread (i, j) = (t / 16, t % 16) has rows i, i + 16, .. of x by j, j + 16, .. of W
+//     for each 4 columns: 4 + 4 loads of 16 bytes, 64 FMAs (no TF32: every product is that of the f32 words)
+//
+// Order of one output: columns from left to right, 16 an mma (whose inner order is the machine's), or one an
+// FMA. It depends on nothing else: not on the row's place, nor on its company.
+// Longest chain: ceil(k / 16) sums of mma, or k FMAs. Registers: 32 sums, 16 of operands; f32: 16 and 20.
+#pragma once
+
+#include "stages.cuh"
+
+namespace xorz {
+
+template <class D>
+struct TensorSums {
+  using W = typename D::Word;
+  float sum[2][4][4];
+
+  XORZ_DEVICE void clear() {
+    XORZ_UNROLL
+    for (uint32_t i = 0; i < 2; i++) XORZ_UNROLL
+    for (uint32_t j = 0; j < 4; j++) XORZ_UNROLL
+    for (uint32_t e = 0; e < 4; e++) sum[i][j][e] = 0;
+  }
+
+  XORZ_DEVICE void step(const W* x, const W* w, uint32_t count) {
+    using S = Stages<W>;
+    const uint32_t lane = thread_index_anew() % 32, warp = thread_index_anew() / 32;
+    const uint32_t x0 = warp / 2 * 32, w0 = warp % 2 * 32;
+    if (x0 >= count) return;
+    XORZ_UNROLL
+    for (uint32_t piece = 0; piece < S::kPieces; piece += 2) {
+      uint32_t b[2][4];
+      XORZ_UNROLL
+      for (uint32_t j = 0; j < 2; j++)
+        load_matrices(b[j], w + S::piece_at(w0 + j * 16 + lane / 16 * 8 + lane % 8, piece + lane / 8 % 2));
+      XORZ_UNROLL
+      for (uint32_t i = 0; i < 2; i++) {
+        if (x0 + i * 16 >= count) continue;
+        uint32_t a[4];
+        load_matrices(a, x + S::piece_at(x0 + i * 16 + lane % 16, piece + lane / 16));
+        XORZ_UNROLL
+        for (uint32_t j = 0; j < 4; j++) {
+          const uint32_t b0 = b[j / 2][j % 2 * 2], b1 = b[j / 2][j % 2 * 2 + 1];
+          if constexpr (D::kCode == kBf16)
+            multiply_bf16(sum[i][j], a, b0, b1);
+          else
+            multiply_f16(sum[i][j], a, b0, b1);
+        }
+      }
+    }
+  }
+
+  // f(row of x, row of W, sum) for each of the thread's sums.
+  template <class F>
+  XORZ_DEVICE void each(F f) const {
+    const uint32_t lane = thread_index_anew() % 32, warp = thread_index_anew() / 32;
+    XORZ_UNROLL
+    for (uint32_t i = 0; i < 2; i++) XORZ_UNROLL
+    for (uint32_t j = 0; j < 4; j++) XORZ_UNROLL
+    for (uint32_t e = 0; e < 4; e++)
+      f(warp / 2 * 32 + i * 16 + e / 2 * 8 + lane / 4, warp % 2 * 32 + j * 8 + lane % 4 * 2 + e % 2,
+        sum[i][j][e]);
+  }
+};
+
+struct FusedSums {
+  float sum[4][4];
+
+  XORZ_DEVICE void clear() {
+    XORZ_UNROLL
+    for (uint32_t i = 0; i < 4; i++) XORZ_UNROLL
+    for (uint32_t j = 0; j < 4; j++) sum[i][j] = 0;
+  }
+
+  XORZ_DEVICE void step(const uint32_t* x, const uint32_t* w, uint32_t) {
+    using S = Stages<uint32_t>;
+    const uint32_t i0 = thread_index_anew() / 16, j0 = thread_index_anew() % 16;
+    XORZ_NO_UNROLL
+    for (uint32_t piece = 0; piece < S::kPieces; piece++) {
+      Vector b[4];
+      XORZ_UNROLL
+      for (uint32_t j = 0; j < 4; j++) b[j] = load_shared(w + S::piece_at(j0 + j * 16, piece));
+      XORZ_UNROLL
+      for (uint32_t i = 0; i < 4; i++) {
+        const Vector a = load_shared(x + S::piece_at(i0 + i * 16, piece));
+        XORZ_UNROLL
+        for (uint32_t j = 0; j < 4; j++) XORZ_UNROLL
+        for (uint32_t c = 0; c < 4; c++)
+          sum[i][j] = fused(float_of(b[j].part[c]), float_of(a.part[c]), sum[i][j]);
+      }
+    }
+  }
+
+  template <class F>
+  XORZ_DEVICE void each(F f) const {
+    XORZ_UNROLL
+    for (uint32_t i = 0; i < 4; i++) XORZ_UNROLL
+    for (uint32_t j = 0; j < 4; j++)
+      f(thread_index_anew() / 16 + i * 16, thread_index_anew() % 16 + j * 16, sum[i][j]);
+  }
+};
+
+template <class D>
+struct SumsOf {
+  using Type = TensorSums<D>;
+};
+template <>
+struct SumsOf<F32> {
+  using Type = FusedSums;
+};
+
+}  // namespace xorz
