@@ -178,7 +178,9 @@ impl Launch {
         [self.blocks.0, self.blocks.1, 256].into_iter().for_each(&mut word);
         to.extend(self.seed.to_le_bytes());
         let mut word = |v: u32| to.extend(v.to_le_bytes());
-        [u32::from(self.count) + 2 * u32::from(self.late), self.params.len() as u32].into_iter().for_each(&mut word);
+        [u32::from(self.count) + 2 * u32::from(self.late), self.params.len() as u32]
+            .into_iter()
+            .for_each(&mut word);
         for param in &self.params {
             let (kind, rest) = match param {
                 Param::U32(v) => (0u32, v.to_le_bytes().to_vec()),

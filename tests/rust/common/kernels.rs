@@ -195,8 +195,7 @@ impl Large {
     /// The second launch, on what the first has left.
     pub fn product_after(&self, left: &mut [After]) -> Launch {
         let mut product = self.product.clone();
-        product.params[LARGE_WORKSPACE] =
-            Param::In(std::mem::take(&mut left[LARGE_WORKSPACE].bytes), 0);
+        product.params[LARGE_WORKSPACE] = Param::In(std::mem::take(&mut left[LARGE_WORKSPACE].bytes), 0);
         product.params[LINEAR_STATUS] = Param::Out(std::mem::take(&mut left[LINEAR_STATUS].bytes), 0);
         product
     }
