@@ -62,7 +62,8 @@ struct NoPatch {
 
 // sums += x . (words, patched), over `across` tile columns of `cols` columns. The block calls.
 template <class Patch, class Sums, class W>
-XORZ_DEVICE void add_patched(LargeShared<W>& shared, const Product<W>& p, const W* words, uint32_t across, uint32_t cols, Sums& sums) {
+XORZ_DEVICE void add_patched(LargeShared<W>& shared, const Product<W>& p, const W* words, uint32_t across,
+                             uint32_t cols, Sums& sums) {
   const Pair& pair = shared.pair;
   const uint32_t k = static_cast<uint32_t>(p.k);
   Copier<W> copier;
@@ -87,9 +88,8 @@ XORZ_DEVICE bool write_sums(LargeShared<typename D::Word>& shared, const Product
   const Pair& pair = shared.pair;
   const bool refused = shared.tenant.way == kRefused;
   const uint32_t corrupt = shared.corrupt;
-  const W* bias = p.biases == nullptr || refused
-                      ? nullptr
-                      : p.biases + bias_row(p, shared.tenant.slot) + pair.r0;
+  const W* bias =
+      p.biases == nullptr || refused ? nullptr : p.biases + bias_row(p, shared.tenant.slot) + pair.r0;
   bool again = false;
   sums.each([&](uint32_t j, uint32_t r, float sum) {
     if (j >= pair.count || r >= pair.panel) return;
@@ -120,9 +120,9 @@ XORZ_DEVICE void linear_pair(LargeShared<typename D::Word>& shared, const Produc
   else if (way == kOnStream)
     add_patched<PatchStreams<D>>(shared, p, p.weight, view.across, view.tile_cols(), sums);
   else if (way != kRefused)
-    add_patched<NoPatch>(shared, p,
-                         way == kOnOwnWords ? reinterpret_cast<const W*>(view.bytes + view.payload) : p.weight,
-                         k != 0, k, sums);
+    add_patched<NoPatch>(
+        shared, p, way == kOnOwnWords ? reinterpret_cast<const W*>(view.bytes + view.payload) : p.weight,
+        k != 0, k, sums);
   block_sync();
   if (block_any(write_sums<D>(shared, p, sums)))
     compute_tile_again<D>(shared.wide, shared.again, shared.tenant, p, shared.rows, shared.pair.r0);
@@ -170,7 +170,6 @@ XORZ_DEVICE void linear_large(LargeShared<typename D::Word>& shared, const Produ
   while (static_cast<uint64_t>(pair.at) * kRowsOfW < p.n) {
     fetch_pair(shared, p, workspace_of(p, workspace));
     linear_pair<D>(shared, p);
-    block_sync();
     if (thread_index_anew() == 0) {
       const uint32_t all = load_once(work.tile_count);
       const uint32_t tile = pair.tile + blocks_x() % all;
@@ -185,16 +184,18 @@ XORZ_DEVICE void linear_large(LargeShared<typename D::Word>& shared, const Produ
 }  // namespace xorz
 
 // See README.md for the parameters.
-#define XORZ_LINEAR_LARGE(name, D)                                                                          \
-  XORZ_KERNEL(256, 2)                                                                                       \
+#define XORZ_LINEAR_LARGE(name, D)                                                                           \
+  XORZ_KERNEL(256, 2)                                                                                        \
   xorz_linear_large_##name(const xorz::D::Word* x, const xorz::D::Word* weight, const xorz::D::Word* biases, \
-                           uint64_t bias_stride, const uint8_t* arena, uint64_t arena_bytes,                \
-                           const int64_t* slots, uint64_t slot_count, const int32_t* tenant_of_row,         \
-                           xorz::D::Word* out, uint64_t m, uint64_t n, uint64_t k, uint32_t* status,        \
-                           uint8_t* workspace) {                                                            \
-    XORZ_SHARED xorz::LargeShared<xorz::D::Word> shared;                                                    \
-    xorz::linear_large<xorz::D>(shared, {x, weight, biases, bias_stride, arena, arena_bytes, slots,         \
-                                         slot_count, tenant_of_row, out, m, n, k, status}, workspace);      \
+                           uint64_t bias_stride, const uint8_t* arena, uint64_t arena_bytes,                 \
+                           const int64_t* slots, uint64_t slot_count, const int32_t* tenant_of_row,          \
+                           xorz::D::Word* out, uint64_t m, uint64_t n, uint64_t k, uint32_t* status,         \
+                           uint8_t* workspace) {                                                             \
+    XORZ_SHARED xorz::LargeShared<xorz::D::Word> shared;                                                     \
+    xorz::linear_large<xorz::D>(shared,                                                                      \
+                                {x, weight, biases, bias_stride, arena, arena_bytes, slots, slot_count,      \
+                                 tenant_of_row, out, m, n, k, status},                                       \
+                                workspace);                                                                  \
   }
 
 XORZ_LINEAR_LARGE(bf16, Bf16)

@@ -88,8 +88,8 @@ XORZ_DEVICE void write_segment(const Product<typename D::Word>& p, const Workspa
   const uint32_t slots = slots_of(p);
   TenantRows segment = {};
   segment.slot = key < slots ? static_cast<int32_t>(key) : -1;
-  segment.way = key == slots + 1 ? static_cast<uint32_t>(kRefused)
-                                 : open_tenant<D>(p, segment.slot, segment.view);
+  segment.way =
+      key == slots + 1 ? static_cast<uint32_t>(kRefused) : open_tenant<D>(p, segment.slot, segment.view);
   if (segment.way == kOnEntries || segment.way == kOnStream || segment.way == kOnOwnWords)
     segment.offset = static_cast<uint64_t>(segment.view.bytes - p.arena);
   segment.view.bytes = nullptr;
@@ -143,16 +143,18 @@ XORZ_DEVICE void linear_segments(SegmentsShared& shared, const Product<typename 
 }  // namespace xorz
 
 // See README.md for the parameters.
-#define XORZ_LINEAR_SEGMENTS(name, D)                                                                       \
-  XORZ_KERNEL(256, 1)                                                                                       \
-  xorz_linear_segments_##name(const xorz::D::Word* x, const xorz::D::Word* weight,                          \
-                              const xorz::D::Word* biases, uint64_t bias_stride, const uint8_t* arena,      \
-                              uint64_t arena_bytes, const int64_t* slots, uint64_t slot_count,              \
-                              const int32_t* tenant_of_row, xorz::D::Word* out, uint64_t m, uint64_t n,     \
-                              uint64_t k, uint32_t* status, uint8_t* workspace) {                           \
-    XORZ_SHARED xorz::SegmentsShared shared;                                                                \
-    xorz::linear_segments<xorz::D>(shared, {x, weight, biases, bias_stride, arena, arena_bytes, slots,      \
-                                            slot_count, tenant_of_row, out, m, n, k, status}, workspace);   \
+#define XORZ_LINEAR_SEGMENTS(name, D)                                                                      \
+  XORZ_KERNEL(256, 1)                                                                                      \
+  xorz_linear_segments_##name(const xorz::D::Word* x, const xorz::D::Word* weight,                         \
+                              const xorz::D::Word* biases, uint64_t bias_stride, const uint8_t* arena,     \
+                              uint64_t arena_bytes, const int64_t* slots, uint64_t slot_count,             \
+                              const int32_t* tenant_of_row, xorz::D::Word* out, uint64_t m, uint64_t n,    \
+                              uint64_t k, uint32_t* status, uint8_t* workspace) {                          \
+    XORZ_SHARED xorz::SegmentsShared shared;                                                               \
+    xorz::linear_segments<xorz::D>(shared,                                                                 \
+                                   {x, weight, biases, bias_stride, arena, arena_bytes, slots, slot_count, \
+                                    tenant_of_row, out, m, n, k, status},                                  \
+                                   workspace);                                                             \
   }
 
 XORZ_LINEAR_SEGMENTS(bf16, Bf16)

@@ -22,13 +22,13 @@ class PatchEntries {
   using W = typename D::Word;
   Records<W> records_;
   ExceptionsOfRow<W> exceptions_;
-  uint32_t lane_;        // the row's lane in its tile's records
-  uint32_t next_;        // record of the row's first lane
-  uint32_t column_;      // of the record before it
-  uint32_t last_;        // column of the entry before it; kNoColumn if there is none
-  uint32_t cols_;        // of the tile
-  float sum_;            // base + differences of that column
-  uint32_t gap_;         // of this lane's record
+  uint32_t lane_;    // the row's lane in its tile's records
+  uint32_t next_;    // record of the row's first lane
+  uint32_t column_;  // of the record before it
+  uint32_t last_;    // column of the entry before it; kNoColumn if there is none
+  uint32_t cols_;    // of the tile
+  float sum_;        // base + differences of that column
+  uint32_t gap_;     // of this lane's record
   W difference_;
   bool sound_;
 
@@ -100,8 +100,7 @@ class PatchEntries {
     const uint32_t lane = thread_index_anew() % 32, quad = lane % kQuad, head = lane / kQuad * kQuad;
     const W nothing = no_op<W>(D::kCode);
     const uint32_t at = column_here();
-    const uint32_t taken =
-        leading_votes(warp_ballot(next_ + quad < records_.count && at < end));
+    const uint32_t taken = leading_votes(warp_ballot(next_ + quad < records_.count && at < end));
     bool live = quad < taken && difference_ != nothing;
     if (live && (at < column || at >= cols_)) {
       // Back, or beyond the tile, where the last call looks.
@@ -110,7 +109,8 @@ class PatchEntries {
     const uint32_t lives = warp_ballot(live);
     // What the entry before this one has for a column; where that is not known at once, one by one.
     const uint32_t before = warp_shuffle(at, quad == 0 ? lane : lane - 1);
-    const bool padded = warp_shuffle(static_cast<uint32_t>(difference_ == nothing), quad == 0 ? lane : lane - 1);
+    const bool padded =
+        warp_shuffle(static_cast<uint32_t>(difference_ == nothing), quad == 0 ? lane : lane - 1);
     const bool close = live && (quad == 0 ? last_ != kNoColumn && at <= last_
                                           : at <= before || (padded && records_.gap_bytes == 2));
     if (warp_ballot(close) != 0)

@@ -25,8 +25,8 @@ constexpr uint32_t kLargeThreads = 256;
 template <class W>
 struct Stages {
   static constexpr uint32_t kOfX = sizeof(W) == 2 ? 3 : 2, kOfW = kOfX + 1;
-  static constexpr uint32_t kPer = 16 / sizeof(W);           // words of a piece
-  static constexpr uint32_t kPieces = kStepColumns / kPer;   // of a row
+  static constexpr uint32_t kPer = 16 / sizeof(W);          // words of a piece
+  static constexpr uint32_t kPieces = kStepColumns / kPer;  // of a row
   alignas(16) W x[kOfX][kRowsOfX<W> * kStepColumns];
   alignas(16) W w[kOfW][kRowsOfW * kStepColumns];
 

@@ -28,9 +28,9 @@ struct WideTile {
 // Compute and write the outputs that `again` asks for, of the panel at row `r0` and the rows of x `rows`. The
 // block calls.
 template <class D>
-XORZ_DEVICE void compute_tile_again(WideTile<typename D::Word>& wide, const AgainBits<typename D::Word>& again,
-                                    const TenantRows& tenant, const Product<typename D::Word>& p,
-                                    const uint32_t* rows, uint64_t r0) {
+XORZ_DEVICE void compute_tile_again(WideTile<typename D::Word>& wide,
+                                    const AgainBits<typename D::Word>& again, const TenantRows& tenant,
+                                    const Product<typename D::Word>& p, const uint32_t* rows, uint64_t r0) {
   using W = typename D::Word;
   constexpr uint32_t kParts = kRowsOfX<W> / 32;
   const bool tiled = tenant.way == kOnEntries || tenant.way == kOnStream;

@@ -11,7 +11,7 @@ mod linear;
 
 use common::{Rng, perturbed};
 use device::{After, Device, Launch, Param};
-use kernels::{LINEAR_OUT, Linear, nudged, restore};
+use kernels::{LINEAR_OUT, LINEAR_STATUS, Linear, nudged, restore, run_large, status};
 use linear::Case;
 use xorz::codec::Encoding;
 use xorz::matrix::{Dtype, Shape};
@@ -134,6 +134,69 @@ fn small_products_read_the_base_once_and_each_tenants_tiles_once() {
             );
             assert!(d <= 1.02, "{encoding} {share} m {m}: {d}");
             assert!(moved.base_by_blocks <= 1.001, "{encoding} {share} m {m}: base {}", moved.base_by_blocks);
+        }
+    }
+}
+
+#[test]
+fn large_products_read_base_and_deltas_once_for_a_tile_of_rows_of_x() {
+    let (device, mut rng, full) = (Device::new("plain", &["-O2"]), Rng::new(53), shape());
+    // Panels are alike: some are counted, and stand for all.
+    let (n, k) = (full.n.min(128), full.k);
+    let panels = (full.n / n) as f64;
+    let shape = Shape { n, k };
+    let base = rng.weights(DTYPE, n * k);
+    println!(
+        "| {full} bf16, {n} rows counted | must move, MB | distinct | base, by block | all, by block |\n|---|---|---|---|---|"
+    );
+    for (encoding, share) in KINDS {
+        let cases: Vec<_> = (0..4).map(|_| case(&mut rng, shape, &base, encoding, share)).collect();
+        for (m, tenants) in [(64, 1), (64, 4), (512, 1), (512, 4)] {
+            if full.n == n && (m, tenants) == (512, 1) && encoding != Encoding::Exponent {
+                continue;
+            }
+            let (mut arena, mut slots) = (vec![], vec![]);
+            for case in &cases[..tenants] {
+                slots.push([arena.len() as i64, case.blob.len() as i64]);
+                arena.extend_from_slice(&case.blob);
+            }
+            let map: Vec<i32> = (0..m).map(|i| (i % tenants) as i32).collect();
+            let x = rng.weights(DTYPE, m * k);
+            let linear = Linear {
+                dtype: DTYPE,
+                shape,
+                base: &base,
+                x: &x,
+                m,
+                arena: &arena,
+                slots: Some(&slots),
+                tenant_of_row: Some(&map),
+                biases: None,
+                rows: 16,
+                seed: 0,
+            };
+            let mut large = linear.large(None, false);
+            large.product.count = true;
+            let after = run_large(&device, &[large]).unwrap().remove(0);
+            assert_eq!(status(&after, LINEAR_STATUS), 0);
+            let own = encoding == Encoding::Raw;
+            let of_panels = arena.len() + after[LINEAR_OUT].bytes.len() + usize::from(!own) * base.len();
+            let must = panels * of_panels as f64 + x.len() as f64;
+            let bytes = |f: &dyn Fn(&After) -> u64| 32.0 * after.iter().map(f).sum::<u64>() as f64;
+            // x is the same for all panels; what else is there is a panel's own.
+            let distinct = panels * (bytes(&|a| a.sectors.0) - x.len() as f64) + x.len() as f64;
+            let by_block = 32.0 * after[1].sectors.1 as f64 / base.len() as f64;
+            let (d, b) = (distinct / must, panels * bytes(&|a| a.sectors.1) / must);
+            println!(
+                "| m {m}, {tenants} x {encoding} {share} | {:.2} | {d:.3} | {by_block:.3} | {b:.2} |",
+                must / 1e6
+            );
+            assert!(d <= 1.02, "{encoding} {share} m {m}: {d}");
+            let tiles = tenants * (m / tenants).div_ceil(128);
+            assert!(
+                own || (by_block - tiles as f64).abs() <= 0.001 * tiles as f64,
+                "{encoding} m {m}: {by_block}"
+            );
         }
     }
 }

@@ -9,12 +9,13 @@ mod kernels;
 #[path = "common/linear.rs"]
 mod linear;
 
-use common::{Rng, adversarial, matrix};
+use common::{Rng, adversarial, matrix, word};
 use device::{Device, Launch, TSAN};
 use kernels::{
-    Fleet, LINEAR_OUT, LINEAR_STATUS, Linear, assert_streams, device, mixes, nudged, restore, status, tuned,
+    Fleet, LINEAR_OUT, LINEAR_STATUS, Large, Linear, assert_streams, device, maps, mixes, nudged, restore,
+    run_large, status, tuned,
 };
-use linear::{Case, ENCODINGS, first_difference, integers};
+use linear::{Case, DTYPES, ENCODINGS, first_difference, integers, values};
 use xorz::codec::Encoding;
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::{HEADER_BYTES, Resident};
@@ -60,7 +61,7 @@ fn what_does_not_fit_gives_nan_and_a_status_and_leaves_the_others_alone() {
         slots[0] = slot;
         let broken =
             Fleet { slots, cases: vec![], biases: fleet.biases.clone(), arena: fleet.arena.clone(), ..fleet };
-        launches.push(with_base(&broken, &fleet, &x, &map(0)));
+        launches.push(with_base(&broken, &fleet, &x, &map(0), both));
         codes.push((if i < 6 { 3 } else { 5 }, 0));
     }
     for (blob, code) in bytes.into_iter().zip([6, 6, 5]) {
@@ -68,15 +69,17 @@ fn what_does_not_fit_gives_nan_and_a_status_and_leaves_the_others_alone() {
         slots[0] = [arena.len() as i64, blob.len() as i64];
         arena.extend_from_slice(blob);
         let broken = Fleet { slots, cases: vec![], biases: fleet.biases.clone(), arena, ..fleet };
-        launches.push(with_base(&broken, &fleet, &x, &map(0)));
+        launches.push(with_base(&broken, &fleet, &x, &map(0), both));
         codes.push((code, 0));
     }
     for bad in [-2, fleet.slots.len() as i32, i32::MAX, i32::MIN] {
-        launches.push(with_base(&fleet, &fleet, &x, &map(bad)));
+        launches.push(with_base(&fleet, &fleet, &x, &map(bad), both));
         codes.push((2, bad as u32 & 0xFF_FFFF));
     }
     let want = fleet.reference(&x[shape.k * 2..], &good[1..]);
-    for (after, (code, slot)) in device.run(&launches).unwrap().iter().zip(codes) {
+    let (small, large): (Vec<_>, Vec<_>) = launches.into_iter().unzip();
+    let after = [device.run(&small).unwrap(), run_large(&device, &large).unwrap()].concat();
+    for (after, (code, slot)) in after.iter().zip(codes.iter().chain(&codes)) {
         assert_eq!(status(after, LINEAR_STATUS), code << 24 | slot);
         let y = &after[LINEAR_OUT].bytes;
         let row = shape.n * 2;
@@ -85,8 +88,13 @@ fn what_does_not_fit_gives_nan_and_a_status_and_leaves_the_others_alone() {
     }
 }
 
-fn with_base(broken: &Fleet, fleet: &Fleet, x: &[u8], map: &[i32]) -> Launch {
-    Linear {
+/// As a product of few rows, and of many.
+fn both(linear: &Linear<'_>) -> (Launch, Large) {
+    (linear.launch(), linear.large(None, true))
+}
+
+fn with_base<T>(broken: &Fleet, fleet: &Fleet, x: &[u8], map: &[i32], f: impl Fn(&Linear<'_>) -> T) -> T {
+    f(&Linear {
         dtype: fleet.dtype,
         shape: fleet.shape,
         base: &fleet.cases[0].base,
@@ -98,8 +106,23 @@ fn with_base(broken: &Fleet, fleet: &Fleet, x: &[u8], map: &[i32]) -> Launch {
         biases: Some(&fleet.biases),
         rows: 16,
         seed: 3,
+    })
+}
+
+/// `y` is about `x` times the fine-tuned words, or as far from finite.
+fn check_near(case: &Case, x: &[u8], y: &[u8], name: &str) {
+    let m = x.len() / (case.shape.k * case.dtype.word_bytes()).max(1);
+    let sizes = |words: &[u8]| -> Vec<u8> {
+        values(case.dtype, words).iter().flat_map(|v| word(case.dtype, v.abs())).collect()
+    };
+    let want = case.reference(x, m, None);
+    let absolute = Case { fine_tuned: sizes(&case.fine_tuned), base: vec![], blob: vec![], ..*case };
+    let size = absolute.reference(&sizes(x), m, None);
+    for (i, (got, (want, size))) in values(case.dtype, y).iter().zip(want.iter().zip(size)).enumerate() {
+        let near = (got - want).abs() <= 0.005 * size;
+        let far = got.is_nan() == want.is_nan() && (want.is_nan() || want.abs() > 3e38 && got.is_infinite());
+        assert!(near || far, "{name}: {got} for {want} at {i}");
     }
-    .launch()
 }
 
 /// Blobs broken byte by byte, for `restore`, `apply` and `linear`, run on `device`: the right words, or NaN and a status.
@@ -116,7 +139,7 @@ fn hostile(device: &Device, seed: u64, every: usize) {
             let fine_tuned = if encoding == Encoding::Exponent { &near } else { &fine_tuned };
             let case = Case::new(dtype, shape, encoding, &base, fine_tuned);
             assert_streams(&case.blob);
-            let mut launches = vec![];
+            let (mut launches, mut large) = (vec![], vec![]);
             let mut blobs = vec![];
             let head = 0..HEADER_BYTES.min(case.blob.len());
             let spots = head.chain((HEADER_BYTES..case.blob.len()).step_by(every));
@@ -149,8 +172,12 @@ fn hostile(device: &Device, seed: u64, every: usize) {
                     seed: 0,
                 };
                 launches.push(linear.launch());
+                large.push(linear.large(None, large.len() % 2 == 0));
             }
             let after = device.run(&launches).unwrap();
+            // A third of them: these take longest.
+            let large: Vec<_> = large.into_iter().step_by(3).collect();
+            let large = run_large(device, &large).unwrap();
             for (i, three) in after.chunks(3).enumerate() {
                 let oracle = Resident::parse(&blobs[i])
                     .ok()
@@ -172,6 +199,17 @@ fn hostile(device: &Device, seed: u64, every: usize) {
                     assert!(three[1][0].bytes == base, "{} blob {i}: apply touched the weight", case.name());
                 }
                 assert_eq!(code, status(&three[1], 6), "{} blob {i}", case.name());
+                let Some(large) = large.get(i / 3).filter(|_| i % 3 == 0) else { continue };
+                let name = format!("{} blob {i}, many rows", case.name());
+                assert_eq!(code, status(large, LINEAR_STATUS), "{name}");
+                let y = &large[LINEAR_OUT].bytes;
+                if code == 0 {
+                    let restored = Case { fine_tuned: words, base: base.clone(), blob: vec![], ..case };
+                    check_near(&restored, &x, y, &name);
+                } else {
+                    let refused = y.iter().all(|b| *b == 0xFF);
+                    assert!(refused || (code >> 24 == 1 && y.contains(&0xFF)), "{name}: no NaN");
+                }
             }
         }
     }
@@ -198,6 +236,28 @@ fn broken_bytes_harm_no_memory() {
     let fleet = Fleet::new(&mut rng, Dtype::BF16, shape, |r, w| integers(r, Dtype::BF16, w, 8), 0.1);
     let mixes = mixes(&mut rng, &fleet, &[3, 16], |r, w| integers(r, Dtype::BF16, w, 3));
     device.run(&mixes.iter().map(|m| m.0.clone()).collect::<Vec<_>>()).unwrap();
+    run_large(&device, &large_mixes(&mut rng, Shape { n: 70, k: 300 }, 0.0)).unwrap();
+}
+
+/// Products of many rows of each dtype and map, copies early and late.
+fn large_mixes(rng: &mut Rng, shape: Shape, odd: f64) -> Vec<Large> {
+    let mut all = vec![];
+    for dtype in DTYPES {
+        let words = |r: &mut Rng, words: usize| {
+            let plain = integers(r, dtype, words, 6);
+            let special = adversarial(r, dtype, words);
+            r.mix(dtype, &plain, &special, odd)
+        };
+        let fleet = Fleet::new(rng, dtype, shape, words, 0.1);
+        let x = integers(rng, dtype, 20 * shape.k, 3);
+        for (i, map) in maps(rng, 20).iter().enumerate() {
+            // Each map once a dtype, each way once a map.
+            if i % 3 == dtype as usize % 3 {
+                all.extend([false, true].map(|late| fleet.large(&x, map, Some(2), late, 1)));
+            }
+        }
+    }
+    all
 }
 
 #[test]
@@ -221,4 +281,5 @@ fn no_two_threads_race() {
         }
         device.run(&launches).unwrap();
     }
+    run_large(&device, &large_mixes(&mut rng, Shape { n: 66, k: 300 }, 0.0002)).unwrap();
 }

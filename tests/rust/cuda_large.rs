@@ -39,12 +39,13 @@ fn alone<'a>(case: &'a Case, x: &'a [u8], m: usize) -> Linear<'a> {
 #[test]
 fn one_hot_x_gives_the_fine_tuned_column_exactly() {
     let (device, mut rng) = (device(), Rng::new(181));
-    for dtype in [Dtype::BF16, Dtype::F16] {
+    for dtype in DTYPES {
+        let w = dtype.word_bytes();
         for (n, k) in [(70, 139), (67, 288)] {
             let shape = Shape { n, k };
             let base = rng.weights(dtype, n * k);
             let far = perturbed(&mut rng, dtype, &base, 0.3);
-            let near = nudged(&mut rng, 2, &base, 4, 0);
+            let near = nudged(&mut rng, w, &base, 4, 0);
             let x: Vec<u8> =
                 (0..k * k).flat_map(|i| word(dtype, f64::from(u8::from(i / k == i % k)))).collect();
             let cases: Vec<_> = ENCODINGS
@@ -60,9 +61,9 @@ fn one_hot_x_gives_the_fine_tuned_column_exactly() {
                 cases.iter().enumerate().map(|(i, c)| alone(c, &x, k).large(None, i % 2 == 0)).collect();
             for (after, case) in run_large(&device, &all).unwrap().iter().zip(&cases) {
                 assert_eq!(status(after, LINEAR_STATUS), 0);
-                for (i, y) in after[LINEAR_OUT].bytes.chunks(2).enumerate() {
+                for (i, y) in after[LINEAR_OUT].bytes.chunks(w).enumerate() {
                     let (j, r) = (i / n, i % n);
-                    let want = value(dtype, &case.fine_tuned[(r * k + j) * 2..][..2]);
+                    let want = value(dtype, &case.fine_tuned[(r * k + j) * w..][..w]);
                     assert!(value(dtype, y) == want, "{} row {r} column {j}", case.name());
                 }
             }
