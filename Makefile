@@ -10,9 +10,13 @@ NICE   ?=
 
 # The stamps live inside the environment that they speak about: whoever removes it, removes them.
 REQUIREMENTS := $(VENV)/.xorz-requirements
-INSTALLED    := $(VENV)/.xorz-installed
+PLAIN        := $(VENV)/.xorz-installed
+# `make build CUDA=1` compiles the CUDA kernels, which takes minutes, with an nvcc that it fetches once (313 MB, into the
+# user's cache). Once built, they stay until `make clean`, and are compiled anew when they change.
+CUDA         ?=
+INSTALLED    := $(PLAIN)$(if $(filter 1,$(CUDA)),-cuda)
 
-RUST_SOURCES   := $(shell find src -name '*.rs') $(wildcard build.rs) Cargo.toml Cargo.lock
+RUST_SOURCES   := $(shell find src -name '*.rs') $(wildcard build.rs cuda/*.cu cuda/*.cuh cuda/CMakeLists.txt) Cargo.toml Cargo.lock
 SHIM_SOURCES   := $(wildcard csrc/*) CMakeLists.txt
 PYTHON_SOURCES := $(shell find python -name '*.py' -o -name py.typed) pyproject.toml README.md
 PYTHON_LINTED  := $(wildcard python tests benches examples)
@@ -35,9 +39,12 @@ $(INSTALLED): $(REQUIREMENTS) $(RUST_SOURCES) $(SHIM_SOURCES) $(PYTHON_SOURCES)
 	@command -v $(CARGO) >/dev/null || { echo "xorz: cargo is missing; install Rust 1.90 or newer" >&2; exit 1; }
 	@command -v $(CC) >/dev/null || { echo "xorz: a C compiler ($(CC)) is missing; install gcc or clang" >&2; exit 1; }
 	@command -v c++ >/dev/null || { echo "xorz: a C++ compiler (c++) is missing; install g++ or clang" >&2; exit 1; }
+	$(if $(filter 1,$(CUDA)),export XORZ_NVCC="$$($(PYTHON) cuda/toolchain.py)" && test -n "$$XORZ_NVCC" &&) \
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(NICE) $(PY) -m pip install --quiet --disable-pip-version-check \
 	  --no-build-isolation --no-deps --force-reinstall .
-	@touch $@
+	@grep -q '^XORZ_NVCC:[A-Z]*=/' build/cmake/CMakeCache.txt || \
+	  echo "xorz: no nvcc, so built without CUDA kernels; \`make build CUDA=1\` fetches one"
+	@touch $@ $(PLAIN)
 
 demo: build
 	$(PY) examples/demo.py
@@ -135,4 +142,4 @@ bench-checkpoint: $(BENCH_VENV)/.xorz-requirements
 
 clean:
 	rm -rf build target
-	rm -f $(INSTALLED)
+	rm -f $(PLAIN) $(PLAIN)-cuda

@@ -8,13 +8,14 @@
 //! | [`codec`] | what a delta is, tile by tile, in scalar code: the oracle |
 //! | [`resident`] | a delta of one matrix in memory: layout, writer, view, slice, concat |
 //! | [`cpu`] | the ops on the CPU: products on base + delta, restore, apply; one algorithm per instruction set |
+//! | [`cuda`] | the ops on a CUDA device: the host side of the kernels in `cuda/` at the root |
 //! | [`package`] | a delta of a checkpoint at rest: one `.xorz` file, written, read, packed, unpacked |
 //! | [`ffi`] | the doors: ops, the plain C ABI, the typed bridge to the shim; the only exports |
 //!
 //! Dependencies point one way: `error, matrix <- codec <- resident <- cpu <- package <- ffi <- csrc <- python`. The design card
 //! drew `cpu` and `package` apart; packing at the speed of memory needs the vector kernels, so `package` uses `cpu`, which
-//! still knows no package.
-//! `unsafe` lives in `cpu/<arch>` and `ffi` only.
+//! still knows no package. `cuda` stands beside `cpu`, on `resident`.
+//! `unsafe` lives in `cpu/<arch>`, `cuda` and `ffi` only.
 
 #![cfg_attr(
     not(test),
@@ -23,6 +24,7 @@
 
 pub mod codec;
 pub mod cpu;
+pub mod cuda;
 pub mod error;
 pub mod ffi;
 pub mod matrix;

@@ -5,12 +5,10 @@ shared memory, blocks a multiprocessor and the memory instructions of each kerne
 
     gate.py [--write] [--only ARCH]...
 
-The compiler is nvcc of $XORZ_CUDA_TOOLS (or xorz/cuda in the user's cache), an environment made once from
-cuda/requirements.txt. `--write` replaces the table: say in the commit why it changed.
+The compiler is that of cuda/toolchain.py. `--write` replaces the table: say in the commit why it changed.
 """
 
 import argparse
-import os
 import re
 import subprocess
 import sys
@@ -19,6 +17,9 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "cuda"))
+import toolchain  # noqa: E402
+
 TABLE = ROOT / "cuda" / "gate.txt"
 ARCHS = (80, 86, 89, 90, 100, 120)
 THREADS = 256
@@ -55,34 +56,6 @@ INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_
 
 def fail(text: str) -> None:
     raise SystemExit(f"cuda-gate: {text}")
-
-
-def tools() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("XORZ_CUDA_TOOLS") or Path(cache) / "xorz" / "cuda")
-
-
-def toolchain() -> Path:
-    """The folder of nvcc; fetched once."""
-    home, wanted = tools(), ROOT / "cuda" / "requirements.txt"
-    stamp = home / "requirements.txt"
-    if not stamp.exists() or stamp.read_text() != wanted.read_text():
-        print(f"cuda-gate: fetching nvcc into {home}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", home], check=True)
-        pip = [
-            home / "bin" / "python",
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            "-r",
-            wanted,
-        ]
-        subprocess.run(pip, check=True)
-        stamp.write_text(wanted.read_text())
-    found = sorted(home.glob("lib/python3*/site-packages/nvidia/cu*/bin/nvcc"))
-    return found[0].parent if found else fail(f"no nvcc in {home}")
 
 
 def blocks(arch: int, registers: int, shared: int) -> int:
@@ -132,7 +105,7 @@ def instructions(nvcc: Path, cubin: Path) -> dict[str, Counter]:
 
 
 def rows(archs) -> list[str]:
-    nvcc = toolchain()
+    nvcc = toolchain.nvcc().parent
     out = []
     with tempfile.TemporaryDirectory() as work:
         for source in sorted((ROOT / "cuda").glob("*.cu")):

@@ -11,42 +11,14 @@
 // bytes.
 #include <cstdio>
 #include <cstdlib>
-#include <map>
 #include <string>
-#include <tuple>
-#include <utility>
 #include <vector>
 
-#ifndef XORZ_KERNELS_HEADER
-#define XORZ_KERNELS_HEADER "kernels.h"
-#endif
-#include XORZ_KERNELS_HEADER
+#include "table.h"
 
 namespace {
 
-template <class... A, size_t... I>
-void call(void (*kernel)(A...), void** params, std::index_sequence<I...>) {
-  kernel(*static_cast<A*>(params[I])...);
-}
-template <class... A>
-constexpr uint32_t arity(void (*)(A...)) {
-  return sizeof...(A);
-}
-
-struct Entry {
-  void (*call)(void**);
-  uint32_t params;
-};
-
-// Each kernel by its name, called with pointers to its parameters, as a driver would.
-const std::map<std::string, Entry>& kernels() {
-#define XORZ_ENTRY(name)                                                                             \
-  {#name,                                                                                            \
-   {[](void** params) { call(name, params, std::make_index_sequence<arity(decltype(&name){})>()); }, \
-    arity(decltype(&name){})}},
-  static const std::map<std::string, Entry> all = {XORZ_KERNELS(XORZ_ENTRY)};
-  return all;
-}
+using host::kernels;
 
 void read(void* to, size_t bytes) {
   if (std::fread(to, 1, bytes, stdin) != bytes) host::fail("the launch is cut");

@@ -45,7 +45,8 @@ fn modules_use_only_what_lies_below_them() {
         ("resident", &["error", "matrix", "codec"]),
         ("package", &["error", "matrix", "codec", "resident", "cpu"]),
         ("cpu", &["error", "matrix", "codec", "resident"]),
-        ("ffi", &["error", "matrix", "codec", "resident", "package", "cpu"]),
+        ("cuda", &["error", "matrix", "codec", "resident"]),
+        ("ffi", &["error", "matrix", "codec", "resident", "package", "cpu", "cuda"]),
     ];
     for (file, text) in source() {
         let inside = file.trim_start_matches("src/");
@@ -67,7 +68,7 @@ fn modules_use_only_what_lies_below_them() {
 #[test]
 fn the_binary_uses_package_and_what_it_speaks() {
     for (file, text) in source().iter().filter(|(f, _)| f.starts_with("src/bin/")) {
-        for hidden in ["xorz::ffi", "xorz::cpu"] {
+        for hidden in ["xorz::ffi", "xorz::cpu", "xorz::cuda"] {
             assert!(!text.contains(hidden), "{file} uses {hidden}");
         }
     }
@@ -101,6 +102,7 @@ fn foreign_worlds_stay_behind_their_doors() {
     for (file, text) in source() {
         let cxx = text.contains("cxx::");
         assert!(!cxx || file == "src/ffi/bridge.rs", "cxx in {file}");
+        assert!(!text.contains("cudarc") || file == "src/cuda/driver.rs", "libcuda in {file}");
         let intrinsics = text.contains("std::arch") || text.contains("core::arch");
         let detected = text.replace("std::arch::is_x86_feature_detected", "");
         let at_home = file.starts_with("src/cpu/x86_64/") || file.starts_with("src/cpu/aarch64/");

@@ -110,6 +110,21 @@ fn runtime(flags: &[&str]) -> Result<PathBuf, String> {
     Ok(object)
 }
 
+/// A folder with a double of libcuda.so.1 that runs the kernels (`tests/cuda_host/driver.cpp`), and an image that it takes.
+pub fn double() -> (PathBuf, PathBuf) {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda_double");
+    std::fs::create_dir_all(&folder).unwrap();
+    let (library, image) = (folder.join("libcuda.so.1"), folder.join("kernels.fatbin"));
+    let (cuda, host) = (root("cuda"), root("tests/cuda_host"));
+    let _one = only_one("double");
+    if !is_newer(&library, &[&cuda, &host]) {
+        let files = [host.join("driver.cpp"), host.join("runtime.cpp")];
+        compile(&cuda, &["-O2", "-fPIC", "-shared"], &[&files[0], &files[1]], &library).unwrap();
+    }
+    std::fs::write(&image, [&0xBA55_ED50_u32.to_le_bytes()[..], b" for the double"].concat()).unwrap();
+    (folder, image)
+}
+
 impl Device {
     /// Compile the repository's kernels with `flags`; a build that is newer than its sources is kept.
     pub fn new(name: &str, flags: &[&str]) -> Self {

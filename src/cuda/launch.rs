@@ -1,0 +1,196 @@
+//! The ops: what the host can check, then kernels on the caller's stream.
+
+use super::driver::Device;
+use super::params::{Apply, LinearSmall, Params, Restore};
+use super::plan;
+use super::status::Op;
+use crate::error::{Error, Result};
+use crate::matrix::{Dtype, Shape};
+
+/// Where to launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The device, as the driver counts those that are visible.
+    pub device: i32,
+    /// A `CUstream` of the device's primary context; 0 is its default stream.
+    pub stream: u64,
+}
+
+/// A row-major matrix in device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Words {
+    /// Dtype of the words.
+    pub dtype: Dtype,
+    /// Rows and columns.
+    pub shape: Shape,
+    /// Address of the first word, aligned to words.
+    pub address: u64,
+}
+
+/// Rows of a batch, many tenants': device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rows {
+    /// `[slots, 2]` i64: offset and length in bytes of each slot's delta.
+    pub slots: u64,
+    /// Slots.
+    pub slot_count: usize,
+    /// `[m]` i32: the slot of each row of x, -1 the base.
+    pub tenant_of_row: u64,
+}
+
+/// Arguments of [`delta_linear`], addresses of device memory. All words are of the weight's dtype.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Linear {
+    /// `[m, k]`.
+    pub x: u64,
+    /// Rows of x.
+    pub m: usize,
+    /// The base, `[n, k]`.
+    pub weight: Words,
+    /// Rows of biases; 0 is none.
+    pub biases: u64,
+    /// Words from one row of biases to the next.
+    pub bias_stride: usize,
+    /// The delta, or the arena of all deltas.
+    pub arena: u64,
+    /// Bytes of it.
+    pub arena_bytes: usize,
+    /// None: `arena` is the delta of every row, and `biases` is one row.
+    pub rows: Option<Rows>,
+}
+
+/// Alignment of deltas that the kernels take.
+const DELTA_ALIGN: u64 = 16;
+/// Alignment of slots.
+const SLOT_ALIGN: u64 = 8;
+
+fn check_aligned(what: &str, address: u64, to: u64) -> Result<()> {
+    if address.is_multiple_of(to) {
+        return Ok(());
+    }
+    Err(Error::invalid(format!("{what} is at an address that is no multiple of {to} bytes")))
+}
+
+/// `out [n, k]`, words of `base`'s dtype at an address of the device, becomes the fine-tuned matrix, bit for bit.
+///
+/// # Errors
+/// `Device`, `Unsupported` for a matrix too large, `InvalidArgument` for a misaligned address; and what an earlier call reported
+/// (see [`super::status`]).
+///
+/// # Safety
+/// `base`, `out` and `delta_bytes` bytes at `delta` are memory that the device can reach until the stream has passed this call; `out`
+/// overlaps nothing. Their contents may be anything.
+pub unsafe fn delta_restore(
+    place: Place,
+    base: Words,
+    out: u64,
+    delta: u64,
+    delta_bytes: usize,
+) -> Result<()> {
+    let launch = plan::restore(false, base.dtype, base.shape)?;
+    let word = base.dtype.word_bytes() as u64;
+    check_aligned("base", base.address, word)?;
+    check_aligned("out", out, word)?;
+    check_aligned("delta", delta, DELTA_ALIGN)?;
+    let device = Device::get(place.device)?;
+    device.raise()?;
+    let params = Restore {
+        base: base.address,
+        out,
+        delta,
+        delta_bytes: delta_bytes as u64,
+        n: base.shape.n as u64,
+        k: base.shape.k as u64,
+        dtype: base.dtype as u32,
+        status: device.status(Op::Restore),
+    };
+    // SAFETY: the parameters of that kernel, by its table; the memory is the caller's promise.
+    unsafe { device.launch(launch, place.stream, params.pack()) }
+}
+
+/// `weight [n, k]` turns from base into fine-tuned words, in place. Its digest is not compared: who loads a delta does that.
+///
+/// # Errors
+/// As [`delta_restore`].
+///
+/// # Safety
+/// As [`delta_restore`], `weight` in the place of `out`.
+pub unsafe fn delta_apply(place: Place, weight: Words, delta: u64, delta_bytes: usize) -> Result<()> {
+    let launch = plan::restore(true, weight.dtype, weight.shape)?;
+    check_aligned("weight", weight.address, weight.dtype.word_bytes() as u64)?;
+    check_aligned("delta", delta, DELTA_ALIGN)?;
+    let device = Device::get(place.device)?;
+    device.raise()?;
+    let params = Apply {
+        weight: weight.address,
+        delta,
+        delta_bytes: delta_bytes as u64,
+        n: weight.shape.n as u64,
+        k: weight.shape.k as u64,
+        dtype: weight.dtype as u32,
+        status: device.status(Op::Apply),
+    };
+    // SAFETY: the parameters of that kernel, by its table; the memory is the caller's promise.
+    unsafe { device.launch(launch, place.stream, params.pack()) }
+}
+
+fn check_linear(args: &Linear, out: u64) -> Result<()> {
+    let word = args.weight.dtype.word_bytes() as u64;
+    for (what, address) in
+        [("input", args.x), ("weight", args.weight.address), ("biases", args.biases), ("out", out)]
+    {
+        check_aligned(what, address, word)?;
+    }
+    check_aligned(if args.rows.is_some() { "arena" } else { "delta" }, args.arena, DELTA_ALIGN)?;
+    if let Some(rows) = &args.rows {
+        check_aligned("slots", rows.slots, SLOT_ALIGN)?;
+        check_aligned("tenant_of_row", rows.tenant_of_row, 4)?;
+        if (rows.slots == 0 && rows.slot_count > 0) || (rows.tenant_of_row == 0 && args.m > 0) {
+            return Err(Error::invalid("slots or tenant_of_row are at no address"));
+        }
+    }
+    Ok(())
+}
+
+/// `out [m, n] = x @ (weight (+) delta)^T + bias`, each row of x with its own tenant's delta where `rows` is given.
+///
+/// # Errors
+/// As [`delta_restore`], and `Unsupported` for a dtype that does not compute.
+///
+/// # Safety
+/// All that `args` names, and `[m, n]` words at `out`, is memory that the device can reach until the stream has passed this
+/// call; `out` overlaps nothing. Their contents may be anything.
+pub unsafe fn delta_linear(place: Place, args: &Linear, out: u64) -> Result<()> {
+    let Shape { n, k } = args.weight.shape;
+    let product = plan::linear(args.weight.dtype, args.m, args.weight.shape)?;
+    check_linear(args, out)?;
+    let device = Device::get(place.device)?;
+    device.raise()?;
+    let word = args.weight.dtype.word_bytes() as u64;
+    // To the kernel no address of slots means that there is but one delta. Of no slots it reads none, wherever they are.
+    let named = |rows: Rows| Rows { slots: rows.slots.max(SLOT_ALIGN), ..rows };
+    let rows = args.rows.map_or(Rows { slots: 0, slot_count: 0, tenant_of_row: 0 }, named);
+    for (launch, first, count) in product.launches() {
+        let first = first as u64;
+        let after = |address: u64, bytes: u64| if address == 0 { 0 } else { address + first * bytes };
+        let params = LinearSmall {
+            x: after(args.x, k as u64 * word),
+            weight: args.weight.address,
+            biases: args.biases,
+            bias_stride: args.bias_stride as u64,
+            arena: args.arena,
+            arena_bytes: args.arena_bytes as u64,
+            slots: rows.slots,
+            slot_count: rows.slot_count as u64,
+            tenant_of_row: after(rows.tenant_of_row, 4),
+            out: after(out, n as u64 * word),
+            m: count as u64,
+            n: n as u64,
+            k: k as u64,
+            status: device.status(if args.rows.is_some() { Op::Grouped } else { Op::Linear }),
+        };
+        // SAFETY: the parameters of that kernel, by its table; rows `first ..` of what the caller promises.
+        unsafe { device.launch(launch, place.stream, params.pack()) }?;
+    }
+    Ok(())
+}

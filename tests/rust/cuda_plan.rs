@@ -1,0 +1,212 @@
+//! Promise: the host side of the CUDA kernels launches what the kernels are: names, parameters in order, numbers and grids are
+//! those of the sources in `cuda/` and of `cuda/README.md`.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use xorz::cuda::params::{Apply, Kind, LinearSmall, Params, Restore};
+use xorz::cuda::plan::{self, ENTRIES, MOST_BLOCKS, PANEL, THREADS};
+use xorz::cuda::status::{self, Code, Op, SLOT_BITS};
+use xorz::error;
+use xorz::matrix::{Dtype, Shape};
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
+}
+
+/// Without the backslashes and spaces of macros.
+fn joined(text: &str) -> String {
+    text.replace('\\', " ").split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn every_kernel_has_an_entry_and_every_entry_a_kernel() {
+    let header = read("tests/cuda_host/kernels.h");
+    let names: BTreeSet<_> = header.split("X(").skip(1).filter_map(|t| t.split(')').next()).collect();
+    assert!(names.len() > 10, "{names:?}");
+    assert_eq!(names, ENTRIES.into_iter().collect());
+    let gate = read("cuda/gate.txt");
+    let rows = gate.lines().filter(|l| !l.starts_with('#')).filter_map(|l| l.split_whitespace().next());
+    assert_eq!(names, rows.collect());
+}
+
+/// What the kernel whose name is `name` in the source takes.
+fn source_params(file: &str, name: &str) -> Vec<(String, Kind)> {
+    let text = joined(&read(file));
+    let after = text.split(&format!("{name}(")).nth(1).unwrap_or_else(|| panic!("no {name} in {file}"));
+    let list = after.split(')').next().unwrap();
+    let one = |param: &str| {
+        let (of, name) = param.trim().rsplit_once(' ').unwrap();
+        let kind = match of {
+            _ if of.ends_with('*') => Kind::Pointer,
+            "uint64_t" => Kind::U64,
+            "uint32_t" => Kind::U32,
+            other => panic!("{name} is a {other}"),
+        };
+        (name.to_owned(), kind)
+    };
+    list.split(',').map(one).collect()
+}
+
+/// What the README says of the entry.
+fn documented_params(entry: &str) -> Vec<(String, Kind)> {
+    let text = read("cuda/README.md");
+    let section = text.split("\n### ").find(|s| s.starts_with(entry)).unwrap_or_else(|| panic!("no {entry}"));
+    let rows = section.lines().filter(|l| l.starts_with("| ") && l.as_bytes()[2].is_ascii_digit());
+    let one = |(at, row): (usize, &str)| {
+        let cells: Vec<_> = row.split('|').map(str::trim).collect();
+        assert_eq!(cells[1], at.to_string(), "{row}");
+        let kind = match cells[3] {
+            "uint64" => Kind::U64,
+            "uint32" => Kind::U32,
+            _ => Kind::Pointer,
+        };
+        assert_eq!(kind == Kind::Pointer, cells[3].contains('*'), "{row}");
+        (cells[2].to_owned(), kind)
+    };
+    rows.enumerate().map(one).collect()
+}
+
+fn check_table<P: Params>(file: &str, kernel: &str, entry: &str) {
+    let ours: Vec<_> = P::TABLE.iter().map(|(name, kind)| ((*name).to_owned(), *kind)).collect();
+    assert_eq!(ours, source_params(file, kernel), "{kernel}");
+    assert_eq!(ours, documented_params(entry), "{entry}");
+}
+
+#[test]
+fn parameters_are_those_of_the_kernels_and_of_the_readme() {
+    check_table::<Restore>("cuda/restore.cu", "xorz_delta_restore_##bits", "`xorz_delta_restore_");
+    check_table::<Apply>("cuda/restore.cu", "xorz_delta_apply_##bits", "`xorz_delta_apply_");
+    check_table::<LinearSmall>(
+        "cuda/linear_small.cu",
+        "xorz_linear_small_##name##_m##M",
+        "`xorz_linear_small_",
+    );
+}
+
+#[test]
+fn parameters_are_packed_in_the_order_of_their_table() {
+    let mut packed = Apply { weight: 1, delta: 2, delta_bytes: 3, n: 4, k: 5, dtype: 6, status: 7 }.pack();
+    assert_eq!(packed.words_mut(), [1, 2, 3, 4, 5, 6, 7]);
+    let mut packed = LinearSmall { x: 10, status: u64::MAX, tenant_of_row: 18, ..Default::default() }.pack();
+    assert_eq!(packed.words_mut(), [10, 0, 0, 0, 0, 0, 0, 0, 18, 0, 0, 0, 0, u64::MAX]);
+}
+
+#[test]
+fn numbers_are_those_of_the_kernels() {
+    let resident = read("cuda/resident.cuh");
+    let names = ["kTileCorrupt", "kNoTenant", "kBadSlot", "kMisaligned", "kNotADelta", "kMismatch"];
+    for (code, name) in Code::ALL.into_iter().zip(names) {
+        assert!(resident.contains(&format!("{name} = {},", code as u32)), "{name}");
+    }
+    let body = resident.split("enum Status").nth(1).unwrap().split('}').next().unwrap();
+    assert_eq!(body.matches(" = ").count(), 1 + Code::ALL.len());
+    assert!(resident.contains(&format!("code << {SLOT_BITS} |")));
+    let all = ["product.cuh", "entries.cuh", "batch.cuh", "resident.cuh", "sparse.cuh"]
+        .map(|f| read(&format!("cuda/{f}")));
+    assert!(all.concat().contains(&format!("kPanel = {PANEL};")));
+    for file in ["cuda/restore.cu", "cuda/linear_small.cu"] {
+        let text = read(file);
+        assert!(text.contains("XORZ_KERNEL("));
+        assert_eq!(
+            text.matches("XORZ_KERNEL(").count(),
+            text.matches(&format!("XORZ_KERNEL({THREADS}, ")).count()
+        );
+    }
+    // What the library is built for is what the gate watches.
+    let archs = |text: &str, from: &str, to: char| {
+        let list = text.split(from).nth(1).unwrap().split(to).next().unwrap();
+        list.split([',', ' ']).filter(|t| !t.is_empty()).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let gate = archs(&read("tests/cuda_gate/gate.py"), "ARCHS = (", ')');
+    assert_eq!(gate.len(), 6);
+    assert_eq!(archs(&read("cuda/CMakeLists.txt"), "set(ARCHITECTURES ", ')'), gate);
+}
+
+#[test]
+fn restore_takes_a_block_for_each_16_rows_of_4096_columns() {
+    for (n, k, blocks) in
+        [(0, 5, 1), (1, 1, 1), (16, 4096, 1), (17, 4096, 2), (16, 4097, 2), (4096, 4096, 256)]
+    {
+        for dtype in Dtype::ALL {
+            let bits = 8 * dtype.word_bytes();
+            for (apply, verb) in [(false, "restore"), (true, "apply")] {
+                let launch = plan::restore(apply, dtype, Shape { n, k }).unwrap();
+                assert_eq!(launch.grid, (blocks, 1), "{n} x {k}");
+                assert_eq!(launch.entry.name(), format!("xorz_delta_{verb}_{bits}"));
+                assert_eq!(ENTRIES[launch.entry.index()], launch.entry.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn few_rows_take_blocks_of_4_and_more_take_16() {
+    let shape = Shape { n: 33, k: 100 };
+    for (dtype, name) in [(Dtype::BF16, "bf16"), (Dtype::F16, "f16"), (Dtype::F32, "f32")] {
+        for (m, rows, y) in [(1, 4, 1), (4, 4, 1), (5, 16, 1), (16, 16, 1), (17, 16, 2), (512, 16, 32)] {
+            let launches: Vec<_> = plan::linear(dtype, m, shape).unwrap().launches().collect();
+            assert_eq!(launches.len(), 1);
+            let (launch, first, count) = launches[0];
+            assert_eq!(launch.entry.name(), format!("xorz_linear_small_{name}_m{rows}"));
+            assert_eq!((launch.grid, first, count), ((3, y), 0, m));
+        }
+    }
+}
+
+#[test]
+fn no_launch_passes_a_limit_and_none_is_empty() {
+    let shape = Shape { n: 40, k: 8 };
+    let most = 16 * MOST_BLOCKS.1 as usize;
+    for m in [0, 1, most, most + 1, 3 * most + 5, i32::MAX as usize] {
+        let mut next = 0;
+        for (launch, first, rows) in plan::linear(Dtype::F16, m, shape).unwrap().launches() {
+            assert_eq!(first, next);
+            assert!(
+                rows > 0 && launch.grid == (3, rows.div_ceil(16) as u32) && launch.grid.1 <= MOST_BLOCKS.1
+            );
+            next += rows;
+        }
+        assert_eq!(next, m);
+    }
+    assert_eq!(plan::linear(Dtype::F16, 5, Shape { n: 0, k: 8 }).unwrap().launches().count(), 0);
+    let wide = plan::linear(Dtype::F32, 1, Shape { n: i32::MAX as usize, k: 1 }).unwrap();
+    assert!(
+        wide.launches()
+            .all(|(l, ..)| l.grid.0 <= MOST_BLOCKS.0 && l.grid.0 as usize * 16 >= i32::MAX as usize)
+    );
+}
+
+#[test]
+fn what_the_kernels_cannot_count_is_refused() {
+    let kind = |r: error::Result<()>| r.map_err(|e| e.kind());
+    let refused = Err(error::Kind::Unsupported);
+    for shape in [
+        Shape { n: 1 << 31, k: 1 },
+        Shape { n: 1, k: 1 << 31 },
+        Shape { n: i32::MAX as usize, k: i32::MAX as usize },
+    ] {
+        assert_eq!(kind(plan::restore(false, Dtype::U8, shape).map(|_| ())), refused);
+        assert_eq!(kind(plan::linear(Dtype::F32, 1, shape).map(|_| ())), refused);
+    }
+    let shape = Shape { n: 1, k: 1 };
+    assert_eq!(kind(plan::linear(Dtype::F32, 1 << 31, shape).map(|_| ())), refused);
+    for dtype in Dtype::ALL.into_iter().filter(|d| !d.computes()) {
+        assert_eq!(kind(plan::linear(dtype, 1, shape).map(|_| ())), refused, "{dtype}");
+    }
+}
+
+#[test]
+fn each_status_names_the_op_the_device_and_the_slot() {
+    use error::Kind::{Corrupt, Internal, InvalidArgument, Mismatch};
+    let kinds = [Corrupt, InvalidArgument, InvalidArgument, InvalidArgument, Corrupt, Mismatch];
+    for op in Op::ALL {
+        for (code, kind) in Code::ALL.into_iter().zip(kinds) {
+            let e = status::error(op, 3, (code as u32) << SLOT_BITS | 77);
+            assert_eq!(e.kind(), kind, "{e}");
+            assert!(e.message().contains(&format!("an earlier {} on cuda:3", op.name())), "{e}");
+            let of_slots = op == Op::Grouped || matches!(code, Code::NoTenant | Code::BadSlot);
+            assert_eq!(e.message().contains("slot 77"), of_slots, "{e}");
+        }
+        assert_eq!(status::error(op, 0, 0x7F00_0000).kind(), Internal);
+    }
+}
