@@ -19,12 +19,21 @@ pub struct Place {
 /// A row-major matrix in device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Words {
-    /// Dtype of the words.
+    /// Dtype of the words; the delta must be of it.
     pub dtype: Dtype,
+    /// Whether a delta of any dtype of that size will do, for restore and apply: the words are bits.
+    pub bits: bool,
     /// Rows and columns.
     pub shape: Shape,
     /// Address of the first word, aligned to words.
     pub address: u64,
+}
+
+impl Words {
+    /// What the kernels compare a delta's dtype with; 0 takes any.
+    fn accepted(&self) -> u32 {
+        if self.bits { 0 } else { self.dtype as u32 }
+    }
 }
 
 /// Rows of a batch, many tenants': device memory.
@@ -101,7 +110,7 @@ pub unsafe fn delta_restore(
         delta_bytes: delta_bytes as u64,
         n: base.shape.n as u64,
         k: base.shape.k as u64,
-        dtype: base.dtype as u32,
+        dtype: base.accepted(),
         status: device.status(Op::Restore),
     };
     // SAFETY: the parameters of that kernel, by its table; the memory is the caller's promise.
@@ -127,7 +136,7 @@ pub unsafe fn delta_apply(place: Place, weight: Words, delta: u64, delta_bytes: 
         delta_bytes: delta_bytes as u64,
         n: weight.shape.n as u64,
         k: weight.shape.k as u64,
-        dtype: weight.dtype as u32,
+        dtype: weight.accepted(),
         status: device.status(Op::Apply),
     };
     // SAFETY: the parameters of that kernel, by its table; the memory is the caller's promise.

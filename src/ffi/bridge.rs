@@ -4,7 +4,7 @@
 // What the macro expands to is not written with our lints in mind.
 #![allow(missing_docs, unreachable_pub)]
 
-use super::{Task, ops};
+use super::{Task, cuda, ops};
 use crate::codec::Prefer;
 use crate::cpu;
 use crate::error::Result;
@@ -55,6 +55,37 @@ pub mod door {
         rows: Vec<i64>,
         offset: usize,
         length: usize,
+    }
+
+    /// A device, and the address of a stream of its.
+    struct CudaPlace {
+        device: i32,
+        stream: usize,
+    }
+
+    /// [`Words`] in device memory. `bits`: a delta of any dtype of that size will do.
+    struct CudaWords {
+        dtype: u8,
+        bits: bool,
+        n: usize,
+        k: usize,
+        address: usize,
+    }
+
+    /// Arguments of a product, addresses of device memory. Without `grouped`, `arena` is the delta of every row, and `slots` and
+    /// `tenant_of_row` are nothing. `biases` 0 is none; `bias_stride` counts words.
+    struct CudaLinear {
+        input: usize,
+        m: usize,
+        weight: CudaWords,
+        biases: usize,
+        bias_stride: usize,
+        arena: usize,
+        arena_bytes: usize,
+        grouped: bool,
+        slots: usize,
+        slot_count: usize,
+        tenant_of_row: usize,
     }
 
     /// One part of `delta_concat`.
@@ -134,6 +165,27 @@ pub mod door {
         fn delta_concat(parts: &[Part<'_>], dim: usize) -> Result<Vec<u8>>;
         fn delta_check(delta: &[u8], base: &Words<'_>) -> Result<()>;
         fn note_exact_panel(bytes: usize);
+
+        /// # Safety
+        /// As [`crate::cuda::delta_restore`].
+        unsafe fn cuda_delta_restore(
+            place: &CudaPlace,
+            base: &CudaWords,
+            out: usize,
+            delta: usize,
+            delta_bytes: usize,
+        ) -> Result<()>;
+        /// # Safety
+        /// As [`crate::cuda::delta_apply`].
+        unsafe fn cuda_delta_apply(
+            place: &CudaPlace,
+            weight: &CudaWords,
+            delta: usize,
+            delta_bytes: usize,
+        ) -> Result<()>;
+        /// # Safety
+        /// As [`crate::cuda::delta_linear`].
+        unsafe fn cuda_delta_linear(place: &CudaPlace, args: &CudaLinear, out: usize) -> Result<()>;
     }
 
     unsafe extern "C++" {
@@ -144,7 +196,7 @@ pub mod door {
     }
 }
 
-use door::{Batch, Executor, Grouped, Info, Linear, Part, Tenant, Words};
+use door::{Batch, CudaLinear, CudaPlace, CudaWords, Executor, Grouped, Info, Linear, Part, Tenant, Words};
 
 impl<'a> From<&Words<'a>> for ops::Words<'a> {
     fn from(w: &Words<'a>) -> Self {
@@ -298,4 +350,55 @@ fn delta_check(delta: &[u8], base: &Words<'_>) -> Result<()> {
 
 fn note_exact_panel(bytes: usize) {
     ops::note_exact_panel(bytes);
+}
+
+impl From<&CudaPlace> for cuda::Place {
+    fn from(p: &CudaPlace) -> Self {
+        Self { device: p.device, stream: p.stream as u64 }
+    }
+}
+
+fn device_words(w: &CudaWords) -> Result<crate::cuda::Words> {
+    cuda::words(w.dtype, w.bits, w.n, w.k, w.address as u64)
+}
+
+unsafe fn cuda_delta_restore(
+    place: &CudaPlace,
+    base: &CudaWords,
+    out: usize,
+    delta: usize,
+    delta_bytes: usize,
+) -> Result<()> {
+    // SAFETY: the shim's promise.
+    unsafe { cuda::delta_restore(place.into(), device_words(base)?, out as u64, (delta as u64, delta_bytes)) }
+}
+
+unsafe fn cuda_delta_apply(
+    place: &CudaPlace,
+    weight: &CudaWords,
+    delta: usize,
+    delta_bytes: usize,
+) -> Result<()> {
+    // SAFETY: the shim's promise.
+    unsafe { cuda::delta_apply(place.into(), device_words(weight)?, (delta as u64, delta_bytes)) }
+}
+
+unsafe fn cuda_delta_linear(place: &CudaPlace, args: &CudaLinear, out: usize) -> Result<()> {
+    let rows = cuda::Rows {
+        slots: args.slots as u64,
+        slot_count: args.slot_count,
+        tenant_of_row: args.tenant_of_row as u64,
+    };
+    let call = cuda::Linear {
+        x: args.input as u64,
+        m: args.m,
+        weight: device_words(&args.weight)?,
+        biases: args.biases as u64,
+        bias_stride: args.bias_stride,
+        arena: args.arena as u64,
+        arena_bytes: args.arena_bytes,
+        rows: args.grouped.then_some(rows),
+    };
+    // SAFETY: the shim's promise.
+    unsafe { cuda::delta_linear(place.into(), &call, out as u64) }
 }

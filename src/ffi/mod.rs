@@ -1,6 +1,6 @@
 //! The doors: everything that leaves this crate for C or C++, and nothing that computes.
 //!
-//! [`ops`] holds every op once, guarded; [`capi`] is the plain C ABI (`csrc/xorz.h`) and `bridge` the typed door of
+//! [`ops`] holds every op once, guarded, and [`cuda`] those that a device has kernels for; [`capi`] is the plain C ABI (`csrc/xorz.h`) and `bridge` the typed door of
 //! our own shim. No panic passes a door, no pointer is kept after a call returns, and neither torch nor Python is known.
 
 use crate::error::{Error, Result};
@@ -12,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 #[cfg(feature = "bridge")]
 mod bridge;
 pub mod capi;
+pub mod cuda;
 pub mod ops;
 pub mod packages;
 

@@ -130,7 +130,7 @@ impl Gpu {
     }
 
     fn words(&self, case: &Case) -> Words {
-        Words { dtype: case.dtype, shape: case.shape, address: self.put(&case.base) }
+        Words { dtype: case.dtype, bits: false, shape: case.shape, address: self.put(&case.base) }
     }
 
     fn restore(&self, case: &Case, blob: &[u8]) -> Result<Vec<u8>> {
@@ -320,7 +320,7 @@ fn arguments_of_products_arrive_in_order_and_rows_beyond_the_grid_in_further_lau
 fn child_arguments() {
     let gpu = Gpu::new(0);
     order("dry");
-    let weight = Words { dtype: Dtype::F32, shape: Shape { n: 100, k: 7 }, address: 0x2000 };
+    let weight = Words { dtype: Dtype::F32, bits: false, shape: Shape { n: 100, k: 7 }, address: 0x2000 };
     let rows = Rows { slots: 0x5000, slot_count: 9, tenant_of_row: 0x6000 };
     let mut args = Linear {
         x: 0x1000,
@@ -404,7 +404,14 @@ fn child_reports() {
     well(&gpu).unwrap();
     well(&other).unwrap();
     let foreign = case(&mut rng, Dtype::F16, shape, Encoding::Sparse);
-    // The call itself is well, its result is NaN.
+    // Bits take a delta of any dtype of their size.
+    let mut bits = gpu.words(&foreign);
+    (bits.dtype, bits.bits) = (Dtype::I16, true);
+    let (delta, bytes) = (gpu.put(&foreign.blob), foreign.blob.len());
+    // SAFETY: allocations of those sizes.
+    unsafe { cuda::delta_apply(gpu.place(), bits, delta, bytes) }.unwrap();
+    assert!(gpu.get(bits.address, foreign.base.len()) == foreign.fine_tuned);
+    // Else the call itself is well, and its result is NaN.
     assert!(gpu.restore(&good, &foreign.blob).unwrap().iter().all(|b| *b == 0xFF));
     well(&other).unwrap();
     said(well(&gpu), Kind::Mismatch, &["an earlier delta_restore on cuda:0", "another dtype or shape"]);
@@ -518,7 +525,7 @@ fn child_threads() {
 
 /// A call with valid arguments, for its error.
 fn any_call(device: i32) -> Result<()> {
-    let base = Words { dtype: Dtype::U8, shape: Shape { n: 0, k: 0 }, address: 0 };
+    let base = Words { dtype: Dtype::U8, bits: false, shape: Shape { n: 0, k: 0 }, address: 0 };
     // SAFETY: no words.
     unsafe { cuda::delta_restore(Place { device, stream: 0 }, base, 0, 0, 0) }
 }
@@ -667,7 +674,7 @@ fn addresses_that_the_kernels_cannot_take_are_refused_before_a_device_is_asked()
 #[ignore = "a child of addresses_that_the_kernels_cannot_take_are_refused_before_a_device_is_asked"]
 fn child_addresses() {
     let place = Place { device: 0, stream: 0 };
-    let words = |dtype, address| Words { dtype, shape: Shape { n: 2, k: 2 }, address };
+    let words = |dtype, address| Words { dtype, bits: false, shape: Shape { n: 2, k: 2 }, address };
     for (base, out, delta, name) in [(2, 16, 16, "base"), (16, 2, 16, "out"), (16, 16, 8, "delta")] {
         // SAFETY: there is no device.
         let r = unsafe { cuda::delta_restore(place, words(Dtype::F32, base), out, delta, 512) };

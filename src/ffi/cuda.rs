@@ -1,0 +1,53 @@
+//! The ops on a CUDA device, guarded: addresses and sizes in. For the typed door only; the C ABI has none of them yet.
+
+use super::guard;
+use crate::cuda;
+use crate::error::{Error, Result};
+use crate::matrix::{Dtype, Shape};
+pub use cuda::{Linear, Place, Rows};
+
+/// A matrix in device memory, by its dtype's code.
+///
+/// # Errors
+/// `InvalidArgument` for an unknown code.
+pub fn words(dtype: u8, bits: bool, n: usize, k: usize, address: u64) -> Result<cuda::Words> {
+    let known =
+        Dtype::from_code(dtype).ok_or_else(|| Error::invalid(format!("no dtype has the code {dtype}")))?;
+    Ok(cuda::Words { dtype: known, bits, shape: Shape { n, k }, address })
+}
+
+/// See [`cuda::delta_restore`].
+///
+/// # Errors
+/// As there; `Internal` for a panic.
+///
+/// # Safety
+/// As there.
+pub unsafe fn delta_restore(place: Place, base: cuda::Words, out: u64, delta: (u64, usize)) -> Result<()> {
+    // SAFETY: the caller's promise.
+    guard(|| unsafe { cuda::delta_restore(place, base, out, delta.0, delta.1) })
+}
+
+/// See [`cuda::delta_apply`].
+///
+/// # Errors
+/// As there; `Internal` for a panic.
+///
+/// # Safety
+/// As there.
+pub unsafe fn delta_apply(place: Place, weight: cuda::Words, delta: (u64, usize)) -> Result<()> {
+    // SAFETY: the caller's promise.
+    guard(|| unsafe { cuda::delta_apply(place, weight, delta.0, delta.1) })
+}
+
+/// See [`cuda::delta_linear`].
+///
+/// # Errors
+/// As there; `Internal` for a panic.
+///
+/// # Safety
+/// As there.
+pub unsafe fn delta_linear(place: Place, args: &Linear, out: u64) -> Result<()> {
+    // SAFETY: the caller's promise.
+    guard(|| unsafe { cuda::delta_linear(place, args, out) })
+}
