@@ -209,6 +209,7 @@ pub(super) struct Device {
     /// By place in `ENTRIES`.
     functions: Vec<sys::CUfunction>,
     status: StatusWords,
+    multiprocessors: u32,
 }
 
 // SAFETY: the driver takes its handles from any thread, and they are never destroyed; status words are atomics.
@@ -281,6 +282,7 @@ fn load(ordinal: c_int, driver: c_int, image: &Image) -> Result<Vec<sys::CUfunct
 
 impl Device {
     fn open(ordinal: c_int) -> Result<Self> {
+        use sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let driver = libcuda()?;
         let device = find(ordinal)?;
         let image = image::image()?;
@@ -291,7 +293,8 @@ impl Device {
             .map_err(|e| failed(&format!("the primary context of cuda:{ordinal}"), e))?;
         let _current = Current::enter(context)?;
         let functions = load(ordinal, driver, &image)?;
-        Ok(Self { ordinal, context, functions, status: StatusWords::new()? })
+        let multiprocessors = attribute(device, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as u32;
+        Ok(Self { ordinal, context, functions, status: StatusWords::new()?, multiprocessors })
     }
 
     /// Device `ordinal`, made ready where it is asked for the first time.
@@ -308,6 +311,11 @@ impl Device {
         let device: &'static Self = Box::leak(Box::new(Self::open(ordinal)?));
         devices.push(device);
         Ok(device)
+    }
+
+    /// Its multiprocessors.
+    pub(super) fn multiprocessors(&self) -> u32 {
+        self.multiprocessors
     }
 
     /// Where kernels report for `op`, an address of the device.

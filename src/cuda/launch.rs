@@ -1,8 +1,8 @@
 //! The ops: what the host can check, then kernels on the caller's stream.
 
 use super::driver::Device;
-use super::params::{Apply, LinearSmall, Params, Restore};
-use super::plan;
+use super::params::{self, Apply, Params, Restore};
+use super::plan::{self, Product, WORKSPACE_ALIGN};
 use super::status::Op;
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Shape};
@@ -66,6 +66,27 @@ pub struct Linear {
     pub arena_bytes: usize,
     /// None: `arena` is the delta of every row, and `biases` is one row.
     pub rows: Option<Rows>,
+    /// Whether a row's bits shall not depend on the other rows of the batch.
+    pub deterministic: bool,
+}
+
+impl Linear {
+    fn plan(&self) -> Result<Product> {
+        let slots = self.rows.map(|r| r.slot_count);
+        let rows = plan::Rows { m: self.m, slots, deterministic: self.deterministic };
+        plan::linear(self.weight.dtype, rows, self.weight.shape)
+    }
+
+    /// Bytes of device memory that [`delta_linear`] works in, aligned to 16; 0 is none. No address is looked at.
+    ///
+    /// # Errors
+    /// As [`delta_linear`]'s own about dtype and sizes.
+    pub fn workspace_bytes(&self) -> Result<usize> {
+        Ok(match self.plan()? {
+            Product::Large(large) => large.workspace_bytes,
+            Product::Small(_) | Product::Nothing => 0,
+        })
+    }
 }
 
 /// Alignment of deltas that the kernels take.
@@ -167,39 +188,60 @@ fn check_linear(args: &Linear, out: u64) -> Result<()> {
 /// As [`delta_restore`], and `Unsupported` for a dtype that does not compute.
 ///
 /// # Safety
-/// All that `args` names, and `[m, n]` words at `out`, is memory that the device can reach until the stream has passed this
-/// call; `out` overlaps nothing. Their contents may be anything.
-pub unsafe fn delta_linear(place: Place, args: &Linear, out: u64) -> Result<()> {
+/// All that `args` names, `[m, n]` words at `out` and [`Linear::workspace_bytes`] at `workspace` are memory that the device can
+/// reach until the stream has passed this call; `out` and `workspace` overlap nothing. Their contents may be anything.
+pub unsafe fn delta_linear(place: Place, args: &Linear, workspace: u64, out: u64) -> Result<()> {
     let Shape { n, k } = args.weight.shape;
-    let product = plan::linear(args.weight.dtype, args.m, args.weight.shape)?;
+    let product = args.plan()?;
     check_linear(args, out)?;
     let device = Device::get(place.device)?;
     device.raise()?;
     let word = args.weight.dtype.word_bytes() as u64;
-    // To the kernel no address of slots means that there is but one delta. Of no slots it reads none, wherever they are.
+    // To the kernels no address of slots means that there is but one delta. Of no slots they read none, wherever they are.
     let named = |rows: Rows| Rows { slots: rows.slots.max(SLOT_ALIGN), ..rows };
     let rows = args.rows.map_or(Rows { slots: 0, slot_count: 0, tenant_of_row: 0 }, named);
-    for (launch, first, count) in product.launches() {
-        let first = first as u64;
-        let after = |address: u64, bytes: u64| if address == 0 { 0 } else { address + first * bytes };
-        let params = LinearSmall {
-            x: after(args.x, k as u64 * word),
-            weight: args.weight.address,
-            biases: args.biases,
-            bias_stride: args.bias_stride as u64,
-            arena: args.arena,
-            arena_bytes: args.arena_bytes as u64,
-            slots: rows.slots,
-            slot_count: rows.slot_count as u64,
-            tenant_of_row: after(rows.tenant_of_row, 4),
-            out: after(out, n as u64 * word),
-            m: count as u64,
-            n: n as u64,
-            k: k as u64,
-            status: device.status(if args.rows.is_some() { Op::Grouped } else { Op::Linear }),
-        };
-        // SAFETY: the parameters of that kernel, by its table; rows `first ..` of what the caller promises.
-        unsafe { device.launch(launch, place.stream, params.pack()) }?;
+    let all = params::Linear {
+        x: args.x,
+        weight: args.weight.address,
+        biases: args.biases,
+        bias_stride: args.bias_stride as u64,
+        arena: args.arena,
+        arena_bytes: args.arena_bytes as u64,
+        slots: rows.slots,
+        slot_count: rows.slot_count as u64,
+        tenant_of_row: rows.tenant_of_row,
+        out,
+        m: args.m as u64,
+        n: n as u64,
+        k: k as u64,
+        status: device.status(if args.rows.is_some() { Op::Grouped } else { Op::Linear }),
+        workspace,
+    };
+    match product {
+        Product::Nothing => Ok(()),
+        Product::Small(small) => small.launches().try_for_each(|(launch, first, count)| {
+            let after =
+                |address: u64, bytes: u64| if address == 0 { 0 } else { address + first as u64 * bytes };
+            let part = params::Linear {
+                x: after(all.x, k as u64 * word),
+                tenant_of_row: after(all.tenant_of_row, 4),
+                out: after(all.out, n as u64 * word),
+                m: count as u64,
+                ..all
+            };
+            // SAFETY: the parameters of that kernel, by its table; rows `first ..` of what the caller promises.
+            unsafe { device.launch(launch, place.stream, part.pack().first(params::SMALL)) }
+        }),
+        Product::Large(large) => {
+            check_aligned("workspace", workspace, WORKSPACE_ALIGN)?;
+            if workspace == 0 {
+                return Err(Error::invalid("workspace is at no address"));
+            }
+            let tiles = large.tiles(device.multiprocessors());
+            [large.segments, tiles].into_iter().try_for_each(|launch| {
+                // SAFETY: the parameters of both kernels, by their table; the memory is the caller's promise.
+                unsafe { device.launch(launch, place.stream, all.pack()) }
+            })
+        }
     }
-    Ok(())
 }

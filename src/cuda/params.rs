@@ -17,6 +17,9 @@ pub enum Kind {
 /// Most parameters of any kernel.
 pub const MOST: usize = 16;
 
+/// Parameters of `xorz_linear_small_*`: all but the workspace.
+pub const SMALL: usize = 14;
+
 /// Parameters as the driver takes them: each begins a word of 64 bits, little-endian, as every host of a CUDA device is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packed {
@@ -25,6 +28,13 @@ pub struct Packed {
 }
 
 impl Packed {
+    /// The first `count` of them.
+    #[must_use]
+    pub fn first(mut self, count: usize) -> Self {
+        self.count = count.min(self.count);
+        self
+    }
+
     /// The words, one a parameter.
     pub fn words_mut(&mut self) -> &mut [u64] {
         &mut self.words[..self.count]
@@ -93,8 +103,8 @@ params! {
 }
 
 params! {
-    /// Of `xorz_linear_small_*`.
-    LinearSmall {
+    /// Of `xorz_linear_segments_*` and `xorz_linear_large_*`; `xorz_linear_small_*` takes the first [`SMALL`] of them.
+    Linear {
         x: Pointer,
         weight: Pointer,
         biases: Pointer,
@@ -109,5 +119,6 @@ params! {
         n: U64,
         k: U64,
         status: Pointer,
+        workspace: Pointer,
     }
 }

@@ -11,13 +11,21 @@ pub const THREADS: u32 = 256;
 pub const MOST_BLOCKS: (u32, u32) = (i32::MAX as u32, 65535);
 /// Rows of W of a block of the small product.
 pub const PANEL: usize = 16;
+/// Rows of W of a tile of the large product.
+pub const LARGE_W_ROWS: usize = 64;
+/// Its blocks that a multiprocessor holds at once.
+const LARGE_BLOCKS: u32 = 2;
+/// Alignment of its workspace.
+pub const WORKSPACE_ALIGN: u64 = 16;
+/// Up to so many rows of x, the small product reads the base twice at most, the second time mostly from L2.
+const SMALL_ROWS: usize = 32;
 /// Words of W that a block of restore is meant for: rows, columns.
 const RESTORE_BLOCK: (usize, usize) = (16, 4096);
 /// The smallest tile: a matrix must have fewer than 2^32 of them.
 const SMALLEST_TILE: (usize, usize) = (16, 256);
 
 /// Every kernel that is launched, by its name in the image.
-pub const ENTRIES: [&str; 14] = [
+pub const ENTRIES: [&str; 20] = [
     "xorz_delta_restore_8",
     "xorz_delta_restore_16",
     "xorz_delta_restore_32",
@@ -32,6 +40,12 @@ pub const ENTRIES: [&str; 14] = [
     "xorz_linear_small_f16_m16",
     "xorz_linear_small_f32_m4",
     "xorz_linear_small_f32_m16",
+    "xorz_linear_segments_bf16",
+    "xorz_linear_segments_f16",
+    "xorz_linear_segments_f32",
+    "xorz_linear_large_bf16",
+    "xorz_linear_large_f16",
+    "xorz_linear_large_f32",
 ];
 
 /// One of [`ENTRIES`].
@@ -64,9 +78,31 @@ pub struct Launch {
     pub grid: (u32, u32),
 }
 
-/// Launches of a product: all rows of x, so many at a time.
+/// What of a product decides how it is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Product {
+pub struct Rows {
+    /// Rows of x.
+    pub m: usize,
+    /// Slots of the tenants that they may be of; None: all are of one.
+    pub slots: Option<usize>,
+    /// Whether a row's bits shall not depend on the other rows.
+    pub deterministic: bool,
+}
+
+/// How a product is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Product {
+    /// Nothing comes out.
+    Nothing,
+    /// One kernel, which reads the base once for each block of rows of x.
+    Small(Small),
+    /// Rows sorted by tenant first, then tiles of one tenant's rows.
+    Large(Large),
+}
+
+/// Launches of `linear_small`: all rows of x, so many at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Small {
     entry: Entry,
     n: usize,
     m: usize,
@@ -74,27 +110,54 @@ pub struct Product {
     block_rows: usize,
 }
 
-impl Product {
-    /// The kernel.
-    pub fn entry(&self) -> Entry {
-        self.entry
-    }
-
-    /// Rows of x of a block.
-    pub fn block_rows(&self) -> usize {
-        self.block_rows
-    }
-
-    /// Each launch, its first row of x, and how many rows it computes. None where there is nothing to compute.
+impl Small {
+    /// Each launch, its first row of x, and how many rows it computes.
     pub fn launches(self) -> impl Iterator<Item = (Launch, usize, usize)> {
         let most = self.block_rows * MOST_BLOCKS.1 as usize;
-        let m = if self.n == 0 { 0 } else { self.m };
-        (0..m).step_by(most).map(move |first| {
-            let rows = most.min(m - first);
+        (0..self.m).step_by(most).map(move |first| {
+            let rows = most.min(self.m - first);
             let grid = (self.n.div_ceil(PANEL) as u32, rows.div_ceil(self.block_rows) as u32);
             (Launch { entry: self.entry, grid }, first, rows)
         })
     }
+}
+
+/// Launches of `linear_segments` and `linear_large`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Large {
+    /// The first launch.
+    pub segments: Launch,
+    entry: Entry,
+    /// Most pairs of a tile of rows of x and one of rows of W.
+    pairs: u64,
+    /// Bytes of device memory, aligned to [`WORKSPACE_ALIGN`], that the first launch writes and the second reads.
+    pub workspace_bytes: usize,
+}
+
+impl Large {
+    fn new(name: &str, wide: bool, rows: Rows, n: usize) -> Result<Self> {
+        let (m, slots) = (rows.m as u64, rows.slots.unwrap_or(1) as u64);
+        let tile_rows = large_rows(wide) as u64;
+        let tenants = m.min(slots + 2);
+        let bytes = 64 + 144 * tenants + 16 * (m / tile_rows) + 4 * (slots + 2) + 4 * m;
+        Ok(Self {
+            segments: Launch { entry: Entry::find(&format!("xorz_linear_segments_{name}"))?, grid: (1, 1) },
+            entry: Entry::find(&format!("xorz_linear_large_{name}"))?,
+            pairs: (m / tile_rows + tenants) * n.div_ceil(LARGE_W_ROWS) as u64,
+            workspace_bytes: bytes as usize,
+        })
+    }
+
+    /// The second launch, on a device of so many multiprocessors: what they hold at once, or less.
+    pub fn tiles(&self, multiprocessors: u32) -> Launch {
+        let held = u64::from(multiprocessors.saturating_mul(LARGE_BLOCKS).min(MOST_BLOCKS.0));
+        Launch { entry: self.entry, grid: (self.pairs.min(held).max(1) as u32, 1) }
+    }
+}
+
+/// Rows of x of a tile of `linear_large`: of words of four bytes (`wide`), and of two.
+pub const fn large_rows(wide: bool) -> usize {
+    if wide { 64 } else { 128 }
 }
 
 fn check_shape(shape: Shape) -> Result<()> {
@@ -122,15 +185,28 @@ pub fn restore(apply: bool, dtype: Dtype, shape: Shape) -> Result<Launch> {
     Ok(Launch { entry, grid: (blocks.clamp(1, MOST_BLOCKS.0 as usize) as u32, 1) })
 }
 
-/// The launches of a product of `m` rows of x with a matrix of `dtype`.
+/// Whether tiles of one tenant's rows are the better way. They read the base once a tile: at worst each tenant has one that it
+/// does not fill. A bound on what either way reads decides; no GPU has been asked.
+fn takes_tiles(rows: Rows, wide: bool) -> bool {
+    if rows.m <= SMALL_ROWS {
+        return false;
+    }
+    let tenants = rows.slots.map_or(1, |s| rows.m.min(s + 1));
+    let (tiled, small) = (rows.m / large_rows(wide) + tenants, rows.m.div_ceil(16));
+    tiled <= 2 * small
+}
+
+/// How a product with a matrix of `dtype` is computed.
 ///
 /// # Errors
-/// `Unsupported` for a dtype that does not compute, or too many rows or words.
-pub fn linear(dtype: Dtype, m: usize, shape: Shape) -> Result<Product> {
+/// `Unsupported` for a dtype that does not compute, or too many rows, slots or words.
+pub fn linear(dtype: Dtype, rows: Rows, shape: Shape) -> Result<Product> {
     check_shape(shape)?;
-    if m > i32::MAX as usize {
+    let m = rows.m;
+    if m > i32::MAX as usize || rows.slots.unwrap_or(0) > i32::MAX as usize {
         return Err(Error::unsupported(format!(
-            "{m} rows of x are too many for the CUDA kernels, which take 2^31 - 1"
+            "{m} rows of x of {} slots are too many for the CUDA kernels, which take 2^31 - 1 of each",
+            rows.slots.unwrap_or(0)
         )));
     }
     let name = match dtype {
@@ -139,7 +215,15 @@ pub fn linear(dtype: Dtype, m: usize, shape: Shape) -> Result<Product> {
         Dtype::F32 => "f32",
         other => return Err(Error::unsupported(format!("{other} does not compute: F32, BF16 and F16 do"))),
     };
+    let wide = dtype == Dtype::F32;
+    if m == 0 || shape.n == 0 {
+        return Ok(Product::Nothing);
+    }
+    // The small product's sums depend on who shares a block.
+    if rows.deterministic || takes_tiles(rows, wide) {
+        return Ok(Product::Large(Large::new(name, wide, rows, shape.n)?));
+    }
     let block_rows = if m <= 4 { 4 } else { 16 };
     let entry = Entry::find(&format!("xorz_linear_small_{name}_m{block_rows}"))?;
-    Ok(Product { entry, n: shape.n, m, block_rows })
+    Ok(Product::Small(Small { entry, n: shape.n, m, block_rows }))
 }

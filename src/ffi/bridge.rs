@@ -86,6 +86,7 @@ pub mod door {
         slots: usize,
         slot_count: usize,
         tenant_of_row: usize,
+        deterministic: bool,
     }
 
     /// One part of `delta_concat`.
@@ -185,7 +186,13 @@ pub mod door {
         ) -> Result<()>;
         /// # Safety
         /// As [`crate::cuda::delta_linear`].
-        unsafe fn cuda_delta_linear(place: &CudaPlace, args: &CudaLinear, out: usize) -> Result<()>;
+        unsafe fn cuda_delta_linear(
+            place: &CudaPlace,
+            args: &CudaLinear,
+            workspace: usize,
+            out: usize,
+        ) -> Result<()>;
+        fn cuda_linear_workspace(args: &CudaLinear) -> Result<usize>;
     }
 
     unsafe extern "C++" {
@@ -383,13 +390,13 @@ unsafe fn cuda_delta_apply(
     unsafe { cuda::delta_apply(place.into(), device_words(weight)?, (delta as u64, delta_bytes)) }
 }
 
-unsafe fn cuda_delta_linear(place: &CudaPlace, args: &CudaLinear, out: usize) -> Result<()> {
+fn device_linear(args: &CudaLinear) -> Result<cuda::Linear> {
     let rows = cuda::Rows {
         slots: args.slots as u64,
         slot_count: args.slot_count,
         tenant_of_row: args.tenant_of_row as u64,
     };
-    let call = cuda::Linear {
+    Ok(cuda::Linear {
         x: args.input as u64,
         m: args.m,
         weight: device_words(&args.weight)?,
@@ -398,7 +405,20 @@ unsafe fn cuda_delta_linear(place: &CudaPlace, args: &CudaLinear, out: usize) ->
         arena: args.arena as u64,
         arena_bytes: args.arena_bytes,
         rows: args.grouped.then_some(rows),
-    };
+        deterministic: args.deterministic,
+    })
+}
+
+unsafe fn cuda_delta_linear(
+    place: &CudaPlace,
+    args: &CudaLinear,
+    workspace: usize,
+    out: usize,
+) -> Result<()> {
     // SAFETY: the shim's promise.
-    unsafe { cuda::delta_linear(place.into(), &call, out as u64) }
+    unsafe { cuda::delta_linear(place.into(), &device_linear(args)?, workspace as u64, out as u64) }
+}
+
+fn cuda_linear_workspace(args: &CudaLinear) -> Result<usize> {
+    cuda::workspace_bytes(&device_linear(args)?)
 }

@@ -47,7 +47,15 @@ pub unsafe fn delta_apply(place: Place, weight: cuda::Words, delta: (u64, usize)
 ///
 /// # Safety
 /// As there.
-pub unsafe fn delta_linear(place: Place, args: &Linear, out: u64) -> Result<()> {
+pub unsafe fn delta_linear(place: Place, args: &Linear, workspace: u64, out: u64) -> Result<()> {
     // SAFETY: the caller's promise.
-    guard(|| unsafe { cuda::delta_linear(place, args, out) })
+    guard(|| unsafe { cuda::delta_linear(place, args, workspace, out) })
+}
+
+/// See [`cuda::Linear::workspace_bytes`].
+///
+/// # Errors
+/// As there; `Internal` for a panic.
+pub fn workspace_bytes(args: &Linear) -> Result<usize> {
+    guard(|| args.workspace_bytes())
 }

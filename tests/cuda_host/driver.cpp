@@ -156,6 +156,7 @@ int run(const Function& function, uint32_t x, uint32_t y, uint32_t threads, std:
   launch.blocks_y = y;
   launch.threads = threads;
   launch.seed = 1;
+  launch.late = true;
   launch.buffers = &buffers;
   host::run(launch);
   return kSuccess;

@@ -159,6 +159,7 @@ impl Gpu {
             arena: self.put(&case.blob),
             arena_bytes: case.blob.len(),
             rows: None,
+            deterministic: false,
         };
         self.product(&args)
     }
@@ -182,14 +183,19 @@ impl Gpu {
                 slot_count: fleet.slots.len(),
                 tenant_of_row: self.put(&map),
             }),
+            deterministic: false,
         }
     }
 
     fn product(&self, args: &Linear) -> Result<Vec<u8>> {
         let bytes = args.m * args.weight.shape.n * args.weight.dtype.word_bytes();
         let out = self.put(&vec![0x5A; bytes]);
+        let workspace = match args.workspace_bytes()? {
+            0 => 0,
+            bytes => self.put(&vec![0xA5; bytes]),
+        };
         // SAFETY: allocations of those sizes, none freed.
-        unsafe { cuda::delta_linear(self.place(), args, out) }?;
+        unsafe { cuda::delta_linear(self.place(), args, workspace, out) }?;
         Ok(self.get(out, bytes))
     }
 }
@@ -231,7 +237,8 @@ fn child_launches() {
     }
     for dtype in DTYPES {
         let shape = Shape { n: 35, k: 290 };
-        for (encoding, m) in ENCODINGS.into_iter().zip([1, 4, 5, 33]) {
+        let few = ENCODINGS.into_iter().zip([1, 4, 5, 17]);
+        for (encoding, m) in few.chain(ENCODINGS.into_iter().zip([140, 33, 65, 40])) {
             let case = exact_case(&mut rng, dtype, shape, encoding);
             let (x, bias) =
                 (integers(&mut rng, dtype, m * shape.k, 3), integers(&mut rng, dtype, shape.n, 9));
@@ -242,10 +249,11 @@ fn child_launches() {
             }
         }
         let fleet = Fleet::new(&mut rng, dtype, shape, |r, w| integers(r, dtype, w, 8), 0.1);
-        for m in [3, 19] {
+        for m in [3, 19, 150] {
             let x = integers(&mut rng, dtype, m * shape.k, 3);
             for map in maps(&mut rng, m) {
-                let got = gpu.product(&gpu.grouped_args(&fleet, &x, &map)).unwrap();
+                let args = gpu.grouped_args(&fleet, &x, &map);
+                let got = gpu.product(&Linear { deterministic: rng.next() % 4 == 0, ..args }).unwrap();
                 let difference = first_difference(dtype, &got, &fleet.reference(&x, &map));
                 assert_eq!(difference, None, "{dtype} {map:?}");
             }
@@ -322,6 +330,8 @@ fn child_arguments() {
     order("dry");
     let weight = Words { dtype: Dtype::F32, bits: false, shape: Shape { n: 100, k: 7 }, address: 0x2000 };
     let rows = Rows { slots: 0x5000, slot_count: 9, tenant_of_row: 0x6000 };
+    // So many tenants that tiles of one would be empty.
+    let crowd = Rows { slot_count: 1 << 20, ..rows };
     let mut args = Linear {
         x: 0x1000,
         m: 16 * 65535 + 5,
@@ -330,12 +340,13 @@ fn child_arguments() {
         bias_stride: 104,
         arena: 0x4000,
         arena_bytes: 77,
-        rows: Some(rows),
+        rows: Some(crowd),
+        deterministic: false,
     };
     let launches = |args: &Linear| {
         let before = log().len();
         // SAFETY: the double runs nothing.
-        unsafe { cuda::delta_linear(gpu.place(), args, 0x7000) }.unwrap();
+        unsafe { cuda::delta_linear(gpu.place(), args, 0, 0x7000) }.unwrap();
         let lines = log().split_off(before);
         let numbers = |line: String| {
             let words = line.split(' ').filter_map(|w| w.parse::<u64>().ok()).collect::<Vec<_>>();
@@ -351,7 +362,7 @@ fn child_arguments() {
     let status = two[0].2[13];
     let first = 16 * 65535;
     let head =
-        vec![0x1000, 0x2000, 0x3000, 104, 0x4000, 77, 0x5000, 9, 0x6000, 0x7000, first, 100, 7, status];
+        vec![0x1000, 0x2000, 0x3000, 104, 0x4000, 77, 0x5000, 1 << 20, 0x6000, 0x7000, first, 100, 7, status];
     let tail = vec![
         0x1000 + first * 28,
         0x2000,
@@ -360,7 +371,7 @@ fn child_arguments() {
         0x4000,
         77,
         0x5000,
-        9,
+        1 << 20,
         0x6000 + first * 4,
         0x7000 + first * 400,
         5,
@@ -369,19 +380,70 @@ fn child_arguments() {
         status,
     ];
     assert_eq!(two, [(7, 65535, head), (7, 1, tail)]);
-    // One delta: no slots, no map, wherever the rows begin.
+    // One delta: no slots, no map.
+    args.m = 17;
     args.rows = None;
-    let two = launches(&args);
-    assert!(two.iter().all(|l| l.2[6..9] == [0, 0, 0]), "{two:?}");
-    assert_ne!(two[0].2[13], status, "delta_linear reports in delta_linear_grouped's word");
+    let one = launches(&args);
+    assert_eq!((one.len(), &one[0].2[6..9]), (1, &[0, 0, 0][..]), "{one:?}");
+    assert_ne!(one[0].2[13], status, "delta_linear reports in delta_linear_grouped's word");
     // No slots are not the same as no map: rows name tenants still.
     args.rows = Some(Rows { slots: 0, slot_count: 0, tenant_of_row: 0x6000 });
-    assert!(launches(&args).iter().all(|l| l.2[6] != 0 && l.2[7] == 0));
+    let none = launches(&args);
+    assert!(none.len() == 1 && none[0].2[6] != 0 && none[0].2[7..9] == [0, 0x6000], "{none:?}");
+    // Many rows of few tenants: two launches, which take the same and the workspace.
+    let mut many = Linear { m: 1000, rows: Some(rows), ..args };
+    many.weight.shape.n = 10_000;
+    assert_eq!(many.workspace_bytes(), Ok(64 + 144 * 11 + 16 * (1000 / 64) + 4 * 11 + 4 * 1000));
+    let before = log().len();
+    // SAFETY: the double runs nothing.
+    unsafe { cuda::delta_linear(gpu.place(), &many, 0x8000, 0x7000) }.unwrap();
+    let lines = log().split_off(before);
+    let params = format!(" 4096 8192 12288 104 16384 77 20480 9 24576 28672 1000 10000 7 {status} 32768");
+    // The double has 4 multiprocessors.
+    for (line, (kernel, blocks)) in lines.iter().zip([("segments", 1), ("large", 8)]) {
+        let head =
+            format!("cuLaunchKernel xorz_linear_{kernel}_f32 grid {blocks} 1 1 block 256 1 1 shared 0 ");
+        assert!(line.starts_with(&head) && line.ends_with(&params), "{line} {params}");
+    }
+    assert_eq!(lines.len(), 2);
+    for workspace in [0, 0x8008] {
+        // SAFETY: as above.
+        let r = unsafe { cuda::delta_linear(gpu.place(), &many, workspace, 0x7000) };
+        said(r, Kind::InvalidArgument, &["workspace"]);
+    }
     for nothing in
         [Linear { m: 0, ..args }, Linear { weight: Words { shape: Shape { n: 0, k: 7 }, ..weight }, ..args }]
     {
         assert_eq!(launches(&nothing), []);
     }
+}
+
+#[test]
+fn deterministic_rows_have_the_same_bits_in_any_company() {
+    passes("child_deterministic", "");
+}
+
+#[test]
+#[ignore = "a child of deterministic_rows_have_the_same_bits_in_any_company"]
+fn child_deterministic() {
+    let (gpu, mut rng) = (Gpu::new(0), Rng::new(108));
+    let shape = Shape { n: 35, k: 290 };
+    for dtype in DTYPES {
+        let fleet = Fleet::new(&mut rng, dtype, shape, |r, w| r.weights(dtype, w), 0.1);
+        let (m, x) = (70, rng.weights(dtype, 70 * shape.k));
+        let map: Vec<i32> = (0..m).map(|i| TENANTS[i * 7 % TENANTS.len()]).collect();
+        let (row_in, row_out) = (shape.k * dtype.word_bytes(), shape.n * dtype.word_bytes());
+        let product = |rows: std::ops::Range<usize>| {
+            let args = gpu.grouped_args(&fleet, &x[rows.start * row_in..rows.end * row_in], &map[rows]);
+            gpu.product(&Linear { deterministic: true, ..args }).unwrap()
+        };
+        let all = product(0..m);
+        for rows in [0..1, 3..4, 10..27, 65..70] {
+            let part = &all[rows.start * row_out..rows.end * row_out];
+            assert!(product(rows.clone()) == part, "{dtype} {rows:?}");
+        }
+    }
+    assert!(!log().iter().any(|l| l.starts_with("cuLaunchKernel xorz_linear_small")));
 }
 
 #[test]
@@ -473,12 +535,13 @@ fn child_graph() {
         arena: delta,
         arena_bytes: case.blob.len(),
         rows: None,
+        deterministic: false,
     };
     order_on("capture", gpu.stream);
     // SAFETY: allocations of those sizes, none freed.
     unsafe {
         cuda::delta_restore(gpu.place(), base, out, delta, case.blob.len()).unwrap();
-        cuda::delta_linear(gpu.place(), &args, y).unwrap();
+        cuda::delta_linear(gpu.place(), &args, 0, y).unwrap();
     }
     order("end");
     let reference = case.reference(&x, 1, None);
@@ -695,6 +758,7 @@ fn child_addresses() {
         arena: 16,
         arena_bytes: 512,
         rows: Some(rows),
+        deterministic: false,
     };
     let weight = words(Dtype::BF16, 3);
     let wrong = [
@@ -710,12 +774,12 @@ fn child_addresses() {
     ];
     for (args, name) in wrong {
         // SAFETY: as above.
-        said(unsafe { cuda::delta_linear(place, &args, 16) }, Kind::InvalidArgument, &[name]);
+        said(unsafe { cuda::delta_linear(place, &args, 0, 16) }, Kind::InvalidArgument, &[name]);
     }
     // SAFETY: as above.
-    said(unsafe { cuda::delta_linear(place, &good, 1) }, Kind::InvalidArgument, &["out"]);
+    said(unsafe { cuda::delta_linear(place, &good, 0, 1) }, Kind::InvalidArgument, &["out"]);
     // SAFETY: as above.
-    said(unsafe { cuda::delta_linear(place, &good, 16) }, Kind::Device, &["NO_DEVICE"]);
+    said(unsafe { cuda::delta_linear(place, &good, 0, 16) }, Kind::Device, &["NO_DEVICE"]);
 }
 
 #[test]

@@ -3,8 +3,8 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use xorz::cuda::params::{Apply, Kind, LinearSmall, Params, Restore};
-use xorz::cuda::plan::{self, ENTRIES, MOST_BLOCKS, PANEL, THREADS};
+use xorz::cuda::params::{Apply, Kind, Linear, Params, Restore, SMALL};
+use xorz::cuda::plan::{self, ENTRIES, LARGE_W_ROWS, MOST_BLOCKS, PANEL, Product, Rows, THREADS, large_rows};
 use xorz::cuda::status::{self, Code, Op, SLOT_BITS};
 use xorz::error;
 use xorz::matrix::{Dtype, Shape};
@@ -26,7 +26,8 @@ fn every_kernel_has_an_entry_and_every_entry_a_kernel() {
     assert_eq!(names, ENTRIES.into_iter().collect());
     let gate = read("cuda/gate.txt");
     let rows = gate.lines().filter(|l| !l.starts_with('#')).filter_map(|l| l.split_whitespace().next());
-    assert_eq!(names, rows.collect());
+    let rows: BTreeSet<_> = rows.collect();
+    assert!(rows.len() > 10 && rows.is_subset(&names), "{rows:?}");
 }
 
 /// What the kernel whose name is `name` in the source takes.
@@ -66,29 +67,42 @@ fn documented_params(entry: &str) -> Vec<(String, Kind)> {
     rows.enumerate().map(one).collect()
 }
 
-fn check_table<P: Params>(file: &str, kernel: &str, entry: &str) {
-    let ours: Vec<_> = P::TABLE.iter().map(|(name, kind)| ((*name).to_owned(), *kind)).collect();
-    assert_eq!(ours, source_params(file, kernel), "{kernel}");
-    assert_eq!(ours, documented_params(entry), "{entry}");
+fn table<P: Params>() -> Vec<(String, Kind)> {
+    P::TABLE.iter().map(|(name, kind)| ((*name).to_owned(), *kind)).collect()
 }
 
 #[test]
 fn parameters_are_those_of_the_kernels_and_of_the_readme() {
-    check_table::<Restore>("cuda/restore.cu", "xorz_delta_restore_##bits", "`xorz_delta_restore_");
-    check_table::<Apply>("cuda/restore.cu", "xorz_delta_apply_##bits", "`xorz_delta_apply_");
-    check_table::<LinearSmall>(
-        "cuda/linear_small.cu",
-        "xorz_linear_small_##name##_m##M",
-        "`xorz_linear_small_",
-    );
+    for (ours, file, kernel, entry) in [
+        (table::<Restore>(), "restore.cu", "xorz_delta_restore_##bits", "`xorz_delta_restore_"),
+        (table::<Apply>(), "restore.cu", "xorz_delta_apply_##bits", "`xorz_delta_apply_"),
+        (
+            table::<Linear>()[..SMALL].to_vec(),
+            "linear_small.cu",
+            "xorz_linear_small_##name##_m##M",
+            "`xorz_linear_small_",
+        ),
+    ] {
+        assert_eq!(ours, source_params(&format!("cuda/{file}"), kernel), "{kernel}");
+        assert_eq!(ours, documented_params(entry), "{entry}");
+    }
+    for kernel in ["segments", "large"] {
+        let found =
+            source_params(&format!("cuda/linear_{kernel}.cu"), &format!("xorz_linear_{kernel}_##name"));
+        assert_eq!(table::<Linear>(), found, "{kernel}");
+    }
+    let readme = read("cuda/README.md");
+    assert!(readme.contains("| 0 to 13 | | | those of `xorz_linear_small_*` |\n| 14 | workspace | uint8* |"));
 }
 
 #[test]
 fn parameters_are_packed_in_the_order_of_their_table() {
     let mut packed = Apply { weight: 1, delta: 2, delta_bytes: 3, n: 4, k: 5, dtype: 6, status: 7 }.pack();
     assert_eq!(packed.words_mut(), [1, 2, 3, 4, 5, 6, 7]);
-    let mut packed = LinearSmall { x: 10, status: u64::MAX, tenant_of_row: 18, ..Default::default() }.pack();
-    assert_eq!(packed.words_mut(), [10, 0, 0, 0, 0, 0, 0, 0, 18, 0, 0, 0, 0, u64::MAX]);
+    let all =
+        Linear { x: 10, status: u64::MAX, tenant_of_row: 18, workspace: 5, ..Default::default() }.pack();
+    assert_eq!(all.clone().words_mut(), [10, 0, 0, 0, 0, 0, 0, 0, 18, 0, 0, 0, 0, u64::MAX, 5]);
+    assert_eq!(all.first(SMALL).words_mut(), [10, 0, 0, 0, 0, 0, 0, 0, 18, 0, 0, 0, 0, u64::MAX]);
 }
 
 #[test]
@@ -104,7 +118,12 @@ fn numbers_are_those_of_the_kernels() {
     let all = ["product.cuh", "entries.cuh", "batch.cuh", "resident.cuh", "sparse.cuh"]
         .map(|f| read(&format!("cuda/{f}")));
     assert!(all.concat().contains(&format!("kPanel = {PANEL};")));
-    for file in ["cuda/restore.cu", "cuda/linear_small.cu"] {
+    assert!(read("cuda/stages.cuh").contains(&format!("kRowsOfW = {LARGE_W_ROWS};")));
+    let rows = format!("kRowsOfX = sizeof(W) == 2 ? {} : {};", large_rows(false), large_rows(true));
+    assert!(read("cuda/segments.cuh").contains(&rows));
+    for file in ["restore", "linear_small", "linear_segments", "linear_large"].map(|f| format!("cuda/{f}.cu"))
+    {
+        let file = &file;
         let text = read(file);
         assert!(text.contains("XORZ_KERNEL("));
         assert_eq!(
@@ -139,12 +158,25 @@ fn restore_takes_a_block_for_each_16_rows_of_4096_columns() {
     }
 }
 
+fn of_one(m: usize) -> Rows {
+    Rows { m, slots: None, deterministic: false }
+}
+
+fn small(dtype: Dtype, m: usize, shape: Shape) -> plan::Small {
+    match plan::linear(dtype, of_one(m), shape).unwrap() {
+        Product::Small(small) => small,
+        other => panic!("{m} rows: {other:?}"),
+    }
+}
+
+const COMPUTING: [(Dtype, &str); 3] = [(Dtype::BF16, "bf16"), (Dtype::F16, "f16"), (Dtype::F32, "f32")];
+
 #[test]
 fn few_rows_take_blocks_of_4_and_more_take_16() {
     let shape = Shape { n: 33, k: 100 };
-    for (dtype, name) in [(Dtype::BF16, "bf16"), (Dtype::F16, "f16"), (Dtype::F32, "f32")] {
-        for (m, rows, y) in [(1, 4, 1), (4, 4, 1), (5, 16, 1), (16, 16, 1), (17, 16, 2), (512, 16, 32)] {
-            let launches: Vec<_> = plan::linear(dtype, m, shape).unwrap().launches().collect();
+    for (dtype, name) in COMPUTING {
+        for (m, rows, y) in [(1, 4, 1), (4, 4, 1), (5, 16, 1), (16, 16, 1), (17, 16, 2), (32, 16, 2)] {
+            let launches: Vec<_> = small(dtype, m, shape).launches().collect();
             assert_eq!(launches.len(), 1);
             let (launch, first, count) = launches[0];
             assert_eq!(launch.entry.name(), format!("xorz_linear_small_{name}_m{rows}"));
@@ -154,12 +186,54 @@ fn few_rows_take_blocks_of_4_and_more_take_16() {
 }
 
 #[test]
+fn many_rows_take_tiles_unless_tenants_would_leave_them_empty() {
+    let shape = Shape { n: 130, k: 100 };
+    for (dtype, name) in COMPUTING {
+        for (m, slots, deterministic, tiles) in [
+            (32, None, false, false),
+            (33, None, false, true),
+            (4096, None, false, true),
+            (1, None, true, true),
+            (5, Some(3), true, true),
+            (64, Some(6), false, true),
+            (64, Some(64), false, false),
+            (512, Some(32), false, true),
+            (512, Some(500), false, false),
+        ] {
+            let product = plan::linear(dtype, Rows { m, slots, deterministic }, shape).unwrap();
+            let Product::Large(large) = product else {
+                assert!(!tiles, "{m} rows of {slots:?} slots: {product:?}");
+                continue;
+            };
+            assert!(tiles, "{m} rows of {slots:?} slots");
+            let launch = large.segments;
+            assert_eq!(
+                (launch.entry.name(), launch.grid),
+                (&format!("xorz_linear_segments_{name}")[..], (1, 1))
+            );
+            let (r, s) = (large_rows(dtype == Dtype::F32), slots.unwrap_or(1));
+            let t = m.min(s + 2);
+            assert_eq!(large.workspace_bytes, 64 + 144 * t + 16 * (m / r) + 4 * (s + 2) + 4 * m);
+            let pairs = ((m / r + t) * 3) as u32;
+            for multiprocessors in [1, 4, 108, u32::MAX] {
+                let launch = large.tiles(multiprocessors);
+                assert_eq!(launch.entry.name(), format!("xorz_linear_large_{name}"));
+                assert_eq!(launch.grid, (pairs.min(multiprocessors.saturating_mul(2)), 1));
+            }
+        }
+    }
+}
+
+#[test]
 fn no_launch_passes_a_limit_and_none_is_empty() {
     let shape = Shape { n: 40, k: 8 };
     let most = 16 * MOST_BLOCKS.1 as usize;
-    for m in [0, 1, most, most + 1, 3 * most + 5, i32::MAX as usize] {
+    for m in [33, most, most + 1, 3 * most + 5, i32::MAX as usize] {
+        // More tenants than tiles are worth.
+        let rows = Rows { m, slots: Some(i32::MAX as usize), deterministic: false };
+        let Product::Small(small) = plan::linear(Dtype::F16, rows, shape).unwrap() else { panic!("{m}") };
         let mut next = 0;
-        for (launch, first, rows) in plan::linear(Dtype::F16, m, shape).unwrap().launches() {
+        for (launch, first, rows) in small.launches() {
             assert_eq!(first, next);
             assert!(
                 rows > 0 && launch.grid == (3, rows.div_ceil(16) as u32) && launch.grid.1 <= MOST_BLOCKS.1
@@ -167,11 +241,19 @@ fn no_launch_passes_a_limit_and_none_is_empty() {
             next += rows;
         }
         assert_eq!(next, m);
+        let rows = Rows { deterministic: true, ..rows };
+        let Product::Large(large) = plan::linear(Dtype::F16, rows, shape).unwrap() else { panic!("{m}") };
+        assert!(large.tiles(u32::MAX).grid.0 <= MOST_BLOCKS.0 && large.tiles(0).grid == (1, 1));
     }
-    assert_eq!(plan::linear(Dtype::F16, 5, Shape { n: 0, k: 8 }).unwrap().launches().count(), 0);
-    let wide = plan::linear(Dtype::F32, 1, Shape { n: i32::MAX as usize, k: 1 }).unwrap();
+    for (m, n) in [(0, 40), (5, 0), (0, 0)] {
+        for deterministic in [false, true] {
+            let rows = Rows { m, slots: None, deterministic };
+            assert_eq!(plan::linear(Dtype::F16, rows, Shape { n, k: 8 }).unwrap(), Product::Nothing);
+        }
+    }
+    let tall = small(Dtype::F32, 1, Shape { n: i32::MAX as usize, k: 1 });
     assert!(
-        wide.launches()
+        tall.launches()
             .all(|(l, ..)| l.grid.0 <= MOST_BLOCKS.0 && l.grid.0 as usize * 16 >= i32::MAX as usize)
     );
 }
@@ -186,12 +268,12 @@ fn what_the_kernels_cannot_count_is_refused() {
         Shape { n: i32::MAX as usize, k: i32::MAX as usize },
     ] {
         assert_eq!(kind(plan::restore(false, Dtype::U8, shape).map(|_| ())), refused);
-        assert_eq!(kind(plan::linear(Dtype::F32, 1, shape).map(|_| ())), refused);
+        assert_eq!(kind(plan::linear(Dtype::F32, of_one(1), shape).map(|_| ())), refused);
     }
     let shape = Shape { n: 1, k: 1 };
-    assert_eq!(kind(plan::linear(Dtype::F32, 1 << 31, shape).map(|_| ())), refused);
+    assert_eq!(kind(plan::linear(Dtype::F32, of_one(1 << 31), shape).map(|_| ())), refused);
     for dtype in Dtype::ALL.into_iter().filter(|d| !d.computes()) {
-        assert_eq!(kind(plan::linear(dtype, 1, shape).map(|_| ())), refused, "{dtype}");
+        assert_eq!(kind(plan::linear(dtype, of_one(1), shape).map(|_| ())), refused, "{dtype}");
     }
 }
 
