@@ -115,6 +115,8 @@ inline std::string device_text(const Tensor& t) {
 // One op's arguments; `op` opens every sentence.
 struct Checks {
   std::string op;
+  // The CUDA device that the op runs on; -1 is the CPU.
+  int32_t cuda = -1;
 
   [[noreturn]] void refuse(const std::string& sentence) const { fail(op + ": " + sentence); }
 
@@ -122,14 +124,17 @@ struct Checks {
     if (!ok) refuse(sentence);
   }
 
-  // Dense, on the CPU, of a dtype that the core knows.
+  std::string device() const { return cuda < 0 ? "cpu" : "cuda:" + std::to_string(cuda); }
+
+  // Dense, on the op's device, of a dtype that the core knows.
   const DtypeRow& known(const char* name, const Tensor& t) const {
     if (!t.defined()) refuse(std::string(name) + " must be a tensor, but is None");
     if (const std::string layout = layout_text(t); !layout.empty())
       refuse(std::string(name) + " must be a dense tensor, but is " + layout + " " + text(t));
-    if (!t.is_cpu())
+    if (cuda < 0 ? !t.is_cpu() : !t.is_cuda() || t.get_device_index() != cuda)
       refuse(std::string(name) + " is on " + device_text(t) +
-             ", but another argument is on cpu; this build has no CUDA kernels");
+             (t.is_cuda() && cuda < 0 ? ", but this op has no CUDA kernel; move its tensors to the CPU"
+                                      : ", but another argument is on " + device()));
     const DtypeRow* row = find_dtype(t);
     if (!row) refuse(std::string(name) + " is " + text(t) + ", a dtype that xorz does not know");
     return *row;
@@ -140,7 +145,7 @@ struct Checks {
       refuse(std::string(name) + " " + text(t) + " must be contiguous; call .contiguous() once, outside");
   }
 
-  // The bytes of a delta.
+  // The bytes of a delta. Not to be read here on a CUDA device.
   rust::Slice<const uint8_t> delta(const char* name, const Tensor& t) const {
     if (known(name, t).torch != ScalarType::Byte || t.dim() != 1)
       refuse(std::string(name) + " must be a 1-D uint8 tensor (a resident delta), but is " + text(t));

@@ -5,65 +5,13 @@
 
 #include "aten.h"
 #include "grouped.h"
+#include "operands.h"
 #include "ops.h"
 
 namespace xorz {
 namespace {
 
 const TorchThreads threads;
-
-// What the two ops share, checked as far as it can be without reading a slot.
-struct Operands {
-  Tensor rows;
-  const DtypeRow* type;
-  Words weight;
-  size_t m, s;
-  Tenancy tenancy;
-  std::vector<int64_t> out_sizes;
-};
-
-// The left operand is `rows`, which `name` calls it; `columns` is the dimension of weight that it multiplies.
-Operands grouped(const Checks& checks, const char* name, const Tensor& rows, int columns,
-                 const Tensor& weight, const Tensor& arena, const Tensor& slots,
-                 const Tensor& tenant_of_row) {
-  Operands g;
-  g.type = &checks.known(name, rows);
-  if (g.type->code > 3)
-    checks.refuse(std::string(name) + " is " + text(rows) + "; only float32, bfloat16 and float16 compute");
-  checks.known("weight", weight);
-  if (weight.dim() != 2) checks.refuse("weight must be 2-D [n, k], but is " + text(weight));
-  g.weight = checks.words("weight", weight);
-  const bool bits = weight.scalar_type() == ScalarType::Short || weight.scalar_type() == ScalarType::Int;
-  if (bits && static_cast<uint8_t>(weight.element_size()) == g.type->bytes) g.weight.dtype = g.type->code;
-  if (g.weight.dtype != g.type->code)
-    checks.refuse(std::string(name) + " is " + text(rows) + ", but weight is " + text(weight));
-  const int64_t size = weight.size(columns);
-  if (rows.dim() < 1 || rows.size(rows.dim() - 1) != size)
-    checks.refuse(std::string(name) + " is " + text(rows) + ", but its last dimension must be weight.shape[" +
-                  std::to_string(columns) + "] = " + std::to_string(size));
-  g.out_sizes.assign(rows.sizes().begin(), rows.sizes().end());
-  g.out_sizes.back() = weight.size(1 - columns);
-  g.m = 1;
-  for (int64_t i = 0; i + 1 < rows.dim(); ++i) g.m *= static_cast<size_t>(rows.size(i));
-  g.tenancy = tenancy(checks, arena, slots, tenant_of_row, g.m, std::string("row of ") + name);
-  g.rows = in_a_row(rows);
-  g.s = static_cast<size_t>(slots.size(0));
-  return g;
-}
-
-// One bias per slot and the base's: any distance from row to row.
-void check_biases(const Checks& checks, const Tensor& biases, const Operands& g) {
-  checks.known("biases", biases);
-  const auto rows = static_cast<int64_t>(g.s + 1), n = static_cast<int64_t>(g.weight.n);
-  if (biases.dim() != 2 || biases.size(0) != rows || biases.size(1) != n ||
-      biases.scalar_type() != g.type->torch)
-    checks.refuse("biases is " + text(biases) + ", but must be " + g.type->name + " [" +
-                  std::to_string(rows) + ", " + std::to_string(n) +
-                  "]: one for each slot, then the base's own");
-  if (n > 1 && biases.stride(1) != 1)
-    checks.refuse("biases has a stride of " + std::to_string(biases.stride(1)) +
-                  " along its last dimension, but must have 1");
-}
 
 // Each tenant's rows gathered, multiplied as delta_linear does (the base's as torch does), and put back.
 Tensor exact_grouped(const Checks& checks, const Operands& g, const Tensor& weight, const Tensor& arena,
@@ -111,8 +59,7 @@ Tensor delta_linear_grouped_cpu(const Tensor& input, const Tensor& weight,
                                 const std::optional<Tensor>& biases, const Tensor& arena, const Tensor& slots,
                                 const Tensor& tenant_of_row, const std::string& mode) {
   const Checks checks{"delta_linear_grouped"};
-  if (mode != "fast" && mode != "deterministic" && mode != "exact")
-    checks.refuse("mode must be \"fast\", \"deterministic\" or \"exact\", but is \"" + mode + "\"");
+  check_mode(checks, mode);
   const Operands g = grouped(checks, "input", input, 1, weight, arena, slots, tenant_of_row);
   if (biases) check_biases(checks, *biases, g);
   if (mode == "exact") return exact_grouped(checks, g, weight, arena, biases);

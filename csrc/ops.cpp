@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdio>
+#include <cstring>
 
 namespace xorz {
 namespace {
@@ -14,18 +15,20 @@ struct Op {
   const char* name;
   const char* schema;
   Boxed cpu;
+  // Where there is none, the CPU's serves: it refuses tensors of other devices in words.
+  Boxed cuda = nullptr;
 };
 
 const Op kOps[] = {
     {"delta_linear",
      "delta_linear(Tensor input, Tensor weight, Tensor? bias, Tensor delta, *, str mode=\"fast\") -> Tensor",
-     TORCH_BOX(&delta_linear_cpu)},
+     TORCH_BOX(&delta_linear_cpu), TORCH_BOX(&delta_linear_cuda)},
     {"delta_linear_grad_input", "delta_linear_grad_input(Tensor grad, Tensor weight, Tensor delta) -> Tensor",
      TORCH_BOX(&delta_linear_grad_input_cpu)},
     {"delta_linear_grouped",
      "delta_linear_grouped(Tensor input, Tensor weight, Tensor? biases, Tensor arena, Tensor slots, "
      "Tensor tenant_of_row, *, str mode=\"fast\") -> Tensor",
-     TORCH_BOX(&delta_linear_grouped_cpu)},
+     TORCH_BOX(&delta_linear_grouped_cpu), TORCH_BOX(&delta_linear_grouped_cuda)},
     {"delta_linear_grouped_grad_input",
      "delta_linear_grouped_grad_input(Tensor grad, Tensor weight, Tensor arena, Tensor slots, Tensor "
      "tenant_of_row) -> Tensor",
@@ -34,15 +37,18 @@ const Op kOps[] = {
      "delta_embedding(Tensor indices, Tensor weight, Tensor arena, Tensor slots, Tensor tenant_of_row) -> "
      "Tensor",
      TORCH_BOX(&delta_embedding_cpu)},
-    {"delta_restore", "delta_restore(Tensor base, Tensor delta) -> Tensor", TORCH_BOX(&delta_restore_cpu)},
-    {"delta_apply_", "delta_apply_(Tensor(a!) weight, Tensor delta) -> ()", TORCH_BOX(&delta_apply_cpu)},
+    {"delta_restore", "delta_restore(Tensor base, Tensor delta) -> Tensor", TORCH_BOX(&delta_restore_cpu),
+     TORCH_BOX(&delta_restore_cuda)},
+    {"delta_apply_", "delta_apply_(Tensor(a!) weight, Tensor delta) -> ()", TORCH_BOX(&delta_apply_cpu),
+     TORCH_BOX(&delta_apply_cuda)},
     {"delta_encode", "delta_encode(Tensor base, Tensor fine_tuned, *, str prefer=\"speed\") -> Tensor",
      TORCH_BOX(&delta_encode_cpu)},
     {"delta_slice", "delta_slice(Tensor delta, Tensor base, int dim, int start, int end) -> Tensor",
      TORCH_BOX(&delta_slice_cpu)},
     {"delta_concat", "delta_concat(Tensor[] deltas, Tensor[] bases, int dim) -> Tensor",
      TORCH_BOX(&delta_concat_cpu)},
-    {"delta_check", "delta_check(Tensor delta, Tensor base) -> ()", TORCH_BOX(&delta_check_cpu)},
+    {"delta_check", "delta_check(Tensor delta, Tensor base) -> ()", TORCH_BOX(&delta_check_cpu),
+     TORCH_BOX(&delta_check_cuda)},
 };
 
 // Tensors of these kinds would get a page of torch's own about backends. The CPU kernels refuse them in
@@ -64,7 +70,7 @@ class Registrar {
     }
     bool ok = true;
     for (const Op& op : kOps) ok = aoti_torch_library_def(def_, op.schema) == 0 && ok;
-    ok = implement("CPU") && ok;
+    ok = implement("CPU") && implement("CUDA") && ok;
     for (const char* key : kRefusing) ok = implement(key) && ok;
     if (!ok) std::fprintf(stderr, "xorz: this torch refused to register some of the ops\n");
   }
@@ -81,7 +87,10 @@ class Registrar {
     if (aoti_torch_library_init_impl("xorz", key, "xorz", 0, &impl) != 0) return false;
     impls_.push_back(impl);
     bool ok = true;
-    for (const Op& op : kOps) ok = torch_library_impl(impl, op.name, op.cpu, TORCH_ABI_VERSION) == 0 && ok;
+    for (const Op& op : kOps) {
+      const Boxed kernel = std::strcmp(key, "CUDA") == 0 && op.cuda != nullptr ? op.cuda : op.cpu;
+      ok = torch_library_impl(impl, op.name, kernel, TORCH_ABI_VERSION) == 0 && ok;
+    }
     return ok;
   }
 

@@ -32,6 +32,16 @@ Tensor delta_slice_cpu(const Tensor& delta, const Tensor& base, int64_t dim, int
 Tensor delta_concat_cpu(const std::vector<Tensor>& deltas, const std::vector<Tensor>& bases, int64_t dim);
 void delta_check_cpu(const Tensor& delta, const Tensor& base);
 
+// On a CUDA device; see ops_cuda.cpp.
+Tensor delta_linear_cuda(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                         const Tensor& delta, const std::string& mode);
+Tensor delta_linear_grouped_cuda(const Tensor& input, const Tensor& weight,
+                                 const std::optional<Tensor>& biases, const Tensor& arena,
+                                 const Tensor& slots, const Tensor& tenant_of_row, const std::string& mode);
+Tensor delta_restore_cuda(const Tensor& base, const Tensor& delta);
+void delta_apply_cuda(const Tensor& weight, const Tensor& delta);
+void delta_check_cuda(const Tensor& delta, const Tensor& base);
+
 // mode="exact" of delta_linear: `input` [..., k] as the caller gave it, `m` its rows, `weight` the base of
 // `delta`.
 Tensor exact_linear(const Checks& checks, const Tensor& input, size_t m, const Words& weight,

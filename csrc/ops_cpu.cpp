@@ -6,6 +6,7 @@
 
 #include "aten.h"
 #include "checks.h"
+#include "operands.h"
 #include "ops.h"
 
 namespace xorz {
@@ -21,22 +22,10 @@ rust::Slice<uint8_t> mutable_bytes_of(const Tensor& t, size_t word) {
   return {static_cast<uint8_t*>(t.mutable_data_ptr()), static_cast<size_t>(t.numel()) * word};
 }
 
-std::vector<int64_t> sizes_with_last(const Tensor& t, size_t last) {
-  std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
-  sizes.back() = static_cast<int64_t>(last);
-  return sizes;
-}
-
 Tensor as_tensor(const rust::Vec<uint8_t>& bytes) {
   Tensor t = torch::stable::empty({static_cast<int64_t>(bytes.size())}, ScalarType::Byte);
   if (!bytes.empty()) std::memcpy(t.mutable_data_ptr(), bytes.data(), bytes.size());
   return t;
-}
-
-bool is_leaf(const Tensor& t) {
-  std::array<StableIValue, 1> stack{torch::stable::detail::from(t)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::is_leaf", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<bool>(stack[0]);
 }
 
 // weight, delta and the dtype they compute in: what delta_linear and its gradient share.
@@ -58,36 +47,17 @@ LinearWeight linear_weight(const Checks& checks, const Tensor& weight, const Ten
   return {bytes, checks.base("weight", weight, info), &type};
 }
 
-// The left operand: [..., columns] of the weight's dtype. Gives its number of rows.
-size_t check_rows(const Checks& checks, const char* name, const Tensor& t, const DtypeRow& type,
-                  size_t columns, const char* columns_name) {
-  const DtypeRow& have = checks.known(name, t);
-  if (t.dim() < 1 || t.size(t.dim() - 1) != static_cast<int64_t>(columns))
-    checks.refuse(std::string(name) + " is " + text(t) + ", but its last dimension must be " + columns_name +
-                  " = " + std::to_string(columns));
-  if (have.torch != type.torch)
-    checks.refuse(std::string(name) + " is " + text(t) + ", but the delta's dtype is " + type.name);
-  size_t m = 1;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) m *= static_cast<size_t>(t.size(i));
-  return m;
-}
-
 }  // namespace
 
 Tensor delta_linear_cpu(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                         const Tensor& delta, const std::string& mode) {
   const Checks checks{"delta_linear"};
-  if (mode != "fast" && mode != "deterministic" && mode != "exact")
-    checks.refuse("mode must be \"fast\", \"deterministic\" or \"exact\", but is \"" + mode + "\"");
+  check_mode(checks, mode);
   const LinearWeight w = linear_weight(checks, weight, delta);
   const size_t m = check_rows(checks, "input", input, *w.type, w.weight.k, "weight.shape[1]");
   std::optional<Tensor> plain_bias;
   if (bias) {
-    const DtypeRow& bias_type = checks.known("bias", *bias);
-    if (bias->dim() != 1 || bias->size(0) != static_cast<int64_t>(w.weight.n) ||
-        bias_type.torch != w.type->torch)
-      checks.refuse("bias is " + text(*bias) + ", but must be " + w.type->name + " [" +
-                    std::to_string(w.weight.n) + "]");
+    check_bias(checks, *bias, *w.type, w.weight.n);
     plain_bias = in_a_row(*bias);
   }
   if (mode == "exact")
@@ -136,17 +106,8 @@ void delta_apply_cpu(const Tensor& weight, const Tensor& delta) {
   const auto bytes = checks.delta("delta", delta);
   const Info info = checks.info("delta", bytes);
   const Words words = checks.base("weight", weight, info);
-  const uint8_t* end = words.bytes.data() + words.bytes.size();
-  if (words.bytes.data() < bytes.data() + bytes.size() && bytes.data() < end)
-    checks.refuse("weight and delta share memory");
-  // A view of a tensor that requires grad is no leaf in grad mode: torch then forbids writing to a leaf.
-  Tensor rows = call_aten("aten::view", "", weight, std::vector<int64_t>{-1});
-  if (is_leaf(weight) && !is_leaf(rows))
-    checks.refuse("weight is a leaf that requires grad; use torch.no_grad() or weight.detach()");
-  // An in-place aten op on no element bumps the version counter, which tells autograd that saved values are
-  // stale.
-  Tensor none = torch::stable::narrow(rows, 0, 0, 0);
-  torch::stable::zero_(none);
+  check_apart(checks, words.bytes, bytes);
+  mark_written(checks, weight);
   const auto target = mutable_bytes_of(weight, dtype_of_code(info.dtype).bytes);
   core(checks, [&] { delta_apply(info.dtype, info.n, info.k, target, bytes, threads); });
 }

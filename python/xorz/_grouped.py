@@ -5,7 +5,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ._ops import _check_devices, _check_rows, _no_cuda, _ops
+from ._ops import _check_devices, _check_rows, _ops
 
 
 def _check_grouped(
@@ -202,7 +202,6 @@ def delta_linear_grouped(
     Raises:
         RuntimeError: naming the argument, the row or the slot, and both values, where something does not fit.
     """
-    _no_cuda("delta_linear_grouped", input, weight, biases, arena, slots, tenant_of_row)
     return _ops.delta_linear_grouped(input, weight, biases, arena, slots, tenant_of_row, mode=mode)
 
 
@@ -210,7 +209,6 @@ def delta_linear_grouped_grad_input(
     grad: Tensor, weight: Tensor, arena: Tensor, slots: Tensor, tenant_of_row: Tensor
 ) -> Tensor:
     """The gradient of `delta_linear_grouped` for its input: `grad [..., n]`, row by row with its tenant's weights."""
-    _no_cuda("delta_linear_grouped_grad_input", grad, weight, arena, slots, tenant_of_row)
     return _ops.delta_linear_grouped_grad_input(grad, weight, arena, slots, tenant_of_row)
 
 
@@ -240,5 +238,4 @@ def delta_embedding(
         RuntimeError: naming the argument, the position or the slot, and both values, where something does not fit, or
             where `weight` requires grad in grad mode.
     """
-    _no_cuda("delta_embedding", indices, weight, arena, slots, tenant_of_row)
     return _ops.delta_embedding(indices, weight, arena, slots, tenant_of_row)

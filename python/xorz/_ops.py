@@ -149,12 +149,6 @@ def _(deltas, bases, dim):
     return _bytes_of_unknown_length("delta_concat", deltas[0])
 
 
-def _no_cuda(op: str, *tensors: Tensor | None) -> None:
-    for t in tensors:
-        if t is not None and t.device.type == "cuda":
-            raise RuntimeError(f"xorz::{op}: this build has no CUDA kernels, but a tensor is on {t.device}")
-
-
 def delta_linear(
     input: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None = None, *, mode: str = "fast"
 ) -> Tensor:
@@ -177,19 +171,16 @@ def delta_linear(
         RuntimeError: naming the argument and both values, where shapes, dtypes, devices or the delta do not fit, or where
             `weight` requires grad in grad mode.
     """
-    _no_cuda("delta_linear", input, weight, delta, bias)
     return _ops.delta_linear(input, weight, bias, delta, mode=mode)
 
 
 def delta_linear_grad_input(grad: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
     """`grad [..., n] @ (weight (+) delta)`: the gradient of `delta_linear` for its input, `[..., k]`."""
-    _no_cuda("delta_linear_grad_input", grad, weight, delta)
     return _ops.delta_linear_grad_input(grad, weight, delta)
 
 
 def delta_restore(base: Tensor, delta: Tensor) -> Tensor:
     """The fine-tuned tensor, bit for bit; of `base`'s shape and dtype (bits for bits). No gradient flows through it."""
-    _no_cuda("delta_restore", base, delta)
     return _ops.delta_restore(base, delta)
 
 
@@ -198,20 +189,17 @@ def delta_apply_(weight: Tensor, delta: Tensor) -> Tensor:
 
     RuntimeError if it is another base, or requires grad in grad mode.
     """
-    _no_cuda("delta_apply_", weight, delta)
     _ops.delta_apply_(weight, delta)
     return weight
 
 
 def delta_encode(base: Tensor, fine_tuned: Tensor, *, prefer: str = "speed") -> Tensor:
     """The resident delta (1-D uint8) from `base` to `fine_tuned`: same shape, any dtype. `prefer`: "speed", "memory"."""
-    _no_cuda("delta_encode", base, fine_tuned)
     return _ops.delta_encode(base, fine_tuned, prefer=prefer)
 
 
 def delta_slice(delta: Tensor, base: Tensor, dim: int, start: int, end: int) -> Tensor:
     """The delta of rows (`dim` 0) or columns (`dim` 1) `start` to `end` of `base`, for tensor parallelism."""
-    _no_cuda("delta_slice", delta, base)
     return _ops.delta_slice(delta, base, dim, start, end)
 
 
@@ -219,11 +207,9 @@ def delta_concat(deltas: Sequence[Tensor], bases: Sequence[Tensor], dim: int) ->
     """The delta of `torch.cat(bases, dim)`, for fused projections."""
     if not deltas:
         raise RuntimeError("xorz::delta_concat: deltas is empty")
-    _no_cuda("delta_concat", *deltas, *bases)
     return _ops.delta_concat(list(deltas), list(bases), dim)
 
 
 def delta_check(delta: Tensor, base: Tensor) -> None:
     """Validate a delta in full, and that it belongs to `base`, digest included; RuntimeError if not."""
-    _no_cuda("delta_check", delta, base)
     _ops.delta_check(delta, base)

@@ -62,7 +62,7 @@ def attach(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu":
             raise ValueError(
-                f"model must be on the CPU, but `{name}` is on {tensor.device}; this build has no CUDA kernels"
+                f"model must be on the CPU, but `{name}` is on {tensor.device}; whole models are not served on CUDA yet"
             )
     if any("_xorz" in module.__dict__ for module in model.modules()):
         raise ValueError("model is attached already; call detach() on its tenants first")

@@ -1,0 +1,64 @@
+// The device that an op runs on, and torch's current stream there. Nothing of CUDA is linked: what only a
+// torch with CUDA has is looked up where it is needed.
+#pragma once
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "aten.h"
+#include "checks.h"
+
+namespace xorz {
+
+// The first CUDA device among tensors: the dispatcher came here because there is one.
+inline int32_t cuda_device_of(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors)
+    if (t != nullptr && t->defined() && t->is_cuda()) return t->get_device_index();
+  return -1;
+}
+
+// A function of a library that torch has loaded, or null.
+inline void* torch_function(const char* library, const char* name) {
+  if (void* found = dlsym(RTLD_DEFAULT, name)) return found;
+  // torch loads its libraries for itself, so that their symbols are nobody's default.
+  void* loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+  return loaded ? dlsym(loaded, name) : nullptr;
+}
+
+// The address of torch's current stream: from torch 2.13 on by its stable ABI, before by a function of the
+// library that torch loads where it has CUDA.
+inline void* current_stream(int32_t device) {
+  using Native = AOTITorchError (*)(StreamHandle, void**);
+  using OfCuda = AOTITorchError (*)(int32_t, void**);
+  static const auto native =
+      reinterpret_cast<Native>(torch_function("libtorch_cpu.so", "torch_stream_native_handle"));
+  void* stream = nullptr;
+  if (native != nullptr) {
+    StreamHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_stream(device, &handle));
+    const AOTITorchError error = native(handle, &stream);
+    aoti_torch_delete_stream(handle);
+    STABLE_TORCH_ERROR_CODE_CHECK(error);
+    return stream;
+  }
+  static const auto of_cuda =
+      reinterpret_cast<OfCuda>(torch_function("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream"));
+  if (of_cuda == nullptr) throw std::runtime_error("xorz: this torch does not tell its current CUDA stream");
+  STABLE_TORCH_ERROR_CODE_CHECK(of_cuda(device, &stream));
+  return stream;
+}
+
+// Makes a device the current one, for the memory that an op asks torch for, and says where to launch.
+class OnDevice {
+ public:
+  explicit OnDevice(int32_t device)
+      : guard_(device), place_{device, reinterpret_cast<size_t>(current_stream(device))} {}
+
+  const CudaPlace& place() const { return place_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  CudaPlace place_;
+};
+
+}  // namespace xorz

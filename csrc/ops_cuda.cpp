@@ -1,0 +1,162 @@
+// CUDA kernels of the ops: check what the host knows of the arguments, and hand addresses to the core, which
+// launches on torch's current stream. No device memory is read here, nothing waits; memory comes from torch's
+// allocator. A delta's header and a tenant's slot are therefore known to the kernels alone: what does not fit
+// gives NaN, and an error of the next call on that device.
+#include "grouped.h"
+#include "on_device.h"
+#include "operands.h"
+#include "ops.h"
+
+namespace xorz {
+namespace {
+
+constexpr size_t kDeltaAlign = 16;
+
+size_t address(const Tensor& t) { return reinterpret_cast<size_t>(t.const_data_ptr()); }
+size_t mutable_address(const Tensor& t) { return reinterpret_cast<size_t>(t.mutable_data_ptr()); }
+
+// A delta where the kernels can read it: a slice of other bytes is copied.
+Tensor aligned(const Tensor& delta) {
+  return address(delta) % kDeltaAlign == 0 ? delta : torch::stable::clone(delta);
+}
+
+CudaWords device_words(const Words& w, bool bits = false) {
+  return {w.dtype, bits, w.n, w.k, reinterpret_cast<size_t>(w.bytes.data())};
+}
+
+// Whether words of any dtype of that size may be meant, as on the CPU.
+bool are_bits(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Short || t.scalar_type() == ScalarType::Int;
+}
+
+Tensor restored(const Checks& checks, const OnDevice& device, const CudaWords& base, const Tensor& like,
+                ScalarType type, const Tensor& delta) {
+  const Tensor plain = aligned(delta), out = torch::stable::new_empty(like, like.sizes(), type);
+  const size_t to = mutable_address(out), from = address(plain), bytes = static_cast<size_t>(plain.numel());
+  core(checks, [&] { cuda_delta_restore(device.place(), base, to, from, bytes); });
+  return out;
+}
+
+// [m, n] of a product. `args` keeps no tensor alive: who calls does, until the launch.
+Tensor product(const Checks& checks, const OnDevice& device, const CudaLinear& args, const Tensor& like,
+               const std::vector<int64_t>& sizes) {
+  const Tensor out = torch::stable::new_empty(like, sizes);
+  const size_t bytes = core(checks, [&] { return cuda_linear_workspace(args); });
+  std::optional<Tensor> workspace;
+  if (bytes > 0) workspace = torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  const size_t at = workspace ? mutable_address(*workspace) : 0, to = mutable_address(out);
+  core(checks, [&] { cuda_delta_linear(device.place(), args, at, to); });
+  return out;
+}
+
+// The weight of a product, of the input's dtype or its bits.
+Words weight_of(const Checks& checks, const Tensor& weight, const DtypeRow& type, const Tensor& input) {
+  Words words = checks.words("weight", weight);
+  if (weight.dim() != 2) checks.refuse("weight must be 2-D [n, k], but is " + text(weight));
+  if (are_bits(weight) && static_cast<uint8_t>(weight.element_size()) == type.bytes) words.dtype = type.code;
+  if (words.dtype != type.code) checks.refuse("input is " + text(input) + ", but weight is " + text(weight));
+  return words;
+}
+
+}  // namespace
+
+Tensor delta_linear_cuda(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                         const Tensor& delta, const std::string& mode) {
+  const Checks checks{"delta_linear", cuda_device_of({&input, &weight, bias ? &*bias : nullptr, &delta})};
+  check_mode(checks, mode);
+  checks.delta("delta", delta);
+  const DtypeRow& type = checks.known("input", input);
+  if (type.code > 3)
+    checks.refuse("input is " + text(input) + "; only float32, bfloat16 and float16 compute");
+  const Words words = weight_of(checks, weight, type, input);
+  const size_t m = check_rows(checks, "input", input, type, words.k, "weight.shape[1]");
+  if (bias) check_bias(checks, *bias, type, words.n);
+  const NoGrad guard;
+  const OnDevice device(checks.cuda);
+  if (mode == "exact") {
+    // One transient matrix: no other size of panel is sure to give cuBLAS's bits.
+    const Tensor w = restored(checks, device, device_words(words), weight, type.torch, delta);
+    const Tensor out = call_aten("aten::linear", "", input, w, bias);
+    check_not_autocast(checks, out, type.torch);
+    return out;
+  }
+  const Tensor x = in_a_row(input), plain = aligned(delta);
+  std::optional<Tensor> plain_bias;
+  if (bias) plain_bias = in_a_row(*bias);
+  CudaLinear args{};
+  args.input = address(x);
+  args.m = m;
+  args.weight = device_words(words);
+  args.biases = plain_bias ? address(*plain_bias) : 0;
+  args.arena = address(plain);
+  args.arena_bytes = static_cast<size_t>(plain.numel());
+  args.deterministic = mode == "deterministic";
+  return product(checks, device, args, input, sizes_with_last(input, words.n));
+}
+
+Tensor delta_linear_grouped_cuda(const Tensor& input, const Tensor& weight,
+                                 const std::optional<Tensor>& biases, const Tensor& arena,
+                                 const Tensor& slots, const Tensor& tenant_of_row, const std::string& mode) {
+  const Checks checks{"delta_linear_grouped", cuda_device_of({&input, &weight, biases ? &*biases : nullptr,
+                                                              &arena, &slots, &tenant_of_row})};
+  check_mode(checks, mode);
+  if (mode == "exact")
+    checks.refuse(
+        "mode=\"exact\" would have to ask the device whose each row is; on CUDA call delta_linear with it, "
+        "tenant by tenant");
+  checks.known("weight", weight);
+  const OnDevice device(checks.cuda);
+  const Operands g = grouped(checks, "input", input, 1, weight, arena, slots, tenant_of_row);
+  if (biases) check_biases(checks, *biases, g);
+  const NoGrad guard;
+  CudaLinear args{};
+  args.input = address(g.rows);
+  args.m = g.m;
+  args.weight = device_words(g.weight);
+  args.biases = biases ? address(*biases) : 0;
+  args.bias_stride = biases ? static_cast<size_t>(biases->stride(0)) : 0;
+  args.arena = address(arena);
+  args.arena_bytes = static_cast<size_t>(arena.numel());
+  args.grouped = true;
+  args.slots = address(g.tenancy.slots);
+  args.slot_count = g.s;
+  args.tenant_of_row = address(g.tenancy.tenant_of_row);
+  args.deterministic = mode == "deterministic";
+  return product(checks, device, args, input, g.out_sizes);
+}
+
+Tensor delta_restore_cuda(const Tensor& base, const Tensor& delta) {
+  const Checks checks{"delta_restore", cuda_device_of({&base, &delta})};
+  checks.delta("delta", delta);
+  const Words words = checks.words("base", base);
+  const NoGrad guard;
+  const OnDevice device(checks.cuda);
+  return restored(checks, device, device_words(words, are_bits(base)), base, base.scalar_type(), delta);
+}
+
+void delta_apply_cuda(const Tensor& weight, const Tensor& delta) {
+  const Checks checks{"delta_apply_", cuda_device_of({&weight, &delta})};
+  const auto bytes = checks.delta("delta", delta);
+  const Words words = checks.words("weight", weight);
+  check_apart(checks, words.bytes, bytes);
+  const OnDevice device(checks.cuda);
+  mark_written(checks, weight);
+  const Tensor plain = aligned(delta);
+  const CudaWords target = device_words(words, are_bits(weight));
+  core(checks,
+       [&] { cuda_delta_apply(device.place(), target, address(plain), static_cast<size_t>(plain.numel())); });
+}
+
+// A full check reads everything, so it does so on the host: it copies both there, and waits.
+void delta_check_cuda(const Tensor& delta, const Tensor& base) {
+  const Checks checks{"delta_check", cuda_device_of({&delta, &base})};
+  checks.delta("delta", delta);
+  checks.words("base", base);
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  const auto on_host = [&](const Tensor& t) {
+    return torch::stable::to(t, std::nullopt, std::nullopt, cpu, std::nullopt, false, false, std::nullopt);
+  };
+  delta_check_cpu(on_host(delta), on_host(base));
+}
+
+}  // namespace xorz

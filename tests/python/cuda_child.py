@@ -1,0 +1,402 @@
+"""The process in which test_cuda.py has CUDA tensors: `python cuda_child.py CASE`, with doubles of libcuda and of torch.
+
+Device memory is the double's: its words come and go by copies, and a host that reads them dies. Tensors are made over it by
+DLPack, since torch can allocate none. aten ops on them are few, and made here. No expectation but in cases.
+"""
+
+import ctypes
+import sys
+
+import torch
+
+torch.cuda._lazy_init = lambda: None  # there is no runtime to begin
+ctypes.CDLL(f"{torch.__path__[0]}/lib/libtorch_cpu.so", mode=ctypes.RTLD_GLOBAL)
+torch_double = ctypes.CDLL(None)
+cuda = ctypes.CDLL("libcuda.so.1")
+
+import pytest  # noqa: E402
+import xorz  # noqa: E402
+from conftest import DTYPES, ENCODINGS, make_delta, random_weight, same_bits  # noqa: E402
+
+ops = torch.ops.xorz
+U64, SIZE = ctypes.c_uint64, ctypes.c_size_t
+CODES = {  # of DLPack, and bits
+    torch.float32: (2, 32),
+    torch.bfloat16: (4, 16),
+    torch.float16: (2, 16),
+    torch.float64: (2, 64),
+    torch.uint8: (1, 8),
+    torch.int8: (0, 8),
+    torch.int16: (0, 16),
+    torch.int32: (0, 32),
+    torch.int64: (0, 64),
+}
+
+
+class _Managed(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int),
+        ("device", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", U64),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    )
+
+
+_capsule = ctypes.pythonapi.PyCapsule_New
+_capsule.restype, _capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+kept = []
+contexts = {}
+
+
+def must(code: int) -> None:
+    assert code == 0, f"the double of libcuda says {code}"
+
+
+def enter(device: int) -> None:
+    """Make the device's primary context current, as torch would have."""
+    if device not in contexts:
+        contexts[device] = ctypes.c_void_p()
+        must(cuda.cuInit(0))
+        must(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(contexts[device]), device))
+    must(cuda.cuCtxSetCurrent(contexts[device]))
+
+
+def over(address: int, shape, dtype: torch.dtype, device: int, strides=None) -> torch.Tensor:
+    code, bits = CODES[dtype]
+    sizes = (ctypes.c_int64 * max(len(shape), 1))(*shape)
+    steps = (ctypes.c_int64 * max(len(shape), 1))(*strides) if strides else None
+    managed = _Managed(address, 2, device, len(shape), code, bits, 1, sizes, steps, 0, None, None)
+    kept.append((managed, sizes, steps))
+    return torch._C._from_dlpack(_capsule(ctypes.addressof(managed), b"dltensor", None))
+
+
+def allocate(size: int, device: int) -> int:
+    enter(device)
+    at = U64()
+    must(cuda.cuMemAlloc_v2(ctypes.byref(at), SIZE(max(size, 1))))
+    return at.value
+
+
+def to_cuda(t: torch.Tensor, device: int = 0, offset: int = 0) -> torch.Tensor:
+    t = t.contiguous()
+    size = t.numel() * t.element_size()
+    at = allocate(size + offset, device) + offset
+    must(cuda.cuMemcpyHtoD_v2(U64(at), ctypes.c_void_p(t.data_ptr()), SIZE(size)))
+    return over(at, t.shape, t.dtype, device)
+
+
+def to_cpu(t: torch.Tensor) -> torch.Tensor:
+    enter(t.get_device())
+    out = torch.empty(t.shape, dtype=t.dtype)
+    if out.numel() == 0:
+        return out
+    must(
+        cuda.cuMemcpyDtoH_v2(
+            ctypes.c_void_p(out.data_ptr()), U64(t.data_ptr()), SIZE(out.numel() * out.element_size())
+        )
+    )
+    return out
+
+
+aten_calls = []
+DTYPE_OF = {getattr(torch_double, "aoti_torch_dtype_" + str(d).removeprefix("torch."))(): d for d in CODES}
+
+
+@ctypes.CFUNCTYPE(
+    ctypes.c_void_p,
+    ctypes.c_char_p,
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.POINTER(ctypes.c_int64),
+    ctypes.c_int32,
+)
+def aten(name, handle, dims, sizes, dtype):
+    """An aten op on a CUDA tensor, for torch_double.cpp."""
+    try:
+        name, sizes, device = (
+            name.decode(),
+            [sizes[i] for i in range(dims)],
+            torch_double.torch_double_device(),
+        )
+        aten_calls.append((name, sizes))
+        at = ctypes.c_void_p()
+        torch_double.aoti_torch_get_data_ptr(ctypes.c_void_p(handle), ctypes.byref(at))
+        self = (
+            over(at.value or 0, sizes, DTYPE_OF[dtype], device)
+            if name not in ("aten::new_empty", "aten::linear")
+            else None
+        )
+        if name == "aten::new_empty":
+            size = torch.Size(sizes).numel() * DTYPE_OF[dtype].itemsize
+            result = over(allocate(size, device), sizes, DTYPE_OF[dtype], device)
+        elif name in ("aten::clone", "aten::contiguous"):
+            result = to_cuda(to_cpu(self), device)
+        elif name == "aten::to":
+            result = to_cpu(self)
+        elif name == "aten::linear":
+            weight, n, k, m = sizes
+            weight = to_cpu(over(weight, (n, k), DTYPE_OF[dtype], device))
+            x = to_cpu(over(at.value or 0, (m, k), DTYPE_OF[dtype], device))
+            result = to_cuda(torch.nn.functional.linear(x, weight), device)
+        elif name in ("aten::zero_", "aten::view"):
+            result = self
+        else:
+            raise NotImplementedError(name)
+        return _pointer(torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(result), None)
+    except BaseException as error:
+        print(f"aten of the test: {error!r}", file=sys.stderr)
+        return None
+
+
+def begin(device: int = 0) -> int:
+    """A stream of the device, torch's current one from now on."""
+    enter(device)
+    stream = ctypes.c_void_p()
+    must(cuda.cuStreamCreate(ctypes.byref(stream), 1))
+    torch_double.torch_double_set(aten, device, stream)
+    return stream.value
+
+
+def log() -> list[str]:
+    cuda.xorz_double_log.restype = ctypes.c_char_p
+    return cuda.xorz_double_log().decode().splitlines()
+
+
+def launches() -> list[str]:
+    return [line for line in log() if line.startswith("cuLaunchKernel")]
+
+
+def integers(shape, most: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Words whose products and sums are exact in f32, whatever their order."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(-most, most + 1, shape, generator=g).to(dtype)
+
+
+def tenant(base: torch.Tensor, prefer: str, seed: int) -> torch.Tensor:
+    changed = torch.rand(base.shape, generator=torch.Generator().manual_seed(seed)) < 0.1
+    tuned = torch.where(changed, integers(base.shape, 8, base.dtype, seed), base)
+    return xorz.delta_encode(base, tuned, prefer=prefer)
+
+
+def restores() -> None:
+    stream = begin()
+    for dtype in DTYPES:
+        base = random_weight(37, 300, dtype)
+        for encoding in ENCODINGS:
+            tuned, delta = make_delta(base, encoding)
+            on_gpu = to_cuda(delta)
+            assert same_bits(to_cpu(ops.delta_restore(to_cuda(base), on_gpu)), tuned)
+            assert same_bits(to_cpu(xorz.delta_restore(to_cuda(base), on_gpu)), tuned)
+            # Bits for bits, and a delta that lies where no kernel can read it.
+            words = {2: torch.int16, 4: torch.int32}[base.element_size()]
+            odd = to_cuda(delta, offset=8)
+            aten_calls.clear()
+            assert torch.equal(to_cpu(ops.delta_restore(to_cuda(base.view(words)), odd)), tuned.view(words))
+            assert [name for name, _ in aten_calls].count("aten::clone") == 1
+            weight = to_cuda(base)
+            aten_calls.clear()
+            ops.delta_apply_(weight, on_gpu)
+            assert same_bits(to_cpu(weight), tuned)
+            # As torch's in-place ops do: the version goes up, and nothing is set to zero.
+            assert aten_calls == [("aten::view", [37, 300]), ("aten::zero_", [0, 300])], aten_calls
+    assert all(f"stream {stream:#x} device 0" in line for line in launches()) and len(launches()) > 40
+    for dtype in (torch.float64, torch.int64, torch.uint8):
+        base = integers((5, 70), 100, torch.float32, 1).to(dtype)
+        tuned = torch.where(torch.rand(base.shape) < 0.2, base + 1, base)
+        delta = xorz.delta_encode(base, tuned)
+        assert torch.equal(to_cpu(ops.delta_restore(to_cuda(base), to_cuda(delta))), tuned)
+
+
+def products() -> None:
+    begin()
+    for dtype in DTYPES:
+        base, bias = integers((35, 290), 8, dtype, 1), integers((35,), 9, dtype, 2)
+        for prefer in ("speed", "memory"):
+            delta = tenant(base, prefer, 3)
+            for lead in ((1,), (2, 3), (70,), (), (0,)):
+                x = integers((*lead, 290), 3, dtype, 4)
+                for b in (None, bias):
+                    for mode in ("fast", "deterministic"):
+                        want = ops.delta_linear(x, base, b, delta, mode=mode)
+                        given = [to_cuda(t) for t in (x, base, delta)]
+                        got = ops.delta_linear(
+                            given[0], given[1], b if b is None else to_cuda(b), given[2], mode=mode
+                        )
+                        assert same_bits(to_cpu(got), want), (dtype, prefer, lead, mode)
+        x = random_weight(9, 290, dtype, 5)
+        weight = random_weight(35, 290, dtype, 6)
+        tuned, delta = make_delta(weight, "sparse")
+        got = ops.delta_linear(to_cuda(x), to_cuda(weight), None, to_cuda(delta), mode="exact")
+        assert same_bits(to_cpu(got), torch.nn.functional.linear(x, tuned))
+        # A weight as its bits.
+        words = {2: torch.int16, 4: torch.int32}[base.element_size()]
+        x, delta = integers((3, 290), 3, dtype, 4), tenant(base, "speed", 3)
+        want = ops.delta_linear(x, base, bias, delta)
+        given = [to_cuda(t) for t in (x, base.view(words), bias)]
+        assert same_bits(to_cpu(ops.delta_linear(*given, to_cuda(delta, offset=24))), want)
+    kernels = {line.split()[1] for line in launches()}
+    assert {"xorz_linear_small_bf16_m4", "xorz_linear_small_f32_m16", "xorz_linear_large_f16"} <= kernels
+
+
+def groups() -> None:
+    stream = begin()
+    for dtype in DTYPES:
+        base, biases = integers((35, 290), 8, dtype, 1), integers((4, 35), 9, dtype, 2)
+        deltas = [tenant(base, "speed", 3), None, tenant(base, "memory", 5)]
+        parts, slots, at = [], [], 0
+        for delta in deltas:
+            size = 0 if delta is None else delta.numel()
+            slots.append([at, size])
+            if delta is not None:
+                parts.append(torch.nn.functional.pad(delta, (0, -size % 64)))
+                at += parts[-1].numel()
+        arena, slots = torch.cat(parts), torch.tensor(slots)
+        wide = torch.nn.functional.pad(biases, (0, 13))
+        for m in (1, 7, 130):
+            x = integers((m, 290), 3, dtype, 4)
+            rows = torch.arange(m, dtype=torch.int32) * 5 % 4 - 1
+            for b, on_gpu in (
+                (None, None),
+                (biases, over(to_cuda(wide).data_ptr(), (4, 35), dtype, 0, (48, 1))),
+            ):
+                for mode in ("fast", "deterministic"):
+                    want = ops.delta_linear_grouped(x, base, b, arena, slots, rows, mode=mode)
+                    given = [to_cuda(t) for t in (x, base, arena, slots, rows)]
+                    got = ops.delta_linear_grouped(*given[:2], on_gpu, *given[2:], mode=mode)
+                    assert same_bits(to_cpu(got), want), (dtype, m, mode)
+    assert all(f"stream {stream:#x} device 0" in line for line in launches())
+
+
+def devices() -> None:
+    streams = [begin(0), begin(1)]
+    base = random_weight(20, 300, torch.bfloat16)
+    tuned, delta = make_delta(base, "sparse")
+    for device in (0, 1, 0):
+        out = ops.delta_restore(to_cuda(base, device), to_cuda(delta, device))
+        assert out.get_device() == device and same_bits(to_cpu(out), tuned)
+        assert f"stream {streams[device]:#x} device {device} " in launches()[-1]
+        assert torch_double.torch_double_device() == 0, "the device guard is still there"
+    assert sum(line.startswith("cuModuleLoadData") for line in log()) == 2
+
+
+def refusals() -> None:
+    begin(0)
+    base = random_weight(20, 300, torch.bfloat16)
+    tuned, delta = make_delta(base, "sparse")
+    x = random_weight(3, 300, torch.bfloat16)
+    g = [to_cuda(t) for t in (x, base, delta)]
+
+    def said(sentence, op, *args, **kwargs):
+        before = len(launches())
+        with pytest.raises(RuntimeError) as error:
+            op(*args, **kwargs)
+        assert sentence in str(error.value), error.value
+        assert len(launches()) == before, "launched all the same"
+
+    said(
+        "xorz::delta_linear: weight is on cpu, but another argument is on cuda:0",
+        ops.delta_linear,
+        g[0],
+        base,
+        None,
+        g[2],
+    )
+    said("delta is on cpu, but another argument is on cuda:0", ops.delta_restore, g[1], delta)
+    said("base is on cpu, but another argument is on cuda:0", ops.delta_restore, base, g[2])
+    said("delta is on cuda:1, but another argument is on cuda:0", ops.delta_restore, g[1], to_cuda(delta, 1))
+    said("mode must be", ops.delta_linear, g[0], g[1], None, g[2], mode="quick")
+    said("only float32, bfloat16 and float16 compute", ops.delta_linear, to_cuda(x.long()), g[1], None, g[2])
+    said("but weight is bfloat16 [20, 300]", ops.delta_linear, to_cuda(x.float()), g[1], None, g[2])
+    said("weight.shape[1] = 300", ops.delta_linear, to_cuda(x[:, :7]), g[1], None, g[2])
+    said(
+        "bias is bfloat16 [3], but must be bfloat16 [20]",
+        ops.delta_linear,
+        g[0],
+        g[1],
+        to_cuda(x[:, 0]),
+        g[2],
+    )
+    said("delta must be a 1-D uint8 tensor", ops.delta_linear, g[0], g[1], None, to_cuda(x))
+    said(
+        "must be contiguous",
+        ops.delta_restore,
+        over(g[1].data_ptr(), (300, 20), torch.bfloat16, 0, (1, 300)),
+        g[2],
+    )
+    said(
+        "weight and delta share memory",
+        ops.delta_apply_,
+        over(g[2].data_ptr(), (delta.numel(),), torch.uint8, 0),
+        g[2],
+    )
+    slots, rows = torch.tensor([[0, delta.numel()]]), torch.zeros(3, dtype=torch.int32)
+    on_gpu = [to_cuda(t) for t in (slots, rows)]
+    said("tenant_of_row is on cpu", ops.delta_linear_grouped, g[0], g[1], None, g[2], on_gpu[0], rows)
+    said("tenant by tenant", ops.delta_linear_grouped, *g[:2], None, g[2], *on_gpu, mode="exact")
+    odd = to_cuda(delta, offset=8)
+    said(
+        "arena is at an address that is no multiple of 16",
+        ops.delta_linear_grouped,
+        *g[:2],
+        None,
+        odd,
+        *on_gpu,
+    )
+    for name, args in {
+        "delta_encode": (g[1], g[1]),
+        "delta_slice": (g[2], g[1], 0, 0, 1),
+        "delta_concat": ([g[2]], [g[1]], 0),
+        "delta_linear_grad_input": (to_cuda(x[:, :20]), g[1], g[2]),
+    }.items():
+        said(f"xorz::{name}: ", getattr(ops, name), *args)
+        said("but this op has no CUDA kernel; move its tensors to the CPU", getattr(ops, name), *args)
+    # What kernels report is an error of the next call.
+    foreign = to_cuda(xorz.delta_encode(base.half(), tuned.half()))
+    assert torch.isnan(to_cpu(ops.delta_restore(g[1], foreign))).all()
+    said(
+        "xorz::delta_linear: an earlier delta_restore on cuda:0 reported: the delta is of another",
+        ops.delta_linear,
+        *g[:2],
+        None,
+        g[2],
+    )
+    assert same_bits(to_cpu(ops.delta_restore(g[1], g[2])), tuned)
+
+
+def checks() -> None:
+    begin(0)
+    base = random_weight(20, 300, torch.bfloat16)
+    tuned, delta = make_delta(base, "sparse")
+    ops.delta_check(to_cuda(delta), to_cuda(base))
+    with pytest.raises(RuntimeError, match=r"xorz::delta_check: .*base"):
+        ops.delta_check(to_cuda(delta), to_cuda(tuned))
+
+
+def without_device() -> None:
+    """On a machine whose driver sees no device: the op's own sentence."""
+    t = over(256, (4, 4), torch.bfloat16, 0)
+    delta = over(4096, (512,), torch.uint8, 0)
+    torch_double.torch_double_set(aten, 0, None)
+    with pytest.raises(
+        RuntimeError, match=r"xorz::delta_apply_: .*CUDA_ERROR_NO_DEVICE.*CUDA_VISIBLE_DEVICES"
+    ):
+        ops.delta_apply_(t, delta)
+
+
+if __name__ == "__main__":
+    case = sys.argv[1]
+    with torch.no_grad():
+        {f.__name__: f for f in (restores, products, groups, devices, refusals, checks, without_device)}[
+            case
+        ]()
+    print(f"{case}: well", flush=True)
