@@ -165,6 +165,9 @@ def delta_linear(
     Returns:
         `[..., n]`. Gradients flow to `input` and `bias`, in reverse and forward mode; the weight is frozen.
 
+    On CUDA, mode="exact" restores one transient matrix, gradients are not there yet, and a delta that does not fit gives NaN,
+    which the next call on that device reports: no call waits for the device.
+
     Under `torch.func.vmap` a batch of inputs is one call on more rows; a batch of weights, deltas or biases is a loop of calls.
 
     Raises:
@@ -185,7 +188,7 @@ def delta_restore(base: Tensor, delta: Tensor) -> Tensor:
 
 
 def delta_apply_(weight: Tensor, delta: Tensor) -> Tensor:
-    """Turn `weight` from base into fine-tune, in place, and give it back. Its digest is checked first.
+    """Turn `weight` from base into fine-tune, in place, and give it back. Its digest is checked first (not on CUDA).
 
     RuntimeError if it is another base, or requires grad in grad mode.
     """
@@ -211,5 +214,5 @@ def delta_concat(deltas: Sequence[Tensor], bases: Sequence[Tensor], dim: int) ->
 
 
 def delta_check(delta: Tensor, base: Tensor) -> None:
-    """Validate a delta in full, and that it belongs to `base`, digest included; RuntimeError if not."""
+    """Validate a delta in full, and that it belongs to `base`, digest included; RuntimeError if not. On CUDA it waits."""
     _ops.delta_check(delta, base)
