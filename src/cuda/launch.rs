@@ -87,6 +87,42 @@ impl Linear {
             Product::Small(_) | Product::Nothing => 0,
         })
     }
+
+    /// What the kernels take, but for what is written.
+    fn params(&self) -> params::Linear {
+        // To the kernels no address of slots means that there is but one delta. Of no slots they read none, wherever they are.
+        let named = |rows: Rows| Rows { slots: rows.slots.max(SLOT_ALIGN), ..rows };
+        let rows = self.rows.map_or(Rows { slots: 0, slot_count: 0, tenant_of_row: 0 }, named);
+        let Shape { n, k } = self.weight.shape;
+        params::Linear {
+            x: self.x,
+            weight: self.weight.address,
+            biases: self.biases,
+            bias_stride: self.bias_stride as u64,
+            arena: self.arena,
+            arena_bytes: self.arena_bytes as u64,
+            slots: rows.slots,
+            slot_count: rows.slot_count as u64,
+            tenant_of_row: rows.tenant_of_row,
+            m: self.m as u64,
+            n: n as u64,
+            k: k as u64,
+            ..Default::default()
+        }
+    }
+
+    /// `all` for `count` rows of x from row `first` on.
+    fn rows_of(&self, all: &params::Linear, first: u64, count: u64) -> params::Linear {
+        let word = self.weight.dtype.word_bytes() as u64;
+        let after = |address: u64, bytes: u64| if address == 0 { 0 } else { address + first * bytes };
+        params::Linear {
+            x: after(all.x, all.k * word),
+            tenant_of_row: after(all.tenant_of_row, 4),
+            out: after(all.out, all.n * word),
+            m: count,
+            ..*all
+        }
+    }
 }
 
 /// Alignment of deltas that the kernels take.
@@ -191,44 +227,16 @@ fn check_linear(args: &Linear, out: u64) -> Result<()> {
 /// All that `args` names, `[m, n]` words at `out` and [`Linear::workspace_bytes`] at `workspace` are memory that the device can
 /// reach until the stream has passed this call; `out` and `workspace` overlap nothing. Their contents may be anything.
 pub unsafe fn delta_linear(place: Place, args: &Linear, workspace: u64, out: u64) -> Result<()> {
-    let Shape { n, k } = args.weight.shape;
     let product = args.plan()?;
     check_linear(args, out)?;
     let device = Device::get(place.device)?;
     device.raise()?;
-    let word = args.weight.dtype.word_bytes() as u64;
-    // To the kernels no address of slots means that there is but one delta. Of no slots they read none, wherever they are.
-    let named = |rows: Rows| Rows { slots: rows.slots.max(SLOT_ALIGN), ..rows };
-    let rows = args.rows.map_or(Rows { slots: 0, slot_count: 0, tenant_of_row: 0 }, named);
-    let all = params::Linear {
-        x: args.x,
-        weight: args.weight.address,
-        biases: args.biases,
-        bias_stride: args.bias_stride as u64,
-        arena: args.arena,
-        arena_bytes: args.arena_bytes as u64,
-        slots: rows.slots,
-        slot_count: rows.slot_count as u64,
-        tenant_of_row: rows.tenant_of_row,
-        out,
-        m: args.m as u64,
-        n: n as u64,
-        k: k as u64,
-        status: device.status(if args.rows.is_some() { Op::Grouped } else { Op::Linear }),
-        workspace,
-    };
+    let status = device.status(if args.rows.is_some() { Op::Grouped } else { Op::Linear });
+    let all = params::Linear { out, workspace, status, ..args.params() };
     match product {
         Product::Nothing => Ok(()),
         Product::Small(small) => small.launches().try_for_each(|(launch, first, count)| {
-            let after =
-                |address: u64, bytes: u64| if address == 0 { 0 } else { address + first as u64 * bytes };
-            let part = params::Linear {
-                x: after(all.x, k as u64 * word),
-                tenant_of_row: after(all.tenant_of_row, 4),
-                out: after(all.out, n as u64 * word),
-                m: count as u64,
-                ..all
-            };
+            let part = args.rows_of(&all, first as u64, count as u64);
             // SAFETY: the parameters of that kernel, by its table; rows `first ..` of what the caller promises.
             unsafe { device.launch(launch, place.stream, part.pack().first(params::SMALL)) }
         }),
