@@ -1,8 +1,8 @@
 //! `delta_linear` on the CPU beside the base product alone (`unchanged`, the same kernel): what the delta costs.
 //!
-//! `cargo bench --bench cpu_linear [-- SIZE THREADS ROWS...]`: SIZE x SIZE bf16, several distinct matrices beyond the
-//! caches, variants interleaved pass by pass; best and median, ratios of both. GB/s count the bytes of base and delta,
-//! each once, at the best.
+//! `cargo bench --bench cpu_linear [-- SIZE THREADS ROWS...]`: SIZE x SIZE bf16 (with `WIDTH=K` in the
+//! environment SIZE x K), several distinct matrices, beyond the caches unless made small, variants interleaved pass by pass; best
+//! and median, ratios of both. GB/s count the bytes of base and delta, each once, at the best.
 #![allow(missing_docs)]
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -84,9 +84,10 @@ fn main() {
     let size = args.first().copied().unwrap_or(4096);
     let threads = args.get(1).copied().unwrap_or(2);
     let rows: Vec<usize> = if args.len() > 2 { args[2..].to_vec() } else { vec![1, 4, 8, 16, 64, 256] };
-    let shape = Shape { n: size, k: size };
+    let width = std::env::var("WIDTH").ok().and_then(|w| w.parse().ok()).unwrap_or(size);
+    let shape = Shape { n: size, k: width };
     let mut rng = Rng(0x9E37_79B9_7F4A_7C15);
-    let bases: Vec<Vec<u8>> = (0..COPIES).map(|_| rng.weights(size * size)).collect();
+    let bases: Vec<Vec<u8>> = (0..COPIES).map(|_| rng.weights(size * width)).collect();
     // Variant 0 is the base alone; then sparse at each share.
     let mut blobs: Vec<Vec<Vec<u8>>> = vec![
         bases
@@ -111,10 +112,10 @@ fn main() {
         };
         blobs.push(bases.iter().map(encode).collect());
     }
-    println!("{size} x {size} bf16, {} threads, {}", threads, Isa::active().unwrap().name());
+    println!("{size} x {width} bf16, {} threads, {}", threads, Isa::active().unwrap().name());
     println!("   m   changed   best ms  median ms  GB/s   over base alone: best, median");
     for m in rows {
-        let x = rng.weights(m * size);
+        let x = rng.weights(m * width);
         let mut out = vec![0u32; m * size / 2 + 1];
         let out = &mut bytemuck::cast_slice_mut::<u32, u8>(&mut out)[..m * size * 2];
         let passes = (600 / m).clamp(5, 25);

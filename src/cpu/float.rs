@@ -184,6 +184,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn finite_values_are_rounded_without_a_branch_as_with_one() {
+        // All exponents and signs, and around every tie of bf16: just below, on it, just above.
+        let ties = (0..=u16::MAX).flat_map(|w| [0x7FFF, 0x8000, 0x8001].map(|low| u32::from(w) << 16 | low));
+        let any = (0..u32::MAX).step_by(65_521);
+        for value in ties.chain(any).map(f32::from_bits).filter(|v| v.is_finite()) {
+            assert_eq!(BF16::round_finite(value), BF16::round(value), "{value:e}");
+            assert_eq!(F16::round_finite(value), F16::round(value), "{value:e}");
+            assert_eq!(F32::round_finite(value), value.to_bits(), "{value:e}");
+        }
+    }
+
+    #[test]
     fn an_f64_is_rounded_once() {
         // Just above the middle of two bf16: rounding to f32 first would land on the middle, and then on even.
         let value = 1.0 + 2f64.powi(-8) + 2f64.powi(-40);
