@@ -8,6 +8,8 @@ read bandwidth measured in the same run, as a share of the time taken. Opponents
   one32, each32   the same on fp32 copies, at twice the memory: torch has no fast bf16 product on CPUs without AVX-512
   csr        ``F.linear`` with the base, and ``torch.sparse`` (fp32 CSR) with the difference of each tenant
   scatter    the changed words written into the base, ``F.linear``, and the base's written back, tenant after tenant
+  determ     ours with mode="deterministic", one tenant
+  exact      ours with mode="exact": the bits of ``F.linear`` on the fine-tuned weights
   notebook   the XOR decompressed (zstd), applied to a copy of the base, ``F.linear``: per call, tenant after tenant
 
 Each variant takes a turn in every round over matrices that together exceed the caches; medians are reported. A number beside an
@@ -36,7 +38,8 @@ from tunes import INTS, KINDS, pairs
 Variants = dict[str, Callable[[int], object]]
 FAST = ("xorz", "one", "each", "one32", "each32")
 SLOW = ("csr", "scatter", "notebook")
-RATIOS = (*FAST[1:], *SLOW)
+MODES = {"determ": "deterministic", "exact": "exact"}
+RATIOS = (*FAST[1:], *MODES, *SLOW)
 
 
 def bandwidth() -> float:
@@ -124,6 +127,10 @@ class Case:
         if count == 1:
             for name in ("each", "each32"):
                 out.pop(name, None)
+            out |= {
+                name: lambda i, mode=mode: single(x, bases[i], None, tenants[i][0].delta, mode=mode)
+                for name, mode in MODES.items()
+            }
         if self.rivals:
             out |= {
                 name: lambda i, call=call: call(x, parts, bases[i], tenants[i][:count])
@@ -136,12 +143,27 @@ class Case:
         for i in range(len(self.bases)):
             parts = x.float().chunk(count)
             want = torch.cat([F.linear(p, t.wide) for p, t in zip(parts, self.tenants[i], strict=False)])
-            assert torch.allclose(variants["xorz"](i).float(), want, rtol=2e-2, atol=2e-2)
+            for name in {"xorz", *MODES} & set(variants):
+                assert torch.allclose(variants[name](i).float(), want, rtol=2e-2, atol=2e-2), name
         for name in set(SLOW) & set(variants):
             want = torch.cat(
                 [F.linear(p, t.wide) for p, t in zip(x.float().chunk(count), self.tenants[0], strict=False)]
             )
             assert torch.allclose(variants[name](0).float(), want, rtol=2e-2, atol=2e-2), name
+
+    def restore(self, rounds: int) -> dict[str, float]:
+        """GB/s of fine-tuned weights restored, all threads, beside copying the base: ``base.clone()``."""
+        call = torch.ops.xorz.delta_restore
+        bases, tenants = self.bases, self.tenants
+        for base, deltas in zip(bases, tenants, strict=True):
+            ints = INTS[base.dtype]
+            assert torch.equal(call(base, deltas[0].delta).view(ints), deltas[0].dense.view(ints))
+        variants: Variants = {
+            "restore": lambda i: call(bases[i], tenants[i][0].delta),
+            "clone": lambda i: bases[i].clone(),
+        }
+        seconds = interleave(variants, len(bases), rounds)
+        return {name: bases[0].nbytes / s / 1e9 for name, s in seconds.items()}
 
     def measure(self, m: int, count: int, rounds: int, bytes_per_second: float) -> dict[str, Any]:
         """One row of the table: `m` rows of x, dealt to `count` tenants."""
@@ -297,6 +319,7 @@ def main() -> None:
         print(f"a call, {where}: " + ", ".join(f"{name} {t:.1f} us" for name, t in us.items()))
     print(HEADER, flush=True)
     rows: list[dict[str, Any]] = []
+    restored: list[dict[str, Any]] = []
 
     def add(case: Case, what: str, m: int, count: int) -> None:
         rounds = args.rounds if m <= 16 else max(1, args.rounds // 2)
@@ -311,6 +334,8 @@ def main() -> None:
                     dtype, share = getattr(torch, name), float(percent) / 100
                     rest = (args.prefer, not args.no_rivals)
                     case = synthetic(n, k, dtype, share, kind, max(args.tenants), *rest)
+                    speeds = case.restore(args.rounds)
+                    restored.append({"what": f"{n}x{k} {name} {percent} % {kind}"} | speeds)
                     for count in args.tenants:
                         add(case, f"{percent} % {kind}", count, count)
                     for m in args.rows:
@@ -323,8 +348,18 @@ def main() -> None:
             case = Case(copies, [[tuned.clone()] for _ in copies], prefer, not args.no_rivals)
             for m in args.rows:
                 add(case, f"real, {prefer}", m, 1)
+    for row in restored:
+        print(
+            f"restore {row['what']}: {row['restore']:.1f} GB/s of weights, a copy of the base {row['clone']:.1f}"
+        )
     if args.json:
-        found = {"machine": machine, "bytes_per_second": speed, "call_us": calls, "rows": rows}
+        found = {
+            "machine": machine,
+            "bytes_per_second": speed,
+            "call_us": calls,
+            "rows": rows,
+            "restore": restored,
+        }
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -1,12 +1,16 @@
 //! The cost model of the products: which kernel computes which rows of x, and how many rows of W a task takes. Every such
-//! choice is made here. But for [`PANEL_ABOVE`] in `mode = "fast"`, none changes a bit of the result.
+//! choice is made here. But for [`Costs::panel_above`] in `mode = "fast"`, none changes a bit of the result.
 //!
 //! **Model**, 16-bit words on Zen 3 (AVX2, 3.3 GHz, two cores that read 20 GB/s): a product with few rows takes about
 //! `max(bytes / 20 GB/s, m * n * k / 16 per cycle and core) + entries`, where `bytes` are those of the base, read once for
-//! all tenants, and of the deltas; `entries` are [`GATHERED_NS`] a record of sixteen and row of x, or [`TRANSPOSED_NS`] a
+//! all tenants, and of the deltas; `entries` are `gathered_ns` a record of sixteen and row of x, or `transposed_ns` a
 //! record whatever the rows. `exponent` adds 0.33 ns a word and block of sixteen rows for decoding, which no other tenant
 //! shares; restoring a panel costs the same once, and 0.1 ns a word as f32. Both are computed, not waited for, so the second
-//! core helps where memory does not. The constants were measured with `benches/bench.py` and `benches/cpu_linear.rs`.
+//! core helps where memory does not.
+//!
+//! **Calibration.** The numbers are a [`Costs`]; `python benches/calibrate.py` times each of them beside other values of it on
+//! the machine at hand and says what the defaults lose. `XORZ_COSTS="panel_above=64,cached_bytes=4194304"` in the environment
+//! takes other values, in mode fast and beyond the caches the first thing to try on a machine unlike the one above.
 //!
 //! `XORZ_TRACE=1` in the environment prints a line a call to stderr: what was chosen, and why.
 
@@ -24,32 +28,76 @@ pub(super) const BLOCK: usize = LANES;
 /// Columns of the base of one dot product, whatever the grids of the deltas on it.
 pub(super) const BASE_COLUMNS: usize = Grid::MAX_COLS;
 
-/// Rows of x of one tenant above which a restored panel pays in `mode = "fast"`. Below, restoring costs as much as walking the
-/// entries once more for the second block of rows (4096 x 4096 bf16, AVX2: equal at 32 rows from 3 to 30 % changed,
-/// 10 to 30 % faster at 64).
-pub(super) const PANEL_ABOVE: usize = 2 * BLOCK;
-
 /// Totals of one task on a restored panel (512 KiB); more rows of x are done in blocks.
 const PANEL_SUMS: usize = 1 << 17;
-
-/// So many bytes of a base stay in the cache from one block of rows of x to the next.
-const CACHED_BYTES: usize = 8 << 20;
 
 /// Rows of W of one small-m task, at most: their totals are scratch (64 KiB).
 const MOST_ROWS: usize = 1024;
 
-/// Words of W that a small-m task takes at least: some 5 us. Waking another thread for less takes longer.
-const LEAST_WORDS: usize = 1 << 15;
+/// What the model knows of a machine. But for `panel_above` in `mode = "fast"`, no value changes a bit of a result.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Costs {
+    /// Rows of x of one tenant above which a restored panel pays in `mode = "fast"`. Below, restoring costs as much as
+    /// walking the entries once more for the second block of rows.
+    pub(super) panel_above: usize,
+    /// A record of sixteen entries and a row of x, gathered: ns.
+    pub(super) gathered_ns: f64,
+    /// A record of sixteen entries and up to sixteen rows of x, transposed: ns. More where changes are so rare that every
+    /// entry finds its row of x outside of the second cache: not for less than one word in `rare`.
+    pub(super) transposed_ns: f64,
+    /// See `transposed_ns`.
+    pub(super) rare: u64,
+    /// So many bytes of a base stay in the cache from one block of rows of x to the next.
+    pub(super) cached_bytes: usize,
+    /// Words of W that a small-m task takes at least: some 5 us. Waking another thread for less takes longer.
+    pub(super) least_words: usize,
+}
 
-/// A record of sixteen entries and a row of x, gathered.
-const GATHERED_NS: f64 = 6.5;
+impl Costs {
+    /// Measured on Zen 3 with AVX2. AVX-512 takes the same until it has been timed.
+    const DEFAULT: Self = Self {
+        panel_above: 2 * BLOCK,
+        gathered_ns: 6.5,
+        transposed_ns: 25.0,
+        rare: 64,
+        cached_bytes: 8 << 20,
+        least_words: 1 << 15,
+    };
 
-/// A record of sixteen entries and up to sixteen rows of x, transposed. More where changes are so rare that every entry finds
-/// its row of x outside of the second cache: not for less than one word in [`RARE`].
-const TRANSPOSED_NS: f64 = 25.0;
+    /// Those in force, read once.
+    pub(super) fn active() -> &'static Self {
+        static ACTIVE: OnceLock<Costs> = OnceLock::new();
+        ACTIVE.get_or_init(|| {
+            let asked = std::env::var("XORZ_COSTS").unwrap_or_default();
+            Self::parse(&asked).unwrap_or_else(|wrong| {
+                eprintln!("xorz: XORZ_COSTS is ignored: {wrong}");
+                Self::DEFAULT
+            })
+        })
+    }
 
-/// See [`TRANSPOSED_NS`].
-const RARE: u64 = 64;
+    /// The defaults, but for what `name=value,name=value` says.
+    fn parse(asked: &str) -> Result<Self, String> {
+        let mut costs = Self::DEFAULT;
+        for part in asked.split(',').map(str::trim).filter(|p| !p.is_empty()) {
+            let (name, value) = part.split_once('=').ok_or_else(|| format!("\"{part}\" is not name=value"))?;
+            let wrong = |range| format!("{name} is \"{value}\", not {range}");
+            let count =
+                |least: usize| value.parse().ok().filter(|v| *v >= least).ok_or_else(|| wrong("a count in range"));
+            let ns = || value.parse().ok().filter(|v: &f64| *v > 0.0 && v.is_finite()).ok_or_else(|| wrong("above 0"));
+            match name {
+                "panel_above" => costs.panel_above = count(0)?,
+                "gathered_ns" => costs.gathered_ns = ns()?,
+                "transposed_ns" => costs.transposed_ns = ns()?,
+                "rare" => costs.rare = count(1)? as u64,
+                "cached_bytes" => costs.cached_bytes = count(0)?,
+                "least_words" => costs.least_words = count(1)?,
+                _ => return Err(format!("there is no \"{name}\"")),
+            }
+        }
+        Ok(costs)
+    }
+}
 
 /// How the rows of a segment are computed; segments are to be in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -66,7 +114,7 @@ impl Way {
     /// Of `rows` rows of x with one tenant's weights.
     pub(super) fn of(weights: &Weights<'_>, rows: usize, mode: Mode) -> Self {
         match weights.encoding() {
-            _ if rows > PANEL_ABOVE && mode == Mode::Fast => Self::Panels,
+            _ if rows > Costs::active().panel_above && mode == Mode::Fast => Self::Panels,
             Encoding::Unchanged | Encoding::Sparse => Self::Shared,
             Encoding::Exponent | Encoding::Raw => Self::Own,
         }
@@ -76,9 +124,10 @@ impl Way {
 /// Whether the entries of `m` rows of x of one tenant go through the transposed kernel rather than the gathering one.
 pub(super) fn transposed(weights: &Weights<'_>, m: usize) -> bool {
     let words = weights.base.shape().n as u64 * weights.base.shape().k as u64;
+    let costs = Costs::active();
     weights.encoding() == Encoding::Sparse
-        && 2.0 * TRANSPOSED_NS <= m as f64 * GATHERED_NS
-        && weights.changed().saturating_mul(RARE) >= words
+        && 2.0 * costs.transposed_ns <= m as f64 * costs.gathered_ns
+        && weights.changed().saturating_mul(costs.rare) >= words
 }
 
 /// What the tasks of some segments of one way take.
@@ -108,9 +157,9 @@ impl Sizes {
             Way::Panels => {
                 Self { rows: grid.tile_rows, block: PANEL_SUMS / grid.tile_rows, again_cached: false }
             }
-            Way::Shared if rows > BLOCK && n * row_bytes > CACHED_BYTES => {
+            Way::Shared if rows > BLOCK && n * row_bytes > Costs::active().cached_bytes => {
                 // Many rows of W, since each block of x is converted anew for them (10 to 20 % of the time at 256).
-                let cached = CACHED_BYTES / row_bytes;
+                let cached = Costs::active().cached_bytes / row_bytes;
                 let rows = n.div_ceil(2 * threads.max(1)).min(cached).clamp(LANES, MOST_ROWS);
                 Self { rows: rows.next_multiple_of(LANES), block: BLOCK, again_cached: true }
             }
@@ -127,7 +176,7 @@ impl Sizes {
             (true, _) => 128,
             _ => 256,
         };
-        let least = (LEAST_WORDS / base.k.max(1)).min(MOST_ROWS);
+        let least = (Costs::active().least_words / base.k.max(1)).min(MOST_ROWS);
         let rows = base.n.div_ceil(16).min(most).max(least.min(base.n)).next_multiple_of(tile_rows);
         Self { rows, block: BLOCK, again_cached: false }
     }
@@ -162,7 +211,8 @@ fn why(way: Way, segments: &[Segment<'_>], mode: Mode) -> String {
     let encoding = segments[0].weights.encoding();
     match way {
         Way::Panels => {
-            format!("on panels restored from {encoding:?} (more than {PANEL_ABOVE} rows of one tenant)")
+            let above = Costs::active().panel_above;
+            format!("on panels restored from {encoding:?} (more than {above} rows of one tenant)")
         }
         Way::Own => format!("on words decoded from {encoding:?} on the way"),
         Way::Shared => {
@@ -179,6 +229,23 @@ fn why(way: Way, segments: &[Segment<'_>], mode: Mode) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn costs_are_read_by_name_and_refused_by_name() {
+        assert_eq!(Costs::parse(""), Ok(Costs::DEFAULT));
+        let two = Costs::parse("panel_above=64, rare=7").unwrap();
+        assert_eq!(two, Costs { panel_above: 64, rare: 7, ..Costs::DEFAULT });
+        for (asked, named) in [
+            ("rare", "\"rare\" is not name=value"),
+            ("rare=0", "rare is \"0\""),
+            ("gathered_ns=inf", "gathered_ns is \"inf\""),
+            ("transposed_ns=-1", "transposed_ns is \"-1\""),
+            ("least_words=x", "least_words is \"x\""),
+            ("speed=1", "no \"speed\""),
+        ] {
+            assert!(Costs::parse(asked).unwrap_err().contains(named), "{asked}");
+        }
+    }
 
     #[test]
     fn tasks_are_whole_tiles_within_scratch() {
