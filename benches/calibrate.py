@@ -22,6 +22,7 @@ from typing import Any
 NEVER, ALWAYS = 1 << 40, 0
 DEFAULTS = {
     "panel_above": 32,
+    "decoded_above": 16,
     "gathered_ns": 6.5,
     "transposed_ns": 25.0,
     "rare": 64,
@@ -43,9 +44,9 @@ TABLE: dict[str, tuple[list[float], list[dict[str, Any]]]] = {
     "panel_above": (
         [16, 64, 128],
         [cell(m, p) for p in (0.5, 3, 30) for m in (24, 48, 96)]
-        + [cell(m, 30, prefer="memory") for m in (24, 48)]
         + [cell(m, 3, dtype="float32") for m in (24, 48, 96)],
     ),
+    "decoded_above": ([8, 32, 64], [cell(m, 30, prefer="memory") for m in (12, 24, 48)]),
     # 2 * transposed <= m * gathered: from 8 rows on with the defaults; here from 4, 6, 12 and never.
     "transposed_ns": ([13, 19, 39, 1e9], [cell(m, p) for p in (3, 10, 30) for m in (4, 6, 8, 12)]),
     "rare": ([16, 32, 256], [cell(16, p) for p in (0.2, 0.5, 1, 2, 5)]),

@@ -1,5 +1,5 @@
 //! The cost model of the products: which kernel computes which rows of x, and how many rows of W a task takes. Every such
-//! choice is made here. But for [`Costs::panel_above`] in `mode = "fast"`, none changes a bit of the result.
+//! choice is made here. But for `panel_above` and `decoded_above` in `mode = "fast"`, none changes a bit of the result.
 //!
 //! **Model**, 16-bit words on Zen 3 (AVX2, 3.3 GHz, two cores that read 20 GB/s): a product with few rows takes about
 //! `max(bytes / 20 GB/s, m * n * k / 16 per cycle and core) + entries`, where `bytes` are those of the base, read once for
@@ -34,12 +34,14 @@ const PANEL_SUMS: usize = 1 << 17;
 /// Rows of W of one small-m task, at most: their totals are scratch (64 KiB).
 const MOST_ROWS: usize = 1024;
 
-/// What the model knows of a machine. But for `panel_above` in `mode = "fast"`, no value changes a bit of a result.
+/// What the model knows of a machine. But for `panel_above` and `decoded_above` in `mode = "fast"`, no value changes a bit of a result.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Costs {
     /// Rows of x of one tenant above which a restored panel pays in `mode = "fast"`. Below, restoring costs as much as
     /// walking the entries once more for the second block of rows.
     pub(super) panel_above: usize,
+    /// The same for `exponent`, where a second block of rows means decoding once more: 0.6 of the time at 24 rows.
+    pub(super) decoded_above: usize,
     /// A record of sixteen entries and a row of x, gathered: ns.
     pub(super) gathered_ns: f64,
     /// A record of sixteen entries and up to sixteen rows of x, transposed: ns. More where changes are so rare that every
@@ -57,6 +59,7 @@ impl Costs {
     /// Measured on Zen 3 with AVX2. AVX-512 takes the same until it has been timed.
     const DEFAULT: Self = Self {
         panel_above: 2 * BLOCK,
+        decoded_above: BLOCK,
         gathered_ns: 6.5,
         transposed_ns: 25.0,
         rare: 64,
@@ -80,13 +83,18 @@ impl Costs {
     fn parse(asked: &str) -> Result<Self, String> {
         let mut costs = Self::DEFAULT;
         for part in asked.split(',').map(str::trim).filter(|p| !p.is_empty()) {
-            let (name, value) = part.split_once('=').ok_or_else(|| format!("\"{part}\" is not name=value"))?;
+            let (name, value) =
+                part.split_once('=').ok_or_else(|| format!("\"{part}\" is not name=value"))?;
             let wrong = |range| format!("{name} is \"{value}\", not {range}");
-            let count =
-                |least: usize| value.parse().ok().filter(|v| *v >= least).ok_or_else(|| wrong("a count in range"));
-            let ns = || value.parse().ok().filter(|v: &f64| *v > 0.0 && v.is_finite()).ok_or_else(|| wrong("above 0"));
+            let count = |least: usize| {
+                value.parse().ok().filter(|v| *v >= least).ok_or_else(|| wrong("a count in range"))
+            };
+            let ns = || {
+                value.parse().ok().filter(|v: &f64| *v > 0.0 && v.is_finite()).ok_or_else(|| wrong("above 0"))
+            };
             match name {
                 "panel_above" => costs.panel_above = count(0)?,
+                "decoded_above" => costs.decoded_above = count(0)?,
                 "gathered_ns" => costs.gathered_ns = ns()?,
                 "transposed_ns" => costs.transposed_ns = ns()?,
                 "rare" => costs.rare = count(1)? as u64,
@@ -114,11 +122,17 @@ impl Way {
     /// Of `rows` rows of x with one tenant's weights.
     pub(super) fn of(weights: &Weights<'_>, rows: usize, mode: Mode) -> Self {
         match weights.encoding() {
-            _ if rows > Costs::active().panel_above && mode == Mode::Fast => Self::Panels,
+            encoding if mode == Mode::Fast && rows > panels_above(encoding) => Self::Panels,
             Encoding::Unchanged | Encoding::Sparse => Self::Shared,
             Encoding::Exponent | Encoding::Raw => Self::Own,
         }
     }
+}
+
+/// Rows of x of one tenant above which panels are restored from an encoding in `mode = "fast"`.
+fn panels_above(encoding: Encoding) -> usize {
+    let costs = Costs::active();
+    if encoding == Encoding::Exponent { costs.decoded_above } else { costs.panel_above }
 }
 
 /// Whether the entries of `m` rows of x of one tenant go through the transposed kernel rather than the gathering one.
@@ -211,7 +225,7 @@ fn why(way: Way, segments: &[Segment<'_>], mode: Mode) -> String {
     let encoding = segments[0].weights.encoding();
     match way {
         Way::Panels => {
-            let above = Costs::active().panel_above;
+            let above = panels_above(encoding);
             format!("on panels restored from {encoding:?} (more than {above} rows of one tenant)")
         }
         Way::Own => format!("on words decoded from {encoding:?} on the way"),
