@@ -22,7 +22,7 @@ PYTHON_SOURCES := $(shell find python -name '*.py' -o -name py.typed) pyproject.
 PYTHON_LINTED  := $(wildcard python tests benches examples)
 
 .PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-wheel stress test-smollm cuda-gate lint \
-  format bench bench-checkpoint bench-serving clean
+  format bench bench-checkpoint bench-serving notebook changes clean
 .DELETE_ON_ERROR:
 
 build: $(INSTALLED)
@@ -135,6 +135,22 @@ $(BENCH_VENV)/.xorz-requirements: benches/requirements.txt $(REQUIREMENTS)
 	$(PY) -c 'import site; print(site.getsitepackages()[0])' > \
 	  "$$($(BENCH_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/developer.pth"
 	@touch $@
+
+# The notebook that xorz began as, measured: run and rendered at both sizes, minutes and 4 GB of memory.
+NOTEBOOK_VENV := build/notebook-venv
+$(NOTEBOOK_VENV)/.xorz-requirements: examples/requirements.txt $(REQUIREMENTS)
+	$(PYTHON) -m venv --clear $(NOTEBOOK_VENV)
+	$(NOTEBOOK_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r examples/requirements.txt
+	$(PY) -c 'import site; print(site.getsitepackages()[0])' > \
+	  "$$($(NOTEBOOK_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/developer.pth"
+	@touch $@
+
+notebook: $(INSTALLED) $(NOTEBOOK_VENV)/.xorz-requirements
+	$(NOTEBOOK_VENV)/bin/python examples/render_notebook.py $(ARGS)
+
+# What fine-tunes change, by recipe (docs/changes.md): minutes; `make changes ARGS=--quick` for less.
+changes: $(INSTALLED) $(SMOLLM)
+	$(PY) benches/changes.py $(ARGS)
 
 # Minutes, and a few GB of disk or memory; `make bench-checkpoint ARGS="--gb 0.1 --dir /dev/shm"` for less.
 bench-checkpoint: $(BENCH_VENV)/.xorz-requirements

@@ -23,7 +23,14 @@ STYLES = {
     "scatter": ("#8a5a9e", "4 4"),
     "notebook": ("#9a7b0c", "1 3"),
 }
-OTHERS = ("#2f5d8a", "")
+OTHERS = (
+    ("#2f5d8a", "8 2 2 2"),
+    ("#c1440e", "6 3"),
+    ("#8a5a9e", "4 4"),
+    ("#9a7b0c", "1 3"),
+    ("#7a7a7a", "2 3"),
+)
+"""For series of other names, by turns."""
 
 
 class Panel(NamedTuple):
@@ -84,8 +91,9 @@ def _panel(panel: Panel, x_label: str, y_label: str) -> str:
         f'<text transform="translate(14 {(TOP + bottom) / 2}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     )
     ends = []
+    styles = {name: STYLES.get(name, OTHERS[i % len(OTHERS)]) for i, name in enumerate(panel.series)}
     for name, line in panel.series.items():
-        colour, dash = STYLES.get(name, OTHERS)
+        colour, dash = styles[name]
         placed = [at(*p) for p in sorted(line)]
         drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         width = 2.6 if name == "xorz" else 1.6
@@ -95,7 +103,7 @@ def _panel(panel: Panel, x_label: str, y_label: str) -> str:
         out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.4" fill="{colour}"/>' for x, y in placed]
         ends.append((placed[-1][1], name))
     for y, given, name in _apart(ends, 14):
-        colour = STYLES.get(name, OTHERS)[0]
+        colour = styles[name][0]
         out.append(f'<path d="M{right + 4} {y:.1f}L{right + 13} {given:.1f}" stroke="{colour}"/>')
         style = f'class="name" style="fill:{colour}"'
         out.append(f'<text x="{right + 16}" y="{given + 4:.1f}" {style}>{escape(name)}</text>')
