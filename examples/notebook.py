@@ -283,6 +283,9 @@ show(
 # `delta_slice` (which restores nothing) and applied to the tile by `delta_restore`. The third row is what
 # became of the idea: `delta_linear`, which does all three in one pass over the base, with the timers
 # inseparable.
+#
+# Where they win and lose is in the table: `delta_slice` re-encodes what it cuts, so that small tiles are what
+# it is worst at.
 
 
 # %%
