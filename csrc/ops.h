@@ -32,14 +32,19 @@ Tensor delta_slice_cpu(const Tensor& delta, const Tensor& base, int64_t dim, int
 Tensor delta_concat_cpu(const std::vector<Tensor>& deltas, const std::vector<Tensor>& bases, int64_t dim);
 void delta_check_cpu(const Tensor& delta, const Tensor& base);
 
-// On a CUDA device; see ops_cuda.cpp.
+// On a CUDA device; see ops_cuda.cpp and load_cuda.cpp.
 Tensor delta_linear_cuda(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                          const Tensor& delta, const std::string& mode);
 Tensor delta_linear_grouped_cuda(const Tensor& input, const Tensor& weight,
                                  const std::optional<Tensor>& biases, const Tensor& arena,
                                  const Tensor& slots, const Tensor& tenant_of_row, const std::string& mode);
+Tensor delta_embedding_cuda(const Tensor& indices, const Tensor& weight, const Tensor& arena,
+                            const Tensor& slots, const Tensor& tenant_of_row);
 Tensor delta_restore_cuda(const Tensor& base, const Tensor& delta);
 void delta_apply_cuda(const Tensor& weight, const Tensor& delta);
+Tensor delta_encode_cuda(const Tensor& base, const Tensor& fine_tuned, const std::string& prefer);
+Tensor delta_slice_cuda(const Tensor& delta, const Tensor& base, int64_t dim, int64_t start, int64_t end);
+Tensor delta_concat_cuda(const std::vector<Tensor>& deltas, const std::vector<Tensor>& bases, int64_t dim);
 void delta_check_cuda(const Tensor& delta, const Tensor& base);
 
 // mode="exact" of delta_linear: `input` [..., k] as the caller gave it, `m` its rows, `weight` the base of

@@ -2,6 +2,7 @@
 // launches on torch's current stream. No device memory is read here, nothing waits; memory comes from torch's
 // allocator. A delta's header and a tenant's slot are therefore known to the kernels alone: what does not fit
 // gives NaN, and an error of the next call on that device.
+#include "embedding.h"
 #include "grouped.h"
 #include "on_device.h"
 #include "operands.h"
@@ -147,16 +148,26 @@ void delta_apply_cuda(const Tensor& weight, const Tensor& delta) {
        [&] { cuda_delta_apply(device.place(), target, address(plain), static_cast<size_t>(plain.numel())); });
 }
 
-// A full check reads everything, so it does so on the host: it copies both there, and waits.
-void delta_check_cuda(const Tensor& delta, const Tensor& base) {
-  const Checks checks{"delta_check", cuda_device_of({&delta, &base})};
-  checks.delta("delta", delta);
-  checks.words("base", base);
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  const auto on_host = [&](const Tensor& t) {
-    return torch::stable::to(t, std::nullopt, std::nullopt, cpu, std::nullopt, false, false, std::nullopt);
-  };
-  delta_check_cpu(on_host(delta), on_host(base));
+Tensor delta_embedding_cuda(const Tensor& indices, const Tensor& weight, const Tensor& arena,
+                            const Tensor& slots, const Tensor& tenant_of_row) {
+  const Checks checks{"delta_embedding", cuda_device_of({&indices, &weight, &arena, &slots, &tenant_of_row})};
+  checks.known("weight", weight);
+  const OnDevice device(checks.cuda);
+  const LookupOperands l = lookup(checks, indices, weight, arena, slots, tenant_of_row);
+  const NoGrad guard;
+  const Tensor out = torch::stable::new_empty(weight, l.out_sizes);
+  CudaLookup args{};
+  args.indices = address(l.indices);
+  args.m = l.m;
+  args.weight = device_words(l.weight, are_bits(weight));
+  args.arena = address(arena);
+  args.arena_bytes = static_cast<size_t>(arena.numel());
+  args.slots = address(l.tenancy.slots);
+  args.slot_count = static_cast<size_t>(slots.size(0));
+  args.tenant_of_row = address(l.tenancy.tenant_of_row);
+  const size_t to = mutable_address(out);
+  core(checks, [&] { cuda_delta_embedding(device.place(), args, to); });
+  return out;
 }
 
 }  // namespace xorz

@@ -69,9 +69,10 @@ XORZ_DEVICE uint32_t place_of(const Product<W>& p, int32_t slot, const uint8_t*&
   return kOk;
 }
 
-// How the rows of a slot's tenant are computed; its delta, where it has one; what is refused is reported.
-template <class D>
-XORZ_DEVICE uint32_t open_tenant(const Product<typename D::Word>& p, int32_t slot, View& view) {
+// How the rows of a slot's tenant are computed; its delta, of dtype `dtype`, where it has one; what is
+// refused is reported.
+template <class W>
+XORZ_DEVICE uint32_t open_tenant(const Product<W>& p, int32_t slot, uint32_t dtype, View& view) {
   const uint64_t slots = p.slots == nullptr ? 1 : p.slot_count;
   const uint8_t* bytes = nullptr;
   uint64_t length = 0;
@@ -80,7 +81,7 @@ XORZ_DEVICE uint32_t open_tenant(const Product<typename D::Word>& p, int32_t slo
   if (code == kOk && slot >= 0) code = place_of(p, slot, bytes, length);
   uint32_t way = kOnBase;
   if (code == kOk && bytes != nullptr) {
-    code = open_delta(bytes, length, p.n, p.k, D::kCode, view);
+    code = open_delta(bytes, length, p.n, p.k, dtype, view);
     if (code == kOk) {
       way = view.encoding == kSparse     ? kOnEntries
             : view.encoding == kExponent ? kOnStream
@@ -119,7 +120,7 @@ XORZ_DEVICE void gather_batch(Batch<M>& batch, const Product<typename D::Word>& 
   }
   block_sync();
   if (thread < batch.tenants) {
-    batch.way[thread] = open_tenant<D>(p, batch.slot[thread], batch.view[thread]);
+    batch.way[thread] = open_tenant(p, batch.slot[thread], D::kCode, batch.view[thread]);
     batch.corrupt[thread] = 0;
   }
   block_sync();

@@ -35,6 +35,7 @@ XORZ_DEVICE uint32_t thread_index_anew() {
 XORZ_DEVICE uint32_t block_x() { return blockIdx.x; }
 XORZ_DEVICE uint32_t block_y() { return blockIdx.y; }
 XORZ_DEVICE uint32_t blocks_x() { return gridDim.x; }
+XORZ_DEVICE uint32_t blocks_y() { return gridDim.y; }
 
 XORZ_DEVICE void block_sync() { __syncthreads(); }
 XORZ_DEVICE bool block_any(bool vote) { return __syncthreads_or(vote) != 0; }
@@ -91,8 +92,8 @@ XORZ_DEVICE void raise_to(uint32_t* at, uint32_t value) { atomicMax(at, value); 
 XORZ_DEVICE uint32_t add_to(uint32_t* at, uint32_t value) { return atomicAdd(at, value); }
 
 // Sixteen bytes of device memory on their way to shared memory, past the registers. A thread's copies since
-// its last `copies_end_group` are a group; when `wait_for_copies` returns, the thread's groups have arrived but
-// for the last N. Others see them after a barrier.
+// its last `copies_end_group` are a group; when `wait_for_copies` returns, the thread's groups have arrived
+// but for the last N. Others see them after a barrier.
 XORZ_DEVICE void copy_async(void* to, const void* from) {
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),

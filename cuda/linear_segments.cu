@@ -3,13 +3,14 @@
 //
 //   key of a row: its slot; s for the base; s + 1 for a tenant that there is not
 //   count rows by key: the lanes of a warp that share a key add once (ballots, one atomic)
-//   256 keys at a time: scan rows, tiles and segments; a thread with rows writes its key's tiles and opens its delta
+//   256 keys at a time: scan rows, tiles and segments
+//     a thread with rows writes its key's tiles and opens its delta
 //   place rows by key, as they were counted
 //
 // Which row of a tenant comes first depends on the order of threads; no bit of the product does: a row's sums
 // do not depend on where in a tile it is.
-// Bytes: the map twice, the counts three times (L2), 128 bytes a segment, 16 a tile, 4 a row. Shared memory: 0.1 KiB.
-// Time: s / 256 + m / 128 steps of one block; nothing of it grows with n or k.
+// Bytes: the map twice, the counts three times (L2), 128 bytes a segment, 16 a tile, 4 a row.
+// Shared memory: 0.1 KiB. Time: s / 256 + m / 128 steps of one block; nothing of it grows with n or k.
 #include "segments.cuh"
 
 namespace xorz {
@@ -88,8 +89,8 @@ XORZ_DEVICE void write_segment(const Product<typename D::Word>& p, const Workspa
   const uint32_t slots = slots_of(p);
   TenantRows segment = {};
   segment.slot = key < slots ? static_cast<int32_t>(key) : -1;
-  segment.way =
-      key == slots + 1 ? static_cast<uint32_t>(kRefused) : open_tenant<D>(p, segment.slot, segment.view);
+  segment.way = key == slots + 1 ? static_cast<uint32_t>(kRefused)
+                                 : open_tenant(p, segment.slot, D::kCode, segment.view);
   if (segment.way == kOnEntries || segment.way == kOnStream || segment.way == kOnOwnWords)
     segment.offset = static_cast<uint64_t>(segment.view.bytes - p.arena);
   segment.view.bytes = nullptr;

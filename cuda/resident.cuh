@@ -30,10 +30,11 @@ enum Status : uint32_t {
   kMisaligned = 4,   // a delta at an address that is no multiple of 16
   kNotADelta = 5,    // no magic, an unknown version, or a header that contradicts itself or the length
   kMismatch = 6,     // a delta of another dtype or shape than the base
+  kNoRow = 7,        // an index lies outside of the table
 };
 
-// The status word: the status in the high 8 bits, the slot (0 where there is but one delta) in the others.
-// The largest is kept, so that it does not depend on which thread came first.
+// The status word: the status in the high 8 bits, the slot (0 where there is but one delta) in the others; of
+// kNoRow, which index. The largest is kept, so that it does not depend on which thread came first.
 XORZ_DEVICE void report(uint32_t* status, uint32_t code, uint32_t slot) {
   raise_to(status, code << 24 | (slot & 0xFFFFFFu));
 }

@@ -40,7 +40,7 @@ XORZ_DEVICE bool records_of(const View& v, uint32_t tile, Records<W>& records) {
   return true;
 }
 
-// Run `i` of `of` (at most 16), as even as can be. `count` is at most 2^24, so 32 bits hold the products.
+// Run `i` of `of` (at most 64), as even as can be. `count` is at most 2^24, so 32 bits hold the products.
 XORZ_DEVICE Span run_of(uint32_t count, uint32_t i, uint32_t of) {
   return {count * i / of, count * (i + 1) / of};
 }

@@ -12,6 +12,7 @@
 // 2 KiB.
 #pragma once
 
+#include "decode.cuh"
 #include "sparse.cuh"
 #include "streams.cuh"
 
@@ -48,22 +49,6 @@ XORZ_DEVICE void walk_row(const View& v, uint32_t tile, uint32_t lane, uint32_t 
   }
 }
 
-// Row `row` of a tile, decoded from the tile's top. A warp calls.
-template <class W>
-XORZ_DEVICE void decode_row(const View& v, uint32_t tile, const Rect& rect, uint32_t row, const W* weight,
-                            W* words) {
-  const uint32_t lane = thread_index() % 32;
-  Stream<W> stream;
-  if (!stream.begin(v, tile)) return;
-  for (uint32_t r = 0; r <= row; r++)
-    for (uint32_t c = 0; c < rect.cols; c += 32) {
-      const bool here = c + lane < rect.cols;
-      const W word =
-          stream.step(here ? load_once(weight + (rect.r0 + r) * v.k + rect.c0 + c + lane) : W(0), here);
-      if (here && r == row) words[c + lane] = word;
-    }
-}
-
 template <uint32_t M>
 struct Wide {
   uint32_t again[kTileLanes];  // bit j: row j of x
@@ -71,8 +56,8 @@ struct Wide {
   double part[kWarps * 32];
 };
 
-// The row of words `row` (of the matrix), columns c0 .., that the rows of a tenant are multiplied with; `cols`
-// of them, within one tile. The block calls.
+// The row of words `row` (of the matrix), columns c0 .., that the rows of a tenant are multiplied with;
+// `cols` of them, within one tile. The block calls.
 template <class D>
 XORZ_DEVICE void fetch_row(const View& v, uint32_t way, const Product<typename D::Word>& p, uint64_t row,
                            uint64_t c0, uint32_t cols, typename D::Word* words) {
@@ -87,14 +72,16 @@ XORZ_DEVICE void fetch_row(const View& v, uint32_t way, const Product<typename D
     const Rect rect = rect_of(v, tile);
     const uint32_t r = static_cast<uint32_t>(row - rect.r0);
     if (way == kOnEntries && thread_index() == 0) walk_row<D>(v, tile, r, cols, words);
-    if (way == kOnStream && thread_index() < 32) decode_row<W>(v, tile, rect, r, p.weight, words);
+    if (way == kOnStream && thread_index() < 32)
+      decode_row(v, tile, rect, r, p.weight, [words](uint32_t c, W word) { words[c] = word; });
     block_sync();
     override_row(v, tile, r, cols, words);
     block_sync();
   }
 }
 
-// words . x, in thread 0; `part` holds a number a thread. The block calls, and must meet before it calls again.
+// words . x, in thread 0; `part` holds a number a thread. The block calls, and must meet before it calls
+// again.
 template <class D>
 XORZ_DEVICE double dot_wide(double* part, const typename D::Word* words, const typename D::Word* x,
                             uint32_t cols) {

@@ -91,6 +91,20 @@ impl std::error::Error for Error {}
 
 impl From<std::io::Error> for Error {
     fn from(e: std::io::Error) -> Self {
-        Self::io(e.to_string())
+        Self::io(remedy(e.kind()).map_or_else(|| e.to_string(), |what| format!("{e}; {what}")))
     }
+}
+
+/// What people can do about what the system refused.
+fn remedy(kind: std::io::ErrorKind) -> Option<&'static str> {
+    use std::io::ErrorKind as Io;
+    Some(match kind {
+        Io::NotFound => "check the path",
+        Io::PermissionDenied => "allow it with chmod or chown (the folder, too), or use another path",
+        Io::StorageFull => "make room there, or write to another disk",
+        Io::QuotaExceeded => "make room in the quota, or write to another disk",
+        Io::FileTooLarge => "raise the limit (ulimit -f), or write to a file system that takes longer files",
+        Io::ReadOnlyFilesystem => "write elsewhere",
+        _ => return None,
+    })
 }

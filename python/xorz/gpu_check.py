@@ -22,7 +22,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import __version__, delta_apply_, delta_encode, delta_linear, delta_linear_grouped, delta_restore
+from . import (
+    __version__,
+    delta_apply_,
+    delta_embedding,
+    delta_encode,
+    delta_linear,
+    delta_linear_grouped,
+    delta_restore,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ENCODINGS = ("unchanged", "sparse", "exponent", "raw")
@@ -222,6 +230,28 @@ def check_grouped(report: Report, device: torch.device, shape: tuple[int, int], 
             report.check(f"delta_linear_grouped, {key}, {name_of(dtype)}", found)
 
 
+def check_embedding(
+    report: Report, device: torch.device, shapes: list[tuple[int, int]], rows: list[int]
+) -> None:
+    """Rows looked up in the tables of tenants of every encoding, word for word."""
+    for dtype in DTYPES:
+        wrong: dict[str, str | None] = {}
+        for shape in shapes:
+            base = random_words(shape, dtype, 1)
+            tuned, deltas = zip(*(fine_tune(base, e, seed=i) for i, e in enumerate(ENCODINGS)), strict=True)
+            arena, slots = arena_of([*deltas, None])
+            tables, given = torch.stack([*tuned, base, base]), [t.to(device) for t in (base, arena, slots)]
+            for m in rows:
+                indices = torch.randint(shape[0], (m,), generator=torch.Generator().manual_seed(m))
+                for name, owners in row_maps(m, 5):
+                    owners = owners.to(torch.int32)
+                    got = delta_embedding(indices.to(device), *given, owners.to(device))
+                    found = differ(got, tables[owners.long(), indices])
+                    wrong[name] = wrong.get(name) or (found and f"{m} rows of {list(shape)}: {found}")
+        for name, found in wrong.items():
+            report.check(f"delta_embedding, {name}, {name_of(dtype)}", found)
+
+
 def check_reports(report: Report, device: torch.device) -> None:
     """A delta of another matrix gives NaN, and an error of a later call; then all is well again."""
     base = random_words((40, 300), torch.bfloat16, 1)
@@ -357,6 +387,9 @@ def run(device: torch.device, quick: bool, timings: bool) -> Report:
         [1, 4, 17, 40] if quick else [1, 3, 4, 16, 17, 64, 200, 515],
     )
     check_grouped(report, device, (67, 300), [1, 7, 40] if quick else [1, 4, 7, 16, 40, 150])
+    check_embedding(
+        report, device, small if quick else [*small, (1000, 4500)], [1, 40] if quick else [1, 40, 700]
+    )
     if device.type == "cuda":
         check_reports(report, device)
         check_graph(report, device)

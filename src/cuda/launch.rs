@@ -1,7 +1,7 @@
 //! The ops: what the host can check, then kernels on the caller's stream.
 
 use super::driver::Device;
-use super::params::{self, Apply, Params, Restore};
+use super::params::{self, Apply, Embedding, Params, Restore};
 use super::plan::{self, Product, WORKSPACE_ALIGN};
 use super::status::Op;
 use crate::error::{Error, Result};
@@ -21,7 +21,7 @@ pub struct Place {
 pub struct Words {
     /// Dtype of the words; the delta must be of it.
     pub dtype: Dtype,
-    /// Whether a delta of any dtype of that size will do, for restore and apply: the words are bits.
+    /// Whether a delta of any dtype of that size will do, for restore, apply and lookups: the words are bits.
     pub bits: bool,
     /// Rows and columns.
     pub shape: Shape,
@@ -70,6 +70,40 @@ pub struct Linear {
     pub deterministic: bool,
 }
 
+/// Arguments of [`delta_embedding`], addresses of device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lookup {
+    /// `[m]` i64: which row of the table each row of the batch is.
+    pub indices: u64,
+    /// Rows of the batch.
+    pub m: usize,
+    /// The base's table.
+    pub weight: Words,
+    /// The memory of all deltas.
+    pub arena: u64,
+    /// Bytes of it.
+    pub arena_bytes: usize,
+    /// Whose each row is.
+    pub rows: Rows,
+}
+
+impl Rows {
+    /// To the kernels no address of slots means that there is but one delta. Of no slots they read none, wherever they are.
+    fn named(self) -> Self {
+        Self { slots: self.slots.max(SLOT_ALIGN), ..self }
+    }
+
+    /// For `m` rows of a batch.
+    fn check(&self, m: usize) -> Result<()> {
+        check_aligned("slots", self.slots, SLOT_ALIGN)?;
+        check_aligned("tenant_of_row", self.tenant_of_row, 4)?;
+        if (self.slots == 0 && self.slot_count > 0) || (self.tenant_of_row == 0 && m > 0) {
+            return Err(Error::invalid("slots or tenant_of_row are at no address"));
+        }
+        Ok(())
+    }
+}
+
 impl Linear {
     fn plan(&self) -> Result<Product> {
         let slots = self.rows.map(|r| r.slot_count);
@@ -90,9 +124,7 @@ impl Linear {
 
     /// What the kernels take, but for what is written.
     fn params(&self) -> params::Linear {
-        // To the kernels no address of slots means that there is but one delta. Of no slots they read none, wherever they are.
-        let named = |rows: Rows| Rows { slots: rows.slots.max(SLOT_ALIGN), ..rows };
-        let rows = self.rows.map_or(Rows { slots: 0, slot_count: 0, tenant_of_row: 0 }, named);
+        let rows = self.rows.map_or(Rows { slots: 0, slot_count: 0, tenant_of_row: 0 }, Rows::named);
         let Shape { n, k } = self.weight.shape;
         params::Linear {
             x: self.x,
@@ -208,14 +240,48 @@ fn check_linear(args: &Linear, out: u64) -> Result<()> {
         check_aligned(what, address, word)?;
     }
     check_aligned(if args.rows.is_some() { "arena" } else { "delta" }, args.arena, DELTA_ALIGN)?;
-    if let Some(rows) = &args.rows {
-        check_aligned("slots", rows.slots, SLOT_ALIGN)?;
-        check_aligned("tenant_of_row", rows.tenant_of_row, 4)?;
-        if (rows.slots == 0 && rows.slot_count > 0) || (rows.tenant_of_row == 0 && args.m > 0) {
-            return Err(Error::invalid("slots or tenant_of_row are at no address"));
-        }
-    }
-    Ok(())
+    args.rows.map_or(Ok(()), |rows| rows.check(args.m))
+}
+
+/// Row i of `out [m, k]`, words of the weight's dtype, becomes row `indices[i]` of the fine-tuned table of row i's tenant, bit for
+/// bit. An index outside of the table gives all bits set, and a report. Where the weight's words are bits, each tenant's delta
+/// says which dtype they are.
+///
+/// # Errors
+/// As [`delta_restore`], and `Unsupported` for too many rows or slots.
+///
+/// # Safety
+/// All that `args` names, and `[m, k]` words at `out`, is memory that the device can reach until the stream has passed this
+/// call; `out` overlaps nothing. Contents may be anything.
+pub unsafe fn delta_embedding(place: Place, args: &Lookup, out: u64) -> Result<()> {
+    let Words { dtype, shape, address, .. } = args.weight;
+    let launch = plan::embedding(dtype, args.m, args.rows.slot_count, shape)?;
+    check_aligned("indices", args.indices, 8)?;
+    check_aligned("weight", address, dtype.word_bytes() as u64)?;
+    check_aligned("arena", args.arena, DELTA_ALIGN)?;
+    check_aligned("out", out, dtype.word_bytes() as u64)?;
+    args.rows.check(args.m)?;
+    let device = Device::get(place.device)?;
+    device.raise()?;
+    let Some(launch) = launch else { return Ok(()) };
+    let rows = args.rows.named();
+    let params = Embedding {
+        indices: args.indices,
+        weight: address,
+        arena: args.arena,
+        arena_bytes: args.arena_bytes as u64,
+        slots: rows.slots,
+        slot_count: rows.slot_count as u64,
+        tenant_of_row: rows.tenant_of_row,
+        out,
+        m: args.m as u64,
+        n: shape.n as u64,
+        k: shape.k as u64,
+        dtype: args.weight.accepted(),
+        status: device.status(Op::Embedding),
+    };
+    // SAFETY: the parameters of that kernel, by its table; the memory is the caller's promise.
+    unsafe { device.launch(launch, place.stream, params.pack()) }
 }
 
 /// `out [m, n] = x @ (weight (+) delta)^T + bias`, each row of x with its own tenant's delta where `rows` is given.

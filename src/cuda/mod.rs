@@ -23,4 +23,6 @@ pub mod params;
 pub mod plan;
 pub mod status;
 
-pub use launch::{Linear, Place, Rows, Words, delta_apply, delta_linear, delta_restore};
+pub use launch::{
+    Linear, Lookup, Place, Rows, Words, delta_apply, delta_embedding, delta_linear, delta_restore,
+};

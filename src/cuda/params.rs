@@ -103,6 +103,25 @@ params! {
 }
 
 params! {
+    /// Of `xorz_delta_embedding_*`.
+    Embedding {
+        indices: Pointer,
+        weight: Pointer,
+        arena: Pointer,
+        arena_bytes: U64,
+        slots: Pointer,
+        slot_count: U64,
+        tenant_of_row: Pointer,
+        out: Pointer,
+        m: U64,
+        n: U64,
+        k: U64,
+        dtype: U32,
+        status: Pointer,
+    }
+}
+
+params! {
     /// Of `xorz_linear_segments_*` and `xorz_linear_large_*`; `xorz_linear_small_*` takes the first [`SMALL`] of them.
     Linear {
         x: Pointer,

@@ -25,7 +25,7 @@ const RESTORE_BLOCK: (usize, usize) = (16, 4096);
 const SMALLEST_TILE: (usize, usize) = (16, 256);
 
 /// Every kernel that is launched, by its name in the image.
-pub const ENTRIES: [&str; 20] = [
+pub const ENTRIES: [&str; 24] = [
     "xorz_delta_restore_8",
     "xorz_delta_restore_16",
     "xorz_delta_restore_32",
@@ -34,6 +34,10 @@ pub const ENTRIES: [&str; 20] = [
     "xorz_delta_apply_16",
     "xorz_delta_apply_32",
     "xorz_delta_apply_64",
+    "xorz_delta_embedding_8",
+    "xorz_delta_embedding_16",
+    "xorz_delta_embedding_32",
+    "xorz_delta_embedding_64",
     "xorz_linear_small_bf16_m4",
     "xorz_linear_small_bf16_m16",
     "xorz_linear_small_f16_m4",
@@ -173,6 +177,15 @@ fn check_shape(shape: Shape) -> Result<()> {
     Ok(())
 }
 
+fn check_rows(m: usize, slots: usize, what: &str) -> Result<()> {
+    if m <= i32::MAX as usize && slots <= i32::MAX as usize {
+        return Ok(());
+    }
+    Err(Error::unsupported(format!(
+        "{m} {what} of {slots} slots are too many for the CUDA kernels, which take 2^31 - 1 of each"
+    )))
+}
+
 /// The launch of `delta_restore`, or of `delta_apply_`, of a matrix of `dtype`.
 ///
 /// # Errors
@@ -183,6 +196,21 @@ pub fn restore(apply: bool, dtype: Dtype, shape: Shape) -> Result<Launch> {
     let entry = Entry::find(&format!("xorz_delta_{verb}_{}", 8 * dtype.word_bytes()))?;
     let blocks = shape.n.div_ceil(RESTORE_BLOCK.0) * shape.k.div_ceil(RESTORE_BLOCK.1);
     Ok(Launch { entry, grid: (blocks.clamp(1, MOST_BLOCKS.0 as usize) as u32, 1) })
+}
+
+/// The launch of `delta_embedding` of `m` rows of a table of `dtype`, a block each 4096 columns; None where nothing comes out.
+///
+/// # Errors
+/// `Unsupported` for a table that is too large, or too many rows or slots.
+pub fn embedding(dtype: Dtype, m: usize, slots: usize, table: Shape) -> Result<Option<Launch>> {
+    check_shape(table)?;
+    check_rows(m, slots, "indices")?;
+    if m == 0 || table.k == 0 {
+        return Ok(None);
+    }
+    let entry = Entry::find(&format!("xorz_delta_embedding_{}", 8 * dtype.word_bytes()))?;
+    let strips = table.k.div_ceil(RESTORE_BLOCK.1).min(MOST_BLOCKS.1 as usize);
+    Ok(Some(Launch { entry, grid: (m as u32, strips as u32) }))
 }
 
 /// Whether tiles of one tenant's rows are the better way. They read the base once a tile: at worst each tenant has one that it
@@ -203,12 +231,7 @@ fn takes_tiles(rows: Rows, wide: bool) -> bool {
 pub fn linear(dtype: Dtype, rows: Rows, shape: Shape) -> Result<Product> {
     check_shape(shape)?;
     let m = rows.m;
-    if m > i32::MAX as usize || rows.slots.unwrap_or(0) > i32::MAX as usize {
-        return Err(Error::unsupported(format!(
-            "{m} rows of x of {} slots are too many for the CUDA kernels, which take 2^31 - 1 of each",
-            rows.slots.unwrap_or(0)
-        )));
-    }
+    check_rows(m, rows.slots.unwrap_or(0), "rows of x")?;
     let name = match dtype {
         Dtype::BF16 => "bf16",
         Dtype::F16 => "f16",

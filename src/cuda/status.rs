@@ -22,11 +22,12 @@ pub enum Op {
     Apply,
     Linear,
     Grouped,
+    Embedding,
 }
 
 impl Op {
     /// All, in the order of their words.
-    pub const ALL: [Self; 4] = [Self::Restore, Self::Apply, Self::Linear, Self::Grouped];
+    pub const ALL: [Self; 5] = [Self::Restore, Self::Apply, Self::Linear, Self::Grouped, Self::Embedding];
 
     /// As torch calls it.
     pub fn name(self) -> &'static str {
@@ -35,11 +36,12 @@ impl Op {
             Self::Apply => "delta_apply_",
             Self::Linear => "delta_linear",
             Self::Grouped => "delta_linear_grouped",
+            Self::Embedding => "delta_embedding",
         }
     }
 }
 
-/// Bits of a status word that hold the slot.
+/// Bits of a status word that hold the slot, or the place of an index.
 pub const SLOT_BITS: u32 = 24;
 
 /// What a kernel reports, by the number in the word's high bits.
@@ -52,19 +54,28 @@ pub enum Code {
     Misaligned = 4,
     NotADelta = 5,
     Mismatch = 6,
+    NoRow = 7,
 }
 
 impl Code {
     /// All, from the mildest.
-    pub const ALL: [Self; 6] =
-        [Self::TileCorrupt, Self::NoTenant, Self::BadSlot, Self::Misaligned, Self::NotADelta, Self::Mismatch];
+    pub const ALL: [Self; 7] = [
+        Self::TileCorrupt,
+        Self::NoTenant,
+        Self::BadSlot,
+        Self::Misaligned,
+        Self::NotADelta,
+        Self::Mismatch,
+        Self::NoRow,
+    ];
 }
 
 /// What a status word other than 0 means.
 pub fn error(op: Op, device: i32, word: u32) -> Error {
     let slot = word & ((1 << SLOT_BITS) - 1);
     let code = Code::ALL.into_iter().find(|c| *c as u32 == word >> SLOT_BITS);
-    let whose = if op == Op::Grouped { format!("the delta of slot {slot}") } else { "the delta".into() };
+    let of_slots = matches!(op, Op::Grouped | Op::Embedding);
+    let whose = if of_slots { format!("the delta of slot {slot}") } else { "the delta".into() };
     let lost = if op == Op::Apply {
         "the weight may be damaged there"
     } else {
@@ -92,6 +103,12 @@ pub fn error(op: Op, device: i32, word: u32) -> Error {
         Some(Code::Mismatch) => {
             (Error::mismatch, format!("{whose} is of another dtype or shape than the weight"))
         }
+        Some(Code::NoRow) => (
+            Error::invalid,
+            format!(
+                "indices[{slot}] (modulo 2^{SLOT_BITS}) lies outside of the weight; that row has all bits set"
+            ),
+        ),
         None => (Error::internal, format!("status word {word:#010x}, which means nothing")),
     };
     make(format!("an earlier {} on cuda:{device} reported: {what}", op.name()))

@@ -4,10 +4,15 @@
 // What the macro expands to is not written with our lints in mind.
 #![allow(missing_docs, unreachable_pub)]
 
-use super::{Task, cuda, ops};
+use super::{Task, ops};
 use crate::codec::Prefer;
 use crate::cpu;
 use crate::error::Result;
+use device::{
+    cuda_delta_apply, cuda_delta_embedding, cuda_delta_linear, cuda_delta_restore, cuda_linear_workspace,
+};
+
+mod device;
 
 #[cxx::bridge(namespace = "xorz")]
 pub mod door {
@@ -87,6 +92,18 @@ pub mod door {
         slot_count: usize,
         tenant_of_row: usize,
         deterministic: bool,
+    }
+
+    /// Arguments of a lookup, addresses of device memory.
+    struct CudaLookup {
+        indices: usize,
+        m: usize,
+        weight: CudaWords,
+        arena: usize,
+        arena_bytes: usize,
+        slots: usize,
+        slot_count: usize,
+        tenant_of_row: usize,
     }
 
     /// One part of `delta_concat`.
@@ -193,6 +210,9 @@ pub mod door {
             out: usize,
         ) -> Result<()>;
         fn cuda_linear_workspace(args: &CudaLinear) -> Result<usize>;
+        /// # Safety
+        /// As [`crate::cuda::delta_embedding`].
+        unsafe fn cuda_delta_embedding(place: &CudaPlace, args: &CudaLookup, out: usize) -> Result<()>;
     }
 
     unsafe extern "C++" {
@@ -203,7 +223,7 @@ pub mod door {
     }
 }
 
-use door::{Batch, CudaLinear, CudaPlace, CudaWords, Executor, Grouped, Info, Linear, Part, Tenant, Words};
+use door::{Batch, Executor, Grouped, Info, Linear, Part, Tenant, Words};
 
 impl<'a> From<&Words<'a>> for ops::Words<'a> {
     fn from(w: &Words<'a>) -> Self {
@@ -357,68 +377,4 @@ fn delta_check(delta: &[u8], base: &Words<'_>) -> Result<()> {
 
 fn note_exact_panel(bytes: usize) {
     ops::note_exact_panel(bytes);
-}
-
-impl From<&CudaPlace> for cuda::Place {
-    fn from(p: &CudaPlace) -> Self {
-        Self { device: p.device, stream: p.stream as u64 }
-    }
-}
-
-fn device_words(w: &CudaWords) -> Result<crate::cuda::Words> {
-    cuda::words(w.dtype, w.bits, w.n, w.k, w.address as u64)
-}
-
-unsafe fn cuda_delta_restore(
-    place: &CudaPlace,
-    base: &CudaWords,
-    out: usize,
-    delta: usize,
-    delta_bytes: usize,
-) -> Result<()> {
-    // SAFETY: the shim's promise.
-    unsafe { cuda::delta_restore(place.into(), device_words(base)?, out as u64, (delta as u64, delta_bytes)) }
-}
-
-unsafe fn cuda_delta_apply(
-    place: &CudaPlace,
-    weight: &CudaWords,
-    delta: usize,
-    delta_bytes: usize,
-) -> Result<()> {
-    // SAFETY: the shim's promise.
-    unsafe { cuda::delta_apply(place.into(), device_words(weight)?, (delta as u64, delta_bytes)) }
-}
-
-fn device_linear(args: &CudaLinear) -> Result<cuda::Linear> {
-    let rows = cuda::Rows {
-        slots: args.slots as u64,
-        slot_count: args.slot_count,
-        tenant_of_row: args.tenant_of_row as u64,
-    };
-    Ok(cuda::Linear {
-        x: args.input as u64,
-        m: args.m,
-        weight: device_words(&args.weight)?,
-        biases: args.biases as u64,
-        bias_stride: args.bias_stride,
-        arena: args.arena as u64,
-        arena_bytes: args.arena_bytes,
-        rows: args.grouped.then_some(rows),
-        deterministic: args.deterministic,
-    })
-}
-
-unsafe fn cuda_delta_linear(
-    place: &CudaPlace,
-    args: &CudaLinear,
-    workspace: usize,
-    out: usize,
-) -> Result<()> {
-    // SAFETY: the shim's promise.
-    unsafe { cuda::delta_linear(place.into(), &device_linear(args)?, workspace as u64, out as u64) }
-}
-
-fn cuda_linear_workspace(args: &CudaLinear) -> Result<usize> {
-    cuda::workspace_bytes(&device_linear(args)?)
 }

@@ -4,7 +4,7 @@ use super::guard;
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Shape};
-pub use cuda::{Linear, Place, Rows};
+pub use cuda::{Linear, Lookup, Place, Rows};
 
 /// A matrix in device memory, by its dtype's code.
 ///
@@ -58,4 +58,16 @@ pub unsafe fn delta_linear(place: Place, args: &Linear, workspace: u64, out: u64
 /// As there; `Internal` for a panic.
 pub fn workspace_bytes(args: &Linear) -> Result<usize> {
     guard(|| args.workspace_bytes())
+}
+
+/// See [`cuda::delta_embedding`].
+///
+/// # Errors
+/// As there; `Internal` for a panic.
+///
+/// # Safety
+/// As there.
+pub unsafe fn delta_embedding(place: Place, args: &Lookup, out: u64) -> Result<()> {
+    // SAFETY: the caller's promise.
+    guard(|| unsafe { cuda::delta_embedding(place, args, out) })
 }

@@ -5,15 +5,19 @@ shared memory, blocks a multiprocessor and the memory instructions of each kerne
 
     gate.py [--write] [--only ARCH]...
 
-The compiler is that of cuda/toolchain.py. `--write` replaces the table: say in the commit why it changed.
+The compiler is that of cuda/toolchain.py. `--write` replaces the table: say in the commit why it changed. The table names
+the sources that it was made from by a digest of their code, so that `make test`, without a compiler, refuses an old one.
 """
 
 import argparse
+import hashlib
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,8 +58,32 @@ COUNTED = {
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
 
 
+COMMENT = re.compile(r"//.*")
+SOURCES = "# sources: "
+
+
 def fail(text: str) -> None:
     raise SystemExit(f"cuda-gate: {text}")
+
+
+def digest(folder: Path = ROOT / "cuda") -> str:
+    """Of the kernels' code and their compiler's version; comments, blank lines and the ends of lines do not count."""
+    sha = hashlib.sha256()
+    for path in sorted([*folder.glob("*.cu"), *folder.glob("*.cuh"), folder / "requirements.txt"]):
+        lines = (COMMENT.sub("", line).strip() for line in path.read_text().splitlines())
+        sha.update("\n".join([path.name, *filter(None, lines), ""]).encode())
+    return sha.hexdigest()[:32]
+
+
+def noted(table: str) -> str | None:
+    """The digest in a table."""
+    found = [line.removeprefix(SOURCES) for line in table.splitlines() if line.startswith(SOURCES)]
+    return found[0] if len(found) == 1 else None
+
+
+def kept(table: str) -> list[str]:
+    """The rows of a table."""
+    return [line for line in table.splitlines() if not line.startswith("#")]
 
 
 def blocks(arch: int, registers: int, shared: int) -> int:
@@ -104,33 +132,27 @@ def instructions(nvcc: Path, cubin: Path) -> dict[str, Counter]:
     return counts
 
 
+def rows_of(nvcc: Path, source: Path, arch: int, work: Path) -> list[str]:
+    cubin = work / f"{source.stem}_{arch}.cubin"
+    used = compiled(nvcc, source, arch, cubin)
+    counts, out = instructions(nvcc, cubin), []
+    for kernel in sorted(used):
+        registers, shared = used[kernel]
+        each = [sum(n for name, n in counts[kernel].items() if re.match(p, name)) for p in COUNTED.values()]
+        if each[-1]:
+            fail(f"{kernel} for sm_{arch} uses local memory")
+        held = blocks(arch, registers, shared)
+        cells = [registers, shared, held, sum(counts[kernel].values()), *each[:-1]]
+        out.append(f"{kernel:28} {arch:4} " + " ".join(f"{cell:7}" for cell in cells))
+    print(f"cuda-gate: {source.name} for sm_{arch}", flush=True)
+    return out
+
+
 def rows(archs) -> list[str]:
     nvcc = toolchain.nvcc().parent
-    out = []
-    with tempfile.TemporaryDirectory() as work:
-        for source in sorted((ROOT / "cuda").glob("*.cu")):
-            for arch in archs:
-                cubin = Path(work) / f"{source.stem}_{arch}.cubin"
-                used = compiled(nvcc, source, arch, cubin)
-                counts = instructions(nvcc, cubin)
-                for kernel in sorted(used):
-                    registers, shared = used[kernel]
-                    each = [
-                        sum(n for name, n in counts[kernel].items() if re.match(p, name))
-                        for p in COUNTED.values()
-                    ]
-                    if each[-1]:
-                        fail(f"{kernel} for sm_{arch} uses local memory")
-                    cells = [
-                        registers,
-                        shared,
-                        blocks(arch, registers, shared),
-                        sum(counts[kernel].values()),
-                        *each[:-1],
-                    ]
-                    out.append(f"{kernel:28} {arch:4} " + " ".join(f"{cell:7}" for cell in cells))
-                print(f"cuda-gate: {source.name} for sm_{arch}", flush=True)
-    return out
+    jobs = [(source, arch) for source in sorted((ROOT / "cuda").glob("*.cu")) for arch in archs]
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [row for rows in pool.map(lambda job: rows_of(nvcc, *job, Path(work)), jobs) for row in rows]
 
 
 def main() -> None:
@@ -144,6 +166,7 @@ def main() -> None:
         "# Written by `make cuda-gate ARGS=--write` and compared by `make cuda-gate`: what ptxas makes of each kernel, at",
         "# 256 threads a block. blocks: of one multiprocessor, by registers and shared memory. Instructions are counted in",
         "# the code, not as executed. No spills and no local memory anywhere.",
+        SOURCES + digest(),
         f"{'# kernel':28} {'sm':>4} " + " ".join(f"{name:>7}" for name in names),
     ]
     if args.write:
@@ -151,14 +174,16 @@ def main() -> None:
             fail("--write takes all architectures")
         TABLE.write_text("\n".join([*head, *found]) + "\n")
         return
-    kept = [line for line in TABLE.read_text().splitlines() if not line.startswith("#")]
-    if args.only:
-        kept = [line for line in kept if int(line.split()[1]) in args.only]
-    differ = sorted(set(kept) ^ set(found))
+    table = TABLE.read_text()
+    before = [line for line in kept(table) if not args.only or int(line.split()[1]) in args.only]
+    differ = sorted(set(before) ^ set(found))
     for line in differ:
-        print(("- " if line in kept else "+ ") + line)
-    if differ:
-        fail("cuda/gate.txt says otherwise; if that is meant, write it anew and say why")
+        print(("- " if line in before else "+ ") + line)
+    if differ or noted(table) != digest():
+        what = "says otherwise" if differ else "says the same, but of other sources"
+        fail(
+            f"cuda/gate.txt {what}; if that is meant, write it anew (make cuda-gate ARGS=--write) and say why"
+        )
     print(f"cuda-gate: {len(found)} rows as in cuda/gate.txt")
 
 

@@ -2,6 +2,7 @@
 // kernel's own would go unnoticed by a linker, so the kernels' sources are what is included.
 #pragma once
 
+#include "embedding.cu"
 #include "linear_large.cu"
 #include "linear_segments.cu"
 #include "linear_small.cu"
@@ -16,6 +17,10 @@
   X(xorz_delta_apply_16)        \
   X(xorz_delta_apply_32)        \
   X(xorz_delta_apply_64)        \
+  X(xorz_delta_embedding_8)     \
+  X(xorz_delta_embedding_16)    \
+  X(xorz_delta_embedding_32)    \
+  X(xorz_delta_embedding_64)    \
   X(xorz_linear_small_bf16_m4)  \
   X(xorz_linear_small_bf16_m16) \
   X(xorz_linear_small_f16_m4)   \

@@ -87,6 +87,7 @@ inline uint32_t thread_index_anew() { return thread_index(); }
 inline uint32_t block_x() { return host::where().block_x; }
 inline uint32_t block_y() { return host::where().block_y; }
 inline uint32_t blocks_x() { return host::where().blocks_x; }
+inline uint32_t blocks_y() { return host::where().blocks_y; }
 
 inline void block_sync(int line = __builtin_LINE()) { host::meet_block(0, line); }
 inline bool block_any(bool vote, int line = __builtin_LINE()) { return host::meet_block(vote, line) != 0; }

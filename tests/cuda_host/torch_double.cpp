@@ -31,6 +31,13 @@ F real(const char* name) {
   return reinterpret_cast<F>(found);
 }
 
+// Whether `aten::to` goes to a CUDA device.
+bool moves_to_cuda(StableIValue* stack) {
+  const auto device = torch::stable::detail::to<std::optional<torch::stable::Device>>(stack[3]);
+  stack[3] = torch::stable::detail::from(device);
+  return device && device->type() == torch::headeronly::DeviceType::CUDA;
+}
+
 }  // namespace
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -72,8 +79,11 @@ API AOTITorchError torch_call_dispatcher(const char* name, const char* overload,
                     !std::strcmp(name, "aten::to") || !std::strcmp(name, "aten::linear") ||
                     !std::strcmp(name, "aten::view");
   int32_t type = 0;
-  if (!asks || aoti_torch_get_device_type(handle, &type) != 0 || type != aoti_torch_device_type_cuda())
-    return torch(name, overload, stack, version);
+  if (!asks || aoti_torch_get_device_type(handle, &type) != 0) return torch(name, overload, stack, version);
+  if (type != aoti_torch_device_type_cuda()) {
+    if (std::strcmp(name, "aten::to") || !moves_to_cuda(stack)) return torch(name, overload, stack, version);
+    name = "aten::to_cuda";
+  }
   const Tensor self = torch::stable::detail::to<Tensor>(stack[0]);
   std::vector<int64_t> sizes(self.sizes().begin(), self.sizes().end());
   int32_t dtype = 0;
@@ -88,6 +98,10 @@ API AOTITorchError torch_call_dispatcher(const char* name, const char* overload,
     const Tensor weight = torch::stable::detail::to<Tensor>(stack[1]);
     sizes = {reinterpret_cast<int64_t>(weight.data_ptr()), weight.size(0), weight.size(1), self.size(0)};
   }
+  if (!std::strcmp(name, "aten::to") &&
+      torch::stable::detail::to<std::optional<torch::headeronly::ScalarType>>(stack[1]) ==
+          torch::headeronly::ScalarType::Long)
+    name = "aten::to_int64";
   // Views and the bump of a version give the tensor itself; the rest is the test's to make.
   AtenTensorHandle result = aten(name, self.get(), static_cast<int64_t>(sizes.size()), sizes.data(), dtype);
   if (result == nullptr) return 1;

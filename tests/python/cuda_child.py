@@ -133,7 +133,7 @@ def aten(name, handle, dims, sizes, dtype):
         torch_double.aoti_torch_get_data_ptr(ctypes.c_void_p(handle), ctypes.byref(at))
         self = (
             over(at.value or 0, sizes, DTYPE_OF[dtype], device)
-            if name not in ("aten::new_empty", "aten::linear")
+            if name not in ("aten::new_empty", "aten::linear", "aten::to_cuda")
             else None
         )
         if name == "aten::new_empty":
@@ -141,6 +141,12 @@ def aten(name, handle, dims, sizes, dtype):
             result = over(allocate(size, device), sizes, DTYPE_OF[dtype], device)
         elif name in ("aten::clone", "aten::contiguous"):
             result = to_cuda(to_cpu(self), device)
+        elif name == "aten::to_cuda":
+            size = torch.Size(sizes).numel() * DTYPE_OF[dtype].itemsize
+            words = torch.tensor(list(ctypes.string_at(at, size)), dtype=torch.uint8)
+            result = to_cuda(words.view(DTYPE_OF[dtype]).reshape(sizes), device)
+        elif name == "aten::to_int64":
+            result = to_cuda(to_cpu(self).long(), device)
         elif name == "aten::to":
             result = to_cpu(self)
         elif name == "aten::linear":
@@ -277,6 +283,34 @@ def groups() -> None:
     assert all(f"stream {stream:#x} device 0" in line for line in launches())
 
 
+def lookups() -> None:
+    stream = begin()
+    for dtype in (*DTYPES, torch.float64, torch.int8):
+        table = integers((35, 290), 8, torch.float32, 1).to(dtype)
+        tuned = torch.where(integers((35, 290), 9, torch.float32, 2) == 3, table + 1, table)
+        parts = [
+            torch.nn.functional.pad(d, (0, -d.numel() % 64))
+            for d in (xorz.delta_encode(table, tuned), xorz.delta_encode(table, tuned, prefer="memory"))
+        ]
+        slots = torch.tensor([[0, parts[0].numel()], [parts[0].numel(), parts[1].numel()], [0, 0]])
+        arena = torch.cat(parts)
+        for shape in ((1,), (3, 7), (0,), ()):
+            for index in (torch.int64, torch.int32):
+                indices = torch.randint(0, 35, shape).to(index)
+                rows = torch.randint(-1, 3, (indices.numel(),), dtype=torch.int32)
+                want = ops.delta_embedding(indices, table, arena, slots, rows)
+                got = ops.delta_embedding(*[to_cuda(t) for t in (indices, table, arena, slots, rows)])
+                assert same_bits(to_cpu(got), want) and got.shape == (*shape, 290), (dtype, shape)
+        # Bits of a table stand for any dtype of their size.
+        if (bits := {2: torch.int16, 4: torch.int32}.get(dtype.itemsize)) is not None:
+            indices, rows = torch.arange(34, -1, -1), torch.arange(35, dtype=torch.int32) % 4 - 1
+            given = (indices, table.view(bits), arena, slots, rows)
+            want = ops.delta_embedding(*given)
+            got = ops.delta_embedding(*[to_cuda(t) for t in given])
+            assert same_bits(to_cpu(got), want), (dtype, bits)
+    assert all(f"stream {stream:#x} device 0" in line for line in launches()) and len(launches()) == 33
+
+
 def devices() -> None:
     streams = [begin(0), begin(1)]
     base = random_weight(20, 300, torch.bfloat16)
@@ -343,6 +377,8 @@ def refusals() -> None:
     on_gpu = [to_cuda(t) for t in (slots, rows)]
     said("tenant_of_row is on cpu", ops.delta_linear_grouped, g[0], g[1], None, g[2], on_gpu[0], rows)
     said("tenant by tenant", ops.delta_linear_grouped, *g[:2], None, g[2], *on_gpu, mode="exact")
+    said("tenant_of_row is on cpu", ops.delta_embedding, to_cuda(rows.long()), g[1], g[2], on_gpu[0], rows)
+    said("indices must be int64 or int32", ops.delta_embedding, g[0], g[1], g[2], *on_gpu)
     odd = to_cuda(delta, offset=8)
     said(
         "arena is at an address that is no multiple of 16",
@@ -353,13 +389,23 @@ def refusals() -> None:
         *on_gpu,
     )
     for name, args in {
-        "delta_encode": (g[1], g[1]),
-        "delta_slice": (g[2], g[1], 0, 0, 1),
-        "delta_concat": ([g[2]], [g[1]], 0),
         "delta_linear_grad_input": (to_cuda(x[:, :20]), g[1], g[2]),
+        "delta_linear_grouped_grad_input": (to_cuda(x[:, :20]), g[1], g[2], *on_gpu),
     }.items():
         said(f"xorz::{name}: ", getattr(ops, name), *args)
         said("but this op has no CUDA kernel; move its tensors to the CPU", getattr(ops, name), *args)
+    said("fine_tuned is on cpu, but another argument is on cuda:0", ops.delta_encode, g[1], base)
+    said("base is on cuda:1, but another", ops.delta_slice, g[2], to_cuda(base, 1), 0, 0, 1)
+    said("bases[1] is on cpu", ops.delta_concat, [g[2], g[2]], [g[1], base], 0)
+    said(
+        "base is bfloat16 [2, 3], but the delta is of bfloat16 [20, 300]",
+        ops.delta_slice,
+        g[2],
+        over(g[1].data_ptr(), (2, 3), torch.bfloat16, 0),
+        0,
+        0,
+        1,
+    )
     # What kernels report is an error of the next call.
     foreign = to_cuda(xorz.delta_encode(base.half(), tuned.half()))
     assert torch.isnan(to_cpu(ops.delta_restore(g[1], foreign))).all()
@@ -380,6 +426,14 @@ def checks() -> None:
     ops.delta_check(to_cuda(delta), to_cuda(base))
     with pytest.raises(RuntimeError, match=r"xorz::delta_check: .*base"):
         ops.delta_check(to_cuda(delta), to_cuda(tuned))
+    # Deltas are made, cut and joined on the host, and come back.
+    g = [to_cuda(t) for t in (base, tuned, delta)]
+    assert torch.equal(
+        to_cpu(ops.delta_encode(g[0], g[1], prefer="memory")), ops.delta_encode(base, tuned, prefer="memory")
+    )
+    assert torch.equal(to_cpu(ops.delta_slice(g[2], g[0], 1, 7, 99)), ops.delta_slice(delta, base, 1, 7, 99))
+    got = ops.delta_concat([g[2], g[2]], [g[0], g[0]], 0)
+    assert got.is_cuda and torch.equal(to_cpu(got), ops.delta_concat([delta, delta], [base, base], 0))
 
 
 def without_device() -> None:
@@ -396,7 +450,8 @@ def without_device() -> None:
 if __name__ == "__main__":
     case = sys.argv[1]
     with torch.no_grad():
-        {f.__name__: f for f in (restores, products, groups, devices, refusals, checks, without_device)}[
-            case
-        ]()
+        {
+            f.__name__: f
+            for f in (restores, products, groups, lookups, devices, refusals, checks, without_device)
+        }[case]()
     print(f"{case}: well", flush=True)

@@ -35,7 +35,8 @@ def one_word(t):
     return wrong
 
 
-real = {name: getattr(gpu_check, name) for name in ("delta_restore", "delta_linear", "delta_linear_grouped")}
+NAMES = ("delta_restore", "delta_linear", "delta_linear_grouped", "delta_embedding")
+real = {name: getattr(gpu_check, name) for name in NAMES}
 
 
 def noisy(*args, **kwargs):
@@ -77,6 +78,21 @@ MUTANTS = {
         lambda *args: one_word(real["delta_linear_grouped"](*args)),
         "exact sums",
     ),
+    "rows of the neighbour's table": (
+        "delta_embedding",
+        lambda i, w, a, s, rows: real["delta_embedding"](i, w, a, s, rows.roll(1)),
+        "delta_embedding, distinct",
+    ),
+    "the base's rows": (
+        "delta_embedding",
+        lambda i, w, a, s, rows: real["delta_embedding"](i, w, a, s, torch.full_like(rows, -1)),
+        "delta_embedding, one tenant",
+    ),
+    "a bit of a row": (
+        "delta_embedding",
+        lambda *args: one_word(real["delta_embedding"](*args)),
+        "delta_embedding, base",
+    ),
 }
 
 
@@ -90,6 +106,8 @@ def test_it_notices(mutant, monkeypatch):
             gpu_check.check_linear(report, CPU, (37, 300), [1, 5])
         elif name == "delta_linear_grouped":
             gpu_check.check_grouped(report, CPU, (37, 300), [7])
+        elif name == "delta_embedding":
+            gpu_check.check_embedding(report, CPU, [(37, 300)], [7])
         else:
             gpu_check.check_restores(report, CPU, [(33, 300)])
     failed = [check["check"] for check in report.checks if not check["passed"]]

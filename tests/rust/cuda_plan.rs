@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use xorz::cuda::params::{Apply, Kind, Linear, Params, Restore, SMALL};
+use xorz::cuda::params::{Apply, Embedding, Kind, Linear, Params, Restore, SMALL};
 use xorz::cuda::plan::{self, ENTRIES, LARGE_W_ROWS, MOST_BLOCKS, PANEL, Product, Rows, THREADS, large_rows};
 use xorz::cuda::status::{self, Code, Op, SLOT_BITS};
 use xorz::error;
@@ -75,6 +75,7 @@ fn parameters_are_those_of_the_kernels_and_of_the_readme() {
     for (ours, file, kernel, entry) in [
         (table::<Restore>(), "restore.cu", "xorz_delta_restore_##bits", "`xorz_delta_restore_"),
         (table::<Apply>(), "restore.cu", "xorz_delta_apply_##bits", "`xorz_delta_apply_"),
+        (table::<Embedding>(), "embedding.cu", "xorz_delta_embedding_##bits", "`xorz_delta_embedding_"),
         (
             table::<Linear>()[..SMALL].to_vec(),
             "linear_small.cu",
@@ -107,7 +108,7 @@ fn parameters_are_packed_in_the_order_of_their_table() {
 #[test]
 fn numbers_are_those_of_the_kernels() {
     let resident = read("cuda/resident.cuh");
-    let names = ["kTileCorrupt", "kNoTenant", "kBadSlot", "kMisaligned", "kNotADelta", "kMismatch"];
+    let names = ["kTileCorrupt", "kNoTenant", "kBadSlot", "kMisaligned", "kNotADelta", "kMismatch", "kNoRow"];
     for (code, name) in Code::ALL.into_iter().zip(names) {
         assert!(resident.contains(&format!("{name} = {},", code as u32)), "{name}");
     }
@@ -120,7 +121,8 @@ fn numbers_are_those_of_the_kernels() {
     assert!(read("cuda/stages.cuh").contains(&format!("kRowsOfW = {LARGE_W_ROWS};")));
     let rows = format!("kRowsOfX = sizeof(W) == 2 ? {} : {};", large_rows(false), large_rows(true));
     assert!(read("cuda/segments.cuh").contains(&rows));
-    for file in ["restore", "linear_small", "linear_segments", "linear_large"].map(|f| format!("cuda/{f}.cu"))
+    for file in ["embedding", "restore", "linear_small", "linear_segments", "linear_large"]
+        .map(|f| format!("cuda/{f}.cu"))
     {
         let file = &file;
         let text = read(file);
@@ -154,6 +156,26 @@ fn restore_takes_a_block_for_each_16_rows_of_4096_columns() {
                 assert_eq!(ENTRIES[launch.entry.index()], launch.entry.name());
             }
         }
+    }
+}
+
+#[test]
+fn a_lookup_takes_a_block_for_each_row_and_4096_columns() {
+    for (m, k, grid) in
+        [(1, 1, (1, 1)), (70, 4096, (70, 1)), (3, 4097, (3, 2)), (2, i32::MAX as usize, (2, 65535))]
+    {
+        for dtype in Dtype::ALL {
+            let launch = plan::embedding(dtype, m, 5, Shape { n: 10, k }).unwrap().unwrap();
+            assert_eq!(launch.grid, grid);
+            assert_eq!(launch.entry.name(), format!("xorz_delta_embedding_{}", 8 * dtype.word_bytes()));
+        }
+    }
+    for (m, k) in [(0, 5), (5, 0)] {
+        assert_eq!(plan::embedding(Dtype::U8, m, 5, Shape { n: 10, k }), Ok(None));
+    }
+    for (m, slots, n) in [(1 << 31, 1, 1), (1, 1 << 31, 1), (1, 1, 1 << 31)] {
+        let refused = plan::embedding(Dtype::U8, m, slots, Shape { n, k: 1 });
+        assert_eq!(refused.unwrap_err().kind(), error::Kind::Unsupported);
     }
 }
 
@@ -279,14 +301,17 @@ fn what_the_kernels_cannot_count_is_refused() {
 #[test]
 fn each_status_names_the_op_the_device_and_the_slot() {
     use error::Kind::{Corrupt, Internal, InvalidArgument, Mismatch};
-    let kinds = [Corrupt, InvalidArgument, InvalidArgument, InvalidArgument, Corrupt, Mismatch];
+    let kinds =
+        [Corrupt, InvalidArgument, InvalidArgument, InvalidArgument, Corrupt, Mismatch, InvalidArgument];
     for op in Op::ALL {
         for (code, kind) in Code::ALL.into_iter().zip(kinds) {
             let e = status::error(op, 3, (code as u32) << SLOT_BITS | 77);
             assert_eq!(e.kind(), kind, "{e}");
             assert!(e.message().contains(&format!("an earlier {} on cuda:3", op.name())), "{e}");
-            let of_slots = op == Op::Grouped || matches!(code, Code::NoTenant | Code::BadSlot);
+            let of_slots = matches!(op, Op::Grouped | Op::Embedding) && code != Code::NoRow
+                || matches!(code, Code::NoTenant | Code::BadSlot);
             assert_eq!(e.message().contains("slot 77"), of_slots, "{e}");
+            assert_eq!(e.message().contains("indices[77]"), code == Code::NoRow, "{e}");
         }
         assert_eq!(status::error(op, 0, 0x7F00_0000).kind(), Internal);
     }

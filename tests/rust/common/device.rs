@@ -121,7 +121,10 @@ pub fn double() -> (PathBuf, PathBuf) {
         let files = [host.join("driver.cpp"), host.join("runtime.cpp")];
         compile(&cuda, &["-O2", "-fPIC", "-shared"], &[&files[0], &files[1]], &library).unwrap();
     }
-    std::fs::write(&image, [&0xBA55_ED50_u32.to_le_bytes()[..], b" for the double"].concat()).unwrap();
+    // By rename: the child of another test may be reading it.
+    let mine = image.with_extension(std::process::id().to_string());
+    std::fs::write(&mine, [&0xBA55_ED50_u32.to_le_bytes()[..], b" for the double"].concat()).unwrap();
+    std::fs::rename(&mine, &image).unwrap();
     (folder, image)
 }
 

@@ -33,6 +33,7 @@ fn mutated((name, file, after, from, to): Mutant, list: &str) -> PathBuf {
             let dtype = line.split(['(', ',']).nth(1).unwrap_or_default();
             (line.starts_with("XORZ_LINEAR_SMALL(") && !line.contains("bf16, Bf16, 16"))
                 || (line.starts_with("XORZ_RESTORE(") && !line.contains("(16)"))
+                || (line.starts_with("XORZ_EMBEDDING(") && !line.contains("(16)"))
                 || (line.starts_with("XORZ_LINEAR_LARGE(") && lacks(format!("linear_large_{dtype}")))
                 || (line.starts_with("XORZ_LINEAR_SEGMENTS(") && lacks(format!("linear_segments_{dtype}")))
         };

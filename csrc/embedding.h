@@ -1,0 +1,40 @@
+// What delta_embedding asks of its arguments, on any device.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+#include "aten.h"
+#include "grouped.h"
+
+namespace xorz {
+
+// `indices` are int64 and in a row; the tensors keep alive what `tenancy` points to, the arena apart.
+struct LookupOperands {
+  Tensor indices;
+  Words weight;
+  size_t m;
+  Tenancy tenancy;
+  std::vector<int64_t> out_sizes;
+};
+
+inline LookupOperands lookup(const Checks& checks, const Tensor& indices, const Tensor& weight,
+                             const Tensor& arena, const Tensor& slots, const Tensor& tenant_of_row) {
+  checks.known("indices", indices);
+  if (indices.scalar_type() != ScalarType::Long && indices.scalar_type() != ScalarType::Int)
+    checks.refuse("indices must be int64 or int32, but is " + text(indices));
+  checks.known("weight", weight);
+  if (weight.dim() != 2) checks.refuse("weight must be 2-D [V, k], but is " + text(weight));
+  const Words words = checks.words("weight", weight);
+  const auto m = static_cast<size_t>(indices.numel());
+  Tenancy t =
+      tenancy(checks, arena, slots, tenant_of_row, m, "element of indices, which is " + text(indices));
+  std::vector<int64_t> sizes(indices.sizes().begin(), indices.sizes().end());
+  sizes.push_back(weight.size(1));
+  const NoGrad guard;
+  const bool wide = indices.scalar_type() == ScalarType::Long;
+  return {plain(wide ? indices : torch::stable::to(indices, ScalarType::Long)), words, m, t, sizes};
+}
+
+}  // namespace xorz
