@@ -38,7 +38,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         os.execv(command, [command, *arguments])
     except OSError as error:
-        print(f"xorz: the xorz command cannot be run ({error.strerror}): {command}", file=sys.stderr)
+        print(
+            f"xorz: the xorz command cannot be run ({error.strerror}): {command}; install xorz into this Python "
+            f"({sys.executable} -m pip install, or `make build` in its source tree)",
+            file=sys.stderr,
+        )
         return 1
 
 

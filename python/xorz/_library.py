@@ -24,6 +24,7 @@ def load() -> ctypes.CDLL:
         except OSError as error:
             # torch's own message stops at the path; the linker's, which says why, is the cause.
             raise ImportError(
-                f"xorz: torch {torch.__version__} cannot load {library_path}: {error.__cause__ or error}"
+                f"xorz: torch {torch.__version__} cannot load {library_path}: {error.__cause__ or error}; "
+                "build xorz anew on this machine (`make build` or `pip install .` in its source tree)"
             ) from error
     return ctypes.CDLL(str(library_path))

@@ -1,6 +1,7 @@
 """Whole checkpoints: pack a fine-tune against its base, give it back, or load its deltas. No kernel is called here."""
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -44,7 +45,8 @@ def pack(
         jobs: threads for paths; None is one per core. State_dicts take the calling thread. The bytes are the same.
 
     Returns:
-        Totals: tensors, changed, words, tensor_bytes, package_bytes and more.
+        Totals: tensors, changed, words, tensor_bytes, package_bytes and more. Where most of the fine-tune is no delta (another
+        dtype, another model), `advice` says why, and a UserWarning is given.
 
     Raises:
         TypeError: an argument is neither state_dict nor path, or of both kinds; ValueError: a broken file or unknown option;
@@ -55,14 +57,21 @@ def pack(
     if from_files != _is_path("fine_tuned", fine_tuned):
         raise TypeError("base and fine_tuned must both be state_dicts or both be paths")
     if from_files:
-        return _core.pack_files(base, fine_tuned, path, options, run)
+        return _advised(_core.pack_files(base, fine_tuned, path, options, run))
     with _core.Writer(path, options) as writer:
         for name, tensor in fine_tuned.items():
             writer.add(name, tensor, base.get(name))
         for name in base:
             if name not in fine_tuned:
                 writer.removed(name)
-        return writer.finish()
+        return _advised(writer.finish())
+
+
+def _advised(report: dict[str, Any]) -> dict[str, Any]:
+    """Warn the caller of `pack` where most of the fine-tune is no delta: a package is there, but not what they wanted."""
+    if advice := report.get("advice"):
+        warnings.warn(f"xorz.pack: {advice}", stacklevel=3)
+    return report
 
 
 def unpack(
@@ -104,14 +113,16 @@ def _base_of(entry: dict[str, Any], base: StateDict) -> Tensor | None:
     name = entry["base_name"] or entry["name"]
     if name not in base:
         raise KeyError(
-            f"the base has no tensor `{name}`, which the package's `{entry['name']}` is a delta of"
+            f"the base has no tensor `{name}`, which the package's `{entry['name']}` is a delta of; give the base that it "
+            "was packed against"
         )
     tensor = _core.on_host(name, base[name])
     found = _core.dtype_name(tensor.dtype)
     if (found, list(tensor.shape)) != (entry["dtype"], entry["shape"]):
         raise ValueError(
             f"tensor `{name}`: the base has {found} {list(tensor.shape)}, "
-            f"but the package was made against {entry['dtype']} {entry['shape']}"
+            f"but the package was made against {entry['dtype']} {entry['shape']}; give the base that it was packed against, "
+            "in its dtype"
         )
     return tensor
 

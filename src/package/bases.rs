@@ -4,9 +4,10 @@ use super::cache::{DigestCache, Identity};
 use super::checkpoint::Checkpoint;
 use super::container::{SafeTensors, TensorInfo};
 use super::digests::digest_files;
+use super::restore::missing_in_base;
 use super::{Package, Run};
 use crate::codec::Prefer;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::matrix::{Digest, Dtype};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -74,8 +75,7 @@ impl Base {
     /// Where tensor `name` is, and its digest.
     pub(super) fn find(&self, name: &str) -> Result<(&SafeTensors, &TensorInfo, Digest)> {
         let found = self.checkpoint.find(name).zip(self.digests.get(name));
-        let ((file, info), digest) =
-            found.ok_or_else(|| Error::mismatch(format!("the base has no tensor `{name}`")))?;
+        let ((file, info), digest) = found.ok_or_else(|| missing_in_base(name))?;
         Ok((&self.checkpoint.files()[file].tensors, info, *digest))
     }
 

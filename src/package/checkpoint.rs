@@ -3,6 +3,7 @@
 
 use super::cache::Identity;
 use super::container::{SafeTensors, TensorInfo};
+use super::record;
 use crate::error::{Error, Result};
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashMap};
@@ -36,6 +37,11 @@ pub struct TensorFile {
 impl TensorFile {
     fn open(path: String, place: PathBuf) -> Result<Self> {
         let tensors = SafeTensors::open(&place)?;
+        if tensors.header().metadata.get("format").map(String::as_str) == Some(record::FORMAT) {
+            let what =
+                "is a xorz package, not a checkpoint; `xorz unpack BASE PACKAGE` gives the checkpoint back";
+            return Err(Error::invalid(what).within(place.display()));
+        }
         let identity = tensors.file().and_then(|file| Identity::of(file).ok());
         let executable = executable(&place);
         Ok(Self { path, place, tensors, executable, identity })
@@ -100,7 +106,7 @@ impl Checkpoint {
         if !path.is_dir() {
             refuse_pickle(path)?;
             let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-            let file = TensorFile::open(name, path.into())?;
+            let file = TensorFile::open(name, path.into()).map_err(|e| on_a_hub(path, e))?;
             return Ok(Self::new(vec![file], Vec::new(), false));
         }
         let mut found = Vec::new();
@@ -230,6 +236,27 @@ fn pickle_error(place: &Path) -> Error {
     .within(place.display())
 }
 
+/// A name such as `meta-llama/Llama-3.2-1B` is tried by those who know tools that fetch models.
+fn on_a_hub(path: &Path, e: Error) -> Error {
+    let name = path.to_str().unwrap_or_default();
+    let plain = |p: &str| !p.is_empty() && !p.starts_with('.') && !p.contains(char::is_whitespace);
+    match name.split_once('/') {
+        Some((owner, model))
+            if !path.exists()
+                && plain(owner)
+                && plain(model)
+                && !model.contains('/')
+                && !Path::new(owner).exists() =>
+        {
+            Error::io(format!(
+                "{}; xorz fetches nothing: `hf download {name} --local-dir {model}` fetches a model, {model} is its path then",
+                e.message()
+            ))
+        }
+        _ => e,
+    }
+}
+
 fn refuse_pickle(place: &Path) -> Result<()> {
     if pickled(place) && place.is_file() { Err(pickle_error(place)) } else { Ok(()) }
 }
@@ -237,7 +264,9 @@ fn refuse_pickle(place: &Path) -> Result<()> {
 fn no_weights(rest: &[(String, PathBuf)]) -> Error {
     match rest.iter().find(|(_, place)| pickled(place)) {
         Some((_, place)) => pickle_error(place),
-        None => Error::invalid("holds no .safetensors file"),
+        None => Error::invalid(
+            "holds no .safetensors file; `save_pretrained` and `safetensors.torch.save_file` write them",
+        ),
     }
 }
 

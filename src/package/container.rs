@@ -257,7 +257,9 @@ impl SafeTensors {
 
     fn new(store: Store, bytes: u64) -> Result<Self> {
         if bytes < LENGTH_BYTES {
-            return Err(Error::truncated(format!("{bytes} bytes are too few for a safetensors file")));
+            return Err(Error::truncated(format!(
+                "{bytes} bytes are too few for a safetensors file; fetch or write it again"
+            )));
         }
         let mut head = [0u8; LENGTH_BYTES as usize];
         store.read(0, &mut head)?;
@@ -267,7 +269,7 @@ impl SafeTensors {
         }
         if length > bytes - LENGTH_BYTES {
             return Err(Error::truncated(format!(
-                "the header takes {length} bytes, but only {} follow",
+                "the header takes {length} bytes, but only {} follow; the file was cut: fetch or write it again",
                 bytes - LENGTH_BYTES
             )));
         }
@@ -279,7 +281,8 @@ impl SafeTensors {
         let (want, have) = (header.data_bytes(), bytes - LENGTH_BYTES - length);
         if have < want {
             return Err(Error::truncated(format!(
-                "the tensors take {want} bytes, but only {have} follow the header"
+                "the tensors take {want} bytes, but only {have} follow the header; the file was cut: fetch or write it \
+                 again"
             )));
         }
         if have > want {
@@ -339,13 +342,31 @@ impl SafeTensors {
     }
 }
 
+/// What a file is that begins like this, where it is something that people take for a checkpoint.
+const LOOKALIKES: [(&[u8], &str); 5] = [
+    (
+        b"PK",
+        "is a zip file, probably a pickled PyTorch checkpoint, which xorz does not open; \
+         save it with safetensors.torch.save_file first",
+    ),
+    (
+        b"\x80",
+        "is probably pickled, which xorz does not open; save it with safetensors.torch.save_file first",
+    ),
+    (
+        b"version ",
+        "is a text, probably a Git LFS pointer in place of the weights; fetch them with `git lfs pull` or `hf download`",
+    ),
+    (b"<", "is a text, probably a web page in place of the file; download the file itself"),
+    (b"GGUF", "is a GGUF file, which xorz does not read; take the model's .safetensors files"),
+];
+
 fn not_safetensors(head: &[u8], length: u64) -> String {
-    if head.starts_with(b"PK") {
-        return "is a zip file, probably a pickled PyTorch checkpoint, which xorz does not open; \
-                save it with safetensors.torch.save_file first"
-            .into();
+    if let Some((_, what)) = LOOKALIKES.iter().find(|(start, _)| head.starts_with(start)) {
+        return (*what).into();
     }
     format!(
-        "announces a header of {length} bytes, more than the {MAX_HEADER_BYTES} allowed: no safetensors file?"
+        "announces a header of {length} bytes, more than the {MAX_HEADER_BYTES} allowed: no safetensors file? \
+         `save_pretrained` and `safetensors.torch.save_file` write them"
     )
 }

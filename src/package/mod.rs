@@ -11,11 +11,14 @@
 //! | `encode`, `stored`, `writer` | a tensor into stored bytes; stored bytes into a package |
 //! | `reader`, `blob`, `restore`, `reencode`, `xor` | the way back: to words, or to a resident delta |
 //! | `container`, `record`, `report`, `frames`, `planes` | safetensors, metadata, totals; zstd frames, byte planes |
+//! | `footprint`, `strategies`, `advice` | what each way of keeping fine-tunes takes; from when on it is worth it; why it is not |
+//! | `page` | a page about packages, for a browser |
 //! | `chunks`, `ordered`, `words`, `aligned`, `temp` | pieces, threads, reading, outputs that appear whole |
 //!
 #![doc = include_str!("SPEC.md")]
 #![forbid(unsafe_code)]
 
+mod advice;
 mod aligned;
 mod bases;
 mod blob;
@@ -25,9 +28,11 @@ mod chunks;
 mod container;
 mod digests;
 mod encode;
+mod footprint;
 mod frames;
 mod ordered;
 mod pack;
+mod page;
 mod pairing;
 mod planes;
 mod reader;
@@ -36,6 +41,7 @@ mod reencode;
 mod report;
 mod restore;
 mod stored;
+mod strategies;
 mod temp;
 mod unpack;
 mod words;
@@ -47,10 +53,13 @@ pub use cache::{DigestCache, Identity};
 pub use checkpoint::{CarriedFile, Checkpoint, TensorFile};
 pub use container::{Header, MAX_HEADER_BYTES, SafeTensors, TensorInfo};
 pub use digests::digest_files;
+pub use footprint::Footprint;
 pub use pack::pack_files;
+pub use page::{PagePackage, report_html};
 pub use reader::Package;
 pub use record::{BaseTensor, Entry, SourceFile};
 pub use report::{FileLine, Report, describe_json, inspect_json};
+pub use strategies::{Better, BreakEven, Comparison, EstimateOptions, Strategy, estimate_files};
 pub use unpack::{unpack_files, verify_files};
 pub use writer::{Tensor, Writer};
 

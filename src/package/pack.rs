@@ -44,14 +44,15 @@ pub fn pack_files(
         refuse_overwrite(path, &base)?;
         refuse_overwrite(path, &ft)?;
     }
-    let Pairs { bases, same, removed } = pair(&base, &ft, options.strip_prefix.as_deref())?;
+    let Pairs { bases, same, removed, lonely } = pair(&base, &ft, options.strip_prefix.as_deref())?;
     let digests = BaseDigests::cached(&base);
     let job = Pack { base: &base, ft: &ft, digests: &digests, bases, same, options, run, beside };
     let parts = job.parts()?;
     base.files().iter().chain(ft.files()).try_for_each(TensorFile::check_unchanged)?;
     job.remember(&parts);
     let removed = removed.into_iter().map(str::to_owned).collect();
-    Contents { parts, removed, folder: ft.is_folder() }.write(out)
+    let report = Contents { parts, removed, folder: ft.is_folder() }.write(out)?;
+    Ok(Report { advice: lonely.advice(), ..report })
 }
 
 /// An output must not replace what it is made from.

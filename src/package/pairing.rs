@@ -1,6 +1,7 @@
 //! Which base tensor a fine-tuned tensor is a delta of: that of its name; else, if its dtype and shape fit, the one that its
 //! words are most like, so that renamed tensors and untied heads stay small. And which tensors of the fine-tune are one.
 
+use super::advice::Lonely;
 use super::checkpoint::Checkpoint;
 use super::container::{SafeTensors, TensorInfo};
 use super::words::Words;
@@ -28,6 +29,8 @@ pub(super) struct Pairs<'a> {
     /// For every fine-tuned tensor the name of an earlier one with the same bytes.
     pub(super) same: Vec<Vec<Option<&'a str>>>,
     pub(super) removed: Vec<&'a str>,
+    /// What is known of tensors without a base.
+    pub(super) lonely: Lonely,
 }
 
 fn strip<'n>(name: &'n str, prefix: Option<&str>) -> &'n str {
@@ -41,7 +44,7 @@ pub(super) fn pair<'a>(base: &'a Checkpoint, ft: &'a Checkpoint, prefix: Option<
     let mut by_shape: HashMap<(&str, &[usize]), Vec<Found<'a>>> = HashMap::new();
     base.tensors().for_each(|(f, t)| by_shape.entry((&t.dtype, &t.dims)).or_default().push((f, t)));
     let mut used: HashSet<&str> = HashSet::new();
-    let mut bases = Vec::new();
+    let (mut bases, mut lonely) = (Vec::new(), Lonely::default());
     for file in ft.files() {
         let mut list = Vec::new();
         for t in &file.tensors.header().tensors {
@@ -53,6 +56,7 @@ pub(super) fn pair<'a>(base: &'a Checkpoint, ft: &'a Checkpoint, prefix: Option<
                     .map_err(|e| e.within(format_args!("tensor `{}`", t.name)))?,
             };
             used.extend(found.map(|(_, b)| b.name.as_str()));
+            lonely.count_info(t, found.map(|(_, b)| b));
             // A base of another dtype or shape is of no use.
             let fits = |b: &TensorInfo| (&b.dtype, &b.dims) == (&t.dtype, &t.dims);
             list.push(found.filter(|(_, b)| fits(b) && Dtype::from_name(&t.dtype).is_some()));
@@ -60,7 +64,7 @@ pub(super) fn pair<'a>(base: &'a Checkpoint, ft: &'a Checkpoint, prefix: Option<
         bases.push(list);
     }
     let removed = base.tensors().map(|(_, t)| t.name.as_str()).filter(|n| !used.contains(n)).collect();
-    Ok(Pairs { bases, same: same(base, ft, &by_name)?, removed })
+    Ok(Pairs { bases, same: same(base, ft, &by_name)?, removed, lonely })
 }
 
 fn stripped<'a>(base: &'a Checkpoint, prefix: Option<&str>) -> Result<HashMap<&'a str, Found<'a>>> {

@@ -184,10 +184,7 @@ impl Package {
             let wanted = entry.base.as_ref().ok_or_else(stored_alone)?;
             let (file, info, digest) = base.find(&wanted.name)?;
             if (&info.dtype, &info.dims) != (&entry.dtype, &entry.dims) {
-                return Err(Error::mismatch(format!(
-                    "is a delta of {} {:?}, but the base has {} {:?}",
-                    entry.dtype, entry.dims, info.dtype, info.dims
-                )));
+                return Err(restore::other_kind(entry, info));
             }
             self.check_digest(entry, digest)?;
             if let Some(bytes) = self.as_stored(entry, prefer)? {
@@ -306,7 +303,9 @@ impl Package {
 /// Version, known keys and the header's own digest.
 fn check_header(tensors: &[TensorInfo], metadata: &BTreeMap<String, String>) -> Result<()> {
     if metadata.get("format").map(String::as_str) != Some(record::FORMAT) {
-        return Err(Error::corrupt("a safetensors file, but not a xorz package"));
+        return Err(Error::corrupt(
+            "a safetensors file, but not a xorz package; `xorz pack BASE FINE_TUNED` makes one",
+        ));
     }
     let version = metadata.get("format_version").map_or("none", String::as_str);
     if version != record::VERSION {

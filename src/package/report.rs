@@ -36,6 +36,9 @@ pub struct Report {
     pub folder: bool,
     /// The files that were packed.
     pub files: Vec<FileLine>,
+    /// Of packing only: what to do about a fine-tune most of which is no delta.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advice: Option<String>,
 }
 
 /// One file that was packed.

@@ -4,7 +4,7 @@
 use super::aligned::Aligned;
 use super::blob::{Blob, compare_check};
 use super::chunks::Chunks;
-use super::container::SafeTensors;
+use super::container::{SafeTensors, TensorInfo};
 use super::frames::{self, Inflater, check_frame};
 use super::record::Entry;
 use super::words::Words;
@@ -69,7 +69,26 @@ pub(super) fn stored_alone() -> Error {
 /// The error for a base of another digest.
 pub(super) fn another_base(name: &str, want: Digest, found: Digest) -> Error {
     Error::mismatch(format!(
-        "another base: it was packed against `{name}` of digest {want}, this one has digest {found}"
+        "another base: it was packed against `{name}` of digest {want}, this one has digest {found}; give the base that \
+         it was packed against"
+    ))
+}
+
+/// The error for a base without the tensor `name`.
+pub(super) fn missing_in_base(name: &str) -> Error {
+    Error::mismatch(format!("the base has no tensor `{name}`; give the base that it was packed against"))
+}
+
+/// The error for a base tensor of another dtype or shape.
+pub(super) fn other_kind(entry: &Entry, base: &TensorInfo) -> Error {
+    let what = if entry.dims == base.dims {
+        "in the dtype that it was packed against"
+    } else {
+        "that it was packed against"
+    };
+    Error::mismatch(format!(
+        "is a delta of {} {:?}, but the base has {} {:?}; give the base {what}",
+        entry.dtype, entry.dims, base.dtype, base.dims
     ))
 }
 

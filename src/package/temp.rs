@@ -90,7 +90,12 @@ pub(super) fn check_target(path: &Path) -> Result<()> {
     let what = match std::fs::metadata(path) {
         Ok(found) if found.is_dir() => "is a directory; name a file",
         Ok(found) if !found.is_file() => "is no regular file; name one, or `-` for standard output",
-        _ => return Ok(()),
+        Ok(_) => return Ok(()),
+        Err(_) if !folder(path).exists() => {
+            let what = format!("its folder {} does not exist; make it first", folder(path).display());
+            return Err(Error::io(what).within(path.display()));
+        }
+        Err(_) => return Ok(()),
     };
     Err(Error::invalid(what).within(path.display()))
 }

@@ -10,7 +10,7 @@ use super::ordered;
 use super::pack::{hex, refuse_overwrite};
 use super::reader::parse_source_header;
 use super::record::Entry;
-use super::restore::{Restore, Scratch};
+use super::restore::{Restore, Scratch, missing_in_base, other_kind};
 use super::temp::{Output, OutputFolder};
 use super::words::Words;
 use super::{Destination, Package, Report, Run, writer};
@@ -310,24 +310,7 @@ impl<'a> Unpack<'a> {
     }
 
     fn restore(&self, entry: &'a Entry) -> Result<Restore<'a>> {
-        let stored = self.package.resolve(entry)?;
-        let base = match &stored.base {
-            Some(wanted) => {
-                let missing = || Error::mismatch(format!("the base has no tensor `{}`", wanted.name));
-                let (f, info) = self.base.find(&wanted.name).ok_or_else(|| named(missing(), entry))?;
-                if (&info.dtype, &info.dims) != (&stored.dtype, &stored.dims) {
-                    let both = format!(
-                        "is a delta of {} {:?}, but the base has {} {:?}",
-                        stored.dtype, stored.dims, info.dtype, info.dims
-                    );
-                    return Err(named(Error::mismatch(both), entry));
-                }
-                let words = Words::File(&self.base.files()[f].tensors, info);
-                Some((words, self.digests.get(f, &wanted.name)))
-            }
-            None => None,
-        };
-        Restore::new(self.package.container(), stored, base).map_err(|e| named(e, entry))
+        restore_on(self.base, &self.digests, self.package, entry)
     }
 
     /// Compare a restored piece with the fine-tune given.
@@ -357,6 +340,28 @@ impl<'a> Unpack<'a> {
         let right = std::mem::take(&mut *self.right.lock().unwrap_or_else(PoisonError::into_inner));
         self.digests.store(self.base, right);
     }
+}
+
+/// What restores a tensor of `package` on `base`; digests that are known need not be computed.
+pub(super) fn restore_on<'a>(
+    base: &'a Checkpoint,
+    digests: &BaseDigests,
+    package: &'a Package,
+    entry: &'a Entry,
+) -> Result<Restore<'a>> {
+    let stored = package.resolve(entry)?;
+    let words = match &stored.base {
+        Some(wanted) => {
+            let missing = || named(missing_in_base(&wanted.name), entry);
+            let (f, info) = base.find(&wanted.name).ok_or_else(missing)?;
+            if (&info.dtype, &info.dims) != (&stored.dtype, &stored.dims) {
+                return Err(named(other_kind(stored, info), entry));
+            }
+            Some((Words::File(&base.files()[f].tensors, info), digests.get(f, &wanted.name)))
+        }
+        None => None,
+    };
+    Restore::new(package.container(), stored, words).map_err(|e| named(e, entry))
 }
 
 fn named(e: Error, entry: &Entry) -> Error {

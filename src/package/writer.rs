@@ -1,12 +1,13 @@
 //! Writing a package: stored tensors wait in nameless spool files, since the header that goes first holds their sizes; the
 //! whole then appears under its name at once.
 
+use super::advice::Lonely;
 use super::chunks::Chunks;
 use super::container::{LENGTH_BYTES, MAX_HEADER_BYTES, TensorInfo, dtype_bits};
 use super::encode::{BaseWords, Job, Scratch};
 use super::ordered;
 use super::record::{self, Entry, SourceFile};
-use super::temp::{Output, Sequential, Spool};
+use super::temp::{Output, Sequential, Spool, check_target};
 use super::words::Words;
 use super::{Codec, Destination, PackOptions, Report};
 use crate::error::{Error, Result};
@@ -205,6 +206,7 @@ pub struct Writer {
     removed: Vec<String>,
     /// Tensors that may be met again, by digest, dtype and dimensions; and the digest of the base each had.
     seen: HashMap<Content, (String, Option<u128>)>,
+    lonely: Lonely,
 }
 
 impl Writer {
@@ -213,12 +215,10 @@ impl Writer {
     /// # Errors
     /// `Io`; `InvalidArgument` for a directory.
     pub fn create(path: &Path, options: PackOptions) -> Result<Self> {
-        if path.is_dir() {
-            return Err(Error::invalid("is a directory; name a file").within(path.display()));
-        }
+        check_target(path)?;
         let part = Part { spool: Spool::create(Some(path))?, entries: Vec::new(), file: None };
         let (removed, seen) = (Vec::new(), HashMap::new());
-        Ok(Self { options, jobs: 0, path: path.into(), part, removed, seen })
+        Ok(Self { options, jobs: 0, path: path.into(), part, removed, seen, lonely: Lonely::default() })
     }
 
     /// Threads that encode a tensor; 0, the default, takes one per core.
@@ -235,6 +235,7 @@ impl Writer {
     /// `InvalidArgument` for a name used twice or reserved, or bytes that do not fit dtype and dimensions; `Io`.
     pub fn add(&mut self, fine_tuned: &Tensor<'_>, base: Option<&Tensor<'_>>) -> Result<()> {
         check_name(fine_tuned.name)?;
+        let given = base.map(|b| (b.dtype, b.dims));
         let base = base.filter(|b| (b.dtype, b.dims) == (fine_tuned.dtype, fine_tuned.dims));
         [Some(fine_tuned), base]
             .into_iter()
@@ -249,6 +250,8 @@ impl Writer {
             job.delta = None;
         }
         let entry = store(&job, &self.options, self.jobs, &mut self.part.spool)?;
+        let kind = (fine_tuned.dtype, fine_tuned.dims);
+        self.lonely.count(fine_tuned.name, kind, fine_tuned.bytes.len() as u64, given);
         self.part.entries.push(entry);
         Ok(())
     }
@@ -281,7 +284,8 @@ impl Writer {
     /// `Io`; `Unsupported` for a header beyond the limit of safetensors. No file is left then.
     pub fn finish(self) -> Result<Report> {
         let contents = Contents { parts: vec![self.part], removed: self.removed, folder: false };
-        contents.write(Destination::Path(&self.path))
+        let report = contents.write(Destination::Path(&self.path))?;
+        Ok(Report { advice: self.lonely.advice(), ..report })
     }
 }
 

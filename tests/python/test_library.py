@@ -289,13 +289,16 @@ def import_alone(folder):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+NEWER = f"; install one that is, for example with `{sys.executable} -m pip install 'torch>=2.10'`"
+
+
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
         ({}, "has no torch; install it there, for example with `pip install torch`"),
-        ({"torch/__init__.py": "__version__ = '2.9.1+cpu'"}, "is 2.9.1+cpu"),
-        ({"torch/__init__.py": "__version__ = '1.13.0'"}, "is 1.13.0"),
-        ({"torch/readme.txt": "a folder of this name, no torch"}, "is of no version"),
+        ({"torch/__init__.py": "__version__ = '2.9.1+cpu'"}, f"is 2.9.1+cpu{NEWER}"),
+        ({"torch/__init__.py": "__version__ = '1.13.0'"}, f"is 1.13.0{NEWER}"),
+        ({"torch/readme.txt": "a folder of this name, no torch"}, f"is of no version{NEWER}"),
     ],
 )
 def test_without_a_fit_torch_the_package_says_so(files, sentence, tmp_path):
@@ -320,6 +323,7 @@ def test_a_library_that_is_missing_or_broken_is_named(tmp_path):
     missing, unloadable = run(ALONE + broken + ALONE, tmp_path, library).stdout.splitlines()
     assert f"{library} is missing; install the package" in missing
     assert f"torch {torch.__version__} cannot load {library}: " in unloadable
+    assert unloadable.endswith("(`make build` or `pip install .` in its source tree)"), unloadable
     assert "invalid ELF header" in unloadable  # the linker's word, which torch keeps to itself
 
 

@@ -348,7 +348,7 @@ fn digests_are_those_that_the_package_wants() {
 fn completions_and_manual_know_every_verb_and_flag() {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
-    let verbs = ["pack", "unpack", "verify", "inspect", "digest", "completions", "man"];
+    let verbs = ["pack", "unpack", "verify", "estimate", "inspect", "digest", "completions", "man"];
     for shell in ["bash", "zsh", "fish"] {
         let out = xorz(d, &["completions", shell]);
         let text = stdout(&out);

@@ -1,31 +1,74 @@
-//! `xorz inspect`: what a package holds, without its base.
+//! `xorz inspect`: what packages hold; without their base, but for one part of a page.
 
-use crate::job::{Outcome, Said};
-use crate::pipes::Inputs;
+use crate::job::{Job, Outcome, Said};
+use crate::pipes::{Inputs, Output};
 use crate::print;
-use std::path::PathBuf;
-use xorz::package::{Entry, Package, Report, inspect_json};
+use std::path::{Path, PathBuf};
+use xorz::error::{Error, Result};
+use xorz::package::{Entry, Package, PagePackage, Report, describe_json, report_html};
 
-/// Show what a package holds.
+/// Show what packages hold, as text, JSON or a page for a browser.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The package; - for standard input.
-    package: PathBuf,
-    /// Print one JSON object.
-    #[arg(long)]
-    json: bool,
+    /// The package, or several of one base; - for standard input.
+    #[arg(required = true, value_name = "PACKAGE")]
+    packages: Vec<PathBuf>,
+    /// Write a page about them: layers, encodings, tensors, and the packages side by side. It needs nothing but itself. - for
+    /// standard output.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Their base, so that the page also tells which words changed by the size of the base's weights. Restores every package
+    /// once, without writing it.
+    #[arg(long, requires = "html")]
+    base: Option<PathBuf>,
+    #[command(flatten)]
+    job: Job,
 }
 
 pub(crate) fn run(args: &Args) -> Outcome {
-    let inputs = Inputs::of(&[&args.package])?;
-    let path = inputs.path(&args.package);
-    let tell = || {
-        if args.json {
-            return Ok(inspect_json(&path)? + "\n");
+    let named: Vec<&Path> = args.packages.iter().chain(&args.base).map(|p| &**p).collect();
+    let inputs = Inputs::of(&named)?;
+    if let Some(to) = &args.html {
+        page(args, &inputs, to)?;
+    }
+    match (&args.html, args.job.json) {
+        (_, true) => json(args, &inputs).map(Said::Out).map_err(|e| inputs.told(e)),
+        (Some(to), false) if to.as_os_str() != "-" => {
+            Ok(args.job.unless_quiet(print::row("page", &print::path(to))))
         }
-        Ok(describe(&inputs.name(&args.package), &Package::open(&path)?))
-    };
-    tell().map(Said::Out).map_err(|e| inputs.told(e))
+        (Some(_), false) => Ok(Said::Nothing),
+        (None, false) => text(args, &inputs).map(Said::Out).map_err(|e| inputs.told(e)),
+    }
+}
+
+fn page(args: &Args, inputs: &Inputs, to: &Path) -> std::result::Result<(), crate::job::Failure> {
+    let packages = args.packages.iter().map(|p| PagePackage { name: inputs.name(p), path: inputs.path(p) });
+    let packages: Vec<PagePackage> = packages.collect();
+    let base = args.base.as_ref().map(|b| inputs.path(b));
+    let mut output = Output::of(to, args.job.json, "--html -")?;
+    let done = args.job.run(None, |run| report_html(&packages, base.as_deref(), output.destination(), run));
+    done.map_err(|e| inputs.told(e).or_another_base())
+}
+
+/// One object; of several packages one that holds theirs, each with its path.
+fn json(args: &Args, inputs: &Inputs) -> Result<String> {
+    let one = |path: &PathBuf| describe_json(&Package::open(&inputs.path(path))?);
+    if let [path] = &args.packages[..] {
+        return Ok(one(path)? + "\n");
+    }
+    let internal = |e| Error::internal(format!("json: {e}"));
+    let mut all = Vec::new();
+    for path in &args.packages {
+        let mut value: serde_json::Value = serde_json::from_str(&one(path)?).map_err(internal)?;
+        value["path"] = inputs.name(path).into();
+        all.push(value);
+    }
+    Ok(serde_json::json!({ "packages": all }).to_string() + "\n")
+}
+
+fn text(args: &Args, inputs: &Inputs) -> Result<String> {
+    let one = |path: &PathBuf| Ok(describe(&inputs.name(path), &Package::open(&inputs.path(path))?));
+    Ok(args.packages.iter().map(one).collect::<Result<Vec<_>>>()?.join("\n"))
 }
 
 fn describe(path: &str, package: &Package) -> String {
@@ -43,7 +86,7 @@ fn describe(path: &str, package: &Package) -> String {
     let mut table = vec![HEAD.map(String::from)];
     table.extend(entries.into_iter().map(line));
     out += "\n";
-    out += &print::table(&table);
+    out += &print::table(&table, 3);
     for name in package.removed() {
         out += &format!("removed   {}\n", print::name(name));
     }

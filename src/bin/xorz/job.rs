@@ -66,8 +66,8 @@ impl Failure {
     /// What to do about it, where another base is what is wrong.
     pub(crate) fn or_another_base(mut self) -> Self {
         if self.code == 1 && self.text.contains("digest") {
-            self.text += "; is this the base it was packed against? \
-                          `xorz digest BASE` prints a base's digests, `xorz inspect PACKAGE --json` the wanted ones";
+            self.text +=
+                "; `xorz digest BASE` prints a base's digests, `xorz inspect PACKAGE --json` the wanted ones";
         }
         self
     }
@@ -84,6 +84,11 @@ impl Job {
         let progress = bar.as_ref().map(|b| b as &dyn Progress);
         let jobs = self.jobs.map_or(0, usize::from);
         work(&Run { jobs, progress, sha256: sha256.is_none_or(|s| !s.no) })
+    }
+
+    /// What is said only to those who want to hear it.
+    pub(crate) fn unless_quiet(&self, text: String) -> Said {
+        if self.quiet { Said::Nothing } else { Said::Out(text) }
     }
 
     /// The report: as JSON, or `first` and the totals; beside the result if that went to standard output.

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod digest;
+mod estimate;
 mod generate;
 mod inspect;
 mod job;
@@ -35,6 +36,7 @@ enum Verb {
     Pack(pack::Args),
     Unpack(unpack::Args),
     Verify(verify::Args),
+    Estimate(estimate::Args),
     Inspect(inspect::Args),
     Digest(digest::Args),
     Completions(generate::Completions),
@@ -60,6 +62,7 @@ fn run(cli: Cli) -> Outcome {
         Verb::Pack(args) => pack::run(&args),
         Verb::Unpack(args) => unpack::run(&args),
         Verb::Verify(args) => verify::run(&args),
+        Verb::Estimate(args) => estimate::run(&args),
         Verb::Inspect(args) => inspect::run(&args),
         Verb::Digest(args) => digest::run(&args),
         Verb::Completions(args) => generate::completions(&args),

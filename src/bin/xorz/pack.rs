@@ -49,11 +49,15 @@ pub(crate) fn run(args: &Args) -> Outcome {
         level: args.level,
         strip_prefix: args.strip_prefix.clone(),
     };
-    let mut output = Output::of(&args.output, args.job.json)?;
+    let mut output = Output::of(&args.output, args.job.json, "-o -")?;
     let inputs = Inputs::of(&[&args.base, &args.fine_tuned])?;
     let (base, fine_tuned) = (inputs.path(&args.base), inputs.path(&args.fine_tuned));
     let report =
         args.job.run(None, |run| pack_files(&base, &fine_tuned, output.destination(), &options, run));
     let report = report.map_err(|e| inputs.told(e))?;
-    args.job.said(output.is_stdout(), &print::row("packed", &print::path(&args.output)), &report)
+    let mut first = print::row("packed", &print::path(&args.output));
+    if let Some(advice) = &report.advice {
+        first += &print::row("note", &print::name(advice));
+    }
+    args.job.said(output.is_stdout(), &first, &report)
 }

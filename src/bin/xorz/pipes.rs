@@ -96,18 +96,22 @@ pub(crate) enum Output<'a> {
 }
 
 impl<'a> Output<'a> {
-    /// What the user means by `path`; with `json`, standard output is taken.
-    pub(crate) fn of(path: &'a Path, json: bool) -> Result<Self> {
+    /// What the user means by `path`, which `option` gave; with `json`, standard output is taken.
+    pub(crate) fn of(path: &'a Path, json: bool, option: &str) -> Result<Self> {
         if !is_dash(path) {
             return Ok(Self::Path(path));
         }
         if json {
-            return Err(Error::invalid(
-                "--json and `-o -` both want standard output; name a file with -o, or drop --json",
-            ));
+            let name = option.trim_end_matches(" -");
+            return Err(Error::invalid(format!(
+                "--json and `{option}` both want standard output; name a file with {name}, or drop --json"
+            )));
         }
         if stdout().is_terminal() {
-            return Err(Error::invalid("standard output is a terminal; redirect it, or name a file with -o"));
+            let name = option.trim_end_matches(" -");
+            return Err(Error::invalid(format!(
+                "standard output is a terminal; redirect it, or name a file with {name}"
+            )));
         }
         let own = stdout().as_fd().try_clone_to_owned();
         Ok(Self::Stdout(own.map_err(|e| Error::from(e).within("standard output"))?.into()))

@@ -72,8 +72,8 @@ pub(crate) fn bits(bytes: u64, words: u64) -> String {
     if words == 0 { "-".into() } else { format!("{:.3}", 8.0 * bytes as f64 / words as f64) }
 }
 
-/// Columns, the last three right-aligned.
-pub(crate) fn table<const N: usize>(rows: &[[String; N]]) -> String {
+/// Columns, the last `right` of them right-aligned.
+pub(crate) fn table<const N: usize>(rows: &[[String; N]], right: usize) -> String {
     let width: [usize; N] =
         std::array::from_fn(|c| rows.iter().map(|r| r[c].chars().count()).max().unwrap_or(0));
     let mut out = String::new();
@@ -81,7 +81,7 @@ pub(crate) fn table<const N: usize>(rows: &[[String; N]]) -> String {
         let cells: Vec<String> = (0..N)
             .map(|c| {
                 let w = width[c];
-                if c + 3 >= N { format!("{:>w$}", r[c]) } else { format!("{:<w$}", r[c]) }
+                if c + right >= N { format!("{:>w$}", r[c]) } else { format!("{:<w$}", r[c]) }
             })
             .collect();
         out += cells.join("  ").trim_end();

@@ -25,7 +25,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Outcome {
-    let mut output = Output::of(&args.output, args.job.json)?;
+    let mut output = Output::of(&args.output, args.job.json, "-o -")?;
     let inputs = Inputs::of(&[&args.base, &args.package])?;
     let (base, package) = (inputs.path(&args.base), inputs.path(&args.package));
     let report =
