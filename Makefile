@@ -21,8 +21,8 @@ SHIM_SOURCES   := $(wildcard csrc/*) CMakeLists.txt
 PYTHON_SOURCES := $(shell find python -name '*.py' -o -name py.typed) pyproject.toml README.md
 PYTHON_LINTED  := $(wildcard python tests benches examples)
 
-.PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-wheel stress test-smollm cuda-gate lint \
-  format bench bench-checkpoint bench-serving notebook changes clean
+.PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-vllm test-wheel stress test-smollm cuda-gate lint \
+  format bench bench-checkpoint bench-serving bench-vllm notebook changes clean
 .DELETE_ON_ERROR:
 
 build: $(INSTALLED)
@@ -81,7 +81,17 @@ test-avx512:
 test-abi: build
 	$(NICE) $(PY) tests/abi/run.py $(ARGS)
 
-# Not part of test: nvcc takes 313 MB, kept in the user's cache ($XORZ_CUDA_TOOLS), and minutes. No GPU is needed.
+# Not part of test: vLLM takes 1.5 GB beside the torch of test-abi (5 GB), kept in the user's cache ($XORZ_VLLM_VENVS), and
+# tens of engines are started. `make test-vllm ARGS="-k traffic"` for some of it.
+test-vllm: build
+	$(NICE) $(PY) tests/vllm/environment.py --pytest tests/vllm $(ARGS)
+
+# Nor this: tokens a second and memory, beside an engine for each model and vLLM's LoRA. Needs `make test-smollm` once.
+bench-vllm: build
+	python="$$($(PY) tests/vllm/environment.py --only 0.32.0)" && $(NICE) "$$python" benches/vllm_serving.py $(ARGS)
+
+# Part of CI, not of test: nvcc takes 313 MB, kept in the user's cache ($XORZ_CUDA_TOOLS), and minutes. No GPU is needed. A table
+# of other sources than those in cuda/ is noticed by test, too.
 # `make cuda-gate ARGS="--only 80"` for one architecture, `ARGS=--write` after a change of cuda/.
 cuda-gate:
 	$(NICE) $(PYTHON) tests/cuda_gate/gate.py $(ARGS)

@@ -237,6 +237,9 @@ def delta_embedding(
     Returns:
         `[*indices.shape, k]` of `weight`'s dtype (bits for bits). No gradient: the weight is frozen.
 
+    On CUDA an index outside of the table, or a slot or delta that does not fit, gives rows of NaN (all bits set), which the
+    next call on that device reports. An `exponent` row is decoded from the top of its tile there, for each row asked.
+
     Raises:
         RuntimeError: naming the argument, the position or the slot, and both values, where something does not fit, or
             where `weight` requires grad in grad mode.

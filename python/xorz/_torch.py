@@ -23,7 +23,11 @@ def require() -> None:
     release = re.match(r"(\d+)\.(\d+)", version)
     if release is None or tuple(map(int, release.groups())) < OLDEST:
         where = next(iter(getattr(torch, "__path__", ["?"])))
-        raise ImportError(f"{wanted}, but the torch in {where} is {version}", name="torch")
+        raise ImportError(
+            f"{wanted}, but the torch in {where} is {version}; install one that is, for example with "
+            f"`{sys.executable} -m pip install 'torch>={OLDEST[0]}.{OLDEST[1]}'`",
+            name="torch",
+        )
 
 
 require()

@@ -1,0 +1,68 @@
+"""vLLM serves packages: `--quantization xorz --enable-lora`, and a tenant is an adapter whose path is a `.xorz` file.
+
+vLLM finds `register` by itself, through its entry point `vllm.general_plugins`; see docs/vllm.md. `import xorz` imports
+nothing of this.
+"""
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+from .packages import digest, named
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+__all__ = ["load", "register", "request"]
+
+_installed = False
+
+
+def register() -> None:
+    """Called by vLLM in each of its processes, more than once in some.
+
+    Where this vLLM is not one that xorz knows, it is left alone, and says which hook has moved when it is started with
+    `--quantization xorz`.
+    """
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    from . import hooks
+
+    try:
+        hooks.check()
+    except RuntimeError as error:
+        hooks.refuse(error)
+        return
+    from . import patches
+
+    patches.install()
+
+
+def request(name: str, path: Any) -> "LoRARequest":
+    """The `lora_request` of a package, for `LLM.generate` and `AsyncLLM.generate`.
+
+    Args:
+        name: of the tenant; its name for the engine ends in the package's digest.
+        path: of the package. What it holds now is what the request stands for, whatever is published there later.
+
+    Raises:
+        OSError: it cannot be read; ValueError: it is damaged. Whether it fits the base is seen by `load`.
+    """
+    from vllm.lora.request import LoRARequest
+
+    adapter = named(name, digest(path))
+    number = int.from_bytes(hashlib.sha256(adapter.encode()).digest()[:4], "big") % (2**31 - 1) + 1
+    return LoRARequest(adapter, number, str(path))
+
+
+def load(llm: Any, name: str, path: Any) -> "LoRARequest":
+    """As `request`, and loads it into an engine (`vllm.LLM`), which stays as it was where that fails.
+
+    Raises:
+        OSError, ValueError: as `request`; RuntimeError or ValueError of vLLM's, which says why it does not fit the base, or
+            what of it cannot be served.
+    """
+    out = request(name, path)
+    llm.llm_engine.add_lora(out)
+    return out

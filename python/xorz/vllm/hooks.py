@@ -1,0 +1,126 @@
+"""Where xorz takes hold of vLLM. What is not a public interface is listed here, and looked at before anything is changed: where
+a release has moved one of these, `--quantization xorz` does not start, and says which.
+"""
+
+import importlib
+import inspect
+from typing import Any
+
+from vllm.version import __version__
+
+# module, name in it, and the parameters that it must take, in their order.
+HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (
+        "vllm.v1.worker.lora_model_runner_mixin",
+        "LRUCacheWorkerLoRAManager",
+        ("vllm_config", "device", "embedding_modules"),
+    ),
+    ("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._manager_cls", ()),
+    ("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager._load_adapter", ("self", "lora_request")),
+    ("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager.add_adapter", ("self", "lora_request")),
+    ("vllm.lora.model_manager", "LRUCacheLoRAModelManager._create_lora_modules", ("self",)),
+    ("vllm.lora.model_manager", "LRUCacheLoRAModelManager._add_adapter", ("self", "lora")),
+    ("vllm.lora.model_manager", "LRUCacheLoRAModelManager.activate_adapter", ("self", "lora_id")),
+    ("vllm.lora.model_manager", "LRUCacheLoRAModelManager._deactivate_adapter", ("self", "lora_id")),
+    ("vllm.lora.model_manager", "LRUCacheLoRAModelManager._set_adapter_mapping", ("self", "mapping")),
+    ("vllm.lora.model_manager", "LRUCacheLoRAModelManager.remove_all_adapters", ("self",)),
+    ("vllm.lora.model_manager", "LRUCacheLoRAModelManager.create_dummy_lora", ("self", "lora_id", "rank")),
+    ("vllm.lora.model_manager", "AdapterLRUCache._on_remove", ("self", "key", "value")),
+    ("vllm.model_executor.layers.linear", "UnquantizedLinearMethod.apply", ("self", "layer", "x", "bias")),
+    (
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "UnquantizedEmbeddingMethod.embedding",
+        ("self", "layer", "input_"),
+    ),
+    (
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "UnquantizedEmbeddingMethod.apply",
+        ("self", "layer", "x", "bias"),
+    ),
+    ("vllm.model_executor.layers.layernorm", "RMSNorm.forward_native", ("self", "x", "residual")),
+    ("vllm.ir.ops", "rms_norm.impls.native.impl_fn", ()),
+    ("vllm.ir.ops", "fused_add_rms_norm.impls.native.impl_fn", ()),
+    (
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._get_prompt_logprobs_dict",
+        ("self", "hidden_states"),
+    ),
+    ("vllm.v1.worker.worker_base", "WorkerBase", ()),
+    ("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys", ("request",)),
+    (
+        "vllm.entrypoints.openai.models.serving",
+        "OpenAIServingModels.load_lora_adapter",
+        ("self", "request", "base_model_name"),
+    ),
+    (
+        "vllm.entrypoints.openai.models.serving",
+        "OpenAIServingModels._check_load_lora_adapter_request",
+        ("self", "request"),
+    ),
+    ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.resolve_lora", ("self", "lora_name")),
+    ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.show_available_models", ("self",)),
+    ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.model_name", ("self", "lora_request")),
+)
+
+
+def check() -> None:
+    """RuntimeError that names the first hook that is not where this version of xorz looks for it."""
+    for module, name, wanted in HOOKS:
+        try:
+            found: Any = importlib.import_module(module)
+        except ImportError as error:
+            raise RuntimeError(
+                f"xorz does not know this vLLM ({__version__}): no {module} ({error})"
+            ) from error
+        for part in name.split("."):
+            found = found.get(part) if isinstance(found, dict) else getattr(found, part, None)
+        if found is None:
+            raise RuntimeError(f"xorz does not know this vLLM ({__version__}): {module} has no {name}")
+        if wanted:
+            has = tuple(inspect.signature(found).parameters)
+            if has[: len(wanted)] != wanted:
+                takes = f"takes ({', '.join(has)}), not ({', '.join(wanted)})"
+                raise RuntimeError(f"xorz does not know this vLLM ({__version__}): {module}.{name} {takes}")
+    _check_cache_keys()
+
+
+def _check_cache_keys() -> None:
+    """That vLLM's prefix cache tells adapters apart by their names, which hold the digests of packages."""
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.core import kv_cache_utils
+
+    class Request:
+        def __init__(self, name: str) -> None:
+            self.lora_request = LoRARequest(name, 1, "/a.xorz")
+
+    first, second = (
+        kv_cache_utils._gen_lora_extra_hash_keys(Request(name)) for name in ("a@xorz-1", "a@xorz-2")
+    )
+    if first == second:
+        raise RuntimeError(
+            f"xorz does not know this vLLM ({__version__}): its prefix cache does not tell adapters apart by their names "
+            "(vllm.v1.core.kv_cache_utils._gen_lora_extra_hash_keys)"
+        )
+
+
+def refuse(why: RuntimeError) -> None:
+    """Make `--quantization xorz` say why it is not there; everybody else's engine is not touched."""
+    import logging
+
+    try:
+        from vllm.model_executor.layers.quantization import register_quantization_config
+        from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+    except ImportError:
+        logging.getLogger("vllm.xorz").warning("%s", why)
+        return
+
+    class Unknown(QuantizationConfig):
+        def __init__(self) -> None:
+            raise why
+
+        get_name = get_supported_act_dtypes = get_quant_method = lambda self, *args: None
+        get_min_capability = classmethod(lambda cls: 0)
+        get_config_filenames = staticmethod(lambda: [])
+        from_config = classmethod(lambda cls, config: cls())
+
+    register_quantization_config("xorz")(Unknown)

@@ -1,0 +1,185 @@
+"""Layers of a vLLM model that compute each row with its own tenant's weights.
+
+The quantization config `xorz` gives linear layers and embeddings methods that keep the raw base weight and call one op of
+xorz's; norms change their class, as modules do in `xorz.attach`. All of them read fixed tensors: a table of slots, and the
+tenant of each row, which the manager writes before a step. So graphs hold addresses and no tenant.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm import ir
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+
+F = nn.functional
+
+
+class Rows:
+    """Which tenant's slot each row is of, at fixed addresses; -1 is the base.
+
+    Attributes:
+        tokens: int32, of the rows that the model's layers see.
+        sampled: int32, of the rows that logits are computed from.
+        places: int64, as `tokens`, for tables whose last row is the base's.
+    """
+
+    def __init__(self, count: int, slots: int, device: torch.device) -> None:
+        """For at most `count` rows, all the base's."""
+        self.slots = slots
+        self.tokens = torch.full((count,), -1, dtype=torch.int32, device=device)
+        self.sampled = torch.full((count,), -1, dtype=torch.int32, device=device)
+        self.places = torch.full((count,), slots, dtype=torch.int64, device=device)
+        self.of_prompt: Tensor | None = None
+
+    def write(self, tokens: Tensor, sampled: Tensor) -> None:
+        """The rows of the next step; rows behind them, which a graph may compute for nothing, are the base's."""
+        for buffer, given in ((self.tokens, tokens), (self.sampled, sampled)):
+            buffer[: given.numel()].copy_(given)
+            buffer[given.numel() :].fill_(-1)
+        self.places[: tokens.numel()].copy_(torch.where(tokens < 0, self.slots, tokens))
+        self.places[tokens.numel() :].fill_(self.slots)
+
+    def for_logits(self, x: Tensor) -> Tensor:
+        """Of the rows of `x`: the sampled ones, or, while prompts are scored, those tokens that `x` is a view of."""
+        states = self.of_prompt
+        if states is None:
+            return self.sampled[: x.shape[0]]
+        if (
+            x.untyped_storage().data_ptr() != states.untyped_storage().data_ptr()
+            or x.stride() != states.stride()
+        ):
+            raise RuntimeError(
+                "xorz: logits of a prompt are computed from other rows than the model's own; their tenant is unknown"
+            )
+        start = (x.storage_offset() - states.storage_offset()) // states.stride(0)
+        return self.tokens[start : start + x.shape[0]]
+
+
+class Site:
+    """What one parameter's tenants are read from.
+
+    Attributes:
+        slots: int64 [s, 2], offset and length in the arena, of a matrix.
+        table: [s + 1, n], the tenants' own vectors and, last, the base's, of a bias or a norm.
+    """
+
+    def __init__(self, arena: Tensor, rows: Rows, mode: str) -> None:
+        """Serves nothing yet."""
+        self.arena, self.rows, self.mode = arena, rows, mode
+        self.slots: Tensor | None = None
+        self.table: Tensor | None = None
+
+
+def _product(
+    layer: nn.Module, x: Tensor, bias: Tensor | None, rows: Callable[[Site, Tensor], Tensor]
+) -> Tensor:
+    site: Site | None = getattr(layer, "xorz_weight", None)
+    if site is None:
+        return F.linear(x, layer.weight, bias)
+    own: Site | None = getattr(layer, "xorz_bias", None)
+    biases = None
+    if bias is not None:
+        biases = own.table if own is not None else bias.expand(site.slots.size(0) + 1, -1)
+    return torch.ops.xorz.delta_linear_grouped(
+        x, layer.weight, biases, site.arena, site.slots, rows(site, x), mode=site.mode
+    )
+
+
+def _of_tokens(site: Site, x: Tensor) -> Tensor:
+    return site.rows.tokens[: x.shape[0]]
+
+
+def _of_logits(site: Site, x: Tensor) -> Tensor:
+    return site.rows.for_logits(x)
+
+
+class XorzLinearMethod(UnquantizedLinearMethod):
+    """y = x W^T + b, each row with its tenant's W and b."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Keeps the words: some backends would repack them, and drop the original."""
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` is [rows, k], a row for each token of the step."""
+        return _product(layer, x, bias, _of_tokens)
+
+
+class XorzEmbeddingMethod(UnquantizedEmbeddingMethod):
+    """Rows of a table, each its tenant's; and logits, from a table that is tied or a head of its own."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """As `XorzLinearMethod`."""
+
+    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
+        """`input_` holds one id for each token of the step."""
+        site: Site | None = getattr(layer, "xorz_weight", None)
+        if site is None:
+            return F.embedding(input_, layer.weight)
+        rows = site.rows.tokens[: input_.shape[0]]
+        return torch.ops.xorz.delta_embedding(input_, layer.weight, site.arena, site.slots, rows)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` holds the rows that are sampled from."""
+        return _product(layer, x, bias, _of_logits)
+
+
+class XorzConfig(QuantizationConfig):
+    """`--quantization xorz`: not a quantization, but vLLM's way to let a plugin have the layers."""
+
+    def get_name(self) -> str:
+        """`xorz`."""
+        return "xorz"
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """What `delta_linear_grouped` computes in."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """None is asked for."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """No file of its own."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "XorzConfig":
+        """It has no settings; those of the plugin are in vLLM's `additional_config`."""
+        return cls()
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """Linear layers and embeddings; everything else stays as it is."""
+        if isinstance(layer, LinearBase):
+            return XorzLinearMethod()
+        if isinstance(layer, VocabParallelEmbedding):
+            return XorzEmbeddingMethod()
+        return None
+
+
+class XorzRMSNorm(RMSNorm):
+    """A norm whose weight is each row's tenant's: vLLM's own formula, with a weight for each row."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """`x` is [rows, n], or [rows, heads, n]."""
+        site: Site = self.xorz_weight
+        weight = site.table.index_select(0, site.rows.places[: x.shape[0]])
+        if x.dim() == 3:
+            weight = weight.unsqueeze(1)
+        if residual is None:
+            return _NORM(x, weight, self.variance_epsilon, self.variance_size_override)
+        return _ADD_NORM(x, residual, weight, self.variance_epsilon, self.variance_size_override)
+
+
+# The formulas that the other implementations must equal, which take a weight of any shape that broadcasts.
+_NORM = ir.ops.rms_norm.impls["native"].impl_fn
+_ADD_NORM = ir.ops.fused_add_rms_norm.impls["native"].impl_fn

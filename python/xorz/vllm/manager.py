@@ -1,0 +1,411 @@
+"""vLLM's adapters, served from xorz's arena: which packages are resident, and which slot each has in the running step.
+
+vLLM decides: what is loaded and dropped (`--max-cpu-loras`), which adapters a step may have (`--max-loras`), and which is of
+which row. A resident adapter lies in the arena, whole; giving it a slot writes offsets and small vectors, and copies no delta.
+"""
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vllm.logger import init_logger
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import AdapterLRUCache, LRUCacheLoRAModelManager
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.layernorm import RMSNorm
+
+from ..arena import Arena
+from ..tenants import _address_space, _bytes
+from .layers import Rows, Site, XorzConfig, XorzEmbeddingMethod, XorzLinearMethod, XorzRMSNorm
+from .packages import Checkpoint, Loader, Prepared, is_package, split_name
+from .plan import plan
+
+logger = init_logger("vllm.xorz")
+
+_KEPT_OPEN = 256
+"""Packages that stay open when vLLM drops their adapters, so that it can take them back whatever became of the name."""
+
+_MOST_AHEAD = 16
+"""Packages that are read, or have been, before the engine takes them."""
+
+
+@dataclass
+class Settings:
+    """`--additional-config '{"xorz": {...}}'`.
+
+    Attributes:
+        mode: of every product, as in `xorz.attach`.
+        prefer: what packages are encoded for on loading, as there.
+        memory: bytes that adapters may take, or such as "8 GiB"; None is the machine's.
+    """
+
+    mode: str = "fast"
+    prefer: str | None = "speed"
+    memory: int | str | None = None
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> "Settings":
+        """ValueError for what there is not."""
+        extra = vllm_config.additional_config
+        given = extra.get("xorz", {}) if isinstance(extra, dict) else {}
+        unknown = set(given) - {"mode", "prefer", "memory"}
+        if unknown:
+            raise ValueError(
+                f"xorz: additional_config has xorz.{min(unknown)}; there are mode, prefer and memory"
+            )
+        out = cls(**given)
+        if out.mode not in ("fast", "deterministic", "exact"):
+            raise ValueError(f"xorz: mode must be one of fast, deterministic, exact, but is {out.mode!r}")
+        if out.prefer not in (None, "speed", "memory"):
+            raise ValueError(f'xorz: prefer must be "speed", "memory" or null, but is {out.prefer!r}')
+        _bytes(out.memory)
+        return out
+
+
+class Adapter(LoRAModel):
+    """One package, resident: where its deltas lie in the arena, by site, and its vectors."""
+
+    def __init__(self, number: int, name: str, prepared: Prepared | None) -> None:
+        """Not resident before the manager has placed it; `prepared` None is a warm-up's, which changes nothing."""
+        super().__init__(number, 1, {})
+        self.name, self.prepared = name, prepared
+        self.places: Tensor | None = None
+        self.pieces: list[tuple[int, int]] = []
+        self.values: dict[str, Tensor] = {}
+
+    def clone(self, lora_model_id: int) -> "Adapter":
+        """Of a warm-up's."""
+        return Adapter(lora_model_id, self.name, self.prepared)
+
+
+class _Resident(AdapterLRUCache):
+    """Resident adapters; whichever way one leaves, its memory is given back."""
+
+    def __init__(
+        self, capacity: int, deactivate: Callable[[int], object], free: Callable[[Adapter], None]
+    ) -> None:
+        super().__init__(capacity, deactivate)
+        self._free = free
+
+    def _on_remove(self, key: int, value: Adapter | None) -> None:
+        super()._on_remove(key, value)
+        if value is not None:
+            self._free(value)
+
+
+class XorzManager(LRUCacheLoRAModelManager):
+    """Slots, rows and the arena of one model."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's; ValueError for engines that cannot be served."""
+        self._vllm_config = kwargs["vllm_config"]
+        _check_engine(self._vllm_config, kwargs["device"])
+        self.settings = Settings.of(self._vllm_config)
+        super().__init__(*args, **kwargs)
+
+    def _create_lora_modules(self) -> None:
+        """Instead of wrapping modules: a site for each parameter that can be served by rows."""
+        self._registered_adapters = _Resident(self.capacity, self.deactivate_adapter, self._free)
+        self.arena = Arena(_bytes(self.settings.memory) or _address_space())
+        rows = max(self.max_num_batched_tokens, self.max_num_seqs)
+        self.row_map = Rows(rows, self.lora_slots, self.device)
+        self.matrices: list[str] = []
+        self.vectors: dict[str, Site] = {}
+        self.params = {name: param.data for name, param in self.model.named_parameters()}
+        names = {id(param): name for name, param in self.model.named_parameters()}
+        found: dict[str, list[tuple[nn.Module, str]]] = {}
+        for _, module in self.model.named_modules():
+            for attribute in _served(module):
+                param = module._parameters[attribute]
+                found.setdefault(names[id(param)], []).append((module, attribute))
+        matrices = [name for name in found if self.params[name].dim() == 2]
+        self.matrices = matrices
+        self.offsets = torch.zeros(len(matrices), self.lora_slots, 2, dtype=torch.int64, device=self.device)
+        for name, users in found.items():
+            site = Site(self.arena.tensor, self.row_map, self.settings.mode)
+            if name in matrices:
+                site.slots = self.offsets[matrices.index(name)]
+            else:
+                site.table = self.params[name].expand(self.lora_slots + 1, -1).clone()
+                self.vectors[name] = site
+            for module, attribute in users:
+                setattr(module, f"xorz_{attribute}", site)
+                if type(module) is RMSNorm:
+                    module.__class__ = XorzRMSNorm
+        self.loader = self._make_loader()
+
+    def _make_loader(self) -> Loader:
+        """Now, before anything is served: the model's own loader is run, on parameters without data."""
+        base = Checkpoint(_folder(self._vllm_config))
+        began = time.perf_counter()
+        kinds = dict.fromkeys(self.matrices, "delta") | dict.fromkeys(self.vectors, "value")
+        followed = plan(self.model, base.tensors)
+        logger.info("xorz: %s", _summary(followed.refused, len(base.tensors), time.perf_counter() - began))
+        return Loader(base, followed, self.params, kinds, self.settings.prefer)
+
+    # What vLLM calls.
+
+    def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> Adapter:
+        """For warm-up."""
+        return Adapter(lora_id, "warm-up", None)
+
+    def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
+        """Any will do."""
+        return default_rank
+
+    def _build_moe_ep_load_spec(self) -> None:
+        return None
+
+    def _add_adapter(self, lora: Adapter) -> None:
+        """Make it resident; nothing is left behind if that fails."""
+        prepared = lora.prepared or Prepared()
+        places = torch.zeros(len(self.matrices), 2, dtype=torch.int64)
+        index = {name: i for i, name in enumerate(self.matrices)}
+        try:
+            for name, delta in prepared.deltas.items():
+                offset = self._allocate(delta.numel(), lora, prepared)
+                lora.pieces.append((offset, delta.numel()))
+                self.arena.write(offset, delta)
+                places[index[name]] = torch.tensor((offset, delta.numel()))
+        except BaseException:
+            self._free(lora)
+            raise
+        lora.places, lora.values, lora.prepared = places.to(self.device), prepared.values, None
+        self._registered_adapters[lora.id] = lora
+
+    def _allocate(self, length: int, lora: Adapter, prepared: Prepared) -> int:
+        """Memory for a delta; the least recently used adapters make room, but not for what can never fit."""
+        while True:
+            try:
+                return self.arena.allocate(length)
+            except MemoryError as error:
+                if prepared.bytes > self.arena.capacity or not self.remove_oldest_adapter():
+                    name = split_name(lora.name)[0]
+                    raise ValueError(
+                        f"xorz: {name!r} takes {prepared.bytes:,} bytes of the {self.arena.capacity:,} that xorz.memory "
+                        f"gives all: {error}"
+                    ) from None
+
+    def _free(self, lora: Adapter) -> None:
+        for offset, length in lora.pieces:
+            self.arena.free(offset, length)
+        lora.pieces = []
+
+    def _deactivate_adapter(self, lora_id: int) -> None:
+        """Take its slot back; nothing points at memory that may be free."""
+        if lora_id in self.lora_index_to_id:
+            self.offsets[:, self.lora_index_to_id.index(lora_id)] = 0
+        super()._deactivate_adapter(lora_id)
+
+    def remove_all_adapters(self) -> None:
+        """As vLLM's, and their memory is free."""
+        for lora in self._registered_adapters.cache.values():
+            self._free(lora)
+        self.offsets.zero_()
+        super().remove_all_adapters()
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        """Give it a slot: the offsets of its deltas, and its vectors."""
+        if lora_id in self._active_adapters:
+            self._active_adapters.touch(lora_id)
+            return False
+        if len(self._active_adapters) >= self.lora_slots:
+            self._active_adapters.remove_oldest()
+        slot = self.lora_index_to_id.index(None)
+        lora = self._registered_adapters[lora_id]
+        self.offsets[:, slot] = lora.places
+        for name, site in self.vectors.items():
+            site.table[slot] = lora.values.get(name, site.table[-1])
+        self._active_adapters[lora_id] = None
+        self.lora_index_to_id[slot] = lora_id
+        return True
+
+    def _set_adapter_mapping(self, mapping: Any) -> None:
+        """The rows of the next step."""
+        tokens, sampled = (self._slots_of(ids) for ids in (mapping.index_mapping, mapping.prompt_mapping))
+        self.row_map.write(tokens, sampled)
+
+    def _slots_of(self, ids: Any) -> Tensor:
+        """Slots of adapters' numbers, 0 being the base; RuntimeError for one that has no slot."""
+        given = np.asarray(ids, dtype=np.int64)
+        out = np.full(given.shape, -1, dtype=np.int32)
+        known = given <= 0
+        for slot, number in enumerate(self.lora_index_to_id):
+            if number is not None:
+                mine = given == number
+                out[mine] = slot
+                known |= mine
+        if not known.all():
+            raise RuntimeError(f"xorz: a row is of adapter {given[~known][0]}, which has no slot")
+        return torch.from_numpy(out)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: "base" (this process's parameters), "deltas" (of resident adapters), "copies" (vectors), and their "total"."""
+        base = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.params.values()}
+        tables = sum(site.table.nbytes for site in self.vectors.values())
+        own = sum(v.nbytes for lora in self._registered_adapters.cache.values() for v in lora.values.values())
+        out = {"base": sum(base.values()), "deltas": self.arena.used, "copies": tables + own}
+        return {**out, "total": sum(out.values())}
+
+
+def _served(module: nn.Module) -> list[str]:
+    """The parameters of a module that are served by rows."""
+    method = getattr(module, "quant_method", None)
+    if isinstance(method, (XorzLinearMethod, XorzEmbeddingMethod)):
+        names = ["weight"]
+        # A bias that vLLM adds elsewhere would be the base's for everyone.
+        if not getattr(module, "skip_bias_add", False):
+            names.append("bias")
+    elif type(module) is RMSNorm:
+        names = ["weight"]
+    else:
+        return []
+    return [name for name in names if isinstance(module._parameters.get(name), nn.Parameter)]
+
+
+def _check_engine(config: Any, device: Any) -> None:
+    """ValueError, by name, for what was never seen to be served right, or would give layers other rows than the step's."""
+    parallel, model = config.parallel_config, config.model_config
+    unfit = {
+        "quantization must be xorz (--quantization xorz)": not isinstance(config.quant_config, XorzConfig),
+        f"device {device} is not served yet; the CPU is": torch.device(device).type != "cpu",
+        "pipeline parallelism is not served": parallel.pipeline_parallel_size > 1,
+        "context parallelism is not served": parallel.prefill_context_parallel_size > 1
+        or parallel.decode_context_parallel_size > 1,
+        "expert parallelism is not served": parallel.enable_expert_parallel,
+        "dual batch overlap is not served": parallel.enable_dbo,
+        "speculative decoding is not served": config.speculative_config is not None,
+        "fast prefill of shared keys and values is not served": config.cache_config.kv_sharing_fast_prefill,
+        "pooling models are not served": model.runner_type != "generate",
+        "MLA, whose weights are multiplied into each other, is not served": model.use_mla,
+        "multimodal models are not served": model.is_multimodal_model,
+        "models of encoder and decoder are not served": model.is_encoder_decoder,
+    }
+    for text, is_so in unfit.items():
+        if is_so:
+            raise ValueError(f"xorz: {text}")
+
+
+def _folder(config: Any) -> str:
+    """Where the base lies on disk."""
+    model = config.model_config.model
+    if os.path.isdir(model):
+        return model
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(model, revision=config.model_config.revision, local_files_only=True)
+
+
+def _summary(refused: dict[str, str], count: int, seconds: float) -> str:
+    text = f"followed {count - len(refused)} of {count} tensors of the base into the model in {seconds:.2f} s"
+    return text + "".join(
+        f"; changes of `{name}` would be refused: {why}" for name, why in list(refused.items())[:4]
+    )
+
+
+class XorzWorkerManager(LRUCacheWorkerLoRAManager):
+    """Loads packages where vLLM loads adapters; those that were asked for ahead, in a thread of its own."""
+
+    _manager_cls = XorzManager
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's."""
+        super().__init__(*args, **kwargs)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="xorz-reader")
+        self._ahead: OrderedDict[str, Future[Prepared]] = OrderedDict()
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._opening = threading.Lock()
+
+    def prefetch(self, adapter: str, path: str) -> None:
+        """Begin to read a package; `add_adapter` of that name takes what was read."""
+        if adapter not in self._ahead:
+            self._ahead[adapter] = self._reader.submit(self._read, adapter, path)
+        if len(self._ahead) > _MOST_AHEAD:
+            # Asked for by somebody who has gone since.
+            self._ahead.popitem(last=False)[1].cancel()
+
+    def prefetched(self, adapter: str) -> str | None:
+        """None while it is read, "" when it has been, or what is wrong; an unfit one is forgotten."""
+        found = self._ahead.get(adapter)
+        if found is None:
+            return "too many packages are being loaded at once"
+        if not found.done():
+            return None
+        error = found.exception()
+        if error is None:
+            return ""
+        del self._ahead[adapter]
+        return str(error)
+
+    def add_adapter(self, adapter_request: LoRARequest) -> bool:
+        """As vLLM's, which goes by numbers; two names may not have one."""
+        found = self._adapter_manager._registered_adapters.cache.get(adapter_request.lora_int_id)
+        if found is not None and found.name != adapter_request.lora_name:
+            raise ValueError(
+                f"xorz: adapter {adapter_request.lora_name!r} has the number {found.id} of {found.name!r}, which is loaded"
+            )
+        return super().add_adapter(adapter_request)
+
+    def _load_adapter(self, lora_request: LoRARequest) -> Adapter:
+        """What vLLM calls; ValueError says what is wrong with the package, by name."""
+        name, path = lora_request.lora_name, lora_request.lora_path
+        ahead = self._ahead.pop(name, None)
+        if lora_request.load_inplace:
+            raise ValueError(
+                f"xorz: {path}: load_inplace would mix two fine-tunes' keys and values in the cache"
+            )
+        prepared = self._read(name, path) if ahead is None else ahead.result()
+        return Adapter(lora_request.lora_int_id, name, prepared)
+
+    def _read(self, adapter: str, path: str) -> Prepared:
+        began = time.perf_counter()
+        name, content = split_name(adapter)
+        try:
+            if content is None:
+                unnamed = "has no digest in its name; make it with xorz.vllm.request"
+                what = unnamed if is_package(path) else "is no .xorz package"
+                raise ValueError(f"this engine serves xorz packages, and this adapter {what}")
+            with torch.inference_mode():
+                prepared = self._adapter_manager.loader.load(self._held(adapter, path), content)
+        except (
+            ArithmeticError,
+            LookupError,
+            MemoryError,
+            OSError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise ValueError(f"xorz: {name!r} ({path}): {self._let_go(adapter, path, error)}") from error
+        seconds = time.perf_counter() - began
+        logger.info("xorz: read %s in %.2f s; %d bytes in memory", path, seconds, prepared.bytes)
+        return prepared
+
+    def _held(self, adapter: str, path: str) -> str:
+        """The package as it was when the adapter was first read, though its name be another file's by now."""
+        with self._opening:
+            if adapter not in self._open:
+                self._open[adapter] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                while len(self._open) > _KEPT_OPEN:
+                    os.close(self._open.popitem(last=False)[1])
+            self._open.move_to_end(adapter)
+            return f"/proc/self/fd/{self._open[adapter]}"
+
+    def _let_go(self, adapter: str, path: str, error: BaseException) -> str:
+        """What is wrong, in the caller's words; a file that was unfit may be mended."""
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        with self._opening:
+            descriptor = self._open.pop(adapter, None)
+        if descriptor is not None:
+            os.close(descriptor)
+            text = text.replace(f"/proc/self/fd/{descriptor}", path)
+        return text

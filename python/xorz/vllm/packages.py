@@ -1,0 +1,261 @@
+"""Packages as vLLM's adapters: what they are called, and what each parameter of a model needs of them.
+
+An adapter's name ends in a digest of its package, `alice@xorz-1f0e...`. vLLM tells adapters apart by name, in batches as in
+its prefix cache: so a package that is published anew under the same path is another adapter, and no key or value that its
+predecessor computed can be taken for its own. Clients say `alice`; `serving` translates.
+"""
+
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _core, _ops, checkpoint
+from .plan import Piece, Plan
+
+_NAMED = re.compile(r"(?P<name>.+)@xorz-(?P<digest>[0-9a-f]{32})")
+_LONGEST_HEADER = 100_000_000  # src/package/SPEC.md
+
+
+def is_package(path: Any) -> bool:
+    """Whether a path is meant as a package: it ends in `.xorz`."""
+    return os.fspath(path).endswith(".xorz")
+
+
+def digest(path: Any) -> str:
+    """32 hexadecimal digits that stand for a package's content: of its header, which holds the digests of all the rest.
+
+    Raises:
+        OSError: it cannot be read; ValueError: it is not a package, or it was cut.
+    """
+    checkpoint.inspect(path)
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _LONGEST_HEADER + 1
+        header = file.read(min(length, _LONGEST_HEADER + 1))
+    if len(header) != length:
+        raise ValueError(f"{os.fspath(path)} is not a xorz package: its header is cut")
+    return hashlib.sha256(start + header).hexdigest()[:32]
+
+
+def named(name: str, content: str) -> str:
+    """The adapter's name of a tenant and its package's digest."""
+    return f"{name}@xorz-{content}"
+
+
+def split_name(adapter: str) -> tuple[str, str | None]:
+    """The tenant's name and the digest of its package; None for adapters that are not named so."""
+    found = _NAMED.fullmatch(adapter)
+    return (found["name"], found["digest"]) if found else (adapter, None)
+
+
+class Checkpoint:
+    """The base as it lies on disk: dtypes and shapes by name, and words, mapped and not read before they are used."""
+
+    def __init__(self, folder: Any) -> None:
+        """OSError or ValueError if `folder` holds no safetensors files."""
+        from safetensors import safe_open
+
+        self.folder = Path(folder)
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            found = (p.name for p in self.folder.glob("*.safetensors"))
+            names = sorted(n for n in found if not n.startswith("consolidated"))
+        if not names:
+            raise ValueError(f"{self.folder} holds no safetensors files, which the base must be in")
+        self._open: dict[str, Any] = {}
+        self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for name in names:
+            # As numpy would map it: torch's storages are mapped whole, and copied on write only.
+            file = safe_open(self.folder / name, framework="pt", device="cpu")
+            for key in file.keys():
+                view = file.get_slice(key)
+                dtype = _core.DTYPE_OF_NAME.get(view.get_dtype())
+                if dtype is not None:
+                    self.tensors[key] = (dtype, tuple(view.get_shape()))
+                    self._open[key] = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor's words."""
+        return self._open[name].get_tensor(name)
+
+
+@dataclass
+class Prepared:
+    """What one package changes, by parameter.
+
+    Attributes:
+        deltas: parameter -> resident delta of this process's part of it.
+        values: parameter -> this process's part of the fine-tuned vector.
+    """
+
+    deltas: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory."""
+        return sum(-(-d.numel() // 64) * 64 for d in self.deltas.values()) + sum(
+            v.nbytes for v in self.values.values()
+        )
+
+
+@dataclass
+class Loader:
+    """Turns packages into what this process's part of a model needs; no dense fine-tuned matrix is made.
+
+    Attributes:
+        base: the checkpoint that the model was loaded from.
+        plan: how its tensors make up the parameters.
+        params: parameter -> its words, as they are served.
+        kinds: parameter -> "delta" or "value"; others cannot be served, `why` says so.
+        prefer: what deltas are encoded for; None takes what packages hold.
+    """
+
+    base: Checkpoint
+    plan: Plan
+    params: Mapping[str, Tensor]
+    kinds: Mapping[str, str]
+    prefer: str | None
+    _proved: set[str] = field(default_factory=set)
+
+    def load(self, path: Any, wanted: str) -> Prepared:
+        """Read the package at `path`, whose digest must be `wanted`.
+
+        Raises:
+            OSError; ValueError: damaged, republished, of another base (tensor and digests are named), or it changes what
+                cannot be served (named); KeyError: the base lacks a tensor of it.
+        """
+        found = digest(path)
+        if found != wanted:
+            raise ValueError(
+                f"the package was changed since it was named: its digest is {found}, but {wanted} is wanted"
+            )
+        description = checkpoint.inspect(path)
+        changed = self._changed(description)
+        loaded = checkpoint.load_deltas(self.base.folder, path, prefer=self.prefer)
+        out = Prepared()
+        affected = dict.fromkeys(param for name in changed for param in self.plan.users[name])
+        for param in affected:
+            pieces = self.plan.pieces[param]
+            self._prove(param, pieces)
+            if self.kinds.get(param) == "value":
+                out.values[param] = self._value(param, pieces, loaded)
+            else:
+                out.deltas[param] = self._delta(param, pieces, loaded, changed)
+        return out
+
+    def _changed(self, description: dict[str, Any]) -> set[str]:
+        """Checkpoint tensors that differ; ValueError if one cannot be served."""
+        entries = {entry["name"]: entry for entry in description["entries"]}
+        for name in description["removed_names"]:
+            if name in self.plan.users:
+                raise ValueError(f"tensor `{name}` is not in the fine-tune, and the model needs it")
+        changed = set()
+        for name, entry in entries.items():
+            if entry["same"]:
+                # Tied to another one: all right where the model reads that alone.
+                if name in self.plan.users:
+                    raise ValueError(f"tensor `{name}` is tied to `{entry['same']}` in the fine-tune alone")
+                continue
+            if entry["base"] is None:
+                raise ValueError(
+                    f"tensor `{name}` is stored alone, as {entry['dtype']} {entry['shape']}; vLLM serves one shape"
+                )
+            if entry["base_name"] not in (None, name):
+                raise ValueError(
+                    f"tensor `{name}` is a delta of `{entry['base_name']}`: the fine-tune has untied or renamed it"
+                )
+            if entry["changed"]:
+                self._check_served(name)
+                changed.add(name)
+        return changed
+
+    def _check_served(self, name: str) -> None:
+        if name not in self.base.tensors:
+            raise KeyError(f"the base has no tensor `{name}`, which the fine-tune changes")
+        why = self.plan.refused.get(name)
+        if why is not None:
+            raise ValueError(f"tensor `{name}` is changed, and cannot be served: {why}")
+        for param in self.plan.users[name]:
+            if param not in self.kinds:
+                raise ValueError(
+                    f"tensor `{name}` is changed, and nothing serves the model's `{param}` by rows"
+                )
+
+    def _prove(self, param: str, pieces: list[Piece]) -> None:
+        """That the model computes with the checkpoint's very words, once: what is done to weights after loading is unseen."""
+        if param in self._proved:
+            return
+        served = _matrix(self.params[param])
+        for piece in pieces:
+            stored = _cut(_matrix(self.base[piece.name]), piece.rows, piece.cols)
+            if not torch.equal(_words(stored), _words(_cut(served, piece.to_rows, piece.to_cols))):
+                raise ValueError(
+                    f"parameter `{param}` is not made of the words of `{piece.name}` in {self.base.folder}: vLLM has repacked "
+                    "or replaced it after loading, and it cannot be served"
+                )
+        self._proved.add(param)
+
+    def _value(self, param: str, pieces: list[Piece], loaded: Mapping[str, Tensor]) -> Tensor:
+        out = self.params[param].detach().clone()
+        for piece in pieces:
+            base = self.base[piece.name]
+            tuned = _ops.delta_restore(base, loaded[piece.name]) if piece.name in loaded else base
+            out[slice(*piece.to_rows)] = tuned[slice(*piece.rows)]
+        return out
+
+    def _delta(
+        self, param: str, pieces: list[Piece], loaded: Mapping[str, Tensor], changed: set[str]
+    ) -> Tensor:
+        weight = self.params[param].detach()
+        parts, bases = [], []
+        for piece in pieces:
+            base = weight[slice(*piece.to_rows)]
+            parts.append(self._part(piece, loaded[piece.name]) if piece.name in changed else _unchanged(base))
+            bases.append(base)
+        covered = pieces[-1].to_rows[1]
+        if covered < weight.size(0):
+            bases.append(weight[covered:])
+            parts.append(_unchanged(bases[-1]))
+        return parts[0] if len(parts) == 1 else _ops.delta_concat(parts, bases, 0)
+
+    def _part(self, piece: Piece, delta: Tensor) -> Tensor:
+        """The delta of the rows and columns that are this process's."""
+        _dtype, (n, k) = self.base.tensors[piece.name]
+        if piece.rows != (0, n):
+            whole = self.base[piece.name]
+            delta = _ops.delta_slice(delta, whole, 0, *piece.rows)
+        if piece.cols != (0, k):
+            rows = self.base[piece.name][slice(*piece.rows)]
+            delta = _ops.delta_slice(delta, rows, 1, *piece.cols)
+        return delta
+
+
+def _unchanged(base: Tensor) -> Tensor:
+    return _ops.delta_encode(base, base)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1, 1) if tensor.dim() < 2 else tensor.detach()
+
+
+def _cut(tensor: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
+    return tensor[slice(*rows), slice(*cols)]
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """Bits, for comparing: NaN is equal to itself."""
+    return tensor.contiguous().view(
+        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    )

@@ -1,0 +1,133 @@
+"""The OpenAI server: clients say `alice`, and load her package by its path; the engine knows her as `alice@xorz-DIGEST`.
+
+A package is looked at here, then read and checked against the base by the workers, in a thread beside the engine's loop,
+which goes on serving; only what has turned out to be whole and to fit is handed to the engine.
+"""
+
+import asyncio
+import functools
+import os
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+
+from . import layers, request
+from .packages import is_package, split_name
+
+logger = init_logger("vllm.xorz")
+
+FOLDER = "XORZ_VLLM_PACKAGES"
+"""Environment variable: a folder whose `alice.xorz` is loaded when a client first asks for the model `alice`."""
+
+_POLL_SECONDS = 0.02
+
+
+def install() -> None:
+    """Take hold of the routes that load adapters and that show their names."""
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels as Models
+
+    Models.load_lora_adapter = _loading(Models.load_lora_adapter)
+    Models.model_name = _plain_name(Models.model_name)
+    Models.show_available_models = _plain_names(Models.show_available_models)
+    Models.resolve_lora = _resolving(Models.resolve_lora)
+
+
+async def prefetch(engine: Any, adapter: str, path: str) -> None:
+    """Have every worker read a package, beside its loop; ValueError with what is wrong with it."""
+    await engine.collective_rpc("xorz_prefetch", args=(adapter, path))
+    while True:
+        answers = await engine.collective_rpc("xorz_prefetched", args=(adapter,))
+        wrong = [answer for answer in answers if answer]
+        if wrong:
+            raise ValueError(wrong[0])
+        if all(answer == "" for answer in answers):
+            return
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+def _ours(self: Any) -> bool:
+    config = getattr(self.engine_client, "vllm_config", None)
+    return isinstance(getattr(config, "quant_config", None), layers.XorzConfig)
+
+
+def _loading(plain: Any) -> Any:
+    @functools.wraps(plain)
+    async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
+        if not (_ours(self) and is_package(request.lora_path)):
+            return await plain(self, request, base_model_name)
+        name = request.lora_name
+        async with self.lora_resolver_lock[name]:
+            refused = await self._check_load_lora_adapter_request(request)
+            if refused is not None:
+                return refused
+            try:
+                lora = await _load(self, name, request.lora_path)
+            except OSError as error:
+                return _error(f"xorz: {name!r}: {error}", "NotFoundError", HTTPStatus.NOT_FOUND)
+            except Exception as error:
+                # vLLM shows clients no paths; who is meant, they know by the name.
+                return _error(f"xorz: {name!r}: {error}", "BadRequestError", HTTPStatus.BAD_REQUEST)
+            if base_model_name is not None and self.is_base_model(base_model_name):
+                lora.base_model_name = base_model_name
+            # With load_inplace: a new adapter takes the name; requests that run keep the old one.
+            self.lora_requests[name] = lora
+            logger.info("xorz: loaded %r from %s as %s", name, request.lora_path, lora.lora_name)
+            return f"Success: LoRA adapter '{name}' added successfully."
+
+    return load_lora_adapter
+
+
+async def _load(self: Any, name: str, path: str) -> LoRARequest:
+    lora = await asyncio.to_thread(request, name, path)
+    await prefetch(self.engine_client, lora.lora_name, path)
+    await self.engine_client.add_lora(lora)
+    return lora
+
+
+def _resolving(plain: Any) -> Any:
+    """A tenant that nobody has loaded is looked for in the folder of packages."""
+
+    @functools.wraps(plain)
+    async def resolve_lora(self: Any, lora_name: str) -> Any:
+        folder, fits = os.environ.get(FOLDER), "/" not in lora_name and not lora_name.startswith(".")
+        if lora_name not in self.lora_requests and folder and fits and _ours(self):
+            path = Path(folder) / f"{lora_name}.xorz"
+            if await asyncio.to_thread(path.is_file):
+                from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+                wanted = LoadLoRAAdapterRequest(lora_name=lora_name, lora_path=str(path))
+                answer = await self.load_lora_adapter(wanted)
+                # Another client's request may have been first; then it is there.
+                if lora_name not in self.lora_requests:
+                    return answer
+        return await plain(self, lora_name)
+
+    return resolve_lora
+
+
+def _error(message: str, kind: str, status: HTTPStatus) -> Any:
+    from vllm.entrypoints.serve import create_error_response
+
+    return create_error_response(message=message, err_type=kind, status_code=status)
+
+
+def _plain_name(plain: Any) -> Any:
+    @functools.wraps(plain)
+    def model_name(self: Any, *args: Any, **kwargs: Any) -> str:
+        return split_name(plain(self, *args, **kwargs))[0]
+
+    return model_name
+
+
+def _plain_names(plain: Any) -> Any:
+    @functools.wraps(plain)
+    async def show_available_models(self: Any) -> Any:
+        out = await plain(self)
+        for card in out.data:
+            card.id = split_name(card.id)[0]
+        return out
+
+    return show_available_models

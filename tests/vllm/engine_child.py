@@ -1,0 +1,62 @@
+"""An engine in a process of its own, for settings that cannot share one: what it says, as JSON on the last line.
+
+    engine_child.py BASE SETTINGS [NAME=PACKAGE]...     SETTINGS: JSON; "compile": true turns torch.compile on
+
+vLLM turns torch.compile off for every engine with adapters on the CPU. With "compile" that one line of its platform is undone,
+here in the test, to see the graphs that a GPU's engine would trace.
+"""
+
+import json
+import os
+import sys
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+import engines
+import xorz.vllm
+
+
+def compiling():
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    plain = CpuPlatform.check_and_update_config.__func__
+
+    def check(cls, config):
+        plain(cls, config)
+        if config.model_config is not None:
+            config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
+            config.compilation_config.backend = "inductor"
+
+    CpuPlatform.check_and_update_config = classmethod(check)
+
+
+def main():
+    base, settings = sys.argv[1], json.loads(sys.argv[2])
+    named = dict(word.split("=", 1) for word in sys.argv[3:])
+    compiled = settings.pop("compile", False)
+    if compiled:
+        compiling()
+        settings["enforce_eager"] = False
+    llm = engines.engine(base, **settings)
+    adapters = {None: None} | {name: xorz.vllm.load(llm, name, package) for name, package in named.items()}
+    rounds = []
+    names = list(adapters)
+    for _ in range(
+        2
+    ):  # the second after every slot has changed hands, where there are more tenants than slots
+        llm.reset_prefix_cache()
+        prompts = [p for _ in names for p in engines.PROMPTS]
+        got = engines.ask(llm, prompts, [adapters[n] for n in names for _ in engines.PROMPTS])
+        rounds.append([[s.tokens, s.logprob] for s in got])
+    out = {"rounds": rounds, "memory": llm.collective_rpc("xorz_memory")}
+    if compiled:
+        from torch._dynamo.utils import counters
+
+        out["graphs"] = dict(counters["stats"])
+        out["breaks"] = dict(counters["graph_break"])
+    print("\n" + json.dumps(out), flush=True)
+    engines.stop(llm)
+
+
+if __name__ == "__main__":
+    main()

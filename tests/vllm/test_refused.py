@@ -1,0 +1,156 @@
+"""Promise: what cannot be served is refused by name: engines when they start, and loaders that do more with a tensor than to
+cut and copy it when a package changes that tensor.
+"""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from xorz.vllm.layers import XorzConfig
+from xorz.vllm.manager import Settings, _check_engine
+from xorz.vllm.plan import plan
+
+
+def config(**changed):
+    """What an engine that is served looks like, and what is not."""
+    out = SimpleNamespace(
+        quant_config=XorzConfig(),
+        speculative_config=None,
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1,
+            prefill_context_parallel_size=1,
+            decode_context_parallel_size=1,
+            enable_expert_parallel=False,
+            enable_dbo=False,
+        ),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+        model_config=SimpleNamespace(
+            runner_type="generate", use_mla=False, is_multimodal_model=False, is_encoder_decoder=False
+        ),
+    )
+    for path, value in changed.items():
+        owner, *parts = out, *path.split("__")
+        for part in parts[:-1]:
+            owner = getattr(owner, part)
+        assert hasattr(owner, parts[-1])
+        setattr(owner, parts[-1], value)
+    return out
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"quant_config": None}, "quantization must be xorz"),
+        ({"speculative_config": object()}, "speculative"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "context"),
+        ({"parallel_config__enable_expert_parallel": True}, "expert"),
+        ({"parallel_config__enable_dbo": True}, "dual batch"),
+        ({"cache_config__kv_sharing_fast_prefill": True}, "fast prefill"),
+        ({"model_config__runner_type": "pooling"}, "pooling"),
+        ({"model_config__use_mla": True}, "MLA"),
+        ({"model_config__is_multimodal_model": True}, "multimodal"),
+        ({"model_config__is_encoder_decoder": True}, "encoder"),
+    ],
+)
+def test_engines(changed, words):
+    _check_engine(config(), "cpu")
+    with pytest.raises(ValueError, match=words):
+        _check_engine(config(**changed), "cpu")
+
+
+def test_other_devices():
+    with pytest.raises(ValueError, match="device cuda is not served yet"):
+        _check_engine(config(), "cuda")
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"speed": 1}, r"xorz\.speed"),
+        ({"mode": "slow"}, "'slow'"),
+        ({"prefer": "x"}, "'x'"),
+        ({"memory": "much"}, "'much'"),
+    ],
+)
+def test_settings(given, words):
+    assert Settings.of(SimpleNamespace(additional_config={})) == Settings("fast", "speed", None)
+    with pytest.raises(ValueError, match=words):
+        Settings.of(SimpleNamespace(additional_config={"xorz": given}))
+
+
+class Model(nn.Module):
+    """Its parameters, and a loader given as a function of them and each tensor."""
+
+    def __init__(self, load, **shapes):
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape), requires_grad=False))
+        self.load = load
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            self.load(dict(self.named_parameters()), name, tensor)
+
+
+def follow(load, checkpoint, **shapes):
+    model = Model(load, **shapes)
+    before = {name: param.data.clone() for name, param in model.named_parameters()}
+    found = plan(model, {name: (torch.float32, shape) for name, shape in checkpoint.items()})
+    for name, param in model.named_parameters():
+        assert param.device.type == "cpu" and torch.equal(param.data, before[name])
+    return found
+
+
+def test_rows_and_columns_are_followed():
+    def load(params, name, tensor):
+        at = {"a": 0, "b": 4}[name]
+        params["w"].data.narrow(0, at, 4).copy_(tensor.narrow(1, 3, 5)[2:6])
+
+    found = follow(load, {"a": (8, 10), "b": (8, 10)}, w=(10, 5))
+    assert not found.refused and found.users == {"a": ["w"], "b": ["w"]}
+    a, b = found.pieces["w"]
+    assert (a.name, a.rows, a.cols, a.to_rows, a.to_cols) == ("a", (2, 6), (3, 8), (0, 4), (0, 5))
+    assert (b.name, b.rows, b.cols, b.to_rows) == ("b", (2, 6), (3, 8), (4, 8))  # and two rows of padding
+
+
+def copied(change):
+    return lambda params, name, tensor: params["w"].data.copy_(change(tensor))
+
+
+@pytest.mark.parametrize(
+    "load, shape, words",
+    [
+        (copied(lambda t: t + 1), (4, 6), "computes with it"),
+        (copied(lambda t: t.flip(0)), (4, 6), "computes with it"),
+        (copied(lambda t: t.to(torch.float64).float()), (4, 6), "computes with it"),
+        (copied(lambda t: t.t()), (6, 4), "reorders"),
+        (copied(lambda t: t[::2]), (8, 6), "reorders"),
+        (
+            copied(lambda t: t.view(2, 3, 8).transpose(0, 1).reshape(6, 8)[:4, :6]),
+            (6, 8),
+            "computes with it|reorders",
+        ),
+        (lambda params, name, t: params["w"].data[:, :3].copy_(t), (4, 3), "columns"),
+        (lambda params, name, t: params["w"].data[2:].copy_(t), (2, 6), "gaps or overlaps"),
+        (lambda params, name, t: None, (4, 6), "makes no parameter of it"),
+    ],
+)
+def test_loaders_that_do_more_than_copy(load, shape, words):
+    found = follow(load, {"a": shape}, w=(4, 6))
+    assert set(found.refused) == {"a"} and re.search(words, found.refused["a"])
+
+
+def test_a_copy_on_the_way_is_followed_if_it_moves_nothing():
+    same = follow(copied(lambda t: t.clone()), {"a": (4, 4)}, w=(4, 4))
+    assert not same.refused and same.pieces["w"][0].rows == (0, 4)
+    for change in (lambda t: t.t().contiguous(), lambda t: t.t().clone(), lambda t: t[:, [0, 1, 3, 2]]):
+        assert set(follow(copied(change), {"a": (4, 4)}, w=(4, 4)).refused) == {"a"}
+
+
+def test_another_dtype():
+    model = Model(copied(lambda t: t), w=(4, 6))
+    found = plan(model, {"a": (torch.bfloat16, (4, 6))})
+    assert "holds torch.bfloat16, but the model computes in torch.float32" in found.refused["a"]

@@ -1,0 +1,212 @@
+"""Promise: the OpenAI server answers `model="alice"` as the engine answers her; loading, failing and unloading are seen by
+the client who asked for it and by nobody else.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import models
+import pytest
+
+HERE = Path(__file__).parent
+FOLDER = Path(os.environ.get("XORZ_VLLM_MODELS") or HERE.parents[1] / "build" / "vllm" / "models")
+PROMPTS = ["xorz keeps one copy of the base and, per fine-tune, a small lossless delta", "Whole models"]
+OPTIONS = (
+    "--quantization xorz --enable-lora --max-loras 2 --max-cpu-loras 4 --max-lora-rank 1 --dtype bfloat16"
+)
+OPTIONS += " --enforce-eager --max-model-len 256 --max-num-seqs 8 --block-size 32"
+
+
+class Server:
+    """vLLM's own, in a process."""
+
+    def __init__(self, base, log, packages=None, options=OPTIONS):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        env = os.environ | {
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "XORZ_CACHE_DIR": "",
+        }
+        if packages:
+            env["XORZ_VLLM_PACKAGES"] = str(packages)
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
+        command += [
+            "--served-model-name",
+            "base",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            *options.split(),
+        ]
+        extra = json.dumps({"xorz": {"mode": "deterministic", "memory": "256 MiB"}})
+        self.log = log
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                [*command, "--additional-config", extra], stdout=out, stderr=out, env=env
+            )
+        deadline = time.monotonic() + 1500
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                return self.get("/health") and None
+            except OSError:
+                time.sleep(1)
+        raise AssertionError(log.read_text()[-4000:])
+
+    def get(self, path):
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=300) as answer:
+            return answer.read() or b"ok"
+
+    def post(self, path, **body):
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            json.dumps(body).encode(),
+            {"content-type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=600) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def complete(self, model, prompt, tokens=8):
+        status, text = self.post(
+            "/v1/completions",
+            model=model,
+            prompt=prompt,
+            max_tokens=tokens,
+            temperature=0,
+            return_token_ids=True,
+            ignore_eos=True,
+        )
+        assert status == 200, text
+        answer = json.loads(text)
+        assert answer["model"] == model
+        return answer["choices"][0]["token_ids"]
+
+    def load(self, name, path, **more):
+        return self.post("/v1/load_lora_adapter", lora_name=name, lora_path=str(path), **more)
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(120)
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packages")
+    for name in "ABC":
+        shutil.copy(models.tenant("llama", name, FOLDER)[1], folder / f"{name}.xorz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What full models say, each from a server's engine of its own settings: by name and prompt."""
+    import engines
+    import xorz.vllm
+
+    base = models.base("llama", FOLDER)
+    llm = engines.engine(base, mode="deterministic", max_num_seqs=8)
+    said = {}
+    try:
+        for name in (None, *"ABC"):
+            lora = name and xorz.vllm.load(llm, name, models.tenant("llama", name, FOLDER)[1])
+            for prompt in PROMPTS:
+                said[name or "base", prompt] = engines.ask(llm, [prompt], [lora], new=8)[0].tokens
+    finally:
+        engines.stop(llm)
+    return said
+
+
+@pytest.fixture(scope="module")
+def server(packages, alone, tmp_path_factory):
+    out = Server(models.base("llama", FOLDER), tmp_path_factory.mktemp("log") / "server.log", packages)
+    yield out
+    out.stop()
+
+
+def test_base_and_tenants_at_once_loaded_when_first_asked_for(server, alone):
+    got = {}
+
+    def ask(model, prompt):
+        got[model, prompt] = server.complete(model, prompt)
+
+    threads = [threading.Thread(target=ask, args=(m, p)) for m in ("base", "A", "B") for p in PROMPTS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == {key: tokens for key, tokens in alone.items() if key[0] != "C"}
+    names = {card["id"]: card for card in json.loads(server.get("/v1/models"))["data"]}
+    assert {"base", "A", "B"} <= set(names) and names["A"]["parent"] == "base"
+
+
+def test_load_unload_and_load_again(server, alone, packages):
+    status, text = server.load("mine", packages / "C.xorz")
+    assert status == 200, text
+    assert server.complete("mine", PROMPTS[0]) == alone["C", PROMPTS[0]]
+    assert server.load("mine", packages / "A.xorz")[0] == 400
+    assert server.post("/v1/unload_lora_adapter", lora_name="mine")[0] == 200
+    assert server.post("/v1/completions", model="mine", prompt="x", max_tokens=1)[0] == 404
+    assert server.load("mine", packages / "A.xorz")[0] == 200
+    assert server.complete("mine", PROMPTS[0]) == alone["A", PROMPTS[0]]
+
+
+def test_a_package_published_under_the_same_path(server, alone, packages):
+    path = packages / "news.xorz"
+    for name in ("B", "C", "B"):
+        shutil.copy(packages / f"{name}.xorz", packages / "part")
+        (packages / "part").rename(path)
+        status, text = server.load("news", path, load_inplace=True)
+        assert status == 200, text
+        assert [server.complete("news", p) for p in PROMPTS] == [alone[name, p] for p in PROMPTS]
+
+
+def test_bad_packages_are_the_client_s_error(server, alone, packages):
+    bad = packages / "bad.xorz"
+    bad.write_bytes((packages / "A.xorz").read_bytes()[:-50])
+    status, text = server.load("bad", bad)
+    assert status == 400 and "'bad'" in text and "follow the header" in text
+    status, text = server.load("bad", packages / "none.xorz")
+    assert status == 404 and "'bad'" in text and "No such file" in text
+    other = models.tenant("qwen3", "A", FOLDER)[1]
+    status, text = server.load("bad", other)
+    assert status == 400 and "tensor" in text
+    assert server.post("/v1/completions", model="bad", prompt="x", max_tokens=1)[0] in (400, 404)
+    assert server.complete("A", PROMPTS[0]) == alone["A", PROMPTS[0]]
+
+
+def test_loading_under_traffic(server, alone, packages):
+    """Answers of others stay what they are while tenants are loaded, fail to load, and are unloaded."""
+    got, stop = [], threading.Event()
+
+    def traffic():
+        while not stop.is_set():
+            got.append(server.complete("A", PROMPTS[1]) == alone["A", PROMPTS[1]])
+
+    thread = threading.Thread(target=traffic)
+    thread.start()
+    try:
+        for i in range(6):
+            assert server.load(f"x{i}", packages / f"{'BC'[i % 2]}.xorz")[0] == 200
+            assert server.load("bad", packages / "bad.xorz")[0] in (400, 404)
+            assert server.complete(f"x{i}", PROMPTS[0]) == alone["BC"[i % 2], PROMPTS[0]]
+            assert server.post("/v1/unload_lora_adapter", lora_name=f"x{i}")[0] == 200
+    finally:
+        stop.set()
+        thread.join()
+    assert got and all(got)
