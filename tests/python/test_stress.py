@@ -599,7 +599,8 @@ def test_memory_is_what_it_says_and_returns_to_where_it_was():
             base(x)
         memory, now = tenants.memory(), resident_bytes()
         grown = memory["deltas"] + memory["copies"]
-        assert grown > 0.1 * before and abs(now - before - grown) < 0.05 * grown + (4 << 20), (
+        # Against what the tenants take, never against the process: that is as large as the tests before this one left it.
+        assert grown > 100 << 20 and abs(now - before - grown) < 0.05 * grown + (4 << 20), (
             before,
             now,
             grown,
@@ -611,7 +612,8 @@ def test_memory_is_what_it_says_and_returns_to_where_it_was():
             assert not any(ref() is not None for ref in kept)
         for name in tenants.names():
             tenants.unload(name)
-        assert resident_bytes() < 1.05 * before, (cycle, before, resident_bytes())
+        after = resident_bytes()
+        assert after < before + 0.05 * grown + (4 << 20), (cycle, before, after, grown)
 
 
 if __name__ == "__main__":
