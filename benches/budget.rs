@@ -11,9 +11,10 @@ use std::hint::black_box;
 use std::process::Command;
 use std::time::Instant;
 use xorz::codec::{Encoding, Tile};
-use xorz::cpu::{Isa, LinearArgs, Mode, Serial, delta_linear, delta_restore};
+use xorz::cpu::{LinearArgs, Mode, delta_linear};
 use xorz::matrix::{Dtype, Matrix, Shape};
 use xorz::resident::{Pair, Resident, encode_as};
+use xorz::vector::{Isa, Serial, delta_restore};
 
 const SHAPE: Shape = Shape { n: 256, k: 4096 };
 const WORDS: usize = SHAPE.n * SHAPE.k;

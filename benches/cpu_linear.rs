@@ -8,10 +8,11 @@
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 use xorz::codec::Encoding;
-use xorz::cpu::{Executor, Isa, LinearArgs, Mode, delta_linear};
+use xorz::cpu::{LinearArgs, Mode, delta_linear};
 use xorz::error::Result;
 use xorz::matrix::{Dtype, Matrix, Shape};
 use xorz::resident::{Pair, Resident, encode_as};
+use xorz::vector::{Executor, Isa};
 
 /// Threads started per call: a torch pool would be warmer, the same for every variant.
 struct Threads(usize);

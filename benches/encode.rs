@@ -1,17 +1,17 @@
 //! `cargo bench --bench encode`: nanoseconds a word, and gigabytes of bf16 a second, of one thread: estimate, tiles (fast
 //! and oracle, words in L2), a whole matrix from memory with its digests, patch.
 //!
-//! Floors are in src/cpu/encode/exponent.rs and sparse.rs. A whole matrix reads base and fine_tuned once and base once
+//! Floors are in src/vector/encode/exponent.rs and sparse.rs. A whole matrix reads base and fine_tuned once and base once
 //! more for its digest: 6 bytes a word, 0.5 ns at 12 GB/s.
 
 use half::bf16;
 use std::hint::black_box;
 use std::time::Instant;
 use xorz::codec::Prefer;
-use xorz::cpu::{self, Isa, Serial};
 use xorz::error::Result;
 use xorz::matrix::{Dtype, Matrix, Shape};
 use xorz::resident::{self, Pair, Piece, Plan, Resident};
+use xorz::vector::{self, Isa, Serial};
 
 const SHAPE: Shape = Shape { n: 4096, k: 4096 };
 /// Words of the tiles that are timed in L2.
@@ -89,7 +89,7 @@ fn hot(isa: Isa, plan: &Plan, base: &[u8], tuned: &[u8]) -> Result<f64> {
     time(16 * rows * SHAPE.k, || {
         (0..16).try_for_each(|_| {
             piece.clear();
-            cpu::encode_tiles_on(isa, plan, Dtype::BF16, tiles.clone(), (base, tuned), &mut piece)
+            vector::encode_tiles_on(isa, plan, Dtype::BF16, tiles.clone(), (base, tuned), &mut piece)
         })
     })
 }
@@ -101,17 +101,17 @@ fn run(what: &str, base: &[u16], tuned: &[u16]) -> Result<()> {
     let (b, f) = (matrix(old)?, matrix(new)?);
     for prefer in [Prefer::Speed, Prefer::Memory] {
         let mut pair = Pair::new(b, f)?;
-        let plan = cpu::estimate(&mut pair, prefer)?.plan;
-        let estimate = time(words, || cpu::estimate(&mut pair, prefer).map(|e| _ = black_box(e)))?;
+        let plan = vector::estimate(&mut pair, prefer)?.plan;
+        let estimate = time(words, || vector::estimate(&mut pair, prefer).map(|e| _ = black_box(e)))?;
         let fast = hot(Isa::active()?, &plan, old, new)?;
         let oracle = hot(Isa::Scalar, &plan, old, new)?;
-        let encode = time(words, || cpu::encode(&b, &f, prefer, &Serial).map(|d| drop(black_box(d))))?;
+        let encode = time(words, || vector::encode(&b, &f, prefer, &Serial).map(|d| drop(black_box(d))))?;
         let delta = resident::encode_pair(&b, &f, prefer)?;
         let parsed = Resident::parse(&delta)?;
         let mut patched = old.to_vec();
         let patch = time(words, || {
             patched.copy_from_slice(old);
-            cpu::patch(&parsed, &mut patched)
+            vector::patch(&parsed, &mut patched)
         })?;
         assert!(patched == new, "patch gave other words");
         println!(

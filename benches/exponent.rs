@@ -9,10 +9,11 @@
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 use xorz::codec::Encoding;
-use xorz::cpu::{Executor, Isa, LinearArgs, Mode, Serial, delta_linear, delta_restore};
+use xorz::cpu::{LinearArgs, Mode, delta_linear};
 use xorz::error::Result;
 use xorz::matrix::{Dtype, Matrix, Shape};
 use xorz::resident::{Pair, Resident, encode_as, restore};
+use xorz::vector::{Executor, Isa, Serial, delta_restore};
 
 /// Threads started per call, the same for every variant.
 struct Threads(usize);

@@ -7,15 +7,16 @@
 //! | [`matrix`] | dtypes, shapes, digests: all arithmetic on sizes |
 //! | [`codec`] | what a delta is, tile by tile, in scalar code: the oracle |
 //! | [`resident`] | a delta of one matrix in memory: layout, writer, view, slice, concat |
-//! | [`cpu`] | the ops on the CPU: products on base + delta, restore, apply; one algorithm per instruction set |
+//! | [`vector`] | words at the speed of memory: bit streams, encoders, restore, apply; one algorithm per instruction set |
+//! | [`cpu`] | the products on the CPU: linear layers and embeddings on base + delta |
 //! | [`cuda`] | the ops on a CUDA device: the host side of the kernels in `cuda/` at the root |
 //! | [`package`] | a delta of a checkpoint at rest: one `.xorz` file, written, read, packed, unpacked |
 //! | [`ffi`] | the doors: ops, the plain C ABI, the typed bridge to the shim; the only exports |
 //!
-//! Dependencies point one way: `error, matrix <- codec <- resident <- cpu <- package <- ffi <- csrc <- python`. The design card
-//! drew `cpu` and `package` apart; packing at the speed of memory needs the vector kernels, so `package` uses `cpu`, which
-//! still knows no package. `cuda` stands beside `cpu`, on `resident`.
-//! `unsafe` lives in `cpu/<arch>`, `cuda` and `ffi` only.
+//! Dependencies point one way: `error, matrix <- codec <- resident <- vector <- {cpu, package} <- ffi <- csrc <- python`. `cpu`
+//! and `package` stand side by side and do not know each other. `cuda` stands on `matrix` alone: its kernels read a resident
+//! delta's bytes on the device.
+//! `unsafe` lives in `vector/<arch>`, `cuda` and `ffi` only.
 
 #![cfg_attr(
     not(test),
@@ -30,3 +31,4 @@ pub mod ffi;
 pub mod matrix;
 pub mod package;
 pub mod resident;
+pub mod vector;

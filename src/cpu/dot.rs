@@ -16,8 +16,8 @@
     reason = "arrays indexed in step are what the unrolled loops keep in registers"
 )]
 
-use super::float::Float;
-use super::simd::{GROUP, Kernel, LANES, Simd};
+use crate::vector::float::Float;
+use crate::vector::simd::{GROUP, Kernel, LANES, Simd};
 use std::marker::PhantomData;
 
 /// One group of an f32 row in split order.

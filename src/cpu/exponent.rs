@@ -11,16 +11,13 @@
 )]
 
 use super::dot::{Ahead, Rows, Split, dot_block};
-use super::float::{Float, padded};
-use super::lanes::Decoder;
-use super::simd::{GROUP, Kernel, LANES, Simd};
 use crate::codec::word::Word;
 use crate::codec::{Exceptions, ExponentTile, Grid, Rect};
 use crate::error::{Error, Result};
+use crate::vector::float::{Float, padded};
+use crate::vector::lanes::{Decoder, MICRO};
+use crate::vector::simd::{GROUP, Kernel, LANES, Simd};
 use std::marker::PhantomData;
-
-/// Words decoded at a time; a multiple of the group and of the encoding's 32 lanes.
-pub(super) const MICRO: usize = 1024;
 
 /// Bytes of a cache line. The next words' lines are asked for while these are decoded: decoding computes too long at a
 /// time for the processor to look ahead.

@@ -3,13 +3,13 @@
 #![allow(clippy::needless_range_loop, reason = "arrays indexed in step are what becomes vector instructions")]
 
 use super::dot::Strides;
-use super::float::Float;
 use super::fused::Block;
 use super::linear::{Job, Segment};
 use super::scratch::Scratch;
-use super::simd::{Kernel, LANES, Simd};
 use super::wide;
 use crate::error::Result;
+use crate::vector::float::Float;
+use crate::vector::simd::{Kernel, LANES, Simd};
 
 impl<D: Float> Job<'_, D> {
     /// Bias, rounding, and the way out; band by band, so that a band with non-finite outputs is done again.

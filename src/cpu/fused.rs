@@ -10,14 +10,14 @@
 
 use super::dot::{Rows, Strides, TileProduct, ToSplit};
 use super::exponent;
-use super::float::{Float, padded};
 use super::linear::{Job, Segment};
 use super::plan::{BASE_COLUMNS, BLOCK, transposed};
 use super::scratch::{Buffer, Scratch};
-use super::simd::{GROUP, LANES, Simd};
 use super::sparse::{Gathered, Natural, Transposed};
 use crate::codec::{Encoding, Grid, Rect, SparseTile, Tile};
 use crate::error::{Error, Result};
+use crate::vector::float::{Float, padded};
+use crate::vector::simd::{GROUP, LANES, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
 

@@ -10,18 +10,22 @@
     reason = "arrays indexed in step are what the unrolled loops keep in registers"
 )]
 
-use super::Mode;
 use super::dot::Rows;
-use super::exec::{Executor, try_run};
-use super::exponent::{MICRO, Stream};
-use super::float::Float;
+use super::exponent::Stream;
+use super::job::{Mode, check_words};
 use super::linear::Segment;
 use super::plan::Way;
 use super::scratch::{self, Scratch};
-use super::simd::{Kernel, LANES, Simd};
+use super::weights::Weights;
 use crate::codec::{Encoding, GapKind, Grid, Rect, SparseTile, Tile};
 use crate::error::{Error, Result};
-use crate::matrix::Matrix;
+use crate::matrix::{Matrix, Shape};
+use crate::resident::Resident;
+use crate::vector::dispatch::{Isa, on_isa};
+use crate::vector::exec::{Executor, try_run};
+use crate::vector::float::{Float, with_float};
+use crate::vector::lanes::MICRO;
+use crate::vector::simd::{Kernel, LANES, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -30,6 +34,50 @@ const STRIP: usize = 1024;
 
 /// Rows of W of one step: a band of tiles is done in steps of these.
 const STEP: usize = LANES;
+
+/// `gx = grad @ W_ft` on base and delta: `grad` is `[m, n]`, `out` takes `[m, k]`, words of the base's dtype.
+///
+/// f32 sums, one rounding at the end, outputs that are not finite in f32 computed again in f64; no dense matrix.
+///
+/// # Errors
+/// As [`delta_linear`].
+pub fn delta_linear_grad_input(
+    grad: &[u8],
+    m: usize,
+    base: &Matrix<'_>,
+    delta: &Resident<'_>,
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    delta_linear_grad_input_on(Isa::active()?, (grad, m), base, delta, out, exec)
+}
+
+/// [`delta_linear_grad_input`] on an instruction set of the caller's choice, for tests and benchmarks.
+///
+/// # Errors
+/// As [`delta_linear_grad_input`]; `Unsupported` if the machine lacks `isa`.
+pub fn delta_linear_grad_input_on(
+    isa: Isa,
+    (grad, m): (&[u8], usize),
+    base: &Matrix<'_>,
+    delta: &Resident<'_>,
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    on_isa!(isa, s => with_float!(base.dtype(), D => {
+        delta.check_base(base)?;
+        let Shape { n, k } = base.shape();
+        check_words("grad", grad, Shape { n: m, k: n }, base.dtype())?;
+        check_words("out", out, Shape { n: m, k }, base.dtype())?;
+        if out.is_empty() {
+            return Ok(());
+        }
+        let out = <D as Float>::share(out, "out")?;
+        let weights = Weights::new(*base, Some(delta));
+        let segment = Segment { weights, bias: None, rows: 0..m, slot: None };
+        run::<_, D>(s, &Job { grad, base: *base, order: None, out }, &[segment], exec)
+    }))?
+}
 
 pub(super) struct Job<'a, D: Float> {
     pub(super) grad: &'a [u8],

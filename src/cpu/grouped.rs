@@ -1,17 +1,18 @@
 //! `delta_linear_grouped` and its gradient: one batch, many tenants on one base.
 
 use super::arena::{Arena, Tenants};
-use super::dispatch::{Isa, Visitor};
-use super::exec::Executor;
-use super::float::{Float, with_float};
+use super::job::{Mode, check_words};
 use super::linear::Segment;
 use super::plan::Way;
-use super::simd::Simd;
 use super::weights::Weights;
-use super::{Mode, check_words, grad, linear};
+use super::{grad, linear};
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Shape};
 use crate::resident::Resident;
+use crate::vector::dispatch::{Isa, on_isa};
+use crate::vector::exec::Executor;
+use crate::vector::float::{Float, with_float};
+use crate::vector::simd::Simd;
 use std::ops::Range;
 
 /// One bias for each slot and one for the base, some bytes apart.
@@ -86,14 +87,7 @@ pub fn delta_linear_grouped_on(
     out: &mut [u8],
     exec: &dyn Executor,
 ) -> Result<()> {
-    struct Call<'a, 'b>(&'a GroupedArgs<'b>, &'a mut [u8], &'a dyn Executor);
-    impl Visitor for Call<'_, '_> {
-        type Out = Result<()>;
-        fn visit<S: Simd>(self, s: S) -> Result<()> {
-            with_float!(self.0.base.dtype(), D => linear_groups::<S, D>(s, self.0, self.1, self.2))
-        }
-    }
-    isa.with(Call(args, out, exec))?
+    on_isa!(isa, s => with_float!(args.base.dtype(), D => linear_groups::<_, D>(s, args, out, exec)))?
 }
 
 fn linear_groups<S: Simd, D: Float>(
@@ -146,14 +140,7 @@ pub fn delta_linear_grouped_grad_input(
     out: &mut [u8],
     exec: &dyn Executor,
 ) -> Result<()> {
-    struct Call<'a, 'b>(&'a GroupedGradArgs<'b>, &'a mut [u8], &'a dyn Executor);
-    impl Visitor for Call<'_, '_> {
-        type Out = Result<()>;
-        fn visit<S: Simd>(self, s: S) -> Result<()> {
-            with_float!(self.0.base.dtype(), D => grad_groups::<S, D>(s, self.0, self.1, self.2))
-        }
-    }
-    Isa::active()?.with(Call(args, out, exec))?
+    on_isa!(Isa::active()?, s => with_float!(args.base.dtype(), D => grad_groups::<_, D>(s, args, out, exec)))?
 }
 
 fn grad_groups<S: Simd, D: Float>(

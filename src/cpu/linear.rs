@@ -9,21 +9,79 @@
 //! bias; for `exponent` and `raw` the columns of their own tiles count. Large m: `1024 / 16 + 4` for a block of 1024
 //! columns, one per block, one for the bias.
 
-use super::Mode;
 use super::counters;
 use super::dot::{PanelProduct, Rows, Split, Strides, ToSplit};
-use super::exec::{Executor, try_run};
-use super::float::{Float, padded};
 use super::fused::Block;
+use super::job::{Mode, check_words};
 use super::plan::{self, BLOCK, Sizes, Way};
 use super::scratch::{self, Scratch};
-use super::simd::{GROUP, Simd};
 use super::weights::Weights;
 use crate::error::Result;
-use crate::matrix::Matrix;
+use crate::matrix::{Matrix, Shape};
+use crate::resident::Resident;
+use crate::vector::dispatch::{Isa, on_isa};
+use crate::vector::exec::{Executor, try_run};
+use crate::vector::float::{Float, padded, with_float};
+use crate::vector::simd::{GROUP, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// What [`delta_linear`] multiplies.
+#[derive(Clone, Debug)]
+pub struct LinearArgs<'a> {
+    /// x, `[m, k]` words of the base's dtype, any alignment.
+    pub x: &'a [u8],
+    /// Rows of x.
+    pub m: usize,
+    /// The base, `[n, k]` of f32, bf16 or f16, any alignment.
+    pub base: Matrix<'a>,
+    /// The delta of a matrix of the base's dtype and shape. Its base digest is not checked here.
+    pub delta: Resident<'a>,
+    /// Bias, `[n]` words of the base's dtype, any alignment.
+    pub bias: Option<&'a [u8]>,
+    /// The order of summing.
+    pub mode: Mode,
+}
+
+impl LinearArgs<'_> {
+    pub(super) fn check(&self, out: &[u8]) -> Result<()> {
+        self.delta.check_base(&self.base)?;
+        let Shape { n, k } = self.base.shape();
+        check_words("x", self.x, Shape { n: self.m, k }, self.base.dtype())?;
+        check_words("out", out, Shape { n: self.m, k: n }, self.base.dtype())?;
+        self.bias.map_or(Ok(()), |b| check_words("bias", b, Shape { n: 1, k: n }, self.base.dtype()))
+    }
+}
+
+/// `y = x @ W_ft^T + bias` on base and delta: `out` takes `[m, n]` words of the base's dtype, aligned to them.
+///
+/// f32 sums of the fine-tuned weights' products, one rounding to the dtype at the end; outputs that are not finite in
+/// f32 are computed again in f64. At most 2 MiB of scratch a thread. The bits depend on the arguments only: not on
+/// `exec`, not on the machine's instruction set.
+///
+/// # Errors
+/// `Unsupported` for another dtype than f32, bf16, f16; `Mismatch` where base, delta, x, bias and out do not fit;
+/// `InvalidArgument` for a misaligned `out`; `Corrupt` or `Truncated` for bad delta bytes, `out` then holds
+/// unspecified words.
+pub fn delta_linear(args: &LinearArgs<'_>, out: &mut [u8], exec: &dyn Executor) -> Result<()> {
+    delta_linear_on(Isa::active()?, args, out, exec)
+}
+
+/// [`delta_linear`] on an instruction set of the caller's choice, for tests and benchmarks.
+///
+/// # Errors
+/// As [`delta_linear`]; `Unsupported` if the machine lacks `isa`.
+pub fn delta_linear_on(isa: Isa, args: &LinearArgs<'_>, out: &mut [u8], exec: &dyn Executor) -> Result<()> {
+    on_isa!(isa, s => with_float!(args.base.dtype(), D => {
+        args.check(out)?;
+        let weights = Weights::new(args.base, Some(&args.delta));
+        let segment = Segment { weights, bias: args.bias, rows: 0..args.m, slot: None };
+        let (x, base, segments) = (args.x, args.base, &[segment]);
+        let call = Call { x, base, order: None, segments, mode: args.mode };
+        if out.is_empty() { Ok(()) } else { run::<_, D>(s, &call, out, exec) }
+    }))?
+}
 
 /// The rows of x of one tenant.
 pub(super) struct Segment<'a> {

@@ -14,12 +14,12 @@
 //!
 //! `XORZ_TRACE=1` in the environment prints a line a call to stderr: what was chosen, and why.
 
-use super::Mode;
+use super::job::Mode;
 use super::linear::Segment;
-use super::simd::{LANES, Simd};
 use super::weights::Weights;
 use crate::codec::{Encoding, Grid};
 use crate::matrix::{Dtype, Shape};
+use crate::vector::simd::{LANES, Simd};
 use std::sync::OnceLock;
 
 /// Rows of x of one block.

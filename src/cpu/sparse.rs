@@ -9,9 +9,9 @@
 //! **Order** of one output: it starts at its total so far, then `total = fma(diff, x[column], total)` for the lane's
 //! entries in the order of the stream. Both kernels keep it, so a row of x gives the same bits in any company.
 
-use super::float::Float;
-use super::simd::{Kernel, LANES, Simd};
 use crate::codec::{GapKind, SparseTile};
+use crate::vector::float::Float;
+use crate::vector::simd::{Kernel, LANES, Simd};
 use std::marker::PhantomData;
 
 /// Few rows of x, or few entries: a lane is a row of the tile, x is gathered. Gives the largest column named.

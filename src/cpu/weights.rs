@@ -1,11 +1,11 @@
 //! The weights of one product: a base, and what turns it into a fine-tune if anything does.
 
-use super::restore;
-use super::simd::Simd;
 use crate::codec::{Encoding, Grid, Tile};
 use crate::error::Result;
 use crate::matrix::Matrix;
 use crate::resident::Resident;
+use crate::vector::simd::Simd;
+use crate::vector::tile;
 
 /// A base and its delta. An `unchanged` delta is none: whatever tiles its header names, a product with it has the bits
 /// of one with the base alone.
@@ -40,7 +40,7 @@ impl<'a> Weights<'a> {
     /// The fine-tuned words of tile `index` of [`Self::grid`], row after row.
     pub(super) fn words<S: Simd>(&self, s: S, index: usize, words: &mut [u8]) -> Result<()> {
         if let Some(delta) = self.delta {
-            return restore::tile_words(s, delta, &self.base, index, words);
+            return tile::tile_words(s, delta, &self.base, index, words);
         }
         let rect = self.grid().rect(index);
         let len = rect.cols() * self.base.dtype().word_bytes();

@@ -2,11 +2,11 @@
 //! f64, where products of two f32 are exact and do not overflow. So NaN and infinities are those of the fine-tuned
 //! weights, whatever the base, the differences and the order of f32 sums made of them. Slow and plain on purpose.
 
-use super::float::Float;
 use super::linear::{Job, Segment};
 use super::scratch::Scratch;
-use super::simd::{LANES, Simd};
 use crate::error::Result;
+use crate::vector::float::Float;
+use crate::vector::simd::{LANES, Simd};
 
 /// Compute and write outputs of row band `band` of the segment's grid again: bit j of `again[r]` asks for row r of the
 /// band and the row of x at place `m0 + j`.

@@ -243,7 +243,7 @@ struct Shim<'a>(&'a Executor);
 // SAFETY: the C++ class is a stateless front of torch's thread pool; its const methods may be called from any thread.
 unsafe impl Sync for Shim<'_> {}
 
-impl cpu::Executor for Shim<'_> {
+impl vector::Executor for Shim<'_> {
     fn threads(&self) -> usize {
         self.0.threads()
     }

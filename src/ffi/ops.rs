@@ -3,11 +3,12 @@
 use super::guard;
 use crate::codec::{Encoding, Prefer};
 use crate::cpu::{
-    self, Arena, Biases, EmbeddingArgs, Executor, GroupedArgs, GroupedGradArgs, LinearArgs, Mode, Tenants,
+    self, Arena, Biases, EmbeddingArgs, GroupedArgs, GroupedGradArgs, LinearArgs, Mode, Tenants,
 };
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Matrix, Shape};
 use crate::resident::{self, Resident};
+use crate::vector::{self, Executor};
 use std::ops::Range;
 
 /// What a caller says of a matrix: a dtype's code, the sizes, and the row-major words.
@@ -266,7 +267,7 @@ pub fn delta_embedding(
 /// # Errors
 /// As [`delta_linear`].
 pub fn delta_restore(base: Words<'_>, delta: &[u8], out: &mut [u8], exec: &dyn Executor) -> Result<()> {
-    guard(|| cpu::delta_restore(&Resident::parse(delta)?, &base.matrix()?, out, exec))
+    guard(|| vector::delta_restore(&Resident::parse(delta)?, &base.matrix()?, out, exec))
 }
 
 /// Write the fine-tuned words of some rows to `out`.
@@ -286,7 +287,7 @@ pub fn delta_restore_rows(
             let (r0, r1, n) = (rows.start, rows.end, base.shape().n);
             return Err(Error::invalid(format!("rows {r0}..{r1} are outside of a base of {n} rows")));
         }
-        cpu::delta_restore_rows(&Resident::parse(delta)?, &base, rows, out, exec)
+        vector::delta_restore_rows(&Resident::parse(delta)?, &base, rows, out, exec)
     })
 }
 
@@ -308,7 +309,7 @@ pub fn delta_apply(
         let base = Words { dtype: dtype_code, n, k, bytes: &*weight }.matrix()?;
         delta.check_digest(&base)?;
         let (dtype, shape) = (base.dtype(), base.shape());
-        cpu::delta_apply(&delta, dtype, shape, weight, exec)
+        vector::delta_apply(&delta, dtype, shape, weight, exec)
     })
 }
 
@@ -322,7 +323,7 @@ pub fn delta_encode(
     prefer: Prefer,
     exec: &dyn Executor,
 ) -> Result<Vec<u8>> {
-    guard(|| cpu::encode(&base.matrix()?, &fine_tuned.matrix()?, prefer, exec))
+    guard(|| vector::encode(&base.matrix()?, &fine_tuned.matrix()?, prefer, exec))
 }
 
 /// The delta of rows (`dim` 0) or columns (`dim` 1) `range` of the matrix.

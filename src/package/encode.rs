@@ -10,10 +10,10 @@ use super::stored::Body;
 use super::temp::Spool;
 use super::words::{PairSource, Words};
 use super::{Codec, PackOptions};
-use crate::cpu;
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, DigestStream, Dtype, Matrix, Shape};
 use crate::resident::{Estimate, Piece};
+use crate::vector;
 use std::sync::OnceLock;
 
 /// Planes must be this much smaller than the resident delta: they decode several times slower.
@@ -121,7 +121,7 @@ impl<'a> Job<'a> {
             _ => {}
         }
         let mut source = PairSource { dtype, shape, base: base.words, fine_tuned: self.words };
-        let estimate = cpu::estimate(&mut source, options.prefer)?;
+        let estimate = vector::estimate(&mut source, options.prefer)?;
         let zstd = options.codec != Some(Codec::Resident);
         if options.codec.is_none()
             // Below that, planes save a header at most.
@@ -185,7 +185,7 @@ impl<'a> Job<'a> {
         match choice {
             Choice::Resident { estimate: Estimate { plan, .. }, .. } => {
                 let tiles = self.chunks.tiles(&plan.grid, chunk);
-                cpu::encode_tiles(&plan, dtype, tiles, words, fine_tuned, &mut s.piece)?;
+                vector::encode_tiles(&plan, dtype, tiles, words, fine_tuned, &mut s.piece)?;
                 s.changed = s.piece.changed;
                 Ok(())
             }
@@ -331,7 +331,7 @@ impl Open<'_> {
     fn once_more(&mut self, spool: &mut Spool, zstd: bool) -> Result<()> {
         let Some((dtype, shape, base)) = self.job.delta else { return Ok(()) };
         let mut source = PairSource { dtype, shape, base: base.words, fine_tuned: self.job.words };
-        let estimate = cpu::estimate_exactly(&mut source, self.options.prefer)?;
+        let estimate = vector::estimate_exactly(&mut source, self.options.prefer)?;
         if let Choice::Resident { estimate: before, .. } = self.choice
             && before.plan == estimate.plan
         {

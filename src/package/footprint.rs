@@ -10,10 +10,10 @@ use super::pairing::{Pairs, pair};
 use super::words::{PairSource, Words};
 use super::{Run, planes};
 use crate::codec::Prefer;
-use crate::cpu;
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Shape};
 use crate::resident::{self, Assembler, Estimate, Piece};
+use crate::vector;
 use serde::Serialize;
 use std::io::Write;
 use std::path::Path;
@@ -202,13 +202,14 @@ impl<'a> Job<'a> {
             return self.in_memory();
         }
         let [memory, speed] = PREFERENCES;
-        let sampled = [cpu::estimate(&mut self.source(), memory)?, cpu::estimate(&mut self.source(), speed)?];
+        let sampled =
+            [vector::estimate(&mut self.source(), memory)?, vector::estimate(&mut self.source(), speed)?];
         let one = sampled[0].plan == sampled[1].plan;
         let (made, changed, zstd) = self.pass(&sampled[..if one { 1 } else { 2 }], false)?;
         let mut sizes = [made[0], made[made.len() - 1]];
         for (i, prefer) in PREFERENCES.into_iter().enumerate() {
             if sampled[i].is_off(sizes[i]) {
-                let exact = cpu::estimate_exactly(&mut self.source(), prefer)?;
+                let exact = vector::estimate_exactly(&mut self.source(), prefer)?;
                 sizes[i] = self.pass(&[exact], true)?.0[0];
             }
         }
@@ -244,7 +245,14 @@ impl<'a> Job<'a> {
                 s.pieces.resize_with(plans.len(), Piece::default);
                 for (e, piece) in plans.iter().zip(&mut s.pieces) {
                     piece.clear();
-                    cpu::encode_tiles(&e.plan, dtype, self.chunks.tiles(&e.plan.grid, chunk), b, f, piece)?;
+                    vector::encode_tiles(
+                        &e.plan,
+                        dtype,
+                        self.chunks.tiles(&e.plan.grid, chunk),
+                        b,
+                        f,
+                        piece,
+                    )?;
                 }
                 if zstd {
                     planes::xor(b, f, &mut s.difference);

@@ -2,10 +2,10 @@
 
 use super::restore::{Restore, Scratch};
 use crate::codec::Prefer;
-use crate::cpu;
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Shape};
 use crate::resident::{self, Assembler, Estimate, Piece, Source};
+use crate::vector;
 use std::ops::Range;
 
 /// The resident delta for `prefer`. The base's digest has been compared.
@@ -14,12 +14,12 @@ pub(super) fn resident(restore: &Restore<'_>, prefer: Prefer) -> Result<Vec<u8>>
     if !restore.chunks.tiled() {
         return resident::encode(&mut source, prefer);
     }
-    let estimate = cpu::estimate(&mut source, prefer)?;
+    let estimate = vector::estimate(&mut source, prefer)?;
     let (bytes, size) = encode(&mut source, &estimate)?;
     if !estimate.is_off(size) {
         return Ok(bytes);
     }
-    let exact = cpu::estimate_exactly(&mut source, prefer)?;
+    let exact = vector::estimate_exactly(&mut source, prefer)?;
     if exact.plan == estimate.plan { Ok(bytes) } else { Ok(encode(&mut source, &exact)?.0) }
 }
 
@@ -38,7 +38,7 @@ fn encode(source: &mut Restored<'_, '_>, estimate: &Estimate) -> Result<(Vec<u8>
         source.load(chunk)?;
         piece.clear();
         let tiles = chunks.tiles(&plan.grid, chunk);
-        cpu::encode_tiles(plan, dtype, tiles, base, source.loaded(), &mut piece)?;
+        vector::encode_tiles(plan, dtype, tiles, base, source.loaded(), &mut piece)?;
         assembler.add(&piece)?;
         out.extend_from_slice(&piece.payload);
     }

@@ -10,10 +10,10 @@ use super::record::Entry;
 use super::words::Words;
 use super::{Codec, xor::XorStream};
 use crate::codec::Encoding;
-use crate::cpu;
 use crate::error::{Error, Kind, Result};
 use crate::matrix::{Digest, DigestStream, Dtype, Matrix, Shape};
 use crate::resident::{Outline, Resident};
+use crate::vector;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// One tensor to be restored.
@@ -235,7 +235,7 @@ impl<'a> Restore<'a> {
                 let inflater = &mut s.inflater;
                 let read = &mut |at: u64, out: &mut [u8]| blob.read(at, out, inflater);
                 outline.cut(tiles, self.chunks.shape(chunk), read, &mut s.band)?;
-                cpu::patch(&Resident::parse(&s.band)?, s.words.get_mut())
+                vector::patch(&Resident::parse(&s.band)?, s.words.get_mut())
             }
         }
     }

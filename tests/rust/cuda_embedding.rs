@@ -20,9 +20,10 @@ use linear::Case;
 use lookups::{LOOKUP_OUT, LOOKUP_STATUS, Tables};
 use mutants::{Mutant, all_caught};
 use xorz::codec::Encoding;
-use xorz::cpu::{Arena, EmbeddingArgs, Serial, delta_embedding};
+use xorz::cpu::{Arena, EmbeddingArgs, delta_embedding};
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::{HEADER_BYTES, Resident};
+use xorz::vector::Serial;
 
 /// Batches of `tables` on grids of any size: every word, or which row is wrong.
 fn look_up(

@@ -8,10 +8,11 @@ mod linear;
 use common::{Rng, adversarial, matrix, perturbed, stepped, unaligned};
 use linear::{Shuffled, isas};
 use xorz::codec::Encoding;
-use xorz::cpu::{Arena, EmbeddingArgs, Executor, Isa, Serial, counters, delta_embedding_on, delta_restore};
+use xorz::cpu::{Arena, EmbeddingArgs, counters, delta_embedding_on};
 use xorz::error::{Error, Kind};
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::{Pair, Resident, encode_as};
+use xorz::vector::{Executor, Isa, Serial, delta_restore};
 
 /// A table, its fine-tunes, and their deltas in one arena whose gaps are full of rubbish.
 struct Fleet {

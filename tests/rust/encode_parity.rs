@@ -9,13 +9,13 @@ use common::{Rng, adversarial, matrix, perturbed, stepped, unaligned};
 use linear::{Shuffled, isas};
 use std::ops::Range;
 use xorz::codec::{Encoding, GapKind, Grid, Prefer};
-use xorz::cpu::{self, Isa, Serial};
 use xorz::error::Kind;
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::{
     Assembler, Estimate, Pair, Piece, Plan, Resident, encode_as, encode_pair, encode_tiles, estimate,
     estimate_exactly,
 };
+use xorz::vector::{self, Isa, Serial};
 
 const SHAPES: [(usize, usize); 12] = [
     (0, 3),
@@ -102,7 +102,7 @@ fn every_instruction_set_encodes_the_oracles_tiles() {
                         for words in [(&base[..], &fine_tuned[..]), (&b[1..], &f[1..])] {
                             let mut got = Piece::default();
                             let tiles = 0..plan.grid.tiles();
-                            cpu::encode_tiles_on(isa, &plan, dtype, tiles, words, &mut got).unwrap();
+                            vector::encode_tiles_on(isa, &plan, dtype, tiles, words, &mut got).unwrap();
                             same(&got, &want, &format!("{isa:?} {dtype} {shape} {plan:?}"));
                         }
                     }
@@ -139,7 +139,7 @@ fn pieces_cut_anywhere_give_the_same_bytes() {
                     let bytes = region(&plan, dtype.word_bytes(), &(at..end));
                     let words = (&base[bytes.clone()], &fine_tuned[bytes]);
                     if rng.next().is_multiple_of(2) {
-                        cpu::encode_tiles(&plan, dtype, at..end, words.0, words.1, &mut got).unwrap();
+                        vector::encode_tiles(&plan, dtype, at..end, words.0, words.1, &mut got).unwrap();
                     } else {
                         encode_tiles(&plan, dtype, at..end, words.0, words.1, &mut got).unwrap();
                     }
@@ -174,7 +174,7 @@ fn pieces_put_together_are_the_encoders_delta() {
                         let tiles = start..start + unit;
                         let bytes = region(&plan, dtype.word_bytes(), &tiles);
                         let mut piece = Piece::default();
-                        cpu::encode_tiles(
+                        vector::encode_tiles(
                             &plan,
                             dtype,
                             tiles,
@@ -212,13 +212,13 @@ fn whole_matrices_are_the_oracles_on_any_threads() {
                 for prefer in [Prefer::Speed, Prefer::Memory] {
                     let want = encode_pair(&b, &f, prefer).unwrap();
                     for isa in isas() {
-                        let serial = cpu::encode_on(isa, &b, &f, prefer, &Serial).unwrap();
+                        let serial = vector::encode_on(isa, &b, &f, prefer, &Serial).unwrap();
                         assert!(serial == want, "{isa:?} {dtype} {shape} {prefer:?}");
-                        let shared = cpu::encode_on(isa, &b, &f, prefer, &Shuffled(3)).unwrap();
+                        let shared = vector::encode_on(isa, &b, &f, prefer, &Shuffled(3)).unwrap();
                         assert!(shared == want, "{isa:?} {dtype} {shape} {prefer:?}, threads");
                     }
                     let mut words = unaligned(&base);
-                    cpu::patch(&Resident::parse(&want).unwrap(), &mut words[1..]).unwrap();
+                    vector::patch(&Resident::parse(&want).unwrap(), &mut words[1..]).unwrap();
                     assert!(words[1..] == fine_tuned, "patch {dtype} {shape} {prefer:?}");
                 }
             }
@@ -241,7 +241,7 @@ fn estimates_are_the_oracles_and_near_the_truth() {
                         estimate_exactly(&mut pair(), prefer).unwrap(),
                     );
                     for isa in isas() {
-                        let on = |exactly| cpu::estimate_on(isa, &mut pair(), prefer, exactly).unwrap();
+                        let on = |exactly| vector::estimate_on(isa, &mut pair(), prefer, exactly).unwrap();
                         assert_eq!((on(false), on(true)), (sampled, exact), "{isa:?} {dtype} {shape}");
                     }
                     assert!(exact.exact);
@@ -285,9 +285,9 @@ fn a_misleading_sample_is_noticed_and_made_good() {
     let misled_bytes = (misled.payload.len() + misled.positions.len() + misled.words.len()) as u64;
     assert!(sampled.is_off(misled_bytes));
     assert!((delta.len() as u64) < misled_bytes, "{} of {misled_bytes}", delta.len());
-    assert!(cpu::encode(&b, &f, Prefer::Memory, &Serial).unwrap() == delta);
+    assert!(vector::encode(&b, &f, Prefer::Memory, &Serial).unwrap() == delta);
     // Nothing changed at all: the same plan, and a header alone.
-    let none = cpu::encode(&b, &b, Prefer::Memory, &Serial).unwrap();
+    let none = vector::encode(&b, &b, Prefer::Memory, &Serial).unwrap();
     assert_eq!(Resident::parse(&none).unwrap().header().encoding, Encoding::Unchanged);
     assert_eq!(none.len(), 192);
 }
@@ -305,7 +305,7 @@ fn what_does_not_fit_is_refused() {
     let refused = |plan: &Plan, tiles: Range<usize>, base: &[u8], fine_tuned: &[u8]| {
         let mut out = Piece::default();
         let slow = encode_tiles(plan, Dtype::BF16, tiles.clone(), base, fine_tuned, &mut out).unwrap_err();
-        let fast = cpu::encode_tiles(plan, Dtype::BF16, tiles, base, fine_tuned, &mut out).unwrap_err();
+        let fast = vector::encode_tiles(plan, Dtype::BF16, tiles, base, fine_tuned, &mut out).unwrap_err();
         assert_eq!((slow.kind(), slow.message()), (fast.kind(), fast.message()));
         slow.kind()
     };
@@ -320,7 +320,8 @@ fn what_does_not_fit_is_refused() {
     }
     let wide = Plan { widths: [17; 32], ..good };
     assert_eq!(refused(&wide, 0..6, &words, &words), Kind::InvalidArgument);
-    let short = |delta: &[u8]| cpu::patch(&Resident::parse(delta).unwrap(), &mut [0; 6]).unwrap_err().kind();
+    let short =
+        |delta: &[u8]| vector::patch(&Resident::parse(delta).unwrap(), &mut [0; 6]).unwrap_err().kind();
     let m = matrix(Dtype::BF16, shape, &words);
     assert_eq!(short(&encode_pair(&m, &m, Prefer::Speed).unwrap()), Kind::Mismatch);
 
@@ -348,7 +349,7 @@ fn real_fine_tunes_are_encoded_as_the_oracle_does() {
         let (b, f) = (matrix(Dtype::BF16, shape, &old), matrix(Dtype::BF16, shape, &new));
         for prefer in [Prefer::Speed, Prefer::Memory] {
             let want = encode_pair(&b, &f, prefer).unwrap();
-            assert!(cpu::encode(&b, &f, prefer, &Shuffled(2)).unwrap() == want, "{}", t.name);
+            assert!(vector::encode(&b, &f, prefer, &Shuffled(2)).unwrap() == want, "{}", t.name);
             seen += Resident::parse(&want).unwrap().header().changed;
         }
     }

@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use std::mem::{offset_of, size_of};
 use std::process::Command;
 use xorz::codec::{Encoding, Prefer};
-use xorz::cpu::Executor;
 use xorz::error::{Error, Kind};
 use xorz::ffi::{Task, capi, guard};
 use xorz::matrix::Dtype;
 use xorz::package::Codec;
+use xorz::vector::Executor;
 
 const HEADER: &str = include_str!("../../csrc/xorz.h");
 const RUST: [&str; 3] = [

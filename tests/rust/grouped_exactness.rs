@@ -10,12 +10,13 @@ use common::{Rng, matrix, word};
 use linear::{Case, DTYPES, MODES, Shuffled, first_difference, integers, isas, values};
 use xorz::codec::{Encoding, Grid};
 use xorz::cpu::{
-    Arena, Biases, Executor, GroupedArgs, GroupedGradArgs, Isa, Mode, Serial, delta_linear_grouped,
-    delta_linear_grouped_grad_input, delta_linear_grouped_on,
+    Arena, Biases, GroupedArgs, GroupedGradArgs, Mode, delta_linear_grouped, delta_linear_grouped_grad_input,
+    delta_linear_grouped_on,
 };
 use xorz::error::{Kind, Result};
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::{Assembler, Piece, Plan, Resident, encode_tiles};
+use xorz::vector::{Executor, Isa, Serial};
 
 /// Tenants on one base, their deltas in one arena among rubbish.
 struct Fleet {

@@ -1,5 +1,5 @@
 //! Promise: the tree is as the design draws it. Modules know only what lies below them, `unsafe` stays in its rooms,
-//! torch in csrc, cxx in one file, intrinsics in cpu/<arch>.
+//! torch in csrc, cxx in one file, intrinsics in vector/<arch>.
 
 use std::path::{Path, PathBuf};
 
@@ -43,10 +43,11 @@ fn modules_use_only_what_lies_below_them() {
         ("matrix", &["error"]),
         ("codec", &["error", "matrix"]),
         ("resident", &["error", "matrix", "codec"]),
-        ("package", &["error", "matrix", "codec", "resident", "cpu"]),
-        ("cpu", &["error", "matrix", "codec", "resident"]),
-        ("cuda", &["error", "matrix", "codec", "resident"]),
-        ("ffi", &["error", "matrix", "codec", "resident", "package", "cpu", "cuda"]),
+        ("vector", &["error", "matrix", "codec", "resident"]),
+        ("package", &["error", "matrix", "codec", "resident", "vector"]),
+        ("cpu", &["error", "matrix", "codec", "resident", "vector"]),
+        ("cuda", &["error", "matrix"]),
+        ("ffi", &["error", "matrix", "codec", "resident", "vector", "package", "cpu", "cuda"]),
     ];
     for (file, text) in source() {
         let inside = file.trim_start_matches("src/");
@@ -68,7 +69,7 @@ fn modules_use_only_what_lies_below_them() {
 #[test]
 fn the_binary_uses_package_and_what_it_speaks() {
     for (file, text) in source().iter().filter(|(f, _)| f.starts_with("src/bin/")) {
-        for hidden in ["xorz::ffi", "xorz::cpu", "xorz::cuda"] {
+        for hidden in ["xorz::ffi", "xorz::vector", "xorz::cpu", "xorz::cuda"] {
             assert!(!text.contains(hidden), "{file} uses {hidden}");
         }
     }
@@ -76,7 +77,7 @@ fn the_binary_uses_package_and_what_it_speaks() {
 
 #[test]
 fn unsafe_stays_in_its_rooms() {
-    let rooms = ["src/cpu/x86_64/", "src/cpu/aarch64/", "src/cuda/", "src/ffi/"];
+    let rooms = ["src/vector/x86_64/", "src/cuda/", "src/ffi/"];
     let mut used = 0;
     for (file, text) in source() {
         let here = text.split(|c: char| !c.is_alphanumeric() && c != '_').any(|w| w == "unsafe");
@@ -88,6 +89,7 @@ fn unsafe_stays_in_its_rooms() {
         "src/codec/mod.rs",
         "src/resident/mod.rs",
         "src/package/mod.rs",
+        "src/cpu/mod.rs",
         "src/error.rs",
         "src/matrix.rs",
         "src/bin/xorz/main.rs",
@@ -105,7 +107,7 @@ fn foreign_worlds_stay_behind_their_doors() {
         assert!(!text.contains("cudarc") || file == "src/cuda/driver.rs", "libcuda in {file}");
         let intrinsics = text.contains("std::arch") || text.contains("core::arch");
         let detected = text.replace("std::arch::is_x86_feature_detected", "");
-        let at_home = file.starts_with("src/cpu/x86_64/") || file.starts_with("src/cpu/aarch64/");
+        let at_home = file.starts_with("src/vector/x86_64/");
         let really = intrinsics && (detected.contains("std::arch") || detected.contains("core::arch"));
         assert!(!really || at_home, "intrinsics in {file}");
         assert!(!text.contains("libtorch") && !text.contains("pyo3"), "torch or Python in {file}");

@@ -8,10 +8,11 @@ mod linear;
 use common::{Rng, matrix, value, word};
 use linear::{Case, DTYPES, ENCODINGS, MODES, Shuffled, first_difference, integers, isas, values};
 use xorz::codec::{Encoding, Tile};
-use xorz::cpu::{Isa, Mode, Serial, delta_linear};
+use xorz::cpu::{Mode, delta_linear};
 use xorz::error::Kind;
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::Resident;
+use xorz::vector::{Isa, Serial};
 
 /// A case of small integers, a share of whose words changed.
 fn exact_case(rng: &mut Rng, dtype: Dtype, shape: Shape, encoding: Encoding, share: f64) -> Case {

@@ -12,11 +12,12 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicIsize, Ordering::Relaxed};
 use xorz::codec::{Encoding, Prefer};
 use xorz::cpu::{
-    Arena, GroupedArgs, Isa, LinearArgs, Mode, Serial, counters, delta_linear, delta_linear_grad_input,
+    Arena, GroupedArgs, LinearArgs, Mode, counters, delta_linear, delta_linear_grad_input,
     delta_linear_grouped,
 };
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::{Resident, encode_pair};
+use xorz::vector::{Isa, Serial};
 
 /// The system's allocator, counting what is held and the most that was.
 struct Counting;

@@ -8,13 +8,13 @@ use common::{Rng, matrix, unaligned};
 use linear::{Case, DTYPES, ENCODINGS, MODES, Shuffled, isas};
 use xorz::codec::exponent::mantissa_bits;
 use xorz::codec::{Encoding, Exceptions, ExponentTile, Tile, decode_tile};
-use xorz::cpu::{
-    Isa, LinearArgs, Mode, Serial, decode_exponent_on, delta_apply, delta_linear, delta_restore,
-    delta_restore_rows, delta_restore_rows_on,
-};
+use xorz::cpu::{LinearArgs, Mode, delta_linear};
 use xorz::error::{Kind, Result};
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::{Resident, restore};
+use xorz::vector::{
+    Isa, Serial, decode_exponent_on, delta_apply, delta_restore, delta_restore_rows, delta_restore_rows_on,
+};
 
 #[test]
 fn every_instruction_set_gives_the_same_bits() {

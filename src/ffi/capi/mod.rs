@@ -9,8 +9,9 @@ mod packages;
 
 use super::{Task, guard};
 use crate::codec::Prefer;
-use crate::cpu::{self, Executor, Serial};
+use crate::cpu;
 use crate::error::{Error, Result};
+use crate::vector::{Executor, Serial};
 use std::ffi::{CStr, c_char, c_void};
 
 pub use ops::*;

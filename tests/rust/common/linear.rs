@@ -4,10 +4,11 @@
 use super::common::{Rng, matrix, value};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use xorz::codec::Encoding;
-use xorz::cpu::{Executor, Isa, LinearArgs, Mode, Serial, delta_linear_grad_input_on, delta_linear_on};
+use xorz::cpu::{LinearArgs, Mode, delta_linear_grad_input_on, delta_linear_on};
 use xorz::error::Result;
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::{Pair, Resident, encode_as};
+use xorz::vector::{Executor, Isa, Serial};
 
 pub const DTYPES: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];
 pub const ENCODINGS: [Encoding; 4] = Encoding::ALL;

@@ -6,21 +6,19 @@
 //! | `exponent`, `sparse` | tiles |
 //! | `count` | what estimates count |
 //! | `whole` | a matrix on an executor |
-//! | `packer` | what an instruction set gives to them |
 
 mod count;
 mod exponent;
-pub(crate) mod packer;
 mod sparse;
 mod whole;
 
-use super::dispatch::{Isa, Visitor};
-use super::simd::Simd;
 use crate::codec::{Encoding, Prefer};
 use crate::error::Result;
 use crate::matrix::Dtype;
 use crate::resident::{self, Estimate, Piece, Plan, Region, Source};
-use packer::{Lanes, Packer};
+use crate::vector::dispatch::{Isa, on_isa};
+use crate::vector::packer::{Lanes, Packer};
+use crate::vector::simd::Simd;
 use std::ops::Range;
 
 pub use whole::{encode, encode_on};
@@ -56,19 +54,13 @@ pub fn encode_tiles_on(
     (base, fine_tuned): (&[u8], &[u8]),
     out: &mut Piece,
 ) -> Result<()> {
-    struct Call<'a>(&'a Plan, Dtype, Range<usize>, &'a [u8], &'a [u8], &'a mut Piece);
-    impl Visitor for Call<'_> {
-        type Out = Result<()>;
-        fn visit<S: Simd>(self, s: S) -> Result<()> {
-            let Self(plan, dtype, tiles, base, fine_tuned, out) = self;
-            match (s.packer(), dtype.word_bytes()) {
-                (Some(p), 2) => run::<_, u16>(p, plan, dtype, tiles, (base, fine_tuned), out),
-                (Some(p), 4) => run::<_, u32>(p, plan, dtype, tiles, (base, fine_tuned), out),
-                _ => resident::encode_tiles(plan, dtype, tiles, base, fine_tuned, out),
-            }
-        }
+    on_isa!(isa, s => {
+    match (s.packer(), dtype.word_bytes()) {
+        (Some(p), 2) => run::<_, u16>(p, plan, dtype, tiles, (base, fine_tuned), out),
+        (Some(p), 4) => run::<_, u32>(p, plan, dtype, tiles, (base, fine_tuned), out),
+        _ => resident::encode_tiles(plan, dtype, tiles, base, fine_tuned, out),
     }
-    isa.with(Call(plan, dtype, tiles, base, fine_tuned, out))?
+    })?
 }
 
 fn run<P: Packer, W: Lanes>(
@@ -128,16 +120,10 @@ pub fn estimate_exactly(source: &mut dyn Source, prefer: Prefer) -> Result<Estim
 /// # Errors
 /// Those of the source; `Unsupported` if the machine lacks `isa`.
 pub fn estimate_on(isa: Isa, source: &mut dyn Source, prefer: Prefer, exactly: bool) -> Result<Estimate> {
-    struct Call<'a>(&'a mut dyn Source, Prefer, bool);
-    impl Visitor for Call<'_> {
-        type Out = Result<Estimate>;
-        fn visit<S: Simd>(self, s: S) -> Result<Estimate> {
-            let Self(source, prefer, exactly) = self;
-            match s.packer() {
-                Some(p) => resident::estimate_by(&mut count::Fast::new(p), source, prefer, exactly),
-                None => resident::estimate_by(&mut resident::Oracle, source, prefer, exactly),
-            }
-        }
+    on_isa!(isa, s => {
+    match s.packer() {
+        Some(p) => resident::estimate_by(&mut count::Fast::new(p), source, prefer, exactly),
+        None => resident::estimate_by(&mut resident::Oracle, source, prefer, exactly),
     }
-    isa.with(Call(source, prefer, exactly))?
+    })?
 }

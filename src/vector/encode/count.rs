@@ -1,11 +1,11 @@
 //! What estimates count, fast: the same numbers as the oracle's. Must choose nothing.
 
-use super::packer::{Lanes, Packer};
 use super::sparse::Coder;
 use crate::codec::exponent::{CLASSES, class, mantissa_bits};
-use crate::cpu::lanes::STEP;
 use crate::matrix::Dtype;
 use crate::resident::{Count, Need, Oracle};
+use crate::vector::lanes::STEP;
+use crate::vector::packer::{Lanes, Packer};
 
 /// A [`Count`] on an instruction set; words that it does not take are left to the oracle.
 pub(super) struct Fast<P> {

@@ -5,11 +5,11 @@
 //! compares, 4 for the mask and its store: 10, 4 cycles, 0.04 ns a word. For each change: about 60 to split it and list
 //! it, and 30 for each of the records' 16 lanes, filled or not: 90 to 120, 12 ns, 0.12 ns a word at 1 % changed.
 
-use super::packer::{Lanes, Packer};
 use crate::codec::sparse::Builder;
-use crate::cpu::lanes::STEP;
 use crate::matrix::Dtype;
 use crate::resident::{Piece, Plan, Region};
+use crate::vector::lanes::STEP;
+use crate::vector::packer::{Lanes, Packer};
 
 /// Builds tiles; its memory is reused from tile to tile.
 pub(super) struct Coder<W: Lanes> {

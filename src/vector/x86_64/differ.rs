@@ -1,7 +1,7 @@
 //! Which of 32 words differ, with AVX2. Must not know what is done about it.
 
 use super::pack::{Step16, Step32, halves, in_order, quarters, steps};
-use crate::cpu::lanes::STEP;
+use crate::vector::lanes::STEP;
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx2")]

@@ -31,7 +31,7 @@ impl Executor for Serial {
 }
 
 /// Run fallible tasks; of several errors the one of the lowest task is given back.
-pub(super) fn try_run(
+pub(crate) fn try_run(
     exec: &dyn Executor,
     tasks: usize,
     task: impl Fn(usize) -> Result<()> + Sync,

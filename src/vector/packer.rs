@@ -2,7 +2,7 @@
 //! algorithm: `exponent`, `sparse` and `count` beside this file do.
 
 use crate::codec::word::Word;
-use crate::cpu::lanes::{Code, STEP};
+use crate::vector::lanes::{Code, STEP};
 
 /// What the lanes of a tile hold while its words are packed from the last to the first.
 #[derive(Clone, Copy)]

@@ -8,8 +8,8 @@
 //! `detect`. So every method here is safe to call, bounds are carried by array types or clamped, and `unsafe` stays
 //! inside the architecture folders. This file must hold no intrinsic and no algorithm.
 
-use super::encode::packer::{Never, Packer};
 use super::lanes::{Bits, Code, Progress, portable};
+use super::packer::{Never, Packer};
 
 /// Lanes of a vector, on every instance.
 pub(crate) const LANES: usize = 16;

@@ -2,9 +2,9 @@
 //! Every method is one or two instructions per register; nothing else belongs here.
 
 use super::lanes;
-use crate::cpu::encode::packer::Packer;
-use crate::cpu::lanes::{Bits, Code, Progress};
-use crate::cpu::simd::{Kernel, LANES, Simd};
+use crate::vector::lanes::{Bits, Code, Progress};
+use crate::vector::packer::Packer;
+use crate::vector::simd::{Kernel, LANES, Simd};
 use std::arch::x86_64::*;
 
 /// Proof that the machine has AVX2, FMA, F16C and POPCNT: made by [`Avx2::detect`] and from the AVX-512 proof only.

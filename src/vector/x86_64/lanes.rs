@@ -1,9 +1,9 @@
-//! The bit streams of `exponent` with AVX2: see `cpu::lanes` for what they are and `portable` there for their meaning.
-//! The AVX-512 instance uses this code too. Must not check what `cpu::lanes` checks.
+//! The bit streams of `exponent` with AVX2: see `vector::lanes` for what they are and `portable` there for their meaning.
+//! The AVX-512 instance uses this code too. Must not check what `vector::lanes` checks.
 
 use super::avx2::Avx2;
 use crate::codec::exponent::CLASSES;
-use crate::cpu::lanes::{Bits, Code, Progress, STEP};
+use crate::vector::lanes::{Bits, Code, Progress, STEP};
 use std::arch::x86_64::*;
 
 /// Row `m` gives lane `l` of eight the rank of bit `l` among the bits of `m`: which unit the lane takes.
@@ -352,7 +352,7 @@ pub(super) fn eight(from: &[u8; 8]) -> __m128i {
 /// The two word sizes' runs of steps differ in types only.
 macro_rules! runs {
     ($($name:ident, $inner:ident: $word:ty, $lanes:ident, $bytes:literal, |$active:ident| $order:expr;)*) => {$(
-        /// [`crate::cpu::lanes::Lane::steps`].
+        /// [`crate::vector::lanes::Lane::steps`].
         pub(super) fn $name(
             _: Avx2,
             lanes: &mut Bits<$word>,

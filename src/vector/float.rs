@@ -160,15 +160,15 @@ macro_rules! with_float {
     ($dtype:expr, $d:ident => $body:expr) => {
         match $dtype {
             crate::matrix::Dtype::BF16 => {
-                type $d = crate::cpu::float::BF16;
+                type $d = crate::vector::float::BF16;
                 $body
             }
             crate::matrix::Dtype::F16 => {
-                type $d = crate::cpu::float::F16;
+                type $d = crate::vector::float::F16;
                 $body
             }
             crate::matrix::Dtype::F32 => {
-                type $d = crate::cpu::float::F32;
+                type $d = crate::vector::float::F32;
                 $body
             }
             other => Err(crate::error::Error::unsupported(format!(

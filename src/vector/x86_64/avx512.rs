@@ -3,9 +3,9 @@
 
 use super::avx2::Avx2;
 use super::lanes;
-use crate::cpu::encode::packer::Packer;
-use crate::cpu::lanes::{Bits, Code, Progress};
-use crate::cpu::simd::{Kernel, LANES, Simd};
+use crate::vector::lanes::{Bits, Code, Progress};
+use crate::vector::packer::Packer;
+use crate::vector::simd::{Kernel, LANES, Simd};
 use std::arch::x86_64::*;
 
 /// Proof that the machine has AVX-512 F and BW, and all that [`Avx2`] asks: made by [`Avx512::detect`] only.

@@ -21,6 +21,9 @@ use crate::matrix::Dtype;
 /// Words of a step, lanes of the encoding.
 pub(crate) const STEP: usize = LANES;
 
+/// Words that products and restores decode at a time; a multiple of the group and of the encoding's 32 lanes.
+pub(crate) const MICRO: usize = 1024;
+
 /// Bytes that a step may take at most, for words of 4 bytes.
 const MOST: usize = STEP * 4;
 

@@ -9,19 +9,19 @@
 //! scratch a thread, and 32 bytes a row of the batch to sort them.
 
 use super::arena::{Arena, Tenants};
-use super::check_words;
-use super::dispatch::{Isa, Visitor};
-use super::exec::{Executor, try_run};
-use super::float::{BF16, F16, F32};
-use super::lanes::{self, Lane};
-use super::restore::{Change, Sums, Xor};
+use super::job::check_words;
 use super::scratch;
-use super::simd::Simd;
 use crate::codec::word::{Word, with_word};
 use crate::codec::{Encoding, Exceptions, ExponentTile, GapKind, Grid, SparseTile, Tile, exponent};
 use crate::error::{Error, Kind, Result};
 use crate::matrix::{Dtype, Matrix, Shape};
 use crate::resident::Resident;
+use crate::vector::dispatch::{Isa, on_isa};
+use crate::vector::exec::{Executor, try_run};
+use crate::vector::float::{BF16, F16, F32};
+use crate::vector::lanes::{self, Lane};
+use crate::vector::simd::Simd;
+use crate::vector::tile::{Change, Sums, Xor};
 use std::sync::Mutex;
 
 /// Bytes of looked-up rows that are worth a thread's attention, for encodings that patch row by row.
@@ -64,14 +64,7 @@ pub fn delta_embedding_on(
     out: &mut [u8],
     exec: &dyn Executor,
 ) -> Result<()> {
-    struct Call<'a, 'b>(&'a EmbeddingArgs<'b>, &'a mut [u8], &'a dyn Executor);
-    impl Visitor for Call<'_, '_> {
-        type Out = Result<()>;
-        fn visit<S: Simd>(self, s: S) -> Result<()> {
-            run(s, self.0, self.1, self.2)
-        }
-    }
-    isa.with(Call(args, out, exec))?
+    on_isa!(isa, s => run(s, args, out, exec))?
 }
 
 /// One row to be looked up.

@@ -3,8 +3,6 @@
 //! `XORZ_ISA=scalar|avx2|avx512` in the environment asks for a lower one; an unknown or unavailable value is an error
 //! of the first op, not a silent other choice. Must hold no kernel.
 
-use super::scalar::Scalar;
-use super::simd::Simd;
 use crate::error::{Error, Result};
 use std::sync::OnceLock;
 
@@ -34,12 +32,7 @@ impl Isa {
 
     /// Whether this machine has it.
     pub fn is_available(self) -> bool {
-        struct Any;
-        impl Visitor for Any {
-            type Out = ();
-            fn visit<S: Simd>(self, _: S) {}
-        }
-        self.with(Any).is_ok()
+        on_isa!(self, _s => ()).is_ok()
     }
 
     /// The one that ops use: the fastest that the machine has, or the one that `XORZ_ISA` names.
@@ -67,35 +60,37 @@ impl Isa {
         }
         Ok(isa)
     }
+}
 
-    /// Call `visitor` with the instance.
-    pub(super) fn with<V: Visitor>(self, visitor: V) -> Result<V::Out> {
-        match self {
-            Self::Scalar => Ok(visitor.visit(Scalar)),
+/// Run `$body` with `$s` bound to the instance of `$isa`; `Err` where the machine lacks it. The body is compiled once per
+/// instance, so it should be a call.
+macro_rules! on_isa {
+    ($isa:expr, $s:ident => $body:expr) => {
+        match $isa {
+            crate::vector::Isa::Scalar => {
+                let $s = crate::vector::scalar::Scalar;
+                Ok($body)
+            }
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => match super::x86_64::avx2::Avx2::detect() {
-                Some(s) => Ok(visitor.visit(s)),
-                None => Err(lacking(self)),
+            crate::vector::Isa::Avx2 => match crate::vector::x86_64::avx2::Avx2::detect() {
+                Some($s) => Ok($body),
+                None => Err(crate::vector::dispatch::lacking($isa)),
             },
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => match super::x86_64::avx512::Avx512::detect() {
-                Some(s) => Ok(visitor.visit(s)),
-                None => Err(lacking(self)),
+            crate::vector::Isa::Avx512 => match crate::vector::x86_64::avx512::Avx512::detect() {
+                Some($s) => Ok($body),
+                None => Err(crate::vector::dispatch::lacking($isa)),
             },
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => Err(lacking(self)),
+            isa @ (crate::vector::Isa::Avx2 | crate::vector::Isa::Avx512) => {
+                Err(crate::vector::dispatch::lacking(isa))
+            }
         }
-    }
+    };
 }
+pub(crate) use on_isa;
 
-fn lacking(isa: Isa) -> Error {
+#[cold]
+pub(crate) fn lacking(isa: Isa) -> Error {
     Error::unsupported(format!("this machine lacks {}", isa.name()))
-}
-
-/// Code that is generic over the instance.
-pub(super) trait Visitor {
-    /// What it gives back.
-    type Out;
-    /// Run on `s`.
-    fn visit<S: Simd>(self, s: S) -> Self::Out;
 }

@@ -5,8 +5,8 @@ use super::avx2::Avx2;
 use super::differ::{differ16, differ32};
 use super::lanes::{Widths, active, eight, load, load16, pick, spread, store, tables16};
 use super::right::{RIGHT, RIGHT16};
-use crate::cpu::encode::packer::{Open, Packed, Packer, SLACK};
-use crate::cpu::lanes::{Code, STEP};
+use crate::vector::lanes::{Code, STEP};
+use crate::vector::packer::{Open, Packed, Packer, SLACK};
 use std::arch::x86_64::*;
 
 /// Bytes below the end that a step may write: its units and the rest of the lowest vector.

@@ -13,13 +13,13 @@
 //! 28 to shuffle units together and store them: 96. 112 operations at 3.5 a cycle are 32 cycles, 0.3 ns a word at 3.3 GHz,
 //! whatever share changed: no branch depends on data but for exceptions.
 
-use super::packer::{Lanes, Open, Packer, SLACK};
 use crate::codec::Rect;
 use crate::codec::exponent::mantissa_bits;
-use crate::cpu::lanes::{Code, STEP};
 use crate::error::{Error, Result};
 use crate::matrix::Dtype;
 use crate::resident::{Piece, Plan, Region};
+use crate::vector::lanes::{Code, STEP};
+use crate::vector::packer::{Lanes, Open, Packer, SLACK};
 
 /// Packs tiles; its memory is reused from tile to tile.
 #[derive(Default)]

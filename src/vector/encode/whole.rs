@@ -1,12 +1,13 @@
 //! A whole matrix on the caller's threads: runs of tiles at once, put together in order. The delta is held once, and beside
 //! it the pieces of one round.
 
-use super::{Isa, encode_tiles_on, estimate_on};
+use super::{encode_tiles_on, estimate_on};
 use crate::codec::{Encoding, Prefer};
-use crate::cpu::exec::{Executor, try_run};
 use crate::error::Result;
 use crate::matrix::{Digest, Matrix};
 use crate::resident::{Assembler, Pair, Piece, Plan};
+use crate::vector::dispatch::Isa;
+use crate::vector::exec::{Executor, try_run};
 use std::ops::Range;
 use std::sync::Mutex;
 

@@ -1,127 +1,18 @@
-//! Fine-tuned words: `delta_restore`, `delta_restore_rows`, `delta_apply`, and the tiles that products restore into
-//! scratch. Every dtype; equal to `resident::restore` bit for bit. A word without an entry is copied, never computed with.
+//! One tile's base words turned into its fine-tuned ones, in place: what restores, products and embeddings share. Every
+//! dtype; equal to `codec::decode_tile` bit for bit. A word without an entry is copied, never computed with.
 
-use super::exec::{Executor, try_run};
-use super::exponent::MICRO;
 use super::float::{BF16, F16, F32, Float};
-use super::lanes::{Decoder, Lane};
+use super::lanes::{Decoder, Lane, MICRO};
 use super::simd::Simd;
 use crate::codec::word::{Word, with_word};
-use crate::codec::{Encoding, Exceptions, ExponentTile, GapKind, Grid, SparseTile, Tile};
+use crate::codec::{Exceptions, ExponentTile, GapKind, Grid, SparseTile, Tile};
 use crate::error::{Error, Result};
-use crate::matrix::{Dtype, Matrix, Shape};
+use crate::matrix::{Dtype, Matrix};
 use crate::resident::Resident;
 use std::marker::PhantomData;
-use std::ops::Range;
-use std::sync::Mutex;
-
-/// See [`super::delta_restore_rows`].
-pub(super) fn rows<S: Simd>(
-    s: S,
-    delta: &Resident<'_>,
-    base: &Matrix<'_>,
-    rows: Range<usize>,
-    out: &mut [u8],
-    exec: &dyn Executor,
-) -> Result<()> {
-    delta.check_base(base)?;
-    let (shape, row_bytes) = (base.shape(), base.row_bytes());
-    if rows.start > rows.end || rows.end > shape.n {
-        return Err(Error::invalid(format!("rows {rows:?} of a matrix of {} rows", shape.n)));
-    }
-    let want = rows.len() * row_bytes;
-    if out.len() != want {
-        return Err(Error::mismatch(format!("out has {} bytes, but rows {rows:?} take {want}", out.len())));
-    }
-    if want == 0 {
-        return Ok(());
-    }
-    let tile_rows = delta.grid().tile_rows;
-    let (first, last) = (rows.start / tile_rows, rows.end.div_ceil(tile_rows));
-    // The rows of out that each band of tiles covers: the first and the last band may be cut.
-    let mut rest = out;
-    let mut parts = Vec::with_capacity(last - first);
-    for band in first..last {
-        let from = (band * tile_rows).max(rows.start);
-        let to = ((band + 1) * tile_rows).min(rows.end);
-        let (part, tail) = rest.split_at_mut((to - from) * row_bytes);
-        rest = tail;
-        parts.push(Mutex::new((from..to, part)));
-    }
-    try_run(exec, parts.len(), |task| {
-        let mut part = parts[task].lock().unwrap_or_else(|p| p.into_inner());
-        let (rows, out) = &mut *part;
-        let band = first + task;
-        let whole = band * tile_rows..((band + 1) * tile_rows).min(shape.n);
-        if *rows == whole {
-            out.copy_from_slice(base.rows(whole.start, whole.end).bytes());
-            return apply_band(s, delta, band, out);
-        }
-        let mut words = base.rows(whole.start, whole.end).bytes().to_vec();
-        apply_band(s, delta, band, &mut words)?;
-        out.copy_from_slice(
-            &words[(rows.start - whole.start) * row_bytes..(rows.end - whole.start) * row_bytes],
-        );
-        Ok(())
-    })
-}
-
-/// See [`super::delta_apply`].
-pub(super) fn apply<S: Simd>(
-    s: S,
-    delta: &Resident<'_>,
-    dtype: Dtype,
-    shape: Shape,
-    weight: &mut [u8],
-    exec: &dyn Executor,
-) -> Result<()> {
-    delta.check_base(&Matrix::new(dtype, shape, weight)?)?;
-    // All that can be refused without decoding is refused before the first word changes.
-    delta.check()?;
-    if weight.is_empty() {
-        return Ok(());
-    }
-    let band_bytes = delta.grid().tile_rows * shape.k * dtype.word_bytes();
-    let bands: Vec<_> = weight.chunks_mut(band_bytes).map(Mutex::new).collect();
-    try_run(exec, bands.len(), |band| {
-        let mut words = bands[band].lock().unwrap_or_else(|p| p.into_inner());
-        apply_band(s, delta, band, &mut words)
-    })
-}
-
-/// See [`super::patch`].
-pub(super) fn patch_all<S: Simd>(s: S, delta: &Resident<'_>, words: &mut [u8]) -> Result<()> {
-    let (header, grid) = (delta.header(), delta.grid());
-    let want = header.shape.bytes(header.dtype)?;
-    if words.len() != want {
-        return Err(Error::mismatch(format!(
-            "words have {} bytes, but a {} matrix of {} takes {want}",
-            words.len(),
-            header.shape,
-            header.dtype
-        )));
-    }
-    if header.encoding == Encoding::Unchanged || words.is_empty() {
-        return Ok(());
-    }
-    let band_bytes = grid.tile_rows * header.shape.k * header.dtype.word_bytes();
-    words.chunks_mut(band_bytes).enumerate().try_for_each(|(band, words)| apply_band(s, delta, band, words))
-}
-
-/// Turn the base words of row band `band` into the fine-tuned ones; `words` holds the band's whole rows.
-fn apply_band<S: Simd>(s: S, delta: &Resident<'_>, band: usize, words: &mut [u8]) -> Result<()> {
-    let (grid, dtype) = (delta.grid(), delta.header().dtype);
-    let across = grid.tile_cols_count();
-    (band * across..(band + 1) * across).try_for_each(|index| {
-        let rect = grid.rect(index);
-        let (w, k) = (dtype.word_bytes(), grid.shape.k);
-        let stripe = Stripe { stride: k * w, from: rect.c0 * w, to: rect.c1 * w, rows: rect.rows() };
-        apply_tile(s, delta, index, stripe, words)
-    })
-}
 
 /// The fine-tuned words of tile `index`, row after row, into `words`.
-pub(super) fn tile_words<S: Simd>(
+pub(crate) fn tile_words<S: Simd>(
     s: S,
     delta: &Resident<'_>,
     base: &Matrix<'_>,
@@ -139,11 +30,11 @@ pub(super) fn tile_words<S: Simd>(
 
 /// Where a tile lies in a buffer of words: bytes `from..to` of each of `rows` rows of `stride` bytes.
 #[derive(Clone, Copy)]
-struct Stripe {
-    stride: usize,
-    from: usize,
-    to: usize,
-    rows: usize,
+pub(super) struct Stripe {
+    pub(super) stride: usize,
+    pub(super) from: usize,
+    pub(super) to: usize,
+    pub(super) rows: usize,
 }
 
 impl Stripe {
@@ -153,7 +44,7 @@ impl Stripe {
 }
 
 /// Turn a tile's base words into its fine-tuned ones, in place.
-fn apply_tile<S: Simd>(
+pub(super) fn apply_tile<S: Simd>(
     s: S,
     delta: &Resident<'_>,
     index: usize,
@@ -182,7 +73,7 @@ fn apply_tile<S: Simd>(
     done.map_err(|e| e.within(format!("delta, tile {index}")))
 }
 
-/// See [`super::decode_exponent_on`].
+/// See [`super::restore::decode_exponent_on`].
 pub(super) fn exponent<S: Simd>(
     s: S,
     tile: &ExponentTile<'_>,
@@ -294,7 +185,7 @@ fn overwrite<W: Word>(
 }
 
 /// What an entry does to a word.
-pub(super) trait Change<W> {
+pub(crate) trait Change<W> {
     /// The difference that does nothing.
     const NOTHING: u64;
     /// The word after the difference `diff` of lane `lane` at column `c`.
@@ -302,7 +193,7 @@ pub(super) trait Change<W> {
 }
 
 /// Dtypes that do not compute.
-pub(super) struct Xor;
+pub(crate) struct Xor;
 
 impl<W: Word> Change<W> for Xor {
     const NOTHING: u64 = 0;
@@ -313,13 +204,13 @@ impl<W: Word> Change<W> for Xor {
 
 /// Dtypes that compute. Per lane: the column of the last entry and its exact sum, since a second entry there adds to
 /// the sum and not to the word, which may not hold it.
-pub(super) struct Sums<D> {
+pub(crate) struct Sums<D> {
     last: [(usize, f32); Grid::LANES],
     dtype: PhantomData<D>,
 }
 
 impl<D: Float> Sums<D> {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { last: [(usize::MAX, 0.0); Grid::LANES], dtype: PhantomData }
     }
 }

@@ -1,0 +1,35 @@
+//! The vector machine: words and their bit streams at the speed of memory. What packages and products both stand on.
+//!
+//! One algorithm, written once over a sixteen-lane vector trait ([`simd`](self)), compiled per instruction set, chosen once at
+//! run time; **every instruction set gives the same bits**. Threads are the caller's ([`Executor`]). `unsafe` lives in the
+//! architecture folders only; this module knows no product, no package and no torch.
+//!
+//! | file | what |
+//! |---|---|
+//! | `simd`, `scalar`, `x86_64` | the vector trait and its instances; `dispatch` picks one |
+//! | `float` | bf16, f16, f32 as lanes |
+//! | `lanes` | the bit streams of `exponent`; `packer` what an instruction set gives to those who write them |
+//! | `encode` | words to tiles and whole deltas, and the estimates that choose how |
+//! | `restore` | fine-tuned words: restore, apply, patch; `tile` one tile of them |
+//! | `exec` | how ops run their tasks |
+
+pub(crate) mod dispatch;
+mod encode;
+pub(crate) mod exec;
+pub(crate) mod float;
+pub(crate) mod lanes;
+mod packer;
+mod restore;
+pub(crate) mod scalar;
+pub(crate) mod simd;
+pub(crate) mod tile;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod x86_64;
+
+pub use dispatch::Isa;
+pub use encode::{encode, encode_on, encode_tiles, encode_tiles_on, estimate, estimate_exactly, estimate_on};
+pub use exec::{Executor, Serial};
+pub use restore::{
+    decode_exponent_on, delta_apply, delta_restore, delta_restore_rows, delta_restore_rows_on, patch,
+    patch_on,
+};

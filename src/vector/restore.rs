@@ -1,0 +1,214 @@
+//! Fine-tuned words: `delta_restore`, `delta_restore_rows`, `delta_apply`, `patch`. Every dtype; equal to
+//! `resident::restore` bit for bit.
+
+use super::dispatch::{Isa, on_isa};
+use super::exec::{Executor, try_run};
+use super::simd::Simd;
+use super::tile::{self, Stripe, apply_tile};
+use crate::codec::{Encoding, ExponentTile};
+use crate::error::{Error, Result};
+use crate::matrix::{Dtype, Matrix, Shape};
+use crate::resident::Resident;
+use std::ops::Range;
+use std::sync::Mutex;
+
+/// Restore the fine-tuned matrix: `out` takes its `n * k` words, any dtype, any alignment. Bit-exact.
+///
+/// # Errors
+/// `Mismatch` where base, delta and out do not fit; `Corrupt` or `Truncated` for bad delta bytes, `out` then holds
+/// unspecified words.
+pub fn delta_restore(
+    delta: &Resident<'_>,
+    base: &Matrix<'_>,
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    delta_restore_rows(delta, base, 0..base.shape().n, out, exec)
+}
+
+/// Restore rows `rows` of the fine-tuned matrix: `out` takes their words.
+///
+/// # Errors
+/// As [`delta_restore`]; `InvalidArgument` for rows beyond the matrix.
+pub fn delta_restore_rows(
+    delta: &Resident<'_>,
+    base: &Matrix<'_>,
+    rows: Range<usize>,
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    delta_restore_rows_on(Isa::active()?, delta, base, rows, out, exec)
+}
+
+/// [`delta_restore_rows`] on an instruction set of the caller's choice, for tests and benchmarks.
+///
+/// # Errors
+/// As [`delta_restore_rows`]; `Unsupported` if the machine lacks `isa`.
+pub fn delta_restore_rows_on(
+    isa: Isa,
+    delta: &Resident<'_>,
+    base: &Matrix<'_>,
+    rows: Range<usize>,
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    on_isa!(isa, s => rows_of(s, delta, base, rows, out, exec))?
+}
+
+/// `codec::decode_tile` of an `exponent` tile on an instruction set of the caller's choice, for tests and benchmarks:
+/// `words` holds whole rows of `cols` base words on entry, fine-tuned ones on exit; `tile_cols` is the grid's.
+///
+/// # Errors
+/// As `codec::decode_tile`; `InvalidArgument` where `words` is not rows of `cols` words or a width is above the word's;
+/// `Unsupported` for words of 1 or 8 bytes, and if the machine lacks `isa`.
+pub fn decode_exponent_on(
+    isa: Isa,
+    tile: &ExponentTile<'_>,
+    dtype: Dtype,
+    (cols, tile_cols): (usize, usize),
+    words: &mut [u8],
+) -> Result<()> {
+    on_isa!(isa, s => tile::exponent(s, tile, dtype, cols, tile_cols, words))?
+}
+
+/// Turn the base into the fine-tuned matrix in place: `weight` holds the words of a `shape` matrix of `dtype`.
+///
+/// The delta's bytes are checked before a word changes ([`Resident::check`]); that `weight` is the delta's own base
+/// is for the caller to check ([`Resident::check_digest`]).
+///
+/// # Errors
+/// `Mismatch` where they do not fit, `Corrupt` or `Truncated` for bad delta bytes. An `exponent` delta of another base
+/// may be found out only on the way; `weight` then holds unspecified words.
+pub fn delta_apply(
+    delta: &Resident<'_>,
+    dtype: Dtype,
+    shape: Shape,
+    weight: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    on_isa!(Isa::active()?, s => apply(s, delta, dtype, shape, weight, exec))?
+}
+
+/// Turn base words into fine-tuned ones in place, on the calling thread: `words` holds the whole matrix of the delta's
+/// dtype and shape, at any alignment. Memory-safe on any bytes; neither the delta's content nor the base is checked
+/// against a digest ([`Resident::check`], [`Resident::check_digest`]).
+///
+/// # Errors
+/// `Mismatch` for another length of `words`; `Corrupt` or `Truncated` for bad delta bytes, `words` then holds
+/// unspecified words.
+pub fn patch(delta: &Resident<'_>, words: &mut [u8]) -> Result<()> {
+    patch_on(Isa::active()?, delta, words)
+}
+
+/// [`patch`] on an instruction set of the caller's choice, for tests and benchmarks.
+///
+/// # Errors
+/// As [`patch`]; `Unsupported` if the machine lacks `isa`.
+pub fn patch_on(isa: Isa, delta: &Resident<'_>, words: &mut [u8]) -> Result<()> {
+    on_isa!(isa, s => patch_all(s, delta, words))?
+}
+
+/// See [`delta_restore_rows`].
+fn rows_of<S: Simd>(
+    s: S,
+    delta: &Resident<'_>,
+    base: &Matrix<'_>,
+    rows: Range<usize>,
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    delta.check_base(base)?;
+    let (shape, row_bytes) = (base.shape(), base.row_bytes());
+    if rows.start > rows.end || rows.end > shape.n {
+        return Err(Error::invalid(format!("rows {rows:?} of a matrix of {} rows", shape.n)));
+    }
+    let want = rows.len() * row_bytes;
+    if out.len() != want {
+        return Err(Error::mismatch(format!("out has {} bytes, but rows {rows:?} take {want}", out.len())));
+    }
+    if want == 0 {
+        return Ok(());
+    }
+    let tile_rows = delta.grid().tile_rows;
+    let (first, last) = (rows.start / tile_rows, rows.end.div_ceil(tile_rows));
+    // The rows of out that each band of tiles covers: the first and the last band may be cut.
+    let mut rest = out;
+    let mut parts = Vec::with_capacity(last - first);
+    for band in first..last {
+        let from = (band * tile_rows).max(rows.start);
+        let to = ((band + 1) * tile_rows).min(rows.end);
+        let (part, tail) = rest.split_at_mut((to - from) * row_bytes);
+        rest = tail;
+        parts.push(Mutex::new((from..to, part)));
+    }
+    try_run(exec, parts.len(), |task| {
+        let mut part = parts[task].lock().unwrap_or_else(|p| p.into_inner());
+        let (rows, out) = &mut *part;
+        let band = first + task;
+        let whole = band * tile_rows..((band + 1) * tile_rows).min(shape.n);
+        if *rows == whole {
+            out.copy_from_slice(base.rows(whole.start, whole.end).bytes());
+            return apply_band(s, delta, band, out);
+        }
+        let mut words = base.rows(whole.start, whole.end).bytes().to_vec();
+        apply_band(s, delta, band, &mut words)?;
+        out.copy_from_slice(
+            &words[(rows.start - whole.start) * row_bytes..(rows.end - whole.start) * row_bytes],
+        );
+        Ok(())
+    })
+}
+
+/// See [`delta_apply`].
+fn apply<S: Simd>(
+    s: S,
+    delta: &Resident<'_>,
+    dtype: Dtype,
+    shape: Shape,
+    weight: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    delta.check_base(&Matrix::new(dtype, shape, weight)?)?;
+    // All that can be refused without decoding is refused before the first word changes.
+    delta.check()?;
+    if weight.is_empty() {
+        return Ok(());
+    }
+    let band_bytes = delta.grid().tile_rows * shape.k * dtype.word_bytes();
+    let bands: Vec<_> = weight.chunks_mut(band_bytes).map(Mutex::new).collect();
+    try_run(exec, bands.len(), |band| {
+        let mut words = bands[band].lock().unwrap_or_else(|p| p.into_inner());
+        apply_band(s, delta, band, &mut words)
+    })
+}
+
+/// See [`patch`].
+fn patch_all<S: Simd>(s: S, delta: &Resident<'_>, words: &mut [u8]) -> Result<()> {
+    let (header, grid) = (delta.header(), delta.grid());
+    let want = header.shape.bytes(header.dtype)?;
+    if words.len() != want {
+        return Err(Error::mismatch(format!(
+            "words have {} bytes, but a {} matrix of {} takes {want}",
+            words.len(),
+            header.shape,
+            header.dtype
+        )));
+    }
+    if header.encoding == Encoding::Unchanged || words.is_empty() {
+        return Ok(());
+    }
+    let band_bytes = grid.tile_rows * header.shape.k * header.dtype.word_bytes();
+    words.chunks_mut(band_bytes).enumerate().try_for_each(|(band, words)| apply_band(s, delta, band, words))
+}
+
+/// Turn the base words of row band `band` into the fine-tuned ones; `words` holds the band's whole rows.
+fn apply_band<S: Simd>(s: S, delta: &Resident<'_>, band: usize, words: &mut [u8]) -> Result<()> {
+    let (grid, dtype) = (delta.grid(), delta.header().dtype);
+    let across = grid.tile_cols_count();
+    (band * across..(band + 1) * across).try_for_each(|index| {
+        let rect = grid.rect(index);
+        let (w, k) = (dtype.word_bytes(), grid.shape.k);
+        let stripe = Stripe { stride: k * w, from: rect.c0 * w, to: rect.c1 * w, rows: rect.rows() };
+        apply_tile(s, delta, index, stripe, words)
+    })
+}
