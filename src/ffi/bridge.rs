@@ -8,6 +8,7 @@ use super::{Task, ops};
 use crate::codec::Prefer;
 use crate::cpu;
 use crate::error::Result;
+use crate::vector;
 use device::{
     cuda_delta_apply, cuda_delta_embedding, cuda_delta_linear, cuda_delta_restore, cuda_linear_workspace,
 };
