@@ -1,6 +1,6 @@
 //! Which instance of the vector trait runs: chosen once, on the first op, from what the machine has.
 //!
-//! `XORZ_ISA=scalar|avx2|avx512` in the environment asks for a lower one; an unknown or unavailable value is an error
+//! `XORZ_ISA=scalar|avx2|avx512|avx512vbmi2|avx512bf16` in the environment asks for a lower one; an unknown or unavailable value is an error
 //! of the first op, not a silent other choice. Must hold no kernel.
 
 use crate::error::{Error, Result};
@@ -15,11 +15,15 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F and BW.
     Avx512,
+    /// AVX-512 with VBMI2, which decodes `exponent` at the speed of memory.
+    Avx512Vbmi2,
+    /// The same with the bf16 dot product, which `mode = "fast"` uses: its bits then differ from those of the others.
+    Avx512Bf16,
 }
 
 impl Isa {
     /// Every instruction set, slowest first.
-    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 5] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Vbmi2, Self::Avx512Bf16];
 
     /// The name that `XORZ_ISA` takes.
     pub fn name(self) -> &'static str {
@@ -27,6 +31,8 @@ impl Isa {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Vbmi2 => "avx512vbmi2",
+            Self::Avx512Bf16 => "avx512bf16",
         }
     }
 
@@ -53,7 +59,9 @@ impl Isa {
             return Ok(Self::ALL.into_iter().rfind(|isa| isa.is_available()).unwrap_or(Self::Scalar));
         };
         let isa = Self::ALL.into_iter().find(|isa| isa.name() == asked).ok_or_else(|| {
-            Error::invalid(format!("XORZ_ISA is \"{asked}\"; it takes scalar, avx2 or avx512"))
+            Error::invalid(format!(
+                "XORZ_ISA is \"{asked}\"; it takes one of scalar, avx2, avx512, avx512vbmi2, avx512bf16"
+            ))
         })?;
         if !isa.is_available() {
             return Err(Error::unsupported(format!("XORZ_ISA is \"{asked}\", which this machine lacks")));
@@ -81,10 +89,22 @@ macro_rules! on_isa {
                 Some($s) => Ok($body),
                 None => Err(crate::vector::dispatch::lacking($isa)),
             },
-            #[cfg(not(target_arch = "x86_64"))]
-            isa @ (crate::vector::Isa::Avx2 | crate::vector::Isa::Avx512) => {
-                Err(crate::vector::dispatch::lacking(isa))
+            #[cfg(target_arch = "x86_64")]
+            crate::vector::Isa::Avx512Vbmi2 => {
+                match crate::vector::x86_64::avx512_more::Avx512Vbmi2::detect() {
+                    Some($s) => Ok($body),
+                    None => Err(crate::vector::dispatch::lacking($isa)),
+                }
             }
+            #[cfg(target_arch = "x86_64")]
+            crate::vector::Isa::Avx512Bf16 => {
+                match crate::vector::x86_64::avx512_more::Avx512Bf16::detect() {
+                    Some($s) => Ok($body),
+                    None => Err(crate::vector::dispatch::lacking($isa)),
+                }
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            isa => Err(crate::vector::dispatch::lacking(isa)),
         }
     };
 }

@@ -3,7 +3,9 @@
 
 pub(crate) mod avx2;
 pub(crate) mod avx512;
+pub(crate) mod avx512_more;
 mod differ;
 mod lanes;
+mod lanes512;
 mod pack;
 mod right;
