@@ -37,7 +37,7 @@ pub(crate) struct Rows<'a> {
 impl<'a> Rows<'a> {
     /// Row `r`, columns from byte `from` to byte `to` (cut to the row).
     #[inline(always)]
-    fn part(&self, r: usize, from: usize, to: usize) -> &'a [u8] {
+    pub(crate) fn part(&self, r: usize, from: usize, to: usize) -> &'a [u8] {
         &self.bytes[r * self.stride + from..r * self.stride + to.min(self.len)]
     }
 

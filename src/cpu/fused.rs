@@ -8,6 +8,7 @@
 //! `dot`), each added to the total; then the entries, tile column after tile column of the delta's own grid (see
 //! `sparse`); then the bias. `exponent` and `raw`: the products of the tile columns of the delta's own grid.
 
+use super::bf16::Few;
 use super::dot::{Rows, Strides, TileProduct, ToSplit};
 use super::exponent;
 use super::linear::{Job, Segment};
@@ -72,7 +73,11 @@ impl<D: Float> Job<'_, D> {
         let strides =
             if whole { Strides { row: LANES, column: 1 } } else { Strides { row: 1, column: rows } };
         sc.sums.zeroed(rows * if whole { LANES } else { block.m });
-        for c0 in (0..self.k).step_by(BASE_COLUMNS) {
+        if self.bf16 {
+            let rect = Rect { r0: block.r0, r1: block.r1, c0: 0, c1: self.k };
+            self.few(s, self.base_rows(&rect), &rect, block, strides, sc);
+        }
+        for c0 in (0..if self.bf16 { 0 } else { self.k }).step_by(BASE_COLUMNS) {
             let columns = c0..(c0 + BASE_COLUMNS).min(self.k);
             self.split(s, block, &columns, sc);
             for r0 in (block.r0..block.r1).step_by(LANES) {
@@ -104,7 +109,9 @@ impl<D: Float> Job<'_, D> {
         sc.sums.zeroed(rows * block.m);
         for tc in 0..across {
             let rect = grid.rect(tc);
-            self.split(s, block, &(rect.c0..rect.c1), sc);
+            if !self.bf16 {
+                self.split(s, block, &(rect.c0..rect.c1), sc);
+            }
             for tr in block.r0 / grid.tile_rows..block.r1.div_ceil(grid.tile_rows) {
                 let index = tr * across + tc;
                 let tile = segment.weights.tile(index);
@@ -201,11 +208,33 @@ impl<D: Float> Job<'_, D> {
             }
             Tile::Raw(raw) => {
                 let rows = Rows { bytes: raw.bytes, stride: raw.stride, len: raw.row_bytes };
-                self.product(s, rows, &rect, block, strides, sc);
+                if self.bf16 {
+                    self.few(s, rows, &rect, block, strides, sc);
+                } else {
+                    self.product(s, rows, &rect, block, strides, sc);
+                }
                 Ok(())
             }
             Tile::Unchanged | Tile::Sparse(_) => Err(Error::internal("a tile without words of its own")),
         }
+    }
+
+    /// [`Self::product`] by the bf16 dot product; no row of x is converted.
+    fn few<S: Simd>(
+        &self,
+        s: S,
+        words: Rows<'_>,
+        rect: &Rect,
+        block: Block,
+        strides: Strides,
+        sc: &mut Scratch,
+    ) {
+        let mut x: [&[u8]; BLOCK] = [&[]; BLOCK];
+        for (j, x) in x.iter_mut().enumerate().take(block.m) {
+            *x = self.x_row(block.m0 + j, &(rect.c0..rect.c1)).bytes;
+        }
+        let sums = &mut sc.sums.all_mut()[(rect.r0 - block.r0) * strides.row..];
+        s.with_bf16_dot(Few { words, rows: rect.rows(), x: &x[..block.m], sums, strides });
     }
 
     /// The product of a tile's rows of words with the block's rows of x.

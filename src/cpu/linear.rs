@@ -16,8 +16,9 @@ use super::job::{Mode, check_words};
 use super::plan::{self, BLOCK, Sizes, Way};
 use super::scratch::{self, Scratch};
 use super::weights::Weights;
+use crate::codec::Encoding;
 use crate::error::Result;
-use crate::matrix::{Matrix, Shape};
+use crate::matrix::{Dtype, Matrix, Shape};
 use crate::resident::Resident;
 use crate::vector::dispatch::{Isa, on_isa};
 use crate::vector::exec::{Executor, try_run};
@@ -129,6 +130,8 @@ pub(super) struct Job<'a, D: Float> {
     pub(super) out: &'a [D::Shared],
     pub(super) n: usize,
     pub(super) k: usize,
+    /// Whether words are multiplied by the machine's bf16 dot product.
+    pub(super) bf16: bool,
 }
 
 /// Tasks of one kind: chunks of rows of W by blocks of rows of x.
@@ -159,6 +162,7 @@ pub(super) fn run<S: Simd, D: Float>(
         out: D::share(out, "out")?,
         n: shape.n,
         k: shape.k,
+        bf16: S::BF16_DOT && D::DTYPE == Dtype::BF16 && call.mode == Mode::Fast,
     };
     let parts = job.parts(call, exec.threads());
     if plan::traces() {
@@ -181,12 +185,20 @@ impl<D: Float> Job<'_, D> {
     fn parts<'a>(&self, call: &Call<'a>, threads: usize) -> Vec<Part<'a>> {
         let mut parts: Vec<Part<'a>> = Vec::new();
         let way = |s: &Segment<'_>| Way::of(&s.weights, s.rows.len(), call.mode);
-        let alike = |a: &Segment<'_>, b: &Segment<'_>| way(a) == Way::Shared && way(b) == Way::Shared;
+        let alike = |a: &Segment<'_>, b: &Segment<'_>| {
+            let raw = |s: &Segment<'_>| s.weights.encoding() == Encoding::Raw;
+            way(a) == way(b)
+                && (way(a) == Way::Shared || self.bf16 && !(way(a) == Way::Own && (raw(a) || raw(b))))
+        };
         for segments in call.segments.chunk_by(alike) {
             let (first, last) = (&segments[0], &segments[segments.len() - 1]);
             let (way, places) = (way(first), first.rows.start..last.rows.end);
             let base = (self.base.shape(), D::BYTES);
-            let sizes = Sizes::of(way, base, first.weights.grid(), (segments.len(), places.len()), threads);
+            let sizes = if self.bf16 {
+                Sizes::of_bf16(way, base.0, segments, threads)
+            } else {
+                Sizes::of(way, base, first.weights.grid(), (segments.len(), places.len()), threads)
+            };
             let start = parts.last().map_or(0, |part| part.tasks.end);
             let tasks = start..start + self.n.div_ceil(sizes.rows) * places.len().div_ceil(sizes.block);
             parts.push(Part { way, segments, sizes, places, tasks });
@@ -202,14 +214,19 @@ impl<D: Float> Job<'_, D> {
         let (r0, m0) = (chunk * rows, part.places.start + at * block);
         let r1 = (r0 + rows).min(self.n);
         let block = Block { r0, r1, m0, m: block.min(part.places.end - m0) };
+        let within = || {
+            let first = part.segments.partition_point(|s| s.rows.end <= m0);
+            let end = part.segments.partition_point(|s| s.rows.start < m0 + block.m);
+            &part.segments[first..end]
+        };
         match part.way {
+            Way::Panels if self.bf16 => self.packed(s, block, within(), sc),
             Way::Panels => self.panels(s, block, &part.segments[0], sc),
-            Way::Own => self.own(s, block, &part.segments[0], sc),
-            Way::Shared => {
-                let first = part.segments.partition_point(|s| s.rows.end <= m0);
-                let end = part.segments.partition_point(|s| s.rows.start < m0 + block.m);
-                self.shared(s, block, &part.segments[first..end], sc)
+            Way::Own if self.bf16 && part.segments[0].weights.encoding() == Encoding::Exponent => {
+                self.decoded(s, block, within(), sc)
             }
+            Way::Own => self.own(s, block, &part.segments[0], sc),
+            Way::Shared => self.shared(s, block, within(), sc),
         }
     }
 

@@ -6,6 +6,7 @@
 //! | file | what |
 //! |---|---|
 //! | `linear` | products: which rows of x go where; `fused` few rows, of one tenant or many; `dot` base products, `sparse` entries, `exponent` decoding on the way |
+//! | `bf16` | the same in `mode = "fast"` with a bf16 dot product |
 //! | `plan` | the cost model: every choice of kernel and size; `XORZ_TRACE` |
 //! | `wide` | the decode path of outputs that are not finite |
 //! | `grad` | `delta_linear_grad_input` |
@@ -15,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 mod arena;
+mod bf16;
 pub mod counters;
 mod dot;
 mod embedding;

@@ -19,6 +19,7 @@ use super::linear::Segment;
 use super::weights::Weights;
 use crate::codec::{Encoding, Grid};
 use crate::matrix::{Dtype, Shape};
+use crate::vector::bf16dot;
 use crate::vector::simd::{LANES, Simd};
 use std::sync::OnceLock;
 
@@ -29,7 +30,7 @@ pub(super) const BLOCK: usize = LANES;
 pub(super) const BASE_COLUMNS: usize = Grid::MAX_COLS;
 
 /// Totals of one task on a restored panel (512 KiB); more rows of x are done in blocks.
-const PANEL_SUMS: usize = 1 << 17;
+pub(super) const PANEL_SUMS: usize = 1 << 17;
 
 /// Rows of W of one small-m task, at most: their totals are scratch (64 KiB).
 const MOST_ROWS: usize = 1024;
@@ -180,6 +181,20 @@ impl Sizes {
             Way::Shared => Self::chunks(base, tenants, BASE_COLUMNS, LANES),
             Way::Own => Self::chunks(base, 1, grid.tile_cols, grid.tile_rows),
         }
+    }
+
+    /// Of segments that are computed one way by the bf16 dot product: no row of x is converted, and tiles of every segment
+    /// begin and end with a task.
+    pub(super) fn of_bf16(way: Way, base: Shape, segments: &[Segment<'_>], threads: usize) -> Self {
+        let tallest = segments.iter().map(|s| s.weights.grid().tile_rows).max().unwrap_or(LANES);
+        let least = (Costs::active().least_words / base.k.max(1)).min(MOST_ROWS).min(base.n);
+        let places = segments.iter().map(|s| s.rows.len()).sum::<usize>().max(1);
+        if way == Way::Panels {
+            return Self { rows: tallest.max(bf16dot::PANEL_ROWS), block: places, again_cached: false };
+        }
+        // Eight tasks a thread, so that none waits long for another.
+        let rows = base.n.div_ceil(8 * threads.max(1)).clamp(1, MOST_ROWS).max(least);
+        Self { rows: rows.next_multiple_of(tallest.max(LANES)), block: BLOCK, again_cached: false }
     }
 
     /// Enough rows of W to pay for converting x, few enough for every thread to have some.

@@ -33,6 +33,11 @@ impl<'a> Weights<'a> {
         self.delta.map_or_else(|| Grid::for_sparse(self.base.shape()), Resident::grid)
     }
 
+    /// Bits by class of the base word, of `exponent`.
+    pub(super) fn widths(&self) -> [u8; 32] {
+        self.delta.map_or([0; 32], |d| d.header().widths)
+    }
+
     pub(super) fn tile(&self, index: usize) -> Result<Tile<'a>> {
         self.delta.map_or(Ok(Tile::Unchanged), |d| d.tile(index))
     }

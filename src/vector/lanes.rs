@@ -183,14 +183,19 @@ impl<'a, W: Lane> Decoder<'a, W> {
     pub(crate) fn finish(self) -> Result<()> {
         match self.left.map_or(self.stream.len(), |(at, end)| end.saturating_sub(at)) {
             0 => Ok(()),
-            left => Err(Error::corrupt(format!(
-                "a tile of encoding exponent leaves {left} bytes of its stream unused: corrupt, or of another base"
-            ))),
+            left => Err(unused(left)),
         }
     }
 }
 
 #[cold]
-fn ended() -> Error {
+pub(crate) fn unused(left: usize) -> Error {
+    Error::corrupt(format!(
+        "a tile of encoding exponent leaves {left} bytes of its stream unused: corrupt, or of another base"
+    ))
+}
+
+#[cold]
+pub(crate) fn ended() -> Error {
     Error::truncated("a tile of encoding exponent needs more bits than it has: cut, or of another base")
 }

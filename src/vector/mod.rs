@@ -9,10 +9,12 @@
 //! | `simd`, `scalar`, `x86_64` | the vector trait and its instances; `dispatch` picks one |
 //! | `float` | bf16, f16, f32 as lanes |
 //! | `lanes` | the bit streams of `exponent`; `packer` what an instruction set gives to those who write them |
+//! | `bf16dot` | dot products of bf16 words as they are, where the machine has them |
 //! | `encode` | words to tiles and whole deltas, and the estimates that choose how |
 //! | `restore` | fine-tuned words: restore, apply, patch; `tile` one tile of them |
 //! | `exec` | how ops run their tasks |
 
+pub(crate) mod bf16dot;
 pub(crate) mod dispatch;
 mod encode;
 pub(crate) mod exec;

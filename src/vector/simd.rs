@@ -8,6 +8,7 @@
 //! `detect`. So every method here is safe to call, bounds are carried by array types or clamped, and `unsafe` stays
 //! inside the architecture folders. This file must hold no intrinsic and no algorithm.
 
+use super::bf16dot::Bf16Task;
 use super::lanes::{Bits, Code, Progress, portable};
 use super::packer::{Never, Packer};
 
@@ -99,6 +100,14 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn lanes32(self, lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
         portable(lanes, code, units, words)
+    }
+
+    /// Whether the machine has a bf16 dot product.
+    const BF16_DOT: bool = false;
+
+    /// Run `task` with the machine's bf16 dot product, if it has one.
+    fn with_bf16_dot<T: Bf16Task>(self, _task: T) -> Option<T::Out> {
+        None
     }
 
     /// What encodes fast on this machine, if anything does.

@@ -4,6 +4,7 @@
 use super::avx2::Avx2;
 use super::avx512::Avx512;
 use super::lanes512;
+use crate::vector::bf16dot::Bf16Task;
 use crate::vector::lanes::{Bits, Code, Progress};
 use crate::vector::packer::Packer;
 use crate::vector::simd::{Kernel, LANES, Simd};
@@ -20,7 +21,9 @@ pub(crate) struct Avx512Bf16(Avx512Vbmi2);
 impl Avx512Vbmi2 {
     /// The instance, where the machine has its instructions.
     pub(crate) fn detect() -> Option<Self> {
-        let has = is_x86_feature_detected!("avx512vbmi2") && is_x86_feature_detected!("avx512vl");
+        let has = is_x86_feature_detected!("avx512vbmi2")
+            && is_x86_feature_detected!("bmi2")
+            && is_x86_feature_detected!("avx512vl");
         Avx512::detect().filter(|_| has).map(Self)
     }
 }
@@ -118,4 +121,15 @@ macro_rules! instance {
 }
 
 instance! { Avx512Vbmi2, "avx512vbmi2", "avx512f,avx512bw,avx512vl,avx512vbmi2,avx2,fma,f16c,popcnt", {} }
-instance! { Avx512Bf16, "avx512bf16", "avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,popcnt", {} }
+instance! { Avx512Bf16, "avx512bf16", "avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,popcnt,bmi2", {
+    const BF16_DOT: bool = true;
+
+    fn with_bf16_dot<T: Bf16Task>(self, task: T) -> Option<T::Out> {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,f16c,popcnt,bmi2")]
+        fn inner<T: Bf16Task>(s: Avx512Bf16, task: T) -> T::Out {
+            task.run(s)
+        }
+        // SAFETY: the token proves that the machine has the instructions that `inner` switches on.
+        Some(unsafe { inner(self, task) })
+    }
+} }

@@ -26,10 +26,10 @@ fn table16(of: impl Fn(u32) -> u32, widths: &[u8; CLASSES]) -> __m512i {
 /// What a tile's widths say of 16-bit words, by class: the width, its mask, and half of its range.
 #[derive(Clone, Copy)]
 pub(crate) struct Table16 {
-    widths: __m512i,
-    masks: __m512i,
-    halves: __m512i,
-    shift: __m128i,
+    pub(super) widths: __m512i,
+    pub(super) masks: __m512i,
+    pub(super) halves: __m512i,
+    pub(super) shift: __m128i,
 }
 
 impl Table16 {
@@ -50,9 +50,9 @@ impl Table16 {
 #[derive(Clone, Copy)]
 pub(crate) struct Lanes16 {
     /// The unit that each lane took last.
-    last: __m512i,
+    pub(super) last: __m512i,
     /// How many of its top bits are left: 0 to 15.
-    held: __m512i,
+    pub(super) held: __m512i,
 }
 
 impl Lanes16 {

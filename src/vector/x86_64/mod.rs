@@ -4,6 +4,7 @@
 pub(crate) mod avx2;
 pub(crate) mod avx512;
 pub(crate) mod avx512_more;
+mod bf16dot;
 mod differ;
 mod lanes;
 mod lanes512;
