@@ -9,8 +9,9 @@ use super::lanes::Code;
 use super::simd::{LANES, Simd};
 use crate::codec::ExponentTile;
 use crate::error::Result;
+use std::ops::Range;
 
-/// Rows of W of a packed panel.
+/// Rows of W of a packed panel: four vectors.
 pub(crate) const PANEL_ROWS: usize = 64;
 
 /// The words of one pair of columns of a panel: row after row, two words each.
@@ -81,6 +82,15 @@ pub(crate) trait Bf16Dot: Simd {
     fn pack(self, rows: [&[u8]; LANES], panel: &mut [Pair], at: usize);
 
     /// `sums[j * stride + r] += panel row r . x[j]` for the panel's 64 rows, two columns after two columns. Each row of x
-    /// has the panel's columns, but for the second one of the last pair.
-    fn outer<const M: usize>(self, panel: &[Pair], x: [&[u8]; M], sums: &mut [f32], stride: usize);
+    /// has the panel's columns, but for the second one of the last pair. At each of the first pairs a line of cache is
+    /// asked for, those of the bytes `ahead`, counted (wrapping) from the first of `near`.
+    fn outer<const M: usize>(
+        self,
+        panel: &[Pair],
+        x: [&[u8]; M],
+        sums: &mut [f32],
+        stride: usize,
+        near: &[u8],
+        ahead: Range<usize>,
+    );
 }

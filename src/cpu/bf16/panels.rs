@@ -2,24 +2,26 @@
 //! each panel multiplied with all rows of x of its tenant.
 //!
 //!     for each 64 rows of W (or a tile's, where it has more), for each tenant, for each tile column:
-//!         restore and pack the words of 64 rows
+//!         restore and pack the words of the rows
 //!         for each block of columns, for each 6 rows of x: 24 vectors of sums, which are rows of y
 //!
-//! The tenants lie inside the rows of W, so that W is read from memory once for all of them; sums are rows of y, so that no
-//! lane is ever added to another.
+//! The tenants lie inside the rows of W, so that W is read from memory once for all of them, and its next rows are asked for
+//! evenly while these are multiplied; sums are rows of y, so that no lane is ever added to another.
 //!
-//! **Floor** (Zen 5): the dot product unit, 0.55 cycles for 32 products; 24 of them take 38 instructions and 13.6 cycles
-//! here. Restoring (5.1 cycles for 32 words) and packing (64 shuffles for 512 words) are shared by all rows of x: a tenth of
-//! the time at 64 rows.
+//! **Floor**: the dot product unit, 0.55 cycles for 32 products on Zen 5, 1 on Zen 4. Restoring (5.1 cycles for 32 words on
+//! Zen 5) and packing (64 shuffles for 512 words) are shared by all rows of x.
 //!
 //! **Order** of one output: pairs of columns in order, one chain for each tile column's blocks of [`COLUMNS`].
+//!
+//! **Tried** (Zen 4): panels of 32 rows by 12 rows of x, 0.094 ms a row of x in place of 0.077 with 4096 x 4096 (F.linear
+//! 0.073): twice the broadcasts.
 
 use crate::codec::Encoding;
 use crate::cpu::counters;
 use crate::cpu::dot::Strides;
 use crate::cpu::fused::Block;
 use crate::cpu::linear::{Job, Segment};
-use crate::cpu::plan::{BASE_COLUMNS, BLOCK, PANEL_SUMS};
+use crate::cpu::plan::{BLOCK, PANEL_SUMS};
 use crate::cpu::scratch::Scratch;
 use crate::error::{Error, Result};
 use crate::vector::bf16dot::{Bf16Dot, Bf16Task, PANEL_ROWS, Pair};
@@ -27,10 +29,16 @@ use crate::vector::float::Float;
 use crate::vector::simd::{LANES, Simd};
 use std::ops::Range;
 
-/// Columns of a block: of 64 rows of W 64 KiB, which stay in the second cache while six rows of x after six pass by.
-const COLUMNS: usize = 512;
-/// Rows of x side by side: with four vectors of W, 24 sums and 28 of 32 registers.
+/// Columns of a block: of 64 rows of W 16 KiB, which stay in the first cache while six rows of x after six pass by.
+const COLUMNS: usize = 128;
+/// Columns that are packed at a time from the base: 128 KiB of packed words and as many of the next ones in the second cache.
+const WIDTH: usize = 1024;
+/// Rows of x side by side: with four vectors of W, 24 sums and 29 of 32 registers.
 const ROWS_OF_X: usize = 6;
+/// Bytes that are asked for ahead at most.
+const MOST_AHEAD: usize = 256 << 10;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 impl<D: Float> Job<'_, D> {
     /// Rows of W `block.r0..block.r1`, all rows of x of the tenants `segments`. The words are bf16 and the machine has a
@@ -82,7 +90,7 @@ impl<D: Float> Bf16Task for Packed<'_, '_, D> {
     fn run<S: Bf16Dot>(mut self, s: S) -> Result<()> {
         let (weights, block) = (&self.segment.weights, self.block);
         let (grid, own) = (weights.grid(), weights.encoding() != Encoding::Unchanged);
-        let width = if own { grid.tile_cols } else { BASE_COLUMNS };
+        let width = if own { grid.tile_cols } else { WIDTH };
         for (tc, c0) in (0..self.job.k).step_by(width).enumerate() {
             let columns = c0..(c0 + width).min(self.job.k);
             let mut panels = std::mem::take(&mut self.sc.panel);
@@ -108,8 +116,9 @@ impl<D: Float> Bf16Task for Packed<'_, '_, D> {
             };
             // Rows of the last panel that the matrix lacks are whatever was there: their sums are not looked at.
             if done.is_ok() {
+                let mut ahead = self.ahead(&columns, width);
                 for (p, panel) in panel.chunks_exact(pairs.max(1)).enumerate() {
-                    self.multiply(s, panel, p * PANEL_ROWS, &columns);
+                    self.multiply(s, panel, p * PANEL_ROWS, &columns, &mut ahead);
                 }
             }
             self.sc.panel = panels;
@@ -137,39 +146,85 @@ fn pack<'r, S: Bf16Dot>(
 }
 
 impl<D: Float> Packed<'_, '_, D> {
-    /// Add the products of one panel, rows from `r` on of the block, with every row of x.
-    #[inline(always)]
-    fn multiply<S: Bf16Dot>(&mut self, s: S, panel: &[Pair], r: usize, columns: &Range<usize>) {
-        for (i, panel) in panel.chunks(COLUMNS / 2).enumerate() {
-            let from = columns.start + i * COLUMNS;
-            let columns = from..(from + COLUMNS).min(columns.end);
-            let mut j = 0;
-            while j < self.block.m {
-                let left = self.block.m - j;
-                j += match left {
-                    // Four and four rather than six and two.
-                    ROWS_OF_X.. if left != 8 => self.some::<S, ROWS_OF_X>(s, panel, r, &columns, j),
-                    4.. => self.some::<S, 4>(s, panel, r, &columns, j),
-                    3 => self.some::<S, 3>(s, panel, r, &columns, j),
-                    2 => self.some::<S, 2>(s, panel, r, &columns, j),
-                    _ => self.some::<S, 1>(s, panel, r, &columns, j),
-                };
-            }
-        }
+    /// The words of W that are packed after those of `columns`: the next columns of the same rows, or the next rows.
+    fn ahead(&self, columns: &Range<usize>, width: usize) -> Ahead {
+        let (stride, k) = (self.job.k * D::BYTES, self.job.k);
+        let (row, from, to) = match columns.end < k {
+            true => (self.block.r0, columns.end, (columns.end + width).min(k)),
+            false => (self.block.r1, 0, width.min(k)),
+        };
+        let run = (to - from) * D::BYTES;
+        let calls =
+            (self.height / PANEL_ROWS) * columns.len().div_ceil(COLUMNS) * self.block.m.div_ceil(ROWS_OF_X);
+        let share = (self.height * run).min(MOST_AHEAD).div_ceil(calls.max(1)).next_multiple_of(LINE);
+        Ahead { start: row * stride + from * D::BYTES, stride, run, share, at: 0 }
     }
 
+    /// Add the products of one panel, rows from `r` on of the block, with every row of x.
     #[inline(always)]
-    fn some<S: Bf16Dot, const M: usize>(
+    fn multiply<S: Bf16Dot>(
         &mut self,
         s: S,
         panel: &[Pair],
         r: usize,
         columns: &Range<usize>,
+        ahead: &mut Ahead,
+    ) {
+        for (i, panel) in panel.chunks(COLUMNS / 2).enumerate() {
+            let from = columns.start + i * COLUMNS;
+            let columns = from..(from + COLUMNS).min(columns.end);
+            let mut j = 0;
+            while j < self.block.m {
+                let (at, lines) = (r + j * self.height, ahead.next());
+                j += match self.block.m - j {
+                    // Four and four rather than six and two.
+                    left @ ROWS_OF_X.. if left != 8 => {
+                        self.some::<S, ROWS_OF_X>(s, panel, at, &columns, j, lines)
+                    }
+                    4.. => self.some::<S, 4>(s, panel, at, &columns, j, lines),
+                    2.. => self.some::<S, 2>(s, panel, at, &columns, j, lines),
+                    _ => self.some::<S, 1>(s, panel, at, &columns, j, lines),
+                };
+            }
+        }
+    }
+
+    /// `M` rows of x from `j` on; their sums begin at `at`. Gives `M`.
+    #[inline(always)]
+    fn some<S: Bf16Dot, const M: usize>(
+        &mut self,
+        s: S,
+        panel: &[Pair],
+        at: usize,
+        columns: &Range<usize>,
         j: usize,
+        lines: Range<usize>,
     ) -> usize {
         let x = std::array::from_fn(|i| self.job.x_row(self.block.m0 + j + i, columns).bytes);
-        let sums = &mut self.sc.sums.all_mut()[j * self.height + r..];
-        s.outer::<M>(panel, x, sums, self.height);
+        let sums = &mut self.sc.sums.all_mut()[at..];
+        s.outer::<M>(panel, x, sums, self.height, self.job.base.bytes(), lines);
         M
+    }
+}
+
+/// Rows of words that are to be asked for in equal shares, one after the other.
+struct Ahead {
+    /// The first row's first byte.
+    start: usize,
+    stride: usize,
+    /// Bytes of a row.
+    run: usize,
+    share: usize,
+    /// Bytes asked for.
+    at: usize,
+}
+
+impl Ahead {
+    /// The next share, to the end of its row.
+    fn next(&mut self) -> Range<usize> {
+        let (row, at) = (self.at / self.run.max(1), self.at % self.run.max(1));
+        self.at += self.share;
+        let from = self.start + row * self.stride;
+        from + at..from + (at + self.share).min(self.run)
     }
 }

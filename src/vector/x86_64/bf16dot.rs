@@ -3,8 +3,12 @@
 //!
 //! **Floor** (Zen 5, a step of 32 words of W, instructions and cycles in the cache): a dot product 2 and 0.55; four rows by
 //! four 27 and 10.1 for sixteen; decoding 17, with the product, its load and the lines asked for 26 and 7.0; of two tenants
-//! with tables of their own 21 each and 5.3; of eight with one table 94 and 24.9 for all; six rows of x by 64 packed rows of
-//! W 38 and 13.6 for 24 dot products. Memory gives 32 words of W in 9.3 cycles to each of two cores.
+//! with tables of their own 21 each and 5.3; of eight with one table 94 and 24.9 for all. Memory gives 32 words of W in 9.3 cycles to each of two cores.
+
+#![allow(
+    clippy::needless_range_loop,
+    reason = "arrays indexed in step are what stays in registers; `array::map` is a call, with vectors in memory"
+)]
 
 use super::avx512_more::Avx512Bf16;
 use super::lanes512::{Lanes16, Table16};
@@ -14,6 +18,7 @@ use crate::vector::bf16dot::{Bf16Dot, PANEL_ROWS, Pair};
 use crate::vector::lanes::{Code, ended, unused};
 use crate::vector::simd::LANES;
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 /// Bytes of a step of 32 words, and of a cache line.
 const STEP: usize = 64;
@@ -237,13 +242,16 @@ fn dots<const R: usize, const M: usize, const E: usize>(
             _mm_prefetch::<_MM_HINT_T1>(next.cast());
             next = next.wrapping_add(STEP);
         }
-        // SAFETY: `whole` steps lie within every row.
-        let load = |from: *const u8| unsafe { _mm512_loadu_si512(from.add(i * STEP).cast()) };
-        let words = words.map(load);
+        let mut loaded = [_mm512_setzero_si512(); R];
+        for r in 0..R {
+            // SAFETY: `whole` steps lie within every row.
+            loaded[r] = unsafe { _mm512_loadu_si512(words[r].add(i * STEP).cast()) };
+        }
         for j in 0..M {
-            let x = load(x[j]);
+            // SAFETY: as above.
+            let x = unsafe { _mm512_loadu_si512(x[j].add(i * STEP).cast()) };
             for r in 0..R {
-                sums[r][j] = dot(sums[r][j], words[r], x);
+                sums[r][j] = dot(sums[r][j], loaded[r], x);
             }
         }
     }
@@ -318,43 +326,62 @@ fn transpose(mut a: [__m512i; LANES]) -> [__m512i; LANES] {
 fn pack(rows: [&[u8]; LANES], panel: &mut [Pair], at: usize) {
     assert!(at.is_multiple_of(LANES) && at < PANEL_ROWS, "rows {at} of a panel");
     for (block, pairs) in panel.chunks_mut(LANES).enumerate() {
-        // SAFETY: only bytes before the row's end are read; `wrapping_add` computes any address.
-        let load = |row: &[u8]| unsafe {
-            let left = row.len().saturating_sub(block * STEP).min(STEP) as u32;
-            _mm512_maskz_loadu_epi8(_bzhi_u64(u64::MAX, left), row.as_ptr().wrapping_add(block * STEP).cast())
-        };
-        for (pair, to) in transpose(rows.map(load)).into_iter().zip(pairs) {
-            let to = &mut to[4 * at..4 * at + STEP];
+        let mut loaded = [_mm512_setzero_si512(); LANES];
+        for r in 0..LANES {
+            let left = rows[r].len().saturating_sub(block * STEP).min(STEP) as u32;
+            let from = rows[r].as_ptr().wrapping_add(block * STEP).cast();
+            // SAFETY: only bytes before the row's end are read; `wrapping_add` computes any address.
+            loaded[r] = unsafe { _mm512_maskz_loadu_epi8(_bzhi_u64(u64::MAX, left), from) };
+        }
+        let transposed = transpose(loaded);
+        for i in 0..LANES.min(pairs.len()) {
+            let to = &mut pairs[i][4 * at..4 * at + STEP];
             // SAFETY: the slice takes 64 bytes, no alignment asked.
-            unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), pair) };
+            unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), transposed[i]) };
         }
     }
 }
 
+/// Vectors of a panel's rows.
+const VECTORS: usize = PANEL_ROWS / LANES;
+
 #[target_feature(enable = "avx512f,avx512bf16")]
 #[inline]
-fn outer<const M: usize>(panel: &[Pair], x: [&[u8]; M], sums: &mut [f32], stride: usize) {
+fn outer<const M: usize>(
+    panel: &[Pair],
+    x: [&[u8]; M],
+    sums: &mut [f32],
+    stride: usize,
+    (near, ahead): (*const u8, Range<usize>),
+) {
     let last = 4 * panel.len().max(1) - 2;
     assert!(x.iter().all(|x| x.len() >= last), "rows of x of the panel's columns");
     assert!(M == 0 || sums.len() >= (M - 1) * stride + PANEL_ROWS, "sums for every row");
     let x_at = x.map(<[u8]>::as_ptr);
-    let mut acc = [[_mm512_setzero_ps(); 4]; M];
+    let mut acc = [[_mm512_setzero_ps(); VECTORS]; M];
     for j in 0..M {
-        for i in 0..4 {
-            // SAFETY: `sums` holds 64 values from `j * stride` on.
+        for i in 0..VECTORS {
+            // SAFETY: `sums` holds the panel's rows from `j * stride` on.
             acc[j][i] = unsafe { _mm512_loadu_ps(sums.as_ptr().add(j * stride + i * LANES)) };
         }
     }
     let (whole, odd) = if x.iter().all(|x| x.len() >= last + 2) { (panel, None) } else { split_last(panel) };
+    let mut next = ahead.start;
     for (p, pair) in whole.iter().enumerate() {
-        // SAFETY: a pair is 256 bytes; the rows of x hold four bytes at each of the whole pairs.
-        let w: [__m512i; 4] =
-            std::array::from_fn(|i| unsafe { _mm512_loadu_si512(pair.as_ptr().add(i * STEP).cast()) });
+        if next < ahead.end {
+            _mm_prefetch::<_MM_HINT_T1>(near.wrapping_add(next).cast());
+            next += STEP;
+        }
+        let mut w = [_mm512_setzero_si512(); VECTORS];
+        for i in 0..VECTORS {
+            // SAFETY: a pair holds the vectors; the rows of x hold four bytes at each of the whole pairs.
+            w[i] = unsafe { _mm512_loadu_si512(pair.as_ptr().add(i * STEP).cast()) };
+        }
         for j in 0..M {
             // SAFETY: as above.
             let two = unsafe { x_at[j].add(4 * p).cast::<i32>().read_unaligned() };
             let two = _mm512_set1_epi32(two);
-            for i in 0..4 {
+            for i in 0..VECTORS {
                 acc[j][i] = dot(acc[j][i], w[i], two);
             }
         }
@@ -362,16 +389,16 @@ fn outer<const M: usize>(panel: &[Pair], x: [&[u8]; M], sums: &mut [f32], stride
     if let Some(pair) = odd {
         for j in 0..M {
             let one = _mm512_set1_epi32(i32::from(u16::from_le_bytes([x[j][last - 2], x[j][last - 1]])));
-            for i in 0..4 {
-                // SAFETY: a pair is 256 bytes.
+            for i in 0..VECTORS {
+                // SAFETY: a pair holds the vectors.
                 let w = unsafe { _mm512_loadu_si512(pair.as_ptr().add(i * STEP).cast()) };
                 acc[j][i] = dot(acc[j][i], w, one);
             }
         }
     }
     for j in 0..M {
-        for i in 0..4 {
-            // SAFETY: `sums` takes 64 values from `j * stride` on.
+        for i in 0..VECTORS {
+            // SAFETY: `sums` takes the panel's rows from `j * stride` on.
             unsafe { _mm512_storeu_ps(sums.as_mut_ptr().add(j * stride + i * LANES), acc[j][i]) };
         }
     }
@@ -455,8 +482,16 @@ impl Bf16Dot for Avx512Bf16 {
     }
 
     #[inline(always)]
-    fn outer<const M: usize>(self, panel: &[Pair], x: [&[u8]; M], sums: &mut [f32], stride: usize) {
+    fn outer<const M: usize>(
+        self,
+        panel: &[Pair],
+        x: [&[u8]; M],
+        sums: &mut [f32],
+        stride: usize,
+        near: &[u8],
+        ahead: Range<usize>,
+    ) {
         // SAFETY: the token proves the instructions that `outer` has switched on.
-        unsafe { outer(panel, x, sums, stride) }
+        unsafe { outer(panel, x, sums, stride, (near.as_ptr(), ahead)) }
     }
 }
