@@ -10,9 +10,14 @@
 //! takes the next unit (one word of the matrix's word size) of the shared stream, lanes in order; then
 //! `fine_tuned = base + (v - 2^(w-1))` for the lane's next `w` bits `v`, least significant bit first. `w = 0`: unchanged.
 //! Lanes carry their bits through the whole tile and end it on a unit.
+//!
+//! A word whose difference does not fit is a *misfit*: its bits say that it is unchanged (`v = 2^(w-1)`), and entries
+//! (dtypes that compute) or an exception make it right. So a product is right with the stream's words and the entries'
+//! differences alone, in any order, and no word has to be looked at twice.
 
-use super::Exceptions;
+use super::apart::Apart;
 use super::word::Word;
+use super::{Entries, Exceptions};
 use crate::error::{Error, Result};
 use crate::matrix::Dtype;
 
@@ -28,8 +33,13 @@ pub struct ExponentTile<'a> {
     pub widths: &'a [u8; CLASSES],
     /// Units of all lanes in the order of use.
     pub stream: &'a [u8],
-    /// Words whose difference does not fit; the stream holds unspecified bits for them.
+    /// Exact differences of misfits, to be added to what the stream gives. None in layout 0.
+    pub entries: Entries<'a>,
+    /// Words that stream and entries do not give bit for bit.
     pub exceptions: Exceptions<'a>,
+    /// Whether products are right without the exceptions: where they would not be, a difference is NaN. Not in layout 0,
+    /// where the stream holds unspecified bits for exceptions; nor for dtypes that do not compute.
+    pub additive: bool,
 }
 
 /// Bits of a word below its exponent field; integers of the same size are treated alike.
@@ -88,7 +98,7 @@ impl<'a, W: Word> Decoder<'a, W> {
         }
     }
 
-    /// Decode the next `words.len()` columns in place: base words in, fine-tuned ones out (exceptions apart).
+    /// Decode the next `words.len()` columns in place: base words in, fine-tuned ones out (what is stored apart aside).
     ///
     /// # Errors
     /// `Truncated` where the stream ends early: it is cut, or belongs to another base.
@@ -132,15 +142,13 @@ fn ended() -> Error {
     Error::truncated("a tile of encoding exponent needs more bits than it has: cut, or of another base")
 }
 
-/// Append a tile's units for `rows` x `cols` words; exceptions go to `exceptions` as (position, word).
-/// Returns how many words differ.
+/// Append a tile's units for `rows` x `cols` words; what does not fit goes to `apart`. Returns how many words differ.
 pub(crate) fn encode<W: Word>(
     dtype: Dtype,
     widths: &[u8; CLASSES],
-    cols: usize,
-    tile_cols: usize,
+    (cols, tile_cols): (usize, usize),
     (base, fine_tuned): (&[W], &[W]),
-    (units, exceptions): (&mut Vec<u8>, &mut Vec<(u16, u64)>),
+    (units, apart): (&mut Vec<u8>, &mut Apart),
 ) -> u64 {
     let mantissa_bits = mantissa_bits(dtype);
     let mut lanes = Lanes::<W>::new(units);
@@ -149,22 +157,27 @@ pub(crate) fn encode<W: Word>(
         for (c, (&b, &f)) in br.iter().zip(fr).enumerate() {
             let w = u32::from(widths[class(b, mantissa_bits)]);
             changed += u64::from(b != f);
-            if w == 0 {
-                if b != f {
-                    exceptions.push(((r * tile_cols + c) as u16, f.to_u64()));
-                }
-                continue;
+            let coded = code(f.minus(b), w);
+            if coded.is_none() {
+                apart.misfit(dtype, (r * tile_cols + c) as u16, b, f);
             }
-            let v = f.minus(b).plus(W::from_u64(1 << (w - 1))).to_u64();
-            let kept = v & (u64::MAX >> (64 - w));
-            if v != kept {
-                exceptions.push(((r * tile_cols + c) as u16, f.to_u64()));
+            if w > 0 {
+                lanes.put(c % LANES, coded.unwrap_or(1 << (w - 1)), w);
             }
-            lanes.put(c % LANES, kept, w);
         }
     }
     lanes.finish();
     changed
+}
+
+/// A wrapping difference in `w` bits, if it fits.
+#[inline]
+fn code<W: Word>(difference: W, w: u32) -> Option<u64> {
+    if w == 0 {
+        return (difference == W::default()).then_some(0);
+    }
+    let v = difference.plus(W::from_u64(1 << (w - 1))).to_u64();
+    (v >> (w - 1) < 2).then_some(v)
 }
 
 /// The encoder's side of the lanes: a unit gets its place when a decoder would take it, its bits when it is full.

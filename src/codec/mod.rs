@@ -5,12 +5,15 @@
 //! blob (that is `resident`) and no file (that is `package`).
 #![forbid(unsafe_code)]
 
+mod apart;
 pub mod exponent;
 mod grid;
 pub mod sparse;
 pub mod split;
 pub mod word;
 
+pub(crate) use apart::{Apart, Changes, outside};
+pub use apart::{Entries, Exceptions};
 pub use exponent::ExponentTile;
 pub use grid::{Grid, Rect};
 pub use sparse::{GapKind, SparseTile};
@@ -108,48 +111,6 @@ impl<'a> RawTile<'a> {
     }
 }
 
-/// Words stored apart because the compact code cannot hold them; they override what it gives.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Exceptions<'a> {
-    /// `u16` little-endian each: `row * tile_cols + column`, ascending.
-    pub positions: &'a [u8],
-    /// The fine-tuned words, little-endian.
-    pub words: &'a [u8],
-}
-
-impl Exceptions<'_> {
-    /// How many.
-    pub fn len(&self) -> usize {
-        self.positions.len() / 2
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.positions.is_empty()
-    }
-
-    /// Exception `i`: its position in the tile and its word. Panics if `i >= len()`.
-    pub fn get(&self, i: usize) -> (usize, u64) {
-        let w = self.words.len() / self.len();
-        let position = u16::load(&self.positions[2 * i..2 * i + 2]);
-        let mut word = [0u8; 8];
-        word[..w].copy_from_slice(&self.words[i * w..(i + 1) * w]);
-        (usize::from(position), u64::from_le_bytes(word))
-    }
-
-    fn apply<W: Word>(&self, cols: usize, tile_cols: usize, words: &mut [W]) -> Result<()> {
-        for i in 0..self.len() {
-            let (position, word) = self.get(i);
-            let (r, c) = (position / tile_cols, position % tile_cols);
-            let at = words.get_mut(r * cols + c).filter(|_| c < cols).ok_or_else(|| {
-                Error::corrupt(format!("exception {i} lies outside its tile, at {position}"))
-            })?;
-            *at = W::from_u64(word);
-        }
-        Ok(())
-    }
-}
-
 /// Decode one tile, the slow and plain way.
 ///
 /// `words` holds the `rows` x `cols` base words of the tile (little-endian, row after row, any alignment) on entry and
@@ -196,11 +157,12 @@ pub(crate) fn decode_words<W: Word>(
         }
         Tile::Sparse(t) => {
             t.decode::<W>(dtype, rows, cols, words)?;
-            t.exceptions.apply(cols, tile_cols, words)
+            t.exceptions.apply((cols, tile_cols), words)
         }
         Tile::Exponent(t) => {
             t.decode::<W>(dtype, rows, cols, words)?;
-            t.exceptions.apply(cols, tile_cols, words)
+            t.entries.apply(dtype, (cols, tile_cols), words)?;
+            t.exceptions.apply((cols, tile_cols), words)
         }
     }
 }

@@ -12,7 +12,9 @@ use super::arena::{Arena, Tenants};
 use super::job::check_words;
 use super::scratch;
 use crate::codec::word::{Word, with_word};
-use crate::codec::{Encoding, Exceptions, ExponentTile, GapKind, Grid, SparseTile, Tile, exponent};
+use crate::codec::{
+    Changes, Encoding, Exceptions, ExponentTile, GapKind, Grid, SparseTile, Tile, exponent, outside,
+};
 use crate::error::{Error, Kind, Result};
 use crate::matrix::{Dtype, Matrix, Shape};
 use crate::resident::Resident;
@@ -257,11 +259,28 @@ impl<'a> Overrides<'a> {
             let Some(c) = position.checked_sub(r * tile_cols) else { continue };
             words
                 .get_mut(c * W::BYTES..(c + 1) * W::BYTES)
-                .ok_or_else(|| Error::corrupt(format!("exception {i} lies outside its tile, at {position}")))?
+                .ok_or_else(|| outside("exception", position))?
                 .copy_from_slice(word);
         }
         Ok(())
     }
+}
+
+/// Add the entries of row `r` to its words: `changes` is asked row after row, downwards.
+fn add<W: Word>(
+    changes: &mut Changes<'_, W>,
+    dtype: Dtype,
+    (r, tile_cols): (usize, usize),
+    words: &mut [u8],
+) -> Result<()> {
+    while let Some(change) = changes.below((r + 1) * tile_cols)? {
+        let Some(c) = change.position.checked_sub(r * tile_cols) else { continue };
+        let word = words.get_mut(c * W::BYTES..(c + 1) * W::BYTES);
+        let word = word.ok_or_else(|| outside("entry", change.position))?;
+        let now = change.apply(dtype, W::load(word));
+        word.copy_from_slice(bytemuck::bytes_of(&now));
+    }
+    Ok(())
 }
 
 /// Rows of one band of an `exponent` table, in order; a row may be asked more than once.
@@ -311,6 +330,7 @@ impl Piece<'_, '_> {
         mut advance: impl FnMut(&mut [W]) -> Result<()>,
     ) -> Result<()> {
         let rect = self.grid.rect(self.index);
+        let mut changes = self.tile.entries.changes::<W>();
         let mut overrides = Overrides::new(self.tile.exceptions);
         let mut next = rect.r0;
         scratch::with(|sc| {
@@ -322,7 +342,9 @@ impl Piece<'_, '_> {
                     advance(bytemuck::cast_slice_mut(words))?;
                     next += 1;
                 }
-                overrides.row::<W>(asked - rect.r0, self.grid.tile_cols, words)?;
+                let (r, tile_cols) = (asked - rect.r0, self.grid.tile_cols);
+                add(&mut changes, self.base.dtype(), (r, tile_cols), words)?;
+                overrides.row::<W>(r, tile_cols, words)?;
                 same.iter_mut()
                     .for_each(|row| row.out[rect.c0 * W::BYTES..rect.c1 * W::BYTES].copy_from_slice(words));
             }

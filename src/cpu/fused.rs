@@ -6,7 +6,8 @@
 //!
 //! **Order** of one output, the same for every company: over blocks of [`BASE_COLUMNS`] columns the base product (see
 //! `dot`), each added to the total; then the entries, tile column after tile column of the delta's own grid (see
-//! `sparse`); then the bias. `exponent` and `raw`: the products of the tile columns of the delta's own grid.
+//! `sparse`); then the bias. `exponent` and `raw`: the products of the tile columns of the delta's own
+//! grid (see `exponent` for its entries).
 
 use super::bf16::Few;
 use super::dot::{Rows, Strides, TileProduct, ToSplit};
@@ -194,7 +195,6 @@ impl<D: Float> Job<'_, D> {
                 let (x, partial) = (sc.split.get(block.m * padded(rect.cols())), &mut [[0.0; LANES]; BLOCK]);
                 let x = x.as_chunks::<GROUP>().0;
                 let sums = &mut sc.sums.all_mut()[(rect.r0 - block.r0) * strides.row..];
-                let add = |r, j, v| sums[r * strides.row + j * strides.column] += v;
                 exponent::product::<S, D>(
                     s,
                     t,
@@ -203,7 +203,7 @@ impl<D: Float> Job<'_, D> {
                     &rect,
                     (x, block.m),
                     partial,
-                    add,
+                    (sums, strides),
                 )
             }
             Tile::Raw(raw) => {

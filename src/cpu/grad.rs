@@ -2,7 +2,7 @@
 //!
 //! A task is sixteen rows of grad, of one tenant or of many on the base's words, and a strip of columns; it walks all
 //! rows of W. A lane is a row of grad, an accumulator is sixteen lanes per column. **Order** of one output: rows of W by tile band; in a band first the words
-//! of its rows, top down, then (`sparse`) its entries in the order of the stream, all by FMA. So the longest chain of
+//! of its rows, top down, then (`sparse`, `exponent`) its entries in the order of the stream, all by FMA. So the longest chain of
 //! roundings is n plus the entries of the column. Outputs that are not finite are computed again in f64 from the
 //! fine-tuned words.
 #![allow(
@@ -11,7 +11,7 @@
 )]
 
 use super::dot::Rows;
-use super::exponent::Stream;
+use super::exponent::{self, Stream};
 use super::job::{Mode, check_words};
 use super::linear::Segment;
 use super::plan::Way;
@@ -235,7 +235,15 @@ impl<D: Float> Job<'_, D> {
                         s.run(Outer::<D> { words: rows, rows: 1, g: &g, sums, dtype: PhantomData });
                     }
                 }
-                stream.finish()
+                stream.finish()?;
+                // Every lane, since the grid's strip is of one tenant; those beyond its rows are zero.
+                let mut held = None;
+                exponent::entries::<D>(t, grid.tile_cols, rect, |r, c, difference| {
+                    if held.replace(r) != Some(r) {
+                        self.grads(strip, rect.r0 + r, 1, &mut g);
+                    }
+                    s.run(Entry { difference, g: &g[0], sums: &mut sums[c] });
+                })
             }
             Tile::Raw(raw) => {
                 let offset = (strip.columns.start - rect.c0) * D::BYTES;
@@ -398,6 +406,22 @@ impl<D: Float> Outer<'_, D> {
                 s.store(acc, sums);
             }
         }
+    }
+}
+
+/// `sums += difference * g`, lane by lane.
+struct Entry<'a> {
+    difference: f32,
+    g: &'a [f32; LANES],
+    sums: &'a mut [f32; LANES],
+}
+
+impl Kernel for Entry<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        s.store(s.fma(s.splat(self.difference), s.load(self.g), s.load(self.sums)), self.sums);
     }
 }
 

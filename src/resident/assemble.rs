@@ -1,7 +1,7 @@
 //! The bookkeeping of one delta whose payload goes elsewhere as it is made: into memory, or a file. Reads no words.
 
-use super::header::{ALIGN, CONTENT_AT, HEADER_BYTES, Header, content_digest};
-use super::piece::Piece;
+use super::header::{ALIGN, CONTENT_AT, HEADER_BYTES, Header, Listing, content_digest};
+use super::piece::{Listed, Piece};
 use super::plan::Plan;
 use crate::codec::Encoding;
 use crate::error::{Error, Result};
@@ -9,17 +9,77 @@ use crate::matrix::{Digest, Dtype};
 use xxhash_rust::xxh3::Xxh3;
 
 /// Puts a delta together from pieces. The caller appends every piece's payload somewhere, [`Assembler::head_bytes`] from
-/// the start; [`Assembler::finish`] gives what goes before and after. Holds the directories and exceptions, no payload.
+/// the start; [`Assembler::finish`] gives what goes before and after. Holds the directories and what is stored apart, no
+/// payload.
 pub struct Assembler {
     plan: Plan,
     header: Header,
-    /// First unit and first exception of each tile.
+    /// First unit of each tile.
     units: Vec<u32>,
-    exceptions: Vec<u32>,
-    positions: Vec<u8>,
-    words: Vec<u8>,
+    entries: Growing,
+    exceptions: Growing,
     payload: u64,
     hash: Xxh3,
+}
+
+/// What tiles store apart, so far: the first one of each tile, positions and words.
+#[derive(Default)]
+struct Growing {
+    first: Vec<u32>,
+    positions: Vec<u8>,
+    words: Vec<u8>,
+}
+
+impl Growing {
+    fn count(&self) -> u64 {
+        self.positions.len() as u64 / 2
+    }
+
+    /// Whether the counts are those of the bytes, for `tiles` tiles and words of `word` bytes.
+    fn takes(listed: &Listed, tiles: usize, word: usize) -> bool {
+        let counted: u64 = listed.counts.iter().map(|count| u64::from(*count)).sum();
+        let bytes = (listed.positions.len() as u64, listed.words.len() as u64);
+        listed.counts.len() == tiles && bytes == (2 * counted, word as u64 * counted)
+    }
+
+    fn add(&mut self, listed: &Listed) -> Result<()> {
+        let mut at = self.count();
+        for count in &listed.counts {
+            self.first.push(small(at)?);
+            at += u64::from(*count);
+        }
+        small(at)?;
+        self.positions.extend_from_slice(&listed.positions);
+        self.words.extend_from_slice(&listed.words);
+        Ok(())
+    }
+
+    /// Bytes of the sections.
+    fn bytes(&self, tiles: usize) -> u64 {
+        let directory = if self.positions.is_empty() { 0 } else { 4 * (tiles as u64 + 1) };
+        [directory, self.positions.len() as u64, self.words.len() as u64].into_iter().map(padded).sum()
+    }
+
+    /// Put them into `tail`, which begins at byte `start` of the delta.
+    fn put(&mut self, at: &Listing, start: usize, tail: &mut [u8]) {
+        if self.positions.is_empty() {
+            return;
+        }
+        // Below 2^32, as `add` has seen.
+        self.first.push(self.count() as u32);
+        let parts = [bytemuck::cast_slice(&self.first), &self.positions, &self.words];
+        for (section, bytes) in at.sections().into_iter().zip(parts) {
+            tail[section.start - start..section.end - start].copy_from_slice(bytes);
+        }
+    }
+}
+
+fn small(v: u64) -> Result<u32> {
+    u32::try_from(v).map_err(|_| Error::unsupported("a matrix whose delta has more than 2^32 units"))
+}
+
+fn padded(bytes: u64) -> u64 {
+    bytes.next_multiple_of(ALIGN as u64)
 }
 
 /// What goes around a payload: the delta is `head`, payload, `tail`; or `head` alone where nothing changed.
@@ -27,7 +87,7 @@ pub struct Assembler {
 pub struct Finished {
     /// Header and directory, [`Assembler::head_bytes`] long; of an unchanged matrix the header alone.
     pub head: Vec<u8>,
-    /// The payload's padding, the exceptions' directory, positions and words. Empty for an unchanged matrix.
+    /// The payload's padding; entries, then exceptions: directory, positions and words. Empty for an unchanged matrix.
     pub tail: Vec<u8>,
     /// Whether the payload belongs to the delta; where nothing changed it does not.
     pub keep_payload: bool,
@@ -59,9 +119,8 @@ impl Assembler {
             plan: *plan,
             header: plan.header(dtype),
             units: vec![0],
-            exceptions: vec![0],
-            positions: Vec::new(),
-            words: Vec::new(),
+            entries: Growing::default(),
+            exceptions: Growing::default(),
             payload: 0,
             hash: Xxh3::new(),
         })
@@ -79,26 +138,24 @@ impl Assembler {
     /// `Unsupported` beyond 2^32 units or exceptions; `InvalidArgument` for a piece that contradicts itself or the plan.
     pub fn add(&mut self, piece: &Piece) -> Result<()> {
         let word = self.header.dtype.word_bytes();
-        let counted: u64 = piece.exceptions.iter().map(|e| u64::from(*e)).sum();
-        let listed = (piece.positions.len() as u64, piece.words.len() as u64);
         let units: u64 = piece.units.iter().map(|u| u64::from(*u)).sum();
         let payload = if self.plan.tiled() {
             units * self.header.unit_bytes() as u64
         } else {
             piece.payload.len() as u64
         };
-        if piece.units.len() != piece.exceptions.len()
-            || listed != (2 * counted, word as u64 * counted)
+        let listed = |listed| Growing::takes(listed, piece.units.len(), word);
+        let apart = piece.entries.bytes() + piece.exceptions.bytes();
+        if !listed(&piece.entries)
+            || !listed(&piece.exceptions)
             || payload != piece.payload.len() as u64
-            || (!self.plan.tiled() && (units, counted) != (0, 0))
+            || (!self.plan.tiled() && (units > 0 || apart > 0))
         {
             return Err(Error::invalid("a piece of a delta whose counts are not those of its bytes"));
         }
         if self.plan.tiled() {
             self.list(piece)?;
         }
-        self.positions.extend_from_slice(&piece.positions);
-        self.words.extend_from_slice(&piece.words);
         self.hash.update(&piece.payload);
         self.payload += piece.payload.len() as u64;
         self.header.changed += piece.changed;
@@ -106,15 +163,14 @@ impl Assembler {
     }
 
     fn list(&mut self, piece: &Piece) -> Result<()> {
-        let small = |v: u64| {
-            u32::try_from(v).map_err(|_| Error::unsupported("a matrix whose delta has more than 2^32 units"))
-        };
-        for (units, exceptions) in piece.units.iter().zip(&piece.exceptions) {
+        for units in &piece.units {
             self.header.units += u64::from(*units);
-            self.header.exceptions += u64::from(*exceptions);
             self.units.push(small(self.header.units)?);
-            self.exceptions.push(small(self.header.exceptions)?);
         }
+        self.entries.add(&piece.entries)?;
+        self.exceptions.add(&piece.exceptions)?;
+        self.header.entries = self.entries.count();
+        self.header.exceptions = self.exceptions.count();
         Ok(())
     }
 
@@ -123,18 +179,9 @@ impl Assembler {
         if self.header.changed == 0 {
             return HEADER_BYTES as u64;
         }
-        let padded = |bytes: u64| bytes.next_multiple_of(ALIGN as u64);
-        let apart = [
-            4 * self.units_total() * u64::from(self.header.exceptions > 0),
-            self.positions.len() as u64,
-            self.words.len() as u64,
-        ];
-        self.head_bytes() as u64 + padded(self.payload) + apart.into_iter().map(padded).sum::<u64>()
-    }
-
-    /// Entries of a directory.
-    fn units_total(&self) -> u64 {
-        self.plan.grid.tiles() as u64 + 1
+        let tiles = self.plan.grid.tiles();
+        let apart = self.entries.bytes(tiles) + self.exceptions.bytes(tiles);
+        self.head_bytes() as u64 + padded(self.payload) + apart
     }
 
     /// Words that differ from base, so far.
@@ -163,15 +210,8 @@ impl Assembler {
         head.resize(layout.payload.start, 0);
         // The tail begins where the payload ends, between two multiples of the alignment.
         let mut tail = vec![0; layout.total - layout.payload.end];
-        if self.header.exceptions > 0 {
-            let start = layout.payload.end;
-            let mut put = |at: std::ops::Range<usize>, bytes: &[u8]| {
-                tail[at.start - start..at.end - start].copy_from_slice(bytes);
-            };
-            put(layout.exception_directory, bytemuck::cast_slice(&self.exceptions));
-            put(layout.exception_positions, &self.positions);
-            put(layout.exception_words, &self.words);
-        }
+        self.entries.put(&layout.entries, layout.payload.end, &mut tail);
+        self.exceptions.put(&layout.exceptions, layout.payload.end, &mut tail);
         let content = content_digest(&head, self.hash.digest128(), &tail);
         head[CONTENT_AT].copy_from_slice(&content.0);
         Ok(Finished { head, tail, keep_payload, header: self.header })

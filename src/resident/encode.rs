@@ -87,7 +87,7 @@ impl Source for Pair<'_> {
     }
 }
 
-/// Encode what turns the source's base into its fine_tuned: a resident delta of layout version 0.
+/// Encode what turns the source's base into its fine_tuned: a resident delta of layout [`super::VERSION`].
 ///
 /// # Errors
 /// Those of the source.

@@ -262,11 +262,11 @@ impl Buffers {
     }
 }
 
-/// Bytes of a whole delta with so many of payload and so many exceptions.
-fn whole(plan: &Plan, word: u64, payload: u64, exceptions: u64) -> u64 {
+/// Bytes of a whole delta with so many of payload and so many words apart, entries or exceptions.
+fn whole(plan: &Plan, word: u64, payload: u64, apart: u64) -> u64 {
     let padded = |bytes: u64| bytes.saturating_add(63) / 64 * 64;
     let directory = if plan.tiled() { (plan.grid.tiles() as u64 + 1) * 4 } else { 0 };
-    let apart = if exceptions > 0 { [directory, 2 * exceptions, word * exceptions] } else { [0; 3] };
+    let apart = if apart > 0 { [directory, 2 * apart, word * apart] } else { [0; 3] };
     let sections = [directory, payload].into_iter().chain(apart).map(padded);
     sections.fold(HEADER_BYTES as u64, u64::saturating_add)
 }

@@ -9,18 +9,24 @@ use xxhash_rust::xxh3::Xxh3;
 
 /// First bytes of every resident delta.
 pub const MAGIC: [u8; 8] = *b"XORZDLT\0";
-/// The layout version that this library writes and reads.
-pub const VERSION: u16 = 0;
+/// The layout version that this library writes. It reads this one and those before it.
+pub const VERSION: u16 = 1;
 /// Bytes of the header.
 pub const HEADER_BYTES: usize = 192;
 /// Where the header keeps the digest of all other bytes.
 pub(crate) const CONTENT_AT: Range<usize> = 160..176;
+/// Where it keeps the number of entries; zeros in layout 0.
+const ENTRIES_AT: usize = 104;
+/// Where it keeps the offsets of the entries' directory and positions; zeros in layout 0.
+const ENTRY_OFFSETS_AT: Range<usize> = 176..192;
 /// Sections begin at multiples of it.
 pub(crate) const ALIGN: usize = 64;
 
 /// What a resident delta says of itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
+    /// The layout version: 0 or 1.
+    pub version: u16,
     /// How the words are stored.
     pub encoding: Encoding,
     /// Element type of base and fine_tuned.
@@ -37,6 +43,8 @@ pub struct Header {
     pub changed: u64,
     /// Words stored as exceptions.
     pub exceptions: u64,
+    /// Of `exponent` and a dtype that computes: exact differences stored apart. 0 otherwise, and in layout 0.
+    pub entries: u64,
     /// Digest of the base that it was made against.
     pub base_digest: Digest,
     /// Of `exponent`: bits by class of the base word. Zeros otherwise.
@@ -52,14 +60,38 @@ pub(crate) struct Layout {
     pub directory: Range<usize>,
     /// Records, units or words.
     pub payload: Range<usize>,
-    /// `tiles + 1` u32: first exception of each tile.
-    pub exception_directory: Range<usize>,
-    /// u16 each.
-    pub exception_positions: Range<usize>,
-    /// One word each.
-    pub exception_words: Range<usize>,
+    /// Of layout 1.
+    pub entries: Listing,
+    /// Words that override.
+    pub exceptions: Listing,
     /// Bytes of the whole delta.
     pub total: usize,
+}
+
+/// Three sections that list what tiles store apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Listing {
+    /// `tiles + 1` u32: the first one of each tile.
+    pub directory: Range<usize>,
+    /// u16 each.
+    pub positions: Range<usize>,
+    /// One word each.
+    pub words: Range<usize>,
+}
+
+impl Listing {
+    /// In the order in which they lie.
+    pub(crate) fn sections(&self) -> [&Range<usize>; 3] {
+        [&self.directory, &self.positions, &self.words]
+    }
+}
+
+impl Layout {
+    /// Every section, in the order in which they lie.
+    pub(crate) fn sections(&self) -> impl Iterator<Item = &Range<usize>> {
+        let listings = [&self.entries, &self.exceptions].into_iter().flat_map(Listing::sections);
+        [&self.directory, &self.payload].into_iter().chain(listings)
+    }
 }
 
 /// xxh3-128 of what precedes the payload but for the place where this digest is kept, the payload's own xxh3-128 and
@@ -96,33 +128,27 @@ impl Header {
             Encoding::Unchanged => Some(0),
             _ => self.units.checked_mul(self.unit_bytes() as u64),
         };
-        let some = u64::from(self.exceptions > 0);
-        let lengths = [
-            Some(directory),
-            payload,
-            Some(some * directory),
-            self.exceptions.checked_mul(2),
-            self.exceptions.checked_mul(self.dtype.word_bytes() as u64),
-        ];
-        let mut at = HEADER_BYTES;
-        let mut place = |length: Option<u64>| -> Option<Range<usize>> {
-            let start = at;
-            let end = start.checked_add(usize::try_from(length?).ok()?)?;
-            at = end.checked_next_multiple_of(ALIGN)?;
-            Some(start..end)
+        let listed = |count: u64| {
+            let word = self.dtype.word_bytes() as u64;
+            [Some(u64::from(count > 0) * directory), count.checked_mul(2), count.checked_mul(word)]
         };
-        let mut next =
-            |i: usize| place(lengths[i]).ok_or_else(|| Error::corrupt("resident delta: sizes overflow"));
-        let (directory, payload) = (next(0)?, next(1)?);
-        let (exception_directory, exception_positions, exception_words) = (next(2)?, next(3)?, next(4)?);
-        Ok(Layout {
-            directory,
-            payload,
-            exception_directory,
-            exception_positions,
-            exception_words,
-            total: at,
-        })
+        let mut at = HEADER_BYTES;
+        let mut place = |length: Option<u64>| -> Result<Range<usize>> {
+            let section = length.and_then(|length| {
+                let start = at;
+                let end = start.checked_add(usize::try_from(length).ok()?)?;
+                at = end.checked_next_multiple_of(ALIGN)?;
+                Some(start..end)
+            });
+            section.ok_or_else(|| Error::corrupt("resident delta: sizes overflow"))
+        };
+        let (directory, payload) = (place(Some(directory))?, place(payload)?);
+        let mut list = |count: u64| -> Result<Listing> {
+            let [directory, positions, words] = listed(count);
+            Ok(Listing { directory: place(directory)?, positions: place(positions)?, words: place(words)? })
+        };
+        let (entries, exceptions) = (list(self.entries)?, list(self.exceptions)?);
+        Ok(Layout { directory, payload, entries, exceptions, total: at })
     }
 
     /// The header's bytes.
@@ -130,7 +156,7 @@ impl Header {
         let layout = self.layout()?;
         let mut b = [0u8; HEADER_BYTES];
         b[..8].copy_from_slice(&MAGIC);
-        b[8..10].copy_from_slice(&VERSION.to_le_bytes());
+        b[8..10].copy_from_slice(&self.version.to_le_bytes());
         b[10] = self.encoding as u8;
         b[11] = self.dtype as u8;
         b[12] = self.tile_rows.trailing_zeros() as u8;
@@ -145,12 +171,16 @@ impl Header {
             self.units,
             layout.directory.start as u64,
             layout.payload.start as u64,
-            layout.exception_directory.start as u64,
-            layout.exception_positions.start as u64,
-            layout.exception_words.start as u64,
+            layout.exceptions.directory.start as u64,
+            layout.exceptions.positions.start as u64,
+            layout.exceptions.words.start as u64,
         ];
-        for (i, v) in numbers.into_iter().enumerate() {
-            b[16 + 8 * i..24 + 8 * i].copy_from_slice(&v.to_le_bytes());
+        let mut put = |at: usize, v: u64| b[at..at + 8].copy_from_slice(&v.to_le_bytes());
+        numbers.into_iter().enumerate().for_each(|(i, v)| put(16 + 8 * i, v));
+        if self.version > 0 {
+            put(ENTRIES_AT, self.entries);
+            put(ENTRY_OFFSETS_AT.start, layout.entries.directory.start as u64);
+            put(ENTRY_OFFSETS_AT.start + 8, layout.entries.positions.start as u64);
         }
         b[112..128].copy_from_slice(&self.base_digest.0);
         b[128..160].copy_from_slice(&self.widths);
@@ -176,18 +206,18 @@ impl Header {
             ));
         }
         let version = u16::load(&bytes[8..10]);
-        if version != VERSION {
+        if version > VERSION {
             return Err(Error::unsupported(format!(
-                "resident delta: layout version {version}, but this library reads {VERSION}"
+                "resident delta: layout version {version}, but this library reads 0 to {VERSION}"
             )));
         }
-        let header = Self::read_fields(bytes)?;
+        let header = Self::read_fields(version, bytes)?;
         let layout = header.layout()?;
         header.check_sizes(bytes, total, &layout)?;
         Ok((header, layout))
     }
 
-    fn read_fields(bytes: &[u8]) -> Result<Self> {
+    fn read_fields(version: u16, bytes: &[u8]) -> Result<Self> {
         let number = |i: usize| u64::load(&bytes[16 + 8 * i..24 + 8 * i]);
         let size = |i: usize| {
             usize::try_from(number(i)).map_err(|_| Error::corrupt("resident delta: a size overflows"))
@@ -198,6 +228,7 @@ impl Header {
         let mut widths = [0u8; 32];
         widths.copy_from_slice(&bytes[128..160]);
         let header = Self {
+            version,
             encoding: Encoding::from_code(bytes[10]).ok_or_else(|| code("encoding", bytes[10]))?,
             dtype: Dtype::from_code(bytes[11]).ok_or_else(|| code("dtype", bytes[11]))?,
             shape: Shape { n: size(0)?, k: size(1)? },
@@ -210,6 +241,7 @@ impl Header {
             },
             changed: number(3),
             exceptions: number(4),
+            entries: if version > 0 { u64::load(&bytes[ENTRIES_AT..ENTRIES_AT + 8]) } else { 0 },
             units: number(5),
             base_digest: Digest(digest),
             widths,
@@ -228,11 +260,14 @@ impl Header {
         {
             return corrupt(format!("tiles of {} x {}", self.tile_rows, self.tile_cols));
         }
-        if self.changed > words || self.exceptions > words {
+        if self.changed > words || self.exceptions > words || self.entries > words.saturating_mul(2) {
             return corrupt(format!(
-                "{} changed, {} exceptions of {words} words",
-                self.changed, self.exceptions
+                "{} changed, {} exceptions, {} entries of {words} words",
+                self.changed, self.exceptions, self.entries
             ));
+        }
+        if self.entries > 0 && !(self.encoding == Encoding::Exponent && self.dtype.computes()) {
+            return corrupt(format!("encoding {} of {} with entries", self.encoding, self.dtype));
         }
         let bits = 8 * self.dtype.word_bytes();
         if let Some(w) = self.widths.iter().find(|w| usize::from(**w) > bits) {
@@ -243,14 +278,18 @@ impl Header {
         {
             return corrupt(format!("encoding {} with units or exceptions", self.encoding));
         }
-        if self.units > u64::from(u32::MAX) || self.exceptions > u64::from(u32::MAX) {
-            return corrupt(format!("{} units, {} exceptions", self.units, self.exceptions));
+        if [self.units, self.exceptions, self.entries].iter().any(|count| *count > u64::from(u32::MAX)) {
+            return corrupt(format!(
+                "{} units, {} exceptions, {} entries",
+                self.units, self.exceptions, self.entries
+            ));
         }
         Ok(())
     }
 
     fn check_sizes(&self, bytes: &[u8], total: u64, layout: &Layout) -> Result<()> {
-        if self.write()?[..112] != bytes[..112] {
+        let kept = self.write()?;
+        if kept[..112] != bytes[..112] || kept[ENTRY_OFFSETS_AT] != bytes[ENTRY_OFFSETS_AT] {
             return Err(Error::corrupt("resident delta: the header's offsets are not those of its sizes"));
         }
         let want = layout.total as u64;

@@ -16,7 +16,9 @@ pub type ReadAt<'r> = &'r mut dyn FnMut(u64, &mut [u8]) -> Result<()>;
 pub struct Outline {
     header: Header,
     layout: Layout,
+    /// First unit, entry and exception of each tile.
     directory: Vec<u32>,
+    entry_directory: Vec<u32>,
     exception_directory: Vec<u32>,
 }
 
@@ -57,8 +59,9 @@ impl Outline {
             Ok(list)
         };
         let directory = list(&layout.directory, "units", header.units)?;
-        let exception_directory = list(&layout.exception_directory, "exceptions", header.exceptions)?;
-        Ok(Self { header, layout, directory, exception_directory })
+        let entry_directory = list(&layout.entries.directory, "entries", header.entries)?;
+        let exception_directory = list(&layout.exceptions.directory, "exceptions", header.exceptions)?;
+        Ok(Self { header, layout, directory, entry_directory, exception_directory })
     }
 
     /// What the delta says of itself.
@@ -74,12 +77,15 @@ impl Outline {
     pub fn cut(&self, tiles: Range<usize>, shape: Shape, read: ReadAt<'_>, out: &mut Vec<u8>) -> Result<()> {
         let span = |list: &[u32]| list.get(tiles.start).zip(list.get(tiles.end)).map(|(a, b)| *a..*b);
         let units = span(&self.directory).unwrap_or(0..0);
+        let entries = span(&self.entry_directory).unwrap_or(0..0);
         let exceptions = span(&self.exception_directory).unwrap_or(0..0);
+        let count = |span: &Range<u32>| u64::from(span.end - span.start);
         let header = Header {
             shape,
             changed: 0,
-            units: u64::from(units.end - units.start),
-            exceptions: u64::from(exceptions.end - exceptions.start),
+            units: count(&units),
+            entries: count(&entries),
+            exceptions: count(&exceptions),
             ..self.header
         };
         if header.grid().tiles() != tiles.len() || tiles.end > self.header.grid().tiles() {
@@ -92,15 +98,16 @@ impl Outline {
         rebase(&self.directory, &tiles, &mut out[layout.directory]);
         let payload = self.layout.payload.start as u64 + self.payload_at(&tiles, units.start);
         read(payload, &mut out[layout.payload])?;
-        if header.exceptions > 0 {
-            rebase(&self.exception_directory, &tiles, &mut out[layout.exception_directory]);
-            let first = u64::from(exceptions.start);
-            read(
-                self.layout.exception_positions.start as u64 + 2 * first,
-                &mut out[layout.exception_positions],
-            )?;
-            let words = first * self.header.dtype.word_bytes() as u64;
-            read(self.layout.exception_words.start as u64 + words, &mut out[layout.exception_words])?;
+        let word = self.header.dtype.word_bytes() as u64;
+        let lists = [
+            (&self.entry_directory, &self.layout.entries, entries, &layout.entries),
+            (&self.exception_directory, &self.layout.exceptions, exceptions, &layout.exceptions),
+        ];
+        for (list, from, span, to) in lists.into_iter().filter(|(_, _, span, _)| !span.is_empty()) {
+            rebase(list, &tiles, &mut out[to.directory.clone()]);
+            let first = u64::from(span.start);
+            read(from.positions.start as u64 + 2 * first, &mut out[to.positions.clone()])?;
+            read(from.words.start as u64 + word * first, &mut out[to.words.clone()])?;
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use super::plan::Plan;
 use crate::codec::sparse::Builder;
 use crate::codec::word::{Word, with_word};
-use crate::codec::{Encoding, Rect, Tile, exponent};
+use crate::codec::{Apart, Encoding, Entries, Rect, Tile, exponent};
 use crate::error::{Error, Result};
 use crate::matrix::Dtype;
 use std::ops::Range;
@@ -15,14 +15,53 @@ pub struct Piece {
     pub payload: Vec<u8>,
     /// How many records or stream units each tile takes; zeros for `raw` and `unchanged`.
     pub units: Vec<u32>,
-    /// How many exceptions each tile has.
-    pub exceptions: Vec<u32>,
-    /// The exceptions' positions in their tiles, u16 little-endian each.
-    pub positions: Vec<u8>,
-    /// The exceptions' words, little-endian.
-    pub words: Vec<u8>,
+    /// Exact differences of words that a tile stores apart; only of `exponent` and dtypes that compute.
+    pub entries: Listed,
+    /// Fine-tuned words that a tile stores apart.
+    pub exceptions: Listed,
     /// Words that differ from base.
     pub changed: u64,
+}
+
+/// What tiles store apart: entries, or exceptions.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Listed {
+    /// How many each tile has.
+    pub counts: Vec<u32>,
+    /// Their positions in their tiles, u16 little-endian each.
+    pub positions: Vec<u8>,
+    /// Their words, little-endian: differences, or fine-tuned words.
+    pub words: Vec<u8>,
+}
+
+impl Listed {
+    fn clear(&mut self) {
+        self.counts.clear();
+        self.positions.clear();
+        self.words.clear();
+    }
+
+    /// Append a tile's: position, word.
+    fn list<W: Word>(&mut self, all: &[(u16, u64)]) {
+        // A tile has at most 65536 words, and two entries for each at most.
+        self.counts.push(all.len() as u32);
+        for (position, word) in all {
+            self.positions.extend_from_slice(&position.to_le_bytes());
+            self.words.extend_from_slice(&word.to_le_bytes()[..W::BYTES]);
+        }
+    }
+
+    /// Append a tile's that are already encoded.
+    fn copy(&mut self, positions: &[u8], words: &[u8]) {
+        self.counts.push((positions.len() / 2) as u32);
+        self.positions.extend_from_slice(positions);
+        self.words.extend_from_slice(words);
+    }
+
+    /// Bytes beside the counts.
+    pub fn bytes(&self) -> usize {
+        self.positions.len() + self.words.len()
+    }
 }
 
 impl Piece {
@@ -30,45 +69,36 @@ impl Piece {
     pub fn clear(&mut self) {
         self.payload.clear();
         self.units.clear();
+        self.entries.clear();
         self.exceptions.clear();
-        self.positions.clear();
-        self.words.clear();
         self.changed = 0;
     }
 
-    /// Close a tile that began when there were `positions` bytes of positions.
-    pub(crate) fn close(&mut self, units: usize, positions: usize) {
+    /// Close a tile of `units` units, and what it stores apart.
+    pub(crate) fn close<W: Word>(&mut self, units: usize, entries: &[(u16, u64)], exceptions: &[(u16, u64)]) {
         // A tile has at most 65536 words, and two records for each at most.
         self.units.push(units as u32);
-        self.exceptions.push(((self.positions.len() - positions) / 2) as u32);
-    }
-
-    /// Append exceptions: position in the tile, word.
-    pub(crate) fn list<W: Word>(&mut self, exceptions: &[(u16, u64)]) {
-        for (position, word) in exceptions {
-            self.positions.extend_from_slice(&position.to_le_bytes());
-            self.words.extend_from_slice(&word.to_le_bytes()[..W::BYTES]);
-        }
+        self.entries.list::<W>(entries);
+        self.exceptions.list::<W>(exceptions);
     }
 
     /// Append a tile that is already encoded.
     pub(crate) fn copy(&mut self, tile: &Tile<'_>, word_bytes: usize) -> Result<()> {
-        let (units, exceptions) = match tile {
+        let (units, entries, exceptions) = match tile {
             Tile::Sparse(t) => {
                 self.payload.extend_from_slice(t.gaps);
                 self.payload.extend_from_slice(t.diffs);
-                (t.records, &t.exceptions)
+                (t.records, Entries::default(), &t.exceptions)
             }
             Tile::Exponent(t) => {
                 self.payload.extend_from_slice(t.stream);
-                (t.stream.len() / word_bytes, &t.exceptions)
+                (t.stream.len() / word_bytes, t.entries, &t.exceptions)
             }
             Tile::Unchanged | Tile::Raw(_) => return Err(Error::internal("nothing to copy in such a tile")),
         };
-        let before = self.positions.len();
-        self.positions.extend_from_slice(exceptions.positions);
-        self.words.extend_from_slice(exceptions.words);
-        self.close(units, before);
+        self.units.push(units as u32);
+        self.entries.copy(entries.positions, entries.differences);
+        self.exceptions.copy(exceptions.positions, exceptions.words);
         Ok(())
     }
 }
@@ -172,7 +202,7 @@ impl<'a> Region<'a> {
             out.payload.extend_from_slice(self.fine_tuned);
         }
         out.changed += changed;
-        self.tiles.clone().for_each(|_| out.close(0, out.positions.len()));
+        self.tiles.clone().for_each(|_| out.close::<u8>(0, &[], &[]));
     }
 }
 
@@ -187,12 +217,12 @@ pub(crate) fn count_changed(dtype: Dtype, base: &[u8], fine_tuned: &[u8]) -> u64
 /// Encodes tile by tile; its memory is reused.
 pub(crate) struct Coder<W: Word> {
     builder: Builder<W>,
-    exceptions: Vec<(u16, u64)>,
+    apart: Apart,
 }
 
 impl<W: Word> Default for Coder<W> {
     fn default() -> Self {
-        Self { builder: Builder::default(), exceptions: Vec::new() }
+        Self { builder: Builder::default(), apart: Apart::default() }
     }
 }
 
@@ -206,18 +236,19 @@ impl<W: Word> Coder<W> {
         (base, fine_tuned): (&[W], &[W]),
         out: &mut Piece,
     ) {
-        let (tile_cols, from, positions) = (plan.grid.tile_cols, out.payload.len(), out.positions.len());
-        let (units, listed) = if plan.encoding == Encoding::Sparse {
+        let tile_cols = plan.grid.tile_cols;
+        if plan.encoding == Encoding::Sparse {
             self.builder.collect(dtype, cols, tile_cols, base, fine_tuned);
+            let units = self.builder.write(dtype, plan.gap, &mut out.payload);
             out.changed += self.builder.changed;
-            (self.builder.write(dtype, plan.gap, &mut out.payload), &self.builder.exceptions)
-        } else {
-            self.exceptions.clear();
-            let to = (&mut out.payload, &mut self.exceptions);
-            out.changed += exponent::encode(dtype, &plan.widths, cols, tile_cols, (base, fine_tuned), to);
-            ((out.payload.len() - from) / W::BYTES, &self.exceptions)
-        };
-        out.list::<W>(listed);
-        out.close(units, positions);
+            out.close::<W>(units, &[], &self.builder.exceptions);
+            return;
+        }
+        self.apart.clear();
+        let from = out.payload.len();
+        let to = (&mut out.payload, &mut self.apart);
+        out.changed += exponent::encode(dtype, &plan.widths, (cols, tile_cols), (base, fine_tuned), to);
+        let units = (out.payload.len() - from) / W::BYTES;
+        out.close::<W>(units, &self.apart.entries, &self.apart.exceptions);
     }
 }

@@ -1,6 +1,6 @@
 //! How a matrix will be stored: decided before a word is written. Must hold no cost model and no words.
 
-use super::header::Header;
+use super::header::{Header, VERSION};
 use crate::codec::{Encoding, GapKind, Grid, exponent};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Shape};
@@ -38,9 +38,11 @@ impl Plan {
         Self { encoding: h.encoding, grid: Grid { shape, ..h.grid() }, gap: h.gap, widths: h.widths }
     }
 
-    /// Whether tiles of the two can be copied into one another.
+    /// Whether tiles of a delta can be copied into one that is written as planned. What layout 0 stores apart of
+    /// `exponent` is not what layout 1 does.
     pub(crate) fn same_tiles(&self, h: &Header) -> bool {
-        *self == Self::of(h, self.grid.shape)
+        let same_layout = h.version == VERSION || h.encoding != Encoding::Exponent;
+        same_layout && *self == Self::of(h, self.grid.shape)
     }
 
     /// Whether its tiles are listed in a directory.
@@ -51,6 +53,7 @@ impl Plan {
     /// The header of a delta stored so, without changes yet.
     pub(crate) fn header(&self, dtype: Dtype) -> Header {
         Header {
+            version: VERSION,
             encoding: self.encoding,
             dtype,
             shape: self.grid.shape,
@@ -59,6 +62,7 @@ impl Plan {
             gap: self.gap,
             changed: 0,
             exceptions: 0,
+            entries: 0,
             base_digest: Digest([0; 16]),
             widths: self.widths,
             units: 0,

@@ -1,9 +1,9 @@
 //! A borrowed resident delta: sizes checked when it is made, every tile handed out within bounds whatever the bytes.
 
-use super::header::{CONTENT_AT, Header, Layout, content_digest};
+use super::header::{CONTENT_AT, Header, Layout, Listing, content_digest};
 use crate::codec::word::{Word, with_word};
 use crate::codec::{
-    Encoding, Exceptions, ExponentTile, Grid, RawTile, SparseTile, Tile, decode_tile, exponent,
+    Encoding, Entries, Exceptions, ExponentTile, Grid, RawTile, SparseTile, Tile, decode_tile, exponent,
 };
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Matrix};
@@ -46,15 +46,9 @@ impl<'a> Resident<'a> {
     /// The header's and the sections' bytes, in order and without gaps, padding included with what precedes it.
     pub fn sections(&self) -> Vec<Range<usize>> {
         let l = &self.layout;
-        let starts = [
-            0,
-            l.directory.start,
-            l.payload.start,
-            l.exception_directory.start,
-            l.exception_positions.start,
-            l.exception_words.start,
-            l.total,
-        ];
+        let mut starts = vec![0];
+        starts.extend(l.sections().map(|section| section.start));
+        starts.push(l.total);
         starts.windows(2).map(|w| w[0]..w[1]).filter(|r| !r.is_empty()).collect()
     }
 
@@ -85,9 +79,15 @@ impl<'a> Resident<'a> {
                 }))
             }
             Encoding::Exponent => {
-                let stream = self.units(index)?;
-                let exceptions = self.exceptions(index)?;
-                Ok(Tile::Exponent(ExponentTile { widths: self.widths(), stream, exceptions }))
+                let l = &self.layout.entries;
+                let (positions, differences) = self.listed(l, index, self.header.entries, "entries")?;
+                Ok(Tile::Exponent(ExponentTile {
+                    widths: self.widths(),
+                    stream: self.units(index)?,
+                    entries: Entries { positions, differences },
+                    exceptions: self.exceptions(index)?,
+                    additive: self.header.version > 0 && self.header.dtype.computes(),
+                }))
             }
         }
     }
@@ -124,17 +124,21 @@ impl<'a> Resident<'a> {
     }
 
     fn exceptions(&self, index: usize) -> Result<Exceptions<'a>> {
-        if self.header.exceptions == 0 {
-            return Ok(Exceptions::default());
+        let l = &self.layout.exceptions;
+        let (positions, words) = self.listed(l, index, self.header.exceptions, "exceptions")?;
+        Ok(Exceptions { positions, words })
+    }
+
+    /// Positions and words that a tile stores apart, of `count` of them in all.
+    fn listed(&self, l: &Listing, index: usize, count: u64, what: &str) -> Result<(&'a [u8], &'a [u8])> {
+        if count == 0 {
+            return Ok((&[], &[]));
         }
-        let l = &self.layout;
-        let e = self.span(&l.exception_directory, index, self.header.exceptions, "exceptions")?;
+        let span = self.span(&l.directory, index, count, what)?;
         let w = self.header.dtype.word_bytes();
-        let (p, q) = (l.exception_positions.start, l.exception_words.start);
-        Ok(Exceptions {
-            positions: &self.bytes[p + 2 * e.start..p + 2 * e.end],
-            words: &self.bytes[q + w * e.start..q + w * e.end],
-        })
+        let (p, q) = (l.positions.start, l.words.start);
+        let positions = &self.bytes[p + 2 * span.start..p + 2 * span.end];
+        Ok((positions, &self.bytes[q + w * span.start..q + w * span.end]))
     }
 
     /// Check everything that can be checked without the base, in time proportional to the bytes: the digest of the
@@ -164,13 +168,15 @@ impl<'a> Resident<'a> {
         for index in 0..grid.tiles() {
             let rect = grid.rect(index);
             let check = |tile: Tile<'_>| -> Result<()> {
+                let size = (rect.rows(), rect.cols(), grid.tile_cols);
                 match &tile {
                     Tile::Sparse(t) => {
                         with_word!(self.header.dtype, W => t.check::<W>(self.header.dtype, rect.rows(), rect.cols()))?;
-                        check_exceptions(&t.exceptions, rect.rows(), rect.cols(), grid.tile_cols)
+                        check_positions("exception", t.exceptions.positions, 1, size)
                     }
                     Tile::Exponent(t) => {
-                        check_exceptions(&t.exceptions, rect.rows(), rect.cols(), grid.tile_cols)
+                        check_positions("entry", t.entries.positions, 2, size)?;
+                        check_positions("exception", t.exceptions.positions, 1, size)
                     }
                     Tile::Unchanged | Tile::Raw(_) => Ok(()),
                 }
@@ -185,7 +191,11 @@ impl<'a> Resident<'a> {
     /// A directory starts at 0 and ends where its section does.
     fn check_directories(&self) -> Result<()> {
         let l = &self.layout;
-        let ends = [(&l.directory, self.header.units), (&l.exception_directory, self.header.exceptions)];
+        let ends = [
+            (&l.directory, self.header.units),
+            (&l.entries.directory, self.header.entries),
+            (&l.exceptions.directory, self.header.exceptions),
+        ];
         for (d, limit) in ends.into_iter().filter(|(d, _)| !d.is_empty()) {
             let (first, last) =
                 (u32::load(&self.bytes[d.start..d.start + 4]), u32::load(&self.bytes[d.end - 4..d.end]));
@@ -200,11 +210,8 @@ impl<'a> Resident<'a> {
 
     fn check_padding(&self) -> Result<()> {
         let l = &self.layout;
-        let ends =
-            [&l.directory, &l.payload, &l.exception_directory, &l.exception_positions, &l.exception_words]
-                .map(|r| r.end..r.end.next_multiple_of(super::header::ALIGN).min(l.total));
-        let tail = std::iter::once(CONTENT_AT.end..super::HEADER_BYTES).chain(ends);
-        match tail.into_iter().flatten().find(|&i| self.bytes[i] != 0) {
+        let pads = l.sections().map(|r| r.end..r.end.next_multiple_of(super::header::ALIGN).min(l.total));
+        match pads.flatten().find(|&i| self.bytes[i] != 0) {
             Some(i) => Err(Error::corrupt(format!("resident delta: byte {i} is padding but not zero"))),
             None => Ok(()),
         }
@@ -280,13 +287,21 @@ impl<'a> Resident<'a> {
     }
 }
 
-fn check_exceptions(e: &Exceptions<'_>, rows: usize, cols: usize, tile_cols: usize) -> Result<()> {
-    let mut last = None;
-    for i in 0..e.len() {
-        let (position, _) = e.get(i);
-        if last >= Some(position) || position / tile_cols >= rows || position % tile_cols >= cols {
+/// Positions ascend, at most `most` are equal, and all lie in a tile of so many rows, columns and nominal columns.
+fn check_positions(
+    what: &str,
+    positions: &[u8],
+    most: usize,
+    (rows, cols, tile_cols): (usize, usize, usize),
+) -> Result<()> {
+    let (mut last, mut equal) = (None, 0);
+    for (i, position) in positions.as_chunks::<2>().0.iter().enumerate() {
+        let position = usize::from(u16::from_le_bytes(*position));
+        equal = if last == Some(position) { equal + 1 } else { 1 };
+        let inside = position / tile_cols < rows && position % tile_cols < cols;
+        if last > Some(position) || equal > most || !inside {
             return Err(Error::corrupt(format!(
-                "exception {i} at {position} is out of order or out of its tile"
+                "{what} {i} at {position} is out of order or out of its tile"
             )));
         }
         last = Some(position);

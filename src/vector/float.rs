@@ -28,6 +28,8 @@ pub(crate) trait Float: Copy + Send + Sync + 'static {
     fn groups(words: &[u8]) -> (&[Self::Group], &[u8]);
     /// A group as two vectors: the *split* order of the dtype (bf16: even words, odd words; else: first half, second).
     fn load<S: Simd>(s: S, group: &Self::Group) -> (S::F, S::F);
+    /// Where in the split order of its group a word's value lies; `i < GROUP`.
+    fn split_place(i: usize) -> usize;
     /// Sixteen words at `words[0]`, in order; `words` holds at least as many.
     fn widen<S: Simd>(s: S, words: &[u8]) -> S::F;
     /// The value of a word.
@@ -82,7 +84,7 @@ fn to_odd(value: f64, near: f32) -> f32 {
 }
 
 macro_rules! floats {
-    ($($name:ident: $word:ty, $shared:ty, $group:literal, $sixteen:literal, $load:ident, $widen:ident,
+    ($($name:ident: $word:ty, $shared:ty, $group:literal, $sixteen:literal, $load:ident, $widen:ident, $place:expr,
        $value:expr, $round:expr, $finite:expr, $narrow:expr;)*) => {$(
         /// The dtype of this name.
         #[derive(Clone, Copy)]
@@ -105,6 +107,10 @@ macro_rules! floats {
             #[inline(always)]
             fn load<S: Simd>(s: S, group: &Self::Group) -> (S::F, S::F) {
                 s.$load(group)
+            }
+            #[inline(always)]
+            fn split_place(i: usize) -> usize {
+                $place(i)
             }
             #[inline(always)]
             fn widen<S: Simd>(s: S, words: &[u8]) -> S::F {
@@ -138,14 +144,14 @@ macro_rules! floats {
 }
 
 floats! {
-    BF16: u16, AtomicU16, 64, 32, load_bf16, widen_bf16,
+    BF16: u16, AtomicU16, 64, 32, load_bf16, widen_bf16, |i: usize| i / 2 + i % 2 * (GROUP / 2),
         |w: u16| f32::from_bits(u32::from(w) << 16), |v: f32| half::bf16::from_f32(v).to_bits(),
         |v: f32| (v.to_bits().wrapping_add(0x7FFF + (v.to_bits() >> 16 & 1)) >> 16) as u16,
         |v: f32| (v.to_bits() >> 16) as u16;
-    F16: u16, AtomicU16, 64, 32, load_f16, widen_f16,
+    F16: u16, AtomicU16, 64, 32, load_f16, widen_f16, |i: usize| i,
         |w: u16| half::f16::from_bits(w).to_f32(), |v: f32| half::f16::from_f32(v).to_bits(),
         |v: f32| half::f16::from_f32(v).to_bits(), |v: f32| half::f16::from_f32(v).to_bits();
-    F32: u32, AtomicU32, 128, 64, load_f32, widen_f32,
+    F32: u32, AtomicU32, 128, 64, load_f32, widen_f32, |i: usize| i,
         f32::from_bits, f32::to_bits, f32::to_bits, f32::to_bits;
 }
 

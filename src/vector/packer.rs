@@ -35,7 +35,7 @@ pub(crate) trait Packer: Copy + Send + Sync + 'static {
     fn sums32(self, code: Code<'_>, base: &[u8], sums: &mut [u32; STEP]);
 
     /// Pack a row's words from the last to the first: units end up in their order, below what was packed before.
-    /// `misfits` takes the columns that are exceptions, descending.
+    /// `misfits` takes the columns of words whose difference does not fit, descending; their bits say that they are unchanged.
     fn pack16(
         self,
         lanes: &mut Open<u16>,

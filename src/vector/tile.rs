@@ -5,7 +5,7 @@ use super::float::{BF16, F16, F32, Float};
 use super::lanes::{Decoder, Lane, MICRO};
 use super::simd::Simd;
 use crate::codec::word::{Word, with_word};
-use crate::codec::{Exceptions, ExponentTile, GapKind, Grid, SparseTile, Tile};
+use crate::codec::{Entries, Exceptions, ExponentTile, GapKind, Grid, SparseTile, Tile, outside};
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Matrix};
 use crate::resident::Resident;
@@ -40,6 +40,18 @@ pub(super) struct Stripe {
 impl Stripe {
     fn row<'a>(&self, words: &'a mut [u8], r: usize) -> &'a mut [u8] {
         &mut words[r * self.stride + self.from..r * self.stride + self.to]
+    }
+
+    /// The word at a position in a tile of `tile_cols` nominal columns, if the tile has it.
+    fn word<'a, W: Word>(
+        &self,
+        tile_cols: usize,
+        position: usize,
+        words: &'a mut [u8],
+    ) -> Option<&'a mut [u8]> {
+        let (r, c) = (position / tile_cols, position % tile_cols);
+        let row = (r < self.rows).then(|| self.row(words, r))?;
+        row.get_mut(c * W::BYTES..(c + 1) * W::BYTES)
     }
 }
 
@@ -100,7 +112,7 @@ pub(super) fn exponent<S: Simd>(
     }
 }
 
-/// Decode an `exponent` tile's words row after row, then the exceptions.
+/// Decode an `exponent` tile's words row after row; then entries, then exceptions.
 fn unpack<S: Simd, W: Lane>(
     s: S,
     tile: &ExponentTile<'_>,
@@ -126,6 +138,7 @@ fn unpack<S: Simd, W: Lane>(
         }
     }
     decoder.finish()?;
+    add::<W>(&tile.entries, dtype, tile_cols, stripe, words)?;
     overwrite::<W>(&tile.exceptions, tile_cols, stripe, words)
 }
 
@@ -160,6 +173,24 @@ fn patch<W: Word>(
     overwrite::<W>(&tile.exceptions, tile_cols, stripe, words)
 }
 
+/// Add a tile's entries to the words that its stream gave.
+fn add<W: Word>(
+    entries: &Entries<'_>,
+    dtype: Dtype,
+    tile_cols: usize,
+    stripe: Stripe,
+    words: &mut [u8],
+) -> Result<()> {
+    let mut changes = entries.changes::<W>();
+    while let Some(change) = changes.below(usize::MAX)? {
+        let word = stripe.word::<W>(tile_cols, change.position, words);
+        let word = word.ok_or_else(|| outside("entry", change.position))?;
+        let now = change.apply(dtype, W::load(word));
+        word.copy_from_slice(bytemuck::bytes_of(&now));
+    }
+    Ok(())
+}
+
 /// Put a tile's exceptions in place.
 fn overwrite<W: Word>(
     exceptions: &Exceptions<'_>,
@@ -169,17 +200,10 @@ fn overwrite<W: Word>(
 ) -> Result<()> {
     // `Exceptions::get` divides to learn the size of a word; here it is known.
     let (positions, _) = exceptions.positions.as_chunks::<2>();
-    for (i, (position, word)) in positions.iter().zip(exceptions.words.chunks_exact(W::BYTES)).enumerate() {
+    for (position, word) in positions.iter().zip(exceptions.words.chunks_exact(W::BYTES)) {
         let position = usize::from(u16::from_le_bytes(*position));
-        let (r, c) = (position / tile_cols, position % tile_cols);
-        let place = if r < stripe.rows {
-            stripe.row(words, r).get_mut(c * W::BYTES..(c + 1) * W::BYTES)
-        } else {
-            None
-        };
-        place
-            .ok_or_else(|| Error::corrupt(format!("exception {i} lies outside its tile, at {position}")))?
-            .copy_from_slice(word);
+        let place = stripe.word::<W>(tile_cols, position, words);
+        place.ok_or_else(|| outside("exception", position))?.copy_from_slice(word);
     }
     Ok(())
 }

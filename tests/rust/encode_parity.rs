@@ -12,7 +12,7 @@ use xorz::codec::{Encoding, GapKind, Grid, Prefer};
 use xorz::error::Kind;
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::{
-    Assembler, Estimate, Pair, Piece, Plan, Resident, encode_as, encode_pair, encode_tiles, estimate,
+    Assembler, Estimate, Listed, Pair, Piece, Plan, Resident, encode_as, encode_pair, encode_tiles, estimate,
     estimate_exactly,
 };
 use xorz::vector::{self, Isa, Serial};
@@ -115,8 +115,8 @@ fn every_instruction_set_encodes_the_oracles_tiles() {
 fn same(got: &Piece, want: &Piece, what: &str) {
     assert_eq!(got.changed, want.changed, "changed, {what}");
     assert!(got.units == want.units, "units, {what}");
+    assert!(got.entries == want.entries, "entries, {what}");
     assert!(got.exceptions == want.exceptions, "exceptions, {what}");
-    assert!(got.positions == want.positions && got.words == want.words, "exceptions' places, {what}");
     let at = got.payload.iter().zip(&want.payload).position(|(a, b)| a != b);
     assert!(got.payload == want.payload, "payload at {at:?} of {}, {what}", want.payload.len());
 }
@@ -282,7 +282,8 @@ fn a_misleading_sample_is_noticed_and_made_good() {
     let f = matrix(dtype, shape, &fine_tuned);
     let delta = encode_pair(&b, &f, Prefer::Memory).unwrap();
     let misled = oracle(&sampled.plan, dtype, &base, &fine_tuned);
-    let misled_bytes = (misled.payload.len() + misled.positions.len() + misled.words.len()) as u64;
+    let apart = misled.entries.bytes() + misled.exceptions.bytes();
+    let misled_bytes = (misled.payload.len() + apart) as u64;
     assert!(sampled.is_off(misled_bytes));
     assert!((delta.len() as u64) < misled_bytes, "{} of {misled_bytes}", delta.len());
     assert!(vector::encode(&b, &f, Prefer::Memory, &Serial).unwrap() == delta);
@@ -326,8 +327,21 @@ fn what_does_not_fit_is_refused() {
     assert_eq!(short(&encode_pair(&m, &m, Prefer::Speed).unwrap()), Kind::Mismatch);
 
     let mut assembler = Assembler::new(Dtype::BF16, &good).unwrap();
-    let lying = Piece { units: vec![1], exceptions: vec![0], ..Piece::default() };
-    assert_eq!(assembler.add(&lying).unwrap_err().kind(), Kind::InvalidArgument);
+    let listed = |counts: &[u32], bytes: usize| Listed {
+        counts: counts.to_vec(),
+        positions: vec![0; bytes],
+        words: vec![0; bytes],
+    };
+    let mut lying = |units: u32, entries: Listed, exceptions: Listed| {
+        let piece = Piece { units: vec![units], entries, exceptions, ..Piece::default() };
+        assert_eq!(assembler.add(&piece).unwrap_err().kind(), Kind::InvalidArgument, "{piece:?}");
+    };
+    let none = || listed(&[0], 0);
+    [(&[0, 0][..], 0), (&[], 0), (&[2], 2), (&[1], 0), (&[0], 2)].iter().for_each(|(counts, bytes)| {
+        lying(0, none(), listed(counts, *bytes));
+        lying(0, listed(counts, *bytes), none());
+    });
+    lying(1, none(), none());
     let unfinished = Assembler::new(Dtype::BF16, &good).unwrap();
     assert_eq!(unfinished.finish(m.digest()).unwrap_err().kind(), Kind::InvalidArgument);
 }

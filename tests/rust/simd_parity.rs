@@ -7,7 +7,7 @@ mod linear;
 use common::{Rng, matrix, unaligned};
 use linear::{Case, DTYPES, ENCODINGS, MODES, Shuffled, isas};
 use xorz::codec::exponent::mantissa_bits;
-use xorz::codec::{Encoding, Exceptions, ExponentTile, Tile, decode_tile};
+use xorz::codec::{Encoding, Entries, Exceptions, ExponentTile, Tile, decode_tile};
 use xorz::cpu::{LinearArgs, Mode, delta_linear};
 use xorz::error::{Kind, Result};
 use xorz::matrix::{Dtype, Shape};
@@ -157,8 +157,35 @@ struct Streamed {
     widths: [u8; 32],
     base: Vec<u8>,
     stream: Vec<u8>,
+    entries: Apart,
+    exceptions: Apart,
+}
+
+/// What a tile stores apart.
+#[derive(Clone, Default)]
+struct Apart {
     positions: Vec<u8>,
     words: Vec<u8>,
+}
+
+impl Apart {
+    /// About one word in `one_in`; each entry twice, or once, if `twice`.
+    fn new(rng: &mut Rng, dtype: Dtype, (rows, cols): (usize, usize), one_in: u64, twice: bool) -> Self {
+        let mut apart = Self::default();
+        for at in (0..rows * cols).filter(|_| rng.next().is_multiple_of(one_in)).collect::<Vec<_>>() {
+            for _ in 0..1 + u64::from(twice) * (rng.next() % 2) {
+                apart.positions.extend(((at / cols * TILE_COLS + at % cols) as u16).to_le_bytes());
+            }
+        }
+        apart.words = rng.bytes(apart.positions.len() / 2 * dtype.word_bytes());
+        apart
+    }
+
+    /// Differences must not be NaN: which of two NaN an addition keeps, no language says.
+    fn finite(mut self, dtype: Dtype) -> Self {
+        self.words.chunks_mut(dtype.word_bytes()).for_each(|word| *word.last_mut().unwrap() &= 0xBF);
+        self
+    }
 }
 
 /// Columns of the grid that the tiles below belong to.
@@ -169,17 +196,23 @@ impl Streamed {
         let w = dtype.word_bytes();
         let base = rng.bytes(rows * cols * w);
         let stream = rng.bytes(units(dtype, cols, &widths, &base) * w);
-        // A word in fifty is an exception.
-        let places: Vec<usize> = (0..rows * cols).filter(|_| rng.next().is_multiple_of(50)).collect();
-        let position = |at: &usize| ((at / cols * TILE_COLS + at % cols) as u16).to_le_bytes();
-        let positions = places.iter().flat_map(position).collect();
-        let words = rng.bytes(places.len() * w);
-        Self { dtype, rows, cols, widths, base, stream, positions, words }
+        let exceptions = Apart::new(rng, dtype, (rows, cols), 50, false);
+        let mut entries = Apart::default();
+        if dtype.computes() {
+            entries = Apart::new(rng, dtype, (rows, cols), 40, true).finite(dtype);
+        }
+        Self { dtype, rows, cols, widths, base, stream, entries, exceptions }
     }
 
     fn tile(&self) -> ExponentTile<'_> {
-        let exceptions = Exceptions { positions: &self.positions, words: &self.words };
-        ExponentTile { widths: &self.widths, stream: &self.stream, exceptions }
+        let (entries, exceptions) = (&self.entries, &self.exceptions);
+        ExponentTile {
+            widths: &self.widths,
+            stream: &self.stream,
+            entries: Entries { positions: &entries.positions, differences: &entries.words },
+            exceptions: Exceptions { positions: &exceptions.positions, words: &exceptions.words },
+            additive: self.dtype.computes(),
+        }
     }
 
     fn oracle(&self) -> Result<Vec<u8>> {
@@ -304,14 +337,19 @@ fn exponent_tiles_of_chance_are_decoded_or_refused_as_the_oracle_does() {
             let mut case = Streamed::new(&mut rng, dtype, rows, cols, widths);
             let len = (rng.next() % 3000) as usize;
             case.stream = rng.bytes(len);
-            // Exceptions anywhere, in any order.
-            let exceptions = (rng.next() % 4) as usize;
-            case.positions = rng.bytes(2 * exceptions);
-            case.words = rng.bytes(w * exceptions);
+            // Entries and exceptions anywhere, in any order.
+            let any = |rng: &mut Rng| {
+                let count = (rng.next() % 4) as usize;
+                Apart { positions: rng.bytes(2 * count), words: rng.bytes(w * count) }
+            };
+            if dtype.computes() {
+                case.entries = any(&mut rng).finite(dtype);
+            }
+            case.exceptions = any(&mut rng);
             isas().into_iter().for_each(|isa| case.check(isa, "chance"));
-            // Decoded, and only then the exceptions judged.
+            // Decoded, and only then what is stored apart judged.
             case.stream = rng.bytes(units(dtype, cols, &widths, &case.base) * w);
-            isas().into_iter().for_each(|isa| case.check(isa, "exceptions of chance"));
+            isas().into_iter().for_each(|isa| case.check(isa, "entries and exceptions of chance"));
         }
         let mut case = Streamed::new(&mut rng, dtype, 1, 40, [1; 32]);
         case.widths[7] = 8 * w as u8 + 1;
@@ -340,8 +378,8 @@ fn exponent_streams_of_another_delta_are_noticed() {
                 stream,
                 widths,
                 base: case.base.clone(),
-                positions: vec![],
-                words: vec![],
+                entries: Apart::default(),
+                exceptions: Apart::default(),
                 ..case
             };
             let plain = like(case.stream.clone(), widths).fast(isa).unwrap();

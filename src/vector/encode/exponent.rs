@@ -11,10 +11,10 @@
 //! to add: 16. Packing: 4 loads; 10 for classes and widths; 12 for masks, halves and powers; 6 for differences; 8 for
 //! what does not fit and what changed; 10 for where a word lies in its unit; 18 to join it to the unit and what is left;
 //! 28 to shuffle units together and store them: 96. 112 operations at 3.5 a cycle are 32 cycles, 0.3 ns a word at 3.3 GHz,
-//! whatever share changed: no branch depends on data but for exceptions.
+//! whatever share changed: no branch depends on data but for misfits.
 
-use crate::codec::Rect;
 use crate::codec::exponent::mantissa_bits;
+use crate::codec::{Apart, Rect};
 use crate::error::{Error, Result};
 use crate::matrix::Dtype;
 use crate::resident::{Piece, Plan, Region};
@@ -25,10 +25,11 @@ use crate::vector::packer::{Lanes, Open, Packer, SLACK};
 #[derive(Default)]
 pub(super) struct Coder {
     stream: Vec<u8>,
-    misfits: Vec<u16>,
+    columns: Vec<u16>,
     masks: Vec<u32>,
-    /// Position and column of each exception, descending.
-    exceptions: Vec<(u16, usize)>,
+    /// Position of each misfit and where its words lie in the region, descending.
+    misfits: Vec<(u16, usize)>,
+    apart: Apart,
 }
 
 impl Coder {
@@ -43,21 +44,21 @@ impl Coder {
         out: &mut Piece,
     ) -> Result<()> {
         let rect = plan.grid.rect(index);
-        self.exceptions.clear();
+        self.misfits.clear();
+        self.apart.clear();
+        let from = out.payload.len();
         if plan.widths == [0; 32] {
             self.quiet::<P, W>(p, plan, region, &rect, out);
         } else {
             let code = Code { widths: &plan.widths, shift: mantissa_bits(dtype) };
             self.pack::<P, W>(p, code, plan, region, &rect, out)?;
         }
-        let from = out.positions.len();
-        // Where each exception's word lies in the region.
-        for (position, at) in self.exceptions.iter().rev() {
-            out.positions.extend_from_slice(&position.to_le_bytes());
-            out.words.extend_from_slice(&region.fine_tuned[*at..at + W::BYTES]);
+        for (position, at) in self.misfits.iter().rev() {
+            let word = |words: &[u8]| W::load(&words[*at..at + W::BYTES]);
+            self.apart.misfit(dtype, *position, word(region.base), word(region.fine_tuned));
         }
-        let units = if plan.widths == [0; 32] { 0 } else { (self.stream.len() - SLACK) / W::BYTES };
-        out.close(units, from);
+        let units = (out.payload.len() - from) / W::BYTES;
+        out.close::<W>(units, &self.apart.entries, &self.apart.exceptions);
         Ok(())
     }
 
@@ -83,8 +84,8 @@ impl Coder {
         for r in (0..rect.rows()).rev() {
             let span = region.row(rect, r, W::BYTES);
             let row = (&region.base[span.clone()], &region.fine_tuned[span.clone()]);
-            self.misfits.clear();
-            let packed = W::pack(p, &mut lanes, code, row, &mut self.stream[..end], &mut self.misfits);
+            self.columns.clear();
+            let packed = W::pack(p, &mut lanes, code, row, &mut self.stream[..end], &mut self.columns);
             if packed.cut || packed.bytes > end {
                 return Err(Error::internal("more units than were counted"));
             }
@@ -92,7 +93,7 @@ impl Coder {
             out.changed += packed.changed;
             let at =
                 |c: &u16| ((r * plan.grid.tile_cols) as u16 + c, span.start + usize::from(*c) * W::BYTES);
-            self.exceptions.extend(self.misfits.iter().map(at));
+            self.misfits.extend(self.columns.iter().map(at));
         }
         if end != SLACK {
             return Err(Error::internal("fewer units than were counted"));
@@ -101,7 +102,7 @@ impl Coder {
         Ok(())
     }
 
-    /// No word has bits: every change is an exception.
+    /// No word has bits: every change is a misfit.
     fn quiet<P: Packer, W: Lanes>(
         &mut self,
         p: P,
@@ -121,7 +122,7 @@ impl Coder {
                     left ^= 1 << bit;
                     let c = i * STEP + bit as usize;
                     let position = (r * plan.grid.tile_cols + c) as u16;
-                    self.exceptions.push((position, span.start + c * W::BYTES));
+                    self.misfits.push((position, span.start + c * W::BYTES));
                     out.changed += 1;
                 }
             }

@@ -41,11 +41,9 @@ impl<W: Lanes> Coder<W> {
             let row = (&region.base[span.clone()], &region.fine_tuned[span]);
             self.row(p, dtype, r, plan.grid.tile_cols, row);
         }
-        let from = out.positions.len();
         let units = self.builder.write(dtype, plan.gap, &mut out.payload);
         out.changed += self.builder.changed;
-        out.list::<W>(&self.builder.exceptions);
-        out.close(units, from);
+        out.close::<W>(units, &[], &self.builder.exceptions);
     }
 
     /// The tile's builder after a pass over packed rows of `cols` words.

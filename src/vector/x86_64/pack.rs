@@ -162,7 +162,7 @@ impl Pack16 {
     }
 
     /// One step, of which the words of `active` (packed) are there; others are equal. Gives how many units ended up at
-    /// the end of `out`, and which words are exceptions.
+    /// the end of `out`, and which words are misfits.
     #[target_feature(enable = "avx2,popcnt")]
     #[inline]
     fn step(
@@ -191,8 +191,9 @@ impl Pack16 {
         let (mut fits, mut same, mut units) = ([zero; 2], [zero; 2], [zero; 2]);
         for i in 0..2 {
             let v = _mm256_add_epi16(_mm256_sub_epi16(tuned[i], base[i]), half[i]);
-            let kept = _mm256_and_si256(v, mask[i]);
-            fits[i] = _mm256_cmpeq_epi16(v, kept);
+            fits[i] = _mm256_cmpeq_epi16(v, _mm256_and_si256(v, mask[i]));
+            // A misfit's bits say that its word is unchanged.
+            let kept = _mm256_blendv_epi8(half[i], v, fits[i]);
             same[i] = _mm256_cmpeq_epi16(base[i], tuned[i]);
             // Times a power of two: what stays in the unit, and what goes to the one above.
             let (low, high) = (_mm256_mullo_epi16(kept, up[i]), _mm256_mulhi_epu16(kept, up[i]));
@@ -292,8 +293,10 @@ impl Pack32 {
             let takes = lanes(whole);
 
             let v = _mm256_add_epi32(_mm256_sub_epi32(tuned[i], base[i]), half);
-            let kept = _mm256_and_si256(v, mask);
-            misfits |= (lanes(_mm256_cmpeq_epi32(v, kept)) ^ 0xFF) << (8 * i);
+            let fits = _mm256_cmpeq_epi32(v, _mm256_and_si256(v, mask));
+            // A misfit's bits say that its word is unchanged.
+            let kept = _mm256_blendv_epi8(half, v, fits);
+            misfits |= (lanes(fits) ^ 0xFF) << (8 * i);
             self.changed += u64::from((lanes(_mm256_cmpeq_epi32(base[i], tuned[i])) ^ 0xFF).count_ones());
             let low = _mm256_sllv_epi32(kept, below);
             // A shift by 32 gives zero.
@@ -315,7 +318,7 @@ impl Pack32 {
     }
 }
 
-/// The columns of a step's exceptions, descending.
+/// The columns of a step's misfits, descending.
 #[cold]
 fn list(step: usize, mut misfits: u32, columns: &mut Vec<u16>) {
     while misfits != 0 {

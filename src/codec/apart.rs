@@ -1,0 +1,210 @@
+//! Words stored apart because the compact code cannot hold them: *entries* change a word by an exact difference, which a
+//! product can add without knowing the word; *exceptions* are the words themselves, which only a restore can use.
+
+use super::split::{narrow, split, widen};
+use super::word::Word;
+use crate::error::{Error, Result};
+use crate::matrix::Dtype;
+
+/// Exact differences of single words of a tile, on top of what the compact code gives.
+///
+/// `fine_tuned = word + difference (+ second difference)` in f32, as in `sparse`; products add `difference * x[column]`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Entries<'a> {
+    /// `u16` little-endian each: `row * tile_cols + column`, ascending; two in succession may be equal, three not.
+    pub positions: &'a [u8],
+    /// The differences, little-endian words of the dtype, in the order of the positions.
+    pub differences: &'a [u8],
+}
+
+impl<'a> Entries<'a> {
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.positions.len() / 2
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.positions.is_empty()
+    }
+
+    /// Entry `i`: its position in the tile and its difference. Panics if `i >= len()`.
+    pub fn get(&self, i: usize) -> (usize, u64) {
+        listed(self.positions, self.differences, i)
+    }
+
+    /// All of them word by word, in order. `W` is the word of the dtype.
+    pub(crate) fn changes<W: Word>(&self) -> Changes<'a, W> {
+        let (positions, _) = self.positions.as_chunks::<2>();
+        Changes {
+            positions,
+            differences: self.differences,
+            next: 0,
+            last: None,
+            word: std::marker::PhantomData,
+        }
+    }
+
+    pub(super) fn apply<W: Word>(
+        &self,
+        dtype: Dtype,
+        (cols, tile_cols): (usize, usize),
+        words: &mut [W],
+    ) -> Result<()> {
+        let mut changes = self.changes::<W>();
+        while let Some(change) = changes.below(usize::MAX)? {
+            let (r, c) = (change.position / tile_cols, change.position % tile_cols);
+            let word = words
+                .get_mut(r * cols + c)
+                .filter(|_| c < cols)
+                .ok_or_else(|| outside("entry", change.position))?;
+            *word = change.apply(dtype, *word);
+        }
+        Ok(())
+    }
+}
+
+/// What the entries do to one word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Change<W> {
+    /// Which word of the tile.
+    pub(crate) position: usize,
+    /// The first difference, and the second where one is not enough.
+    pub(crate) differences: (W, Option<W>),
+}
+
+impl<W: Word> Change<W> {
+    /// The word after it: sums in f32, first to last.
+    #[inline]
+    pub(crate) fn apply(&self, dtype: Dtype, word: W) -> W {
+        let value = |w: W| widen(dtype, w.to_u64());
+        let (first, second) = self.differences;
+        let sum = value(word) + value(first);
+        W::from_u64(narrow(dtype, second.map_or(sum, |second| sum + value(second))))
+    }
+}
+
+/// A walk along the entries of a tile that stops wherever it is asked to.
+#[derive(Clone, Copy)]
+pub(crate) struct Changes<'a, W> {
+    positions: &'a [[u8; 2]],
+    differences: &'a [u8],
+    next: usize,
+    last: Option<usize>,
+    word: std::marker::PhantomData<W>,
+}
+
+impl<W: Word> Changes<'_, W> {
+    fn position(&self, i: usize) -> Option<usize> {
+        self.positions.get(i).map(|p| usize::from(u16::from_le_bytes(*p)))
+    }
+
+    fn difference(&self, i: usize) -> W {
+        W::load(&self.differences[i * W::BYTES..(i + 1) * W::BYTES])
+    }
+
+    /// The next one, if it lies at a position below `end`.
+    ///
+    /// # Errors
+    /// `Corrupt` where positions do not ascend.
+    #[inline]
+    pub(crate) fn below(&mut self, end: usize) -> Result<Option<Change<W>>> {
+        let i = self.next;
+        let Some(position) = self.position(i).filter(|p| *p < end) else { return Ok(None) };
+        if self.last >= Some(position) {
+            return Err(disorder(i, position));
+        }
+        let second = (self.position(i + 1) == Some(position)).then(|| self.difference(i + 1));
+        let differences = (self.difference(i), second);
+        (self.next, self.last) = (i + 1 + usize::from(second.is_some()), Some(position));
+        Ok(Some(Change { position, differences }))
+    }
+}
+
+#[cold]
+fn disorder(i: usize, position: usize) -> Error {
+    Error::corrupt(format!("entry {i}, at {position}, is out of order"))
+}
+
+/// Words stored apart because the compact code cannot hold them; they override what it gives.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Exceptions<'a> {
+    /// `u16` little-endian each: `row * tile_cols + column`, ascending.
+    pub positions: &'a [u8],
+    /// The fine-tuned words, little-endian.
+    pub words: &'a [u8],
+}
+
+impl Exceptions<'_> {
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.positions.len() / 2
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.positions.is_empty()
+    }
+
+    /// Exception `i`: its position in the tile and its word. Panics if `i >= len()`.
+    pub fn get(&self, i: usize) -> (usize, u64) {
+        listed(self.positions, self.words, i)
+    }
+
+    pub(super) fn apply<W: Word>(&self, (cols, tile_cols): (usize, usize), words: &mut [W]) -> Result<()> {
+        for i in 0..self.len() {
+            let (position, word) = self.get(i);
+            let (r, c) = (position / tile_cols, position % tile_cols);
+            let at = words
+                .get_mut(r * cols + c)
+                .filter(|_| c < cols)
+                .ok_or_else(|| outside("exception", position))?;
+            *at = W::from_u64(word);
+        }
+        Ok(())
+    }
+}
+
+/// Something stored apart names a word that its tile does not have.
+#[cold]
+pub(crate) fn outside(what: &str, position: usize) -> Error {
+    Error::corrupt(format!("an {what} lies outside its tile, at {position}"))
+}
+
+fn listed(positions: &[u8], words: &[u8], i: usize) -> (usize, u64) {
+    let w = words.len() / (positions.len() / 2);
+    let position = u16::load(&positions[2 * i..2 * i + 2]);
+    let mut word = [0u8; 8];
+    word[..w].copy_from_slice(&words[i * w..(i + 1) * w]);
+    (usize::from(position), u64::from_le_bytes(word))
+}
+
+/// What a tile being encoded stores apart: (position, word) each.
+#[derive(Debug, Default)]
+pub(crate) struct Apart {
+    /// Position and difference of each entry.
+    pub(crate) entries: Vec<(u16, u64)>,
+    /// Position and fine-tuned word of each exception.
+    pub(crate) exceptions: Vec<(u16, u64)>,
+}
+
+impl Apart {
+    pub(crate) fn clear(&mut self) {
+        self.entries.clear();
+        self.exceptions.clear();
+    }
+
+    /// A changed word that the compact code does not hold; words come in the order of their positions.
+    pub(crate) fn misfit<W: Word>(&mut self, dtype: Dtype, position: u16, base: W, fine_tuned: W) {
+        let (base, fine_tuned) = (base.to_u64(), fine_tuned.to_u64());
+        if !dtype.computes() {
+            self.exceptions.push((position, fine_tuned));
+            return;
+        }
+        let split = split(dtype, base, fine_tuned);
+        self.entries.extend(split.terms[..split.count].iter().map(|term| (position, *term)));
+        if split.exception {
+            self.exceptions.push((position, fine_tuned));
+        }
+    }
+}
