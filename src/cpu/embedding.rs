@@ -315,7 +315,7 @@ struct Piece<'t, 'a> {
 impl Piece<'_, '_> {
     fn by_lanes<S: Simd, W: Lane>(&self, s: S, rows: &mut [Row<'_>]) -> Result<()> {
         let mut decoder = lanes::Decoder::<W>::new(self.tile, self.base.dtype());
-        self.decode(rows, |words: &mut [W]| decoder.advance(s, words))
+        self.decode(rows, |words: &mut [W]| decoder.advance(s, None, words))
     }
 
     fn by_oracle<W: Word>(&self, rows: &mut [Row<'_>]) -> Result<()> {

@@ -49,8 +49,7 @@ impl<'a, D: Float> Stream<'a, D> {
         base: &[u8],
         words: &mut [D::Word],
     ) -> Result<()> {
-        bytemuck::cast_slice_mut::<D::Word, u8>(words).copy_from_slice(base);
-        self.decoder.advance(s, words)?;
+        self.decoder.advance(s, Some(base), words)?;
         let start = r * self.tile_cols + c;
         // `Exceptions::get` divides to learn the size of a word; here it is known.
         let (positions, _) = self.exceptions.positions.as_chunks::<2>();

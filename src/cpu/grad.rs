@@ -12,12 +12,13 @@
 
 use super::dot::Rows;
 use super::exponent::{self, Stream};
-use super::job::{Mode, check_words};
+use super::job::check_words;
 use super::linear::Segment;
-use super::plan::Way;
+use super::outer::{Entry, Outer, OuterEntries, STEP};
+use super::plan::{Sums, Way};
 use super::scratch::{self, Scratch};
 use super::weights::Weights;
-use crate::codec::{Encoding, GapKind, Grid, Rect, SparseTile, Tile};
+use crate::codec::{Encoding, Grid, Rect, SparseTile, Tile};
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Shape};
 use crate::resident::Resident;
@@ -25,15 +26,12 @@ use crate::vector::dispatch::{Isa, on_isa};
 use crate::vector::exec::{Executor, try_run};
 use crate::vector::float::{Float, with_float};
 use crate::vector::lanes::MICRO;
-use crate::vector::simd::{Kernel, LANES, Simd};
+use crate::vector::simd::{LANES, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Columns of a strip where a tile can be cut; the decode path takes no more at a time either.
 const STRIP: usize = 1024;
-
-/// Rows of W of one step: a band of tiles is done in steps of these.
-const STEP: usize = LANES;
 
 /// `gx = grad @ W_ft` on base and delta: `grad` is `[m, n]`, `out` takes `[m, k]`, words of the base's dtype.
 ///
@@ -136,7 +134,7 @@ pub(super) fn run<S: Simd, D: Float>(
     segments: &[Segment<'_>],
     exec: &dyn Executor,
 ) -> Result<()> {
-    let shared = |s: &Segment<'_>| Way::of(&s.weights, 0, Mode::Deterministic) == Way::Shared;
+    let shared = |s: &Segment<'_>| Way::of(&s.weights, 0, Sums::Deterministic) == Way::Shared;
     let k = job.base.shape().k;
     let mut parts: Vec<Part<'_>> = Vec::new();
     for segments in segments.chunk_by(|a, b| shared(a) && shared(b)) {
@@ -353,122 +351,4 @@ fn entries<S: Simd, D: Float>(
         return Err(Error::corrupt(format!("an entry names column {largest} of {}", rect.cols())));
     }
     Ok(())
-}
-
-/// `sums[c] += words[i][c] * g[i]` for every row i of words and column c, row after row.
-struct Outer<'a, D> {
-    words: Rows<'a>,
-    rows: usize,
-    g: &'a [[f32; LANES]; STEP],
-    sums: &'a mut [[f32; LANES]],
-    dtype: PhantomData<D>,
-}
-
-impl<D: Float> Kernel for Outer<'_, D> {
-    type Out = ();
-
-    #[inline(always)]
-    fn call<S: Simd>(mut self, s: S) {
-        let mut r = 0;
-        while r + 4 <= self.rows {
-            self.some::<S, 4>(s, r);
-            r += 4;
-        }
-        while r < self.rows {
-            self.some::<S, 1>(s, r);
-            r += 1;
-        }
-    }
-}
-
-impl<D: Float> Outer<'_, D> {
-    #[inline(always)]
-    fn some<S: Simd, const R: usize>(&mut self, s: S, r: usize) {
-        let mut g = [s.splat(0.0); R];
-        for i in 0..R {
-            g[i] = s.load(&self.g[r + i]);
-        }
-        let mut values = [[0f32; LANES]; R];
-        for (block, sums) in self.sums.chunks_mut(LANES).enumerate() {
-            for i in 0..R {
-                let words = &self.words.row(r + i)[block * LANES * D::BYTES..];
-                if sums.len() == LANES {
-                    s.store(D::widen(s, words), &mut values[i]);
-                } else {
-                    (0..sums.len()).for_each(|c| values[i][c] = D::value_at(words, c));
-                }
-            }
-            for (c, sums) in sums.iter_mut().enumerate() {
-                let mut acc = s.load(sums);
-                for i in 0..R {
-                    acc = s.fma(s.splat(values[i][c]), g[i], acc);
-                }
-                s.store(acc, sums);
-            }
-        }
-    }
-}
-
-/// `sums += difference * g`, lane by lane.
-struct Entry<'a> {
-    difference: f32,
-    g: &'a [f32; LANES],
-    sums: &'a mut [f32; LANES],
-}
-
-impl Kernel for Entry<'_> {
-    type Out = ();
-
-    #[inline(always)]
-    fn call<S: Simd>(self, s: S) {
-        s.store(s.fma(s.splat(self.difference), s.load(self.g), s.load(self.sums)), self.sums);
-    }
-}
-
-/// `sums[column - from] += diff * g[lane]` for the entries of a tile. Gives the largest column named.
-struct OuterEntries<'a, D> {
-    tile: &'a SparseTile<'a>,
-    g: &'a [[f32; LANES]; STEP],
-    sums: &'a mut [[f32; LANES]],
-    from: u32,
-    rows: usize,
-    /// The rows of grad that the tile's tenant has.
-    lanes: Range<usize>,
-    dtype: PhantomData<D>,
-}
-
-impl<D: Float> Kernel for OuterEntries<'_, D> {
-    type Out = u32;
-
-    #[inline(always)]
-    fn call<S: Simd>(self, s: S) -> u32 {
-        let mut columns = s.columns();
-        let mut largest = columns;
-        let gap = LANES * self.tile.gap.bytes();
-        let diffs = self.tile.diffs.chunks_exact(LANES * D::BYTES);
-        let (mut at, mut diff) = ([0u32; LANES], [0f32; LANES]);
-        for (gaps, diffs) in self.tile.gaps.chunks_exact(gap).zip(diffs) {
-            columns = match self.tile.gap {
-                GapKind::U8 => gaps.first_chunk().map_or(columns, |g| s.add_gaps(columns, g)),
-                GapKind::U16 => gaps.first_chunk().map_or(columns, |g| s.load_columns(g)),
-            };
-            largest = s.max_columns(largest, columns);
-            s.store_columns(columns, &mut at);
-            s.store(D::widen(s, diffs), &mut diff);
-            for lane in 0..self.rows.min(LANES) {
-                let column = at[lane].wrapping_sub(self.from) as usize;
-                let Some(sums) = self.sums.get_mut(column) else { continue };
-                if self.lanes.len() < LANES {
-                    // Other tenants' lanes stay as they are, bit for bit.
-                    for j in self.lanes.clone() {
-                        sums[j] = diff[lane].mul_add(self.g[lane][j], sums[j]);
-                    }
-                } else {
-                    s.store(s.fma(s.splat(diff[lane]), s.load(&self.g[lane]), s.load(sums)), sums);
-                }
-            }
-        }
-        s.store_columns(largest, &mut at);
-        at.into_iter().fold(0, u32::max)
-    }
 }

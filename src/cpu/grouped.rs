@@ -3,7 +3,7 @@
 use super::arena::{Arena, Tenants};
 use super::job::{Mode, check_words};
 use super::linear::Segment;
-use super::plan::Way;
+use super::plan::{Sums, Way};
 use super::weights::Weights;
 use super::{grad, linear};
 use crate::error::{Error, Result};
@@ -109,7 +109,8 @@ fn linear_groups<S: Simd, D: Float>(
         return Ok(());
     }
     let bias = |slot: Option<usize>| args.biases.map(|b| b.row(slot.unwrap_or(slots), n * D::BYTES));
-    let (order, segments) = segments(&args.base, &tenants, &groups, &deltas, args.mode, bias);
+    let (order, segments) =
+        segments(&args.base, &tenants, &groups, &deltas, Sums::of::<S, D>(args.mode), bias);
     let (order, segments) = (Some(&order[..]), &segments[..]);
     let call = linear::Call { x: args.x, base: args.base, order, segments, mode: args.mode };
     linear::run::<S, D>(s, &call, out, exec)
@@ -160,7 +161,7 @@ fn grad_groups<S: Simd, D: Float>(
         return Ok(());
     }
     let out = D::share(out, "out")?;
-    let (order, segments) = segments(&args.base, &tenants, &groups, &deltas, Mode::Deterministic, |_| None);
+    let (order, segments) = segments(&args.base, &tenants, &groups, &deltas, Sums::Deterministic, |_| None);
     let job = grad::Job { grad: args.grad, base: args.base, order: Some(&order), out };
     grad::run::<S, D>(s, &job, &segments, exec)
 }
@@ -180,12 +181,12 @@ fn segments<'a>(
     tenants: &Tenants<'_>,
     groups: &[(Option<usize>, Range<usize>)],
     deltas: &'a [Option<Resident<'a>>],
-    mode: Mode,
+    sums: Sums,
     bias: impl Fn(Option<usize>) -> Option<&'a [u8]>,
 ) -> (Vec<usize>, Vec<Segment<'a>>) {
     let weights = |i: usize| Weights::new(*base, deltas[i].as_ref());
     let mut ways: Vec<_> =
-        (0..groups.len()).map(|i| (Way::of(&weights(i), groups[i].1.len(), mode), i)).collect();
+        (0..groups.len()).map(|i| (Way::of(&weights(i), groups[i].1.len(), sums), i)).collect();
     ways.sort_unstable();
     let (mut order, mut segments) = (Vec::new(), Vec::with_capacity(groups.len()));
     for (_, i) in ways {

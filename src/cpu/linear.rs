@@ -13,12 +13,12 @@ use super::counters;
 use super::dot::{PanelProduct, Rows, Split, Strides, ToSplit};
 use super::fused::Block;
 use super::job::{Mode, check_words};
-use super::plan::{self, BLOCK, Sizes, Way};
+use super::plan::{self, BLOCK, Sizes, Sums, Way};
 use super::scratch::{self, Scratch};
 use super::weights::Weights;
 use crate::codec::Encoding;
 use crate::error::Result;
-use crate::matrix::{Dtype, Matrix, Shape};
+use crate::matrix::{Matrix, Shape};
 use crate::resident::Resident;
 use crate::vector::dispatch::{Isa, on_isa};
 use crate::vector::exec::{Executor, try_run};
@@ -153,7 +153,7 @@ pub(super) fn run<S: Simd, D: Float>(
     exec: &dyn Executor,
 ) -> Result<()> {
     static CALLS: AtomicU64 = AtomicU64::new(0);
-    let shape = call.base.shape();
+    let (shape, sums) = (call.base.shape(), Sums::of::<S, D>(call.mode));
     let job = Job::<D> {
         id: CALLS.fetch_add(1, Relaxed),
         x: call.x,
@@ -162,12 +162,12 @@ pub(super) fn run<S: Simd, D: Float>(
         out: D::share(out, "out")?,
         n: shape.n,
         k: shape.k,
-        bf16: S::BF16_DOT && D::DTYPE == Dtype::BF16 && call.mode == Mode::Fast,
+        bf16: sums == Sums::Bf16,
     };
-    let parts = job.parts(call, exec.threads());
+    let parts = job.parts(call, sums, exec.threads());
     if plan::traces() {
         let chosen: Vec<_> = parts.iter().map(|part| (part.segments, part.sizes)).collect();
-        eprintln!("{}", plan::describe::<S>((shape, D::DTYPE), call.mode, exec.threads(), &chosen));
+        eprintln!("{}", plan::describe::<S>((shape, D::DTYPE), sums, exec.threads(), &chosen));
     }
     let tasks = parts.last().map_or(0, |part| part.tasks.end);
     try_run(exec, tasks, |task| {
@@ -182,9 +182,9 @@ impl<D: Float> Job<'_, D> {
         self.order.map_or(at, |order| order[at])
     }
 
-    fn parts<'a>(&self, call: &Call<'a>, threads: usize) -> Vec<Part<'a>> {
+    fn parts<'a>(&self, call: &Call<'a>, sums: Sums, threads: usize) -> Vec<Part<'a>> {
         let mut parts: Vec<Part<'a>> = Vec::new();
-        let way = |s: &Segment<'_>| Way::of(&s.weights, s.rows.len(), call.mode);
+        let way = |s: &Segment<'_>| Way::of(&s.weights, s.rows.len(), sums);
         let alike = |a: &Segment<'_>, b: &Segment<'_>| {
             let raw = |s: &Segment<'_>| s.weights.encoding() == Encoding::Raw;
             way(a) == way(b)

@@ -9,7 +9,7 @@
 //! | `bf16` | the same in `mode = "fast"` with a bf16 dot product |
 //! | `plan` | the cost model: every choice of kernel and size; `XORZ_TRACE` |
 //! | `wide` | the decode path of outputs that are not finite |
-//! | `grad` | `delta_linear_grad_input` |
+//! | `grad` | `delta_linear_grad_input`; `outer` its kernels |
 //! | `embedding` | `delta_embedding`: rows of the tenants' tables |
 //! | `grouped` | `delta_linear_grouped` and its gradient; `arena` the deltas of many tenants, `weights` a base with one or none |
 //! | `job`, `scratch`, `counters` | what a product is asked; its memory; what it counts |
@@ -27,6 +27,7 @@ mod grad;
 mod grouped;
 mod job;
 mod linear;
+mod outer;
 mod plan;
 mod scratch;
 mod sparse;

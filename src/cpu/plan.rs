@@ -20,6 +20,7 @@ use super::weights::Weights;
 use crate::codec::{Encoding, Grid};
 use crate::matrix::{Dtype, Shape};
 use crate::vector::bf16dot;
+use crate::vector::float::Float;
 use crate::vector::simd::{LANES, Simd};
 use std::sync::OnceLock;
 
@@ -43,6 +44,8 @@ pub(super) struct Costs {
     pub(super) panel_above: usize,
     /// The same for `exponent`, where a second block of rows means decoding once more: 0.6 of the time at 24 rows.
     pub(super) decoded_above: usize,
+    /// The same for panels that the bf16 dot product multiplies, of any encoding and of the base.
+    pub(super) packed_above: usize,
     /// A record of sixteen entries and a row of x, gathered: ns.
     pub(super) gathered_ns: f64,
     /// A record of sixteen entries and up to sixteen rows of x, transposed: ns. More where changes are so rare that every
@@ -61,6 +64,7 @@ impl Costs {
     const DEFAULT: Self = Self {
         panel_above: 2 * BLOCK,
         decoded_above: BLOCK,
+        packed_above: BLOCK,
         gathered_ns: 6.5,
         transposed_ns: 25.0,
         rare: 64,
@@ -96,6 +100,7 @@ impl Costs {
             match name {
                 "panel_above" => costs.panel_above = count(0)?,
                 "decoded_above" => costs.decoded_above = count(0)?,
+                "packed_above" => costs.packed_above = count(0)?,
                 "gathered_ns" => costs.gathered_ns = ns()?,
                 "transposed_ns" => costs.transposed_ns = ns()?,
                 "rare" => costs.rare = count(1)? as u64,
@@ -105,6 +110,28 @@ impl Costs {
             }
         }
         Ok(costs)
+    }
+}
+
+/// How a call sums: what its mode comes to on a dtype and a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sums {
+    /// In one order for every number of rows.
+    Deterministic,
+    /// In the fastest order, by f32 products.
+    Fast,
+    /// In the fastest order, by the machine's bf16 dot product.
+    Bf16,
+}
+
+impl Sums {
+    /// Of a mode, on an instance and a dtype.
+    pub(super) fn of<S: Simd, D: Float>(mode: Mode) -> Self {
+        match mode {
+            Mode::Deterministic => Self::Deterministic,
+            Mode::Fast if S::BF16_DOT && D::DTYPE == Dtype::BF16 => Self::Bf16,
+            Mode::Fast => Self::Fast,
+        }
     }
 }
 
@@ -121,19 +148,24 @@ pub(super) enum Way {
 
 impl Way {
     /// Of `rows` rows of x with one tenant's weights.
-    pub(super) fn of(weights: &Weights<'_>, rows: usize, mode: Mode) -> Self {
+    pub(super) fn of(weights: &Weights<'_>, rows: usize, sums: Sums) -> Self {
         match weights.encoding() {
-            encoding if mode == Mode::Fast && rows > panels_above(encoding) => Self::Panels,
+            encoding if rows > panels_above(encoding, sums) => Self::Panels,
             Encoding::Unchanged | Encoding::Sparse => Self::Shared,
             Encoding::Exponent | Encoding::Raw => Self::Own,
         }
     }
 }
 
-/// Rows of x of one tenant above which panels are restored from an encoding in `mode = "fast"`.
-fn panels_above(encoding: Encoding) -> usize {
+/// Rows of x of one tenant above which panels are restored from an encoding.
+fn panels_above(encoding: Encoding, sums: Sums) -> usize {
     let costs = Costs::active();
-    if encoding == Encoding::Exponent { costs.decoded_above } else { costs.panel_above }
+    match (sums, encoding) {
+        (Sums::Deterministic, _) => usize::MAX,
+        (Sums::Bf16, _) => costs.packed_above,
+        (Sums::Fast, Encoding::Exponent) => costs.decoded_above,
+        (Sums::Fast, _) => costs.panel_above,
+    }
 }
 
 /// Whether the entries of `m` rows of x of one tenant go through the transposed kernel rather than the gathering one.
@@ -220,27 +252,27 @@ pub(super) fn traces() -> bool {
 /// The choices of one call, for people: `(segments, sizes)` of each of its parts.
 pub(super) fn describe<S: Simd>(
     (base, dtype): (Shape, Dtype),
-    mode: Mode,
+    sums: Sums,
     threads: usize,
     parts: &[(&[Segment<'_>], Sizes)],
 ) -> String {
-    let mut out = format!("xorz: {base} {dtype}, {mode:?}, {}, {threads} threads", S::NAME);
+    let mut out = format!("xorz: {base} {dtype}, {sums:?}, {}, {threads} threads", S::NAME);
     for (segments, sizes) in parts {
         let rows: usize = segments.iter().map(|s| s.rows.len()).sum();
-        let way = Way::of(&segments[0].weights, segments[0].rows.len(), mode);
+        let way = Way::of(&segments[0].weights, segments[0].rows.len(), sums);
         let tasks = base.n.div_ceil(sizes.rows.max(1)) * rows.div_ceil(sizes.block.max(1));
-        out += &format!("; rows {rows}, tenants {}, {}", segments.len(), why(way, segments, mode));
+        out += &format!("; rows {rows}, tenants {}, {}", segments.len(), why(way, segments, sums));
         out += &format!(", {tasks} tasks of {} rows of W", sizes.rows);
         out += if sizes.again_cached { ", each for all blocks of x in turn" } else { "" };
     }
     out
 }
 
-fn why(way: Way, segments: &[Segment<'_>], mode: Mode) -> String {
+fn why(way: Way, segments: &[Segment<'_>], sums: Sums) -> String {
     let encoding = segments[0].weights.encoding();
     match way {
         Way::Panels => {
-            let above = panels_above(encoding);
+            let above = panels_above(encoding, sums);
             format!("on panels restored from {encoding:?} (more than {above} rows of one tenant)")
         }
         Way::Own => format!("on words decoded from {encoding:?} on the way"),
@@ -249,7 +281,7 @@ fn why(way: Way, segments: &[Segment<'_>], mode: Mode) -> String {
             let changes = |s: &&Segment<'_>| s.weights.encoding() == Encoding::Sparse;
             let many = segments.iter().filter(|s| transposed(&s.weights, m(s))).count();
             let all = segments.iter().filter(changes).count();
-            let not = if mode == Mode::Deterministic { " (never panels: deterministic)" } else { "" };
+            let not = if sums == Sums::Deterministic { " (never panels: deterministic)" } else { "" };
             format!("on the base's words{not}, then entries: {} gathered, {many} transposed", all - many)
         }
     }

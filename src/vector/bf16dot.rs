@@ -50,15 +50,16 @@ pub(crate) trait Bf16Dot: Simd {
         code: Code<'_>,
     ) -> Option<Self::Streams<'a, T>>;
 
-    /// Decode the next words of `base`, a row of a tile from its first word to its last, for every tenant, and give their
-    /// products with `M` rows of x for each, in sixteen partial sums. The words are exact but for exceptions. The base's
-    /// line `ahead` bytes (wrapping) after each one that is read is asked for meanwhile.
+    /// Decode the next words of `base`, a row of a tile from its first word to its last, for every tenant, and add their
+    /// products with `M` rows of x for each to `sums`, sixteen partial sums each. The words are exact but for exceptions. The
+    /// base's line `ahead` bytes (wrapping) after each one that is read is asked for meanwhile.
     fn decode_dots<const T: usize, const M: usize>(
         self,
         streams: &mut Self::Streams<'_, T>,
         base: &[u8],
         x: &[[&[u8]; M]; T],
         ahead: usize,
+        sums: [[Self::F; M]; T],
     ) -> [[Self::F; M]; T];
 
     /// [`Self::decode_dots`] for two tenants with tables of their own and a row of x each.
@@ -69,6 +70,7 @@ pub(crate) trait Bf16Dot: Simd {
         base: &[u8],
         x: [&[u8]; 2],
         ahead: usize,
+        sums: [Self::F; 2],
     ) -> [Self::F; 2];
 
     /// After a tile's last word.

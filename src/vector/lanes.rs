@@ -57,41 +57,42 @@ pub(crate) struct Progress {
 
 /// A word whose lanes have fast decoders.
 pub(crate) trait Lane: Word {
-    /// Decode step after step of `words` in place, as long as `units` has the bytes that any step may take
-    /// (`STEP * BYTES`); the last step may be of fewer words.
+    /// Decode step after step of `words`, as long as `units` has the bytes that any step may take (`STEP * BYTES`); the last
+    /// step may be of fewer words. The base's words are those of `base`, as many bytes as `words` has, or in `words`.
     fn steps<S: Simd>(
         s: S,
         lanes: &mut Bits<Self>,
         code: Code<'_>,
         units: &[u8],
+        base: Option<&[u8]>,
         words: &mut [Self],
     ) -> Progress;
 }
 
-impl Lane for u16 {
-    #[inline(always)]
-    fn steps<S: Simd>(
-        s: S,
-        lanes: &mut Bits<u16>,
-        code: Code<'_>,
-        units: &[u8],
-        words: &mut [u16],
-    ) -> Progress {
-        s.lanes16(lanes, code, units, words)
-    }
+macro_rules! lane {
+    ($($word:ty: $in_place:ident, $from:ident;)*) => {$(
+        impl Lane for $word {
+            #[inline(always)]
+            fn steps<S: Simd>(
+                s: S,
+                lanes: &mut Bits<$word>,
+                code: Code<'_>,
+                units: &[u8],
+                base: Option<&[u8]>,
+                words: &mut [$word],
+            ) -> Progress {
+                match base {
+                    None => s.$in_place(lanes, code, units, words),
+                    Some(base) => s.$from(lanes, code, units, base, words),
+                }
+            }
+        }
+    )*};
 }
 
-impl Lane for u32 {
-    #[inline(always)]
-    fn steps<S: Simd>(
-        s: S,
-        lanes: &mut Bits<u32>,
-        code: Code<'_>,
-        units: &[u8],
-        words: &mut [u32],
-    ) -> Progress {
-        s.lanes32(lanes, code, units, words)
-    }
+lane! {
+    u16: lanes16, lanes16_from;
+    u32: lanes32, lanes32_from;
 }
 
 /// [`Lane::steps`] for words of at most 4 bytes, on any machine.
@@ -151,15 +152,22 @@ impl<'a, W: Lane> Decoder<'a, W> {
         }
     }
 
-    /// Decode the next `words.len()` columns in place: base words in, fine-tuned ones out (exceptions apart).
+    /// Decode the next `words.len()` columns: base words in, fine-tuned ones out (exceptions apart). The base's words are
+    /// those of `base`, as many bytes as `words` has, or in `words`.
     ///
     /// # Errors
     /// `Truncated` where the stream ends early: it is cut, or belongs to another base.
-    pub(crate) fn advance<S: Simd>(&mut self, s: S, mut words: &mut [W]) -> Result<()> {
+    pub(crate) fn advance<S: Simd>(
+        &mut self,
+        s: S,
+        mut base: Option<&[u8]>,
+        mut words: &mut [W],
+    ) -> Result<()> {
         if self.left.is_none() {
-            let done = W::steps(s, &mut self.lanes, self.code, self.stream, words);
+            let done = W::steps(s, &mut self.lanes, self.code, self.stream, base, words);
             self.stream = &self.stream[done.bytes..];
             words = &mut words[done.words..];
+            base = base.map(|base| &base[done.words * W::BYTES..]);
             if words.is_empty() {
                 return Ok(());
             }
@@ -167,7 +175,7 @@ impl<'a, W: Lane> Decoder<'a, W> {
             self.left = Some((0, self.stream.len()));
         }
         let Some((at, end)) = &mut self.left else { return Ok(()) };
-        let done = W::steps(s, &mut self.lanes, self.code, &self.tail[*at..], words);
+        let done = W::steps(s, &mut self.lanes, self.code, &self.tail[*at..], base, words);
         *at += done.bytes;
         // Steps go on in the zeros; but where they stop for want of them, they have taken more than there was.
         if *at > *end || done.words < words.len() {

@@ -4,7 +4,7 @@
 use super::dispatch::{Isa, on_isa};
 use super::exec::{Executor, try_run};
 use super::simd::Simd;
-use super::tile::{self, Stripe, apply_tile};
+use super::tile::{self, Stripe, fill_tile};
 use crate::codec::{Encoding, ExponentTile};
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Matrix, Shape};
@@ -147,11 +147,10 @@ fn rows_of<S: Simd>(
         let band = first + task;
         let whole = band * tile_rows..((band + 1) * tile_rows).min(shape.n);
         if *rows == whole {
-            out.copy_from_slice(base.rows(whole.start, whole.end).bytes());
-            return apply_band(s, delta, band, out);
+            return apply_band(s, delta, band, out, Some(base));
         }
-        let mut words = base.rows(whole.start, whole.end).bytes().to_vec();
-        apply_band(s, delta, band, &mut words)?;
+        let mut words = vec![0; whole.len() * row_bytes];
+        apply_band(s, delta, band, &mut words, Some(base))?;
         out.copy_from_slice(
             &words[(rows.start - whole.start) * row_bytes..(rows.end - whole.start) * row_bytes],
         );
@@ -178,7 +177,7 @@ fn apply<S: Simd>(
     let bands: Vec<_> = weight.chunks_mut(band_bytes).map(Mutex::new).collect();
     try_run(exec, bands.len(), |band| {
         let mut words = bands[band].lock().unwrap_or_else(|p| p.into_inner());
-        apply_band(s, delta, band, &mut words)
+        apply_band(s, delta, band, &mut words, None)
     })
 }
 
@@ -198,17 +197,26 @@ fn patch_all<S: Simd>(s: S, delta: &Resident<'_>, words: &mut [u8]) -> Result<()
         return Ok(());
     }
     let band_bytes = grid.tile_rows * header.shape.k * header.dtype.word_bytes();
-    words.chunks_mut(band_bytes).enumerate().try_for_each(|(band, words)| apply_band(s, delta, band, words))
+    words
+        .chunks_mut(band_bytes)
+        .enumerate()
+        .try_for_each(|(band, words)| apply_band(s, delta, band, words, None))
 }
 
-/// Turn the base words of row band `band` into the fine-tuned ones; `words` holds the band's whole rows.
-fn apply_band<S: Simd>(s: S, delta: &Resident<'_>, band: usize, words: &mut [u8]) -> Result<()> {
+/// Put the fine-tuned words of row band `band` into `words`, the band's whole rows: made from those of `base`, or in place.
+fn apply_band<S: Simd>(
+    s: S,
+    delta: &Resident<'_>,
+    band: usize,
+    words: &mut [u8],
+    base: Option<&Matrix<'_>>,
+) -> Result<()> {
     let (grid, dtype) = (delta.grid(), delta.header().dtype);
     let across = grid.tile_cols_count();
     (band * across..(band + 1) * across).try_for_each(|index| {
         let rect = grid.rect(index);
         let (w, k) = (dtype.word_bytes(), grid.shape.k);
         let stripe = Stripe { stride: k * w, from: rect.c0 * w, to: rect.c1 * w, rows: rect.rows() };
-        apply_tile(s, delta, index, stripe, words)
+        fill_tile(s, delta, index, stripe, words, base)
     })
 }

@@ -96,10 +96,38 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         portable(lanes, code, units, words)
     }
 
+    /// [`Simd::lanes16`] of the words of `base`, as many bytes as `words` has.
+    #[inline(always)]
+    fn lanes16_from(
+        self,
+        lanes: &mut Bits<u16>,
+        code: Code<'_>,
+        units: &[u8],
+        base: &[u8],
+        words: &mut [u16],
+    ) -> Progress {
+        bytemuck::cast_slice_mut::<u16, u8>(words).copy_from_slice(base);
+        self.lanes16(lanes, code, units, words)
+    }
+
     /// Steps of `exponent` on 32-bit words: [`Lane::steps`](super::lanes::Lane::steps).
     #[inline(always)]
     fn lanes32(self, lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
         portable(lanes, code, units, words)
+    }
+
+    /// [`Simd::lanes32`] of the words of `base`, as many bytes as `words` has.
+    #[inline(always)]
+    fn lanes32_from(
+        self,
+        lanes: &mut Bits<u32>,
+        code: Code<'_>,
+        units: &[u8],
+        base: &[u8],
+        words: &mut [u32],
+    ) -> Progress {
+        bytemuck::cast_slice_mut::<u32, u8>(words).copy_from_slice(base);
+        self.lanes32(lanes, code, units, words)
     }
 
     /// Whether the machine has a bf16 dot product.

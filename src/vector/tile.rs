@@ -21,11 +21,8 @@ pub(crate) fn tile_words<S: Simd>(
 ) -> Result<()> {
     let rect = delta.grid().rect(index);
     let len = rect.cols() * base.dtype().word_bytes();
-    for (r, row) in words.chunks_exact_mut(len).enumerate() {
-        row.copy_from_slice(base.span(rect.r0 + r, rect.c0, rect.cols()));
-    }
     let stripe = Stripe { stride: len, from: 0, to: len, rows: rect.rows() };
-    apply_tile(s, delta, index, stripe, words)
+    fill_tile(s, delta, index, stripe, words, Some(base))
 }
 
 /// Where a tile lies in a buffer of words: bytes `from..to` of each of `rows` rows of `stride` bytes.
@@ -55,32 +52,37 @@ impl Stripe {
     }
 }
 
-/// Turn a tile's base words into its fine-tuned ones, in place.
-pub(super) fn apply_tile<S: Simd>(
+/// Put a tile's fine-tuned words in their places; the base's are those of `base`, or there.
+pub(super) fn fill_tile<S: Simd>(
     s: S,
     delta: &Resident<'_>,
     index: usize,
     stripe: Stripe,
     words: &mut [u8],
+    base: Option<&Matrix<'_>>,
 ) -> Result<()> {
-    let done = match delta.tile(index)? {
+    let (tile, dtype, tile_cols) = (delta.tile(index)?, delta.header().dtype, delta.grid().tile_cols);
+    let rect = delta.grid().rect(index);
+    let before = base.map(|base| move |r: usize| base.span(rect.r0 + r, rect.c0, rect.cols()));
+    let decoded = matches!((&tile, dtype.word_bytes()), (Tile::Exponent(_), 2 | 4));
+    if let Some(before) = before.filter(|_| !decoded && !matches!(tile, Tile::Raw(_))) {
+        (0..stripe.rows).for_each(|r| stripe.row(words, r).copy_from_slice(before(r)));
+    }
+    let before = |r: usize| before.map(|before| before(r));
+    let done = match tile {
         Tile::Unchanged => Ok(()),
         Tile::Raw(raw) => {
             (0..stripe.rows).for_each(|r| stripe.row(words, r).copy_from_slice(raw.row(r)));
             Ok(())
         }
         Tile::Sparse(t) => {
-            let (dtype, tile_cols) = (delta.header().dtype, delta.grid().tile_cols);
             with_word!(dtype, W => patch::<W>(&t, dtype, tile_cols, stripe, words))
         }
-        Tile::Exponent(t) => {
-            let (dtype, tile_cols) = (delta.header().dtype, delta.grid().tile_cols);
-            match dtype.word_bytes() {
-                2 => unpack::<S, u16>(s, &t, dtype, tile_cols, stripe, words),
-                4 => unpack::<S, u32>(s, &t, dtype, tile_cols, stripe, words),
-                _ => by_oracle(delta, index, stripe, words),
-            }
-        }
+        Tile::Exponent(t) => match dtype.word_bytes() {
+            2 => unpack::<S, u16>(s, &t, dtype, tile_cols, stripe, words, before),
+            4 => unpack::<S, u32>(s, &t, dtype, tile_cols, stripe, words, before),
+            _ => by_oracle(delta, index, stripe, words),
+        },
     };
     done.map_err(|e| e.within(format!("delta, tile {index}")))
 }
@@ -106,34 +108,38 @@ pub(super) fn exponent<S: Simd>(
     }
     let stripe = Stripe { stride: cols * w, from: 0, to: cols * w, rows: words.len() / (cols * w) };
     match w {
-        2 => unpack::<S, u16>(s, tile, dtype, tile_cols, stripe, words),
-        4 => unpack::<S, u32>(s, tile, dtype, tile_cols, stripe, words),
+        2 => unpack::<S, u16>(s, tile, dtype, tile_cols, stripe, words, |_| None),
+        4 => unpack::<S, u32>(s, tile, dtype, tile_cols, stripe, words, |_| None),
         _ => Err(Error::unsupported(format!("no fast decoder of words of {dtype}"))),
     }
 }
 
-/// Decode an `exponent` tile's words row after row; then entries, then exceptions.
-fn unpack<S: Simd, W: Lane>(
+/// Decode an `exponent` tile's words row after row, from the base's words of a row that `before` gives, or in place; then
+/// entries, then exceptions.
+fn unpack<'b, S: Simd, W: Lane>(
     s: S,
     tile: &ExponentTile<'_>,
     dtype: Dtype,
     tile_cols: usize,
     stripe: Stripe,
     words: &mut [u8],
+    before: impl Fn(usize) -> Option<&'b [u8]>,
 ) -> Result<()> {
     let mut decoder = Decoder::<W>::new(tile, dtype);
     for r in 0..stripe.rows {
         let row = stripe.row(words, r);
+        let before = before(r);
         if let Ok(row) = bytemuck::try_cast_slice_mut(row) {
-            decoder.advance(s, row)?;
+            decoder.advance(s, before, row)?;
             continue;
         }
         // Words at an odd address: out and back.
         let mut aligned = [W::default(); MICRO];
-        for part in row.chunks_mut(MICRO * W::BYTES) {
+        for (i, part) in row.chunks_mut(MICRO * W::BYTES).enumerate() {
             let aligned = &mut aligned[..part.len() / W::BYTES];
-            bytemuck::cast_slice_mut(aligned).copy_from_slice(part);
-            decoder.advance(s, aligned)?;
+            let from = i * MICRO * W::BYTES;
+            let before = before.map_or(&*part, |row| &row[from..from + part.len()]);
+            decoder.advance(s, Some(before), aligned)?;
             part.copy_from_slice(bytemuck::cast_slice(aligned));
         }
     }

@@ -15,8 +15,8 @@ use crate::cpu::dot::{Rows, Strides};
 use crate::vector::bf16dot::{Bf16Dot, Bf16Task};
 use crate::vector::simd::LANES;
 
-/// Columns of a block: 16 rows of W of them (32 KiB) stay in the first cache while all rows of x pass by.
-const COLUMNS: usize = 1024;
+/// Columns of a block: 16 rows of W of them (16 KiB) stay in the first cache while all rows of x pass by.
+const COLUMNS: usize = 512;
 /// The same where each word is used once or twice.
 const COLUMNS_ONE: usize = 4096;
 

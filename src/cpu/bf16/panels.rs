@@ -29,8 +29,8 @@ use crate::vector::float::Float;
 use crate::vector::simd::{LANES, Simd};
 use std::ops::Range;
 
-/// Columns of a block: of 64 rows of W 16 KiB, which stay in the first cache while six rows of x after six pass by.
-const COLUMNS: usize = 128;
+/// Columns of a block: of 64 rows of W 32 KiB, which stay in the first or second cache while six rows of x after six pass by.
+const COLUMNS: usize = 256;
 /// Columns that are packed at a time from the base: 128 KiB of packed words and as many of the next ones in the second cache.
 const WIDTH: usize = 1024;
 /// Rows of x side by side: with four vectors of W, 24 sums and 29 of 32 registers.
@@ -98,13 +98,13 @@ impl<D: Float> Bf16Task for Packed<'_, '_, D> {
             let panel = panels.get(self.height / PANEL_ROWS * pairs * PANEL_ROWS);
             let panel: &mut [Pair] = bytemuck::cast_slice_mut::<f32, u8>(panel).as_chunks_mut().0;
             let done: Result<()> = if own {
-                counters::count_panel();
                 let tiles = block.r0 / grid.tile_rows..block.r1.div_ceil(grid.tile_rows);
                 tiles.into_iter().try_for_each(|tr| {
                     let index = tr * grid.tile_cols_count() + tc;
                     let (rect, len) = (grid.rect(index), columns.len() * D::BYTES);
                     let words = self.sc.words.bytes_mut(rect.words() * D::BYTES);
                     self.segment.restore(s, index, words)?;
+                    counters::count_panel();
                     let row = |r: usize| &words[r * len..(r + 1) * len];
                     pack(s, rect.r0 - block.r0, rect.rows(), row, panel, pairs);
                     Ok(())
@@ -173,16 +173,17 @@ impl<D: Float> Packed<'_, '_, D> {
         for (i, panel) in panel.chunks(COLUMNS / 2).enumerate() {
             let from = columns.start + i * COLUMNS;
             let columns = from..(from + COLUMNS).min(columns.end);
+            // In equal shares, so that no pass is left with few sums, which would wait for one another.
+            let passes = self.block.m.div_ceil(ROWS_OF_X);
             let mut j = 0;
-            while j < self.block.m {
+            for pass in 0..passes {
                 let (at, lines) = (r + j * self.height, ahead.next());
-                j += match self.block.m - j {
-                    // Four and four rather than six and two.
-                    left @ ROWS_OF_X.. if left != 8 => {
-                        self.some::<S, ROWS_OF_X>(s, panel, at, &columns, j, lines)
-                    }
-                    4.. => self.some::<S, 4>(s, panel, at, &columns, j, lines),
-                    2.. => self.some::<S, 2>(s, panel, at, &columns, j, lines),
+                j += match (self.block.m - j).div_ceil(passes - pass) {
+                    ROWS_OF_X.. => self.some::<S, ROWS_OF_X>(s, panel, at, &columns, j, lines),
+                    5 => self.some::<S, 5>(s, panel, at, &columns, j, lines),
+                    4 => self.some::<S, 4>(s, panel, at, &columns, j, lines),
+                    3 => self.some::<S, 3>(s, panel, at, &columns, j, lines),
+                    2 => self.some::<S, 2>(s, panel, at, &columns, j, lines),
                     _ => self.some::<S, 1>(s, panel, at, &columns, j, lines),
                 };
             }

@@ -3,7 +3,7 @@
 
 use super::avx2::Avx2;
 use super::avx512::Avx512;
-use super::lanes512;
+use super::lanes512::{self, From};
 use crate::vector::bf16dot::Bf16Task;
 use crate::vector::lanes::{Bits, Code, Progress};
 use crate::vector::packer::Packer;
@@ -35,20 +35,20 @@ impl Avx512Bf16 {
     }
 }
 
-impl From<Avx512Bf16> for Avx512Vbmi2 {
+impl std::convert::From<Avx512Bf16> for Avx512Vbmi2 {
     fn from(s: Avx512Bf16) -> Self {
         s.0
     }
 }
 
-impl From<Avx512Vbmi2> for Avx512 {
+impl std::convert::From<Avx512Vbmi2> for Avx512 {
     #[inline(always)]
     fn from(s: Avx512Vbmi2) -> Self {
         s.0
     }
 }
 
-impl From<Avx512Bf16> for Avx512 {
+impl std::convert::From<Avx512Bf16> for Avx512 {
     #[inline(always)]
     fn from(s: Avx512Bf16) -> Self {
         s.0.0
@@ -97,16 +97,40 @@ macro_rules! instance {
 
             #[inline(always)]
             fn lanes16(self, lanes: &mut Bits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
-                lanes512::words16(self.into(), lanes, code, units, words)
+                lanes512::words16(self.into(), lanes, code, units, From::There, words)
+            }
+
+            #[inline(always)]
+            fn lanes16_from(
+                self,
+                lanes: &mut Bits<u16>,
+                code: Code<'_>,
+                units: &[u8],
+                base: &[u8],
+                words: &mut [u16],
+            ) -> Progress {
+                lanes512::words16(self.into(), lanes, code, units, From::Base(base), words)
             }
 
             #[inline(always)]
             fn lanes32(self, lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
-                lanes512::words32(self.into(), lanes, code, units, words)
+                lanes512::words32(self.into(), lanes, code, units, From::There, words)
+            }
+
+            #[inline(always)]
+            fn lanes32_from(
+                self,
+                lanes: &mut Bits<u32>,
+                code: Code<'_>,
+                units: &[u8],
+                base: &[u8],
+                words: &mut [u32],
+            ) -> Progress {
+                lanes512::words32(self.into(), lanes, code, units, From::Base(base), words)
             }
 
             fn packer(self) -> Option<impl Packer> {
-                Some(Avx2::from(Avx512::from(self)))
+                Some(<Avx2 as std::convert::From<Avx512>>::from(Into::<Avx512>::into(self)))
             }
 
             $($more)*
@@ -115,7 +139,7 @@ macro_rules! instance {
     (@ $($method:ident($($arg:ident: $of:ty),*) -> $out:ty;)*) => {$(
         #[inline(always)]
         fn $method(self, $($arg: $of),*) -> $out {
-            Avx512::from(self).$method($($arg),*)
+            Into::<Avx512>::into(self).$method($($arg),*)
         }
     )*};
 }

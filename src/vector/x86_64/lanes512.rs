@@ -127,54 +127,101 @@ fn store<T: bytemuck::Pod, const N: usize>(v: __m512i, to: &mut [T; N]) {
     unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) }
 }
 
+/// Where words come from before they are decoded.
+#[derive(Clone, Copy)]
+pub(super) enum From<'a> {
+    /// From where they go.
+    There,
+    /// From the base, as many bytes as there are words.
+    Base(&'a [u8]),
+}
+
+impl From<'_> {
+    /// The first word's address, if words go to `to`.
+    fn address<W>(self, to: &[W]) -> *const u8 {
+        match self {
+            From::There => to.as_ptr().cast(),
+            From::Base(base) => {
+                assert!(base.len() == size_of_val(to), "as many bytes as there are words");
+                base.as_ptr()
+            }
+        }
+    }
+}
+
 /// [`crate::vector::lanes::Lane::steps`] of 16-bit words.
 pub(super) fn words16(
     _: Avx512Vbmi2,
     lanes: &mut Bits<u16>,
     code: Code<'_>,
     units: &[u8],
+    from: From<'_>,
     words: &mut [u16],
 ) -> Progress {
     // SAFETY: the token proves AVX-512 F, BW, VBMI2 and POPCNT.
-    unsafe { inner16(lanes, code, units, words) }
+    unsafe { inner16(lanes, code, units, from, words) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
-fn inner16(lanes: &mut Bits<u16>, code: Code<'_>, units: &[u8], to: &mut [u16]) -> Progress {
+fn inner16(lanes: &mut Bits<u16>, code: Code<'_>, units: &[u8], from: From<'_>, to: &mut [u16]) -> Progress {
+    let base = from.address(to);
     let (table, mut now) = (Table16::new(&code), Lanes16::load(lanes));
-    let mut done = Progress { words: 0, bytes: 0 };
-    let (steps, rest) = to.as_chunks_mut::<STEP>();
-    let mut steps = steps.iter_mut();
+    let (whole, rest) = (to.len() / STEP, to.len() % STEP);
+    let (mut step, mut at) = (0, 0);
     loop {
         // So many steps find their units, whatever they take.
-        let sure = (units.len() - done.bytes) / 64;
-        if sure == 0 || steps.len() == 0 {
+        let sure = ((units.len() - at) / 64).min(whole - step);
+        if sure == 0 {
             break;
         }
-        for step in steps.by_ref().take(sure) {
-            // SAFETY: `sure` steps of at most 64 bytes each lie within `units` from where they begin.
-            let from = unsafe { _mm512_loadu_si512(units.as_ptr().add(done.bytes).cast()) };
-            let (word, taken) = now.step::<true>(&table, self::words(step), 0, from);
-            store(word, step);
-            done.bytes += 2 * taken;
-            done.words += STEP;
+        for _ in 0..sure {
+            // SAFETY: whole steps lie within `to` and the base's words; `sure` steps of at most 64 bytes each lie within
+            // `units` from where they begin. What was read is written, or something else, at once.
+            unsafe {
+                let word = _mm512_loadu_si512(base.add(64 * step).cast());
+                let (word, taken) = now.step::<true>(&table, word, 0, apart(units.as_ptr().add(at)));
+                _mm512_storeu_si512(to.as_mut_ptr().add(STEP * step).cast(), word);
+                at += 2 * taken;
+            }
+            step += 1;
         }
     }
-    let last = units.get(done.bytes..).and_then(|u| u.first_chunk::<64>());
-    if let Some(last) = last.filter(|_| steps.len() == 0 && !rest.is_empty()) {
-        let there = (1u32 << rest.len()) - 1;
-        // SAFETY: only the lanes of `there` are read and written, and `rest` has those words.
+    let mut done = Progress { words: STEP * step, bytes: at };
+    let last = units.get(at..).and_then(|u| u.first_chunk::<64>());
+    if let Some(last) = last.filter(|_| step == whole && rest > 0) {
+        let there = (1u32 << rest) - 1;
+        // SAFETY: only the lanes of `there` are read and written, and those words follow the whole steps.
         let taken = unsafe {
-            let base = _mm512_maskz_loadu_epi16(there, rest.as_ptr().cast());
+            let base = _mm512_maskz_loadu_epi16(there, base.add(64 * step).cast());
             let (word, taken) = now.step::<false>(&table, base, there, self::words(last));
-            _mm512_mask_storeu_epi16(rest.as_mut_ptr().cast(), there, word);
+            _mm512_mask_storeu_epi16(to.as_mut_ptr().add(STEP * step).cast(), there, word);
             taken
         };
-        done.bytes += 2 * taken;
-        done.words += rest.len();
+        done = Progress { words: to.len(), bytes: at + 2 * taken };
     }
     now.save(lanes);
     done
+}
+
+/// 64 bytes, loaded by an instruction of its own: a compiler would make it an operand of `vpexpandw`, which takes it from
+/// memory more slowly than from a register.
+///
+/// # Safety
+/// 64 bytes lie at `from`.
+#[target_feature(enable = "avx512f")]
+#[inline]
+pub(super) unsafe fn apart(from: *const u8) -> __m512i {
+    let to;
+    // SAFETY: the instruction reads the 64 bytes that the caller promises, at any alignment, and changes nothing else.
+    unsafe {
+        std::arch::asm!(
+            "vmovdqu64 {to}, [{from}]",
+            to = lateout(zmm_reg) to,
+            from = in(reg) from,
+            options(pure, readonly, nostack, preserves_flags),
+        );
+    }
+    to
 }
 
 /// What a tile's widths say of 32-bit words: the width by class, sixteen classes a vector.
@@ -219,7 +266,7 @@ impl Lanes32 {
     /// Sixteen lanes of a step: as [`Lanes16::step`].
     #[target_feature(enable = "avx512f,avx512vbmi2,popcnt")]
     #[inline]
-    fn half(
+    fn half<const WHOLE: bool>(
         &mut self,
         i: usize,
         t: &Table32,
@@ -228,7 +275,10 @@ impl Lanes32 {
         units: __m512i,
     ) -> (__m512i, usize) {
         let class = _mm512_srl_epi32(base, t.shift);
-        let w = _mm512_maskz_mov_epi32(there, _mm512_permutex2var_epi32(t.widths[0], class, t.widths[1]));
+        let mut w = _mm512_permutex2var_epi32(t.widths[0], class, t.widths[1]);
+        if !WHOLE {
+            w = _mm512_maskz_mov_epi32(there, w);
+        }
         let (last, held) = (self.last[i], self.held[i]);
         let takes = _mm512_cmplt_epu32_mask(held, w);
         let next = _mm512_mask_blend_epi32(takes, last, _mm512_maskz_expand_epi32(takes, units));
@@ -249,38 +299,62 @@ pub(super) fn words32(
     lanes: &mut Bits<u32>,
     code: Code<'_>,
     units: &[u8],
+    from: From<'_>,
     words: &mut [u32],
 ) -> Progress {
     // SAFETY: the token proves AVX-512 F, BW, VBMI2 and POPCNT.
-    unsafe { inner32(lanes, code, units, words) }
+    unsafe { inner32(lanes, code, units, from, words) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
-fn inner32(lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], to: &mut [u32]) -> Progress {
+fn inner32(lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], from: From<'_>, to: &mut [u32]) -> Progress {
+    let base = from.address(to);
     let table: [u32; CLASSES] = std::array::from_fn(|class| u32::from(code.widths[class]));
     let (halves, _) = table.as_chunks::<16>();
     let shift = _mm_cvtsi32_si128(code.shift as i32);
     let table = Table32 { widths: [words(&halves[0]), words(&halves[1])], shift };
     let mut now = Lanes32::load(lanes);
-    let mut done = Progress { words: 0, bytes: 0 };
-    for step in to.chunks_mut(STEP) {
-        let Some(units) = units.get(done.bytes..).and_then(|u| u.first_chunk::<128>()) else { break };
-        let mut at = 0;
-        for (i, half) in step.chunks_mut(16).enumerate() {
-            let there = (u32::MAX >> (32 - half.len())) as __mmask16;
-            // SAFETY: the first half takes at most sixteen units of the 32, so the 64 bytes from there on are within the
-            // 128; only the lanes of `there` are read and written, and `half` has those words.
-            let taken = unsafe {
-                let from = _mm512_loadu_si512(units.as_ptr().add(at).cast());
-                let base = _mm512_maskz_loadu_epi32(there, half.as_ptr().cast());
-                let (word, taken) = now.half(i, &table, base, there, from);
-                _mm512_mask_storeu_epi32(half.as_mut_ptr().cast(), there, word);
+    let (whole, rest) = (to.len() / STEP, to.len() % STEP);
+    let (mut step, mut at) = (0, 0);
+    loop {
+        let sure = ((units.len() - at) / 128).min(whole - step);
+        if sure == 0 {
+            break;
+        }
+        for _ in 0..sure {
+            for i in 0..2 {
+                // SAFETY: whole steps lie within `to` and the base's words; `sure` steps of at most 128 bytes each lie
+                // within `units` from where they begin, half of them for each half.
+                unsafe {
+                    let word = _mm512_loadu_si512(base.add(128 * step + 64 * i).cast());
+                    let from = apart(units.as_ptr().add(at));
+                    let (word, taken) = now.half::<true>(i, &table, word, 0, from);
+                    _mm512_storeu_si512(to.as_mut_ptr().add(STEP * step + 16 * i).cast(), word);
+                    at += 4 * taken;
+                }
+            }
+            step += 1;
+        }
+    }
+    let mut done = Progress { words: STEP * step, bytes: at };
+    let last = units.get(at..).and_then(|u| u.first_chunk::<128>());
+    if let Some(last) = last.filter(|_| step == whole && rest > 0) {
+        let mut taken = 0;
+        for i in 0..2 {
+            let words = rest.saturating_sub(16 * i).min(16) as u32;
+            let there = ((1u32 << words) - 1) as __mmask16;
+            // SAFETY: only the lanes of `there` are read and written, and those words follow the whole steps; the first
+            // half takes at most sixteen units of the 32, so the 64 bytes from there on are within the 128.
+            taken += unsafe {
+                let from = _mm512_loadu_si512(last.as_ptr().add(4 * taken).cast());
+                let base = _mm512_maskz_loadu_epi32(there, base.wrapping_add(128 * step + 64 * i).cast());
+                let (word, taken) = now.half::<false>(i, &table, base, there, from);
+                let to = to.as_mut_ptr().wrapping_add(STEP * step + 16 * i);
+                _mm512_mask_storeu_epi32(to.cast(), there, word);
                 taken
             };
-            at += 4 * taken;
         }
-        done.bytes += at;
-        done.words += step.len();
+        done = Progress { words: to.len(), bytes: at + 4 * taken };
     }
     now.save(lanes);
     done

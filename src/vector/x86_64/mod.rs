@@ -10,3 +10,4 @@ mod lanes;
 mod lanes512;
 mod pack;
 mod right;
+mod streams512;

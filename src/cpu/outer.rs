@@ -1,0 +1,134 @@
+//! Outer products of the gradient: rows of words, and the entries of a `sparse` tile, times sixteen rows of grad. A lane is
+//! a row of grad, an accumulator sixteen lanes for each column.
+#![allow(
+    clippy::needless_range_loop,
+    reason = "arrays indexed in step are what the unrolled loops keep in registers"
+)]
+
+use super::dot::Rows;
+use crate::codec::{GapKind, SparseTile};
+use crate::vector::float::Float;
+use crate::vector::simd::{Kernel, LANES, Simd};
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Rows of W of one step: a band of tiles is done in steps of these.
+pub(super) const STEP: usize = LANES;
+
+/// `sums[c] += words[i][c] * g[i]` for every row i of words and column c, row after row.
+pub(super) struct Outer<'a, D> {
+    pub(super) words: Rows<'a>,
+    pub(super) rows: usize,
+    pub(super) g: &'a [[f32; LANES]; STEP],
+    pub(super) sums: &'a mut [[f32; LANES]],
+    pub(super) dtype: PhantomData<D>,
+}
+
+impl<D: Float> Kernel for Outer<'_, D> {
+    type Out = ();
+
+    #[inline(always)]
+    fn call<S: Simd>(mut self, s: S) {
+        let mut r = 0;
+        while r + 4 <= self.rows {
+            self.some::<S, 4>(s, r);
+            r += 4;
+        }
+        while r < self.rows {
+            self.some::<S, 1>(s, r);
+            r += 1;
+        }
+    }
+}
+
+impl<D: Float> Outer<'_, D> {
+    #[inline(always)]
+    fn some<S: Simd, const R: usize>(&mut self, s: S, r: usize) {
+        let mut g = [s.splat(0.0); R];
+        for i in 0..R {
+            g[i] = s.load(&self.g[r + i]);
+        }
+        let mut values = [[0f32; LANES]; R];
+        for (block, sums) in self.sums.chunks_mut(LANES).enumerate() {
+            for i in 0..R {
+                let words = &self.words.row(r + i)[block * LANES * D::BYTES..];
+                if sums.len() == LANES {
+                    s.store(D::widen(s, words), &mut values[i]);
+                } else {
+                    (0..sums.len()).for_each(|c| values[i][c] = D::value_at(words, c));
+                }
+            }
+            for (c, sums) in sums.iter_mut().enumerate() {
+                let mut acc = s.load(sums);
+                for i in 0..R {
+                    acc = s.fma(s.splat(values[i][c]), g[i], acc);
+                }
+                s.store(acc, sums);
+            }
+        }
+    }
+}
+
+/// `sums += difference * g`, lane by lane.
+pub(super) struct Entry<'a> {
+    pub(super) difference: f32,
+    pub(super) g: &'a [f32; LANES],
+    pub(super) sums: &'a mut [f32; LANES],
+}
+
+impl Kernel for Entry<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        s.store(s.fma(s.splat(self.difference), s.load(self.g), s.load(self.sums)), self.sums);
+    }
+}
+
+/// `sums[column - from] += diff * g[lane]` for the entries of a tile. Gives the largest column named.
+pub(super) struct OuterEntries<'a, D> {
+    pub(super) tile: &'a SparseTile<'a>,
+    pub(super) g: &'a [[f32; LANES]; STEP],
+    pub(super) sums: &'a mut [[f32; LANES]],
+    pub(super) from: u32,
+    pub(super) rows: usize,
+    /// The rows of grad that the tile's tenant has.
+    pub(super) lanes: Range<usize>,
+    pub(super) dtype: PhantomData<D>,
+}
+
+impl<D: Float> Kernel for OuterEntries<'_, D> {
+    type Out = u32;
+
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) -> u32 {
+        let mut columns = s.columns();
+        let mut largest = columns;
+        let gap = LANES * self.tile.gap.bytes();
+        let diffs = self.tile.diffs.chunks_exact(LANES * D::BYTES);
+        let (mut at, mut diff) = ([0u32; LANES], [0f32; LANES]);
+        for (gaps, diffs) in self.tile.gaps.chunks_exact(gap).zip(diffs) {
+            columns = match self.tile.gap {
+                GapKind::U8 => gaps.first_chunk().map_or(columns, |g| s.add_gaps(columns, g)),
+                GapKind::U16 => gaps.first_chunk().map_or(columns, |g| s.load_columns(g)),
+            };
+            largest = s.max_columns(largest, columns);
+            s.store_columns(columns, &mut at);
+            s.store(D::widen(s, diffs), &mut diff);
+            for lane in 0..self.rows.min(LANES) {
+                let column = at[lane].wrapping_sub(self.from) as usize;
+                let Some(sums) = self.sums.get_mut(column) else { continue };
+                if self.lanes.len() < LANES {
+                    // Other tenants' lanes stay as they are, bit for bit.
+                    for j in self.lanes.clone() {
+                        sums[j] = diff[lane].mul_add(self.g[lane][j], sums[j]);
+                    }
+                } else {
+                    s.store(s.fma(s.splat(diff[lane]), s.load(&self.g[lane]), s.load(sums)), sums);
+                }
+            }
+        }
+        s.store_columns(largest, &mut at);
+        at.into_iter().fold(0, u32::max)
+    }
+}
