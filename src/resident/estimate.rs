@@ -5,7 +5,7 @@ use super::header::HEADER_BYTES;
 use super::plan::Plan;
 use super::widths::{Need, Widths};
 use crate::codec::sparse::Builder;
-use crate::codec::word::{Word, with_word};
+use crate::codec::word::with_word;
 use crate::codec::{Encoding, GapKind, Grid, Prefer, Rect, exponent};
 use crate::error::Result;
 use crate::matrix::Dtype;
@@ -125,9 +125,7 @@ impl Count for Oracle {
         let mantissa_bits = exponent::mantissa_bits(dtype);
         with_word!(dtype, W => {
             let (base, fine_tuned) = (bytemuck::cast_slice::<_, W>(base), bytemuck::cast_slice::<_, W>(fine_tuned));
-            for (b, f) in base.iter().zip(fine_tuned) {
-                need[exponent::class(*b, mantissa_bits)][f.minus(*b).width() as usize] += 1;
-            }
+            base.iter().zip(fine_tuned).for_each(|(b, f)| need.add(dtype, mantissa_bits, *b, *f));
         });
     }
 
@@ -179,12 +177,12 @@ impl<'a> Survey<'a> {
         let raw_bytes = shape.bytes(self.source.dtype())? as u64;
         if widths.changed == 0 {
             let plan = if exact { Plan::unchanged(shape) } else { Plan::quiet(shape) };
-            return Ok(Estimate { bytes: whole(&plan, word, 0, 0), plan, exact });
+            return Ok(Estimate { bytes: whole(&plan, word, 0, [0, 0]), plan, exact });
         }
-        let (plan, payload, exceptions) = widths.plan(shape);
-        let exponent = Estimate { bytes: whole(&plan, word, payload, exceptions), plan, exact };
+        let (plan, payload, apart) = widths.plan(shape);
+        let exponent = Estimate { bytes: whole(&plan, word, payload, apart), plan, exact };
         let plan = Plan { encoding: Encoding::Raw, ..Plan::unchanged(shape) };
-        let raw = Estimate { bytes: whole(&plan, word, raw_bytes, 0), plan, exact };
+        let raw = Estimate { bytes: whole(&plan, word, raw_bytes, [0, 0]), plan, exact };
         let fits = |e: &Estimate| e.bytes < u64::from(u32::MAX);
         let fast = (raw_bytes as f64 * SPARSE_WORTH) as u64;
 
@@ -197,14 +195,14 @@ impl<'a> Survey<'a> {
             return Ok(smaller);
         }
         let (plan, payload, exceptions) = self.sparse()?;
-        let sparse = Estimate { bytes: whole(&plan, word, payload, exceptions), plan, exact };
+        let sparse = Estimate { bytes: whole(&plan, word, payload, [0, exceptions]), plan, exact };
         let taken = sparse.bytes <= limit.max(smaller.bytes) && fits(&sparse);
         Ok(if taken { sparse } else { smaller })
     }
 
     fn widths(&mut self) -> Result<Widths> {
         let dtype = self.source.dtype();
-        let mut need = Box::new([[0; 65]; exponent::CLASSES]);
+        let mut need = Need::new();
         let (mut buffers, mut words) = (Buffers::default(), 0);
         for (i, index) in self.tiles.iter().enumerate() {
             let rect = self.grid.rect(*index);
@@ -262,11 +260,11 @@ impl Buffers {
     }
 }
 
-/// Bytes of a whole delta with so many of payload and so many words apart, entries or exceptions.
-fn whole(plan: &Plan, word: u64, payload: u64, apart: u64) -> u64 {
+/// Bytes of a whole delta with so many of payload and so many entries and exceptions.
+fn whole(plan: &Plan, word: u64, payload: u64, apart: [u64; 2]) -> u64 {
     let padded = |bytes: u64| bytes.saturating_add(63) / 64 * 64;
     let directory = if plan.tiled() { (plan.grid.tiles() as u64 + 1) * 4 } else { 0 };
-    let apart = if apart > 0 { [directory, 2 * apart, word * apart] } else { [0; 3] };
-    let sections = [directory, payload].into_iter().chain(apart).map(padded);
+    let listing = |count: u64| if count > 0 { [directory, 2 * count, word * count] } else { [0; 3] };
+    let sections = [directory, payload].into_iter().chain(apart.into_iter().flat_map(listing)).map(padded);
     sections.fold(HEADER_BYTES as u64, u64::saturating_add)
 }

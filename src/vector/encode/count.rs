@@ -36,13 +36,12 @@ impl<P: Packer> Fast<P> {
                 let at = i * STEP + left.trailing_zeros() as usize;
                 left &= left - 1;
                 let c = class(words[at], shift);
-                need[c][after[at].minus(words[at]).width() as usize] += 1;
+                need.add(dtype, shift, words[at], after[at]);
                 classes[0][c] = classes[0][c].wrapping_sub(1);
             }
         }
-        for (c, need) in need.iter_mut().enumerate() {
-            let unchanged = classes.iter().fold(0u64, |sum, table| sum.wrapping_add(table[c]));
-            need[0] += unchanged;
+        for (c, need) in need.words.iter_mut().enumerate() {
+            need[0] += classes.iter().fold(0u64, |sum, table| sum.wrapping_add(table[c]));
         }
     }
 }
