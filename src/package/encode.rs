@@ -324,6 +324,7 @@ impl Open<'_> {
             stored_bytes: spool.len() - self.start,
             range: self.start..spool.len(),
             check,
+            version: super::record::VERSION,
         })
     }
 

@@ -22,6 +22,7 @@ pub struct Package {
     removed: Vec<String>,
     files: Vec<SourceFile>,
     folder: bool,
+    version: u32,
 }
 
 impl Package {
@@ -43,7 +44,7 @@ impl Package {
 
     fn new(container: SafeTensors) -> Result<Self> {
         let Header { tensors, metadata } = container.header();
-        check_header(tensors, metadata)?;
+        let version = check_header(tensors, metadata)?;
         let removed: Vec<String> = optional(metadata, record::REMOVED)?;
         let files: Vec<SourceFile> = optional(metadata, record::FILES)?;
         let folder = match metadata.get(record::SOURCE).map(String::as_str) {
@@ -57,7 +58,7 @@ impl Package {
             let key = record::tensor_key(&info.name);
             let text =
                 metadata.get(&key).ok_or_else(|| Error::corrupt(format!("metadata `{key}` is missing")))?;
-            entries.push(record::decode(info, text)?);
+            entries.push(record::decode(version, info, text)?);
         }
         let known = [record::REMOVED, record::FILES, record::SOURCE]
             .into_iter()
@@ -68,16 +69,21 @@ impl Package {
             || stored_files != files.len()
             || tensors.len() != entries.len() + files.len()
         {
-            return Err(Error::corrupt("metadata or entries that version 1 does not know"));
+            return Err(Error::corrupt(format!("metadata or entries that version {version} does not know")));
         }
         let mut index = HashMap::new();
         // The plain entry of a name comes first; another file's tensor of that name has a key of its own.
         entries.iter().enumerate().for_each(|(i, e)| {
             index.insert(e.key.clone(), i);
         });
-        let package = Self { entries, index, removed, files, folder, container };
+        let package = Self { version, entries, index, removed, files, folder, container };
         package.entries.iter().try_for_each(|e| package.resolve(e).map(|_| ()))?;
         Ok(package)
+    }
+
+    /// The version of the format that it was written in.
+    pub fn format_version(&self) -> u32 {
+        self.version
     }
 
     /// The tensors, in the order in which their bytes lie.
@@ -300,20 +306,14 @@ impl Package {
     }
 }
 
-/// Version, known keys and the header's own digest.
-fn check_header(tensors: &[TensorInfo], metadata: &BTreeMap<String, String>) -> Result<()> {
+/// Version, known keys and the header's own digest. Gives the version.
+fn check_header(tensors: &[TensorInfo], metadata: &BTreeMap<String, String>) -> Result<u32> {
     if metadata.get("format").map(String::as_str) != Some(record::FORMAT) {
         return Err(Error::corrupt(
             "a safetensors file, but not a xorz package; `xorz pack BASE FINE_TUNED` makes one",
         ));
     }
-    let version = metadata.get("format_version").map_or("none", String::as_str);
-    if version != record::VERSION {
-        return Err(Error::unsupported(format!(
-            "package format version {version}, but this xorz reads version {}",
-            record::VERSION
-        )));
-    }
+    let version = record::version(metadata)?;
     let found = metadata.get(record::CHECK).map_or("", String::as_str);
     let want = record::header_check(metadata, tensors).to_string();
     if found != want {
@@ -321,7 +321,7 @@ fn check_header(tensors: &[TensorInfo], metadata: &BTreeMap<String, String>) -> 
             "the header is damaged: its digest is {want}, it says `{found}`"
         )));
     }
-    Ok(())
+    Ok(version)
 }
 
 /// Paths stay inside the folder that they are unpacked to, and none is in the way of another.

@@ -14,7 +14,10 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 /// Everything of ours in a package begins with this, so no tensor's name may.
 pub(super) const RESERVED: &str = "xorz:";
 pub(super) const FORMAT: &str = "xorz";
-pub(super) const VERSION: &str = "1";
+/// The format version that this library writes.
+pub(super) const VERSION: u32 = 2;
+/// Those that it reads, and the layout of the resident deltas that packages of each hold.
+const LAYOUTS: [(u32, u16); 2] = [(1, 0), (VERSION, crate::resident::VERSION)];
 pub(super) const CHECK: &str = "xorz:check";
 pub(super) const REMOVED: &str = "xorz:removed";
 pub(super) const FILES: &str = "xorz:files";
@@ -22,6 +25,20 @@ pub(super) const SOURCE: &str = "xorz:source";
 /// The value of [`SOURCE`] in a package made from a folder.
 pub(super) const FOLDER: &str = "folder";
 const TENSOR: &str = "xorz:tensor:";
+
+/// The format version that a package's metadata names.
+///
+/// # Errors
+/// `Unsupported` for one that this library does not read.
+pub(super) fn version(metadata: &BTreeMap<String, String>) -> Result<u32> {
+    let text = metadata.get("format_version").map_or("none", String::as_str);
+    let known = LAYOUTS.iter().map(|(version, _)| *version).find(|v| v.to_string() == text);
+    known.ok_or_else(|| {
+        Error::unsupported(format!(
+            "package format version {text}, but this xorz reads versions 1 to {VERSION}"
+        ))
+    })
+}
 
 /// The metadata key of a tensor's record.
 pub(super) fn tensor_key(name: &str) -> String {
@@ -74,6 +91,8 @@ pub struct Entry {
     pub(super) key: String,
     pub(super) range: Range<u64>,
     pub(super) check: Digest,
+    /// The format version of the package it is of.
+    pub(super) version: u32,
 }
 
 /// The base tensor that a delta belongs to.
@@ -97,6 +116,11 @@ impl Entry {
     /// `InvalidArgument` if the dimensions overflow.
     pub fn shape(&self) -> Result<Shape> {
         Shape::of_dims(&self.dims)
+    }
+
+    /// The layout that a resident delta of its package has.
+    pub(super) fn layout(&self) -> Option<u16> {
+        LAYOUTS.iter().find(|(version, _)| *version == self.version).map(|(_, layout)| *layout)
     }
 }
 
@@ -183,7 +207,7 @@ pub(super) fn from_json<'a, T: Deserialize<'a>>(key: &str, text: &'a str) -> Res
 }
 
 /// Parse and check the record of the stored tensor `info`.
-pub(super) fn decode(info: &TensorInfo, text: &str) -> Result<Entry> {
+pub(super) fn decode(version: u32, info: &TensorInfo, text: &str) -> Result<Entry> {
     let key = tensor_key(&info.name);
     let r: Record = from_json(&key, text)?;
     let bad =
@@ -219,6 +243,7 @@ pub(super) fn decode(info: &TensorInfo, text: &str) -> Result<Entry> {
         stored_bytes: info.bytes(),
         range: info.range.clone(),
         check: digest(&r.check)?,
+        version,
     };
     check_entry(&entry, info, r.base_name.is_some())
         .map_err(|e| e.within(format_args!("metadata `{key}`")))?;

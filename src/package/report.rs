@@ -142,7 +142,7 @@ pub fn describe_json(package: &Package) -> Result<String> {
     let mut entries: Vec<_> = package.entries().iter().map(|e| line(package, e)).collect();
     entries.sort_by_key(|l| l.name);
     to_json(&Inspection {
-        format_version: 1,
+        format_version: package.format_version(),
         report: Report::of(package),
         removed_names: package.removed(),
         entries,

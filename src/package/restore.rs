@@ -308,6 +308,12 @@ fn digest_of(base: &Base<'_>) -> Result<Digest> {
 /// A resident delta of a package is what its record says.
 pub(super) fn check_header(entry: &Entry, h: &crate::resident::Header) -> Result<()> {
     let (dtype, shape) = (entry.word_dtype(), entry.shape()?);
+    if Some(h.version) != entry.layout() {
+        return Err(Error::corrupt(format!(
+            "the delta is of layout {}, which packages of version {} do not hold",
+            h.version, entry.version
+        )));
+    }
     if (Some(h.dtype), h.shape) != (dtype, shape) {
         return Err(Error::corrupt(format!(
             "the delta is of a {} matrix of {}, its record says {shape} of {}",

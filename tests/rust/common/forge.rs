@@ -27,7 +27,7 @@ impl Forge {
 
     /// An empty package.
     pub fn new() -> Self {
-        let metadata = [("format", "xorz"), ("format_version", "1")];
+        let metadata = [("format", "xorz"), ("format_version", "2")];
         Self { metadata: metadata.map(|(k, v)| (k.into(), v.into())).into(), entries: Vec::new() }
     }
 
