@@ -121,8 +121,9 @@ impl<W: Word> Changes<'_, W> {
     }
 }
 
+/// An entry that does not follow the one before it.
 #[cold]
-fn disorder(i: usize, position: usize) -> Error {
+pub(crate) fn disorder(i: usize, position: usize) -> Error {
     Error::corrupt(format!("entry {i}, at {position}, is out of order"))
 }
 

@@ -12,7 +12,7 @@ pub mod sparse;
 pub mod split;
 pub mod word;
 
-pub(crate) use apart::{Apart, Changes, outside};
+pub(crate) use apart::{Apart, Changes, disorder, outside};
 pub use apart::{Entries, Exceptions};
 pub use exponent::ExponentTile;
 pub use grid::{Grid, Rect};

@@ -17,6 +17,11 @@ use crate::matrix::{Dtype, Shape};
 /// A canonical table is taken if it costs at most this factor over the best one.
 const CANONICAL_WORTH: f64 = 1.03;
 
+/// The `a` and `p` of the family that most tunes of 16-bit words come near, in the order in which they are tried, and the
+/// factor over the best table that they may cost.
+const COMMON: [(u8, usize); 2] = [(3, 2), (3, 1)];
+const COMMON_WORTH: f64 = 1.01;
+
 /// What was counted, by class of the base word and width of the difference (0: unchanged).
 pub(crate) struct Need {
     /// Words.
@@ -97,6 +102,14 @@ impl Widths {
             (0..=self.word_bits).min_by_key(|w| costs[c][usize::from(*w)]).unwrap_or(0)
         });
         let limit = cost(&free) as f64 * CANONICAL_WORTH;
+        // What most tunes come out with, if it costs next to nothing: tables that differ little else change from tenant to
+        // tenant by the chance of their words.
+        let worth = cost(&free) as f64 * COMMON_WORTH;
+        let common =
+            COMMON.into_iter().map(|(a, p)| canonical_tables_of(self.word_bits, a, p).min_by_key(cost));
+        if let Some(table) = common.flatten().find(|t| cost(t) as f64 <= worth) {
+            return table;
+        }
         // The first of equally cheap ones.
         let canonical = canonical_tables(self.word_bits).min_by_key(cost);
         canonical.filter(|t| cost(t) as f64 <= limit).unwrap_or(free)
@@ -121,19 +134,33 @@ impl Widths {
 /// `c` from 32 on is that of exponents beyond 127: no class lies above it then, since class 31 follows after class 0. And
 /// one width for all, for words that are no floating-point numbers.
 fn canonical_tables(word_bits: u8) -> impl Iterator<Item = [u8; 32]> {
-    let most = (word_bits - 6).max(6);
-    let table = move |c: usize, a: u8, p: usize| -> [u8; 32] {
-        std::array::from_fn(|class| {
-            match if c < 32 { c.checked_sub(class) } else { Some((c - class) % 32) } {
-                None => 0,
-                Some(d) if d < p => 2,
-                Some(d) => Some(a + (d - p) as u8).filter(|w| *w <= most).unwrap_or(word_bits),
-            }
-        })
-    };
-    let family =
-        (0..48).flat_map(move |c| (2..most - 1).flat_map(move |a| (0..5).map(move |p| table(c, a, p))));
+    let steepest = 2..most_bits(word_bits) - 1;
+    let family = (0..CLASSES_BEGIN).flat_map(move |c| {
+        let steepest = steepest.clone();
+        steepest.flat_map(move |a| (0..5).map(move |p| canonical_table(word_bits, c, a, p)))
+    });
     family.chain((1..=word_bits).map(|w| [w; 32]))
+}
+
+/// Those of one `a` and `p`.
+fn canonical_tables_of(word_bits: u8, a: u8, p: usize) -> impl Iterator<Item = [u8; 32]> {
+    (0..CLASSES_BEGIN).map(move |c| canonical_table(word_bits, c, a, p))
+}
+
+/// Where a table may begin.
+const CLASSES_BEGIN: usize = 48;
+
+/// The widest difference that is not a whole word.
+fn most_bits(word_bits: u8) -> u8 {
+    (word_bits - 6).max(6)
+}
+
+fn canonical_table(word_bits: u8, c: usize, a: u8, p: usize) -> [u8; 32] {
+    std::array::from_fn(|class| match if c < 32 { c.checked_sub(class) } else { Some((c - class) % 32) } {
+        None => 0,
+        Some(d) if d < p => 2,
+        Some(d) => Some(a + (d - p) as u8).filter(|w| *w <= most_bits(word_bits)).unwrap_or(word_bits),
+    })
 }
 
 /// Smallest tile of a matrix that has as many words.

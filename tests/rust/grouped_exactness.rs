@@ -31,9 +31,15 @@ struct Fleet {
 
 /// A delta of `case` on other tiles than the encoder would choose.
 fn on_tiles(case: &Case, tile_rows: usize, tile_cols: usize) -> Vec<u8> {
+    let widths = Resident::parse(&case.blob).unwrap().header().widths;
+    planned(case, (tile_rows, tile_cols), widths)
+}
+
+/// A delta of `case` as a plan of the caller's says.
+fn planned(case: &Case, (tile_rows, tile_cols): (usize, usize), widths: [u8; 32]) -> Vec<u8> {
     let h = *Resident::parse(&case.blob).unwrap().header();
     let grid = Grid { shape: case.shape, tile_rows, tile_cols };
-    let plan = Plan { encoding: h.encoding, grid, gap: h.gap, widths: h.widths };
+    let plan = Plan { encoding: h.encoding, grid, gap: h.gap, widths };
     let (mut piece, mut assembler) = (Piece::default(), Assembler::new(case.dtype, &plan).unwrap());
     encode_tiles(&plan, case.dtype, 0..grid.tiles(), &case.base, &case.fine_tuned, &mut piece).unwrap();
     assembler.add(&piece).unwrap();
@@ -193,6 +199,88 @@ fn exact_sums_equal_float64_bit_for_bit_in_any_mix() {
                     }
                 }
             }
+        }
+    }
+}
+
+/// Tenants whose words are decoded side by side: ten with one width table, three with another, three with tables of their
+/// own, one with other tiles, one whose table asks for whole words and one whose table asks for none.
+fn exponent_fleet(rng: &mut Rng, dtype: Dtype, shape: Shape) -> Fleet {
+    let base = integers(rng, dtype, shape.n * shape.k, 8);
+    let (mut cases, mut arena, mut slots) = (Vec::new(), Vec::new(), Vec::new());
+    let bits = 8 * dtype.word_bytes() as u8;
+    for slot in 0..20u8 {
+        let other = integers(rng, dtype, shape.n * shape.k, 8);
+        let fine_tuned = rng.mix(dtype, &base, &other, 0.05);
+        let mut case = Case::new(dtype, shape, Encoding::Exponent, &base, &fine_tuned);
+        let table = |seed: u8| std::array::from_fn(|c| (c as u8).wrapping_mul(7 + 2 * seed) % (bits + 1));
+        let (tiles, widths) = match slot {
+            0..10 => ((16, 256), table(0)),
+            10..13 => ((16, 256), table(1)),
+            13..16 => ((16, 256), table(slot)),
+            16 => ((32, 512), table(0)),
+            17 => ((16, 256), [bits; 32]),
+            18 => ((16, 256), [0; 32]),
+            _ => ((64, 1024), table(2)),
+        };
+        case.blob = planned(&case, tiles, widths);
+        slots.push([arena.len() as i64, case.blob.len() as i64]);
+        arena.extend_from_slice(&case.blob);
+        arena.resize(arena.len().next_multiple_of(64), 0);
+        cases.push(case);
+    }
+    cases.push(Case::new(dtype, shape, Encoding::Unchanged, &base, &base));
+    let biases = integers(rng, dtype, cases.len() * shape.n, 8);
+    Fleet { dtype, shape, cases, arena, slots, biases }
+}
+
+#[test]
+fn tenants_decoded_side_by_side_equal_float64_bit_for_bit() {
+    let mut rng = Rng::new(47);
+    for isa in isas().into_iter().filter(|isa| *isa != Isa::Scalar) {
+        for dtype in DTYPES {
+            for (n, k) in [(35, 259), (16, 32), (70, 1055), (1, 4099)] {
+                let shape = Shape { n, k };
+                let fleet = exponent_fleet(&mut rng, dtype, shape);
+                let all: Vec<i32> = (0..16).collect();
+                let others = [16, 17, 18, 19, 0, 0, 1, 1, 1, 1, 13, 13, 13, -1, 2, 3];
+                let pairs = [13, 14, 15, 17, 18, 10];
+                for map in [&all[..], &all[..9], &all[..5], &all[..3], &others, &pairs, &[17], &[12, 12]] {
+                    let x = integers(&mut rng, dtype, map.len() * k, 3);
+                    let row = k * dtype.word_bytes();
+                    let rows = map.iter().zip(x.chunks(row));
+                    let want: Vec<f64> =
+                        rows.flat_map(|(&t, x)| fleet.case(t).reference(x, 1, Some(fleet.bias(t)))).collect();
+                    for mode in MODES {
+                        let got = fleet.run(isa, &x, map, mode, &Serial);
+                        let difference = first_difference(dtype, &got, &want);
+                        assert_eq!(difference, None, "{isa:?} {dtype} {shape} {mode:?} {map:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn streams_of_another_tenant_are_noticed_in_any_company() {
+    let mut rng = Rng::new(48);
+    let (dtype, shape) = (Dtype::BF16, Shape { n: 35, k: 259 });
+    let mut fleet = exponent_fleet(&mut rng, dtype, shape);
+    // The stream of slot 3 as if its words were those of slot 17: longer than the base's words ask for.
+    let mut cut = fleet.cases[3].blob.clone();
+    cut[128..160].fill(1);
+    let place = fleet.slots[3][0] as usize;
+    fleet.arena[place..place + cut.len()].copy_from_slice(&cut);
+    let x = integers(&mut rng, dtype, 16 * shape.k, 3);
+    for isa in isas() {
+        for map in [&[3][..], &[3, 14], &[0, 1, 2, 3, 4, 5, 6, 7], &[3, 3, 3, 3, 3, 3]] {
+            let mut out = vec![0; map.len() * shape.n * 2];
+            let x = &x[..map.len() * shape.k * 2];
+            let error =
+                delta_linear_grouped_on(isa, &fleet.args(x, map, Mode::Fast), &mut out, &Serial).unwrap_err();
+            assert_eq!(error.kind(), Kind::Corrupt, "{isa:?} {map:?} {error}");
+            assert!(error.message().contains("slots[3]"), "{isa:?} {map:?} {error}");
         }
     }
 }

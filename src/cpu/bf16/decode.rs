@@ -25,7 +25,7 @@
 )]
 
 use super::few::Few;
-use crate::codec::{Encoding, Entries, ExponentTile, Grid, Rect, Tile, outside};
+use crate::codec::{Encoding, Entries, ExponentTile, Grid, Rect, Tile, disorder, outside};
 use crate::cpu::dot::{Rows, Strides};
 use crate::cpu::fused::Block;
 use crate::cpu::linear::{Job, Segment};
@@ -372,8 +372,14 @@ impl Kernel for AddEntries<'_> {
         let (words, _) = self.x.as_chunks::<2>();
         let (shift, mask) = (self.tile_cols.trailing_zeros(), self.tile_cols - 1);
         let (mut row, mut four) = (0, [0f32; 4]);
-        for (position, difference) in positions.iter().zip(differences) {
+        // The positions of the last two entries; more than two may not be of one word.
+        let mut last = [usize::MAX; 2];
+        for (i, (position, difference)) in positions.iter().zip(differences).enumerate() {
             let position = usize::from(u16::from_le_bytes(*position));
+            if last[1] != usize::MAX && (position < last[1] || position == last[0]) {
+                return Err(disorder(i, position));
+            }
+            last = [last[1], position];
             let (r, c) = (position >> shift, position & mask);
             let (Some(word), true) = (words.get(c), r < self.sums.len()) else {
                 return Err(outside("entry", position));
