@@ -8,7 +8,7 @@
 
 namespace xorz {
 
-// Constants of the layout; tests/rust/cuda_kernels.rs compares them with the core's.
+// Constants of the layout; tests/rust/cuda/kernels.rs compares them with the core's.
 constexpr uint32_t kHeaderBytes = 192;
 constexpr uint32_t kVersion = 0;
 constexpr uint32_t kSectionAlign = 64;

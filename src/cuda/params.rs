@@ -1,5 +1,5 @@
 //! What each kernel takes, in order: one table a kernel, which declares the struct that a caller fills in, packs it, and is
-//! compared with the kernels' sources by `tests/rust/cuda_plan.rs`.
+//! compared with the kernels' sources by `tests/rust/cuda/plan.rs`.
 
 #![forbid(unsafe_code)]
 

@@ -2,10 +2,10 @@
 # Runs tests of the AVX-512 instance on a machine without AVX-512: a Linux guest in Bochs, which emulates a Skylake-X.
 # It must not install a kernel, change the host beyond Debian packages, or call a run without AVX-512 a pass.
 #
-#   tests/avx512/run.sh                          the tests of tests.txt, beside this script
-#   tests/avx512/run.sh simd_parity every_address     one target, tests whose name contains the filter
-#   AVX512_TIMEOUT=900 tests/avx512/run.sh            seconds that the guest may take (default 3600)
-#   AVX512_BINARIES=dir tests/avx512/run.sh           take dir/<target> instead of building with cargo
+#   tests/avx512/run.sh                             the tests of tests.txt, beside this script
+#   tests/avx512/run.sh cpu simd_parity::every      one target, the tests whose names hold this
+#   AVX512_TIMEOUT=900 tests/avx512/run.sh          seconds that the guest may take (default 3600)
+#   AVX512_BINARIES=dir tests/avx512/run.sh         take dir/<target> instead of building with cargo
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)

@@ -1,4 +1,4 @@
-// A double of libcuda.so.1: what src/cuda calls of the driver, and what tests/rust/cuda_launch.rs needs to set
+// A double of libcuda.so.1: what src/cuda calls of the driver, and what tests/rust/cuda/launch.rs needs to set
 // devices up. cuLaunchKernel runs the kernels' own source, compiled for the host, at once. Stricter than a
 // driver: device memory has no access but during copies and launches, so that a host that reads it dies; a
 // kernel may touch memory of its own device only; what a capture forbids is refused. The status words' two

@@ -1,5 +1,4 @@
 //! The kernels of `cuda/`, compiled for the host (`tests/cuda_host`) and launched from here. Must hold no expectation.
-#![allow(dead_code, unreachable_pub)]
 
 use std::collections::BTreeMap;
 use std::io::Write;

@@ -1,8 +1,6 @@
 //! Checkpoints on disk, and the built command run on them.
 
-#![allow(dead_code, unreachable_pub)]
-
-use super::common::{Rng, stepped};
+use super::data::{Rng, stepped};
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

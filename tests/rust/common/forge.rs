@@ -1,7 +1,5 @@
 //! Packages put together by hand from SPEC.md, independently of the writer: what a stranger with bad intentions could send.
 
-#![allow(dead_code, unreachable_pub)]
-
 use std::collections::BTreeMap;
 use xorz::package::SafeTensors;
 use xxhash_rust::xxh3::xxh3_128;

@@ -1,8 +1,8 @@
 //! A GPU that a test has: the double of libcuda.so.1 (`tests/cuda_host/driver.cpp`), in a process a test, its memory and
 //! streams, and the ops on them. Must hold no expectation but that the double is there.
-#![allow(dead_code, unreachable_pub)]
 
-use super::common::Rng;
+use super::alone::test_name;
+use super::data::Rng;
 use super::device;
 use super::kernels::{Fleet, tuned};
 use super::linear::{Case, integers};
@@ -15,14 +15,14 @@ use xorz::cuda::{self, Linear, Lookup, Place, Rows, Words};
 use xorz::error::{Error, Kind, Result};
 use xorz::matrix::{Dtype, Shape};
 
-/// Run the ignored test `name` in a process of its own, on a machine as the double is told.
-pub fn run(name: &str, machine: &str, change: impl Fn(&mut Command)) -> Output {
+/// Run the ignored test `child` in a process of its own, on a machine as the double is told.
+pub fn run<F: Fn()>(_child: F, machine: &str, change: impl Fn(&mut Command)) -> Output {
     let (folder, image) = device::double();
     let mut libraries = vec![folder];
     libraries.extend(std::env::split_paths(&std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default()));
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
-        .args(["--exact", name, "--ignored", "--nocapture", "--test-threads=1"])
+        .args(["--exact", &test_name::<F>(), "--ignored", "--nocapture", "--test-threads=1"])
         .env("LD_LIBRARY_PATH", std::env::join_paths(libraries).unwrap())
         .env("XORZ_DOUBLE", machine)
         .env("XORZ_CUDA_IMAGE", image);
@@ -30,18 +30,19 @@ pub fn run(name: &str, machine: &str, change: impl Fn(&mut Command)) -> Output {
     command.output().unwrap()
 }
 
-pub fn passes_as(name: &str, machine: &str, change: impl Fn(&mut Command)) {
-    let out = run(name, machine, change);
+pub fn passes_as<F: Fn()>(child: F, machine: &str, change: impl Fn(&mut Command)) {
+    let out = run(child, machine, change);
     let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
     assert!(
         out.status.success() && text.contains("1 passed"),
-        "{name} on {machine:?}: {}\n{text}",
+        "{} on {machine:?}: {}\n{text}",
+        test_name::<F>(),
         out.status
     );
 }
 
-pub fn passes(name: &str, machine: &str) {
-    passes_as(name, machine, |_| ());
+pub fn passes(child: impl Fn(), machine: &str) {
+    passes_as(child, machine, |_| ());
 }
 
 /// A function of the double that is none of libcuda's.

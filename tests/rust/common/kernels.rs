@@ -1,7 +1,6 @@
 //! Launches of the kernels of `cuda/` as their host side will make them (cuda/README.md), and tenants to serve.
-#![allow(dead_code, unreachable_pub)]
 
-use super::common::{Rng, adversarial, matrix, perturbed, value};
+use super::data::{Rng, adversarial, matrix, perturbed, value};
 use super::device::{After, Device, Launch, Param};
 use super::linear::Case;
 use xorz::codec::{Encoding, Grid};

@@ -1,8 +1,7 @@
 //! Deltas of layout 0, encoding `exponent`, put together by hand from SPEC.md: what packages of version 1 hold and no
 //! library writes any more. The bits of words that do not fit are noise, as layout 0 allows.
-#![allow(dead_code, unreachable_pub)]
 
-use super::common::{Rng, matrix};
+use super::data::{Rng, matrix};
 use xorz::matrix::{Dtype, Shape};
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -31,7 +30,6 @@ impl Stream {
 
 struct Pair<'a> {
     dtype: Dtype,
-    shape: Shape,
     base: &'a [u8],
     fine_tuned: &'a [u8],
 }
@@ -56,7 +54,7 @@ pub fn exponent(
     (base, fine_tuned): (&[u8], &[u8]),
     rng: &mut Rng,
 ) -> Vec<u8> {
-    let pair = Pair { dtype, shape, base, fine_tuned };
+    let pair = Pair { dtype, base, fine_tuned };
     let w = dtype.word_bytes();
     let (mut first_unit, mut first_exception) = (vec![0u32], vec![0u32]);
     let (mut payload, mut positions, mut words) = (vec![], vec![], vec![]);

@@ -1,7 +1,6 @@
 //! Products to be checked: cases, references in f64, executors that do their worst.
-#![allow(dead_code, unreachable_pub)]
 
-use super::common::{Rng, matrix, value};
+use super::data::{Rng, matrix, value};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use xorz::codec::Encoding;
 use xorz::cpu::{LinearArgs, Mode, delta_linear_grad_input_on, delta_linear_on};
@@ -153,7 +152,7 @@ pub fn first_difference(dtype: Dtype, out: &[u8], reference: &[f64]) -> Option<S
     assert_eq!(out.len(), reference.len() * dtype.word_bytes());
     out.chunks(dtype.word_bytes()).zip(reference).enumerate().find_map(|(i, (got, &want))| {
         // The references used here are sums that f32 holds exactly, or not finite.
-        let word = super::common::word(dtype, want);
+        let word = super::data::word(dtype, want);
         let same = got == word || (want.is_nan() && value(dtype, got).is_nan());
         let zero = want == 0.0 && value(dtype, got) == 0.0;
         (!same && !zero).then(|| format!("output {i}: {} instead of {want}", value(dtype, got)))
@@ -163,5 +162,5 @@ pub fn first_difference(dtype: Dtype, out: &[u8], reference: &[f64]) -> Option<S
 /// Words that are integers of at most `limit` in size, so that every sum of products is exact in f32.
 pub fn integers(rng: &mut Rng, dtype: Dtype, words: usize, limit: i64) -> Vec<u8> {
     let span = 2 * limit as u64 + 1;
-    (0..words).flat_map(|_| super::common::word(dtype, (rng.next() % span) as f64 - limit as f64)).collect()
+    (0..words).flat_map(|_| super::data::word(dtype, (rng.next() % span) as f64 - limit as f64)).collect()
 }

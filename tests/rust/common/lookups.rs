@@ -1,7 +1,6 @@
 //! Tables to look rows up in: a base, its fine-tunes, their deltas in one arena among rubbish. Must hold no expectation.
-#![allow(dead_code, unreachable_pub)]
 
-use super::common::Rng;
+use super::data::Rng;
 use super::device::{Launch, Param};
 use super::kernels::{nudged, on_tiles, tuned};
 use super::linear::Case;

@@ -1,5 +1,4 @@
 //! Kernels with one thing changed, and whether a check notices. Must hold no mutant.
-#![allow(dead_code, unreachable_pub)]
 
 use super::device::{Device, root};
 use std::path::{Path, PathBuf};

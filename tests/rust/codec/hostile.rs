@@ -1,0 +1,165 @@
+//! Promise: whatever the bytes of a resident delta, an error or the right answer: no panic, no hang, no allocation
+//! beyond a small multiple of the input.
+
+use crate::common::counting::held_by;
+use crate::common::data::{Rng, adversarial, matrix, perturbed, stepped};
+use xorz::codec::Encoding;
+use xorz::matrix::{Dtype, Matrix, Shape};
+use xorz::resident::{Pair, Resident, encode_as, restore, slice};
+use xxhash_rust::xxh3::xxh3_128;
+
+struct Case {
+    dtype: Dtype,
+    shape: Shape,
+    base: Vec<u8>,
+    fine_tuned: Vec<u8>,
+    blob: Vec<u8>,
+}
+
+fn cases() -> Vec<Case> {
+    let mut rng = Rng::new(11);
+    let mut out = vec![];
+    for dtype in [Dtype::BF16, Dtype::F32, Dtype::I8] {
+        let shape = Shape { n: 18, k: 40 };
+        let base = rng.weights(dtype, 720);
+        let changed = if dtype == Dtype::I8 {
+            perturbed(&mut rng, dtype, &base, 0.3)
+        } else {
+            stepped(&mut rng, dtype, &base, 1e-3)
+        };
+        let odd = if dtype == Dtype::I8 { rng.bytes(720) } else { adversarial(&mut rng, dtype, 720) };
+        let fine_tuned = rng.mix(dtype, &changed, &odd, 0.02);
+        for encoding in Encoding::ALL {
+            let f = if encoding == Encoding::Unchanged { &base } else { &fine_tuned };
+            let pair = Pair::new(matrix(dtype, shape, &base), matrix(dtype, shape, f));
+            let blob = encode_as(&mut pair.unwrap(), encoding).unwrap();
+            assert_eq!(Resident::parse(&blob).unwrap().header().encoding, encoding);
+            out.push(Case { dtype, shape, base: base.clone(), fine_tuned: f.clone(), blob });
+        }
+    }
+    out
+}
+
+/// Everything a caller may do with bytes that were not checked. Returns what restoring gave.
+fn use_it(blob: &[u8], base: &Matrix<'_>) -> Option<Vec<u8>> {
+    let delta = Resident::parse(blob).ok()?;
+    let _ = delta.check();
+    let _ = delta.check_base(base);
+    for i in 0..delta.grid().tiles().min(64) {
+        let _ = delta.tile(i);
+    }
+    let _ = slice(&delta, base, 0, 3..base.shape().n);
+    let mut out = vec![0; base.bytes().len()];
+    restore(&delta, base, &mut out).ok().map(|()| out)
+}
+
+#[test]
+fn every_flipped_byte_is_found_by_a_check_and_harms_no_one_without() {
+    for case in cases() {
+        let base = matrix(case.dtype, case.shape, &case.base);
+        let ((), held) = held_by(|| {
+            for i in 0..case.blob.len() {
+                for flip in [0x01, 0x80, 0xFF, case.blob[i]] {
+                    let mut bad = case.blob.clone();
+                    bad[i] ^= flip;
+                    let _ = use_it(&bad, &base);
+                    if bad != case.blob {
+                        let found = Resident::parse(&bad).and_then(|d| d.check_full(&base));
+                        assert!(found.is_err(), "byte {i} ^ {flip:#x} of {} {}", case.dtype, case.blob.len());
+                    }
+                }
+            }
+        });
+        let largest = held.largest;
+        assert!(largest <= 16 * (case.blob.len() + case.base.len()) + (1 << 16), "{largest} bytes at once");
+    }
+}
+
+/// Make the content's digest good again, as SPEC.md says, where the header leads to a payload at all.
+fn reseal(bytes: &mut [u8]) {
+    let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+    let (start, units) = (number(72), number(56));
+    let unit = match bytes[10] {
+        1 => 16 * (u64::from(bytes[14]) + word_bytes(bytes[11])),
+        _ => word_bytes(bytes[11]),
+    };
+    let raw = number(16).checked_mul(number(24));
+    let units = if bytes[10] == 3 { raw } else { Some(units) };
+    let end = units.and_then(|u| u.checked_mul(unit)).and_then(|len| start.checked_add(len));
+    let Some(payload) = end.and_then(|end| {
+        let range = usize::try_from(start).ok()?..usize::try_from(end).ok()?;
+        (range.start >= 192).then_some(range).filter(|r| bytes.get(r.clone()).is_some())
+    }) else {
+        return;
+    };
+    let inner = xxh3_128(&bytes[payload.clone()]).to_le_bytes();
+    let parts = [&bytes[..160], &bytes[176..payload.start], &inner, &bytes[payload.end..]];
+    let content = xxh3_128(&parts.concat());
+    bytes[160..176].copy_from_slice(&content.to_le_bytes());
+}
+
+fn word_bytes(dtype: u8) -> u64 {
+    Dtype::from_code(dtype).map_or(1, |d| d.word_bytes() as u64)
+}
+
+#[test]
+fn forged_digests_do_not_help() {
+    // With the content's digest made good again, the structure itself must hold or decoding must stay within bounds.
+    let mut rng = Rng::new(5);
+    for case in cases() {
+        let base = matrix(case.dtype, case.shape, &case.base);
+        let mut same = case.blob.clone();
+        reseal(&mut same);
+        assert!(same == case.blob, "the digest is not made as SPEC.md says");
+        for _ in 0..3000 {
+            let mut bad = case.blob.clone();
+            for _ in 0..=rng.next() % 3 {
+                let i = (rng.next() % bad.len() as u64) as usize;
+                bad[i] = rng.next() as u8;
+            }
+            reseal(&mut bad);
+            let restored = use_it(&bad, &base);
+            if bad == case.blob {
+                assert!(restored == Some(case.fine_tuned.clone()));
+            }
+        }
+    }
+}
+
+#[test]
+fn every_cut_is_refused() {
+    for case in cases() {
+        for len in 0..case.blob.len() {
+            assert!(Resident::parse(&case.blob[..len]).is_err(), "{len} of {}", case.blob.len());
+        }
+        let longer = [case.blob.clone(), vec![0; 64]].concat();
+        assert!(Resident::parse(&longer).is_err());
+    }
+}
+
+#[test]
+fn a_header_of_a_huge_matrix_allocates_nothing() {
+    let case = &cases()[0];
+    for (n, k) in
+        [(u64::MAX, 1), (1 << 62, 1), (1 << 40, 1 << 20), (0, u64::MAX), (u64::MAX, 0), (1 << 31, 1 << 31)]
+    {
+        let mut bad = case.blob.clone();
+        bad[16..24].copy_from_slice(&n.to_le_bytes());
+        bad[24..32].copy_from_slice(&k.to_le_bytes());
+        reseal(&mut bad);
+        let ((), held) = held_by(|| {
+            if let Ok(delta) = Resident::parse(&bad) {
+                let _ = delta.check();
+                assert!(
+                    restore(
+                        &delta,
+                        &matrix(case.dtype, case.shape, &case.base),
+                        &mut vec![0; case.base.len()]
+                    )
+                    .is_err()
+                );
+            }
+        });
+        assert!(held.largest < 1 << 16, "{n} x {k}");
+    }
+}

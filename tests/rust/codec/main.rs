@@ -1,0 +1,19 @@
+//! Deltas themselves: that they give back their words, how small they are, what broken ones do. And what holds for the
+//! whole tree: its layers, and the contract of its C ABI.
+
+#[path = "../common"]
+#[allow(missing_docs, reason = "public only to the tests of this binary")]
+pub mod common {
+    pub mod counting;
+    pub mod data;
+    pub mod linear;
+}
+
+mod encode_parity;
+mod ffi_contract;
+mod golden;
+mod hostile;
+mod layers;
+mod regions;
+mod roundtrip;
+mod sizes;

@@ -1,0 +1,446 @@
+//! Promise: the checks of products of many rows (`cuda_large`, `cuda_hostile`) notice what goes wrong in their kernels: a
+//! barrier removed, a wait weakened, a fragment swapped, a change dropped, a gap off by one. Each mutant is compiled
+//! and must be caught: by wrong results, with copies that land early or late, or by the thread sanitizer.
+
+use crate::common::data::{Rng, adversarial, perturbed, value, word};
+use crate::common::device::{Device, TSAN};
+use crate::common::kernels::{
+    Fleet, LINEAR_OUT, LINEAR_STATUS, Large, Linear, nudged, on_tiles, run_large, status,
+};
+use crate::common::linear::{Case, first_difference, integers, values};
+use crate::common::mutants::{Mutant, all_caught};
+use xorz::codec::Encoding;
+use xorz::matrix::{Dtype, Shape};
+
+const STAGES: [Mutant; 9] = [
+    ("a wait weakened", "stages.cuh", "run_steps(", "<kLate - 2>", "<kLate - 1>"),
+    ("a buffer of W too few", "stages.cuh", "struct Stages", "kOfW = kOfX + 1", "kOfW = kOfX"),
+    ("multiplied a turn late", "stages.cuh", "run_steps(", "kLate = S::kOfX;", "kLate = S::kOfX + 1;"),
+    ("a column too many", "stages.cuh", "class Copier", "from + c < end_", "from + c <= end_"),
+    ("a piece over the end", "stages.cuh", "class Copier", "from + S::kPer <= end_", "from < end_"),
+    ("the last step not patched", "stages.cuh", "run_steps(", "patched < steps", "patched + 1 < steps"),
+    ("x of the last step", "stages.cuh", "run_steps(", "turn - 1 < steps", "turn < steps"),
+    ("x in the wrong order", "stages.cuh", "void begin(", "rows[row + i * kApart]", "(row + i * kApart)"),
+    ("a row too many", "linear_large.cu", "write_sums(", "j >= pair.count", "j > pair.count"),
+];
+
+const SUMS: [Mutant; 7] = [
+    (
+        "halves of b swapped",
+        "sums.cuh",
+        "load_matrices(b[j]",
+        "piece + lane / 8 % 2",
+        "piece + 1 - lane / 8 % 2",
+    ),
+    ("columns of b swapped", "sums.cuh", "uint32_t b0 =", "b[j / 2][j % 2 * 2]", "b[j / 2][(j + 1) % 2 * 2]"),
+    ("rows of a swapped", "sums.cuh", "load_matrices(a,", "lane % 16", "(lane + 8) % 16"),
+    ("sums of other rows", "sums.cuh", "void each(", "e / 2 * 8", "(1 - e / 2) * 8"),
+    ("sums of other columns", "sums.cuh", "void each(", "+ e % 2", "+ (e + 1) % 2"),
+    ("a lone row left out", "sums.cuh", "void step(", "if (x0 >= count)", "if (x0 + 1 >= count)"),
+    ("sums kept", "sums.cuh", "void clear()", "j < 4; j++", "j < 3; j++"),
+];
+
+const ENTRIES: [Mutant; 10] = [
+    (
+        "one change dropped",
+        "patch_entries.cuh",
+        "bool use(",
+        "difference_ != nothing;",
+        "difference_ != nothing && quad != 3;",
+    ),
+    ("a gap off by one", "patch_entries.cuh", "column_here()", "if (quad >= by) gaps", "if (quad > by) gaps"),
+    ("a step's end off by one", "patch_entries.cuh", "bool use(", "at < end", "at <= end"),
+    (
+        "a second entry taken for a first",
+        "patch_entries.cuh",
+        "bool use(",
+        "warp_ballot(close) != 0",
+        "false",
+    ),
+    (
+        "a second entry on the rounded sum",
+        "patch_entries.cuh",
+        "add_in_order(",
+        "(there == last_ ? sum_ : D::value(*word))",
+        "D::value(*word)",
+    ),
+    ("the sum not kept", "patch_entries.cuh", "add_at_once(", "    sum_ = sum;\n", ""),
+    (
+        "four records a step",
+        "patch_entries.cuh",
+        "bool use(",
+        "return warp_ballot(taken == kQuad) == 0;",
+        "return true;",
+    ),
+    (
+        "a record twice",
+        "patch_entries.cuh",
+        "bool use(",
+        "next_ += taken;",
+        "next_ += taken - (taken == kQuad);",
+    ),
+    (
+        "entries beyond the last column",
+        "patch_entries.cuh",
+        "After the last step",
+        "while (!use(nullptr, kMaxTileCols, ~0u)) {\n    }\n",
+        "",
+    ),
+    ("a tile found corrupt", "patch_entries.cuh", "void end(", "if (!sound_)", "if (false)"),
+];
+
+const EXCEPTIONS: [Mutant; 6] = [
+    ("the last exception of a row", "patch_exceptions.cuh", "mark_exceptions(", "= e + 1;", "= e;"),
+    (
+        "the first exception of a row",
+        "patch_exceptions.cuh",
+        "mark_exceptions(",
+        "marks.first[in_panel] = e;",
+        "marks.first[in_panel] = e + 1;",
+    ),
+    ("marks without a barrier", "patch_exceptions.cuh", "if (v.exceptions == 0)", "  block_sync();\n", ""),
+    (
+        "four exceptions a step",
+        "patch_exceptions.cuh",
+        "void step(",
+        "while (warp_ballot(leading_votes(votes) == kQuad) != 0)",
+        "while (false)",
+    ),
+    (
+        "exceptions out of order",
+        "patch_exceptions.cuh",
+        "mark_exceptions(",
+        "before >= position",
+        "before == position + 1",
+    ),
+    ("read before marked", "patch_entries.cuh", "void begin(", "    block_sync();\n", ""),
+];
+
+const STREAMS: [Mutant; 9] = [
+    ("a walk's refill one bit early", "patch_streams.cuh", "struct Walk", "held < w", "held <= w"),
+    ("the unit before the last", "patch_streams.cuh", "struct Walk", "- 1)) + 1;", "- 1));"),
+    (
+        "a row's first unit",
+        "patch_streams.cuh",
+        "walk_tile(",
+        "marks.at[in_panel] = walk.at;",
+        "marks.at[in_panel] = walk.last;",
+    ),
+    ("bits left of a unit", "patch_streams.cuh", "void begin(", "(kBits - held)", "(kBits - held - 1)"),
+    ("units of the lane above", "patch_streams.cuh", "void step(W*", "(1u << lane) - 1", "(2u << lane) - 1"),
+    (
+        "an offset one bit wide",
+        "patch_streams.cuh",
+        "void step(W*",
+        "Bits(1) << (width - 1)",
+        "Bits(1) << width",
+    ),
+    (
+        "walked ahead",
+        "patch_streams.cuh",
+        "walk_tile(",
+        "c + (kAhead + i) * 32 + lane",
+        "c + (kAhead + i + 1) * 32 + lane",
+    ),
+    (
+        "a tile's units left over",
+        "patch_streams.cuh",
+        "rows == rect.rows ?",
+        "walk.at == units",
+        "walk.at <= units",
+    ),
+    (
+        "read before marked",
+        "patch_streams.cuh",
+        "sixteens(r0, rect.r0, rect.rows));\n    });",
+        "    block_sync();\n",
+        "",
+    ),
+];
+
+const REST: [Mutant; 7] = [
+    ("a verdict before it is there", "linear_large.cu", "k != 0, k, sums);", "  block_sync();\n", ""),
+    ("no decode path", "linear_large.cu", "write_sums(", "finite(value)", "true"),
+    (
+        "the next pair of no tile",
+        "linear_large.cu",
+        "const uint32_t all",
+        "tile >= all ? tile - all : tile",
+        "tile",
+    ),
+    (
+        "one tenant's delta for another's",
+        "linear_large.cu",
+        "fetch_pair(",
+        "work.tenants + record.part[0]",
+        "work.tenants",
+    ),
+    (
+        "places of a warp",
+        "linear_segments.cu",
+        "take_places(",
+        "place = from + bit_count(same & ((1u << lane) - 1));",
+        "place = from;",
+    ),
+    ("a scan's lane", "linear_segments.cu", "Counts scan(", "if (lane >= by)", "if (lane > by)"),
+    ("a decode path's other rows", "wide_tile.cuh", "dot_wide<D>", "rows[j]", "rows[0]"),
+];
+
+/// Caught by the thread sanitizer, whatever the order of threads.
+const RACES: [Mutant; 9] = [
+    (
+        "keys counted without a barrier",
+        "linear_segments.cu",
+        "store(work.rows_of + key, 0u);",
+        "  block_sync();\n",
+        "",
+    ),
+    ("no barrier a turn", "stages.cuh", "wait_for_copies<kLate", "    block_sync();\n", ""),
+    ("x over what is multiplied", "stages.cuh", "run_steps(", "kLate = S::kOfX;", "kLate = S::kOfX + 1;"),
+    ("exceptions over entries", "patch_entries.cuh", "void step(", "    warp_sync();\n", ""),
+    ("exceptions over streams", "patch_streams.cuh", "Another lane may have", "    warp_sync();\n", ""),
+    ("a column's entries", "patch_entries.cuh", "add_in_order(", "    warp_sync();\n", ""),
+    (
+        "the next pair before it is there",
+        "linear_large.cu",
+        "pair.tile = tile >= all",
+        "    block_sync();\n",
+        "",
+    ),
+    ("a pair before it is there", "linear_large.cu", "pair.count = count;", "  block_sync();\n", ""),
+    ("sums of the decode path", "wide_tile.cuh", "wide.sum[j] += sum;", "          block_sync();\n", ""),
+];
+
+const FUSED: [Mutant; 2] = [
+    ("a column left out", "sums.cuh", "struct FusedSums", "c < 4", "c < 3"),
+    (
+        "rows of W swapped",
+        "sums.cuh",
+        "struct FusedSums",
+        "w + S::piece_at(j0 + j * 16",
+        "w + S::piece_at(j0 + (3 - j) * 16",
+    ),
+];
+
+/// Products that are launched together, and what each shall give.
+struct Wanted {
+    dtype: Dtype,
+    all: Vec<(Large, Vec<f64>)>,
+    exact: bool,
+}
+
+/// Early and late, in two orders of threads.
+fn ways(large: impl Fn(bool, u64) -> Large) -> Vec<Large> {
+    [(false, 1), (true, 2), (true, 0)].map(|(late, seed)| large(late, seed)).into()
+}
+
+/// Tenants of every kind; of slot 10 a step has more exceptions than a row has lanes.
+fn of_fleet(rng: &mut Rng, dtype: Dtype, (n, k, m): (usize, usize, usize), odd: f64) -> Wanted {
+    let shape = Shape { n, k };
+    let words = |r: &mut Rng, words: usize| {
+        let plain = integers(r, dtype, words, 6);
+        let special = adversarial(r, dtype, words);
+        r.mix(dtype, &plain, &special, odd)
+    };
+    let mut fleet = Fleet::new(rng, dtype, shape, words, 0.2);
+    let exact = odd == 0.0;
+    if exact {
+        let (base, w) = (fleet.cases[0].base.clone(), dtype.word_bytes());
+        let far = |i: usize| if i % 7 < 5 { word(dtype, 64.0) } else { base[i * w..][..w].to_vec() };
+        let many: Vec<u8> = (0..n * k).flat_map(far).collect();
+        let case = Case::new(dtype, shape, Encoding::Exponent, &base, &many);
+        let blob = on_tiles(&case, 16, 256);
+        replace(&mut fleet, 10, case, &blob);
+        // Widths that depend on the base's word.
+        let moved = nudged(rng, w, &base, 3, if dtype == Dtype::F32 { 16 } else { 0 });
+        let small = |b: &[u8]| value(dtype, b).abs() < 2.5;
+        let near = |(b, m): (&[u8], &[u8])| if small(b) { b } else { m }.to_vec();
+        let near: Vec<u8> = base.chunks(w).zip(moved.chunks(w)).flat_map(near).collect();
+        let case = Case::new(dtype, shape, Encoding::Exponent, &base, &near);
+        let blob = case.blob.clone();
+        replace(&mut fleet, 3, case, &blob);
+    }
+    let x = integers(rng, dtype, m * k, 2);
+    let distinct: Vec<i32> = (0..m as i32).map(|i| i % 12 - 1).collect();
+    let uneven = (0..m).map(|i| [3, 0, 4, 0, 0, 9, 10, 8, 0, 7, 2, 0][i % 12]).collect();
+    let mut all = vec![];
+    for map in [distinct, uneven] {
+        let want = fleet.reference(&x, &map);
+        let launched = ways(|late, seed| fleet.large(&x, &map, Some(5), late, seed));
+        all.extend(launched.into_iter().map(|large| (large, want.clone())));
+    }
+    Wanted { dtype, all, exact }
+}
+
+fn replace(fleet: &mut Fleet, slot: usize, case: Case, blob: &[u8]) {
+    fleet.slots[slot] = [fleet.arena.len() as i64, blob.len() as i64];
+    fleet.arena.extend_from_slice(blob);
+    fleet.cases[slot] = case;
+}
+
+/// Sums that overflow f32 on the way, in some rows of x, and come back.
+fn of_overflows(dtype: Dtype) -> Wanted {
+    let shape = Shape { n: 18, k: 128 };
+    let m = 6;
+    let large = f64::from(f32::from_bits(0x7F00_0000));
+    let column = |c: usize| [1.0, 1.0, 0.0, -1.5][c / 32] * large * f64::from(u8::from(c % 32 == 5));
+    let fine_tuned: Vec<u8> = (0..shape.n * shape.k).flat_map(|i| word(dtype, column(i % shape.k))).collect();
+    let base = vec![0; fine_tuned.len()];
+    let x: Vec<u8> =
+        (0..m * shape.k).flat_map(|i| word(dtype, [1.0, -1.0, 0.25, -1.0, 0.5, 1.0][i / shape.k])).collect();
+    let mut all = vec![];
+    for encoding in [Encoding::Raw, Encoding::Exponent] {
+        let case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
+        let want = case.reference(&x, m, None);
+        all.push((alone(&case, &case.blob, &x, m, 1).large(None, false), want));
+    }
+    Wanted { dtype, all, exact: true }
+}
+
+/// Differences that one bf16 cannot hold, so many of all, side by side or alone; `m` rows of x.
+fn of_pairs(rng: &mut Rng, dtype: Dtype, share: f64, m: usize) -> Wanted {
+    let shape = Shape { n: 20, k: 96 };
+    let base: Vec<u8> =
+        (0..shape.n * shape.k).flat_map(|_| word(dtype, (rng.next() % 9 + 1) as f64 / 512.0)).collect();
+    let near: Vec<u8> =
+        (0..shape.n * shape.k).flat_map(|_| word(dtype, 1.0 + (rng.next() % 64) as f64 / 128.0)).collect();
+    let single: Vec<u8> =
+        base.chunks(dtype.word_bytes()).flat_map(|b| word(dtype, 2.0 * value(dtype, b))).collect();
+    let near = rng.mix(dtype, &single, &near, share);
+    let fine_tuned = rng.mix(dtype, &base, &near, 0.7);
+    let case = Case::new(dtype, shape, Encoding::Sparse, &base, &fine_tuned);
+    let x = integers(rng, dtype, m * shape.k, 1);
+    let want = case.reference(&x, m, None);
+    let all = ways(|late, seed| alone(&case, &case.blob, &x, m, seed).large(Some(2), late));
+    Wanted { dtype, all: all.into_iter().map(|large| (large, want.clone())).collect(), exact: true }
+}
+
+fn alone<'a>(case: &'a Case, blob: &'a [u8], x: &'a [u8], m: usize, seed: u64) -> Linear<'a> {
+    Linear {
+        dtype: case.dtype,
+        shape: case.shape,
+        base: &case.base,
+        x,
+        m,
+        arena: blob,
+        slots: None,
+        tenant_of_row: None,
+        biases: None,
+        rows: 16,
+        seed,
+    }
+}
+
+/// Deltas that contradict themselves, each of which must be reported and give NaN.
+fn of_contradictions(rng: &mut Rng) -> Vec<Large> {
+    let dtype = Dtype::BF16;
+    let offset = |blob: &[u8], at: usize| u64::from_le_bytes(blob[at..at + 8].try_into().unwrap()) as usize;
+    let mut all = vec![];
+    // A step ends beyond the last column, and with it.
+    for k in [200, 192] {
+        let shape = Shape { n: 64, k };
+        let base = rng.weights(dtype, shape.n * k);
+        let far = perturbed(rng, dtype, &base, 0.05);
+        let near = nudged(rng, 2, &base, 4, 0);
+        let near = rng.mix(dtype, &near, &far, 0.05);
+        let x = rng.weights(dtype, k);
+        let entries = Case::new(dtype, shape, Encoding::Sparse, &base, &far);
+        let streams = Case::new(dtype, shape, Encoding::Exponent, &base, &near);
+        let mut beyond = entries.blob.clone();
+        // The first gap of a row of the last tile: all its entries move on, the last ones out of the matrix.
+        let directory = offset(&beyond, 64);
+        let records = u32::from_le_bytes(beyond[directory + 12..directory + 16].try_into().unwrap()) as usize;
+        let at = offset(&beyond, 72) + records * 16 * 3;
+        beyond[at] += 60;
+        let mut disordered = streams.blob.clone();
+        let at = offset(&disordered, 88);
+        (0..2).for_each(|i| disordered.swap(at + i, at + 2 + i));
+        let mut left_over = streams.blob.clone();
+        left_over[128..160].iter_mut().for_each(|w| *w -= u8::from(*w > 1));
+        for (blob, case) in [(beyond, &entries), (disordered, &streams), (left_over, &streams)] {
+            all.extend([0, 1, 2].map(|seed| alone(case, &blob, &x, 1, seed).large(None, true)));
+        }
+    }
+    all
+}
+
+fn check(device: &Device, wanted: &[Wanted], contradictions: &[Large]) -> Result<(), String> {
+    for Wanted { dtype, all, exact } in wanted {
+        let launches: Vec<_> = all.iter().map(|(large, _)| large.clone()).collect();
+        for (after, (_, want)) in run_large(device, &launches)?.iter().zip(all) {
+            if status(after, LINEAR_STATUS) != 0 {
+                return Err("a status".into());
+            }
+            let got = &after[LINEAR_OUT].bytes;
+            let wrong = if *exact {
+                first_difference(*dtype, got, want)
+            } else {
+                let class = |v: f64| (v.is_nan(), v.abs() > 3.4e38, v.abs() > 3.4e38 && v < 0.0);
+                let differs = values(*dtype, got).iter().zip(want).position(|(g, w)| class(*g) != class(*w));
+                differs.map(|i| format!("output {i}"))
+            };
+            if let Some(wrong) = wrong {
+                return Err(wrong);
+            }
+        }
+    }
+    for (i, after) in run_large(device, contradictions)?.iter().enumerate() {
+        let nan = after[LINEAR_OUT].bytes[2 * 48..].iter().all(|b| *b == 0xFF);
+        if status(after, LINEAR_STATUS) >> 24 != 1 || !nan {
+            return Err(format!("contradiction {i} not reported, or no NaN"));
+        }
+    }
+    Ok(())
+}
+
+const LIST: &str = "#include \"linear_large.cu\"\n#include \"linear_segments.cu\"\n\
+    #define XORZ_KERNELS(X) X(xorz_linear_large_bf16) X(xorz_linear_segments_bf16)\n";
+const FUSED_LIST: &str = "#include \"linear_large.cu\"\n#include \"linear_segments.cu\"\n\
+    #define XORZ_KERNELS(X) X(xorz_linear_large_f32) X(xorz_linear_segments_f32)\n";
+
+fn caught_by_results(mutants: &[Mutant]) {
+    let (mut rng, dtype) = (Rng::new(162), Dtype::BF16);
+    let wanted = [
+        of_overflows(dtype),
+        // More rows than a tile has.
+        of_pairs(&mut rng, dtype, 0.4, 129),
+        of_pairs(&mut rng, dtype, 0.03, 3),
+        of_fleet(&mut rng, dtype, (70, 300, 25), 0.0),
+        of_fleet(&mut rng, dtype, (17, 320, 14), 0.002),
+    ];
+    let contradictions = of_contradictions(&mut rng);
+    all_caught(mutants, LIST, &[], |device| check(device, &wanted, &contradictions));
+}
+
+#[test]
+fn mutants_of_stages_and_sums_are_caught() {
+    caught_by_results(&[&STAGES[..], &SUMS].concat());
+}
+
+#[test]
+fn mutants_of_entries_and_exceptions_are_caught() {
+    caught_by_results(&[&ENTRIES[..], &EXCEPTIONS].concat());
+}
+
+#[test]
+fn mutants_of_streams_and_of_the_rest_are_caught() {
+    caught_by_results(&[&STREAMS[..], &REST].concat());
+}
+
+#[test]
+fn mutants_of_f32_are_caught() {
+    let mut rng = Rng::new(163);
+    let wanted = [of_fleet(&mut rng, Dtype::F32, (33, 100, 13), 0.0)];
+    all_caught(&FUSED, FUSED_LIST, &[], |device| check(device, &wanted, &[]));
+}
+
+#[test]
+fn races_that_the_order_of_threads_hides_are_caught() {
+    let mut rng = Rng::new(164);
+    let dtype = Dtype::BF16;
+    let special = of_fleet(&mut rng, dtype, (130, 296, 13), 0.01);
+    let pairs = of_pairs(&mut rng, dtype, 0.4, 129);
+    let launches: Vec<_> =
+        special.all.iter().chain(pairs.all.iter().take(1)).map(|(large, _)| large.clone()).collect();
+    all_caught(&RACES, LIST, &[TSAN], |device| run_large(device, &launches).map(drop));
+}

@@ -1,0 +1,27 @@
+//! The CUDA kernels and their host side, on machines without a GPU: the kernels' source compiled for the host, and a
+//! double of libcuda that runs it.
+
+#[path = "../common"]
+#[allow(missing_docs, reason = "public only to the tests of this binary")]
+pub mod common {
+    pub mod alone;
+    pub mod data;
+    pub mod device;
+    pub mod gpu;
+    pub mod kernels;
+    pub mod linear;
+    pub mod lookups;
+    pub mod mutants;
+}
+
+mod budget;
+mod bytes;
+mod embedding;
+mod hostile;
+mod kernels;
+mod large;
+mod large_mutants;
+mod launch;
+mod mutants;
+mod plan;
+mod refusals;

@@ -1,0 +1,251 @@
+//! Promise: the checks of `cuda_kernels` notice what goes wrong in kernels: a barrier removed, a lane swapped, a threshold
+//! or an index off by one, a buffer reused too early. Each mutant is compiled and must be caught.
+
+use crate::common::data::{Rng, adversarial, perturbed, word};
+use crate::common::device::{Device, Launch, TSAN};
+use crate::common::kernels::{Fleet, LINEAR_OUT, assert_streams, maps, nudged, on_tiles, restore};
+use crate::common::linear::{Case, first_difference, integers, values};
+use crate::common::mutants::{Mutant, all_caught};
+use xorz::codec::Encoding;
+use xorz::matrix::{Dtype, Shape};
+
+const DTYPE: Dtype = Dtype::BF16;
+
+const RESTORE: [Mutant; 12] = [
+    ("gaps summed without a barrier", "restore.cu", "gap_sum(records", "  block_sync();\n", ""),
+    (
+        "exceptions without a barrier",
+        "restore.cu",
+        "if (!sound) shared.corrupt = 1;",
+        "  block_sync();\n",
+        "",
+    ),
+    ("a run begins one run late", "restore.cu", "uint32_t column = 0;", "before < i", "before <= i"),
+    ("a column's second entry taken twice", "words.cuh", "patch_run(", "if (same && !open) continue;", ""),
+    (
+        "a run ends before its column",
+        "words.cuh",
+        "patch_run(",
+        "if (j >= run.to && !open) break;",
+        "if (j >= run.to) break;",
+    ),
+    (
+        "the first exception passed over",
+        "words.cuh",
+        "patch_exceptions(",
+        "span.from + i;",
+        "span.from + i + 1;",
+    ),
+    ("staged words without a barrier", "restore.cu", "chunk.put(", "      warp_sync();\n", ""),
+    ("a refill one bit early", "exponent.cuh", "W step(", "held_ < w", "held_ <= w"),
+    ("units of the lane above", "exponent.cuh", "W step(", "(1u << lane_) - 1", "(2u << lane_) - 1"),
+    ("never the next window", "exponent.cuh", "W step(", "mine < kStreamLanes ? first : second", "first"),
+    (
+        "a window fetched twice",
+        "exponent.cuh",
+        "W step(",
+        "(kWindows - 1) * kStreamLanes",
+        "(kWindows - 2) * kStreamLanes",
+    ),
+    ("an offset one bit wide", "exponent.cuh", "if (takes) {", "Bits(1) << (w - 1)", "Bits(1) << w"),
+];
+
+const LINEAR: [Mutant; 16] = [
+    ("halves added without a barrier", "product.cuh", "half == 1 && lane", "  block_sync();\n", ""),
+    ("a lane left out of the butterfly", "product.cuh", "add_product(", "other = 16;", "other = 8;"),
+    ("a column too many", "product.cuh", "load_columns(", "c + i < k", "c + i <= k"),
+    ("rows of W swapped", "product.cuh", "block_sync();", "total[r0 + r]", "total[r0 + (r ^ 1)]"),
+    ("gaps summed without a barrier", "entries.cuh", "gap_sum(records", "        block_sync();\n", ""),
+    ("gap sums overwritten", "entries.cuh", "add_entries(", "parity ^= 1", "parity ^= 0"),
+    (
+        "x staged over x in use",
+        "entries.cuh",
+        "add_entries(",
+        "      block_sync();\n      stage_rows",
+        "      stage_rows",
+    ),
+    (
+        "a run's neighbour's sums",
+        "entries.cuh",
+        "add_entries(",
+        "half_warp - segment.run;",
+        "half_warp - segment.run + 1;",
+    ),
+    ("rows staged without a barrier", "streams.cuh", "loads.put(", "        block_sync();\n", ""),
+    ("one buffer for two rows", "streams.cuh", "add_streams(", "staged.row[r % 2]", "staged.row[0]"),
+    (
+        "rows above the panel counted",
+        "streams.cuh",
+        "add_streams(",
+        "if (r >= above && here)",
+        "if (here && r % 2 == 0)",
+    ),
+    (
+        "an exception passed over",
+        "streams.cuh",
+        "bool step(",
+        "next_ < position + 32",
+        "next_ < position + 31",
+    ),
+    ("the window of exceptions", "streams.cuh", "bool step(", "++used_ == 32", "++used_ == 31"),
+    ("no decode path", "linear_small.cu", "const bool refused", "finite(value)", "true"),
+    (
+        "decode path without exceptions",
+        "wide.cuh",
+        "fetch_row(",
+        "    override_row(v, tile, r, cols, words);\n",
+        "",
+    ),
+    ("the base's bias", "batch.cuh", "bias_row(", "slot < 0 ? p.slot_count", "slot < 0 ? 0"),
+];
+
+/// Caught by the thread sanitizer, whatever the order of threads.
+const RESTORE_RACES: [Mutant; 2] = [
+    (
+        "staged over what is being stored",
+        "restore.cu",
+        "store(to + i, stage[i]);",
+        "      warp_sync();\n",
+        "",
+    ),
+    ("a tile's last barrier", "restore.cu", "shared.corrupt) {", "  block_sync();\n}", "}"),
+];
+const LINEAR_RACES: [Mutant; 2] = [
+    (
+        "a tile's rows over the last one's",
+        "streams.cuh",
+        "The next tile's first row",
+        "      block_sync();\n",
+        "",
+    ),
+    ("sums of the decode path", "wide.cuh", "wide.sum[j] += ", "          block_sync();\n", ""),
+];
+
+fn restores(device: &Device) -> Result<(), String> {
+    let mut rng = Rng::new(61);
+    let mut launches: Vec<Launch> = vec![];
+    let mut wants = vec![];
+    for (n, k) in [(19, 700), (40, 64), (3, 4200)] {
+        let shape = Shape { n, k };
+        let base = rng.weights(DTYPE, n * k);
+        // Many words that take two entries, and exceptions.
+        let near = perturbed(&mut rng, DTYPE, &base, 0.3);
+        let far: Vec<u8> = (0..n * k).flat_map(|_| word(DTYPE, rng.normal())).collect();
+        let odd = adversarial(&mut rng, DTYPE, n * k);
+        let near = rng.mix(DTYPE, &near, &far, 0.1);
+        let fine_tuned = rng.mix(DTYPE, &near, &odd, 0.01);
+        let steps = nudged(&mut rng, 2, &base, 5, 0);
+        let steps = rng.mix(DTYPE, &steps, &odd, 0.01);
+        for (encoding, fine_tuned) in [(Encoding::Sparse, &fine_tuned), (Encoding::Exponent, &steps)] {
+            let case = Case::new(DTYPE, shape, encoding, &base, fine_tuned);
+            assert_streams(&case.blob);
+            for seed in 0..4 {
+                for apply in [false, true] {
+                    launches.push(restore(apply, (2, shape), 2, &base, &case.blob, 2, seed));
+                    wants.push((usize::from(!apply), case.fine_tuned.clone()));
+                }
+            }
+        }
+    }
+    let after = device.run(&launches)?;
+    for (after, (out, want)) in after.iter().zip(wants) {
+        if after[out].bytes != want {
+            return Err("other words".into());
+        }
+    }
+    Ok(())
+}
+
+fn products(device: &Device) -> Result<(), String> {
+    let mut rng = Rng::new(62);
+    for (n, k, odd) in [(33, 290, 0.002), (35, 1030, 0.0), (18, 4360, 0.0)] {
+        let shape = Shape { n, k };
+        let words = |r: &mut Rng, words: usize| {
+            let plain = integers(r, DTYPE, words, 6);
+            let special = adversarial(r, DTYPE, words);
+            r.mix(DTYPE, &plain, &special, odd)
+        };
+        let mut fleet = Fleet::new(&mut rng, DTYPE, shape, words, 0.1);
+        // A tenant whose exponent tiles hold more than 32 exceptions each.
+        let many: Vec<u8> =
+            (0..n * k).flat_map(|i| word(DTYPE, if i % 40 == 7 { 256.0 } else { 1.0 })).collect();
+        if odd == 0.0 {
+            let case = Case::new(DTYPE, shape, Encoding::Exponent, &fleet.cases[0].base, &many);
+            let blob = on_tiles(&case, 16, 512);
+            fleet.slots[10] = [fleet.arena.len() as i64, blob.len() as i64];
+            fleet.arena.extend_from_slice(&blob);
+            fleet.cases[10] = case;
+        }
+        let m = 16;
+        let x = integers(&mut rng, DTYPE, m * k, 2);
+        let maps = maps(&mut rng, m);
+        let seeds = if k == 1030 { 0..3 } else { 1..2 };
+        for seed in seeds {
+            let launches: Vec<_> = maps.iter().map(|map| fleet.launch(&x, map, 16, seed)).collect();
+            for (after, map) in device.run(&launches)?.iter().zip(&maps) {
+                let (got, want) = (&after[LINEAR_OUT].bytes, fleet.reference(&x, map));
+                let wrong = if odd == 0.0 {
+                    first_difference(DTYPE, got, &want)
+                } else {
+                    let got = values(DTYPE, got);
+                    let class = |v: f64| {
+                        (
+                            v.is_nan(),
+                            !v.is_nan() && v.abs() > 3.4e38,
+                            v.is_sign_negative() && v.abs() > 3.4e38,
+                        )
+                    };
+                    got.iter()
+                        .zip(&want)
+                        .position(|(g, w)| class(*g) != class(*w))
+                        .map(|i| format!("output {i}"))
+                };
+                if let Some(wrong) = wrong {
+                    return Err(wrong);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+const RESTORE_LIST: &str =
+    "#include \"restore.cu\"\n#define XORZ_KERNELS(X) X(xorz_delta_restore_16) X(xorz_delta_apply_16)\n";
+const LINEAR_LIST: &str =
+    "#include \"linear_small.cu\"\n#define XORZ_KERNELS(X) X(xorz_linear_small_bf16_m16)\n";
+
+#[test]
+fn mutants_of_restore_are_caught() {
+    all_caught(&RESTORE, RESTORE_LIST, &[], restores);
+}
+
+#[test]
+fn mutants_of_products_are_caught() {
+    all_caught(&LINEAR, LINEAR_LIST, &[], products);
+}
+
+#[test]
+fn races_that_the_order_of_threads_hides_are_caught() {
+    // One launch of each: a race is found without waiting for an order that shows it.
+    let mut rng = Rng::new(63);
+    let shape = Shape { n: 40, k: 1100 };
+    let base = rng.weights(DTYPE, 44000);
+    let near = nudged(&mut rng, 2, &base, 5, 0);
+    let odd = adversarial(&mut rng, DTYPE, 44000);
+    let near = rng.mix(DTYPE, &near, &odd, 0.01);
+    let cases = [Encoding::Sparse, Encoding::Exponent].map(|e| Case::new(DTYPE, shape, e, &base, &near));
+    let restores: Vec<_> =
+        cases.iter().map(|c| restore(false, (2, shape), 2, &base, &c.blob, 1, 1)).collect();
+    all_caught(&RESTORE_RACES, RESTORE_LIST, &[TSAN], |device| device.run(&restores).map(drop));
+    let special = |r: &mut Rng, words: usize| {
+        let plain = integers(r, DTYPE, words, 6);
+        let odd = adversarial(r, DTYPE, words);
+        r.mix(DTYPE, &plain, &odd, 0.001)
+    };
+    let fleet = Fleet::new(&mut rng, DTYPE, Shape { n: 19, k: 2100 }, special, 0.1);
+    let mut x = integers(&mut rng, DTYPE, 8 * 2100, 2);
+    // Every row takes the decode path.
+    x.chunks_mut(2 * 2100).for_each(|x| x[..2].copy_from_slice(&word(DTYPE, f64::INFINITY)));
+    let launches = [fleet.launch(&x, &[7, 8, 3, 3, 8, 7, 0, 8], 16, 1)];
+    all_caught(&LINEAR_RACES, LINEAR_LIST, &[TSAN], |device| device.run(&launches).map(drop));
+}

@@ -1,0 +1,14 @@
+//! The `xorz` command where the world is against it: killed, out of disk or memory, refused, its input changed under it.
+//! Each run is a process, whose limits are its own.
+
+#[path = "../common"]
+#[allow(missing_docs, reason = "public only to the tests of this binary")]
+pub mod common {
+    pub mod data;
+    pub mod disk;
+}
+
+mod input;
+mod kill;
+mod memory_bound;
+mod system;

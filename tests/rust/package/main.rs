@@ -1,0 +1,22 @@
+//! Packages and the `xorz` command: what goes in comes out, of files and of folders; broken ones; what users are told.
+
+#[path = "../common"]
+#[allow(missing_docs, reason = "public only to the tests of this binary")]
+pub mod common {
+    pub mod counting;
+    pub mod data;
+    pub mod disk;
+    pub mod forge;
+}
+
+mod checkpoint_golden;
+mod checkpoint_hostile;
+mod checkpoint_roundtrip;
+mod cli;
+mod digest_cache;
+mod estimate;
+mod golden;
+mod hostile;
+mod messages;
+mod page;
+mod roundtrip;
