@@ -17,6 +17,7 @@ use super::dot::{Ahead, Rows, Split, Strides, dot_block};
 use crate::codec::word::Word;
 use crate::codec::{Exceptions, ExponentTile, Grid, Rect, outside};
 use crate::error::{Error, Result};
+use crate::matrix::Dtype;
 use crate::vector::float::{Float, padded};
 use crate::vector::lanes::{Decoder, MICRO};
 use crate::vector::simd::{GROUP, Kernel, LANES, Simd};
@@ -64,6 +65,45 @@ impl<'a, D: Float> Stream<'a, D> {
             self.next += 1;
         }
         Ok(())
+    }
+
+    /// Multiply words of a row as they are decoded, as far as the instance does so: up to four rows of x, in the order of
+    /// the other way, bit for bit. Gives how many words.
+    fn dots<S: Simd>(
+        &mut self,
+        s: S,
+        row: &[u8],
+        (x, groups): (&[Split], usize),
+        partial: &mut [[f32; LANES]],
+    ) -> usize {
+        // Only f32 words lie in their split order; and overriding words would have to be multiplied instead.
+        if D::DTYPE != Dtype::F32 || !self.exceptions.is_empty() {
+            return 0;
+        }
+        match partial.len() {
+            1 => self.some_dots::<S, 1>(s, row, x, groups, partial),
+            2 => self.some_dots::<S, 2>(s, row, x, groups, partial),
+            3 => self.some_dots::<S, 3>(s, row, x, groups, partial),
+            4 => self.some_dots::<S, 4>(s, row, x, groups, partial),
+            _ => 0,
+        }
+    }
+
+    fn some_dots<S: Simd, const M: usize>(
+        &mut self,
+        s: S,
+        row: &[u8],
+        x: &[Split],
+        groups: usize,
+        partial: &mut [[f32; LANES]],
+    ) -> usize {
+        let x = std::array::from_fn(|j| &x[j * groups..(j + 1) * groups]);
+        let mut acc = std::array::from_fn(|_| s.splat(0.0));
+        let done = self.decoder.dots::<S, M>(s, row, x, &mut acc);
+        if done > 0 {
+            acc.iter().zip(partial).for_each(|(acc, partial)| s.store(*acc, partial));
+        }
+        done
     }
 
     /// After the last word.
@@ -124,7 +164,8 @@ pub(super) fn product<S: Simd, D: Float>(
     for r in 0..rect.rows() {
         let row = base.row(r);
         partial[..m].fill([0.0; LANES]);
-        for c in (0..rect.cols()).step_by(MICRO) {
+        let fused = stream.dots(s, row, (x, groups), &mut partial[..m]);
+        for c in (fused..rect.cols()).step_by(MICRO) {
             let words = &mut words[..MICRO.min(rect.cols() - c)];
             let next = if c + MICRO < rect.cols() { c + MICRO } else { base.stride / D::BYTES };
             for line in (0..MICRO * D::BYTES).step_by(LINE) {

@@ -130,6 +130,22 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         self.lanes32(lanes, code, units, words)
     }
 
+    /// Decode steps of `exponent` on the 32-bit words of `base`, whole ones whose units are surely there, and multiply them as
+    /// f32 with `M` rows of x: `acc[j]` takes the first sixteen products of a step, then the other sixteen, by FMA. Gives how
+    /// far it came; nothing is done where the instance has no registers for it.
+    #[inline(always)]
+    fn decode_dots32<const M: usize>(
+        self,
+        _lanes: &mut Bits<u32>,
+        _code: Code<'_>,
+        _units: &[u8],
+        _base: &[u8],
+        _x: [&[[f32; GROUP]]; M],
+        _acc: &mut [Self::F; M],
+    ) -> Progress {
+        Progress { words: 0, bytes: 0 }
+    }
+
     /// Whether the machine has a bf16 dot product.
     const BF16_DOT: bool = false;
 

@@ -4,10 +4,11 @@
 use super::avx2::Avx2;
 use super::avx512::Avx512;
 use super::lanes512::{self, From};
+use super::lanes512_wide;
 use crate::vector::bf16dot::Bf16Task;
 use crate::vector::lanes::{Bits, Code, Progress};
 use crate::vector::packer::Packer;
-use crate::vector::simd::{Kernel, LANES, Simd};
+use crate::vector::simd::{GROUP, Kernel, LANES, Simd};
 use std::arch::x86_64::{__m512, __m512i};
 
 /// Proof that the machine has VBMI2 and all that [`Avx512`] asks (Ice Lake, Zen 4 and newer).
@@ -114,7 +115,7 @@ macro_rules! instance {
 
             #[inline(always)]
             fn lanes32(self, lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
-                lanes512::words32(self.into(), lanes, code, units, From::There, words)
+                lanes512_wide::words32(self.into(), lanes, code, units, From::There, words)
             }
 
             #[inline(always)]
@@ -126,7 +127,20 @@ macro_rules! instance {
                 base: &[u8],
                 words: &mut [u32],
             ) -> Progress {
-                lanes512::words32(self.into(), lanes, code, units, From::Base(base), words)
+                lanes512_wide::words32(self.into(), lanes, code, units, From::Base(base), words)
+            }
+
+            #[inline(always)]
+            fn decode_dots32<const M: usize>(
+                self,
+                lanes: &mut Bits<u32>,
+                code: Code<'_>,
+                units: &[u8],
+                base: &[u8],
+                x: [&[[f32; GROUP]]; M],
+                acc: &mut [__m512; M],
+            ) -> Progress {
+                lanes512_wide::decode_dots32(self.into(), lanes, code, units, base, x, acc)
             }
 
             fn packer(self) -> Option<impl Packer> {

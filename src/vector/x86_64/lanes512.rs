@@ -1,4 +1,4 @@
-//! The bit streams of `exponent` with AVX-512 VBMI2: see `vector::lanes` for what they are and `portable` there for their
+//! The bit streams of `exponent` on 16-bit words with AVX-512 VBMI2: see `vector::lanes` for what they are and `portable` there for their
 //! meaning. A step of 32 words has no branch and no table in memory: `vpexpand` hands out the units in the order of the
 //! lanes, and `vpshldv` joins what a lane holds to its unit. Must not check what `vector::lanes` checks.
 //!
@@ -113,7 +113,7 @@ impl Lanes16 {
 /// 64 bytes of plain data.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn words<T: bytemuck::Pod, const N: usize>(from: &[T; N]) -> __m512i {
+pub(super) fn words<T: bytemuck::Pod, const N: usize>(from: &[T; N]) -> __m512i {
     const { assert!(size_of::<[T; N]>() >= 64) };
     // SAFETY: the array holds at least 64 bytes of plain data, the load asks no alignment.
     unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
@@ -121,7 +121,7 @@ fn words<T: bytemuck::Pod, const N: usize>(from: &[T; N]) -> __m512i {
 
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn store<T: bytemuck::Pod, const N: usize>(v: __m512i, to: &mut [T; N]) {
+pub(super) fn store<T: bytemuck::Pod, const N: usize>(v: __m512i, to: &mut [T; N]) {
     const { assert!(size_of::<[T; N]>() >= 64) };
     // SAFETY: the array takes at least 64 bytes, any bytes are a T, the store asks no alignment.
     unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) }
@@ -138,7 +138,7 @@ pub(super) enum From<'a> {
 
 impl From<'_> {
     /// The first word's address, if words go to `to`.
-    fn address<W>(self, to: &[W]) -> *const u8 {
+    pub(super) fn address<W>(self, to: &[W]) -> *const u8 {
         match self {
             From::There => to.as_ptr().cast(),
             From::Base(base) => {
@@ -222,140 +222,4 @@ pub(super) unsafe fn apart(from: *const u8) -> __m512i {
         );
     }
     to
-}
-
-/// What a tile's widths say of 32-bit words: the width by class, sixteen classes a vector.
-#[derive(Clone, Copy)]
-struct Table32 {
-    widths: [__m512i; 2],
-    shift: __m128i,
-}
-
-/// 32 lanes of 32 bits, sixteen a vector; kept as [`Lanes16`] are.
-#[derive(Clone, Copy)]
-struct Lanes32 {
-    last: [__m512i; 2],
-    held: [__m512i; 2],
-}
-
-impl Lanes32 {
-    #[target_feature(enable = "avx512f")]
-    #[inline]
-    fn load(lanes: &Bits<u32>) -> Self {
-        let halves = |v: &[u32; STEP]| {
-            let (v, _) = v.as_chunks::<16>();
-            [words(&v[0]), words(&v[1])]
-        };
-        let (bits, held) = (halves(&lanes.bits), halves(&lanes.held));
-        let up = |i: usize| _mm512_sllv_epi32(bits[i], _mm512_sub_epi32(_mm512_set1_epi32(32), held[i]));
-        Self { last: [up(0), up(1)], held }
-    }
-
-    #[target_feature(enable = "avx512f")]
-    #[inline]
-    fn save(&self, lanes: &mut Bits<u32>) {
-        let (bits, _) = lanes.bits.as_chunks_mut::<16>();
-        let (held, _) = lanes.held.as_chunks_mut::<16>();
-        for i in 0..2 {
-            let down = _mm512_sub_epi32(_mm512_set1_epi32(32), self.held[i]);
-            store(_mm512_srlv_epi32(self.last[i], down), &mut bits[i]);
-            store(self.held[i], &mut held[i]);
-        }
-    }
-
-    /// Sixteen lanes of a step: as [`Lanes16::step`].
-    #[target_feature(enable = "avx512f,avx512vbmi2,popcnt")]
-    #[inline]
-    fn half<const WHOLE: bool>(
-        &mut self,
-        i: usize,
-        t: &Table32,
-        base: __m512i,
-        there: __mmask16,
-        units: __m512i,
-    ) -> (__m512i, usize) {
-        let class = _mm512_srl_epi32(base, t.shift);
-        let mut w = _mm512_permutex2var_epi32(t.widths[0], class, t.widths[1]);
-        if !WHOLE {
-            w = _mm512_maskz_mov_epi32(there, w);
-        }
-        let (last, held) = (self.last[i], self.held[i]);
-        let takes = _mm512_cmplt_epu32_mask(held, w);
-        let next = _mm512_mask_blend_epi32(takes, last, _mm512_maskz_expand_epi32(takes, units));
-        let value = _mm512_shldv_epi32(next, last, held);
-        self.last[i] = next;
-        self.held[i] = _mm512_and_si512(_mm512_sub_epi32(held, w), _mm512_set1_epi32(31));
-        // All ones shifted down by 32 - w are the mask; of it and its half, the difference is half of the range.
-        let mask = _mm512_srlv_epi32(_mm512_set1_epi32(-1), _mm512_sub_epi32(_mm512_set1_epi32(32), w));
-        let half = _mm512_sub_epi32(mask, _mm512_srli_epi32::<1>(mask));
-        let word = _mm512_add_epi32(_mm512_sub_epi32(base, half), _mm512_and_si512(value, mask));
-        (word, takes.count_ones() as usize)
-    }
-}
-
-/// [`crate::vector::lanes::Lane::steps`] of 32-bit words.
-pub(super) fn words32(
-    _: Avx512Vbmi2,
-    lanes: &mut Bits<u32>,
-    code: Code<'_>,
-    units: &[u8],
-    from: From<'_>,
-    words: &mut [u32],
-) -> Progress {
-    // SAFETY: the token proves AVX-512 F, BW, VBMI2 and POPCNT.
-    unsafe { inner32(lanes, code, units, from, words) }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
-fn inner32(lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], from: From<'_>, to: &mut [u32]) -> Progress {
-    let base = from.address(to);
-    let table: [u32; CLASSES] = std::array::from_fn(|class| u32::from(code.widths[class]));
-    let (halves, _) = table.as_chunks::<16>();
-    let shift = _mm_cvtsi32_si128(code.shift as i32);
-    let table = Table32 { widths: [words(&halves[0]), words(&halves[1])], shift };
-    let mut now = Lanes32::load(lanes);
-    let (whole, rest) = (to.len() / STEP, to.len() % STEP);
-    let (mut step, mut at) = (0, 0);
-    loop {
-        let sure = ((units.len() - at) / 128).min(whole - step);
-        if sure == 0 {
-            break;
-        }
-        for _ in 0..sure {
-            for i in 0..2 {
-                // SAFETY: whole steps lie within `to` and the base's words; `sure` steps of at most 128 bytes each lie
-                // within `units` from where they begin, half of them for each half.
-                unsafe {
-                    let word = _mm512_loadu_si512(base.add(128 * step + 64 * i).cast());
-                    let from = apart(units.as_ptr().add(at));
-                    let (word, taken) = now.half::<true>(i, &table, word, 0, from);
-                    _mm512_storeu_si512(to.as_mut_ptr().add(STEP * step + 16 * i).cast(), word);
-                    at += 4 * taken;
-                }
-            }
-            step += 1;
-        }
-    }
-    let mut done = Progress { words: STEP * step, bytes: at };
-    let last = units.get(at..).and_then(|u| u.first_chunk::<128>());
-    if let Some(last) = last.filter(|_| step == whole && rest > 0) {
-        let mut taken = 0;
-        for i in 0..2 {
-            let words = rest.saturating_sub(16 * i).min(16) as u32;
-            let there = ((1u32 << words) - 1) as __mmask16;
-            // SAFETY: only the lanes of `there` are read and written, and those words follow the whole steps; the first
-            // half takes at most sixteen units of the 32, so the 64 bytes from there on are within the 128.
-            taken += unsafe {
-                let from = _mm512_loadu_si512(last.as_ptr().add(4 * taken).cast());
-                let base = _mm512_maskz_loadu_epi32(there, base.wrapping_add(128 * step + 64 * i).cast());
-                let (word, taken) = now.half::<false>(i, &table, base, there, from);
-                let to = to.as_mut_ptr().wrapping_add(STEP * step + 16 * i);
-                _mm512_mask_storeu_epi32(to.cast(), there, word);
-                taken
-            };
-        }
-        done = Progress { words: to.len(), bytes: at + 4 * taken };
-    }
-    now.save(lanes);
-    done
 }

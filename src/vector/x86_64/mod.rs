@@ -8,6 +8,7 @@ mod bf16dot;
 mod differ;
 mod lanes;
 mod lanes512;
+mod lanes512_wide;
 mod pack;
 mod right;
 mod streams512;
