@@ -4,7 +4,7 @@
 //! `mode = "fast"`: a tile is restored into scratch as f32, then multiplied with every row of x of that tenant. Either
 //! way an output that is not finite is computed again from the fine-tuned words themselves, in f64 (see `wide`).
 //!
-//! **Longest chain of roundings** of one output (D of DESIGN section 5): small m: `4096 / 16 + 4` for a base product,
+//! **Longest chain of roundings** of one output (D of docs/numerics.md): small m: `4096 / 16 + 4` for a base product,
 //! one per 4096 columns of the base, one per record of its lane (two bytes of gap or one, padding adds none), one for the
 //! bias; for `exponent` and `raw` the columns of their own tiles count. Large m: `1024 / 16 + 4` for a block of 1024
 //! columns, one per block, one for the bias.

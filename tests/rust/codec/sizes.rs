@@ -106,7 +106,7 @@ fn memory_stays_near_the_designs_table_on_real_pairs() {
         println!("SKIPPED: no pairs at {}", dir.display());
         return;
     }
-    // Base, fine-tune, cast to bf16, bits per element of DESIGN section 4's last column.
+    // Base, fine-tune, cast to bf16, bits per element that the layout was designed for.
     let table = [
         ("smol135m_bf16", "ft_sft_lr1e-05", false, 0.120),
         ("lm_bf16", "ft_sft_lr1e-06", false, 0.077),

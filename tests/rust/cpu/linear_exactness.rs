@@ -1,4 +1,4 @@
-//! The promises of `delta_linear` and `delta_linear_grad_input` about their numbers (DESIGN section 5, items 2 and 3),
+//! The promises of `delta_linear` and `delta_linear_grad_input` about their numbers (docs/numerics.md),
 //! over encodings, dtypes and instruction sets; and mutants, which the comparisons used here must catch.
 
 use crate::common::data::{Rng, adversarial, matrix, perturbed, value, word};
@@ -53,6 +53,38 @@ fn one_hot_x_gives_the_fine_tuned_column_exactly() {
                         let want = value(dtype, &case.fine_tuned[r * row + (from + j) * 2..][..2]);
                         assert!(got == want, "{isa:?} {} m {m} {mode:?}: {got} {want}", case.name());
                     }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn denormal_words_cost_no_more_than_documented() {
+    let mut rng = Rng::new(12);
+    let shape = Shape { n: 21, k: 75 };
+    let denormal = |rng: &mut Rng| (rng.next() as u16 & 0x807F | 1).to_le_bytes();
+    let large = |rng: &mut Rng| word(Dtype::BF16, rng.normal() * 1e30);
+    each(|isa, dtype, encoding| {
+        if dtype != Dtype::BF16 {
+            return;
+        }
+        let words = shape.n * shape.k;
+        let base: Vec<u8> = (0..words).flat_map(|_| denormal(&mut rng)).collect();
+        let fine_tuned: Vec<u8> = base.chunks(2).flat_map(|w| [w[0] ^ 2, w[1]]).collect();
+        let case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
+        for m in [1, 2, 4, 9, 16, 40] {
+            let x: Vec<u8> = (0..m * shape.k).flat_map(|_| large(&mut rng)).collect();
+            let (exact, rows) = (case.reference(&x, m, None), values(dtype, &x));
+            let y = case.linear(isa, &x, m, None, Mode::Fast);
+            for (i, (got, want)) in values(dtype, &y).iter().zip(&exact).enumerate() {
+                let size: f64 = rows[i / shape.n * shape.k..][..shape.k].iter().map(|x| x.abs()).sum();
+                // Each weight counts as itself or, with the bf16 dot product, as zero; and the output is rounded.
+                let bound = (size + 1.0) * 2f64.powi(-126) + want.abs() / 128.0;
+                assert!((got - want).abs() <= bound, "{isa:?} {} m {m}: {got:e} {want:e}", case.name());
+                if isa != Isa::Avx512Bf16 {
+                    let slack = want.abs() / 128.0 + size * 2f64.powi(-126) * 1e-4;
+                    assert!((got - want).abs() <= slack, "{isa:?} {} m {m}: {got:e} {want:e}", case.name());
                 }
             }
         }

@@ -1,5 +1,5 @@
 //! Promise: the kernels of `cuda/`, run on the host from their own source, give back every word bit for bit, and products
-//! as DESIGN section 5 promises; under random orders of threads, in any mix of tenants.
+//! as docs/numerics.md promises; under random orders of threads, in any mix of tenants.
 
 use crate::common::data::{Rng, adversarial, perturbed, value, word};
 use crate::common::device::{After, Device, Launch, Param, root};
