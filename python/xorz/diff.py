@@ -226,12 +226,15 @@ def apply_(target: nn.Module | MutableMapping[str, Tensor], delta: StateDelta) -
 
     Raises:
         KeyError: a tensor is missing; ValueError: a tensor is another than the one that was diffed (both values are named),
-        has two new values, or has no place; TypeError: arguments of other types. `target` is untouched then.
+        has two new values, or has no place, or the module is attached to tenants; TypeError: arguments of other types.
+        `target` is untouched then.
     """
     if not isinstance(delta, StateDelta):
         raise TypeError(f"delta must be a StateDelta, but is {type(delta).__name__}")
-    tensors = _tensors("target", target)
     is_module = isinstance(target, nn.Module)
+    if is_module and any("_xorz" in module.__dict__ for module in target.modules()):
+        raise ValueError("target is attached to tenants, of whom it is the base; call tenants.detach() first")
+    tensors = _tensors("target", target)
     if not is_module and not isinstance(target, MutableMapping):
         raise TypeError(f"target must be a module or a dict, but is {type(target).__name__}")
     jobs = _jobs(tensors, delta)

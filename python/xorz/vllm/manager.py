@@ -23,8 +23,8 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-from ..arena import Arena
-from ..tenants import _address_space, _bytes
+from ..serve.arena import Arena
+from ..serve.tenants import _address_space, _bytes
 from .layers import Rows, Site, XorzConfig, XorzEmbeddingMethod, XorzLinearMethod, XorzRMSNorm
 from .packages import Checkpoint, Loader, Prepared, is_package, split_name
 from .plan import plan

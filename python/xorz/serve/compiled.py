@@ -5,13 +5,12 @@ Nothing of any tenant is traced: neither names nor counts nor addresses, so noth
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .sites import Site
+from . import forwards
+from .site import Site
 
 _modules: "weakref.WeakValueDictionary[int, nn.Module]" = weakref.WeakValueDictionary()
 _next = itertools.count()
@@ -24,7 +23,7 @@ def register(module: nn.Module) -> int:
     return number
 
 
-def _site(number: int) -> "tuple[nn.Module, Site]":
+def _site(number: int) -> tuple[nn.Module, Site]:
     module = _modules.get(number)
     site = None if module is None else module.__dict__.get("_xorz")
     if site is None:
@@ -41,7 +40,7 @@ _TAGS = (torch.Tag.nondeterministic_seeded,)
 @torch.library.custom_op("xorz_attached::call", mutates_args=(), tags=_TAGS)
 def _attached(input: Tensor, module: int, width: int) -> Tensor:
     found, site = _site(module)
-    out = site.call(found, input)
+    out = forwards.call(site, found, input)
     if out.shape[:-1] != (input.shape[:-1] if site.kind != "embedding" else input.shape):
         raise RuntimeError(
             f"xorz: {site.name} gives rows of shape {list(out.shape[:-1])} when compiled; run it without torch.compile"

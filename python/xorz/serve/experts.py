@@ -3,15 +3,11 @@
 The loop is that of transformers' own `forward` (its "eager" implementation), with the map of rows regrouped as the tokens are.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from .rows import RowMap
-
-if TYPE_CHECKING:
-    from .sites import Site
+from .site import Site
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 _PLAIN = {
@@ -38,7 +34,7 @@ def serves(module: nn.Module) -> bool:
 
 
 def forward(
-    site: "Site",
+    site: Site,
     module: nn.Module,
     rows: RowMap,
     hidden_states: Tensor,
@@ -47,7 +43,7 @@ def forward(
 ) -> Tensor:
     """[tokens, k] to [tokens, k], as the module's own `forward`."""
     slots = rows.rows(hidden_states.shape[:-1], True, site.name)
-    gate_up, down = (module._parameters[name].detach() for name in ("gate_up_proj", "down_proj"))
+    gate_up, down = (site.base[name] for name in ("gate_up_proj", "down_proj"))
     count = gate_up.size(0)
     out = torch.zeros_like(hidden_states)
     for expert in top_k_index.unique().tolist():

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .weight import Weight, plain
+
 F = nn.functional
 
 
@@ -111,27 +113,30 @@ def _shaped(mask: Tensor | None, heads: int, length: int, source: int) -> Tensor
 
 
 def _site(weight: Any) -> Any:
-    return getattr(weight, "_xorz", None)
+    """(site, its name of the tensor) if it is a tenant's."""
+    return weight.places[0] if isinstance(weight, Weight) and weight.changed() else None
 
 
 def _project(x: Tensor, weight: Any, bias: Any, part: int | None) -> Tensor:
     """x @ W^T + b where either may be a tenant's; `part` takes a third of the bias."""
     found = _site(weight)
     if found is None:
+        weight, bias = plain(weight), plain(bias)
         thirds = bias if bias is None or part is None else bias.chunk(3)[part]
         return F.linear(x, weight, thirds)
     # All parameters of one module are seen as a tenant's, or none is.
-    site, module, param, rows = found
-    table = None if bias is None else site.biases("in_proj_bias", module._parameters["in_proj_bias"])
+    site, param = found
+    rows = weight.rows()
+    table = None if bias is None else site.biases("in_proj_bias")
     if table is not None and part is not None:
         table = table.chunk(3, dim=1)[part]
     slots = rows.along(1).rows(x.shape[:-1], False, site.name)
-    return site.product(x, module._parameters[param].detach(), table, param, slots, rows.only)
+    return site.product(x, site.base[param], table, param, slots, rows.only)
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor, weight: Any, bias: Any) -> list[Tensor]:
     if _site(weight) is None:
-        return F._in_projection_packed(query, key, value, weight, bias)
+        return F._in_projection_packed(query, key, value, plain(weight), plain(bias))
     width = query.size(-1)
     whole = _project(query, weight, bias, None)
     if key is value and query is key:
@@ -142,12 +147,12 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, weight: Any, bias: Any) -
 
 
 def _plain(bias: Any, batch: int) -> Tensor:
-    if _site(bias) is None:
-        return bias.repeat(1, batch, 1)
-    site, module, param, rows = bias._xorz
-    base = module._parameters[param].detach()
-    slots = rows.along(1).rows((1, batch), False, site.name)
-    return torch.cat([site.value(param, slot, base) for slot in slots.tolist()], dim=1)
+    found = _site(bias)
+    if found is None:
+        return plain(bias).repeat(1, batch, 1)
+    site, param = found
+    slots = bias.rows().along(1).rows((1, batch), False, site.name)
+    return torch.cat([site.value(param, slot, site.base[param]) for slot in slots.tolist()], dim=1)
 
 
 def _attend(
@@ -183,9 +188,10 @@ def _attend(
 def _out(mixed: Tensor, weight: Any, bias: Any, length: int, batch: int) -> Tensor:
     found = _site(weight) or _site(bias)
     if found is None:
-        return F.linear(mixed, weight, bias).view(length, batch, -1)
-    site, module, _param, rows = found
+        return F.linear(mixed, plain(weight), plain(bias)).view(length, batch, -1)
+    site, _param = found
+    rows = site.owner.now()
     slots = rows.along(1).rows((length, batch), False, site.name)
-    table = site.biases("bias", module._parameters.get("bias"))
-    out = site.product(mixed, module._parameters["weight"].detach(), table, "weight", slots, rows.only)
+    table = site.biases("bias")
+    out = site.product(mixed, site.base["weight"], table, "weight", slots, rows.only)
     return out.view(length, batch, -1)

@@ -1,0 +1,142 @@
+"""`xorz.attach`: make a model serve the fine-tunes of its own weights, in place."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import experts, swap
+from .site import FLOATS, Site
+from .tenants import Tenants
+
+# Modules that flatten [batch, length, k] to [batch * length, k], batch first, for the modules inside of them.
+FLATTENING = frozenset(
+    {
+        "MixtralSparseMoeBlock",
+        "OPTDecoderLayer",
+        "OlmoeSparseMoeBlock",
+        "Qwen2MoeSparseMoeBlock",
+        "Qwen3MoeSparseMoeBlock",
+    }
+)
+
+Filter = Callable[[nn.Module, str], bool]
+
+
+def attach(
+    model: nn.Module,
+    filter_fn: Filter | None = None,
+    default: str | None = None,
+    *,
+    mode: str = "fast",
+    prefer: str | None = "speed",
+    budget: int | str | None = None,
+    flattening: Iterable[str] = (),
+    max_copies: int | str | None = None,
+) -> Tenants:
+    """Attach tenants to `model`: the same object serves its base and any number of loaded fine-tunes, row by row.
+
+    Parameters stay where they are, shared by all tenants, and no copy is made; names, `state_dict` and ties are as before.
+    Every module with parameters is attached: linear layers, embeddings, transformers' `Conv1D`, `nn.MultiheadAttention`
+    and expert stacks compute on base + delta; all others (norms, biases, convolutions) take small copies per tenant, or are
+    made dense for each call. Whoever reads a weight by another way than its module meets an object that holds no words of the
+    base; see `xorz.serve.weight`.
+
+    Args:
+        model: on the CPU, in float32, bfloat16 or float16 where it is to compute on deltas.
+        filter_fn: `filter_fn(module, name)`; modules for which it is false are left alone. A fine-tune that changes them
+            is refused when it is loaded.
+        default: "base" computes with the base where no tenant is active; None raises there.
+        mode: of every product; see `delta_linear`. "deterministic": a row's bits never depend on the others.
+        prefer: "speed" or "memory", what deltas are re-encoded for when loaded; None takes what the package holds.
+        budget: most bytes for all tenants, as a number or such as "8 GiB"; the least recently used that came from a
+            file make room. None: no limit.
+        max_copies: most bytes of small dense copies for each tenant, as `budget`; None: 1 % of the base's, or 64 KiB. What does
+            not fit is kept as a delta, and made dense for each call that needs it.
+        flattening: names of further classes that flatten [batch, length, k] to [batch * length, k] for modules inside.
+
+    Returns:
+        The model's tenants; `detach()` gives the plain model back.
+
+    Raises:
+        TypeError: `model` is no module; ValueError: it is attached already, not on the CPU, or an option is unknown.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, but is {type(model).__name__}")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise ValueError(
+                f"model must be on the CPU, but `{name}` is on {tensor.device}; whole models are not served on CUDA yet"
+            )
+    if any("_xorz" in module.__dict__ for module in model.modules()):
+        raise ValueError("model is attached already; call detach() on its tenants first")
+    owner = Tenants(model, default, mode, prefer, budget, max_copies)
+    flat = FLATTENING | set(flattening)
+    for name, module in model.named_modules():
+        if filter_fn is not None and not filter_fn(module, name):
+            continue
+        _attach(owner, name, module)
+    for name, module in model.named_modules():
+        if any(cls.__name__ in flat for cls in type(module).__mro__):
+            for inside, child in module.named_modules(prefix=name):
+                if child is not module and inside in owner.sites:
+                    owner.sites[inside].flattens = True
+    try:
+        owner.begin()
+    except BaseException:
+        owner.detach()
+        raise
+    return owner
+
+
+def _attach(owner: Tenants, name: str, module: nn.Module) -> None:
+    own: list[Any] = [*module._parameters.values(), *module._buffers.values()]
+    if not any(t is not None for t in own):
+        if type(module) in (nn.TransformerEncoder, nn.TransformerEncoderLayer):
+            owner.methods.append(module)
+            swap.swap_encoder(module, owner)
+        elif hasattr(module, "compute_bias"):
+            owner.methods.append(module)
+            swap.swap_method(module, owner)
+        return
+    site = Site(owner, name or type(module).__name__, module, _kind(module))
+    owner.sites[name] = site
+    owner.modules[name] = module
+    swap.swap(module, site)
+
+
+def _kind(module: nn.Module) -> str:
+    """How the module is served; see `Site`."""
+    weight = module._parameters.get("weight")
+    computes = weight is not None and weight.dim() == 2 and weight.dtype in FLOATS and weight.is_contiguous()
+    if isinstance(module, nn.Linear) and computes:
+        return "linear"
+    if (
+        isinstance(module, nn.Embedding)
+        and weight is not None
+        and weight.is_contiguous()
+        and module.max_norm is None
+    ):
+        return "embedding"
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and computes:
+        return "conv1d"
+    if isinstance(module, nn.MultiheadAttention):
+        return "attention"
+    if experts.serves(module):
+        return "experts"
+    return "rows" if _is_row_norm(module) else "split"
+
+
+def _is_row_norm(module: nn.Module) -> bool:
+    """A norm of transformers that ends in `weight * x`, so that a weight for each row does."""
+    cls = type(module)
+    named = cls.__name__.endswith(("RMSNorm", "T5LayerNorm")) and cls.__module__.startswith("transformers.")
+    params = [n for n, p in module._parameters.items() if p is not None]
+    return (
+        named
+        and params == ["weight"]
+        and not module._buffers
+        and not module._modules
+        and torch.is_tensor(module.weight)
+    )

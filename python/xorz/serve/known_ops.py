@@ -1,0 +1,360 @@
+"""Ops on weights that are computed for a batch of several tenants: products and lookups on base + delta, and ops that treat
+each batch row alone, tenant by tenant on that tenant's rows.
+
+Where the batch is, is never guessed from a size: it is the dimension that `use` was told, of the tensor that meets the weight.
+A size that does not fit raises.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from . import attention
+from .rows import RowMap
+from .site import Site
+from .weight import Refused, Weight, known
+
+F = torch.nn.functional
+
+
+def groups(slots: Tensor, used: Any, one_by_one: bool) -> list[tuple[int, Tensor]]:
+    """(slot, its rows' numbers) of each tenant, or of each row."""
+    if one_by_one:
+        return [(int(slot), torch.tensor([row])) for row, slot in enumerate(slots)]
+    found = [(slot, (slots == slot).nonzero()[:, 0]) for slot in used]
+    return [(slot, index) for slot, index in found if index.numel()]
+
+
+def by_tokens(site: Site, rows: RowMap, x: Tensor, op: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """`op(x's rows of a tenant, its slot)` of what depends on the last dimension of `x` alone, put together."""
+    lead = x.shape[:-1]
+    slots = rows.rows(lead, site.flattens, site.name)
+    flat, out = x.reshape(-1, x.size(-1)), None
+    for slot, index in groups(slots, rows.used, False):
+        part = op(flat.index_select(0, index), slot)
+        out = part.new_empty(flat.size(0), *part.shape[1:]) if out is None else out
+        out = out.index_copy(0, index, part)
+    return out.view(*lead, *out.shape[1:])
+
+
+def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    """`F.linear`."""
+    if isinstance(input, Weight) or not isinstance(weight, Weight) or weight.matrix is None:
+        return NotImplemented
+    rows = weight.rows()
+    site, param, turned = weight.matrix
+    if rows is None or not weight.changed():
+        return NotImplemented
+    if turned or not site.multiplies(param):
+        return NotImplemented if rows.only is not None else _grouped(site, rows, input, weight, bias)
+    own = isinstance(bias, Weight) and bias.matrix == (site, "bias", False)
+    if site.kind == "linear" and param == "weight" and (own or (bias is None and "bias" not in site.base)):
+        return site.linear(rows, input)
+    slots = rows.rows(input.shape[:-1], site.flattens, site.name)
+    out = site.product(input, site.base[param], None, param, slots, rows.only)
+    return out if bias is None else out + bias
+
+
+def _grouped(site: Site, rows: RowMap, input: Tensor, weight: Weight, bias: Any) -> Tensor:
+    def one(part: Tensor, slot: int) -> Tensor:
+        return F.linear(part, weight.dense(slot), bias.dense(slot) if isinstance(bias, Weight) else bias)
+
+    return by_tokens(site, rows, input, one)
+
+
+def matmul(left: Any, right: Any, **more: Any) -> Any:
+    """`left @ right`, where one of them is a weight."""
+    if more:
+        return NotImplemented
+    if isinstance(left, Weight) or not isinstance(right, Weight) or right.dim() != 2 or left.dim() < 1:
+        # The other matrix must have its batch before the two dimensions that are multiplied.
+        other = right if isinstance(left, Weight) else left
+        return elementwise(torch.matmul)(left, right) if other.dim() > 2 else NotImplemented
+    rows = right.rows()
+    if rows is None or not right.changed():
+        return NotImplemented
+    if right.matrix is not None and right.matrix[0].multiplies(right.matrix[1]):
+        site, param, turned = right.matrix
+        slots = rows.rows(left.shape[:-1], site.flattens, site.name)
+        if turned:
+            return site.product(left, site.base[param], None, param, slots, rows.only)
+        if site.owner.mode != "exact":
+            table = site.slots(param)
+            return torch.ops.xorz.delta_linear_grouped_grad_input(
+                left, site.base[param], site.owner.arena.tensor, table, slots
+            )
+    if rows.only is not None:
+        return NotImplemented
+    return by_tokens(right.places[0][0], rows, left, lambda part, slot: part @ right.dense(slot))
+
+
+def addmm(bias: Any, left: Any, right: Any, **more: Any) -> Any:
+    """`bias + left @ right`."""
+    if more:
+        return NotImplemented
+    out = matmul(left, right)
+    return out if out is NotImplemented else out + bias
+
+
+def embedding(
+    input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
+) -> Any:
+    """`F.embedding`."""
+    if not isinstance(weight, Weight) or weight.matrix is None or not weight.changed():
+        return NotImplemented
+    site, param, turned = weight.matrix
+    if (
+        max_norm is not None
+        or turned
+        or weight.dim() != 2
+        or any(param in own for own in list(site.values.values()))
+    ):
+        return NotImplemented if weight.rows().only is not None else _look_up(weight, input, max_norm)
+    return lookup(site, weight.rows(), input, param)
+
+
+def _look_up(weight: Weight, ids: Tensor, max_norm: Any) -> Any:
+    if max_norm is not None:
+        return NotImplemented
+    found = by_tokens(
+        weight.places[0][0], weight.rows(), ids[..., None], lambda part, slot: weight.dense(slot)[part[:, 0]]
+    )
+    return found
+
+
+def lookup(site: Site, rows: RowMap, ids: Tensor, param: str = "weight") -> Tensor:
+    """Rows of an embedding table, each its tenant's."""
+    if rows.only is None and not rows.tokens and rows.dim == 0 and ids.dim() > 1 and ids.size(0) == 1:
+        # Positions, the same for the whole batch: one copy for each batch row.
+        ids = ids.expand(len(rows.slots), *ids.shape[1:])
+    slots = rows.rows(ids.shape, site.flattens, site.name)
+    weight = site.base[param]
+    return torch.ops.xorz.delta_embedding(ids, weight, site.owner.arena.tensor, site.slots(param), slots)
+
+
+def turn(weight: Any, *_: Any) -> Any:
+    """`.T` and the like: the object that products are computed with."""
+    if not isinstance(weight, Weight) or weight.matrix is None or weight.dim() != 2 or not weight.changed():
+        return NotImplemented
+    return weight.turned()
+
+
+def transpose(weight: Any, dim0: Any = None, dim1: Any = None, **names: Any) -> Any:
+    """`transpose(0, 1)`."""
+    if isinstance(dim0, int) and isinstance(dim1, int) and {dim0 % 2, dim1 % 2} == {0, 1}:
+        return turn(weight)
+    return NotImplemented
+
+
+def keep(weight: Any, *more: Any, **kwargs: Any) -> Any:
+    """`detach`, `.data` and the like, which give the same words: the object itself will do."""
+    return (
+        weight
+        if isinstance(weight, Weight) and not more and not kwargs and weight.changed()
+        else NotImplemented
+    )
+
+
+def data(weight: Any) -> Any:
+    """`.data`, by which the base could be changed unnoticed: the object itself."""
+    return weight
+
+
+def to(weight: Any, *args: Any, **kwargs: Any) -> Any:
+    """`to`, where it is what the weight is already."""
+    if isinstance(weight, Weight) and len(args) == 1 and not kwargs and args[0] == weight.dtype:
+        return keep(weight)
+    return NotImplemented
+
+
+def elementwise(func: Any) -> Callable[..., Any]:
+    """An op that keeps batch rows apart, and broadcasts: each tenant's rows with its own weights."""
+
+    def served(*args: Any, **kwargs: Any) -> Any:
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        changed = [leaf for leaf in leaves if isinstance(leaf, Weight) and leaf.changed()]
+        others = [leaf for leaf in leaves if not isinstance(leaf, Weight)]
+        if not changed or changed[0].rows().only is not None or not others:
+            return NotImplemented
+        return _rowwise(func, args, kwargs, changed[0], max(leaf.dim() for leaf in leaves))
+
+    return served
+
+
+def own_rows(func: Any, dims: int | None = None) -> Callable[..., Any]:
+    """An op whose first tensor has the batch, and that keeps its rows apart; `dims`: only if it has that many dimensions."""
+
+    def served(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else None
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Weight)]
+        changed = [leaf for leaf in leaves if leaf.changed()]
+        if not changed or (changed[0].rows().only is not None and not _row_by_row(changed[0], func)):
+            return NotImplemented
+        if (
+            not isinstance(first, Tensor)
+            or isinstance(first, Weight)
+            or (dims is not None and first.dim() != dims)
+        ):
+            return NotImplemented
+        return _rowwise(func, args, kwargs, changed[0], None)
+
+    return served
+
+
+def _row_by_row(weight: Weight, func: Any) -> bool:
+    """Whether rows are to be computed one by one, since their bits may depend on how many there are."""
+    return weight.owner.mode == "deterministic" and func not in _ALIKE
+
+
+def _rowwise(func: Any, args: Any, kwargs: Any, weight: Weight, width: int | None) -> Any:
+    """Tenant by tenant; `width`: dimensions of the result if the op broadcasts, None if its first argument has the batch."""
+    rows, site = weight.rows(), weight.places[0][0]
+    first = next(
+        t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not isinstance(t, Weight)
+    )
+    dim = rows.dim
+    batch = len(rows.slots) if rows.only is None else first.size(dim)
+
+    def at(tensor: Tensor) -> int:
+        """Where the batch is in a tensor that broadcasts; negative if it is before the tensor's first dimension."""
+        return dim if width is None else dim - (width - tensor.dim())
+
+    if width is None:
+        vast = [first]
+    else:
+        plain = [
+            t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not isinstance(t, Weight)
+        ]
+        vast = [t for t in plain if at(t) >= 0 and t.size(at(t)) != 1]
+    flat = all(t.dim() == 2 for t in vast) and (rows.tokens or site.flattens)
+    if flat and vast:
+        slots = rows.rows(vast[0].shape[:1], site.flattens, site.name)
+    elif not vast or any(t.size(at(t)) != batch for t in vast) or rows.tokens:
+        shapes = [list(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        raise Refused(
+            f"xorz: `{weight.full()}` meets tensors of shapes {shapes}, but the active tenants map {batch} batch rows "
+            f"(dimension {dim}); use one tenant at a time"
+        )
+    else:
+        slots = (
+            rows.rows((batch,), False, site.name)
+            if dim == 0
+            else rows.along(0).rows((batch,), False, site.name)
+        )
+    one_by_one = _row_by_row(weight, func)
+    result = None
+    for slot, index in groups(slots, rows.used, one_by_one):
+
+        def own(leaf: Any, slot: int = slot, index: Tensor = index) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            value = leaf.dense(slot) if isinstance(leaf, Weight) else leaf
+            where = dim if flat else at(leaf)
+            if width is None and leaf is not first:
+                return value
+            if where >= 0 and leaf.dim() > where and leaf.size(where) == slots.numel():
+                return value.index_select(where, index)
+            return value
+
+        mine, more = tree_map(own, (args, kwargs))
+        part = func(*mine, **more)
+        shape = list(part.shape)
+        shape[dim] = slots.numel()
+        result = part.new_empty(shape) if result is None else result
+        result = result.index_copy(dim, index, part)
+    return result
+
+
+_ELEMENTWISE = "add sub mul div true_divide multiply subtract divide maximum minimum where addcmul lerp pow rsub copysign"
+_TENSOR = "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ add sub mul div where lerp pow"
+
+known.update(
+    {
+        F.linear: linear,
+        F.embedding: embedding,
+        F.multi_head_attention_forward: lambda *args, **kwargs: attention.forward(*args, **kwargs),
+        torch.matmul: matmul,
+        Tensor.matmul: matmul,
+        Tensor.__matmul__: matmul,
+        torch.mm: matmul,
+        Tensor.mm: matmul,
+        torch.addmm: addmm,
+        Tensor.detach: keep,
+        torch.detach: keep,
+        Tensor.data.__get__: data,
+        Tensor.contiguous: keep,
+        Tensor.to: to,
+        Tensor.t: turn,
+        torch.t: turn,
+        Tensor.T.__get__: turn,
+        Tensor.mT.__get__: turn,
+        Tensor.H.__get__: turn,
+        Tensor.mH.__get__: turn,
+        Tensor.transpose: transpose,
+        torch.transpose: transpose,
+        Tensor.swapaxes: transpose,
+        F.layer_norm: own_rows(F.layer_norm),
+        F.rms_norm: own_rows(F.rms_norm),
+        F.group_norm: own_rows(F.group_norm),
+        F.prelu: own_rows(F.prelu),
+        torch.prelu: own_rows(torch.prelu),
+        F.conv1d: own_rows(F.conv1d, 3),
+        F.conv2d: own_rows(F.conv2d, 4),
+        F.conv3d: own_rows(F.conv3d, 5),
+        F.conv_transpose1d: own_rows(F.conv_transpose1d, 3),
+        F.conv_transpose2d: own_rows(F.conv_transpose2d, 4),
+        F.conv_transpose3d: own_rows(F.conv_transpose3d, 5),
+        F.instance_norm: own_rows(F.instance_norm),
+    }
+)
+for _name in _ELEMENTWISE.split():
+    if hasattr(torch, _name):
+        known[getattr(torch, _name)] = elementwise(getattr(torch, _name))
+for _name in _TENSOR.split():
+    if hasattr(Tensor, _name):
+        known[getattr(Tensor, _name)] = elementwise(getattr(Tensor, _name))
+# Each element is computed alone: its bits do not depend on how many there are.
+_ALIKE = {
+    f
+    for f in known
+    if getattr(f, "__name__", "").strip("_")
+    in {*_ELEMENTWISE.split(), "radd", "rsub", "rmul", "truediv", "rtruediv"}
+}
+_ALIKE |= {F.layer_norm, F.rms_norm, F.group_norm, F.prelu, torch.prelu}
+
+
+def _batch_norm(input: Any, running_mean: Any, running_var: Any, *args: Any, **kwargs: Any) -> Any:
+    """In evaluation only: in training, rows are mixed on purpose."""
+    training = args[2] if len(args) > 2 else kwargs.get("training", False)
+    return (
+        NotImplemented
+        if training
+        else own_rows(F.batch_norm)(input, running_mean, running_var, *args, **kwargs)
+    )
+
+
+def _join(tensors: Any, dim: Any = 0, **more: Any) -> Any:
+    """Tensors beside each other, the batch in all of them, or expanded to it."""
+    if not isinstance(tensors, (list, tuple)) or any(not isinstance(t, Tensor) for t in tensors):
+        return NotImplemented
+    changed = [t for t in tensors if isinstance(t, Weight) and t.changed()]
+    if (
+        more
+        or not changed
+        or changed[0].rows().only is not None
+        or all(isinstance(t, Weight) for t in tensors)
+    ):
+        return NotImplemented
+    rows = changed[0].rows()
+    sizes = {t.size(rows.dim) for t in tensors if t.dim() > rows.dim}
+    if not isinstance(dim, int) or dim % tensors[0].dim() == rows.dim or sizes != {len(rows.slots)}:
+        return NotImplemented
+    return _rowwise(torch.cat, (list(tensors), dim), {}, changed[0], tensors[0].dim())
+
+
+known[F.batch_norm] = _batch_norm
+known[torch.cat] = known[torch.concat] = known[torch.concatenate] = _join
+_ALIKE.add(torch.cat)

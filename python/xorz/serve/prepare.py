@@ -1,0 +1,269 @@
+"""From a package (or deltas in memory) to what each attached module needs of it; every refusal comes from here, before a
+tenant exists. No dense fine-tuned matrix is made, but one expert of a stack at a time and tensors that are small.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _core, _ops, checkpoint
+from ..diff import StateDelta
+from .site import FLOATS, Site
+from .stored import Experts, stored
+from .weight import plain
+
+LARGEST_COPY = 0.01
+"""Share of the base's bytes that a tenant's dense copies may take, if nobody says otherwise; the rest stays deltas."""
+
+SMALL = 64 << 10
+"""Bytes of copies that are nothing to speak of, however small the base."""
+
+
+class Prepared:
+    """What one tenant changes: deltas and dense values by site and parameter."""
+
+    def __init__(self) -> None:
+        """Nothing."""
+        self.deltas: list[tuple[Site, str, Tensor]] = []
+        self.values: list[tuple[Site, str, Tensor]] = []
+        self.alone = False
+
+    @property
+    def copies(self) -> int:
+        """Bytes of the dense values; tied ones once."""
+        return sum({t.data_ptr(): t.nbytes for _, _, t in self.values}.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it will take."""
+        deltas = {id(d): -(-d.numel() // 64) * 64 for _, _, d in self.deltas}
+        return sum(deltas.values()) + self.copies
+
+
+def prepare(model: nn.Module, source: Any, prefer: str | None, max_copies: int | None = None) -> Prepared:
+    """Read, check against the model's own tensors, and say who serves what; errors as `Tenants.load`."""
+    base = {
+        name: plain(tensor).detach()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if torch.is_tensor(tensor)
+    }
+    entries = _entries(model, base, source, prefer)
+    where = _places(model)
+    out = Prepared()
+    base_bytes = sum({t.untyped_storage().data_ptr(): t.nbytes for t in base.values()}.values())
+    small: dict[str, list[tuple[Site, str, Tensor]]] = {}
+    for name, (kind, tensor) in entries.items():
+        for site, param in where.get(name, ()):
+            _one(out, site, param, name, kind, tensor, base[name], small)
+        if not where.get(name):
+            raise ValueError(
+                f"tensor `{name}` is changed, but its module is not attached (filter_fn), so nothing serves it"
+            )
+    _copy(out, small, base, base_bytes if max_copies is None else max_copies, max_copies is None)
+    return out
+
+
+def _copy(
+    out: Prepared,
+    small: dict[str, list[tuple[Site, str, Tensor]]],
+    base: dict[str, Tensor],
+    limit: int,
+    is_base: bool,
+) -> None:
+    """Dense copies of what only such serve, the smallest first, as far as they are allowed; the others stay deltas, and are
+    made dense for each call.
+    """
+    limit = max(SMALL, int(LARGEST_COPY * limit)) if is_base else limit
+    used = 0
+    for name, places in sorted(small.items(), key=lambda item: base[item[0]].nbytes):
+        used += base[name].nbytes
+        # Vectors and buffers are what norms and biases are made of: rows are served by a table of them.
+        if used <= limit or base[name].dim() < 2:
+            value = _ops.delta_restore(base[name].contiguous(), places[0][2])
+            out.values += [(site, param, value) for site, param, _ in places]
+        else:
+            out.deltas += places
+
+
+def _entries(
+    model: nn.Module, base: dict[str, Tensor], source: Any, prefer: str | None
+) -> dict[str, tuple[str, Any]]:
+    """Name in the model -> ("delta", resident delta), ("experts", one of them or None for each) or ("alone", tensor).
+
+    Changed ones only, ties made whole.
+    """
+    deltas, alone, removed = _read(model, base, source, prefer)
+    tied = _ties(base)
+    for name in removed:
+        if name in base and not any(alias in deltas or alias in alone for alias in tied[name]):
+            raise ValueError(f"tensor `{name}` is not in the fine-tune, and the model needs it")
+    out: dict[str, tuple[str, Any]] = {}
+    for kind, tensors in (("delta", deltas), ("alone", alone)):
+        for name, tensor in tensors.items():
+            if name not in base:
+                raise KeyError(f"the model has no tensor `{name}`, which the fine-tune has")
+            if isinstance(tensor, list):
+                experts = [None if d is None or _core.delta_info(d).changed == 0 else d for d in tensor]
+                if any(d is not None for d in experts):
+                    out[name] = ("experts", experts)
+                continue
+            if kind == "delta" and _core.delta_info(tensor).changed == 0:
+                continue
+            out[name] = (kind, tensor)
+    for name in list(out):
+        for alias in tied[name]:
+            if alias not in deltas and alias not in alone:
+                out[alias] = out[name]
+    return out
+
+
+def _read(
+    model: nn.Module, base: dict[str, Tensor], source: Any, prefer: str | None
+) -> tuple[dict[str, Tensor | Experts], dict[str, Tensor], list[str]]:
+    """Deltas, each checked against its base, tensors stored alone, and missing ones, by their names in the model."""
+    if isinstance(source, (StateDelta, Mapping)):
+        deltas, alone, removed = _in_memory(source)
+        files = None if base.keys() >= {*deltas, *alone} else stored(model, base)
+        words = base if files is None else files.base
+        unchecked = set(deltas)
+    else:
+        description = checkpoint.inspect(source)
+        entries = description["entries"]
+        files = None if base.keys() >= {e["name"] for e in entries} else stored(model, base)
+        words = base if files is None else files.base
+        loaded = checkpoint.load_deltas(words, source, prefer=prefer)
+        apart = {e["name"] for e in entries if e["base"] is None and not e["same"]}
+        apart |= {e["name"] for e in entries if e["same"] in apart}
+        deltas = {n: t for n, t in loaded.items() if n not in apart}
+        alone = {n: t for n, t in loaded.items() if n in apart}
+        removed = description["removed_names"]
+        # Loading has checked a delta against the tensor that it was made of, which need not be the one of its own name.
+        unchecked = {e["name"] for e in entries if e["same"] or e["base_name"] not in (None, e["name"])}
+    for name, delta in deltas.items():
+        if name in unchecked and name in words:
+            _check(name, words[name], delta)
+    if files is None:
+        return deltas, alone, removed
+    lost = [files.whole(name) for name in removed if name in files.base]
+    return files.deltas(deltas), {files.whole(name): t for name, t in alone.items()}, lost
+
+
+def _in_memory(
+    source: StateDelta | Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    if not isinstance(source, StateDelta):
+        return dict(source), {}, []
+    deltas, alone = dict(source.deltas), dict(source.alone)
+    for name, first in source.ties.items():
+        for kind in (deltas, alone):
+            if first in kind:
+                kind[name] = kind[first]
+    return deltas, alone, list(source.removed)
+
+
+def _check(name: str, base: Tensor, delta: Any) -> None:
+    if not isinstance(delta, Tensor):
+        raise TypeError(f"tensor `{name}`: a delta must be a tensor, but is {type(delta).__name__}")
+    try:
+        _core.delta_matches(delta, base)
+    except ValueError as error:
+        raise ValueError(f"tensor `{name}`: {error}") from None
+
+
+def _ties(base: dict[str, Tensor]) -> dict[str, list[str]]:
+    """Name -> the other names of the same tensor."""
+    groups: dict[Any, list[str]] = {}
+    for name, tensor in base.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        groups.setdefault(key, []).append(name)
+    return {name: [other for other in group if other != name] for group in groups.values() for name in group}
+
+
+def _places(model: nn.Module) -> dict[str, list[tuple[Site, str]]]:
+    """Name in the state_dict -> the attached module and its name of it."""
+    out: dict[str, list[tuple[Site, str]]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        site = module.__dict__.get("_xorz")
+        if site is not None:
+            for name in (*module._parameters, *module._buffers):
+                out.setdefault(f"{prefix}.{name}" if prefix else name, []).append((site, name))
+    return out
+
+
+def _one(
+    out: Prepared,
+    site: Site,
+    param: str,
+    name: str,
+    kind: str,
+    tensor: Any,
+    base: Tensor,
+    small: dict[str, list[tuple[Site, str, Tensor]]],
+) -> None:
+    if site.keeps and site.kind == "split" and not site.plain:
+        raise ValueError(
+            f"tensor `{name}` is changed, and {site.name} keeps tensors in `{site.keeps[0]}` that are neither parameters nor "
+            "buffers: made of the base's weights, they would be used for all tenants; clear it before attach"
+        )
+    if kind == "alone":
+        _alone(out, site, param, name, tensor, base)
+    elif kind == "experts":
+        _add_experts(out, site, param, tensor)
+    elif _computes(site, param):
+        out.deltas.append((site, param, tensor))
+    elif site.kind == "experts":
+        _add_experts(out, site, param, _experts(tensor, base))
+    elif site.kind in ("linear", "conv1d", "embedding") and param == "bias":
+        out.values.append((site, param, _ops.delta_restore(base.contiguous(), tensor)))
+    elif _is_matrix(base) and not site.plain:
+        # A module of one's own may multiply by it.
+        out.deltas.append((site, param, tensor))
+    else:
+        small.setdefault(name, []).append((site, param, tensor))
+
+
+def _is_matrix(base: Tensor) -> bool:
+    return base.dim() == 2 and base.dtype in FLOATS and base.is_contiguous() and min(base.shape) > 1
+
+
+def _add_experts(out: Prepared, site: Site, param: str, experts: Experts) -> None:
+    out.deltas += [(site, f"{param}.{expert}", d) for expert, d in enumerate(experts) if d is not None]
+
+
+def _computes(site: Site, param: str) -> bool:
+    """Whether an op computes with this parameter's delta as it is."""
+    if site.kind == "attention":
+        return param in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    return site.kind in ("linear", "conv1d", "embedding") and param == "weight"
+
+
+def _alone(out: Prepared, site: Site, param: str, name: str, tensor: Tensor, base: Tensor) -> None:
+    """A tensor of another shape or dtype than the base's: a table with more tokens is served alone, others are not."""
+    grown = tensor.dtype == base.dtype and tensor.dim() == base.dim() and tensor.shape[1:] == base.shape[1:]
+    if not grown or site.kind not in ("linear", "embedding"):
+        raise ValueError(
+            f"tensor `{name}` is {_text(tensor)} in the fine-tune and {_text(base)} in the model; only embeddings and output "
+            "layers may differ, in their number of rows"
+        )
+    out.values.append((site, param, tensor))
+    out.alone = True
+
+
+def _text(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _experts(delta: Tensor, base: Tensor) -> Experts:
+    """A stack's delta, cut into one per expert, each a matrix of its own; None where nothing changes."""
+    rows = base.reshape(base.size(0), -1)
+    out: Experts = []
+    for expert in range(base.size(0)):
+        part = _ops.delta_slice(delta, rows, 0, expert, expert + 1)
+        if _core.delta_info(part).changed == 0:
+            out.append(None)
+            continue
+        tuned = _ops.delta_restore(rows[expert : expert + 1], part).view(base.shape[1:])
+        out.append(_ops.delta_encode(base[expert], tuned))
+    return out

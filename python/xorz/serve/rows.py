@@ -1,0 +1,272 @@
+"""Which tenant each row of a batch belongs to: carried from `Tenants.use` to every attached module, never guessed.
+
+The map lives in a context variable, so that each thread and each asyncio task has its own. It says one slot per batch row;
+a module asks for the slots of the rows that it was given, by their leading shape. Shapes that the map cannot explain raise.
+"""
+
+import contextvars
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BASE = -1
+"""The slot of the base."""
+
+
+def lasting() -> AbstractContextManager[Any]:
+    """For tensors that outlive a forward: made in inference mode, they would be of no use to a later one that trains."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+class RowMap:
+    """One slot per batch row, alive while its `use` is open, or while a forward that began in it still runs.
+
+    Attributes:
+        slots: slot of each batch row; one entry alone stands for any number of rows.
+        names: tenants' names, for messages.
+        dim: dimension of the batch in what modules are given (0, or 1 for sequence-first models).
+        used: the distinct slots.
+        only: the slot, where all rows have the same one.
+        touching: module -> whether a row's tenant changes anything there.
+        closed: whether the `use` has ended; running: as many entries as there are calls of modules that run.
+        frame: of the generator that opened the `use`, if one did.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[int],
+        names: Sequence[str | None],
+        *,
+        dim: int = 0,
+        tokens: bool = False,
+        release: Callable[[], None] | None = None,
+        parent: "RowMap | None" = None,
+    ) -> None:
+        """`tokens`: the rows are single tokens in an order of the module's own; shapes must then match exactly."""
+        self.slots = tuple(slots)
+        self.names = tuple(names)
+        self.dim = dim
+        self.tokens = tokens
+        self.used = tuple(dict.fromkeys(self.slots))
+        self.only = self.used[0] if len(self.used) == 1 else None
+        # A map made from another one lives and ends with it.
+        self.root: RowMap = self if parent is None else parent.root
+        self.carried = parent.carried if parent is not None else False
+        self._release = release
+        with lasting():
+            self._tensor = torch.tensor(self.slots, dtype=torch.int32)
+        self._expanded: dict[Any, Tensor] = {}
+        # What modules know of these slots: it cannot change while their tenants are held.
+        self.touching: dict[Any, bool] = {}
+        self.closed = False
+        # One entry for each call of a module that runs: appending is one step for all threads.
+        self.running: list[None] = []
+        self.frame: Any = None
+        self.outer: RowMap | None = None
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """A call of a module starts; RuntimeError if the `use` has ended."""
+        root = self.root
+        root.running.append(None)
+        if root.closed:
+            self.end()
+            raise root.ended()
+
+    def end(self) -> None:
+        """It has ended."""
+        root = self.root
+        root.running.pop()
+        if root.closed:
+            root.give_back()
+
+    def ended(self) -> RuntimeError:
+        """The error of whoever still computes with it."""
+        return RuntimeError(
+            f"xorz: the use of {_list(self.names)} has ended; a task or thread that outlives its `with tenants.use(...)` "
+            "must open its own"
+        )
+
+    def describe(self) -> str:
+        """The tenants' names, for messages."""
+        return _list(self.names)
+
+    def close(self) -> None:
+        """The `use` ends; the tenants are given back when the last running forward has."""
+        self.closed = True
+        self.give_back()
+
+    def give_back(self) -> None:
+        """The tenants are nobody's any more, if the `use` has ended and no forward runs."""
+        with self._lock:
+            release = self._release if self.closed and not self.running else None
+            if release is not None:
+                self._release = None
+        if release is not None:
+            release()
+
+    def rows(self, lead: Sequence[int], flattens: bool, who: str) -> Tensor:
+        """Slot of each row of an input whose shape but for its last dimension is `lead`, int32, flattened.
+
+        `flattens`: whether two-dimensional inputs of this module are the batch's tokens, flattened batch first.
+        """
+        key = (*lead, flattens)
+        found = self._expanded.get(key)
+        if found is None:
+            with lasting():
+                found = self._expand(tuple(lead), flattens, who)
+            if len(self._expanded) > 64:
+                self._expanded.clear()
+            self._expanded[key] = found
+        return found
+
+    def _expand(self, lead: tuple[int, ...], flattens: bool, who: str) -> Tensor:
+        count = 1
+        for size in lead:
+            count *= size
+        if self.only is not None:
+            return torch.full((count,), self.only, dtype=torch.int32)
+        batch = len(self.slots)
+        if self.tokens:
+            if lead == (batch,):
+                return self._tensor
+        elif len(lead) > self.dim and lead[self.dim] == batch and not (len(lead) == 1 and self.dim):
+            shape = [batch if i == self.dim else 1 for i in range(len(lead))]
+            return self._tensor.reshape(shape).expand(lead).reshape(-1)
+        elif len(lead) == 1 and flattens and lead[0] % batch == 0 and self.dim == 0:
+            return self._tensor.repeat_interleave(lead[0] // batch)
+        what = "tokens" if self.tokens else "batch rows"
+        raise RuntimeError(
+            f"xorz: {who} was given rows of shape {list(lead)}, but the active tenants map {batch} {what} "
+            f"(dimension {self.dim}); give one name for each row of the batch, or regroup the map with them (tenants.regroup)"
+        )
+
+    def along(self, dim: int) -> "RowMap":
+        """The same rows where the batch is dimension `dim`."""
+        return (
+            self
+            if dim == self.dim or self.only is not None
+            else RowMap(self.slots, self.names, dim=dim, parent=self)
+        )
+
+    def regroup(self, slots: Sequence[int]) -> "RowMap":
+        """A map of single tokens, of these slots."""
+        return RowMap(slots, self.names, tokens=True, parent=self)
+
+    def uniform(self, slot: int) -> "RowMap":
+        """A map whose rows are all of one slot."""
+        return RowMap((slot,), self.names, parent=self)
+
+
+def _list(names: Sequence[str | None]) -> str:
+    shown = ["the base" if n is None else repr(n) for n in dict.fromkeys(names)]
+    return ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")
+
+
+class Active:
+    """The map that is active in this thread or task, for one attached model."""
+
+    def __init__(self) -> None:
+        """None is active."""
+        self._var: contextvars.ContextVar[RowMap | None] = contextvars.ContextVar("xorz_rows", default=None)
+        self.get = self._var.get
+
+    @contextmanager
+    def set(self, rows: RowMap | None) -> Iterator[None]:
+        """`rows` is active inside."""
+        token = self._var.set(rows)
+        try:
+            yield
+        finally:
+            self._var.reset(token)
+
+    def enter(self, rows: RowMap) -> None:
+        """`rows` is active from now on."""
+        rows.outer = self._var.get()
+        self._var.set(rows)
+
+    def leave(self, rows: RowMap) -> None:
+        """What was active before is so again, if it has not ended; nothing where another context is current by now."""
+        if self._var.get() is rows:
+            outer = rows.outer
+            while outer is not None and outer.root.closed:
+                outer = outer.outer
+            self._var.set(outer)
+
+
+class Use(AbstractContextManager[None]):
+    """What `Tenants.use` gives."""
+
+    def __init__(self, owner: Any, names: tuple[str | None, ...], dim: int) -> None:
+        """`owner` makes the map when it is entered."""
+        self._owner, self._names, self._dim = owner, names, dim
+        self._rows: RowMap | None = None
+
+    def __enter__(self) -> None:
+        """Tenants are held and active."""
+        if self._rows is not None:
+            raise RuntimeError("xorz: this use is open already; call tenants.use(...) again for each `with`")
+        rows = self._owner.map(self._names, self._dim)
+        rows.frame = _generator(sys._getframe(1))
+        if rows.frame is not None:
+            self._owner.generators[id(rows)] = rows
+        self._rows = rows
+        self._owner.active.enter(rows)
+
+    def __exit__(self, *error: Any) -> None:
+        """And no more."""
+        rows, self._rows = self._rows, None
+        self._owner.active.leave(rows)
+        self._owner.generators.pop(id(rows), None)
+        rows.frame = None
+        rows.close()
+
+
+def _generator(frame: Any) -> Any:
+    """The frame that a `with` stands in, if a generator's; of one that contextlib made a context of, who entered that."""
+    while frame is not None:
+        entered_by = frame.f_back
+        if frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
+            if entered_by is None or not _enters(entered_by):
+                return frame
+        elif not _enters(frame):
+            return None
+        frame = entered_by
+    return None
+
+
+def _enters(frame: Any) -> bool:
+    """Whether this is contextlib at work."""
+    return frame.f_globals.get("__name__") == "contextlib"
+
+
+def stepping(rows: RowMap | None, generators: dict[int, RowMap]) -> RuntimeError | None:
+    """The error of a step in which a generator's `use` is not the active one, or is active where that generator is not."""
+    frame, running = sys._getframe(1), set()
+    while frame is not None:
+        running.add(id(frame))
+        frame = frame.f_back
+    for other in list(generators.values()):
+        here = id(other.frame) in running
+        # Inside of it, a later `use` may be active for a while.
+        if (rows is not None and rows.root is other and not here) or (here and not _within(rows, other)):
+            return RuntimeError(
+                f"xorz: {other.describe()} was made active in a generator, and another step of it or of its caller would be "
+                "computed with it; leave `with tenants.use(...)` before each yield, or step the generator by "
+                "tenants.stream(name, iterator)"
+            )
+    return None
+
+
+def _within(rows: RowMap | None, other: RowMap) -> bool:
+    while rows is not None:
+        if rows.root is other:
+            return True
+        rows = rows.root.outer
+    return False

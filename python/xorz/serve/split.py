@@ -1,0 +1,276 @@
+"""Modules whose parameters no op computes on as they are: run with one tenant's own tensors, on the whole batch.
+
+For one tenant that is the module itself, in another object that shares its children. In a batch of several tenants the module
+runs once as it stands, if every op that meets its weights is known (`known_ops`); else once per tenant on the whole batch,
+nothing cut, and each row is taken from its tenant's run.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from .known_ops import groups
+from .rows import BASE, RowMap
+from .site import Site
+from .weight import Refused
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_OWN = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_xorz",
+    "_xorz_number",
+    "_xorz_width",
+    "forward",
+    "_old_forward",
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def forward(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) -> Any:
+    """`module(*args, **kwargs)`, each batch row with its tenant's own values."""
+    mixed = rows.only is None or site.row_by_row
+    if isinstance(module, nn.RNNBase) and mixed:
+        return _recurrent(site, module, rows, *args, **kwargs)
+    if not mixed:
+        return one(site, module, rows.only, args, kwargs)
+    if site.kind == "rows":
+        return _rows(site, module, rows, args, kwargs)
+    why = None
+    if not site.derived:
+        try:
+            return noticed(site, module, lambda: site.original.forward(module, *args, **kwargs))
+        except Refused as error:
+            why = error
+    if rows.only is not None:
+        return one(site, module, rows.only, args, kwargs)
+    return _whole(site, module, rows, args, kwargs, why)
+
+
+def one(site: Site, module: nn.Module, slot: int, args: Any, kwargs: Any) -> Any:
+    """With the tensors of one tenant."""
+    if slot == BASE:
+        return noticed(site, module, lambda: site.original.forward(module, *args, **kwargs))
+    return clone(site, module, slot).forward(*args, **kwargs)
+
+
+def pristine(site: Site, module: nn.Module) -> None:
+    """Remember the module's attributes as they are when it is attached, before any tenant can have left anything in them."""
+    own = {id(t) for t in (*module.parameters(), *module.buffers())}
+    for name, value in module.__dict__.items():
+        if name in _OWN or name in _HOOKS:
+            continue
+        site.seen[name] = value
+        site.known[name] = _copied(value)
+        held = tree_leaves(value) if isinstance(value, (Tensor, dict, list, tuple)) else ()
+        if any(isinstance(leaf, Tensor) and id(leaf) not in own for leaf in held):
+            site.keeps.append(name)
+
+
+def _copied(value: Any) -> Any:
+    return type(value)(value) if type(value) in (dict, list, set) else value
+
+
+def noticed(site: Site, module: nn.Module, run: Callable[[], Any]) -> Any:
+    """`run()`; what it changes of the module's attributes is remembered as possibly made from weights."""
+    state = module.__dict__
+    before = {name: _mark(value) for name, value in state.items()}
+    out = run()
+    for name, value in state.items():
+        if before.get(name) != _mark(value) and name not in _OWN:
+            site.derived.add(name)
+    return out
+
+
+def _mark(value: Any) -> Any:
+    """What tells that an attribute is another one, or holds more."""
+    return (id(value), len(value)) if isinstance(value, (dict, list, set)) else id(value)
+
+
+def clone(site: Site, module: nn.Module, slot: int) -> nn.Module:
+    """The module with the tenant's own tensors; it shares children and hooks' effects, but no attribute that may hold what
+    was made from weights.
+    """
+    found = site.clones.get(slot)
+    if found is None:
+        found = object.__new__(site.original)
+        found.__dict__.update({name: _copied(value) for name, value in site.known.items()})
+        found.__dict__.update({hooks: type(module.__dict__[hooks])() for hooks in _HOOKS})
+        site.clones[slot] = found
+    # What its user has set since; never what a forward has.
+    for name, value in module.__dict__.items():
+        if site.seen.get(name, _mark) is not value and not (
+            name in _OWN or name in _HOOKS or name in site.derived
+        ):
+            site.seen[name], site.known[name] = value, _copied(value)
+            for other in list(site.clones.values()):
+                other.__dict__[name] = _copied(value)
+    values = dict(site.values.get(slot, {}))
+    pieces = list(site.pieces.items())
+    transient = {name: site.dense(name, slot) for name, slots in pieces if slot in slots}
+    if transient:
+        # For one call, whose dense tensors go with it.
+        values.update(transient)
+        kept, found = found, object.__new__(site.original)
+        found.__dict__.update(kept.__dict__)
+    for kind in ("_parameters", "_buffers"):
+        found.__dict__[kind] = {
+            k: values[k] if k in values else (site.raws[k] if k in site.raws else v)
+            for k, v in module.__dict__[kind].items()
+        }
+    found.__dict__["_modules"] = module.__dict__["_modules"]
+    found.__dict__["training"] = module.training
+    if isinstance(module, nn.RNNBase):
+        found.__dict__["_flat_weights"] = [
+            found.__dict__["_parameters"].get(n) for n in module._flat_weights_names
+        ]
+    return found
+
+
+def _rows(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) -> Any:
+    """A norm that ends in `weight * x`: its weight becomes [..., k], one for each row of x."""
+    (x,) = args if not kwargs else (*args, *kwargs.values())
+    slots = rows.rows(x.shape[:-1], site.flattens, site.name)
+    weight = site.stack("weight")[slots.long()].view(*x.shape[:-1], -1)
+    return shallow(module, site.original, {"weight": weight}).forward(x)
+
+
+def shallow(module: nn.Module, cls: type, values: dict[str, Tensor]) -> nn.Module:
+    """Another module object of class `cls` that shares everything with `module` but the tensors named in `values`."""
+    out = object.__new__(cls)
+    out.__dict__.update(module.__dict__)
+    for name in ("_xorz", "forward"):
+        out.__dict__.pop(name, None)
+    for kind in ("_parameters", "_buffers"):
+        out.__dict__[kind] = {k: values.get(k, v) for k, v in module.__dict__[kind].items()}
+    # Hooks belong to the module that is called.
+    for hooks in _HOOKS:
+        out.__dict__[hooks] = type(module.__dict__[hooks])()
+    return out
+
+
+def _recurrent(site: Site, module: Any, rows: RowMap, input: Tensor, hx: Any = None) -> Any:
+    """torch's recurrent layers: the batch is dimension 0 or 1 of inputs and outputs, and 1 of every state."""
+    if not isinstance(input, Tensor) or input.dim() != 3:
+        raise RuntimeError(f"xorz: {site.name} needs a padded batch [.., .., k] where tenants are mixed")
+    dim = 0 if module.batch_first else 1
+    count = input.size(dim)
+    if rows.only is None and (count != len(rows.slots) or rows.tokens):
+        raise RuntimeError(
+            f"xorz: {site.name} was given {count} sequences in dimension {dim}, but the active tenants map {len(rows.slots)} "
+            "batch rows; give one name for each row of the batch"
+        )
+    slots = torch.full((count,), rows.only) if rows.only is not None else torch.tensor(rows.slots)
+    outputs, states, order = [], [], []
+    for slot, index in groups(slots, rows.used, site.row_by_row):
+        part = None
+        if hx is not None:
+            part = (
+                tuple(h.index_select(1, index) for h in hx)
+                if isinstance(hx, tuple)
+                else hx.index_select(1, index)
+            )
+        with site.owner.active.set(rows.uniform(slot)):
+            out, state = one(site, module, slot, (input.index_select(dim, index), part), {})
+        outputs.append(out)
+        states.append(state)
+        order.append(index)
+    back = torch.cat(order).argsort()
+    output = torch.cat(outputs, dim).index_select(dim, back)
+    if isinstance(states[0], tuple):
+        return output, tuple(torch.cat(each, 1).index_select(1, back) for each in zip(*states, strict=True))
+    return output, torch.cat(states, 1).index_select(1, back)
+
+
+def per_tenant(
+    site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any, run: Callable[[], Any], lead: int
+) -> Any:
+    """`run()` on the whole batch once per tenant; the first `lead` of its outputs are tokens or batch rows as the first
+    argument's: that is declared of the module.
+    """
+    x = args[0] if args else next(iter(kwargs.values()))
+    slots = rows.rows(x.shape[:-1], True, site.name)
+    outputs = []
+    for slot in rows.used:
+        with site.owner.active.set(rows.uniform(slot)):
+            out = run()
+        outputs.append(tree_flatten(out))
+    spec = outputs[0][1]
+    merged = []
+    for i, first in enumerate(outputs[0][0]):
+        if not isinstance(first, Tensor):
+            merged.append(first)
+            continue
+        tokens = x.shape[:-1].numel()
+        rest = first.numel() // max(1, tokens)
+        if i >= lead and first.shape[: x.dim() - 1] != x.shape[:-1] and first.size(0) != tokens:
+            raise RuntimeError(
+                f"xorz: {site.name} gave {list(first.shape)} for rows {list(x.shape[:-1])}; use one tenant at a time"
+            )
+        flat = first.reshape(tokens, rest).clone()
+        for slot, (leaves, _) in zip(rows.used, outputs, strict=True):
+            mine = (slots == slot).nonzero()[:, 0]
+            flat = flat.index_copy(0, mine, leaves[i].reshape(tokens, rest).index_select(0, mine))
+        merged.append(flat.view(first.shape))
+    return tree_unflatten(merged, spec)
+
+
+def _whole(
+    site: Site,
+    module: nn.Module,
+    rows: RowMap,
+    args: Any,
+    kwargs: Any,
+    why: RuntimeError | None,
+) -> Any:
+    """Any other module, once per tenant on the whole batch, nothing cut. Rows are taken from outputs that have as many of
+    them as there are names in the batch's dimension and in no other; what could be two things is refused.
+    """
+    leaves, _ = tree_flatten((args, kwargs))
+    strange = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN))]
+    if strange:
+        raise RuntimeError(
+            f"xorz: {site.name} has weights of its own that differ between {rows.describe()}, and cannot be run once for each: "
+            f"it was given a {type(strange[0]).__name__}; use one tenant at a time"
+            + (f" ({why})" if why else "")
+        )
+    dim = rows.dim
+    inputs = [t for t in leaves if isinstance(t, Tensor) and t.dim() > 1]
+    _sure(site, rows, inputs, "was given")
+    outputs = []
+    for slot in rows.used:
+        with site.owner.active.set(rows.uniform(slot)):
+            outputs.append(tree_flatten(one(site, module, slot, args, kwargs)))
+    spec = outputs[0][1]
+    slots, merged = torch.tensor(rows.slots), []
+    for i, first in enumerate(outputs[0][0]):
+        if not isinstance(first, Tensor):
+            merged.append(first)
+            continue
+        each = [found[i] for found, _ in outputs]
+        if all(t.shape == first.shape and torch.equal(t, first) for t in each[1:]):
+            merged.append(first)
+            continue
+        _sure(site, rows, [first], "gave")
+        out = first.clone()
+        for slot, mine in zip(rows.used, each, strict=True):
+            index = (slots == slot).nonzero()[:, 0]
+            out = out.index_copy(dim, index, mine.index_select(dim, index))
+        merged.append(out)
+    return tree_unflatten(merged, spec)
+
+
+def _sure(site: Site, rows: RowMap, tensors: list[Tensor], did: str) -> None:
+    """RuntimeError unless the batch is in its dimension of one of these tensors, and can be nowhere else in any."""
+    batch, dim = len(rows.slots), rows.dim
+    places = [[i for i, size in enumerate(t.shape) if size == batch] for t in tensors]
+    if rows.tokens or [dim] not in places or any(p not in ([], [dim]) for p in places):
+        shapes = [list(t.shape) for t in tensors]
+        raise RuntimeError(
+            f"xorz: {site.name} {did} shapes {shapes}, but the active tenants map {batch} batch rows (dimension {dim}): where "
+            "those are is not to be known for sure; use one tenant at a time, or another number of rows"
+        )

@@ -1,0 +1,271 @@
+"""Attaching one module: its class becomes a subclass made here (as FSDP2 and `torch.nn.utils.parametrize` do), its tensors
+become `Weight`s in place, and `restore` undoes both.
+"""
+
+import functools
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import compiled, forwards, split
+from .site import Owner, Site
+from .weight import Weight
+
+
+def _tensor(name: str) -> property:
+    """A class attribute that gives the module's own tensor, or what a reader is to meet in its place; see `Site.read`."""
+
+    def get(self: nn.Module) -> Any:
+        if torch.compiler.is_compiling():
+            return _read_apart(self, name)
+        site = self.__dict__.get("_xorz")
+        rows = None if site is None or name not in site.weights else site.owner.now()
+        if rows is None:
+            # Nobody computes; or a tensor that there is not, or one that was registered since.
+            own = self._parameters if name in self._parameters else self._buffers
+            try:
+                return own[name]
+            except KeyError:
+                raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'") from None
+        reader = sys._getframe(1).f_locals.get("self")
+        if reader is not self and isinstance(reader, nn.Module) and reader.__dict__.get("_xorz") is not site:
+            site.owner.suspect(reader)
+        return site.read(name, rows)
+
+    return property(get)
+
+
+@torch.compiler.disable
+def _read_apart(module: nn.Module, name: str) -> Any:
+    """Of what a compiler makes, nobody knows whose words it will see: it is to run this as it stands."""
+    site = module.__dict__["_xorz"]
+    rows = site.owner.now()
+    return module._parameters.get(name, module._buffers.get(name)) if rows is None else site.read(name, rows)
+
+
+def _forward(self: nn.Module, input: Tensor) -> Any:
+    # One input, one output whose width is known: the compiler gets an op that it cannot see into.
+    if torch.compiler.is_compiling():
+        return compiled.call(self, input, self._xorz_width)
+    return forwards.call(self._xorz, self, input)
+
+
+@torch.compiler.disable
+def _forward_disabled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return forwards.call(self._xorz, self, *args, **kwargs)
+
+
+def _compute_bias(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """T5's relative positions: [1, heads, q, k] for all; one for each batch row where tenants differ."""
+    owner: Owner = self._xorz_owner if "_xorz" not in self.__dict__ else self._xorz.owner
+    rows, plain = owner.now(), type(self).__mro__[1].compute_bias
+    if rows is None or rows.only is not None:
+        return plain(self, *args, **kwargs)
+    each = {}
+    for slot in rows.used:
+        with owner.active.set(rows.uniform(slot)):
+            each[slot] = plain(self, *args, **kwargs)
+    return torch.cat([each[slot] for slot in rows.slots])
+
+
+def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    for tensor in (*self._parameters.values(), *self._buffers.values()):
+        if tensor is not None:
+            probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+            if probe.dtype != tensor.dtype or probe.device != tensor.device:
+                raise RuntimeError(
+                    f"xorz: the model is attached to tenants, whose deltas are of {tensor.dtype} on {tensor.device}; call "
+                    f"tenants.detach() before moving it to {probe.dtype} on {probe.device}"
+                )
+            break
+    # Tensors stay as they are, since nothing of them changes.
+    for child in self.children() if recurse else ():
+        child._apply(fn)
+    return self
+
+
+def _load(self: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
+    if any(prefix + name in state_dict for name in (*self._parameters, *self._buffers)):
+        raise RuntimeError(
+            f"xorz: {self._xorz.name} is attached to tenants of its weights; call tenants.detach() before loading others"
+        )
+    super(type(self), self)._load_from_state_dict(state_dict, prefix, *args)
+
+
+_classes: dict[Any, type] = {}
+
+
+def swap(module: nn.Module, site: Site) -> None:
+    """Attach `site` to `module`; its tensors are swapped apart (`shroud`)."""
+    names = (*module._parameters, *_persistent(module))
+    width = _width(module, site)
+    key = (type(module), site.kind, names, width is not None)
+    if key not in _classes:
+        forward = _forward_disabled if width is None else _forward
+        body: dict[str, Any] = {"forward": forward, "_apply": _apply, "_load_from_state_dict": _load}
+        body |= {name: _tensor(name) for name in names}
+        if hasattr(type(module), "compute_bias"):
+            body["compute_bias"] = _compute_bias
+        body["__module__"] = type(module).__module__
+        _classes[key] = type(type(module).__name__, (type(module),), body)
+    split.pristine(site, module)
+    module.__dict__["_xorz"] = site
+    module.__dict__["_xorz_number"] = compiled.register(module)
+    module.__dict__["_xorz_width"] = width
+    module.__class__ = _classes[key]
+    if "forward" in module.__dict__:
+        guard(module, site)
+
+
+def _persistent(module: nn.Module) -> list[str]:
+    """Buffers that a checkpoint holds, so that a fine-tune may change them."""
+    return [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+
+
+def shroud(sites: list[tuple[Site, nn.Module]]) -> list[Tensor]:
+    """Swap the content of every tensor of these modules for a `Weight`, once for tied ones; gives the objects."""
+    users: dict[int, tuple[Tensor, list[tuple[Site, str]]]] = {}
+    for site, module in sites:
+        for name in (*module._parameters, *_persistent(module)):
+            tensor = module._parameters.get(name, module._buffers.get(name))
+            if tensor is not None:
+                users.setdefault(id(tensor), (tensor, []))[1].append((site, name))
+    for tensor, places in users.values():
+        # The base's own words come under a new object; the old one, which others hold, becomes the weight.
+        raw = Weight.of(tensor, tuple(places))
+        _exchange(tensor, raw)
+        tensor.base = raw
+        detached = raw.detach()
+        for site, name in places:
+            site.raws[name], site.base[name] = raw, detached
+            site.weights[name] = Weight.of(raw, ((site, name),))
+    return [tensor for tensor, _ in users.values()]
+
+
+def unshroud(tensors: list[Tensor]) -> None:
+    """Undo `shroud`."""
+    for tensor in tensors:
+        _exchange(tensor, tensor.base)
+
+
+def _exchange(one: Tensor, other: Tensor) -> None:
+    """Each object becomes the other tensor, for whoever refers to it. As `torch.utils.swap_tensors`, which refuses tensors that
+    are weakly referred to (recurrent layers do) or in a graph: here that is harmless, since the base's tensor stays alive.
+    """
+    one.__class__, other.__class__ = other.__class__, one.__class__
+    one.__dict__, other.__dict__ = dict(other.__dict__), dict(one.__dict__)
+    torch._C._swap_tensor_impl(one, other)
+
+
+def swap_method(module: nn.Module, owner: Owner) -> None:
+    """For a module without parameters of its own whose method must run once per tenant."""
+    key = (type(module), "compute_bias")
+    if key not in _classes:
+        body = {"compute_bias": _compute_bias, "__module__": type(module).__module__}
+        _classes[key] = type(type(module).__name__, (type(module),), body)
+    module.__dict__["_xorz_owner"] = owner
+    module.__class__ = _classes[key]
+
+
+def guard(module: nn.Module, site: Site) -> None:
+    """For a module whose forward was replaced on the instance, so that it is not the class's: it asks for a tenant, too."""
+    inner = module.__dict__["forward"]
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        rows = site.owner.rows(site)
+        with nullcontext() if site.owner.active.get() is not None else site.owner.active.set(rows):
+            return inner(*args, **kwargs)
+
+    forward._xorz_inner = inner
+    module.__dict__["forward"] = forward
+
+
+def swap_encoder(module: nn.Module, owner: Owner) -> None:
+    """For torch's encoder and its layers, whose fused paths call none of their children."""
+    key = (type(module), "encoder")
+    if key not in _classes:
+        forward = _encoder if isinstance(module, nn.TransformerEncoder) else _encoder_layer
+        _classes[key] = type(
+            type(module).__name__, (type(module),), {"forward": forward, "__module__": "torch.nn"}
+        )
+    module.__dict__["_xorz_owner"] = owner
+    module.__class__ = _classes[key]
+
+
+def _inside(module: nn.Module) -> list[Site]:
+    return [m.__dict__["_xorz"] for m in module.modules() if "_xorz" in m.__dict__]
+
+
+def _encoder_layer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if not torch.compiler.is_compiling():
+        for site in _inside(self)[:1]:
+            self._xorz_owner.rows(site)
+    return type(self).__mro__[1].forward(self, *args, **kwargs)
+
+
+def _encoder(
+    self: Any,
+    src: Tensor,
+    mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+    is_causal: bool | None = None,
+) -> Tensor:
+    """torch drops padded places where it can, and gives zeros there; so must whoever computes them."""
+    plain = type(self).__mro__[1].forward
+    if torch.compiler.is_compiling():
+        return plain(self, src, mask, src_key_padding_mask, is_causal)
+    sites = _inside(self)
+    rows = [self._xorz_owner.rows(site) for site in sites[:1]]
+    serves = rows and rows[0] is not None and any(site.serves(rows[0]) for site in sites)
+    if not serves or is_causal or not _drops_padding(self, sites, src, mask, src_key_padding_mask):
+        return plain(self, src, mask, src_key_padding_mask, is_causal)
+    output = src
+    for layer in self.layers:
+        output = layer(output, src_mask=None, is_causal=False, src_key_padding_mask=src_key_padding_mask)
+    padded = src_key_padding_mask if src_key_padding_mask.dtype == torch.bool else src_key_padding_mask != 0
+    output = output.masked_fill(padded[..., None], 0.0)
+    return output if self.norm is None else self.norm(output)
+
+
+def _drops_padding(
+    encoder: Any, sites: list[Site], src: Tensor, mask: Tensor | None, padding: Tensor | None
+) -> bool:
+    """Whether torch's own encoder would compute on nested tensors: its conditions, in its order."""
+    if not torch.backends.mha.get_fastpath_enabled() or not getattr(encoder, "use_nested_tensor", False):
+        return False
+    if encoder.layers[0].training or src.dim() != 3 or padding is None or mask is not None or src.is_nested:
+        return False
+    kept = padding.logical_not() if padding.dtype == torch.bool else padding == 0
+    if getattr(encoder, "mask_check", True) and not bool(
+        (kept[:, :1] & (kept[:, :-1] >= kept[:, 1:]).all(1, True)).all()
+    ):
+        return False
+    trains = any(t.requires_grad for site in sites for t in site.raws.values())
+    return not torch.is_autocast_enabled() and not (torch.is_grad_enabled() and (src.requires_grad or trains))
+
+
+def _width(module: nn.Module, site: Site) -> int | None:
+    """Last dimension of what the module gives, if a compiler can be told: one input, a known output."""
+    if type(module) is nn.Linear:
+        return module.out_features
+    if type(module) is nn.Embedding:
+        return module.embedding_dim
+    if site.kind == "conv1d":
+        return module.nf
+    if site.kind == "rows" or type(module) in (nn.LayerNorm, nn.RMSNorm):
+        return next(p.size(-1) for p in module._parameters.values() if p is not None)
+    return None
+
+
+def restore_class(module: nn.Module) -> None:
+    """Undo `swap` and `swap_method`."""
+    module.__class__ = type(module).__mro__[1]
+    own = module.__dict__.get("forward")
+    if hasattr(own, "_xorz_inner"):
+        module.__dict__["forward"] = own._xorz_inner
+    for name in ("_xorz", "_xorz_number", "_xorz_width", "_xorz_owner"):
+        module.__dict__.pop(name, None)

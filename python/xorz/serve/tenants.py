@@ -1,0 +1,559 @@
+"""The fine-tunes of an attached model: loaded and unloaded under traffic, active where `use` says so, kept in a budget.
+
+Forwards never wait for a load: a tenant's deltas are read and checked first and appear at once, its slot is given to nobody
+else while a `use` or a forward holds it, and tables that forwards read are replaced, not changed.
+"""
+
+import itertools
+import os
+import re
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import swap
+from .arena import Arena
+from .prepare import Prepared, prepare
+from .rows import BASE, Active, RowMap, Use, lasting, stepping
+from .site import Site
+from .watch import Watch
+from .weight import plain
+
+Source = Any  # a package's path, a StateDelta, or name -> resident delta
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+class _Tenant:
+    """One name: where it came from, and, while it is resident, its slot and what it holds there."""
+
+    def __init__(self, name: str, source: Source) -> None:
+        self.name, self.source = name, source
+        self.path = Path(source) if isinstance(source, (str, os.PathLike)) else None
+        self.identity: Any = None
+        self.slot: int | None = None
+        self.pieces: list[tuple[Site, int, int]] = []
+        self.bytes = 0
+        self.alone = False
+        self.copies = 0
+        self.pins = 0
+        self.last = 0
+        self.gone = False
+        self.loading = threading.Lock()
+
+
+class Tenants:
+    """Made by `attach`. Every method may be called from any thread.
+
+    Attributes:
+        model: the attached model.
+        default: "base", or None where having no active tenant is an error.
+        mode: of every product.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        default: str | None,
+        mode: str,
+        prefer: str | None,
+        budget: int | str | None,
+        max_copies: int | str | None = None,
+    ) -> None:
+        """See `attach`."""
+        if default not in (None, "base"):
+            raise ValueError(f'default must be "base" or None, but is {default!r}')
+        if mode not in ("fast", "deterministic", "exact"):
+            raise ValueError(f"mode must be one of fast, deterministic, exact, but is {mode!r}")
+        if prefer not in (None, "speed", "memory"):
+            raise ValueError(f'prefer must be "speed", "memory" or None, but is {prefer!r}')
+        self.model, self.default, self.mode, self.prefer = model, default, mode, prefer
+        self.budget = _bytes(budget)
+        self.max_copies = None if max_copies is None else _bytes(max_copies, "max_copies")
+        self.lock = threading.RLock()
+        self.active = Active()
+        self.capacity = 4
+        self.sites: dict[str, Site] = {}
+        self.modules: dict[str, nn.Module] = {}
+        self.methods: list[nn.Module] = []
+        self.arena = Arena(self.budget or _address_space())
+        self._tenants: dict[str, _Tenant] = {}
+        self._slots: dict[int, _Tenant] = {}
+        self._copies = 0
+        self._clock = itertools.count(1)
+        self._detached = False
+        self.of_base = RowMap((BASE,), (None,))
+        self.generators: dict[int, RowMap] = {}
+        self._shrouded: list[Tensor] = []
+        self._watch = Watch(model)
+        self._dense: dict[str, list[int]] = {}
+
+    def begin(self) -> None:
+        """For `attach`, once every module is: from now on nobody reads the base past the tenants."""
+        self._shrouded = swap.shroud([(site, self.modules[name]) for name, site in self.sites.items()])
+        self._watch.begin(self.sites, self.modules)
+
+    def count_dense(self, name: str, size: int) -> None:
+        """A dense value of a tenant's tensor was made for one call."""
+        found = self._dense.setdefault(name, [0, 0])
+        found[0] += 1
+        found[1] = size
+
+    def suspect(self, reader: nn.Module) -> None:
+        """A module read a weight that is another one's: it must not keep what it makes of it."""
+        self._watch.suspect(reader)
+
+    # Loading.
+
+    def load(self, name: str, source: Source) -> None:
+        """Load a fine-tune under a name.
+
+        Args:
+            name: any string that is not in use.
+            source: a package's path; a `StateDelta` of `xorz.diff(base, fine_tuned)`; or name -> resident delta.
+
+        Raises:
+            ValueError: the name is taken, the package is damaged or of another base (tensor and both digests are named), or
+                it changes what nothing here can serve (named); KeyError: the model lacks a tensor; MemoryError: the budget
+                is full of tenants that cannot make room; OSError.
+        """
+        self._check(name)
+        tenant = _Tenant(name, source)
+        with self.lock:
+            if name in self._tenants:
+                raise ValueError(f"tenant {name!r} is loaded already; unload it, or swap it for another")
+        prepared = self._prepare(tenant)
+        with self.lock:
+            self._check(name)
+            if name in self._tenants:
+                raise ValueError(f"tenant {name!r} is loaded already; unload it, or swap it for another")
+            self._place(tenant, prepared)
+            self._tenants[name] = tenant
+
+    def swap(self, name: str, source: Source) -> None:
+        """Put another fine-tune under a loaded name, at once; forwards that run keep the old one. Errors as `load`."""
+        self._check(name)
+        fresh = _Tenant(name, source)
+        prepared = self._prepare(fresh)
+        with self.lock:
+            old = self._find(name)
+            self._place(fresh, prepared)
+            self._tenants[name] = fresh
+            self._forget(old)
+
+    def unload(self, name: str) -> None:
+        """Forget a tenant; its memory is free when no `use` holds it. KeyError if there is none of that name."""
+        with self.lock:
+            tenant = self._find(name)
+            del self._tenants[name]
+            self._forget(tenant)
+
+    def names(self) -> list[str]:
+        """All loaded tenants, those evicted to their files included."""
+        with self.lock:
+            return list(self._tenants)
+
+    def resident(self, name: str) -> bool:
+        """Whether the tenant is in memory; False if it was evicted to its file. KeyError if there is none."""
+        with self.lock:
+            return self._find(name).slot is not None
+
+    def _prepare(self, tenant: _Tenant) -> Prepared:
+        before = None if tenant.path is None else _identity(tenant.path)
+        if tenant.identity is not None and before != tenant.identity:
+            raise ValueError(
+                f"tenant {tenant.name!r}: {tenant.path} has changed since it was loaded; swap or unload it"
+            )
+        with lasting():
+            prepared = prepare(self.model, tenant.source, self.prefer, self.max_copies)
+        if tenant.path is not None and _identity(tenant.path) != before:
+            raise ValueError(f"tenant {tenant.name!r}: {tenant.path} was changed while it was read")
+        tenant.identity = before
+        return prepared
+
+    def _place(self, tenant: _Tenant, prepared: Prepared) -> None:
+        """Make a prepared tenant resident; nothing is left behind if that fails."""
+        self._make_room(tenant, prepared.bytes)
+        slot = next(i for i in itertools.count() if i not in self._slots)
+        while slot >= self.capacity:
+            self.capacity *= 2
+        tenant.slot, tenant.alone, tenant.last = slot, prepared.alone, next(self._clock)
+        self._slots[slot] = tenant
+        try:
+            placed: dict[int, tuple[int, int]] = {}
+            for site, param, delta in prepared.deltas:
+                # Tied parameters have one delta.
+                if id(delta) not in placed:
+                    offset = self.arena.allocate(delta.numel())
+                    tenant.pieces.append((site, offset, delta.numel()))
+                    self.arena.write(offset, delta)
+                    placed[id(delta)] = (offset, delta.numel())
+                site.add_piece(param, slot, *placed[id(delta)])
+            for site, param, value in prepared.values:
+                site.add_value(param, slot, value)
+        except BaseException:
+            self._evict(tenant)
+            raise
+        if tenant.path is None:
+            # It is in the arena now, and never evicted: to keep it twice would not be in anybody's sum.
+            tenant.source = None
+        copies = prepared.copies
+        tenant.bytes = sum(-(-length // 64) * 64 for _, _, length in tenant.pieces) + copies
+        tenant.copies = copies
+        self._copies += copies
+
+    def _make_room(self, tenant: _Tenant, need: int) -> None:
+        if self.budget is None:
+            return
+        while self._used() + need > self.budget:
+            idle = [
+                t
+                for t in list(self._slots.values())  # a collected graph may release one meanwhile
+                if t.pins == 0 and t.path is not None and not t.gone and t is not tenant
+            ]
+            if not idle:
+                raise MemoryError(
+                    f"tenant {tenant.name!r} takes {need:,} bytes, but of the budget's {self.budget:,} only "
+                    f"{max(0, self.budget - self._used()):,} are free, and no other tenant is idle and in a file"
+                )
+            self._evict(min(idle, key=lambda t: t.last))
+
+    def _used(self) -> int:
+        return self.arena.used + self._copies
+
+    def _forget(self, tenant: _Tenant) -> None:
+        tenant.gone = True
+        if tenant.pins == 0:
+            self._evict(tenant)
+
+    def _evict(self, tenant: _Tenant) -> None:
+        if tenant.slot is None:
+            return
+        for site in self.sites.values():
+            site.drop(tenant.slot)
+        for _, offset, length in tenant.pieces:
+            self.arena.free(offset, length)
+        self._copies -= tenant.copies
+        tenant.copies = 0
+        del self._slots[tenant.slot]
+        tenant.slot, tenant.pieces = None, []
+
+    # Being active.
+
+    def use(self, names: str | Sequence[str | None] | None, *, dim: int = 0) -> AbstractContextManager[None]:
+        """Compute with these tenants inside a `with`, in this thread or asyncio task, and in tasks started inside.
+
+        Args:
+            names: one name for all rows (None is the base), or one for each row of the batch.
+            dim: the dimension of the batch in what modules are given: 0, or 1 for models that are sequence first.
+
+        Every module's input must then have the batch in that dimension; another shape raises, unless all rows are of one
+        tenant. Threads do not inherit it: start them with `contextvars.copy_context().run`. Evicted tenants are read again
+        from their files.
+
+        Raises:
+            KeyError: no tenant of that name; ValueError: no names, a tenant with tokens of its own beside others, or a file
+                that has changed; RuntimeError, in a forward: the shapes do not fit, or the `with` has ended.
+        """
+        if names is None or isinstance(names, str):
+            names = (names,)
+        names = tuple(names)
+        if not names:
+            raise ValueError("names is empty; give one name for each row of the batch")
+        for name in names:
+            if name is not None and not isinstance(name, str):
+                raise TypeError(f"a tenant's name must be a str or None, but is {type(name).__name__}")
+        if dim not in (0, 1):
+            raise ValueError(f"dim must be 0 or 1, but is {dim}")
+        return Use(self, names, dim)
+
+    def stream(self, name: str | Sequence[str | None] | None, iterator: Any, *, dim: int = 0) -> Any:
+        """Steps an iterator, generator or asynchronous one, each step inside of `use(name)`, and no longer.
+
+        A `with tenants.use(...)` around a `yield` would be active for whoever steps the generator, too.
+
+        Raises:
+            TypeError: `iterator` is none; in a step, as `use`.
+        """
+        if hasattr(iterator, "__anext__"):
+            return _LaterStream(self, name, iterator, dim)
+        if hasattr(iterator, "__next__"):
+            return _Stream(self, name, iterator, dim)
+        raise TypeError(
+            f"iterator must be an iterator or an asynchronous one, but is {type(iterator).__name__}"
+        )
+
+    def map(self, names: tuple[str | None, ...], dim: int) -> RowMap:
+        """The map of these names, whose tenants are held until it is closed; for `use`."""
+        self._watch.check()
+        held: dict[str, _Tenant] = {}
+        try:
+            for name in dict.fromkeys(names):
+                if name is not None:
+                    held[name] = self._hold(name)
+            alone = [name for name, tenant in held.items() if tenant.alone]
+            if alone and len(set(names)) > 1:
+                others = [n for n in dict.fromkeys(names) if n != alone[0]]
+                raise ValueError(
+                    f"tenant {alone[0]!r} has tensors of other shapes than the base's (added tokens) and is served alone; "
+                    f"it was mixed with {others[0]!r}"
+                )
+            slots = [BASE if name is None else held[name].slot for name in names]
+            tenants = tuple(held.values())
+            return RowMap(slots, names, dim=dim, release=lambda: self._release(tenants))
+        except BaseException:
+            self._release(tuple(held.values()))
+            raise
+
+    def _hold(self, name: str) -> _Tenant:
+        """The tenant, resident, and not to be evicted until it is released."""
+        while True:
+            with self.lock:
+                tenant = self._find(name)
+                if tenant.slot is not None:
+                    tenant.pins += 1
+                    tenant.last = next(self._clock)
+                    return tenant
+            with tenant.loading:
+                if tenant.slot is None and not tenant.gone:
+                    prepared = self._prepare(tenant)
+                    with self.lock:
+                        if not tenant.gone:
+                            self._place(tenant, prepared)
+                            tenant.pins += 1
+                            return tenant
+
+    def _release(self, tenants: tuple[_Tenant, ...]) -> None:
+        with self.lock:
+            for tenant in tenants:
+                tenant.pins -= 1
+                if tenant.gone and tenant.pins == 0:
+                    self._evict(tenant)
+
+    def now(self) -> RowMap | None:
+        """The active map, for whoever reads a weight; RuntimeError where it cannot be what is meant."""
+        rows = self.active.get()
+        if _in_backward() != -1 and not (rows is not None and rows.carried):
+            raise RuntimeError(
+                "xorz: a weight is read or a module is run inside of a backward pass, where the tenants of its first run are "
+                "not known; pass context_fn=tenants.carry to torch.utils.checkpoint (use_reentrant=False)"
+            )
+        if self.generators:
+            error = stepping(rows, self.generators)
+            if error is not None:
+                raise error
+        if _tracing() is not None:
+            raise RuntimeError(
+                "xorz: torch.jit.trace of an attached model would keep the tenant of the moment for good; trace after "
+                "tenants.detach(), or use torch.compile"
+            )
+        if rows is not None and rows.root.closed and not rows.root.running:
+            raise rows.root.ended()
+        return rows
+
+    def rows(self, site: Site) -> RowMap | None:
+        """The active map, or None for the base alone; RuntimeError where neither is meant. For attached modules."""
+        rows = self.now()
+        if rows is None and self.default is None:
+            raise RuntimeError(
+                f"xorz: {site.name} is called and no tenant is active here; call the model inside of `with tenants.use(...)` "
+                'in this thread or task, or attach with default="base"'
+            )
+        return rows
+
+    def carry(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For `torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=tenants.carry)`.
+
+        What is recomputed in the backward pass is computed with the tenants that are active now, which stay loaded until
+        the graph is freed.
+        """
+        rows = self.active.get()
+        if rows is None:
+            if self.default is None:
+                raise RuntimeError("xorz: no tenant is active here, so there is nothing to carry")
+            rows = RowMap((BASE,), (None,))
+        return nullcontext(), _Carried(self, rows)
+
+    def regroup(self, index: Tensor, lead: Sequence[int]) -> AbstractContextManager[None]:
+        """For modules that reorder tokens: inside of the `with`, inputs are [len(index), k], token i being the one that was
+        at `index[i]` of the flattened rows of an input of leading shape `lead`.
+        """
+        rows = self.active.get()
+        if rows is None:
+            return nullcontext()
+        slots = rows.rows(tuple(lead), False, "regroup")[index.reshape(-1).cpu()]
+        return self.active.set(rows.regroup(slots.tolist()))
+
+    # What there is.
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: "base" (the model's own tensors), "deltas", "copies" (small dense tensors of tenants), and their "total"."""
+        with self.lock:
+            storages = {}
+            for tensor in map(plain, (*self.model.parameters(), *self.model.buffers())):
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            base = sum(storages.values())
+            out = {"base": base, "deltas": self.arena.used, "copies": self._copies}
+            return {**out, "total": sum(out.values())}
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes of every resident tenant."""
+        with self.lock:
+            return {t.name: t.bytes for t in self._tenants.values() if t.slot is not None}
+
+    def summary(self) -> str:
+        """A table: how each attached module is served, and which tenants change it."""
+        with self.lock:
+            lines = [f"{'module':40} {'class':24} {'served as':10} tenants"]
+            for name, site in self.sites.items():
+                slots = {s for p in site.pieces.values() for s in p} | set(site.values)
+                who = ", ".join(sorted(self._slots[s].name for s in slots if s in self._slots)) or "-"
+                lines.append(
+                    f"{name or '(model)':40} {site.original.__name__:24} {_SERVED_AS[site.kind]:10} {who}"
+                )
+            lines += [
+                f"{name:40} made dense for {calls} calls, {size:,} bytes each"
+                for name, (calls, size) in self._dense.items()
+            ]
+            return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        """Counts and sizes."""
+        memory = self.memory()
+        return (
+            f"Tenants({len(self._tenants)} loaded, {len(self._slots)} in memory, {len(self.sites)} modules; "
+            f"base {memory['base']:,} bytes, deltas {memory['deltas']:,}, copies {memory['copies']:,})"
+        )
+
+    def detach(self) -> nn.Module:
+        """Unload everything and give the plain model back, the same object; ValueError while a `use` is open."""
+        with self.lock:
+            busy = [t.name for t in self._slots.values() if t.pins]
+            if busy:
+                raise ValueError(f"tenant {busy[0]!r} is in use; leave its `with tenants.use(...)` first")
+            for name in list(self._tenants):
+                self.unload(name)
+            swap.unshroud(self._shrouded)
+            self._shrouded = []
+            for module in (*self.methods, *self.modules.values()):
+                swap.restore_class(module)
+            self._detached = True
+            return self.model
+
+    def _find(self, name: str) -> _Tenant:
+        try:
+            return self._tenants[name]
+        except KeyError:
+            loaded = ", ".join(map(repr, list(self._tenants)[:5])) or "none"
+            raise KeyError(f"no tenant is called {name!r}; loaded: {loaded}") from None
+
+    def _check(self, name: str) -> None:
+        if self._detached:
+            raise ValueError("these tenants are detached; attach the model again")
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"a tenant's name must be a str that is not empty, but is {name!r}")
+
+
+class _Stream:
+    """See `Tenants.stream`."""
+
+    def __init__(self, owner: Tenants, name: Any, iterator: Any, dim: int) -> None:
+        self._owner, self._name, self._iterator, self._dim = owner, name, iterator, dim
+
+    def __iter__(self) -> "_Stream":
+        return self
+
+    def __next__(self) -> Any:
+        with self._owner.use(self._name, dim=self._dim):
+            return next(self._iterator)
+
+    def close(self) -> None:
+        close = getattr(self._iterator, "close", None)
+        if close is not None:
+            close()
+
+
+class _LaterStream:
+    """See `Tenants.stream`."""
+
+    def __init__(self, owner: Tenants, name: Any, iterator: Any, dim: int) -> None:
+        self._owner, self._name, self._iterator, self._dim = owner, name, iterator, dim
+
+    def __aiter__(self) -> "_LaterStream":
+        return self
+
+    async def __anext__(self) -> Any:
+        with self._owner.use(self._name, dim=self._dim):
+            return await self._iterator.__anext__()
+
+    async def aclose(self) -> None:
+        close = getattr(self._iterator, "aclose", None)
+        if close is not None:
+            await close()
+
+
+class _Carried:
+    """Makes a map active during recomputation, and keeps its tenants until it is collected with the graph."""
+
+    def __init__(self, owner: Tenants, rows: RowMap) -> None:
+        self._owner = owner
+        with owner.lock:
+            self._held = tuple(owner._slots[slot] for slot in rows.used if slot != BASE)
+            for tenant in self._held:
+                tenant.pins += 1
+        self._rows = RowMap(rows.slots, rows.names, dim=rows.dim, tokens=rows.tokens)
+        self._rows.carried = True
+        self._open: list[Any] = []
+
+    def __enter__(self) -> None:
+        context = self._owner.active.set(self._rows)
+        context.__enter__()
+        self._open.append(context)
+
+    def __exit__(self, *exc: Any) -> None:
+        self._open.pop().__exit__(*exc)
+
+    def __del__(self) -> None:
+        self._owner._release(self._held)
+
+
+_SERVED_AS = {
+    "linear": "delta",
+    "conv1d": "delta",
+    "embedding": "delta",
+    "attention": "delta",
+    "experts": "delta",
+    "rows": "rows",
+    "split": "split",
+}
+
+
+def _bytes(budget: int | str | None, what: str = "budget") -> int | None:
+    if budget is None:
+        return None
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?b|b)?\s*", budget.lower())
+        if match is None:
+            raise ValueError(f'{what} must be bytes, or such as "8 GiB", but is {budget!r}')
+        return int(float(match[1]) * _UNITS[match[2] or ""])
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget <= 0:
+        raise ValueError(f"{what} must be a positive number of bytes, but is {budget!r}")
+    return budget
+
+
+_in_backward = torch._C._current_graph_task_id
+_tracing = torch._C._get_tracing_state
+
+
+def _address_space() -> int:
+    """As much as the machine has memory: the arena reserves addresses, not memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

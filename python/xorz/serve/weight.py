@@ -1,0 +1,315 @@
+"""A weight of the base while tenants are attached: an object that holds no words, whoever reads it and by whatever way.
+
+Attaching swaps the content of each parameter and persistent buffer for a `Weight`, in place: every name, list, closure or
+other module that refers to the tensor meets this object. What it is asked decides what it does:
+
+- shape, dtype and the like are the base's own;
+- outside of any `use`, and for tenants that do not change it, it is the base's tensor;
+- products, lookups and sums row by row, where the op is known (`known`), are computed on base + delta;
+- any other op gets dense values of the one active tenant, made for that call and counted (`Tenants.summary`);
+- on a batch of several tenants, what is computed from weights alone is a `Weight` again, one value for each tenant;
+- any other op on such a batch raises, and so does whatever would change the base.
+
+`__torch_function__` sees what Python calls, `__torch_dispatch__` what C++ does without asking Python.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+Place = tuple[Any, str]
+"""A site and its own name of a tensor."""
+
+
+class Refused(RuntimeError):
+    """An op on a weight cannot be served for a batch of several tenants."""
+
+
+class Weight(Tensor):
+    """One tensor of the base, or what is computed from such tensors alone, as readers meet it.
+
+    Attributes:
+        owner: the tenants.
+        places: the tensors of the base that it is made of.
+        base: the base's value of it: the very parameter or buffer, or what was computed from those.
+        matrix: (site, name, whether it is read transposed) if products with it are computed on deltas.
+    """
+
+    owner: Any
+    places: tuple[Place, ...]
+    base: Tensor
+    matrix: tuple[Any, str, bool] | None
+    _values: Callable[[int], Tensor]
+
+    @staticmethod
+    def of(raw: Tensor, places: tuple[Place, ...]) -> "Weight":
+        """A tensor of the base; `places`: every site that calls it its own."""
+        out = Weight._made(raw, places, lambda slot: _own_value(places, slot))
+        out.matrix = (*places[0], False)
+        # What makes isinstance(weight, nn.Parameter) true.
+        out._is_param = isinstance(raw, nn.Parameter)
+        return out
+
+    @staticmethod
+    def _made(base: Tensor, places: tuple[Place, ...], values: Callable[[int], Tensor]) -> "Weight":
+        out = Tensor._make_wrapper_subclass(
+            Weight,
+            base.size(),
+            strides=base.stride(),
+            dtype=base.dtype,
+            layout=base.layout,
+            device=base.device,
+        )
+        out.owner, out.places, out.base = places[0][0].owner, places, base
+        out.matrix, out._values = None, values
+        return out
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See the module's docs."""
+        kwargs = kwargs or {}
+        if func in _ASKED:
+            args, kwargs = tree_map(plain, (args, kwargs))
+            return func(*args, **kwargs)
+        served = known.get(func)
+        if served is not None:
+            out = served(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        return _compute(func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What reaches torch past `__torch_function__`."""
+        kwargs = kwargs or {}
+        for argument, given in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for leaf in tree_leaves(given):
+                    if isinstance(leaf, Weight):
+                        raise leaf.refuse_change(_called(func))
+        return _compute(func, args, kwargs)
+
+    def rows(self) -> Any:
+        """The active map of rows."""
+        return self.owner.now()
+
+    def changed(self) -> bool:
+        """Whether an active tenant has other words here, or the base's rows are to be computed as a tenant's are."""
+        rows = self.owner.now()
+        return rows is not None and any(site.changes(param, rows) for site, param in self.places)
+
+    def dense(self, slot: int) -> Tensor:
+        """One tenant's own words, as a plain tensor."""
+        return self._values(slot)
+
+    def turned(self) -> "Weight":
+        """The transposed matrix."""
+        site, param, turned = self.matrix
+        out = Weight._made(self.base.t(), self.places, lambda slot: self.dense(slot).t())
+        out.matrix = (site, param, not turned)
+        return out
+
+    def full(self) -> str:
+        """Its name, for messages."""
+        site, param = self.places[0]
+        return site.full(param)
+
+    def refuse_change(self, what: str) -> RuntimeError:
+        """The error of whatever would write to the base."""
+        return RuntimeError(
+            f"xorz: {what} would change `{self.full()}`, which is the base of all tenants; call tenants.detach() first"
+        )
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        """An attached model cannot be copied or pickled."""
+        self.places[0][0].__deepcopy__(None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As `__deepcopy__`."""
+        self.places[0][0].__deepcopy__(None)
+
+
+def _own_value(places: tuple[Place, ...], slot: int) -> Tensor:
+    """What a tenant has in place of a tensor of the base, which may be called by several names."""
+    first, *others = [site.dense(param, slot) for site, param in places]
+    (site, param), rest = places[0], places[1:]
+    for (other, name), value in zip(rest, others, strict=True):
+        if value is not first and not (
+            value.shape == first.shape and torch.equal(_bits(value), _bits(first))
+        ):
+            raise RuntimeError(
+                f"xorz: a tensor is read that is both `{site.full(param)}` and `{other.full(name)}`; the active tenant has "
+                "untied them, and which one is meant is not to be known; read it as an attribute of its module"
+            )
+    return first
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def plain(tensor: Any) -> Any:
+    """The base's own tensor of a weight; anything else as it is."""
+    return tensor.base if isinstance(tensor, Weight) else tensor
+
+
+def _compute(func: Any, args: Any, kwargs: Any) -> Any:
+    """Any op that is not known: on the base's tensors, or on dense ones of the one active tenant."""
+    leaves = tree_leaves((args, kwargs))
+    weights = [leaf for leaf in leaves if isinstance(leaf, Weight)]
+    if not weights:
+        return func(*args, **kwargs)
+    name = _called(func)
+    _refuse_changes(func, name, args, kwargs)
+    changed = [w for w in weights if w.changed()]
+    if not changed:
+        args, kwargs = tree_map(plain, (args, kwargs))
+        return func(*args, **kwargs)
+    rows = changed[0].rows()
+    if func in _ADDRESSES:
+        raise RuntimeError(
+            f"xorz: {name} asks where `{changed[0].full()}` lies while {rows.describe()} is active, whose words are nowhere"
+        )
+    if rows.only is None:
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if len(tensors) == len(weights) and name not in _TELLING:
+            return _derive(func, args, kwargs, weights)
+        raise Refused(
+            f"xorz: {name} reads `{changed[0].full()}` directly while {rows.describe()} are active, and no such op on it is "
+            "served row by row; use one tenant at a time"
+        )
+    args, kwargs = with_dense(args, kwargs, rows.only)
+    return func(*args, **kwargs)
+
+
+def with_dense(args: Any, kwargs: Any, slot: int) -> Any:
+    """Arguments with one tenant's dense values in place of weights, each made once."""
+    made: dict[int, Tensor] = {}
+
+    def own(leaf: Any) -> Any:
+        if not isinstance(leaf, Weight):
+            return leaf
+        if id(leaf) not in made:
+            made[id(leaf)] = leaf.dense(slot)
+        return made[id(leaf)]
+
+    return tree_map(own, (args, kwargs))
+
+
+def _derive(func: Any, args: Any, kwargs: Any, weights: list[Weight]) -> Any:
+    """What is computed from weights alone is one, too: each tenant's value of it is computed when somebody needs it."""
+    of_base, more = tree_map(plain, (args, kwargs))
+    with torch.no_grad():
+        base = func(*of_base, **more)
+    places = tuple(dict.fromkeys(place for w in weights for place in w.places))
+
+    def made(index: int | None, like: Tensor) -> Weight:
+        def value(slot: int) -> Tensor:
+            mine, others = with_dense(args, kwargs, slot)
+            with torch.no_grad():
+                out = func(*mine, **others)
+            return out if index is None else out[index]
+
+        return Weight._made(like.detach(), places, value)
+
+    if isinstance(base, Tensor):
+        return made(None, base)
+    if isinstance(base, (tuple, list)) and all(isinstance(t, Tensor) for t in base):
+        return type(base)(made(i, t) for i, t in enumerate(base))
+    site_rows = weights[0].rows()
+    raise Refused(
+        f"xorz: {_called(func)} asks for a value of `{weights[0].full()}` while {site_rows.describe()} are active, which have "
+        "each their own; use one tenant at a time"
+    )
+
+
+def _refuse_changes(func: Any, name: str, args: Any, kwargs: Any) -> None:
+    """RuntimeError for what would write to a weight."""
+    writes = name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
+    writes |= name in (
+        "__setitem__",
+        "__iadd__",
+        "__isub__",
+        "__imul__",
+        "__idiv__",
+        "__itruediv__",
+        "__ipow__",
+        "__iand__",
+    )
+    if writes:
+        # torch.nn.init passes by name.
+        for leaf in tree_leaves(args[0] if args else kwargs.get("tensor")):
+            if isinstance(leaf, Weight):
+                raise leaf.refuse_change(name)
+    if name == "__set__" and isinstance(args[0], Weight):
+        raise args[0].refuse_change(f"setting `.{func.__self__.__name__}`")
+    for leaf in tree_leaves(kwargs.get("out")):
+        if isinstance(leaf, Weight):
+            raise leaf.refuse_change(f"{name}(out=...)")
+
+
+def _called(func: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        return f"`.{getattr(func.__self__, '__name__', '?')}`"
+    if isinstance(func, torch._ops.OpOverload):
+        return func._schema.name.split("::")[-1]
+    return name
+
+
+def _get(name: str) -> Any:
+    return getattr(Tensor, name).__get__
+
+
+_ASKED = {
+    *(
+        _get(name)
+        for name in (
+            "shape dtype device layout ndim requires_grad is_leaf grad grad_fn itemsize nbytes _version output_nr names "
+            "is_cuda is_cpu is_meta is_sparse is_quantized is_nested is_mkldnn is_mps is_xpu is_xla is_vulkan is_ipu is_maia "
+            "is_mtia is_hpu is_sparse_csr _backward_hooks _post_accumulate_grad_hooks retains_grad _base name"
+        ).split()
+        if hasattr(Tensor, name)
+    ),
+    *(
+        getattr(Tensor, name)
+        for name in (
+            "size dim numel nelement stride element_size is_floating_point is_complex is_contiguous __len__ __hash__ "
+            "is_inference storage_offset is_signed ndimension get_device is_shared is_pinned has_names is_conj is_neg _is_view __format__ "
+            "register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad is_same_size is_set_to dim_order"
+        ).split()
+        if hasattr(Tensor, name)
+    ),
+    _get("requires_grad").__self__.__set__,
+    _get("grad").__self__.__set__,
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+    torch.is_inference,
+    torch.is_same_size,
+}
+_ADDRESSES = {
+    getattr(Tensor, name)
+    for name in "data_ptr untyped_storage storage _typed_storage share_memory_".split()
+    if hasattr(Tensor, name)
+}
+_HARMLESS = {"requires_grad_", "retain_grad_", "share_memory_"}
+# What gives no tensor, but says something of the words.
+_TELLING = {
+    "item",
+    "tolist",
+    "numpy",
+    "__array__",
+    "__bool__",
+    "equal",
+    "allclose",
+    "__repr__",
+    "__dlpack__",
+    "__contains__",
+}
+
+known: dict[Any, Callable[..., Any]] = {}
+"""What is computed on base + delta: function -> what to do, which may answer NotImplemented. `known_ops` fills it."""
