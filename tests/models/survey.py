@@ -1,0 +1,347 @@
+"""Every architecture of transformers that can be built tiny from its config: is it served right, right alone, or refused?
+
+`make test-models` runs them all, each in a process of its own, and writes docs/models.md. Each model is truly fine-tuned twice
+(AdamW, a step or more on random inputs). Then, for each tenant alone, mode="fast" must be close to the plain fine-tuned model and
+mode="exact" in bfloat16 its very bits; in a batch of several, mode="deterministic" must give, bit for bit, what each gives alone,
+which must be close to the plain model. Whatever is neither right nor refused is silently wrong.
+"""
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("XORZ_CACHE_DIR", "")
+
+import torch
+import transformers
+import xorz
+from transformers.models.auto import modeling_auto as auto
+
+KINDS = {
+    "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "seq2seq": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "encoder": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "vision": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "speech": {**auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, **auto.MODEL_FOR_CTC_MAPPING_NAMES},
+}
+VOCABULARY, LENGTH, IMAGE = 96, 10, 32
+_WIDTHS = "hidden_size d_model n_embd dim embed_dim embedding_size encoder_hidden_size decoder_hidden_size word_embed_proj_dim"
+_INNER = "intermediate_size d_ff n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim moe_intermediate_size ffn_hidden_size hidden_dim"
+_INNER += " shared_expert_intermediate_size block_ff_dim mlp_dim feed_forward_hidden_size intermediate_size_mlp"
+_LAYERS = "num_hidden_layers n_layer num_layers n_layers encoder_layers decoder_layers num_decoder_layers num_encoder_layers"
+_HEADS = "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"
+SMALL = {
+    **dict.fromkeys(_WIDTHS.split(), 32),
+    **dict.fromkeys(_INNER.split(), 48),
+    **dict.fromkeys(_LAYERS.split(), 2),
+    **dict.fromkeys(_HEADS.split(), 4),
+    **dict.fromkeys("num_key_value_heads multi_query_group_num num_kv_heads".split(), 2),
+    **dict.fromkeys("num_local_experts num_experts n_routed_experts moe_num_experts".split(), 4),
+    **dict.fromkeys("num_experts_per_tok moe_topk top_k moe_k num_selected_experts".split(), 2),
+    **dict.fromkeys("head_dim d_kv kv_channels".split(), 8),
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "n_positions": 64,
+    "image_size": IMAGE,
+    "patch_size": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "pad_token_id": 0,
+    "sliding_window": 16,
+    "attention_window": 4,
+    "state_size": 8,
+    "num_mel_bins": 16,
+    "max_source_positions": 32,
+    "max_target_positions": 32,
+    "conv_dim": [16, 16],
+    "conv_stride": [4, 4],
+    "conv_kernel": [8, 8],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_expand": 2,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "n_mamba_heads": 2,
+    "relative_attention_num_buckets": 8,
+}
+
+
+def shrink(config: Any) -> Any:
+    """In place: what has a known name is made small."""
+    for name, value in SMALL.items():
+        if getattr(config, name, None) is not None and not isinstance(getattr(config, name), dict):
+            try:
+                setattr(config, name, value)
+            except (AttributeError, NotImplementedError, TypeError, ValueError):
+                continue
+    for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
+        kinds = getattr(config, name, None)
+        if isinstance(kinds, list) and kinds:
+            some = list(dict.fromkeys(kinds))[:3]
+            count = max(2, len(some))
+            try:
+                setattr(config, name, (some * 2)[:count])
+                config.num_hidden_layers = count
+            except (AttributeError, NotImplementedError, TypeError, ValueError):
+                continue
+    for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id"):
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, 1)
+    for name in getattr(config, "sub_configs", {}):
+        inner = getattr(config, name, None)
+        if inner is not None:
+            shrink(inner)
+    return config
+
+
+def build(kind: str, name: str) -> Any:
+    """A tiny model of random weights, or an exception of transformers'."""
+    cls_name = KINDS[kind][name]
+    cls = getattr(transformers, cls_name if isinstance(cls_name, str) else cls_name[0])
+    config = cls.config_class()
+    shrink(config)
+    config._experts_implementation = "eager"
+    config.torch_dtype = None
+    torch.manual_seed(0)
+    model = cls(config).eval().float()
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+def inputs_of(kind: str, model: Any, rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random inputs, the batch first."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY - 8, (rows, LENGTH), generator=g)
+    name = getattr(model, "main_input_name", "input_ids")
+    if name == "pixel_values":
+        size = getattr(model.config, "image_size", IMAGE) or IMAGE
+        size = size if isinstance(size, int) else size[0]
+        channels = getattr(model.config, "num_channels", 3) or 3
+        return {name: torch.rand(rows, channels, size, size, generator=g)}
+    if name == "input_values":
+        return {name: torch.randn(rows, 800, generator=g)}
+    if name == "input_features":
+        length = 2 * getattr(model.config, "max_source_positions", 32) if "Whisper" in type(model).__name__ else 64
+        bins = getattr(model.config, "num_mel_bins", getattr(model.config, "input_feat_per_channel", 80)) or 80
+        shape = (rows, bins, length) if "Whisper" in type(model).__name__ else (rows, length, bins)
+        out = {name: torch.randn(shape, generator=g)}
+        return {**out, "decoder_input_ids": ids[:, :4]} if model.config.is_encoder_decoder else out
+    out = {"input_ids": ids}
+    return {**out, "decoder_input_ids": ids.flip(1)[:, :5]} if model.config.is_encoder_decoder else out
+
+
+def answer(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Its main output."""
+    with torch.no_grad():
+        out = model(**inputs)
+    return out.logits if hasattr(out, "logits") else out[0]
+
+
+def tune(kind: str, base: Any, seed: int) -> Any:
+    """AdamW on random inputs of its own."""
+    model = copy.deepcopy(base)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(2):
+        out = model(**inputs_of(kind, model, 3, seed=10 * seed + step))
+        logits = out.logits if hasattr(out, "logits") else out[0]
+        g = torch.Generator().manual_seed(seed)
+        (logits.float() * torch.randn(logits.shape[-1:], generator=g)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model
+
+
+def rows_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    return {n: t[row : row + 1] for n, t in inputs.items()}
+
+
+def near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    scale = float(b.abs().max()) + 1e-6
+    return a.shape == b.shape and bool(((a - b).abs() <= 2e-3 * scale).all())
+
+
+class Wrong(Exception):
+    """Neither right nor refused."""
+
+
+def attached(base: Any, tuned: dict[str, Any], mode: str) -> Any:
+    tenants = xorz.attach(copy.deepcopy(base), mode=mode)
+    for name, model in tuned.items():
+        tenants.load(name, xorz.diff(base, model))
+    return tenants
+
+
+def survey(kind: str, name: str) -> dict[str, str]:
+    """What holds of one architecture."""
+    try:
+        base = build(kind, name)
+        inputs = inputs_of(kind, base, 5)
+        first = answer(base, inputs)
+        tuned = {n: tune(kind, base, i + 1) for i, n in enumerate("ab")}
+        repeatable = torch.equal(first, answer(base, inputs))
+    except Exception as error:
+        return {"verdict": "not built", "why": f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"}
+    if not repeatable or not torch.isfinite(first).all():
+        return {"verdict": "not built", "why": "its own answers differ from run to run"}
+    plain = {None: base, **tuned}
+    try:
+        tenants = attached(base, tuned, "fast")
+    except Exception as error:
+        return {"verdict": "refused", "why": said(error)}
+    out = {"verdict": "right", "why": ""}
+    want = {n: answer(m, inputs) for n, m in plain.items()}
+    if any(near(want[n], want[None]) for n in "ab"):
+        return {"verdict": "not built", "why": "its fine-tunes cannot be told apart"}
+    try:
+        for n in (None, "a", "b"):
+            with tenants.use(n):
+                got = answer(tenants.model, inputs)
+            if not near(got, want[n]):
+                raise Wrong(f"alone, {n}: off by {float((got - want[n]).abs().max()):.3g} of {float(want[n].abs().max()):.3g}")
+        exact(base, tuned, inputs)
+    except Wrong as error:
+        return {"verdict": "WRONG", "why": str(error)}
+    except Exception as error:
+        return {"verdict": "fails late", "why": said(error)}
+    try:
+        mixed(base, tuned, inputs, want)
+    except Wrong as error:
+        return {"verdict": "WRONG", "why": str(error)}
+    except Exception as error:
+        out = {"verdict": "right alone", "why": said(error)}
+    return out
+
+
+def exact(base: Any, tuned: dict[str, Any], inputs: dict[str, torch.Tensor]) -> None:
+    halves = {n: half(m) for n, m in {None: base, **tuned}.items()}
+    given = {n: t.bfloat16() if t.is_floating_point() else t for n, t in inputs.items()}
+    try:
+        want = {n: answer(m, given) for n, m in halves.items()}
+    except Exception:
+        return  # the plain model does not run in bfloat16
+    tenants = attached(halves[None], {n: halves[n] for n in tuned}, "exact")
+    for n, value in want.items():
+        with tenants.use(n):
+            got = answer(tenants.model, given)
+        if not torch.equal(got, value):
+            raise Wrong(f"exact, {n}: off by {float((got - value).abs().max()):.3g} of {float(value.abs().max()):.3g}")
+
+
+def half(model: Any) -> Any:
+    out = copy.deepcopy(model)
+    for param in out.parameters():
+        param.data = param.data.bfloat16()
+    return out
+
+
+def mixed(base: Any, tuned: dict[str, Any], inputs: dict[str, torch.Tensor], want: dict[Any, torch.Tensor]) -> None:
+    tenants, names = attached(base, tuned, "deterministic"), ["a", None, "b", "b", "a"]
+    with tenants.use(names):
+        together = answer(tenants.model, inputs)
+    for row, n in enumerate(names):
+        with tenants.use(n):
+            alone = answer(tenants.model, rows_of(inputs, row))
+        one = together[row : row + 1]
+        if not near(one, want[n][row : row + 1]):
+            off = float((one - want[n][row : row + 1]).abs().max())
+            raise Wrong(f"mixed, row {row}, {n}: off by {off:.3g} of {float(want[n].abs().max()):.3g}")
+        if not torch.equal(one, alone):
+            off = float((one - alone).abs().max())
+            raise RuntimeError(f"xorz: bits of a row depend on the batch (row {row}, {n}: {off:.3g})")
+
+
+def said(error: Exception) -> str:
+    text = str(error).splitlines()[0] if str(error) else ""
+    ours = "" if "xorz" in text or isinstance(error, (ValueError, KeyError)) else f"{type(error).__name__}: "
+    return (ours + text)[:300]
+
+
+def one(kind: str, name: str) -> dict[str, str]:
+    """In a process of its own."""
+    try:
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", f"{kind}/{name}"], capture_output=True, text=True, timeout=400
+        )
+    except subprocess.TimeoutExpired:
+        return {"verdict": "not built", "why": "takes too long"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else {"verdict": "not built", "why": (done.stderr or "?").splitlines()[-1][:160]}
+
+
+def table(results: dict[str, dict[str, str]]) -> str:
+    """docs/models.md."""
+    built = {n: r for n, r in results.items() if r["verdict"] != "not built"}
+    count = {v: sum(r["verdict"] == v for r in built.values()) for v in ("right", "right alone", "refused", "fails late", "WRONG")}
+    alone = count["right"] + count["right alone"]
+    lines = [
+        "# Architectures",
+        "",
+        "Made by `make test-models` (`tests/models/survey.py`, which says what each word means), with transformers "
+        f"{transformers.__version__} and torch {torch.__version__.split('+')[0]}: every causal, seq2seq, encoder, vision and speech",
+        "architecture that can be built tiny from its config alone, truly fine-tuned twice.",
+        "",
+        f"Of {len(built)}: {count['right']} right, alone and in mixed batches ({count['right'] / max(1, len(built)):.0%}); "
+        f"{alone} right alone ({alone / max(1, len(built)):.0%}); {count['refused']} refused on load; {count['fails late']} refused "
+        f"in a forward; {count['WRONG']} silently wrong. {len(results) - len(built)} were not built.",
+        "",
+        "| architecture | verdict | why not |",
+        "|---|---|---|",
+    ]
+    for name, result in sorted(built.items()):
+        why = result["why"].replace("|", "\\|").replace("xorz: ", "")
+        lines.append(f"| {name} | {result['verdict']} | {why} |")
+    missing = sorted(n for n, r in results.items() if r["verdict"] == "not built")
+    lines += ["", f"Not built from a shrunken config: {', '.join(missing)}.", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """See the module's docs."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--one")
+    parser.add_argument("--only", help="architectures, with commas")
+    parser.add_argument("--write", help="where the table goes")
+    parser.add_argument("--json", help="where results are kept; those that are there are not run again")
+    given = parser.parse_args()
+    if given.one:
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
+        print(json.dumps(survey(*given.one.split("/"))))
+        return
+    names = [(k, n) for k, found in KINDS.items() for n in found]
+    if given.only:
+        names = [(k, n) for k, n in names if n in given.only.split(",") or f"{k}/{n}" in given.only.split(",")]
+    kept = Path(given.json) if given.json else None
+    results = json.loads(kept.read_text()) if kept and kept.exists() else {}
+    for kind, name in names:
+        key = f"{kind}/{name}"
+        if key not in results:
+            results[key] = one(kind, name)
+            print(f"{key:40} {results[key]['verdict']:12} {results[key]['why'][:140]}", flush=True)
+        if kept:
+            kept.write_text(json.dumps(results, indent=1))
+    if given.write:
+        Path(given.write).write_text(table(results))
+    sys.exit(any(r["verdict"] in ("WRONG", "fails late") for r in results.values()))
+
+
+if __name__ == "__main__":
+    main()
