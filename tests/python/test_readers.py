@@ -522,7 +522,7 @@ def test_a_parent_that_keeps_what_it_makes_of_its_childrens_weights_is_refused()
             assert torch.allclose(case.model(x), copy.deepcopy(case.plain["a"])(x), atol=1e-5)
         for name in ("b", None):
             with pytest.raises(
-                RuntimeError, match=r"Fused reads weights of another module and has kept .* `both`"
+                RuntimeError, match=r"Fused reads weights of another module and kept .* `both`"
             ):
                 case.tenants.use(name).__enter__()
 

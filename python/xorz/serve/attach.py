@@ -21,6 +21,11 @@ FLATTENING = frozenset(
     }
 )
 
+# Modules that take rows apart or mix their positions, but give each row of [batch, length, k] its own output.
+BLOCKS = frozenset(
+    {"DisentangledSelfAttention", "DebertaV2DisentangledSelfAttention", "JetMoeMoE", "DbrxFFN"}
+)
+
 Filter = Callable[[nn.Module, str], bool]
 
 
@@ -82,6 +87,15 @@ def attach(
             for inside, child in module.named_modules(prefix=name):
                 if child is not module and inside in owner.sites:
                     owner.sites[inside].flattens = True
+    for name, module in list(model.named_modules()):
+        if name and name in owner.sites and experts.stacked(module):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if parent is not model:
+                _around(owner, name.rpartition(".")[0], parent, owner.sites[name].kind == "experts")
+        if type(module).__name__ in BLOCKS and module is not model:
+            _block(owner, name, module)
+    swap.swap_root(model, owner)
+    owner.methods.append(model)
     try:
         owner.begin()
     except BaseException:
@@ -104,6 +118,22 @@ def _attach(owner: Tenants, name: str, module: nn.Module) -> None:
     owner.sites[name] = site
     owner.modules[name] = module
     swap.swap(module, site)
+
+
+def _around(owner: Tenants, name: str, parent: nn.Module, known: bool) -> None:
+    """Around a stack of experts, tokens are flattened; where its own code computes, tenants are served one after the other."""
+    if not known:
+        _block(owner, name, parent)
+        return
+    for inside, child in parent.named_modules(prefix=name):
+        if child is not parent and inside in owner.sites:
+            owner.sites[inside].flattens = True
+
+
+def _block(owner: Tenants, name: str, module: nn.Module) -> None:
+    if "_xorz_block" not in module.__dict__:
+        owner.methods.append(module)
+        swap.swap_block(module, owner, name)
 
 
 def _kind(module: nn.Module) -> str:

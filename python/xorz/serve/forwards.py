@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import experts, split
 from .known_ops import lookup
 from .rows import RowMap
 from .site import Site
+from .weight import Refused, Weight, derive, with_dense
 
 
 def call(site: Site, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -34,10 +36,20 @@ def _base(site: Site, module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 def _serve(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) -> Any:
+    if args and isinstance(args[0], Weight):
+        return _of_weights(site, module, rows, args, kwargs)
     if site.original is nn.Linear and not site.alone(rows):
         return site.linear(rows, *args, **kwargs)
     if site.kind in ("rows", "split") or site.alone(rows):
         return split.forward(site, module, rows, args, kwargs)
+    if (
+        site.kind == "experts"
+        and site.owner.mode == "exact"
+        and rows.only is not None
+        and not _is_eager(module)
+    ):
+        # The bits of whatever implementation the model was told to use, on one dense stack for the call.
+        return split.one(site, module, rows.only, args, kwargs)
     if site.kind == "experts":
         return experts.forward(site, module, rows, *args, **kwargs)
     if site.kind == "conv1d":
@@ -57,6 +69,29 @@ def _serve(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) 
         # Nobody else is given it.
         module.__dict__[name] = site.known.get(name)
     return out
+
+
+def _is_eager(module: nn.Module) -> bool:
+    config = getattr(module, "config", None)
+    return getattr(config, "_experts_implementation", None) in (None, "eager")
+
+
+def _of_weights(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) -> Any:
+    """A module that is given another one's weights (a table of relative positions): what it gives is as each tenant has it."""
+    if rows.only is not None:
+        args, kwargs = with_dense(args, kwargs, rows.only)
+        return _serve(site, module, rows, args, kwargs)
+    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    weights = [leaf for leaf in leaves if isinstance(leaf, Weight)]
+    if len(weights) < len(leaves):
+        raise Refused(f"xorz: {site.name} is given weights beside other tensors; use one tenant at a time")
+
+    def values(slot: int) -> Any:
+        mine, more = with_dense(args, kwargs, slot)
+        with site.owner.active.set(rows.uniform(slot)):
+            return call(site, module, *mine, **more)
+
+    return derive(values, weights, site.name)
 
 
 def _conv1d(site: Site, rows: RowMap, x: Tensor) -> Tensor:

@@ -42,12 +42,10 @@ def by_tokens(site: Site, rows: RowMap, x: Tensor, op: Callable[[Tensor, int], T
 
 def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     """`F.linear`."""
-    if isinstance(input, Weight) or not isinstance(weight, Weight) or weight.matrix is None:
+    if isinstance(input, Weight) or not isinstance(weight, Weight) or not weight.changed():
         return NotImplemented
     rows = weight.rows()
-    site, param, turned = weight.matrix
-    if rows is None or not weight.changed():
-        return NotImplemented
+    site, param, turned = weight.matrix or (*weight.places[0], True)
     if turned or not site.multiplies(param):
         return NotImplemented if rows.only is not None else _grouped(site, rows, input, weight, bias)
     own = isinstance(bias, Weight) and bias.matrix == (site, "bias", False)
@@ -103,9 +101,9 @@ def embedding(
     input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
 ) -> Any:
     """`F.embedding`."""
-    if not isinstance(weight, Weight) or weight.matrix is None or not weight.changed():
+    if not isinstance(weight, Weight) or isinstance(input, Weight) or not weight.changed():
         return NotImplemented
-    site, param, turned = weight.matrix
+    site, param, turned = weight.matrix or (*weight.places[0], True)
     if (
         max_norm is not None
         or turned

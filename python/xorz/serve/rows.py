@@ -159,6 +159,11 @@ class RowMap:
         """A map of single tokens, of these slots."""
         return RowMap(slots, self.names, tokens=True, parent=self)
 
+    def expanded(self, each: int) -> "RowMap":
+        """A map with so many rows in place of every one."""
+        slots = [slot for slot in self.slots for _ in range(each)]
+        return RowMap(slots, [n for n in self.names for _ in range(each)], dim=self.dim, parent=self)
+
     def uniform(self, slot: int) -> "RowMap":
         """A map whose rows are all of one slot."""
         return RowMap((slot,), self.names, parent=self)
@@ -185,6 +190,10 @@ class Active:
             yield
         finally:
             self._var.reset(token)
+
+    def put(self, rows: RowMap) -> None:
+        """`rows` is active from now on; whoever `set` another one before ends it."""
+        self._var.set(rows)
 
     def enter(self, rows: RowMap) -> None:
         """`rows` is active from now on."""

@@ -5,7 +5,7 @@ runs once as it stands, if every op that meets its weights is known (`known_ops`
 nothing cut, and each row is taken from its tenant's run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from .known_ops import groups
 from .rows import BASE, RowMap
 from .site import Site
-from .weight import Refused
+from .weight import Refused, with_dense
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _OWN = (
@@ -111,7 +111,8 @@ def clone(site: Site, module: nn.Module, slot: int) -> nn.Module:
                 other.__dict__[name] = _copied(value)
     values = dict(site.values.get(slot, {}))
     pieces = list(site.pieces.items())
-    transient = {name: site.dense(name, slot) for name, slots in pieces if slot in slots}
+    names = {name.partition(".")[0] for name, slots in pieces if slot in slots}
+    transient = {name: site.dense(name, slot) for name in sorted(names)}
     if transient:
         # For one call, whose dense tensors go with it.
         values.update(transient)
@@ -186,37 +187,104 @@ def _recurrent(site: Site, module: Any, rows: RowMap, input: Tensor, hx: Any = N
     return output, torch.cat(states, 1).index_select(1, back)
 
 
-def per_tenant(
-    site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any, run: Callable[[], Any], lead: int
-) -> Any:
-    """`run()` on the whole batch once per tenant; the first `lead` of its outputs are tokens or batch rows as the first
-    argument's: that is declared of the module.
+def block(owner: Any, name: str, rows: RowMap, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """`run(x, ...)` of a module of which is declared that its first argument is [batch, length, k] and that each row of what it
+    gives, by batch or by token, is that row's: once per tenant on the whole batch, or row by row where bits must not depend
+    on company.
     """
-    x = args[0] if args else next(iter(kwargs.values()))
-    slots = rows.rows(x.shape[:-1], True, site.name)
-    outputs = []
-    for slot in rows.used:
-        with site.owner.active.set(rows.uniform(slot)):
-            out = run()
-        outputs.append(tree_flatten(out))
-    spec = outputs[0][1]
-    merged = []
-    for i, first in enumerate(outputs[0][0]):
-        if not isinstance(first, Tensor):
-            merged.append(first)
-            continue
-        tokens = x.shape[:-1].numel()
-        rest = first.numel() // max(1, tokens)
-        if i >= lead and first.shape[: x.dim() - 1] != x.shape[:-1] and first.size(0) != tokens:
-            raise RuntimeError(
-                f"xorz: {site.name} gave {list(first.shape)} for rows {list(x.shape[:-1])}; use one tenant at a time"
-            )
-        flat = first.reshape(tokens, rest).clone()
-        for slot, (leaves, _) in zip(rows.used, outputs, strict=True):
-            mine = (slots == slot).nonzero()[:, 0]
-            flat = flat.index_copy(0, mine, leaves[i].reshape(tokens, rest).index_select(0, mine))
-        merged.append(flat.view(first.shape))
+    x, *more = args if args else (kwargs.pop("hidden_states"),)
+    fits = isinstance(x, Tensor) and x.dim() == 3 and not rows.tokens and rows.dim == 0
+    if not fits or (rows.only is None and x.size(0) != len(rows.slots)):
+        shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise RuntimeError(
+            f"xorz: {name} was given {shape} for {len(rows.slots)} batch rows; use one tenant at a time"
+        )
+    slots = rows.slots if rows.only is None else (rows.only,) * x.size(0)
+    found: dict[int, list[Any]] = {}
+    one_by_one, outputs, spec = owner.mode == "deterministic", [], None
+    for row, slot in enumerate(slots):
+        if one_by_one or slot not in found:
+            given = x[row : row + 1] if one_by_one else x
+            others, named = with_dense(more, kwargs, slot)
+            with owner.active.set(rows.uniform(slot)):
+                found[slot], spec = tree_flatten(run(given, *others, **named))
+        outputs.append([_of_row(name, leaf, given, 0 if one_by_one else row) for leaf in found[slot]])
+    merged = [
+        torch.cat(each) if isinstance(each[0], Tensor) else each[0] for each in zip(*outputs, strict=True)
+    ]
     return tree_unflatten(merged, spec)
+
+
+def _of_row(name: str, leaf: Any, x: Tensor, row: int) -> Any:
+    """A batch row's part of one output, by batch or by token."""
+    batch, length = x.shape[:2]
+    if isinstance(leaf, _PLAIN):
+        return leaf
+    if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.size(0) not in (batch, batch * length):
+        shape = list(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+        raise RuntimeError(f"xorz: {name} gave {shape} for rows {[batch, length]}; use one tenant at a time")
+    each = leaf.size(0) // batch
+    return leaf[row * each : (row + 1) * each]
+
+
+def apart(
+    owner: Any, rows: RowMap, run: Callable[..., Any], args: Any, kwargs: Any, why: RuntimeError
+) -> Any:
+    """The whole model, once per tenant on that tenant's rows, since something in it cannot be served row by row. What a model
+    is given has the batch where `use` says; what could be cut in two ways is refused, as are caches.
+    """
+    leaves, spec = tree_flatten((args, kwargs))
+    dim, batch = rows.dim, len(rows.slots)
+    tensors = [t for t in leaves if isinstance(t, Tensor)]
+    places = [[i for i, size in enumerate(t.shape) if size == batch] for t in tensors]
+    cuts = [dim] in places and all(p in ([], [dim]) for p in places)
+    if rows.tokens or not cuts or any(not isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
+        raise why
+    parts, order = [], []
+    for slot, index in groups(torch.tensor(rows.slots), rows.used, owner.mode == "deterministic"):
+
+        def cut(leaf: Any, index: Tensor = index) -> Any:
+            whole = not isinstance(leaf, Tensor) or leaf.dim() <= dim or leaf.size(dim) != batch
+            return leaf if whole else leaf.index_select(dim, index)
+
+        mine, more = tree_unflatten([cut(leaf) for leaf in leaves], spec)
+        with owner.active.set(rows.uniform(slot)):
+            parts.append(_opened(run(*mine, **more)))
+        order.append(index)
+    back, merged = torch.cat(order).argsort(), []
+    for each in zip(*(found for _, found in parts), strict=True):
+        counts = [index.numel() for index in order]
+        if all(isinstance(t, _PLAIN) for t in each):
+            merged.append(each[0])
+        elif all(_has(t, dim, n) for t, n in zip(each, counts, strict=True)):
+            merged.append(torch.cat(each, dim).index_select(dim, back))
+        else:
+            raise why
+    return parts[0][0](merged)
+
+
+def _has(value: Any, dim: int, count: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > dim and value.size(dim) == count
+
+
+def _opened(out: Any) -> tuple[Callable[[list[Any]], Any], list[Any]]:
+    """How an output is put together again, and its parts."""
+    if isinstance(out, Mapping) and hasattr(out, "to_tuple"):
+        keys, nested = list(out.keys()), [_opened(v) for v in out.values()]
+    elif isinstance(out, (tuple, list)):
+        keys, nested = None, [_opened(v) for v in out]
+    else:
+        return (lambda flat: flat[0]), [out]
+    sizes = [len(parts) for _, parts in nested]
+
+    def together(flat: list[Any]) -> Any:
+        at, values = 0, []
+        for (build, _), size in zip(nested, sizes, strict=True):
+            values.append(build(flat[at : at + size]))
+            at += size
+        return type(out)(values) if keys is None else type(out)(**dict(zip(keys, values, strict=True)))
+
+    return together, [part for _, parts in nested for part in parts]
 
 
 def _whole(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import compiled, forwards, split
 from .site import Owner, Site
-from .weight import Weight
+from .weight import Refused, Weight
 
 
 def _tensor(name: str) -> property:
@@ -53,15 +53,18 @@ def _forward(self: nn.Module, input: Tensor) -> Any:
     return forwards.call(self._xorz, self, input)
 
 
-@torch.compiler.disable
-def _forward_disabled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return forwards.call(self._xorz, self, *args, **kwargs)
+def _disabled() -> Any:
+    @torch.compiler.disable
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forwards.call(self._xorz, self, *args, **kwargs)
+
+    return forward
 
 
 def _compute_bias(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """T5's relative positions: [1, heads, q, k] for all; one for each batch row where tenants differ."""
     owner: Owner = self._xorz_owner if "_xorz" not in self.__dict__ else self._xorz.owner
-    rows, plain = owner.now(), type(self).__mro__[1].compute_bias
+    rows, plain = owner.now(), _plain(self).compute_bias
     if rows is None or rows.only is not None:
         return plain(self, *args, **kwargs)
     each = {}
@@ -87,6 +90,11 @@ def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
     return self
 
 
+def _plain(module: nn.Module) -> type:
+    """The class that the module had."""
+    return next(cls for cls in type(module).__mro__ if cls not in _made)
+
+
 def _load(self: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
     if any(prefix + name in state_dict for name in (*self._parameters, *self._buffers)):
         raise RuntimeError(
@@ -95,7 +103,16 @@ def _load(self: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
     super(type(self), self)._load_from_state_dict(state_dict, prefix, *args)
 
 
-_classes: dict[Any, type] = {}
+class _Classes(dict[Any, type]):
+    """Classes made here, by what they were made of."""
+
+    def __setitem__(self, key: Any, cls: type) -> None:
+        super().__setitem__(key, cls)
+        _made.add(cls)
+
+
+_made: set[type] = set()
+_classes = _Classes()
 
 
 def swap(module: nn.Module, site: Site) -> None:
@@ -104,7 +121,7 @@ def swap(module: nn.Module, site: Site) -> None:
     width = _width(module, site)
     key = (type(module), site.kind, names, width is not None)
     if key not in _classes:
-        forward = _forward_disabled if width is None else _forward
+        forward = functools.wraps(type(module).forward)(_disabled()) if width is None else _forward
         body: dict[str, Any] = {"forward": forward, "_apply": _apply, "_load_from_state_dict": _load}
         body |= {name: _tensor(name) for name in names}
         if hasattr(type(module), "compute_bias"):
@@ -196,6 +213,104 @@ def swap_encoder(module: nn.Module, owner: Owner) -> None:
     module.__class__ = _classes[key]
 
 
+def swap_block(module: nn.Module, owner: Owner, name: str) -> None:
+    """For a module whose inside takes rows apart and puts them together again, but whose own rows stay rows."""
+    key = (type(module), "block")
+    if key not in _classes:
+        plain = type(module).forward
+
+        @functools.wraps(plain)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return _block(self, plain, args, kwargs)
+
+        body = {"forward": forward, "__module__": type(module).__module__}
+        _classes[key] = type(type(module).__name__, (type(module),), body)
+    module.__dict__["_xorz_block"] = name
+    module.__dict__["_xorz_owner"] = owner
+    module.__class__ = _classes[key]
+
+
+@torch.compiler.disable
+def _block(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
+    owner = module._xorz_owner
+    rows = owner.now()
+    if rows is None or (rows.only is not None and owner.mode != "deterministic"):
+        return plain(module, *args, **kwargs)
+    if rows.only is None and not any(site.serves(rows) for site in _inside(module)):
+        return plain(module, *args, **kwargs)
+    return split.block(owner, module._xorz_block, rows, functools.partial(plain, module), args, kwargs)
+
+
+def swap_root(module: nn.Module, owner: Owner) -> None:
+    """For the model itself: what cannot be served row by row inside of it may be served by running it once per tenant."""
+    key = (type(module), "root")
+    if key not in _classes:
+        plain = type(module).forward
+
+        @functools.wraps(plain)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return plain(self, *args, **kwargs)
+            return _root(self, plain, args, kwargs)
+
+        body = {"forward": forward, "__module__": type(module).__module__}
+        if hasattr(type(module), "_expand_inputs_for_generation"):
+            body |= {
+                "generate": _generate(type(module)),
+                "_expand_inputs_for_generation": _expand(type(module)),
+            }
+        _classes[key] = type(type(module).__name__, (type(module),), body)
+    module.__dict__["_xorz_owner"] = owner
+    module.__class__ = _classes[key]
+
+
+def _root(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
+    owner = module._xorz_owner
+    rows = owner.now()
+    if rows is None or rows.only is not None:
+        return plain(module, *args, **kwargs)
+    run = functools.partial(plain, module)
+    why = owner.apart
+    if why is None:
+        try:
+            return run(*args, **kwargs)
+        except Refused as error:
+            why = error
+    out = split.apart(owner, rows, run, args, kwargs, why)
+    owner.apart = why
+    return out
+
+
+def _generate(cls: type) -> Any:
+    """`generate`, after which the names are again those of the prompts."""
+    plain = cls.generate
+
+    @functools.wraps(plain)
+    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        owner = self._xorz_owner
+        with owner.active.set(owner.active.get()):
+            return plain(self, *args, **kwargs)
+
+    return generate
+
+
+def _expand(cls: type) -> Any:
+    """Where transformers makes several sequences of each prompt, its tenant is each one's."""
+    plain = cls._expand_inputs_for_generation
+
+    @functools.wraps(plain)
+    def expand(self: nn.Module, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
+        owner = self._xorz_owner
+        rows, given = owner.active.get(), kwargs.get("input_ids")
+        out = plain(expand_size, *args, **kwargs)
+        if rows is not None and rows.only is None and expand_size > 1 and given is not None:
+            if given.size(0) == len(rows.slots):
+                owner.active.put(rows.expanded(expand_size))
+        return out
+
+    return expand
+
+
 def _inside(module: nn.Module) -> list[Site]:
     return [m.__dict__["_xorz"] for m in module.modules() if "_xorz" in m.__dict__]
 
@@ -204,7 +319,7 @@ def _encoder_layer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not torch.compiler.is_compiling():
         for site in _inside(self)[:1]:
             self._xorz_owner.rows(site)
-    return type(self).__mro__[1].forward(self, *args, **kwargs)
+    return _plain(self).forward(self, *args, **kwargs)
 
 
 def _encoder(
@@ -215,7 +330,7 @@ def _encoder(
     is_causal: bool | None = None,
 ) -> Tensor:
     """torch drops padded places where it can, and gives zeros there; so must whoever computes them."""
-    plain = type(self).__mro__[1].forward
+    plain = _plain(self).forward
     if torch.compiler.is_compiling():
         return plain(self, src, mask, src_key_padding_mask, is_causal)
     sites = _inside(self)
@@ -263,9 +378,9 @@ def _width(module: nn.Module, site: Site) -> int | None:
 
 def restore_class(module: nn.Module) -> None:
     """Undo `swap` and `swap_method`."""
-    module.__class__ = type(module).__mro__[1]
+    module.__class__ = _plain(module)
     own = module.__dict__.get("forward")
     if hasattr(own, "_xorz_inner"):
         module.__dict__["forward"] = own._xorz_inner
-    for name in ("_xorz", "_xorz_number", "_xorz_width", "_xorz_owner"):
+    for name in ("_xorz", "_xorz_number", "_xorz_width", "_xorz_owner", "_xorz_block"):
         module.__dict__.pop(name, None)

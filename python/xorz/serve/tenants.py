@@ -86,6 +86,7 @@ class Tenants:
         self._copies = 0
         self._clock = itertools.count(1)
         self._detached = False
+        self.apart: RuntimeError | None = None
         self.of_base = RowMap((BASE,), (None,))
         self.generators: dict[int, RowMap] = {}
         self._shrouded: list[Tensor] = []

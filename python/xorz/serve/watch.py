@@ -43,7 +43,7 @@ class Watch:
         for raw, version, address, name in self._tensors:
             if raw._version != version or raw.data_ptr() != address:
                 raise RuntimeError(
-                    f"xorz: `{name}` of the base was changed since the model was attached, and no tenant's delta fits any more; "
+                    f"xorz: `{name}` of the base was changed since it was attached, and no tenant's delta fits any more; "
                     "detach, put it right, and attach again"
                 )
         for i, (held, key, found, name) in enumerate(self._objects):
@@ -73,7 +73,7 @@ class Watch:
         for name, tensor in _tensors_of(reader).items():
             if before.get(name) != tensor:
                 raise RuntimeError(
-                    f"xorz: {type(reader).__name__} reads weights of another module and has kept a tensor in `{name}` since; made "
+                    f"xorz: {type(reader).__name__} reads weights of another module and kept a tensor in `{name}` since: made "
                     "of one tenant's weights, it would be used for all; such a module cannot be served"
                 )
 

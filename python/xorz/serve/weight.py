@@ -175,13 +175,18 @@ def _compute(func: Any, args: Any, kwargs: Any) -> Any:
         )
     if rows.only is None:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if len(tensors) == len(weights) and name not in _TELLING:
-            return _derive(func, args, kwargs, weights)
+        if (len(tensors) == len(weights) or _picks(func, args)) and name not in _TELLING:
+            return derive(lambda slot: _on_dense(func, args, kwargs, slot), weights, name)
         raise Refused(
             f"xorz: {name} reads `{changed[0].full()}` directly while {rows.describe()} are active, and no such op on it is "
             "served row by row; use one tenant at a time"
         )
     args, kwargs = with_dense(args, kwargs, rows.only)
+    return func(*args, **kwargs)
+
+
+def _on_dense(func: Any, args: Any, kwargs: Any, slot: int) -> Any:
+    args, kwargs = with_dense(args, kwargs, slot)
     return func(*args, **kwargs)
 
 
@@ -199,18 +204,21 @@ def with_dense(args: Any, kwargs: Any, slot: int) -> Any:
     return tree_map(own, (args, kwargs))
 
 
-def _derive(func: Any, args: Any, kwargs: Any, weights: list[Weight]) -> Any:
-    """What is computed from weights alone is one, too: each tenant's value of it is computed when somebody needs it."""
-    of_base, more = tree_map(plain, (args, kwargs))
+def _picks(func: Any, args: Any) -> bool:
+    """Whether rows of a weight are taken by number: then every tenant has such rows, whatever the numbers are."""
+    return func in _PICKING and isinstance(args[0] if args else None, Weight)
+
+
+def derive(values: Callable[[int], Any], weights: list[Weight], what: str) -> Any:
+    """What is computed from weights alone is one, too: `values(slot)` is computed when somebody needs it."""
     with torch.no_grad():
-        base = func(*of_base, **more)
+        base = values(-1)
     places = tuple(dict.fromkeys(place for w in weights for place in w.places))
 
     def made(index: int | None, like: Tensor) -> Weight:
         def value(slot: int) -> Tensor:
-            mine, others = with_dense(args, kwargs, slot)
             with torch.no_grad():
-                out = func(*mine, **others)
+                out = values(slot)
             return out if index is None else out[index]
 
         return Weight._made(like.detach(), places, value)
@@ -219,9 +227,8 @@ def _derive(func: Any, args: Any, kwargs: Any, weights: list[Weight]) -> Any:
         return made(None, base)
     if isinstance(base, (tuple, list)) and all(isinstance(t, Tensor) for t in base):
         return type(base)(made(i, t) for i, t in enumerate(base))
-    site_rows = weights[0].rows()
     raise Refused(
-        f"xorz: {_called(func)} asks for a value of `{weights[0].full()}` while {site_rows.describe()} are active, which have "
+        f"xorz: {what} asks for a value of `{weights[0].full()}` while {weights[0].rows().describe()} are active, which have "
         "each their own; use one tenant at a time"
     )
 
@@ -278,7 +285,7 @@ _ASKED = {
         getattr(Tensor, name)
         for name in (
             "size dim numel nelement stride element_size is_floating_point is_complex is_contiguous __len__ __hash__ "
-            "is_inference storage_offset is_signed ndimension get_device is_shared is_pinned has_names is_conj is_neg _is_view __format__ "
+            "is_inference storage_offset is_signed ndimension get_device is_shared is_pinned has_names is_conj is_neg _is_view "
             "register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad is_same_size is_set_to dim_order"
         ).split()
         if hasattr(Tensor, name)
@@ -297,6 +304,7 @@ _ADDRESSES = {
     if hasattr(Tensor, name)
 }
 _HARMLESS = {"requires_grad_", "retain_grad_", "share_memory_"}
+_PICKING = {Tensor.__getitem__, torch.index_select, Tensor.index_select, torch.select, Tensor.select}
 # What gives no tensor, but says something of the words.
 _TELLING = {
     "item",
