@@ -9,8 +9,8 @@ which must be close to the plain model. Whatever is neither right nor refused is
 import argparse
 import copy
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -33,8 +33,8 @@ KINDS = {
 }
 VOCABULARY, LENGTH, IMAGE = 96, 10, 32
 _WIDTHS = "hidden_size d_model n_embd dim embed_dim embedding_size encoder_hidden_size decoder_hidden_size word_embed_proj_dim"
-_INNER = "intermediate_size d_ff n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim moe_intermediate_size ffn_hidden_size hidden_dim"
-_INNER += " shared_expert_intermediate_size block_ff_dim mlp_dim feed_forward_hidden_size intermediate_size_mlp"
+_INNER = "intermediate_size d_ff n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim moe_intermediate_size ffn_hidden_size"
+_INNER += " hidden_dim shared_expert_intermediate_size block_ff_dim mlp_dim feed_forward_hidden_size intermediate_size_mlp"
 _LAYERS = "num_hidden_layers n_layer num_layers n_layers encoder_layers decoder_layers num_decoder_layers num_encoder_layers"
 _HEADS = "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"
 SMALL = {
@@ -49,6 +49,10 @@ SMALL = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 64,
     "n_positions": 64,
+    "num_experts_shared": 1,
+    "qk_head_dim": 16,
+    "time_step_rank": 4,
+    "depths": [1, 1],
     "image_size": IMAGE,
     "patch_size": 8,
     "n_group": 1,
@@ -86,7 +90,7 @@ SMALL = {
 def shrink(config: Any) -> Any:
     """In place: what has a known name is made small."""
     for name, value in SMALL.items():
-        if getattr(config, name, None) is not None and not isinstance(getattr(config, name), dict):
+        if isinstance(getattr(config, name, None), type(value)):
             try:
                 setattr(config, name, value)
             except (AttributeError, NotImplementedError, TypeError, ValueError):
@@ -104,6 +108,12 @@ def shrink(config: Any) -> Any:
     for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id"):
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, 1)
+    if getattr(config, "kv_lora_rank", None) and hasattr(config, "num_key_value_heads"):
+        config.num_key_value_heads = 4  # multi-head latent attention has as many
+    if isinstance(getattr(config, "depths", None), list) and isinstance(
+        getattr(config, "num_heads", None), list
+    ):
+        config.num_heads = [2, 4]
     for name in getattr(config, "sub_configs", {}):
         inner = getattr(config, name, None)
         if inner is not None:
@@ -139,8 +149,12 @@ def inputs_of(kind: str, model: Any, rows: int, seed: int = 0) -> dict[str, torc
     if name == "input_values":
         return {name: torch.randn(rows, 800, generator=g)}
     if name == "input_features":
-        length = 2 * getattr(model.config, "max_source_positions", 32) if "Whisper" in type(model).__name__ else 64
-        bins = getattr(model.config, "num_mel_bins", getattr(model.config, "input_feat_per_channel", 80)) or 80
+        length = (
+            2 * getattr(model.config, "max_source_positions", 32) if "Whisper" in type(model).__name__ else 64
+        )
+        bins = (
+            getattr(model.config, "num_mel_bins", getattr(model.config, "input_feat_per_channel", 80)) or 80
+        )
         shape = (rows, bins, length) if "Whisper" in type(model).__name__ else (rows, length, bins)
         out = {name: torch.randn(shape, generator=g)}
         return {**out, "decoder_input_ids": ids[:, :4]} if model.config.is_encoder_decoder else out
@@ -198,7 +212,10 @@ def survey(kind: str, name: str) -> dict[str, str]:
         tuned = {n: tune(kind, base, i + 1) for i, n in enumerate("ab")}
         repeatable = torch.equal(first, answer(base, inputs))
     except Exception as error:
-        return {"verdict": "not built", "why": f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"}
+        return {
+            "verdict": "not built",
+            "why": f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}",
+        }
     if not repeatable or not torch.isfinite(first).all():
         return {"verdict": "not built", "why": "its own answers differ from run to run"}
     plain = {None: base, **tuned}
@@ -215,7 +232,9 @@ def survey(kind: str, name: str) -> dict[str, str]:
             with tenants.use(n):
                 got = answer(tenants.model, inputs)
             if not near(got, want[n]):
-                raise Wrong(f"alone, {n}: off by {float((got - want[n]).abs().max()):.3g} of {float(want[n].abs().max()):.3g}")
+                raise Wrong(
+                    f"alone, {n}: off by {float((got - want[n]).abs().max()):.3g} of {float(want[n].abs().max()):.3g}"
+                )
         exact(base, tuned, inputs)
     except Wrong as error:
         return {"verdict": "WRONG", "why": str(error)}
@@ -242,7 +261,9 @@ def exact(base: Any, tuned: dict[str, Any], inputs: dict[str, torch.Tensor]) -> 
         with tenants.use(n):
             got = answer(tenants.model, given)
         if not torch.equal(got, value):
-            raise Wrong(f"exact, {n}: off by {float((got - value).abs().max()):.3g} of {float(value.abs().max()):.3g}")
+            raise Wrong(
+                f"exact, {n}: off by {float((got - value).abs().max()):.3g} of {float(value.abs().max()):.3g}"
+            )
 
 
 def half(model: Any) -> Any:
@@ -252,7 +273,9 @@ def half(model: Any) -> Any:
     return out
 
 
-def mixed(base: Any, tuned: dict[str, Any], inputs: dict[str, torch.Tensor], want: dict[Any, torch.Tensor]) -> None:
+def mixed(
+    base: Any, tuned: dict[str, Any], inputs: dict[str, torch.Tensor], want: dict[Any, torch.Tensor]
+) -> None:
     tenants, names = attached(base, tuned, "deterministic"), ["a", None, "b", "b", "a"]
     with tenants.use(names):
         together = answer(tenants.model, inputs)
@@ -275,32 +298,46 @@ def said(error: Exception) -> str:
 
 
 def one(kind: str, name: str) -> dict[str, str]:
-    """In a process of its own."""
+    """In a process of its own, forked so that torch and transformers are imported once."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+
+    def run() -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        theirs.send(survey(kind, name))
+
+    process = context.Process(target=run)
+    process.start()
+    theirs.close()
     try:
-        done = subprocess.run(
-            [sys.executable, __file__, "--one", f"{kind}/{name}"], capture_output=True, text=True, timeout=400
-        )
-    except subprocess.TimeoutExpired:
-        return {"verdict": "not built", "why": "takes too long"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]) if lines else {"verdict": "not built", "why": (done.stderr or "?").splitlines()[-1][:160]}
+        if not ours.poll(300):
+            return {"verdict": "not built", "why": "takes too long"}
+        return ours.recv()
+    except EOFError:
+        return {"verdict": "not built", "why": "its process ended"}
+    finally:
+        process.kill()
+        process.join()
 
 
 def table(results: dict[str, dict[str, str]]) -> str:
     """docs/models.md."""
     built = {n: r for n, r in results.items() if r["verdict"] != "not built"}
-    count = {v: sum(r["verdict"] == v for r in built.values()) for v in ("right", "right alone", "refused", "fails late", "WRONG")}
+    count = {
+        v: sum(r["verdict"] == v for r in built.values())
+        for v in ("right", "right alone", "refused", "fails late", "WRONG")
+    }
     alone = count["right"] + count["right alone"]
     lines = [
         "# Architectures",
         "",
         "Made by `make test-models` (`tests/models/survey.py`, which says what each word means), with transformers "
-        f"{transformers.__version__} and torch {torch.__version__.split('+')[0]}: every causal, seq2seq, encoder, vision and speech",
-        "architecture that can be built tiny from its config alone, truly fine-tuned twice.",
+        f"{transformers.__version__} and torch {torch.__version__.split('+')[0]}: every causal, seq2seq, encoder, vision and",
+        "speech architecture that can be built tiny from its config alone, truly fine-tuned twice.",
         "",
         f"Of {len(built)}: {count['right']} right, alone and in mixed batches ({count['right'] / max(1, len(built)):.0%}); "
-        f"{alone} right alone ({alone / max(1, len(built)):.0%}); {count['refused']} refused on load; {count['fails late']} refused "
-        f"in a forward; {count['WRONG']} silently wrong. {len(results) - len(built)} were not built.",
+        f"{alone} right alone ({alone / max(1, len(built)):.0%}); {count['refused']} refused on load; {count['fails late']} "
+        f"refused in a forward; {count['WRONG']} silently wrong. {len(results) - len(built)} were not built.",
         "",
         "| architecture | verdict | why not |",
         "|---|---|---|",
@@ -326,9 +363,13 @@ def main() -> None:
         torch.set_num_threads(1)
         print(json.dumps(survey(*given.one.split("/"))))
         return
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     names = [(k, n) for k, found in KINDS.items() for n in found]
     if given.only:
-        names = [(k, n) for k, n in names if n in given.only.split(",") or f"{k}/{n}" in given.only.split(",")]
+        names = [
+            (k, n) for k, n in names if n in given.only.split(",") or f"{k}/{n}" in given.only.split(",")
+        ]
     kept = Path(given.json) if given.json else None
     results = json.loads(kept.read_text()) if kept and kept.exists() else {}
     for kind, name in names:

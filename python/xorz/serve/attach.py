@@ -122,8 +122,10 @@ def _attach(owner: Tenants, name: str, module: nn.Module) -> None:
 
 def _around(owner: Tenants, name: str, parent: nn.Module, known: bool) -> None:
     """Around a stack of experts, tokens are flattened; where its own code computes, tenants are served one after the other."""
-    if not known:
+    if not known or (owner.mode == "deterministic" and type(parent).__name__ not in FLATTENING):
+        # Routers may choose in another order (topk, unsorted) where there are more tokens.
         _block(owner, name, parent)
+    if not known:
         return
     for inside, child in parent.named_modules(prefix=name):
         if child is not parent and inside in owner.sites:

@@ -33,7 +33,8 @@ def by_tokens(site: Site, rows: RowMap, x: Tensor, op: Callable[[Tensor, int], T
     lead = x.shape[:-1]
     slots = rows.rows(lead, site.flattens, site.name)
     flat, out = x.reshape(-1, x.size(-1)), None
-    for slot, index in groups(slots, rows.used, False):
+    # By token, each product has the same sums in the same order whatever is beside it.
+    for slot, index in groups(slots, rows.used, site.owner.mode == "deterministic"):
         part = op(flat.index_select(0, index), slot)
         out = part.new_empty(flat.size(0), *part.shape[1:]) if out is None else out
         out = out.index_copy(0, index, part)
@@ -47,7 +48,9 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     rows = weight.rows()
     site, param, turned = weight.matrix or (*weight.places[0], True)
     if turned or not site.multiplies(param):
-        return NotImplemented if rows.only is not None else _grouped(site, rows, input, weight, bias)
+        if rows.only is not None and not _row_by_row(weight, F.linear):
+            return NotImplemented
+        return _grouped(site, rows, input, weight, bias)
     own = isinstance(bias, Weight) and bias.matrix == (site, "bias", False)
     if site.kind == "linear" and param == "weight" and (own or (bias is None and "bias" not in site.base)):
         return site.linear(rows, input)
@@ -159,6 +162,23 @@ def keep(weight: Any, *more: Any, **kwargs: Any) -> Any:
 def data(weight: Any) -> Any:
     """`.data`, by which the base could be changed unnoticed: the object itself."""
     return weight
+
+
+def _same(dtype: torch.dtype | None) -> Callable[..., Any]:
+    """`.float()` and the like, and `.type(dtype)`, where it is what the weight is already."""
+
+    def served(weight: Any, *more: Any, **kwargs: Any) -> Any:
+        wanted = dtype if dtype is not None else more[0] if len(more) == 1 else None
+        if (
+            isinstance(weight, Weight)
+            and not kwargs
+            and wanted == weight.dtype
+            and (dtype is None or not more)
+        ):
+            return keep(weight)
+        return NotImplemented
+
+    return served
 
 
 def to(weight: Any, *args: Any, **kwargs: Any) -> Any:
@@ -285,6 +305,10 @@ known.update(
         Tensor.data.__get__: data,
         Tensor.contiguous: keep,
         Tensor.to: to,
+        Tensor.type: _same(None),
+        Tensor.float: _same(torch.float32),
+        Tensor.bfloat16: _same(torch.bfloat16),
+        Tensor.half: _same(torch.float16),
         Tensor.t: turn,
         torch.t: turn,
         Tensor.T.__get__: turn,
