@@ -20,7 +20,8 @@ def tuned_of(base, seed, scale=0.5):
     """A fine-tune that changes every floating tensor, far enough to be told apart."""
     out, g = copy.deepcopy(base), torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for t in (*out.parameters(), *out.buffers()):
+        # Of what a checkpoint holds.
+        for t in {id(t): t for t in out.state_dict(keep_vars=True).values()}.values():
             if t.is_floating_point():
                 t.add_(scale * torch.rand(t.shape, generator=g).to(t.dtype) + 0.05)
     return out
@@ -691,3 +692,183 @@ def test_padded_places_of_torchs_encoder_are_zeros_as_in_the_plain_model(names):
     for row in range(3):
         want = plain[names if not isinstance(names, list) else names[row]]
         torch.testing.assert_close(got[row], want[row], rtol=1e-4, atol=1e-5)
+
+
+# A4: experts that look like others.
+
+
+def tiny(name, **more):
+    """A causal model of transformers with experts."""
+    import transformers
+
+    cls = getattr(transformers, f"{name}ForCausalLM")
+    sizes = {
+        "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "num_local_experts": 4, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "kv_lora_rank": 16,
+        "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_shared_experts": 1,
+        "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": 1,
+    }  # fmt: skip
+    config = cls.config_class()
+    for key, value in {**sizes, **more}.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
+    if isinstance(getattr(config, "layer_types", None), list):
+        config.layer_types = config.layer_types[:2]
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    model = cls(config).eval().float()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape))
+    return model
+
+
+class Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+def clamped(model, limit=0.2):
+    """Every experts module's gate is clamped, by its class."""
+    for module in model.modules():
+        if hasattr(module, "_apply_gate"):
+
+            def gate(self, both):
+                a, b = both.chunk(2, dim=-1)
+                return torch.nn.functional.silu(a.clamp(max=limit)) * b.clamp(-limit, limit)
+
+            def forward(self, hidden_states, top_k_index, top_k_weights):
+                out = torch.zeros_like(hidden_states)
+                for e in range(self.num_experts):
+                    token, place = torch.where(top_k_index == e)
+                    mine = self._apply_gate(F.linear(hidden_states[token], self.gate_up_proj[e]))
+                    mine = F.linear(mine, self.down_proj[e]) * top_k_weights[token, place, None]
+                    out.index_add_(0, token, mine)
+                return out
+
+            cls = type("ClampedExperts", (type(module),), {"_apply_gate": gate, "forward": forward})
+            cls.__module__ = "transformers.models.nobody"
+            module.__class__ = cls
+    return model
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Mixtral", "DeepseekV3", "DeepseekV2", "Glm4Moe", "GraniteMoe", "GptOss", "DeepseekV4", "clamped"],
+)
+@pytest.mark.parametrize("mode", ["fast", "deterministic"])
+def test_experts_compute_as_their_class_does(name, mode):
+    base = clamped(tiny("Mixtral")) if name == "clamped" else tiny(name)
+    case = Case(Logits(base), mode=mode)
+    for plain in case.plain.values():
+        # Near enough for the routers to choose alike.
+        with torch.no_grad():
+            for p, q in zip(plain.parameters(), base.parameters(), strict=True):
+                p.copy_(q + (p - q) * 0.2)
+    tenants = xorz.attach(copy.deepcopy(case.base), mode=mode)
+    for n in "ab":
+        tenants.load(n, xorz.diff(case.base, case.plain[n]))
+    ids, names = (
+        torch.randint(1, 60, (4, 6), generator=torch.Generator().manual_seed(3)),
+        ["a", None, "b", "a"],
+    )
+    with torch.no_grad():
+        want = {n: m(ids) for n, m in case.plain.items()}
+        near = 1e-3 * float(want["a"].abs().max())
+        assert float((want["a"] - want["b"]).abs().max()) > 20 * near
+        if (name, mode) == ("DeepseekV4", "deterministic"):
+            # Its blocks are given token numbers, too: nothing is cut that is not declared.
+            with (
+                tenants.use("a"),
+                pytest.raises(RuntimeError, match="is given other tensors beside its rows"),
+            ):
+                tenants.model(ids)
+            return
+        for n in case.plain:
+            with tenants.use(n):
+                assert float((tenants.model(ids) - want[n]).abs().max()) < near
+        with tenants.use(names):
+            got = tenants.model(ids)
+    for row, n in enumerate(names):
+        assert float((got[row] - want[n][row]).abs().max()) < near, (row, n)
+
+
+# Names are those of prompts.
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2, "temperature": 1e-4}],
+                         ids=["beams", "returned"])  # fmt: skip
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_generate_expands_the_names_of_prompts(family, options):
+    from models import Family
+
+    made = Family(family, torch.float32)
+    ids = made.tokens(2, 6)
+    with made.attached("deterministic") as (model, tenants), torch.no_grad():
+        run = {"max_new_tokens": 5, "attention_mask": torch.ones_like(ids), **options}
+        each = options.get("num_return_sequences", 1)
+        with tenants.use(["ann", "bob"]):
+            together = model.generate(ids, **run)
+            # Afterwards they are the prompts' again.
+            assert model(**made.inputs(ids)).logits.size(0) == 2
+        for row, name in enumerate(("ann", "bob")):
+            want = made.tuned[name].generate(
+                ids[row : row + 1], **{**run, "attention_mask": torch.ones(1, 6, dtype=torch.int64)}
+            )
+            assert torch.equal(together[row * each : (row + 1) * each], want), name
+
+
+# verify.
+
+
+def test_verify_names_the_first_module_that_differs(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)).eval()
+    case, x = Case(model), torch.randn(4, 8)
+    case.tenants.verify("a", x)
+    with pytest.raises(KeyError, match="no tenant is called 'c'"):
+        case.tenants.verify("c", x)
+    site = case.tenants.sites["2"]
+    right = type(site).linear
+
+    def wrong(self, rows, input):
+        out = right(self, rows, input)
+        return out + 0.1 if self is site and rows.only not in (None, -1) else out
+
+    monkeypatch.setattr(type(site), "linear", wrong)
+    with pytest.raises(ValueError, match=r"module `2`, 'a' alone: differs .* by 0\.1"):
+        case.tenants.verify("a", x)
+
+    def swapped(self, rows, input):
+        out = right(self, rows, input)
+        return out.flip(0) if self is case.tenants.sites["0"] and rows.only is None else out
+
+    monkeypatch.setattr(type(site), "linear", swapped)
+    with pytest.raises(ValueError, match=r"module `0`, row 0 \('a'\) of a mixed batch"):
+        case.tenants.verify("a", x)
+
+
+def test_an_example_refuses_on_load_what_a_client_would_find_out():
+    class Unmixable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.rand(4))
+
+        def forward(self, x, state):
+            return x * float(self.w.sum()), state
+
+    base = nn.Sequential(nn.Linear(4, 4)).eval()
+    tuned = tuned_of(base, 1)
+    tenants = xorz.attach(copy.deepcopy(base), example=torch.randn(3, 4))
+    tenants.load("a", xorz.diff(base, tuned))
+    assert tenants.names() == ["a"]
+    odd = Unmixable().eval()
+    served = xorz.attach(copy.deepcopy(odd), example=(torch.randn(3, 4), object()))
+    with pytest.raises(ValueError, match=r"'a' cannot be served: xorz: .*use one tenant at a time"):
+        served.load("a", xorz.diff(odd, tuned_of(odd, 1)))
+    assert served.names() == [] and served.memory()["copies"] == 0

@@ -22,9 +22,7 @@ FLATTENING = frozenset(
 )
 
 # Modules that take rows apart or mix their positions, but give each row of [batch, length, k] its own output.
-BLOCKS = frozenset(
-    {"DisentangledSelfAttention", "DebertaV2DisentangledSelfAttention", "JetMoeMoE", "DbrxFFN"}
-)
+BLOCKS = frozenset({"JetMoeMoE", "DbrxFFN"})
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -39,6 +37,7 @@ def attach(
     budget: int | str | None = None,
     flattening: Iterable[str] = (),
     max_copies: int | str | None = None,
+    example: Any = None,
 ) -> Tenants:
     """Attach tenants to `model`: the same object serves its base and any number of loaded fine-tunes, row by row.
 
@@ -57,8 +56,10 @@ def attach(
         prefer: "speed" or "memory", what deltas are re-encoded for when loaded; None takes what the package holds.
         budget: most bytes for all tenants, as a number or such as "8 GiB"; the least recently used that came from a
             file make room. None: no limit.
-        max_copies: most bytes of small dense copies for each tenant, as `budget`; None: 1 % of the base's, or 64 KiB. What does
-            not fit is kept as a delta, and made dense for each call that needs it.
+        max_copies: most bytes of small dense copies for each tenant, as `budget`; None: 1 % of the base's, or 64 KiB. What
+            does not fit is kept as a delta, and made dense for each call that needs it.
+        example: inputs of the model, two rows or more: a tuple, or a dict of named ones. Each tenant is verified with them when
+            it is loaded (`Tenants.verify`), and refused if it cannot be served, alone and in a mixed batch.
         flattening: names of further classes that flatten [batch, length, k] to [batch * length, k] for modules inside.
 
     Returns:
@@ -76,6 +77,8 @@ def attach(
             )
     if any("_xorz" in module.__dict__ for module in model.modules()):
         raise ValueError("model is attached already; call detach() on its tenants first")
+    if example is not None and not isinstance(example, (tuple, dict)):
+        example = (example,)
     owner = Tenants(model, default, mode, prefer, budget, max_copies)
     flat = FLATTENING | set(flattening)
     for name, module in model.named_modules():
@@ -101,6 +104,8 @@ def attach(
     except BaseException:
         owner.detach()
         raise
+    if example is not None:
+        owner.example = ((), dict(example)) if isinstance(example, dict) else (tuple(example), {})
     return owner
 
 

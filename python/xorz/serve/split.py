@@ -202,6 +202,11 @@ def block(owner: Any, name: str, rows: RowMap, run: Callable[..., Any], args: An
     slots = rows.slots if rows.only is None else (rows.only,) * x.size(0)
     found: dict[int, list[Any]] = {}
     one_by_one, outputs, spec = owner.mode == "deterministic", [], None
+    if one_by_one and any(isinstance(t, Tensor) for t in tree_leaves((more, kwargs))):
+        raise RuntimeError(
+            f"xorz: {name} is given other tensors beside its rows, and cannot be run row by row, as "
+            'mode="deterministic" needs; use mode="fast"'
+        )
     for row, slot in enumerate(slots):
         if one_by_one or slot not in found:
             given = x[row : row + 1] if one_by_one else x

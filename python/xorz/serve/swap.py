@@ -3,6 +3,7 @@ become `Weight`s in place, and `restore` undoes both.
 """
 
 import functools
+import inspect
 import sys
 from contextlib import nullcontext
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from . import compiled, forwards, split
 from .site import Owner, Site
-from .weight import Refused, Weight
+from .weight import Weight
 
 
 def _tensor(name: str) -> property:
@@ -274,7 +275,7 @@ def _root(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
     if why is None:
         try:
             return run(*args, **kwargs)
-        except Refused as error:
+        except RuntimeError as error:
             why = error
     out = split.apart(owner, rows, run, args, kwargs, why)
     owner.apart = why
@@ -296,13 +297,14 @@ def _generate(cls: type) -> Any:
 
 def _expand(cls: type) -> Any:
     """Where transformers makes several sequences of each prompt, its tenant is each one's."""
-    plain = cls._expand_inputs_for_generation
+    # A method, or a static one, by version.
+    plain = inspect.getattr_static(cls, "_expand_inputs_for_generation")
 
-    @functools.wraps(plain)
+    @functools.wraps(cls._expand_inputs_for_generation)
     def expand(self: nn.Module, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
         owner = self._xorz_owner
         rows, given = owner.active.get(), kwargs.get("input_ids")
-        out = plain(expand_size, *args, **kwargs)
+        out = plain.__get__(self, cls)(expand_size, *args, **kwargs)
         if rows is not None and rows.only is None and expand_size > 1 and given is not None:
             if given.size(0) == len(rows.slots):
                 owner.active.put(rows.expanded(expand_size))

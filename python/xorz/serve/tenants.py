@@ -21,6 +21,7 @@ from .arena import Arena
 from .prepare import Prepared, prepare
 from .rows import BASE, Active, RowMap, Use, lasting, stepping
 from .site import Site
+from .verify import verify
 from .watch import Watch
 from .weight import plain
 
@@ -86,6 +87,7 @@ class Tenants:
         self._copies = 0
         self._clock = itertools.count(1)
         self._detached = False
+        self.example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.apart: RuntimeError | None = None
         self.of_base = RowMap((BASE,), (None,))
         self.generators: dict[int, RowMap] = {}
@@ -134,6 +136,36 @@ class Tenants:
                 raise ValueError(f"tenant {name!r} is loaded already; unload it, or swap it for another")
             self._place(tenant, prepared)
             self._tenants[name] = tenant
+        if self.example is not None:
+            self._try(tenant)
+
+    def _try(self, tenant: _Tenant) -> None:
+        """Refuse now what the first client would find out."""
+        args, kwargs = self.example
+        try:
+            self.verify(tenant.name, *args, **kwargs)
+        except BaseException as error:
+            with self.lock:
+                if self._tenants.get(tenant.name) is tenant:
+                    self.unload(tenant.name)
+            if isinstance(error, RuntimeError):
+                raise ValueError(f"tenant {tenant.name!r} cannot be served: {error}") from error
+            raise
+
+    def verify(self, name: str, *inputs: Any, **named: Any) -> None:
+        """Compare what the attached model computes for a tenant with its dense weights, on inputs of your own.
+
+        `model(*inputs, **named)` is run for the tenant alone, where each attached module is compared with the same module of
+        dense weights (one module's at a time), for the base, and, if the first input has two rows or more, for a batch in which
+        the tenant and the base alternate, whose rows must be what they are alone.
+
+        Raises:
+            ValueError: a module differs, which is named, as is by how much; KeyError: no such tenant; RuntimeError: what was
+                given, or a batch of several tenants, cannot be served.
+        """
+        with self.lock:
+            self._find(name)
+        verify(self.model, self.modules, name, self.use, inputs, named)
 
     def swap(self, name: str, source: Source) -> None:
         """Put another fine-tune under a loaded name, at once; forwards that run keep the old one. Errors as `load`."""
