@@ -64,6 +64,8 @@ class RowMap:
         self._expanded: dict[Any, Tensor] = {}
         # What modules know of these slots: it cannot change while their tenants are held.
         self.touching: dict[Any, bool] = {}
+        # And what their linear layers compute with.
+        self.plans: dict[Any, tuple[Any, ...]] = {}
         self.closed = False
         # One entry for each call of a module that runs: appending is one step for all threads.
         self.running: list[None] = []

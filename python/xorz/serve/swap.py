@@ -54,6 +54,12 @@ def _forward(self: nn.Module, input: Tensor) -> Any:
     return forwards.call(self._xorz, self, input)
 
 
+def _forward_linear(self: nn.Module, input: Tensor) -> Any:
+    if torch.compiler.is_compiling():
+        return compiled.call(self, input, self._xorz_width)
+    return forwards.linear(self._xorz, self, input)
+
+
 def _disabled() -> Any:
     @torch.compiler.disable
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -123,6 +129,8 @@ def swap(module: nn.Module, site: Site) -> None:
     key = (type(module), site.kind, names, width is not None)
     if key not in _classes:
         forward = functools.wraps(type(module).forward)(_disabled()) if width is None else _forward
+        if type(module) is nn.Linear and site.kind == "linear":
+            forward = _forward_linear
         body: dict[str, Any] = {"forward": forward, "_apply": _apply, "_load_from_state_dict": _load}
         body |= {name: _tensor(name) for name in names}
         if hasattr(type(module), "compute_bias"):
