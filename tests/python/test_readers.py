@@ -872,3 +872,24 @@ def test_an_example_refuses_on_load_what_a_client_would_find_out():
     with pytest.raises(ValueError, match=r"'a' cannot be served: xorz: .*use one tenant at a time"):
         served.load("a", xorz.diff(odd, tuned_of(odd, 1)))
     assert served.names() == [] and served.memory()["copies"] == 0
+
+
+def test_positions_as_many_as_rows_are_positions():
+    """[T] position numbers where T is the batch: their embeddings are not one for each row."""
+
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.place = nn.Embedding(9, 6), nn.Embedding(9, 6)
+
+        def forward(self, ids):
+            return self.embed(ids) + self.place(torch.arange(ids.size(1)))
+
+    class Labels(Positions):
+        def forward(self, ids):
+            return self.place(ids[:, 0])
+
+    case = Case(Positions())
+    for length in (4, 3):
+        assert case.check_mixed(torch.randint(0, 9, (4, length))) == "right"
+    assert Case(Labels()).check_mixed(torch.randint(0, 9, (4, 2))) == "right"

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import attention
 from .rows import RowMap
 from .site import Site
-from .weight import Refused, Weight, known
+from .weight import Refused, Weight, derive, known
 
 F = torch.nn.functional
 
@@ -131,9 +131,20 @@ def lookup(site: Site, rows: RowMap, ids: Tensor, param: str = "weight") -> Tens
     if rows.only is None and not rows.tokens and rows.dim == 0 and ids.dim() > 1 and ids.size(0) == 1:
         # Positions, the same for the whole batch: one copy for each batch row.
         ids = ids.expand(len(rows.slots), *ids.shape[1:])
+    if rows.only is None and not rows.tokens and ids.dim() == 1 and not site.flattens:
+        # Positions, or one number for each row: no size tells which. What every tenant has there is kept, and rows are taken
+        # where it meets the batch.
+        return derive(lambda slot: _look_up_one(site, ids, param, slot), [site.weights[param]], site.name)
     slots = rows.rows(ids.shape, site.flattens, site.name)
     weight = site.base[param]
     return torch.ops.xorz.delta_embedding(ids, weight, site.owner.arena.tensor, site.slots(param), slots)
+
+
+def _look_up_one(site: Site, ids: Tensor, param: str, slot: int) -> Tensor:
+    slots = torch.full(ids.shape, slot, dtype=torch.int32)
+    return torch.ops.xorz.delta_embedding(
+        ids, site.base[param], site.owner.arena.tensor, site.slots(param), slots
+    )
 
 
 def turn(weight: Any, *_: Any) -> Any:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from .known_ops import groups
 from .rows import BASE, RowMap
 from .site import Site
-from .weight import Refused, with_dense
+from .weight import Refused, Weight, with_dense
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _OWN = (
@@ -266,6 +266,27 @@ def apart(
         else:
             raise why
     return parts[0][0](merged)
+
+
+def settled(out: Any, rows: RowMap) -> Any:
+    """What a model gives, with rows taken of what is each tenant's still."""
+    if not any(isinstance(leaf, Weight) for leaf in _opened(out)[1]):
+        return out
+    build, leaves = _opened(out)
+    slots, done = torch.tensor(rows.slots), []
+    for leaf in leaves:
+        if isinstance(leaf, Weight):
+            if rows.tokens or not _has(leaf, rows.dim, len(rows.slots)):
+                raise Refused(
+                    f"xorz: an output {list(leaf.shape)} is made of `{leaf.full()}` alone; use one tenant at a time"
+                )
+            whole = leaf.dense(rows.used[0]).clone()
+            for slot, index in groups(slots, rows.used, False):
+                part = leaf.dense(slot).index_select(rows.dim, index)
+                whole = whole.index_copy(rows.dim, index, part)
+            leaf = whole
+        done.append(leaf)
+    return build(done)
 
 
 def _has(value: Any, dim: int, count: int) -> bool:

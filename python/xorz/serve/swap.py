@@ -282,7 +282,7 @@ def _root(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
     why = owner.apart
     if why is None:
         try:
-            return run(*args, **kwargs)
+            return split.settled(run(*args, **kwargs), rows)
         except RuntimeError as error:
             why = error
     out = split.apart(owner, rows, run, args, kwargs, why)
