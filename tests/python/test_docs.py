@@ -62,7 +62,7 @@ def test_every_block_runs_in_order(tmp_path):
 def test_every_block_about_tenants_runs_in_order(tmp_path):
     text = (cpp.ROOT / "docs" / "tenants.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.S | re.M)
-    assert len(blocks) == text.count("\n```") // 2 == 3
+    assert len(blocks) == text.count("\n```") // 2 == 4
     env = {**os.environ, "PYTHONPATH": str(pathlib.Path(xorz.__file__).parents[1])}
     shown = ""
     for code in blocks:

@@ -893,3 +893,27 @@ def test_positions_as_many_as_rows_are_positions():
     for length in (4, 3):
         assert case.check_mixed(torch.randint(0, 9, (4, length))) == "right"
     assert Case(Labels()).check_mixed(torch.randint(0, 9, (4, 2))) == "right"
+
+
+def test_attention_of_linear_layers_of_ones_own_keeps_their_biases():
+    """As WavLM calls torch's function: with weights of three layers, and their biases joined."""
+
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x):
+            x = x.transpose(0, 1)
+            bias = torch.cat([self.q.bias, self.k.bias, self.v.bias])
+            y, _ = F.multi_head_attention_forward(
+                x, x, x, 8, 2, torch.empty(0), bias, None, None, False, 0.0, self.out.weight, self.out.bias, self.training,
+                use_separate_proj_weight=True, q_proj_weight=self.q.weight, k_proj_weight=self.k.weight,
+                v_proj_weight=self.v.weight,
+            )  # fmt: skip
+            return y.transpose(0, 1)
+
+    torch.manual_seed(0)
+    case = Case(Attends())
+    case.check_alone(torch.randn(3, 5, 8))
+    assert case.check_mixed(torch.randn(4, 5, 8)) in ("right", "refused")

@@ -44,6 +44,9 @@ def forward(
     """Arguments and results of torch's function; query, key and value are [length, batch, width] or [length, width]."""
     if static_k is not None or static_v is not None:
         return NotImplemented
+    projections = (in_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias, bias_k, bias_v)
+    if not _is_one(projections, "attention") or not _is_one((out_proj_weight, out_proj_bias), "linear"):
+        return NotImplemented
     batched = query.dim() == 3
     if not batched:
         query, key, value = (t.unsqueeze(1) for t in (query, key, value))
@@ -110,6 +113,31 @@ def _shaped(mask: Tensor | None, heads: int, length: int, source: int) -> Tensor
     if tuple(mask.shape) != want:
         raise RuntimeError(f"xorz: attn_mask is {list(mask.shape)}, but must be {list(want)}")
     return mask.unsqueeze(0) if mask.dim() == 2 else mask
+
+
+_NAMES = {
+    "attention": (
+        "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v",
+    ),
+    "linear": ("weight", "bias"),
+}  # fmt: skip
+
+
+def _is_one(tensors: tuple[Any, ...], kind: str) -> bool:
+    """Whether these are the tensors of one module of that kind, each in its own place, or none is a tenant's. Others call
+    torch's function with tensors of several modules (WavLM), or joined ones: those are not to be taken for a module's own.
+    """
+    changed = [t for t in tensors if isinstance(t, Weight) and t.changed()]
+    if not changed:
+        return True
+    site = changed[0].places[0][0]
+    if site.kind != kind:
+        return False
+    own = [(t, name) for t, name in zip(tensors, _NAMES[kind], strict=True) if t is not None]
+    # A bias that the caller leaves out, and the module has, would be added all the same.
+    has_bias = tensors[_NAMES[kind].index("in_proj_bias" if kind == "attention" else "bias")] is not None
+    wants = has_bias == (("in_proj_bias" if kind == "attention" else "bias") in site.base)
+    return wants and all(isinstance(t, Weight) and t.matrix == (site, name, False) for t, name in own)
 
 
 def _site(weight: Any) -> Any:
