@@ -11,7 +11,7 @@
 //       exceptions of the row
 //     exponent, a tile a warp:
 //       decode down from the tile's top, keep the last row
-//       exceptions of the row
+//       differences of the row (differences.cuh), then exceptions
 //
 // `sparse`: a lane lies among 15 others, so the whole band's sectors come for one row. `exponent`: lanes
 // carry bits from row to row, so a row costs the rows of its tile above it: at worst all 16 of base and delta
@@ -21,6 +21,7 @@
 // reported. 256 threads; shared memory: see gate.txt. Registers: one lane's run, or one stream.
 #include "batch.cuh"
 #include "decode.cuh"
+#include "differences.cuh"
 #include "words.cuh"
 
 namespace xorz {
@@ -41,7 +42,7 @@ template <class W>
 XORZ_DEVICE bool patch_row_exceptions(const View& v, uint32_t tile, const Rect& rect, uint32_t row, W* out,
                                       uint32_t i, uint32_t of) {
   Span span;
-  if (!exceptions_of(v, tile, span)) return false;
+  if (!listed_of(v, exceptions_in(v), tile, span)) return false;
   const uint16_t* positions = reinterpret_cast<const uint16_t*>(v.bytes + v.exception_positions);
   const W* words = reinterpret_cast<const W*>(v.bytes + v.exception_words);
   bool sound = true;
@@ -93,6 +94,11 @@ XORZ_DEVICE bool look_up_stream(const View& v, uint32_t tile, const Rect& rect, 
                                 W* out) {
   const uint32_t lane = thread_index() % 32;
   bool sound = decode_row(v, tile, rect, row, weight, [out](uint32_t c, W word) { store(out + c, word); });
+  warp_sync();
+  const auto edit = [&](uint32_t r, uint32_t c, auto after) {
+    if (r == row) store(out + c, after(load(out + c)));
+  };
+  sound = add_differences<W>(v, tile, rect, lane, 32, edit) && sound;
   warp_sync();
   sound = patch_row_exceptions(v, tile, rect, row, out, lane, 32) && sound;
   const bool all = warp_ballot(!sound) == 0;

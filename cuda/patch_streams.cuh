@@ -6,7 +6,7 @@
 //     in the stream it begins, and of each lane the unit it took last and how many bits of it are left -> shared memory
 //   warp w: rows 8 w .. + 7 of the panel, a stream each from there on, in registers
 //     step: eight rows' 32 words, each as in exponent.cuh; the eight do not wait for one another
-//   exceptions (patch_exceptions.cuh)
+//   differences (patch_differences.cuh)
 //
 // Each word is decoded once a block and tile of rows of x. The walk reads the panel's base words once more (L2) and
 // is one chain of dependent instructions for a tile; it is the price of the stream's order, row after row.
@@ -14,7 +14,7 @@
 #pragma once
 
 #include "exponent.cuh"
-#include "patch_exceptions.cuh"
+#include "patch_differences.cuh"
 
 namespace xorz {
 
@@ -94,7 +94,7 @@ class PatchStreams {
   using Bits = typename LaneBits<W>::Type;
   static constexpr uint32_t kBits = 8 * sizeof(W);
 
-  ExceptionsOfRow<W> exceptions_;
+  DifferencesOfRow<D> differences_;
   const W* units_;
   uint32_t count_;
   uint32_t cols_;  // of the tile
@@ -111,7 +111,7 @@ class PatchStreams {
   XORZ_DEVICE void begin(Marks& marks, uint32_t* corrupt, const View& v, const W* weight, uint64_t r0,
                          uint32_t panel, uint32_t across) {
     const uint32_t lane = thread_index_anew() % 32, warp = thread_index_anew() / 32;
-    mark_exceptions(marks, corrupt, v, r0, panel, across);
+    mark_differences(marks, corrupt, v, r0, panel, across);
     uint32_t number = 0;
     each_tile(v, r0, panel, across, [&](uint32_t tile) {
       if (number++ != warp) return;
@@ -120,7 +120,7 @@ class PatchStreams {
       if (lane == 0) shared_or(corrupt, sixteens(r0, rect.r0, rect.rows));
     });
     block_sync();
-    exceptions_.begin(marks, v);
+    differences_.begin(marks, v);
     const uint32_t row = warp * kRowsOfWarp;
     rows_ = row >= panel ? 0 : panel - row < kRowsOfWarp ? panel - row : kRowsOfWarp;
     width_of_class_ = load_once(v.widths() + lane);
@@ -173,9 +173,9 @@ class PatchStreams {
       *word = static_cast<W>(base + static_cast<W>(all & mask) - static_cast<W>(Bits(1) << (width - 1)));
       bits_[i] = static_cast<W>(all >> width);
     }
-    // Another lane may have written what an exception overrides.
+    // Another lane may have written what a difference is added to.
     warp_sync();
-    exceptions_.step(w, column);
+    differences_.step(w, column);
   }
 
   XORZ_DEVICE void end(uint32_t*) {}

@@ -10,7 +10,7 @@ namespace xorz {
 
 // Constants of the layout; tests/rust/cuda/kernels.rs compares them with the core's.
 constexpr uint32_t kHeaderBytes = 192;
-constexpr uint32_t kVersion = 0;
+constexpr uint32_t kVersion = 1;
 constexpr uint32_t kSectionAlign = 64;
 constexpr uint32_t kArenaAlign = 64;
 constexpr uint32_t kTileLanes = 16;      // rows of a `sparse` tile
@@ -31,6 +31,7 @@ enum Status : uint32_t {
   kNotADelta = 5,    // no magic, an unknown version, or a header that contradicts itself or the length
   kMismatch = 6,     // a delta of another dtype or shape than the base
   kNoRow = 7,        // an index lies outside of the table
+  kOldLayout = 8,    // an `exponent` delta of layout 0: products need entries, which it has not
 };
 
 // The status word: the status in the high 8 bits, the slot (0 where there is but one delta) in the others; of
@@ -39,18 +40,19 @@ XORZ_DEVICE void report(uint32_t* status, uint32_t code, uint32_t slot) {
   raise_to(status, code << 24 | (slot & 0xFFFFFFu));
 }
 
-// An opened delta.
+// An opened delta. SPEC.md's entries of `exponent` are called differences here: entries are those of `sparse`.
 struct View {
   const uint8_t* bytes;
-  uint64_t units, exceptions;
-  // Offsets of the sections.
-  uint64_t directory, payload, exception_directory, exception_positions, exception_words;
+  uint32_t units, exceptions, differences;
+  uint32_t gap_bytes;
+  // Offsets of the sections; the first one is the directory, behind the header.
+  uint64_t payload, exception_directory, exception_positions, exception_words;
+  uint64_t difference_directory, difference_positions;
   // Tiles of the matrix, and tiles of one row of tiles.
   uint32_t tiles, across;
   uint64_t n, k;
   uint32_t encoding, dtype;
   uint32_t rows_log2, cols_log2;
-  uint32_t gap_bytes;
 
   XORZ_DEVICE uint32_t tile_rows() const { return 1u << rows_log2; }
   XORZ_DEVICE uint32_t tile_cols() const { return 1u << cols_log2; }
@@ -87,12 +89,32 @@ XORZ_DEVICE bool span_of(const View& v, uint64_t directory, uint32_t tile, uint6
 }
 
 XORZ_DEVICE bool units_of(const View& v, uint32_t tile, Span& span) {
-  return span_of(v, v.directory, tile, v.units, span);
+  return span_of(v, kHeaderBytes, tile, v.units, span);
 }
 
-XORZ_DEVICE bool exceptions_of(const View& v, uint32_t tile, Span& span) {
+// Where a section begins that follows one that ends at `end`.
+XORZ_DEVICE uint64_t section_after(uint64_t end) {
+  return (end + kSectionAlign - 1) / kSectionAlign * kSectionAlign;
+}
+
+// What tiles store apart: where the lists lie, and how long they are.
+struct Listing {
+  uint64_t directory, positions, words;
+  uint32_t count;
+};
+
+XORZ_DEVICE Listing exceptions_in(const View& v) {
+  return {v.exception_directory, v.exception_positions, v.exception_words, v.exceptions};
+}
+
+XORZ_DEVICE Listing differences_in(const View& v) {
+  const uint64_t words = section_after(v.difference_positions + 2 * static_cast<uint64_t>(v.differences));
+  return {v.difference_directory, v.difference_positions, words, v.differences};
+}
+
+XORZ_DEVICE bool listed_of(const View& v, const Listing& list, uint32_t tile, Span& span) {
   span = {0, 0};
-  return v.exceptions == 0 || span_of(v, v.exception_directory, tile, v.exceptions, span);
+  return list.count == 0 || span_of(v, list.directory, tile, list.count, span);
 }
 
 // Open `length` bytes that shall be the delta of an n x k matrix of `dtype`, or of any dtype where that is 0.
@@ -110,8 +132,8 @@ XORZ_DEVICE uint32_t open_delta(const uint8_t* bytes, uint64_t length, uint64_t 
   v.rows_log2 = code(12);
   v.cols_log2 = code(13);
   v.gap_bytes = code(14);
-  const uint32_t word = word_bytes_of(v.dtype);
-  if ((codes & 0xFFFF) != kVersion || v.encoding > kRaw || word == 0 || code(15) != 0) return kNotADelta;
+  const uint32_t word = word_bytes_of(v.dtype), version = static_cast<uint32_t>(codes & 0xFFFF);
+  if (version > kVersion || v.encoding > kRaw || word == 0 || code(15) != 0) return kNotADelta;
   v.n = load_once(words + 2);
   v.k = load_once(words + 3);
   if ((dtype != 0 && v.dtype != dtype) || v.n != n || v.k != k) return kMismatch;
@@ -119,14 +141,19 @@ XORZ_DEVICE uint32_t open_delta(const uint8_t* bytes, uint64_t length, uint64_t 
       v.rows_log2 > kMaxTileWordsLog2 - v.cols_log2 || (v.encoding == kSparse && v.rows_log2 != 4) ||
       v.gap_bytes < 1 || v.gap_bytes > 2)
     return kNotADelta;
+  if (version == 0 && v.encoding == kExponent) return kOldLayout;
   const uint64_t total = load_once(words + 4), changed = load_once(words + 5);
-  v.exceptions = load_once(words + 6);
-  v.units = load_once(words + 7);
+  const uint64_t exceptions = load_once(words + 6), units = load_once(words + 7);
+  const uint64_t differences = load_once(words + 13);
   const bool tiled = v.encoding == kSparse || v.encoding == kExponent;
   const uint64_t matrix = n * k;
-  if (changed > matrix || v.exceptions > matrix || (v.units | v.exceptions) >> 32 ||
-      (!tiled && (v.units | v.exceptions)))
+  if (changed > matrix || exceptions > matrix || differences > 2 * matrix ||
+      (units | exceptions | differences) >> 32 || (!tiled && (units | exceptions)) ||
+      (differences != 0 && (v.encoding != kExponent || !computes(v.dtype))))
     return kNotADelta;
+  v.exceptions = static_cast<uint32_t>(exceptions);
+  v.units = static_cast<uint32_t>(units);
+  v.differences = static_cast<uint32_t>(differences);
   for (uint32_t i = 0; i < kClasses; i++)
     if (load_once(bytes + 128 + i) > 8 * word) return kNotADelta;
   v.bytes = bytes;
@@ -137,21 +164,24 @@ XORZ_DEVICE uint32_t open_delta(const uint8_t* bytes, uint64_t length, uint64_t 
   v.across = static_cast<uint32_t>(across);
   v.tiles = static_cast<uint32_t>(tiles);
   // Sections one after the other, each at the next multiple of 64. Nothing here overflows: tiles and
-  // exceptions are no more than the matrix's words, units no more than 2^32.
+  // exceptions are no more than the matrix's words, units and differences no more than 2^32.
   const uint64_t directory = tiled ? 4 * (tiles + 1) : 0;
   const uint64_t unit = v.encoding == kSparse ? kTileLanes * (v.gap_bytes + word) : word;
-  const auto next = [](uint64_t end) { return (end + kSectionAlign - 1) / kSectionAlign * kSectionAlign; };
-  v.directory = kHeaderBytes;
-  v.payload = next(v.directory + directory);
-  v.exception_directory = next(v.payload + (v.encoding == kRaw ? matrix * word : v.units * unit));
-  v.exception_positions = next(v.exception_directory + (v.exceptions ? directory : 0));
-  v.exception_words = next(v.exception_positions + 2 * v.exceptions);
-  const uint64_t end = next(v.exception_words + word * v.exceptions);
-  const uint64_t offsets[5] = {v.directory, v.payload, v.exception_directory, v.exception_positions,
+  v.payload = section_after(kHeaderBytes + directory);
+  v.difference_directory = section_after(v.payload + (v.encoding == kRaw ? matrix * word : units * unit));
+  v.difference_positions = section_after(v.difference_directory + (differences ? directory : 0));
+  v.exception_directory = section_after(differences_in(v).words + word * differences);
+  v.exception_positions = section_after(v.exception_directory + (exceptions ? directory : 0));
+  v.exception_words = section_after(v.exception_positions + 2 * exceptions);
+  const uint64_t end = section_after(v.exception_words + word * exceptions);
+  const uint64_t offsets[5] = {kHeaderBytes, v.payload, v.exception_directory, v.exception_positions,
                                v.exception_words};
-  bool sound = total == end && length == end && load_once(words + 13) == 0;
+  bool sound = total == end && length == end;
   XORZ_UNROLL
   for (uint32_t i = 0; i < 5; i++) sound = sound && load_once(words + 8 + i) == offsets[i];
+  // Layout 0 knows no differences.
+  sound = sound && load_once(words + 22) == (version == 0 ? 0 : v.difference_directory) &&
+          load_once(words + 23) == (version == 0 ? 0 : v.difference_positions) && (version != 0 || differences == 0);
   return sound ? kOk : kNotADelta;
 }
 

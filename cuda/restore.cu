@@ -11,7 +11,7 @@
 //     exceptions
 //   exponent, a tile a warp, 2 KiB of a row at a time:
 //     16-byte loads -> shared memory -> steps (exponent.cuh) -> 16-byte stores; meanwhile the next loads
-//     exceptions when the tile is done
+//     differences (differences.cuh) when the tile is done, then exceptions
 //
 // Where a tile contradicts itself: restore fills it with NaN (all bits set), apply leaves unspecified words
 // in it; both report. Where the delta does not fit, restore fills the matrix with NaN and apply leaves it as
@@ -21,6 +21,7 @@
 // 32-byte sectors with changes, which it also writes. 256 threads; shared memory 17.5 KiB (8 warps x 2 KiB of
 // staged words, 1 KiB of sums). Registers: see gate.txt. Grid: any number of blocks is right; the launch asks
 // for one a tile.
+#include "differences.cuh"
 #include "exponent.cuh"
 #include "words.cuh"
 
@@ -152,6 +153,12 @@ XORZ_DEVICE void exponent_tile(RestoreShared& shared, uint32_t tile, const W* ba
     }
     sound = stream.sound(true);
   }
+  warp_sync();
+  const auto edit = [&](uint32_t r, uint32_t c, auto after) {
+    W* word = corner + r * v.k + c;
+    store(word, after(load(word)));
+  };
+  sound = add_differences<W>(v, tile, rect, lane, 32, edit) && sound;
   warp_sync();
   sound = patch_exceptions(v, tile, rect, out, lane, 32) && sound;
   if (warp_ballot(!sound) != 0) {

@@ -4,14 +4,18 @@
 //   for up to 8 tenants on one grid of tiles, for each tile column:
 //     for each row of the tile down to the panel's last: (rows above the panel are decoded and thrown away)
 //       the block: base row -> shared memory, 16-byte loads, the next row's on their way; block_sync
-//       warp t: steps of 32 columns: word = decode (exponent.cuh), exceptions override; an FMA for each row of x
+//       warp t: steps of 32 columns: word = decode (exponent.cuh); for each row of x an FMA of the word, and one of
+//         each of its differences
 //       lanes by a butterfly -> total
 //
 // A base word is read once for 8 tenants of a grid, and again, from L2, where rows on the base's own words or
 // more grids are in the batch.
 //
-// Order of one output: a lane's columns from left to right, one FMA each; lanes by a butterfly (16, 8, 4, 2, 1); added to the total, tile column after tile column. Longest chain: a tile's
-// columns / 32 + 5, and one a tile.
+// Exceptions are never looked at: where products would need them a difference is NaN, and the decode path follows.
+//
+// Order of one output: a lane's columns from left to right, one FMA for the word and one for each of its
+// differences; lanes by a butterfly (16, 8, 4, 2, 1); added to the total, tile column after tile column. Longest
+// chain: a tile's columns / 32, the differences of a lane's columns, 5, and one a tile.
 // Shared memory: 16 KiB (f32: 32). Registers: M sums, the stream's 11 to
 // 16, 4 x 2 (f32: 4 x 4) of the next row.
 #pragma once
@@ -28,50 +32,62 @@ struct StagedRows {
   alignas(16) W row[2][kMaxTileCols];
 };
 
-// Exceptions of a tile in the order of their positions, for a warp that passes by; a window of 32 in its
+// Differences of a tile in the order of their positions, for a warp that passes by; a window of 32 in its
 // lanes.
 template <class W>
-class Overrides {
+class Differences {
   const uint16_t* positions_ = nullptr;
   const W* words_ = nullptr;
   Span span_ = {0, 0};
-  uint32_t next_ = 0;  // position of exception `span_.from`
+  uint32_t next_ = 0;  // position of the one at `span_.from` + `used_`
   uint32_t held_position_ = 0;
   W held_word_ = 0;
+  uint32_t used_ = 0;  // of the window
 
   XORZ_DEVICE void fetch() {
     const uint32_t lane = thread_index() % 32, i = span_.from + lane;
     held_position_ = i < span_.to ? load_once(positions_ + i) : ~0u;
     held_word_ = i < span_.to ? load_once(words_ + i) : W(0);
   }
-  uint32_t used_ = 0;  // of the window
 
  public:
+  // Those of the lane's word in the step just made: how many, and which.
+  uint32_t count = 0;
+  W first = 0, second = 0;
+
   XORZ_DEVICE bool begin(const View& v, uint32_t tile) {
-    positions_ = reinterpret_cast<const uint16_t*>(v.bytes + v.exception_positions);
-    words_ = reinterpret_cast<const W*>(v.bytes + v.exception_words);
-    used_ = 0;
-    if (!exceptions_of(v, tile, span_)) return false;
+    const Listing list = differences_in(v);
+    positions_ = reinterpret_cast<const uint16_t*>(v.bytes + list.positions);
+    words_ = reinterpret_cast<const W*>(v.bytes + list.words);
+    used_ = count = 0;
+    if (!listed_of(v, list, tile, span_)) return false;
     fetch();
     next_ = warp_shuffle(held_position_, 0u);
     return true;
   }
 
-  // The lane's word of the step at `position`, the tile's position of lane 0. False, and none, where an
-  // exception was passed over: they are out of order, or out of the tile. The whole warp calls.
-  XORZ_DEVICE bool step(uint32_t position, bool live, W& word) {
+  // The step at `position`, the tile's position of lane 0. False where they are out of order, or out of the
+  // tile: one was passed over, or lies where no column is. The whole warp calls.
+  XORZ_DEVICE bool step(uint32_t position, bool live) {
+    count = 0;
     while (next_ < position + 32) {
-      if (next_ < position) return false;
+      const uint32_t here = next_;
+      if (here < position) return false;
       const W fresh = warp_shuffle(held_word_, used_);
-      const bool here = next_ - position == thread_index() % 32;
-      if (warp_ballot(here && !live) != 0) return false;
-      if (here) word = fresh;
+      const bool mine = here - position == thread_index() % 32;
+      if (warp_ballot(mine && (!live || count == 2)) != 0) return false;
+      if (mine) {
+        if (count == 0) first = fresh;
+        else second = fresh;
+        count++;
+      }
       if (++used_ == 32) {
         span_.from += 32;
         used_ = 0;
         fetch();
       }
       next_ = warp_shuffle(held_position_, used_);
+      if (next_ < here) return false;
     }
     return true;
   }
@@ -156,9 +172,9 @@ XORZ_DEVICE void add_streams(float (&total)[kTileLanes][M], StagedRows<typename 
       const uint32_t rows = above + kTileLanes < rect.rows ? above + kTileLanes : rect.rows;
       const W* words = weight + rect.r0 * grid.k + rect.c0;
       Stream<W> stream;
-      Overrides<W> overrides;
+      Differences<W> differences;
       bool live = mine != kNone;
-      if (live) live = stream.begin(view, tile) && overrides.begin(view, tile);
+      if (live) live = stream.begin(view, tile) && differences.begin(view, tile);
       sound = sound && (live || mine == kNone);
       RowLoads<W> loads;
       loads.fetch(words, rect.cols);
@@ -176,17 +192,20 @@ XORZ_DEVICE void add_streams(float (&total)[kTileLanes][M], StagedRows<typename 
         XORZ_NO_UNROLL
         for (uint32_t c = 0; c < rect.cols; c += 32) {
           const bool here = c + lane < rect.cols;
-          W word = stream.step(here ? stage[c + lane] : W(0), here);
-          if (!overrides.step((r << grid.cols_log2) + c, here, word)) {
+          const W word = stream.step(here ? stage[c + lane] : W(0), here);
+          if (!differences.step((r << grid.cols_log2) + c, here)) {
             live = sound = false;
             break;
           }
           if (r >= above && here) {
             XORZ_UNROLL
-            for (uint32_t j = 0; j < M; j++)
-              if (j < count)
-                sum[j] = fused(D::value(word), D::value(load_once(x + list[j] * grid.k + rect.c0 + c + lane)),
-                               sum[j]);
+            for (uint32_t j = 0; j < M; j++) {
+              if (j >= count) continue;
+              const float value = D::value(load_once(x + list[j] * grid.k + rect.c0 + c + lane));
+              sum[j] = fused(D::value(word), value, sum[j]);
+              if (differences.count > 0) sum[j] = fused(D::value(differences.first), value, sum[j]);
+              if (differences.count > 1) sum[j] = fused(D::value(differences.second), value, sum[j]);
+            }
           }
         }
         if (r < above) continue;
@@ -199,7 +218,7 @@ XORZ_DEVICE void add_streams(float (&total)[kTileLanes][M], StagedRows<typename 
         }
       }
       if (live)
-        sound = sound && stream.sound(rows == rect.rows) && (rows < rect.rows || overrides.none_left());
+        sound = sound && stream.sound(rows == rect.rows) && (rows < rect.rows || differences.none_left());
       // The next tile's first row may lie where this one's last rows are still being read.
       block_sync();
     }

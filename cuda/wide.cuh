@@ -5,7 +5,7 @@
 //
 //   for each tenant, for each row of the panel with such an output, for each tile column:
 //     base row -> shared memory; the row's words: one thread walks the entries, or a warp decodes down from
-//       the tile's top
+//       the tile's top and the block adds differences; then exceptions
 //     for each such output: 256 partial sums in f64, then a tree
 //
 // Tiles found corrupt before are not taken again. Shared memory: the 32 KiB that stage x and rows before, and
@@ -13,6 +13,7 @@
 #pragma once
 
 #include "decode.cuh"
+#include "differences.cuh"
 #include "sparse.cuh"
 #include "streams.cuh"
 
@@ -21,7 +22,7 @@ namespace xorz {
 template <class W>
 XORZ_DEVICE void override_row(const View& v, uint32_t tile, uint32_t row, uint32_t cols, W* words) {
   Span span;
-  if (!exceptions_of(v, tile, span)) return;
+  if (!listed_of(v, exceptions_in(v), tile, span)) return;
   const uint16_t* positions = reinterpret_cast<const uint16_t*>(v.bytes + v.exception_positions);
   const W* overriding = reinterpret_cast<const W*>(v.bytes + v.exception_words);
   for (uint32_t e = span.from + thread_index(); e < span.to; e += kWarps * 32) {
@@ -74,6 +75,11 @@ XORZ_DEVICE void fetch_row(const View& v, uint32_t way, const Product<typename D
     if (way == kOnEntries && thread_index() == 0) walk_row<D>(v, tile, r, cols, words);
     if (way == kOnStream && thread_index() < 32)
       decode_row(v, tile, rect, r, p.weight, [words](uint32_t c, W word) { words[c] = word; });
+    block_sync();
+    const auto edit = [&](uint32_t at, uint32_t c, auto after) {
+      if (at == r && c < cols) words[c] = after(words[c]);
+    };
+    if (way == kOnStream) add_differences<W>(v, tile, rect, thread_index(), kWarps * 32, edit);
     block_sync();
     override_row(v, tile, r, cols, words);
     block_sync();

@@ -81,7 +81,7 @@ template <class W>
 XORZ_DEVICE bool patch_exceptions(const View& v, uint32_t tile, const Rect& rect, W* matrix, uint32_t i,
                                   uint32_t of) {
   Span span;
-  if (!exceptions_of(v, tile, span)) return false;
+  if (!listed_of(v, exceptions_in(v), tile, span)) return false;
   const uint16_t* positions = reinterpret_cast<const uint16_t*>(v.bytes + v.exception_positions);
   const W* words = reinterpret_cast<const W*>(v.bytes + v.exception_words);
   bool sound = true;

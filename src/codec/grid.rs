@@ -59,8 +59,9 @@ impl Grid {
         Self { shape, tile_rows: Self::LANES, tile_cols: Self::cols_for(shape.k) }
     }
 
-    /// Tiles for `exponent`: as many rows as 65536 words allow, since every tile ends 32 lanes on a word boundary,
-    /// which on a 16 x 256 tile would cost 0.06 bits per element.
+    /// The largest tiles for `exponent`: as many rows as 65536 words allow, since every tile ends 32 lanes on a word boundary,
+    /// which on a 16 x 256 tile would cost 0.06 bits per element. Encoders take smaller ones where that is cheap
+    /// (`resident::estimate`).
     pub fn for_exponent(shape: Shape) -> Self {
         let tile_cols = Self::cols_for(shape.k);
         let rows = shape.n.clamp(1, Self::MAX_WORDS).next_power_of_two();

@@ -55,11 +55,12 @@ pub enum Code {
     NotADelta = 5,
     Mismatch = 6,
     NoRow = 7,
+    OldLayout = 8,
 }
 
 impl Code {
     /// All, from the mildest.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::TileCorrupt,
         Self::NoTenant,
         Self::BadSlot,
@@ -67,6 +68,7 @@ impl Code {
         Self::NotADelta,
         Self::Mismatch,
         Self::NoRow,
+        Self::OldLayout,
     ];
 }
 
@@ -107,6 +109,13 @@ pub fn error(op: Op, device: i32, word: u32) -> Error {
             Error::invalid,
             format!(
                 "indices[{slot}] (modulo 2^{SLOT_BITS}) lies outside of the weight; that row has all bits set"
+            ),
+        ),
+        Some(Code::OldLayout) => (
+            Error::unsupported,
+            format!(
+                "{whose} is of encoding exponent and layout 0, from a package of version 1, which only the CPU \
+                 computes on: pack it again, or encode the delta again"
             ),
         ),
         None => (Error::internal, format!("status word {word:#010x}, which means nothing")),

@@ -9,6 +9,7 @@ mod outline;
 mod piece;
 mod plan;
 mod regions;
+mod tiles;
 mod view;
 mod widths;
 

@@ -3,6 +3,7 @@
 
 use crate::common::data::{Rng, matrix, perturbed};
 use half::bf16;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use xorz::codec::{Encoding, Prefer};
 use xorz::matrix::{Dtype, Shape};
@@ -79,9 +80,9 @@ fn cast(t: &Tensor) -> Vec<u8> {
     values.flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect()
 }
 
-/// Bits per element of all matrices of a pair under `prefer = memory`.
-fn memory_bits(base: &[Tensor], fine_tuned: &[Tensor], to_bf16: bool) -> f64 {
-    let (mut bytes, mut words) = (0, 0);
+/// Bits per element of all matrices of a pair under `prefer = memory`; and how many of them have one table of widths.
+fn memory_bits(base: &[Tensor], fine_tuned: &[Tensor], to_bf16: bool) -> (f64, usize) {
+    let (mut bytes, mut words, mut tables) = (0, 0, BTreeMap::<_, usize>::new());
     for f in fine_tuned.iter().filter(|f| f.dims.len() == 2) {
         let b = base.iter().find(|b| b.name == f.name).unwrap();
         let shape = Shape::of_dims(&f.dims).unwrap();
@@ -90,43 +91,52 @@ fn memory_bits(base: &[Tensor], fine_tuned: &[Tensor], to_bf16: bool) -> f64 {
         } else {
             (f.dtype, b.bytes.clone(), f.bytes.clone())
         };
-        bytes += encode_pair(&matrix(dtype, shape, &bb), &matrix(dtype, shape, &fb), Prefer::Memory)
-            .unwrap()
-            .len();
+        let blob =
+            encode_pair(&matrix(dtype, shape, &bb), &matrix(dtype, shape, &fb), Prefer::Memory).unwrap();
+        bytes += blob.len();
         words += shape.n * shape.k;
+        let header = *Resident::parse(&blob).unwrap().header();
+        if header.encoding == Encoding::Exponent {
+            *tables.entry(header.widths).or_default() += 1;
+        }
     }
-    8.0 * bytes as f64 / words as f64
+    (8.0 * bytes as f64 / words as f64, tables.into_values().max().unwrap_or(0))
 }
 
 #[test]
-fn memory_stays_near_the_designs_table_on_real_pairs() {
+fn memory_stays_near_layout_0_on_real_pairs() {
     let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/pairs");
     let dir = std::env::var_os("XORZ_PAIRS").map_or(default, PathBuf::from);
     if !dir.is_dir() {
         println!("SKIPPED: no pairs at {}", dir.display());
         return;
     }
-    // Base, fine-tune, cast to bf16, bits per element that the layout was designed for.
+    // Base, fine-tune, cast to bf16; bits per element in layout 0, and in layout 1 when it was frozen. What layout 1 costs: ends
+    // of smaller tiles (up to 1.5 %), words of two entries where an exception was enough (1 %; 3 % of a whole retraining cast to
+    // bf16), canonical widths (up to 3 %, mostly 0.2 %). And of how many
+    // matrices the tables are one: of 4, of 7, of 7 and so on.
     let table = [
-        ("smol135m_bf16", "ft_sft_lr1e-05", false, 0.120),
-        ("lm_bf16", "ft_sft_lr1e-06", false, 0.077),
-        ("lm_bf16", "ft_sft_lr5e-06", false, 0.297),
-        ("lm_bf16", "ft_sft_lr2e-05", false, 1.108),
-        ("lm_bf16", "ft_sft_lr0.0001", false, 5.112),
-        ("lm_bf16", "ft_sft_master_lr1e-05", false, 3.520),
-        ("rxnfp_bert_fp32", "ft", true, 8.844),
-        ("chgnet_r2scan_fp32", "ft", true, 8.869),
-        ("rxnfp_bert_fp32", "ft", false, 22.989),
-        ("chgnet_r2scan_fp32", "ft", false, 23.868),
+        ("smol135m_bf16", "ft_sft_lr1e-05", false, 0.123, 0.124, 2),
+        ("lm_bf16", "ft_sft_lr1e-06", false, 0.088, 0.089, 3),
+        ("lm_bf16", "ft_sft_lr5e-06", false, 0.305, 0.309, 5),
+        ("lm_bf16", "ft_sft_lr2e-05", false, 1.119, 1.136, 5),
+        ("lm_bf16", "ft_sft_lr0.0001", false, 5.122, 5.202, 5),
+        ("lm_bf16", "ft_sft_master_lr1e-05", false, 3.560, 3.546, 5),
+        ("rxnfp_bert_fp32", "ft", true, 8.876, 9.196, 0),
+        ("chgnet_r2scan_fp32", "ft", true, 9.151, 9.482, 0),
+        ("rxnfp_bert_fp32", "ft", false, 23.043, 23.413, 0),
+        ("chgnet_r2scan_fp32", "ft", false, 24.175, 24.632, 0),
     ];
-    for (base, fine_tuned, to_bf16, design) in table {
+    for (base, fine_tuned, to_bf16, before, frozen, same) in table {
         let b = read(&dir.join(format!("{base}.base.safetensors")));
         let f = read(&dir.join(format!("{base}.{fine_tuned}.safetensors")));
-        let bits = memory_bits(&b, &f, to_bf16);
+        let (bits, alike) = memory_bits(&b, &f, to_bf16);
+        let (growth, limit) = (bits / before, if to_bf16 { 1.045 } else { 1.03 });
         println!(
-            "{base} {fine_tuned} bf16={to_bf16}: {bits:.3} bits per element, {:.2} of the design's",
-            bits / design
+            "{base} {fine_tuned} bf16={to_bf16}: {bits:.4} bits per element, {growth:.3} of layout 0's, {alike} alike"
         );
-        assert!(bits <= 1.15 * design, "{base} {fine_tuned}: {bits:.3} over 1.15 x {design}");
+        assert!(growth <= limit, "{base} {fine_tuned}: {bits:.4} over {limit} x {before}");
+        assert!(alike >= same, "{base} {fine_tuned}: {alike} tables alike, not {same}");
+        assert!(bits <= 1.01 * frozen, "{base} {fine_tuned}: {bits:.4} over {frozen}");
     }
 }

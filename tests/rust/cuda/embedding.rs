@@ -195,7 +195,7 @@ fn a_tile_that_contradicts_itself_costs_its_part_of_the_row() {
 
 const LIST: &str = "#include \"embedding.cu\"\n#define XORZ_KERNELS(X) X(xorz_delta_embedding_16)\n";
 
-const MUTANTS: [Mutant; 9] = [
+const MUTANTS: [Mutant; 10] = [
     ("gaps summed without a barrier", "embedding.cu", "thread == 0) shared.corrupt", "  block_sync();\n", ""),
     (
         "a run begins one run late",
@@ -212,6 +212,7 @@ const MUTANTS: [Mutant; 9] = [
         "patch_run(records, v.dtype, row ^ 1",
     ),
     ("exceptions of the row below", "embedding.cu", "patch_row_exceptions(", "r == row", "r == row + 1"),
+    ("differences of the row below", "embedding.cu", "look_up_stream(", "r == row", "r == row + 1"),
     ("always the first strip", "embedding.cu", "look_up(", "c0 >> v.cols_log2", "0 * c0 >> v.cols_log2"),
     ("an index one past the table", "embedding.cu", "const bool there", "index < p.n", "index <= p.n"),
     (
@@ -249,7 +250,7 @@ fn mutants_are_caught() {
 }
 
 /// Caught by the thread sanitizer, whatever the order of threads.
-const RACES: [Mutant; 2] = [
+const RACES: [Mutant; 3] = [
     (
         "a row's view over the last one's",
         "embedding.cu",
@@ -257,7 +258,8 @@ const RACES: [Mutant; 2] = [
         "    block_sync();\n",
         "",
     ),
-    ("exceptions before the stream's words", "embedding.cu", "decode_row(", "  warp_sync();\n", ""),
+    ("differences before the stream's words", "embedding.cu", "decode_row(", "  warp_sync();\n", ""),
+    ("exceptions before differences", "embedding.cu", "add_differences<W>(", "  warp_sync();\n", ""),
 ];
 
 #[test]

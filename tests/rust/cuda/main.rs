@@ -9,6 +9,7 @@ pub mod common {
     pub mod device;
     pub mod gpu;
     pub mod kernels;
+    pub mod layout0;
     pub mod linear;
     pub mod lookups;
     pub mod mutants;
@@ -22,6 +23,7 @@ mod kernels;
 mod large;
 mod large_mutants;
 mod launch;
+mod layout0;
 mod mutants;
 mod plan;
 mod refusals;

@@ -11,7 +11,7 @@ use xorz::matrix::{Dtype, Shape};
 
 const DTYPE: Dtype = Dtype::BF16;
 
-const RESTORE: [Mutant; 12] = [
+const RESTORE: [Mutant; 15] = [
     ("gaps summed without a barrier", "restore.cu", "gap_sum(records", "  block_sync();\n", ""),
     (
         "exceptions without a barrier",
@@ -36,6 +36,21 @@ const RESTORE: [Mutant; 12] = [
         "span.from + i;",
         "span.from + i + 1;",
     ),
+    (
+        "the first difference passed over",
+        "differences.cuh",
+        "bool add_differences(",
+        "span.from + i;",
+        "span.from + i + 1;",
+    ),
+    (
+        "a second difference taken for a first",
+        "differences.cuh",
+        "bool add_differences(",
+        "if (second) continue;",
+        "",
+    ),
+    ("a second difference left out", "differences.cuh", "word_after(", "pair ? sum +", "false ? sum +"),
     ("staged words without a barrier", "restore.cu", "chunk.put(", "      warp_sync();\n", ""),
     ("a refill one bit early", "exponent.cuh", "W step(", "held_ < w", "held_ <= w"),
     ("units of the lane above", "exponent.cuh", "W step(", "(1u << lane_) - 1", "(2u << lane_) - 1"),
@@ -50,7 +65,7 @@ const RESTORE: [Mutant; 12] = [
     ("an offset one bit wide", "exponent.cuh", "if (takes) {", "Bits(1) << (w - 1)", "Bits(1) << w"),
 ];
 
-const LINEAR: [Mutant; 16] = [
+const LINEAR: [Mutant; 18] = [
     ("halves added without a barrier", "product.cuh", "half == 1 && lane", "  block_sync();\n", ""),
     ("a lane left out of the butterfly", "product.cuh", "add_product(", "other = 16;", "other = 8;"),
     ("a column too many", "product.cuh", "load_columns(", "c + i < k", "c + i <= k"),
@@ -81,13 +96,21 @@ const LINEAR: [Mutant; 16] = [
         "if (here && r % 2 == 0)",
     ),
     (
-        "an exception passed over",
+        "a difference passed over",
         "streams.cuh",
         "bool step(",
         "next_ < position + 32",
         "next_ < position + 31",
     ),
-    ("the window of exceptions", "streams.cuh", "bool step(", "++used_ == 32", "++used_ == 31"),
+    ("the window of differences", "streams.cuh", "bool step(", "++used_ == 32", "++used_ == 31"),
+    ("second differences left out", "streams.cuh", "add_streams(", "differences.count > 1", "false"),
+    (
+        "first differences of other words",
+        "streams.cuh",
+        "bool step(",
+        "thread_index() % 32;",
+        "(thread_index() ^ 1) % 32;",
+    ),
     ("no decode path", "linear_small.cu", "const bool refused", "finite(value)", "true"),
     (
         "decode path without exceptions",
@@ -100,7 +123,7 @@ const LINEAR: [Mutant; 16] = [
 ];
 
 /// Caught by the thread sanitizer, whatever the order of threads.
-const RESTORE_RACES: [Mutant; 2] = [
+const RESTORE_RACES: [Mutant; 4] = [
     (
         "staged over what is being stored",
         "restore.cu",
@@ -109,6 +132,14 @@ const RESTORE_RACES: [Mutant; 2] = [
         "",
     ),
     ("a tile's last barrier", "restore.cu", "shared.corrupt) {", "  block_sync();\n}", "}"),
+    (
+        "differences before the stream's words",
+        "restore.cu",
+        "sound = stream.sound(true);",
+        "  warp_sync();\n",
+        "",
+    ),
+    ("exceptions before differences", "restore.cu", "add_differences<W>(", "  warp_sync();\n", ""),
 ];
 const LINEAR_RACES: [Mutant; 2] = [
     (
@@ -166,7 +197,7 @@ fn products(device: &Device) -> Result<(), String> {
             r.mix(DTYPE, &plain, &special, odd)
         };
         let mut fleet = Fleet::new(&mut rng, DTYPE, shape, words, 0.1);
-        // A tenant whose exponent tiles hold more than 32 exceptions each.
+        // A tenant whose exponent tiles hold more than 32 differences each.
         let many: Vec<u8> =
             (0..n * k).flat_map(|i| word(DTYPE, if i % 40 == 7 { 256.0 } else { 1.0 })).collect();
         if odd == 0.0 {

@@ -108,7 +108,17 @@ fn parameters_are_packed_in_the_order_of_their_table() {
 #[test]
 fn numbers_are_those_of_the_kernels() {
     let resident = read("cuda/resident.cuh");
-    let names = ["kTileCorrupt", "kNoTenant", "kBadSlot", "kMisaligned", "kNotADelta", "kMismatch", "kNoRow"];
+    let names = [
+        "kTileCorrupt",
+        "kNoTenant",
+        "kBadSlot",
+        "kMisaligned",
+        "kNotADelta",
+        "kMismatch",
+        "kNoRow",
+        "kOldLayout",
+    ];
+    assert_eq!(names.len(), Code::ALL.len());
     for (code, name) in Code::ALL.into_iter().zip(names) {
         assert!(resident.contains(&format!("{name} = {},", code as u32)), "{name}");
     }
