@@ -1,6 +1,6 @@
 // The differences of a panel's words, added to what their streams gave, step by step.
 //
-//   once a tile column, the block: mark_differences (patch_marks.cuh)
+//   once a tile column, the block: mark_listed (patch_marks.cuh)
 //   warp w: rows 8 w .. + 7 of the panel, four lanes a row, each holding one difference
 //     step: those left of its end: the first one of a word adds the second one, too; a row whose four are all taken gets the
 //       next four, and again

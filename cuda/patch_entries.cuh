@@ -6,12 +6,13 @@
 //     those left of the step's end, a row's first 0 to 4: word = base + difference, one f32 addition
 //     a second entry of a column is added to the unrounded sum of the first (one lane of the row, one by one)
 //     a row whose four records are all taken gets the next four, and again
+//   exceptions (patch_exceptions.cuh)
 //
 // Rows walk their records at their own pace, in order; each record is used once a block and tile of rows of x,
 // and loaded again only where a step ends within four of them (L1). Registers: 12.
 #pragma once
 
-#include "patch_marks.cuh"
+#include "patch_exceptions.cuh"
 #include "sparse.cuh"
 
 namespace xorz {
@@ -20,6 +21,7 @@ template <class D>
 class PatchEntries {
   using W = typename D::Word;
   Records<W> records_;
+  ExceptionsOfRow<W> exceptions_;
   uint32_t lane_;    // the row's lane in its tile's records
   uint32_t next_;    // record of the row's first lane
   uint32_t column_;  // of the record before it
@@ -126,8 +128,11 @@ class PatchEntries {
 
  public:
   // Before the first step of tile column `across`. The block calls.
-  XORZ_DEVICE void begin(Marks&, uint32_t*, const View& v, const W*, uint64_t r0,
+  XORZ_DEVICE void begin(Marks& marks, uint32_t* corrupt, const View& v, const W*, uint64_t r0,
                          uint32_t panel, uint32_t across) {
+    mark_listed(marks, corrupt, v, exceptions_in(v), false, r0, panel, across);
+    block_sync();
+    exceptions_.begin(marks, v);
     const uint32_t row = thread_index_anew() / kQuad;
     lane_ = row % kTileLanes;
     next_ = column_ = 0;
@@ -150,6 +155,9 @@ class PatchEntries {
   XORZ_DEVICE void step(W* w, uint32_t column) {
     while (!use(w, column, column + kStepColumns)) {
     }
+    // Another lane of the row may have written what an exception overrides.
+    warp_sync();
+    exceptions_.step(w, column);
   }
 
   // After the last step. The block calls.

@@ -3,7 +3,6 @@
 //   once a tile column, the block: every position of a list of the panel's tiles is looked at, once: in order? in the
 //     tile? where a row's begin and end -> shared memory
 //
-// Exceptions are nobody's concern here: where a product would need one a difference is NaN, and the decode path follows.
 // Shared memory: 8.75 KiB, only between steps.
 #pragma once
 
@@ -43,10 +42,10 @@ XORZ_DEVICE void each_tile(const View& v, uint64_t r0, uint32_t panel, uint32_t 
   for (uint32_t i = first; i <= last; i++) f(i * v.across + across);
 }
 
-// Where the differences of the panel's rows are. The block calls, and must meet before it reads the marks.
-XORZ_DEVICE void mark_differences(Marks& marks, uint32_t* corrupt, const View& v, uint64_t r0, uint32_t panel,
-                                  uint32_t across) {
-  const Listing list = differences_in(v);
+// Where what is listed of the panel's rows is; with `twice`, a word may be listed twice. The block calls, and must meet
+// before it reads the marks.
+XORZ_DEVICE void mark_listed(Marks& marks, uint32_t* corrupt, const View& v, const Listing list, bool twice,
+                             uint64_t r0, uint32_t panel, uint32_t across) {
   block_sync();
   if (thread_index_anew() < kRowsOfW) marks.first[thread_index_anew()] = marks.past[thread_index_anew()] = 0;
   if (list.count == 0) return;
@@ -63,7 +62,7 @@ XORZ_DEVICE void mark_differences(Marks& marks, uint32_t* corrupt, const View& v
       const uint32_t after = e + 1 < span.to ? load_once(positions + e + 1) : ~0u;
       bool second;
       if (row >= rect.rows || (position & (v.tile_cols() - 1)) >= rect.cols ||
-          out_of_order(positions, span, e, position, second)) {
+          out_of_order(positions, span, e, position, second) || (second && !twice)) {
         sound = false;
         continue;
       }

@@ -6,7 +6,7 @@
 //     in the stream it begins, and of each lane the unit it took last and how many bits of it are left -> shared memory
 //   warp w: rows 8 w .. + 7 of the panel, a stream each from there on, in registers
 //     step: eight rows' 32 words, each as in exponent.cuh; the eight do not wait for one another
-//   differences (patch_differences.cuh)
+//   differences (patch_differences.cuh), then exceptions (patch_exceptions.cuh)
 //
 // Each word is decoded once a block and tile of rows of x. The walk reads the panel's base words once more (L2) and
 // is one chain of dependent instructions for a tile; it is the price of the stream's order, row after row.
@@ -15,6 +15,7 @@
 
 #include "exponent.cuh"
 #include "patch_differences.cuh"
+#include "patch_exceptions.cuh"
 
 namespace xorz {
 
@@ -95,6 +96,7 @@ class PatchStreams {
   static constexpr uint32_t kBits = 8 * sizeof(W);
 
   DifferencesOfRow<D> differences_;
+  ExceptionsOfRow<W> exceptions_;
   const W* units_;
   uint32_t count_;
   uint32_t cols_;  // of the tile
@@ -111,7 +113,10 @@ class PatchStreams {
   XORZ_DEVICE void begin(Marks& marks, uint32_t* corrupt, const View& v, const W* weight, uint64_t r0,
                          uint32_t panel, uint32_t across) {
     const uint32_t lane = thread_index_anew() % 32, warp = thread_index_anew() / 32;
-    mark_differences(marks, corrupt, v, r0, panel, across);
+    mark_listed(marks, corrupt, v, exceptions_in(v), false, r0, panel, across);
+    block_sync();
+    exceptions_.begin(marks, v);
+    mark_listed(marks, corrupt, v, differences_in(v), true, r0, panel, across);
     uint32_t number = 0;
     each_tile(v, r0, panel, across, [&](uint32_t tile) {
       if (number++ != warp) return;
@@ -176,6 +181,9 @@ class PatchStreams {
     // Another lane may have written what a difference is added to.
     warp_sync();
     differences_.step(w, column);
+    // Another lane of the row may have added to what an exception overrides.
+    warp_sync();
+    exceptions_.step(w, column);
   }
 
   XORZ_DEVICE void end(uint32_t*) {}

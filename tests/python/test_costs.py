@@ -76,7 +76,7 @@ def test_panels_may_be_asked_for_and_are_right():
         "import sys; sys.path[:0] = sys.argv[1:2]; import torch; from test_costs import products;"
         "torch.save(products('fast'), sys.stdout.buffer)"
     )
-    env = os.environ | {"XORZ_COSTS": "panel_above=0,decoded_above=0"}
+    env = os.environ | {"XORZ_COSTS": "panel_above=0,decoded_above=0,packed_above=0"}
     args = [sys.executable, "-c", script, os.path.dirname(__file__)]
     raw = subprocess.run(args, env=env, capture_output=True, timeout=600, check=True).stdout
     got, want = torch.load(io.BytesIO(raw)), products("fast")

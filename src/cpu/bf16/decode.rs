@@ -1,8 +1,10 @@
 //! Up to sixteen rows of x of tenants with `exponent` deltas: words are decoded in registers and multiplied at once.
 //!
-//!     for each band of rows of W, for each pass of tenants over it:
-//!         for each row, for each tile of it: 32 words of the base a step, decoded for every tenant of the pass, times its x
-//!         then the entries of each tenant, tile after tile
+//! ```text
+//! for each band of rows of W, for each pass of tenants over it:
+//!     for each row, for each tile of it: 32 words of the base a step, decoded for every tenant of the pass, times its x
+//!     then the entries of each tenant, tile after tile
+//! ```
 //!
 //! A pass is up to eight tenants with a row of x each and one width table, whose streams take their units in the same steps,
 //! so that classes, widths and who takes a unit are computed once; or two tenants with tables of their own; or one with up

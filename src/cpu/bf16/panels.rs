@@ -1,9 +1,11 @@
 //! Many rows of x: rows of W are restored, if they are not the base's, packed by pairs of columns into panels of 64, and
 //! each panel multiplied with all rows of x of its tenant.
 //!
-//!     for each 64 rows of W (or a tile's, where it has more), for each tenant, for each tile column:
-//!         restore and pack the words of the rows
-//!         for each block of columns, for each 6 rows of x: 24 vectors of sums, which are rows of y
+//! ```text
+//! for each 64 rows of W (or a tile's, where it has more), for each tenant, for each tile column:
+//!     restore and pack the words of the rows
+//!     for each block of columns, for each 6 rows of x: 24 vectors of sums, which are rows of y
+//! ```
 //!
 //! The tenants lie inside the rows of W, so that W is read from memory once for all of them, and its next rows are asked for
 //! evenly while these are multiplied; sums are rows of y, so that no lane is ever added to another.

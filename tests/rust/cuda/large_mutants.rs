@@ -90,11 +90,11 @@ const ENTRIES: [Mutant; 10] = [
 ];
 
 const DIFFERENCES: [Mutant; 9] = [
-    ("the last difference of a row", "patch_marks.cuh", "mark_differences(", "= e + 1;", "= e;"),
+    ("the last difference of a row", "patch_marks.cuh", "mark_listed(", "= e + 1;", "= e;"),
     (
         "the first difference of a row",
         "patch_marks.cuh",
-        "mark_differences(",
+        "mark_listed(",
         "marks.first[in_panel] = e;",
         "marks.first[in_panel] = e + 1;",
     ),
