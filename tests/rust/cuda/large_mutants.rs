@@ -2,7 +2,7 @@
 //! barrier removed, a wait weakened, a fragment swapped, a change dropped, a gap off by one. Each mutant is compiled
 //! and must be caught: by wrong results, with copies that land early or late, or by the thread sanitizer.
 
-use crate::common::data::{Rng, adversarial, perturbed, value, word};
+use crate::common::data::{Rng, adversarial, matrix, perturbed, value, word};
 use crate::common::device::{Device, TSAN};
 use crate::common::kernels::{
     Fleet, LINEAR_OUT, LINEAR_STATUS, Large, Linear, nudged, on_tiles, run_large, status,
@@ -11,6 +11,7 @@ use crate::common::linear::{Case, first_difference, integers, values};
 use crate::common::mutants::{Mutant, all_caught};
 use xorz::codec::Encoding;
 use xorz::matrix::{Dtype, Shape};
+use xorz::resident::{Assembler, Piece, Plan, Resident, encode_tiles};
 
 const STAGES: [Mutant; 9] = [
     ("a wait weakened", "stages.cuh", "run_steps(", "<kLate - 2>", "<kLate - 1>"),
@@ -318,7 +319,7 @@ fn of_overflows(dtype: Dtype) -> Wanted {
 }
 
 /// Differences that one bf16 cannot hold, so many of all, side by side or alone; `m` rows of x.
-fn of_pairs(rng: &mut Rng, dtype: Dtype, share: f64, m: usize) -> Wanted {
+fn of_pairs(rng: &mut Rng, dtype: Dtype, encoding: Encoding, share: f64, m: usize) -> Wanted {
     let shape = Shape { n: 20, k: 96 };
     let base: Vec<u8> =
         (0..shape.n * shape.k).flat_map(|_| word(dtype, (rng.next() % 9 + 1) as f64 / 512.0)).collect();
@@ -328,11 +329,26 @@ fn of_pairs(rng: &mut Rng, dtype: Dtype, share: f64, m: usize) -> Wanted {
         base.chunks(dtype.word_bytes()).flat_map(|b| word(dtype, 2.0 * value(dtype, b))).collect();
     let near = rng.mix(dtype, &single, &near, share);
     let fine_tuned = rng.mix(dtype, &base, &near, 0.7);
-    let case = Case::new(dtype, shape, Encoding::Sparse, &base, &fine_tuned);
+    let mut case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
+    if encoding == Encoding::Exponent {
+        case.blob = without_streams(&case);
+    }
     let x = integers(rng, dtype, m * shape.k, 1);
     let want = case.reference(&x, m, None);
     let all = ways(|late, seed| alone(&case, &case.blob, &x, m, seed).large(Some(2), late));
     Wanted { dtype, all: all.into_iter().map(|large| (large, want.clone())).collect(), exact: true }
+}
+
+/// A delta of encoding `exponent` whose words are all stored apart: none has bits in a stream.
+fn without_streams(case: &Case) -> Vec<u8> {
+    let header = *Resident::parse(&case.blob).unwrap().header();
+    let plan = Plan { encoding: header.encoding, grid: header.grid(), gap: header.gap, widths: [0; 32] };
+    let (mut piece, mut assembler) = (Piece::default(), Assembler::new(case.dtype, &plan).unwrap());
+    let tiles = 0..plan.grid.tiles();
+    encode_tiles(&plan, case.dtype, tiles, &case.base, &case.fine_tuned, &mut piece).unwrap();
+    assembler.add(&piece).unwrap();
+    let finished = assembler.finish(matrix(case.dtype, case.shape, &case.base).digest()).unwrap();
+    [&finished.head[..], &piece.payload, &finished.tail].concat()
 }
 
 fn alone<'a>(case: &'a Case, blob: &'a [u8], x: &'a [u8], m: usize, seed: u64) -> Linear<'a> {
@@ -426,8 +442,10 @@ fn caught_by_results(mutants: &[Mutant]) {
     let wanted = [
         of_overflows(dtype),
         // More rows than a tile has.
-        of_pairs(&mut rng, dtype, 0.4, 129),
-        of_pairs(&mut rng, dtype, 0.03, 3),
+        of_pairs(&mut rng, dtype, Encoding::Sparse, 0.4, 129),
+        of_pairs(&mut rng, dtype, Encoding::Sparse, 0.03, 3),
+        of_pairs(&mut rng, dtype, Encoding::Exponent, 0.4, 35),
+        of_pairs(&mut rng, dtype, Encoding::Exponent, 0.03, 3),
         of_fleet(&mut rng, dtype, (70, 300, 25), 0.0),
         of_fleet(&mut rng, dtype, (17, 320, 14), 0.002),
     ];
@@ -462,7 +480,7 @@ fn races_that_the_order_of_threads_hides_are_caught() {
     let mut rng = Rng::new(164);
     let dtype = Dtype::BF16;
     let special = of_fleet(&mut rng, dtype, (130, 296, 13), 0.01);
-    let pairs = of_pairs(&mut rng, dtype, 0.4, 129);
+    let pairs = of_pairs(&mut rng, dtype, Encoding::Sparse, 0.4, 129);
     let launches: Vec<_> =
         special.all.iter().chain(pairs.all.iter().take(1)).map(|(large, _)| large.clone()).collect();
     all_caught(&RACES, LIST, &[TSAN], |device| run_large(device, &launches).map(drop));

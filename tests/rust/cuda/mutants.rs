@@ -65,7 +65,7 @@ const RESTORE: [Mutant; 15] = [
     ("an offset one bit wide", "exponent.cuh", "if (takes) {", "Bits(1) << (w - 1)", "Bits(1) << w"),
 ];
 
-const LINEAR: [Mutant; 18] = [
+const LINEAR: [Mutant; 17] = [
     ("halves added without a barrier", "product.cuh", "half == 1 && lane", "  block_sync();\n", ""),
     ("a lane left out of the butterfly", "product.cuh", "add_product(", "other = 16;", "other = 8;"),
     ("a column too many", "product.cuh", "load_columns(", "c + i < k", "c + i <= k"),
@@ -103,7 +103,6 @@ const LINEAR: [Mutant; 18] = [
         "next_ < position + 31",
     ),
     ("the window of differences", "streams.cuh", "bool step(", "++used_ == 32", "++used_ == 31"),
-    ("second differences left out", "streams.cuh", "add_streams(", "differences.count > 1", "false"),
     (
         "first differences of other words",
         "streams.cuh",
@@ -123,7 +122,7 @@ const LINEAR: [Mutant; 18] = [
 ];
 
 /// Caught by the thread sanitizer, whatever the order of threads.
-const RESTORE_RACES: [Mutant; 4] = [
+const RESTORE_RACES: [Mutant; 3] = [
     (
         "staged over what is being stored",
         "restore.cu",
@@ -132,13 +131,6 @@ const RESTORE_RACES: [Mutant; 4] = [
         "",
     ),
     ("a tile's last barrier", "restore.cu", "shared.corrupt) {", "  block_sync();\n}", "}"),
-    (
-        "differences before the stream's words",
-        "restore.cu",
-        "sound = stream.sound(true);",
-        "  warp_sync();\n",
-        "",
-    ),
     ("exceptions before differences", "restore.cu", "add_differences<W>(", "  warp_sync();\n", ""),
 ];
 const LINEAR_RACES: [Mutant; 2] = [
