@@ -181,7 +181,8 @@ XORZ_DEVICE uint32_t open_delta(const uint8_t* bytes, uint64_t length, uint64_t 
   for (uint32_t i = 0; i < 5; i++) sound = sound && load_once(words + 8 + i) == offsets[i];
   // Layout 0 knows no differences.
   sound = sound && load_once(words + 22) == (version == 0 ? 0 : v.difference_directory) &&
-          load_once(words + 23) == (version == 0 ? 0 : v.difference_positions) && (version != 0 || differences == 0);
+          load_once(words + 23) == (version == 0 ? 0 : v.difference_positions) &&
+          (version != 0 || differences == 0);
   return sound ? kOk : kNotADelta;
 }
 

@@ -77,8 +77,10 @@ class Differences {
       const bool mine = here - position == thread_index() % 32;
       if (warp_ballot(mine && (!live || count == 2)) != 0) return false;
       if (mine) {
-        if (count == 0) first = fresh;
-        else second = fresh;
+        if (count == 0)
+          first = fresh;
+        else
+          second = fresh;
         count++;
       }
       if (++used_ == 32) {

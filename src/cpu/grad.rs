@@ -38,7 +38,7 @@ const STRIP: usize = 1024;
 /// f32 sums, one rounding at the end, outputs that are not finite in f32 computed again in f64; no dense matrix.
 ///
 /// # Errors
-/// As [`delta_linear`].
+/// As [`delta_linear`](super::delta_linear).
 pub fn delta_linear_grad_input(
     grad: &[u8],
     m: usize,

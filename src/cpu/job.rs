@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Shape};
 
-/// How a product is computed. The third mode of the ops, "exact", is `F.linear` on rows of [`delta_restore_rows`], and
+/// How a product is computed. The third mode of the ops, "exact", is `F.linear` on rows of [`delta_restore_rows`](crate::vector::delta_restore_rows), and
 /// so is the shim's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Mode {
