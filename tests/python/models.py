@@ -114,7 +114,7 @@ class Family:
     def attached(self, mode: str) -> Iterator[tuple[PreTrainedModel, xorz.Tenants]]:
         """A copy of the base that serves the fine-tunes, encoded now for speed, now for memory."""
         model = copy.deepcopy(self.base)
-        tenants = xorz.attach(model, mode=mode)
+        tenants = xorz.attach(model, mode=mode, prefer=None)
         for i, name in enumerate(TENANTS):
             tenants.load(name, xorz.diff(self.base, self.tuned[name], prefer=("speed", "memory")[i % 2]))
         yield model, tenants

@@ -917,3 +917,24 @@ def test_attention_of_linear_layers_of_ones_own_keeps_their_biases():
     case = Case(Attends())
     case.check_alone(torch.randn(3, 5, 8))
     assert case.check_mixed(torch.randn(4, 5, 8)) in ("right", "refused")
+
+
+# B9.
+
+
+@pytest.mark.parametrize("prefer", ["speed", "memory", None])
+def test_attachs_preference_holds_for_deltas_made_in_memory(prefer):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(256, 256)).eval()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned[0].weight.mul_(1 + 1e-6 * (torch.rand(256, 256) < 0.05))
+    made = {}
+    for other in ("speed", "memory"):
+        tenants = xorz.attach(copy.deepcopy(base), prefer=prefer)
+        tenants.load("a", xorz.diff(base, tuned, prefer=other))
+        made[other] = xorz.delta_info(tenants.sites["0"].deltas["weight", 0]).encoding
+        x = torch.randn(3, 256)
+        with torch.no_grad(), tenants.use("a"):
+            torch.testing.assert_close(tenants.model(x), tuned(x))
+    assert len(set(made.values())) == (2 if prefer is None else 1), made

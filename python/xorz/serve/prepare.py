@@ -125,6 +125,7 @@ def _read(
     """Deltas, each checked against its base, tensors stored alone, and missing ones, by their names in the model."""
     if isinstance(source, (StateDelta, Mapping)):
         deltas, alone, removed = _in_memory(source)
+        deltas = {name: _preferred(delta, base.get(name), prefer) for name, delta in deltas.items()}
         files = None if base.keys() >= {*deltas, *alone} else stored(model, base)
         words = base if files is None else files.base
         unchecked = set(deltas)
@@ -148,6 +149,24 @@ def _read(
         return deltas, alone, removed
     lost = [files.whole(name) for name in removed if name in files.base]
     return files.deltas(deltas), {files.whole(name): t for name, t in alone.items()}, lost
+
+
+_OTHER = {"speed": "exponent", "memory": "sparse"}
+
+
+def _preferred(delta: Any, base: Tensor | None, prefer: str | None) -> Any:
+    """A delta that was made in memory, encoded anew where it was for the other aim, as packages' are; the check of what it is a
+    delta of comes later, on whatever is handed on.
+    """
+    if prefer is None or base is None or not isinstance(delta, Tensor):
+        return delta
+    try:
+        if _core.delta_info(delta).encoding != _OTHER[prefer]:
+            return delta
+        _core.delta_matches(delta, base)
+        return _ops.delta_encode(base, _ops.delta_restore(base, delta), prefer=prefer)
+    except (RuntimeError, ValueError):
+        return delta
 
 
 def _in_memory(
