@@ -11,6 +11,7 @@ import copy
 import json
 import multiprocessing
 import os
+import resource
 import sys
 import warnings
 from pathlib import Path
@@ -32,6 +33,7 @@ KINDS = {
     "speech": {**auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, **auto.MODEL_FOR_CTC_MAPPING_NAMES},
 }
 VOCABULARY, LENGTH, IMAGE = 96, 10, 32
+MOST = 6 << 30
 _WIDTHS = "hidden_size d_model n_embd dim embed_dim embedding_size encoder_hidden_size decoder_hidden_size word_embed_proj_dim"
 _INNER = "intermediate_size d_ff n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim moe_intermediate_size ffn_hidden_size"
 _INNER += " hidden_dim shared_expert_intermediate_size block_ff_dim mlp_dim feed_forward_hidden_size intermediate_size_mlp"
@@ -197,7 +199,7 @@ class Wrong(Exception):
 
 
 def attached(base: Any, tuned: dict[str, Any], mode: str) -> Any:
-    tenants = xorz.attach(copy.deepcopy(base), mode=mode)
+    tenants = xorz.attach(copy.deepcopy(base), mode=mode, budget="1 GiB")
     for name, model in tuned.items():
         tenants.load(name, xorz.diff(base, model))
     return tenants
@@ -311,6 +313,8 @@ def one(kind: str, name: str) -> dict[str, str]:
     ours, theirs = context.Pipe(duplex=False)
 
     def run() -> None:
+        # A config that none of the names here makes small is to be an error, not the end of the machine's memory.
+        resource.setrlimit(resource.RLIMIT_DATA, (MOST, MOST))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         theirs.send(survey(kind, name))
 
