@@ -136,7 +136,7 @@ pub(super) fn entries<D: Float>(
         if r >= rect.rows() || c >= rect.cols() {
             return Err(outside("entry", change.position));
         }
-        let (first, second) = change.differences;
+        let (first, second) = (change.first, change.second());
         add(r, c, D::value(first));
         if let Some(second) = second {
             add(r, c, D::value(second));

@@ -17,7 +17,7 @@ use super::plan::{self, BLOCK, Sizes, Sums, Way};
 use super::scratch::{self, Scratch};
 use super::weights::Weights;
 use crate::codec::Encoding;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Shape};
 use crate::resident::Resident;
 use crate::vector::dispatch::{Isa, on_isa};
@@ -102,10 +102,15 @@ impl Segment<'_> {
 
     /// The fine-tuned words of tile `index`, row after row.
     pub(super) fn restore<S: Simd>(&self, s: S, index: usize, words: &mut [u8]) -> Result<()> {
-        self.weights.words(s, index, words).map_err(|e| match self.slot {
+        self.weights.words(s, index, words).map_err(|e| self.within(e))
+    }
+
+    /// An error of the delta, with the name of its slot.
+    pub(super) fn within(&self, e: Error) -> Error {
+        match self.slot {
             Some(slot) => e.within(format_args!("slots[{slot}]")),
             None => e,
-        })
+        }
     }
 }
 

@@ -11,7 +11,7 @@
 //! | `lanes` | the bit streams of `exponent`; `packer` what an instruction set gives to those who write them |
 //! | `bf16dot` | dot products of bf16 words as they are, where the machine has them |
 //! | `encode` | words to tiles and whole deltas, and the estimates that choose how |
-//! | `restore` | fine-tuned words: restore, apply, patch; `tile` one tile of them |
+//! | `restore` | fine-tuned words: restore, apply, patch; `tile` one tile of them, `packed` one in panels |
 //! | `exec` | how ops run their tasks |
 
 pub(crate) mod bf16dot;
@@ -20,6 +20,7 @@ mod encode;
 pub(crate) mod exec;
 pub(crate) mod float;
 pub(crate) mod lanes;
+pub(crate) mod packed;
 mod packer;
 mod restore;
 pub(crate) mod scalar;

@@ -5,7 +5,10 @@ use super::float::{BF16, F16, F32, Float};
 use super::lanes::{Decoder, Lane, MICRO};
 use super::simd::Simd;
 use crate::codec::word::{Word, with_word};
-use crate::codec::{Entries, Exceptions, ExponentTile, GapKind, Grid, SparseTile, Tile, outside};
+use crate::codec::{
+    Change as WordChange, Changes, Entries, Exceptions, ExponentTile, GapKind, Grid, SparseTile, Tile,
+    outside,
+};
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Matrix};
 use crate::resident::Resident;
@@ -38,6 +41,16 @@ impl Stripe {
     fn row<'a>(&self, words: &'a mut [u8], r: usize) -> &'a mut [u8] {
         &mut words[r * self.stride + self.from..r * self.stride + self.to]
     }
+}
+
+/// Where the words of a tile lie in a buffer.
+pub(crate) trait Places: Copy {
+    /// Rows of the tile.
+    fn rows(&self) -> usize;
+    /// Its columns, of words of type `W`.
+    fn columns<W: Word>(&self) -> usize;
+    /// The first byte of the word at a row and column that the tile has.
+    fn byte<W: Word>(&self, r: usize, c: usize) -> usize;
 
     /// The word at a position in a tile of `tile_cols` nominal columns, if the tile has it.
     fn word<'a, W: Word>(
@@ -46,9 +59,25 @@ impl Stripe {
         position: usize,
         words: &'a mut [u8],
     ) -> Option<&'a mut [u8]> {
-        let (r, c) = (position / tile_cols, position % tile_cols);
-        let row = (r < self.rows).then(|| self.row(words, r))?;
-        row.get_mut(c * W::BYTES..(c + 1) * W::BYTES)
+        // Not a division: tiles have a power of two of columns.
+        let (r, c) = (position >> tile_cols.trailing_zeros(), position & (tile_cols - 1));
+        let from = (r < self.rows() && c < self.columns::<W>()).then(|| self.byte::<W>(r, c))?;
+        words.get_mut(from..from + W::BYTES)
+    }
+}
+
+impl Places for Stripe {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn columns<W: Word>(&self) -> usize {
+        (self.to - self.from) / W::BYTES
+    }
+
+    #[inline(always)]
+    fn byte<W: Word>(&self, r: usize, c: usize) -> usize {
+        r * self.stride + self.from + c * W::BYTES
     }
 }
 
@@ -76,7 +105,7 @@ pub(super) fn fill_tile<S: Simd>(
             Ok(())
         }
         Tile::Sparse(t) => {
-            with_word!(dtype, W => patch::<W>(&t, dtype, tile_cols, stripe, words))
+            with_word!(dtype, W => patch::<W, _>(&t, dtype, tile_cols, stripe, words))
         }
         Tile::Exponent(t) => match dtype.word_bytes() {
             2 => unpack::<S, u16>(s, &t, dtype, tile_cols, stripe, words, before),
@@ -97,7 +126,8 @@ pub(super) fn exponent<S: Simd>(
     words: &mut [u8],
 ) -> Result<()> {
     let w = dtype.word_bytes();
-    if cols == 0 || cols > tile_cols || !words.len().is_multiple_of(cols * w) {
+    if cols == 0 || cols > tile_cols || !tile_cols.is_power_of_two() || !words.len().is_multiple_of(cols * w)
+    {
         return Err(Error::invalid(format!(
             "{} bytes are not rows of {cols} words of {dtype}, of tiles of {tile_cols} columns",
             words.len()
@@ -144,8 +174,8 @@ fn unpack<'b, S: Simd, W: Lane>(
         }
     }
     decoder.finish()?;
-    add::<W>(&tile.entries, dtype, tile_cols, stripe, words)?;
-    overwrite::<W>(&tile.exceptions, tile_cols, stripe, words)
+    add::<W, _>(&tile.entries, dtype, tile_cols, stripe, words)?;
+    overwrite::<W, _>(&tile.exceptions, tile_cols, stripe, words)
 }
 
 /// Decode an `exponent` tile of words that no fast decoder takes.
@@ -163,52 +193,89 @@ fn by_oracle(delta: &Resident<'_>, index: usize, stripe: Stripe, words: &mut [u8
 }
 
 /// Patch a `sparse` tile's words: the entries of each lane, then the exceptions.
-fn patch<W: Word>(
+pub(super) fn patch<W: Word, P: Places>(
     tile: &SparseTile<'_>,
     dtype: Dtype,
     tile_cols: usize,
-    stripe: Stripe,
+    places: P,
     words: &mut [u8],
 ) -> Result<()> {
     match dtype {
-        Dtype::BF16 => walk(tile, stripe, words, &mut Sums::<BF16>::new())?,
-        Dtype::F16 => walk(tile, stripe, words, &mut Sums::<F16>::new())?,
-        Dtype::F32 => walk(tile, stripe, words, &mut Sums::<F32>::new())?,
-        _ => walk::<W, _>(tile, stripe, words, &mut Xor)?,
+        Dtype::BF16 => walk(tile, places, words, &mut Sums::<BF16>::new())?,
+        Dtype::F16 => walk(tile, places, words, &mut Sums::<F16>::new())?,
+        Dtype::F32 => walk(tile, places, words, &mut Sums::<F32>::new())?,
+        _ => walk::<W, _, P>(tile, places, words, &mut Xor)?,
     }
-    overwrite::<W>(&tile.exceptions, tile_cols, stripe, words)
+    overwrite::<W, P>(&tile.exceptions, tile_cols, places, words)
 }
 
 /// Add a tile's entries to the words that its stream gave.
-fn add<W: Word>(
+fn add<W: Word, P: Places>(
     entries: &Entries<'_>,
     dtype: Dtype,
     tile_cols: usize,
-    stripe: Stripe,
+    places: P,
     words: &mut [u8],
 ) -> Result<()> {
     let mut changes = entries.changes::<W>();
-    while let Some(change) = changes.below(usize::MAX)? {
-        let word = stripe.word::<W>(tile_cols, change.position, words);
+    add_some(&mut changes, dtype, tile_cols, places, words)?;
+    changes.below(usize::MAX)?.map_or(Ok(()), |left| Err(outside("entry", left.position)))
+}
+
+/// Add the next entries, those of the rows that `places` has.
+pub(super) fn add_some<W: Word, P: Places>(
+    changes: &mut Changes<'_, W>,
+    dtype: Dtype,
+    tile_cols: usize,
+    places: P,
+    words: &mut [u8],
+) -> Result<()> {
+    match dtype {
+        Dtype::BF16 => each(changes, tile_cols, places, words, sum::<BF16, W>),
+        Dtype::F16 => each(changes, tile_cols, places, words, sum::<F16, W>),
+        Dtype::F32 => each(changes, tile_cols, places, words, sum::<F32, W>),
+        _ => each(changes, tile_cols, places, words, |change, word| change.apply(dtype, word)),
+    }
+}
+
+/// [`WordChange::apply`] for a dtype that is known when this is compiled; `W` is its word.
+#[inline(always)]
+fn sum<D: Float, W: Word>(change: &WordChange<'_, W>, word: W) -> W {
+    let value = |w: W| D::value(D::Word::from_u64(w.to_u64()));
+    let sum = value(word) + value(change.first);
+    W::from_u64(D::narrow(change.second().map_or(sum, |second| sum + value(second))).to_u64())
+}
+
+/// Change every word that has an entry, row by row, as far as there are rows.
+#[inline(always)]
+fn each<W: Word, P: Places>(
+    changes: &mut Changes<'_, W>,
+    tile_cols: usize,
+    places: P,
+    words: &mut [u8],
+    apply: impl Fn(&WordChange<'_, W>, W) -> W,
+) -> Result<()> {
+    while let Some(change) = changes.below(places.rows() * tile_cols)? {
+        let word = places.word::<W>(tile_cols, change.position, words);
         let word = word.ok_or_else(|| outside("entry", change.position))?;
-        let now = change.apply(dtype, W::load(word));
+        let now = apply(&change, W::load(word));
         word.copy_from_slice(bytemuck::bytes_of(&now));
     }
     Ok(())
 }
 
 /// Put a tile's exceptions in place.
-fn overwrite<W: Word>(
+pub(super) fn overwrite<W: Word, P: Places>(
     exceptions: &Exceptions<'_>,
     tile_cols: usize,
-    stripe: Stripe,
+    places: P,
     words: &mut [u8],
 ) -> Result<()> {
     // `Exceptions::get` divides to learn the size of a word; here it is known.
     let (positions, _) = exceptions.positions.as_chunks::<2>();
     for (position, word) in positions.iter().zip(exceptions.words.chunks_exact(W::BYTES)) {
         let position = usize::from(u16::from_le_bytes(*position));
-        let place = stripe.word::<W>(tile_cols, position, words);
+        let place = places.word::<W>(tile_cols, position, words);
         place.ok_or_else(|| outside("exception", position))?.copy_from_slice(word);
     }
     Ok(())
@@ -260,26 +327,26 @@ impl<D: Float> Change<D::Word> for Sums<D> {
 }
 
 /// Every entry of a tile that does something, record after record.
-fn walk<W: Word, C: Change<W>>(
+fn walk<W: Word, C: Change<W>, P: Places>(
     tile: &SparseTile<'_>,
-    stripe: Stripe,
+    places: P,
     words: &mut [u8],
     change: &mut C,
 ) -> Result<()> {
     match tile.gap {
-        GapKind::U8 => walk_gaps::<W, C, 1>(tile, stripe, words, change),
-        GapKind::U16 => walk_gaps::<W, C, 2>(tile, stripe, words, change),
+        GapKind::U8 => walk_gaps::<W, C, P, 1>(tile, places, words, change),
+        GapKind::U16 => walk_gaps::<W, C, P, 2>(tile, places, words, change),
     }
 }
 
-fn walk_gaps<W: Word, C: Change<W>, const GAP: usize>(
+fn walk_gaps<W: Word, C: Change<W>, P: Places, const GAP: usize>(
     tile: &SparseTile<'_>,
-    stripe: Stripe,
+    places: P,
     words: &mut [u8],
     change: &mut C,
 ) -> Result<()> {
     let nothing = W::from_u64(C::NOTHING);
-    let columns = (stripe.to - stripe.from) / W::BYTES;
+    let (rows, columns) = (places.rows(), places.columns::<W>());
     let mut at = [0usize; Grid::LANES];
     let gaps = tile.gaps.chunks_exact(Grid::LANES * GAP);
     for (gaps, diffs) in gaps.zip(tile.diffs.chunks_exact(Grid::LANES * W::BYTES)) {
@@ -287,14 +354,14 @@ fn walk_gaps<W: Word, C: Change<W>, const GAP: usize>(
             let gap = usize::from(gaps[lane * GAP]);
             at[lane] = if GAP == 1 { at[lane] + gap } else { gap | usize::from(gaps[lane * GAP + 1]) << 8 };
             let diff = W::load(&diffs[lane * W::BYTES..(lane + 1) * W::BYTES]);
-            if diff == nothing || lane >= stripe.rows {
+            if diff == nothing || lane >= rows {
                 continue;
             }
             let c = at[lane];
             if c >= columns {
                 return Err(Error::corrupt(format!("lane {lane} names column {c} of {columns}")));
             }
-            let from = lane * stripe.stride + stripe.from + c * W::BYTES;
+            let from = places.byte::<W>(lane, c);
             let word = &mut words[from..from + W::BYTES];
             let now = change.change(lane, c, W::load(word), diff);
             word.copy_from_slice(bytemuck::bytes_of(&now));

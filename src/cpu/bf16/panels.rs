@@ -18,7 +18,6 @@
 //! **Tried** (Zen 4): panels of 32 rows by 12 rows of x, 0.094 ms a row of x in place of 0.077 with 4096 x 4096 (F.linear
 //! 0.073): twice the broadcasts.
 
-use crate::codec::Encoding;
 use crate::cpu::counters;
 use crate::cpu::dot::Strides;
 use crate::cpu::fused::Block;
@@ -28,6 +27,7 @@ use crate::cpu::scratch::Scratch;
 use crate::error::{Error, Result};
 use crate::vector::bf16dot::{Bf16Dot, Bf16Task, PANEL_ROWS, Pair};
 use crate::vector::float::Float;
+use crate::vector::packed::Panels;
 use crate::vector::simd::{LANES, Simd};
 use std::ops::Range;
 
@@ -91,59 +91,40 @@ impl<D: Float> Bf16Task for Packed<'_, '_, D> {
     #[inline(always)]
     fn run<S: Bf16Dot>(mut self, s: S) -> Result<()> {
         let (weights, block) = (&self.segment.weights, self.block);
-        let (grid, own) = (weights.grid(), weights.encoding() != Encoding::Unchanged);
-        let width = if own { grid.tile_cols } else { WIDTH };
+        let grid = weights.grid();
+        let width = if weights.delta.is_some() { grid.tile_cols } else { WIDTH };
         for (tc, c0) in (0..self.job.k).step_by(width).enumerate() {
             let columns = c0..(c0 + width).min(self.job.k);
             let mut panels = std::mem::take(&mut self.sc.panel);
             let pairs = columns.len().div_ceil(2);
             let panel = panels.get(self.height / PANEL_ROWS * pairs * PANEL_ROWS);
-            let panel: &mut [Pair] = bytemuck::cast_slice_mut::<f32, u8>(panel).as_chunks_mut().0;
-            let done: Result<()> = if own {
+            let words: &mut [Pair] = bytemuck::cast_slice_mut::<f32, u8>(panel).as_chunks_mut().0;
+            let mut panel = Panels { words, pairs };
+            let done: Result<()> = if let Some(delta) = weights.delta {
                 let tiles = block.r0 / grid.tile_rows..block.r1.div_ceil(grid.tile_rows);
                 tiles.into_iter().try_for_each(|tr| {
                     let index = tr * grid.tile_cols_count() + tc;
-                    let (rect, len) = (grid.rect(index), columns.len() * D::BYTES);
-                    let words = self.sc.words.bytes_mut(rect.words() * D::BYTES);
-                    self.segment.restore(s, index, words)?;
+                    let rect = grid.rect(index);
+                    let words = self.sc.words.bytes_mut(rect.rows().min(LANES) * columns.len() * D::BYTES);
                     counters::count_panel();
-                    let row = |r: usize| &words[r * len..(r + 1) * len];
-                    pack(s, rect.r0 - block.r0, rect.rows(), row, panel, pairs);
-                    Ok(())
+                    panel.put_tile(s, (delta, &weights.base), index, rect.r0 - block.r0, words)
                 })
             } else {
                 let row = |r: usize| self.job.base.span(block.r0 + r, columns.start, columns.len());
-                pack(s, 0, block.r1 - block.r0, row, panel, pairs);
+                panel.put(s, 0, block.r1 - block.r0, row);
                 Ok(())
             };
             // Rows of the last panel that the matrix lacks are whatever was there: their sums are not looked at.
             if done.is_ok() {
                 let mut ahead = self.ahead(&columns, width);
-                for (p, panel) in panel.chunks_exact(pairs.max(1)).enumerate() {
+                for (p, panel) in panel.words.chunks_exact(pairs.max(1)).enumerate() {
                     self.multiply(s, panel, p * PANEL_ROWS, &columns, &mut ahead);
                 }
             }
             self.sc.panel = panels;
-            done?;
+            done.map_err(|e| self.segment.within(e))?;
         }
         Ok(())
-    }
-}
-
-/// Put rows `at..at + rows` into the panels, sixteen at a time.
-#[inline(always)]
-fn pack<'r, S: Bf16Dot>(
-    s: S,
-    at: usize,
-    rows: usize,
-    row: impl Fn(usize) -> &'r [u8],
-    panel: &mut [Pair],
-    pairs: usize,
-) {
-    for r in (0..rows).step_by(LANES) {
-        let sixteen = std::array::from_fn(|i| if r + i < rows { row(r + i) } else { &[][..] });
-        let (p, place) = ((at + r) / PANEL_ROWS, (at + r) % PANEL_ROWS);
-        s.pack(sixteen, &mut panel[p * pairs..(p + 1) * pairs], place);
     }
 }
 

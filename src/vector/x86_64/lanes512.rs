@@ -149,6 +149,9 @@ impl From<'_> {
     }
 }
 
+/// What is read and written is asked for so many bytes ahead.
+const AHEAD: usize = 1024;
+
 /// [`crate::vector::lanes::Lane::steps`] of 16-bit words.
 pub(super) fn words16(
     _: Avx512Vbmi2,
@@ -175,6 +178,11 @@ fn inner16(lanes: &mut Bits<u16>, code: Code<'_>, units: &[u8], from: From<'_>, 
             break;
         }
         for _ in 0..sure {
+            let ahead = 64 * step + AHEAD;
+            // Stores that miss the first cache leave one by one, in order: with 16 rows of x 7 % of the time.
+            _mm_prefetch::<_MM_HINT_ET0>(to.as_ptr().cast::<i8>().wrapping_add(ahead));
+            _mm_prefetch::<_MM_HINT_T0>(base.cast::<i8>().wrapping_add(ahead));
+            _mm_prefetch::<_MM_HINT_T0>(units.as_ptr().cast::<i8>().wrapping_add(at + AHEAD));
             // SAFETY: whole steps lie within `to` and the base's words; `sure` steps of at most 64 bytes each lie within
             // `units` from where they begin. What was read is written, or something else, at once.
             unsafe {
