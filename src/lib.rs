@@ -1,5 +1,5 @@
-//! xorz: exact fine-tunes of one base model. One base in memory, a small lossless delta per tenant, linear layers
-//! computed on base + delta.
+//! xorz: exact fine-tunes of one base model. One base in memory, a small lossless delta per tenant, linear
+//! layers computed on base + delta.
 //!
 //! | module | what it is |
 //! |---|---|
@@ -11,12 +11,13 @@
 //! | [`cpu`] | the products on the CPU: linear layers and embeddings on base + delta |
 //! | [`cuda`] | the ops on a CUDA device: the host side of the kernels in `cuda/` at the root |
 //! | [`package`] | a delta of a checkpoint at rest: one `.xorz` file, written, read, packed, unpacked |
+//! | [`report`] | what packages hold and what fine-tunes take, told to people |
 //! | [`ffi`] | the doors: ops, the plain C ABI, the typed bridge to the shim; the only exports |
 //!
-//! Dependencies point one way: `error, matrix <- codec <- resident <- vector <- {cpu, package} <- ffi <- csrc <- python`. `cpu`
-//! and `package` stand side by side and do not know each other. `cuda` stands on `matrix` alone: its kernels read a resident
-//! delta's bytes on the device.
-//! `unsafe` lives in `vector/<arch>`, `cuda` and `ffi` only.
+//! Dependencies point one way: `error, matrix <- codec <- resident <- vector <- {cpu, package} <- ffi <- csrc
+//! <- python`. `cpu` and `package` stand side by side and do not know each other. `report` stands on
+//! `package`, for the binary alone. `cuda` stands on `matrix` alone: its kernels read a resident delta's
+//! bytes on the device. `unsafe` lives in `vector/<arch>`, `cuda` and `ffi` only.
 
 #![cfg_attr(
     not(test),
@@ -30,5 +31,6 @@ pub mod error;
 pub mod ffi;
 pub mod matrix;
 pub mod package;
+pub mod report;
 pub mod resident;
 pub mod vector;

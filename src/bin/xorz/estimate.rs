@@ -4,7 +4,7 @@ use crate::job::{Job, Outcome, Said};
 use crate::pipes::Inputs;
 use crate::print;
 use std::path::{Path, PathBuf};
-use xorz::package::{Better, Comparison, EstimateOptions, Footprint, Strategy, estimate_files};
+use xorz::report::{Better, Comparison, EstimateOptions, Footprint, Strategy, estimate_files};
 
 /// Tell what fine-tunes would take on an accelerator, in each way of keeping them, and from how many tenants on xorz is the
 /// smaller one.

@@ -5,7 +5,8 @@ use crate::pipes::{Inputs, Output};
 use crate::print;
 use std::path::{Path, PathBuf};
 use xorz::error::{Error, Result};
-use xorz::package::{Entry, Package, PagePackage, Report, describe_json, report_html};
+use xorz::package::{Entry, Package, Report, describe_json};
+use xorz::report::{PagePackage, report_html};
 
 /// Show what packages hold, as text, JSON or a page for a browser.
 #[derive(clap::Args)]

@@ -1,5 +1,5 @@
-//! Promise: the tree is as the design draws it. Modules know only what lies below them, `unsafe` stays in its rooms,
-//! torch in csrc, cxx in one file, intrinsics in vector/<arch>.
+//! Promise: the tree is as the design draws it. Modules, and the rooms of `package`, know only what lies below them;
+//! `unsafe` stays in its rooms, torch in csrc, cxx in one file, intrinsics in vector/<arch>.
 
 use std::path::{Path, PathBuf};
 
@@ -36,6 +36,32 @@ fn source() -> Vec<(String, String)> {
     found
 }
 
+/// The identifiers that follow `path` in a file's code: what is used of the module of that path.
+fn used<'t>(text: &'t str, path: &'t str) -> impl Iterator<Item = &'t str> {
+    text.match_indices(path).map(move |(i, _)| {
+        let rest = &text[i + path.len()..];
+        &rest[..rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len())]
+    })
+}
+
+/// Every module of `folder`, and those below it that it may use.
+fn hold(folder: &str, path: &str, below: &[(&str, &[&str])]) {
+    let mut held = 0;
+    for (file, text) in source() {
+        let Some(inside) = file.strip_prefix(folder) else { continue };
+        let Some((module, allowed)) =
+            below.iter().find(|(m, _)| inside.starts_with(&format!("{m}/")) || inside == format!("{m}.rs"))
+        else {
+            continue;
+        };
+        for used in used(&text, path) {
+            held += 1;
+            assert!(used == *module || allowed.contains(&used), "{file} uses {path}{used}");
+        }
+    }
+    assert!(held > 0, "the search finds nothing in {folder}");
+}
+
 #[test]
 fn modules_use_only_what_lies_below_them() {
     let below: &[(&str, &[&str])] = &[
@@ -45,23 +71,60 @@ fn modules_use_only_what_lies_below_them() {
         ("resident", &["error", "matrix", "codec"]),
         ("vector", &["error", "matrix", "codec", "resident"]),
         ("package", &["error", "matrix", "codec", "resident", "vector"]),
+        ("report", &["error", "matrix", "codec", "resident", "vector", "package"]),
         ("cpu", &["error", "matrix", "codec", "resident", "vector"]),
         ("cuda", &["error", "matrix"]),
         ("ffi", &["error", "matrix", "codec", "resident", "vector", "package", "cpu", "cuda"]),
     ];
-    for (file, text) in source() {
-        let inside = file.trim_start_matches("src/");
-        let Some((module, allowed)) =
-            below.iter().find(|(m, _)| inside.starts_with(&format!("{m}/")) || inside == format!("{m}.rs"))
-        else {
-            continue;
-        };
-        for used in text.match_indices("crate::").map(|(i, m)| &text[i + m.len()..]) {
-            let used: String = used.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
-            assert!(
-                used == *module || allowed.contains(&used.as_str()) || used.is_empty(),
-                "{file} uses crate::{used}"
-            );
+    hold("src/", "crate::", below);
+}
+
+/// A room names what it uses of another by that room's name, and never by a way around it, so that this test sees it.
+#[test]
+fn rooms_of_package_use_only_what_lies_below_them() {
+    let below: &[(&str, &[&str])] = &[
+        ("options", &[]),
+        ("io", &[]),
+        ("format", &["options", "io"]),
+        ("checkpoint", &["options", "io", "format"]),
+        ("jobs", &["options", "io", "format", "checkpoint"]),
+    ];
+    hold("src/package/", "crate::package::", below);
+    for (file, text) in source().iter().filter(|(f, _)| f.starts_with("src/package/")) {
+        let room = file.split('/').nth(2).unwrap();
+        assert!(room == "mod.rs" || below.iter().any(|(m, _)| room.trim_end_matches(".rs") == *m), "{file}");
+        assert!(!text.contains("super::super::"), "{file} goes around its room");
+        let top = text.split("mod tests").next().unwrap();
+        assert!(room != "options.rs" || !top.contains("super::"), "{file} uses a room");
+    }
+    for (file, text) in source().iter().filter(|(f, _)| !f.starts_with("src/package/")) {
+        let inner = used(text, "package::").find(|u| below.iter().any(|(m, _)| m == u));
+        assert!(file.starts_with("src/report/") || inner.is_none(), "{file} uses package::{inner:?}");
+    }
+}
+
+/// No two files of a room use each other, straight or in a circle: what is below can be read without what is above.
+#[test]
+fn files_of_a_room_form_no_circle() {
+    for room in ["package/io", "package/format", "package/checkpoint", "package/jobs"] {
+        let inside =
+            |file: &str| Some(file.strip_prefix(&format!("src/{room}/"))?.trim_end_matches(".rs").to_owned());
+        let mut left: Vec<(String, String)> =
+            source().into_iter().filter_map(|(f, text)| Some((inside(&f)?, text))).collect();
+        left.retain(|(f, _)| f != "mod");
+        assert!(left.len() > 3, "{room} has only {} files", left.len());
+        // Take away what uses nothing that is left, floor by floor.
+        while !left.is_empty() {
+            let names: Vec<String> = left.iter().map(|(f, _)| f.clone()).collect();
+            let stands = |(f, text): &(String, String)| {
+                let top = text.split("mod tests").next().unwrap();
+                used(top, "super::").all(|u| {
+                    assert!(!u.is_empty(), "{f} uses several files at once");
+                    u == f || !names.iter().any(|n| n == u)
+                })
+            };
+            left.retain(|file| !stands(file));
+            assert!(left.len() < names.len(), "{room}: a circle among {names:?}");
         }
     }
 }
@@ -89,6 +152,7 @@ fn unsafe_stays_in_its_rooms() {
         "src/codec/mod.rs",
         "src/resident/mod.rs",
         "src/package/mod.rs",
+        "src/report/mod.rs",
         "src/cpu/mod.rs",
         "src/error.rs",
         "src/matrix.rs",

@@ -1,0 +1,186 @@
+//! The digests of a checkpoint's tensors: from the cache, or computed by all threads, over tensors and inside them.
+//!
+//! Reads by position into one buffer a thread; never holds a tensor.
+
+use super::cache::{DigestCache, Identity};
+use super::files::{Checkpoint, TensorFile};
+use crate::error::{Error, Result};
+use crate::matrix::{Digest, Dtype, Shape};
+use crate::package::format::container::{SafeTensors, TensorInfo};
+use crate::package::io::aligned::Aligned;
+use crate::package::io::ordered::threads;
+use crate::package::options::Run;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+
+/// Bytes read at once.
+const BUFFER_BYTES: usize = 1 << 20;
+/// Bytes of leaves that one thread takes at a time; a longer leaf is taken whole.
+const PIECE_BYTES: u64 = 8 << 20;
+
+/// The digest of every tensor of a base, a .safetensors file or a folder of them, in order of their names. Files whose digests
+/// `cache` knows are not read; what is computed is kept there. Tensors of dtypes that cannot be a base (such as `F4`) have no
+/// digest and are left out.
+///
+/// # Errors
+/// As [`Checkpoint::open_base`]; `Io` or `Truncated` for a file that is cut while it is read. Messages name the file.
+pub fn digest_files(base: &Path, cache: &DigestCache, run: &Run<'_>) -> Result<Vec<(String, Digest)>> {
+    let checkpoint = Checkpoint::open_base(base)?;
+    let mut all = BTreeMap::new();
+    for (i, file) in checkpoint.files().iter().enumerate() {
+        let digests = digest_file(file, cache, run).map_err(|e| e.within(file.place.display()))?;
+        // Of two tensors of one name, the one that packing would take.
+        all.extend(
+            digests.into_iter().filter(|(name, _)| checkpoint.find(name).is_some_and(|(f, _)| f == i)),
+        );
+    }
+    Ok(all.into_iter().collect())
+}
+
+fn digest_file(t: &TensorFile, cache: &DigestCache, run: &Run<'_>) -> Result<BTreeMap<String, Digest>> {
+    let file = t.tensors.file().ok_or_else(|| Error::internal("a checkpoint of no file"))?;
+    let known = t.tensors.header().tensors.iter().filter_map(Tensor::of).collect::<Result<Vec<_>>>()?;
+    if let Some(kept) = cache.load(&t.place, file)
+        && kept.len() == known.len()
+        && known.iter().all(|t| kept.contains_key(&t.info.name))
+    {
+        return Ok(kept);
+    }
+    let before = Identity::of(file)?;
+    let digests = compute(&t.tensors, &known, run)?;
+    cache.store(&t.place, file, &before, &digests);
+    Ok(digests)
+}
+
+struct Tensor<'a> {
+    info: &'a TensorInfo,
+    dtype: Dtype,
+    shape: Shape,
+    leaf_bytes: u64,
+}
+
+impl<'a> Tensor<'a> {
+    fn of(info: &'a TensorInfo) -> Option<Result<Self>> {
+        let dtype = Dtype::from_name(&info.dtype)?;
+        Some(Shape::of_dims(&info.dims).map(|shape| {
+            let row = (shape.k as u64).saturating_mul(dtype.word_bytes() as u64);
+            Self { info, dtype, shape, leaf_bytes: row.saturating_mul(Digest::LEAF_ROWS as u64) }
+        }))
+    }
+
+    fn leaves(&self) -> usize {
+        self.shape.n.div_ceil(Digest::LEAF_ROWS)
+    }
+
+    /// Where leaf `i` begins, relative to the tensor; the last one ends with the tensor.
+    fn at(&self, i: usize) -> u64 {
+        self.leaf_bytes.saturating_mul(i as u64).min(self.info.bytes())
+    }
+}
+
+/// Leaves `first .. first + count` of a tensor.
+struct Piece {
+    tensor: usize,
+    first: usize,
+    count: usize,
+}
+
+fn pieces(tensors: &[Tensor<'_>]) -> Vec<Piece> {
+    let mut out = Vec::new();
+    for (tensor, t) in tensors.iter().enumerate() {
+        let step = usize::try_from(PIECE_BYTES / t.leaf_bytes.max(1)).unwrap_or(usize::MAX).max(1);
+        let leaves = t.leaves();
+        out.extend((0..leaves).step_by(step).map(|first| Piece {
+            tensor,
+            first,
+            count: step.min(leaves - first),
+        }));
+    }
+    out
+}
+
+type Leaves = Vec<[u8; 16]>;
+
+fn compute(file: &SafeTensors, tensors: &[Tensor<'_>], run: &Run<'_>) -> Result<BTreeMap<String, Digest>> {
+    let pieces = pieces(tensors);
+    if let Some(progress) = run.progress {
+        progress.begin("digest", tensors.iter().map(|t| t.info.bytes()).sum());
+    }
+    let jobs = threads(run.jobs);
+    let next = AtomicUsize::new(0);
+    let done: Mutex<Vec<(usize, Result<Leaves>)>> = Mutex::new(Vec::new());
+    let work = || {
+        let mut room = Aligned::default();
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            let Some(piece) = pieces.get(i) else { return };
+            let t = &tensors[piece.tensor];
+            let made = leaves(file, t, piece, &mut room)
+                .map_err(|e| e.within(format_args!("tensor `{}`", t.info.name)));
+            if made.is_err() {
+                next.store(pieces.len(), Ordering::Relaxed);
+            }
+            if let Some(progress) = run.progress {
+                progress.advance(t.at(piece.first + piece.count) - t.at(piece.first));
+            }
+            done.lock().unwrap_or_else(PoisonError::into_inner).push((i, made));
+        }
+    };
+    std::thread::scope(|scope| {
+        (1..jobs.min(pieces.len())).for_each(|_| {
+            scope.spawn(work);
+        });
+        work();
+    });
+    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    done.sort_by_key(|(i, _)| *i);
+    let mut of_tensor: Vec<Leaves> =
+        tensors.iter().map(|t| Vec::with_capacity(t.leaves().min(1 << 20))).collect();
+    for (i, made) in done {
+        of_tensor[pieces[i].tensor].extend(made?);
+    }
+    let roots = tensors.iter().zip(of_tensor);
+    let named = roots.map(|(t, l)| (t.info.name.clone(), Digest::of_leaves(t.dtype, t.shape, l.into_iter())));
+    Ok(named.collect())
+}
+
+/// The digests of a piece's leaves. Leaves are mostly shorter than the buffer, but any of them may be longer.
+fn leaves(file: &SafeTensors, t: &Tensor<'_>, piece: &Piece, room: &mut Aligned) -> Result<Leaves> {
+    let end = t.at(piece.first + piece.count);
+    let mut at = t.at(piece.first);
+    let mut out = Vec::with_capacity(piece.count);
+    let mut open = Xxh3::new();
+    let mut filled = 0u64;
+    while at < end {
+        let here = t.info.range.start + at;
+        let len = usize::try_from(end - at).unwrap_or(BUFFER_BYTES).min(BUFFER_BYTES);
+        let bytes = room.room(len, file.data_at() + here);
+        file.read_at(here, bytes)?;
+        at += len as u64;
+        let mut rest = room.get();
+        while !rest.is_empty() {
+            let want = t.leaf_bytes.min(end - t.at(piece.first + out.len())) - filled;
+            let now = usize::try_from(want).unwrap_or(usize::MAX).min(rest.len());
+            let (part, later) = rest.split_at(now);
+            rest = later;
+            let closes = now as u64 == want;
+            if filled == 0 && closes {
+                out.push(xxh3_128(part).to_le_bytes());
+                continue;
+            }
+            open.update(part);
+            filled += now as u64;
+            if closes {
+                out.push(open.digest128().to_le_bytes());
+                open.reset();
+                filled = 0;
+            }
+        }
+    }
+    // Rows of no columns have leaves of no bytes.
+    out.resize(piece.count, xxh3_128(&[]).to_le_bytes());
+    Ok(out)
+}

@@ -1,0 +1,318 @@
+//! Checkpoints on disk: one safetensors file, or a folder as Hugging Face lays them out, with shards, an index and small
+//! files beside them. Reads names, headers and indexes; no tensor.
+
+use super::cache::Identity;
+use crate::error::{Error, Result};
+use crate::package::format::container::{MAX_HEADER_BYTES, SafeTensors, TensorInfo};
+use crate::package::format::record;
+use serde::Deserialize;
+use std::collections::{BTreeMap, HashMap};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+/// Folders that tools keep beside a model and that are no part of it.
+const SKIPPED: [&str; 2] = [".git", ".cache"];
+/// How files with pickled contents end.
+const PICKLED: [&str; 5] = ["bin", "pt", "pth", "ckpt", "pkl"];
+/// Pickled files up to here are taken for settings (`training_args.bin`) and carried along, never opened.
+const SMALL_PICKLE: u64 = 1 << 20;
+/// Folders within folders, at most.
+const MAX_DEPTH: usize = 32;
+const INDEX_ENDING: &str = ".safetensors.index.json";
+
+/// One safetensors file of a checkpoint.
+#[derive(Debug)]
+pub struct TensorFile {
+    /// Path within the folder, `/` between its parts; the name of a single file.
+    pub path: String,
+    /// Where it is.
+    pub place: PathBuf,
+    /// Its tensors.
+    pub tensors: SafeTensors,
+    pub(crate) executable: bool,
+    /// What it was when it was opened.
+    pub(super) identity: Option<Identity>,
+}
+
+impl TensorFile {
+    fn open(path: String, place: PathBuf) -> Result<Self> {
+        let tensors = SafeTensors::open(&place)?;
+        if tensors.header().metadata.get("format").map(String::as_str) == Some(record::FORMAT) {
+            let what =
+                "is a xorz package, not a checkpoint; `xorz unpack BASE PACKAGE` gives the checkpoint back";
+            return Err(Error::invalid(what).within(place.display()));
+        }
+        let identity = tensors.file().and_then(|file| Identity::of(file).ok());
+        let executable = executable(&place);
+        Ok(Self { path, place, tensors, executable, identity })
+    }
+
+    /// Refuse a file that somebody has written to since it was opened: what was read of it may be of two minds.
+    ///
+    /// # Errors
+    /// `Io`, naming the file.
+    pub(crate) fn check_unchanged(&self) -> Result<()> {
+        match (self.tensors.file(), &self.identity) {
+            (Some(file), Some(before)) if !Identity::of(file)?.same(before) => {
+                Err(Error::io("was changed while it was read; try again when it is at rest")
+                    .within(self.place.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A file without tensors, carried along as it is.
+#[derive(Debug)]
+pub struct CarriedFile {
+    /// Path within the folder, `/` between its parts.
+    pub path: String,
+    /// Where it is.
+    pub place: PathBuf,
+    /// Its length.
+    pub bytes: u64,
+    pub(crate) executable: bool,
+}
+
+/// An opened checkpoint: headers read and checked, indexes compared with the shards that they name.
+#[derive(Debug)]
+pub struct Checkpoint {
+    files: Vec<TensorFile>,
+    carried: Vec<CarriedFile>,
+    folder: bool,
+    names: HashMap<String, (usize, usize)>,
+}
+
+impl Checkpoint {
+    /// Open a safetensors file, or a folder: every `.safetensors` file in it holds tensors, every other file is carried along
+    /// (but for `.git` and `.cache`).
+    ///
+    /// # Errors
+    /// `Io`, `Corrupt`, `Truncated`, naming the file; `Mismatch` for an index that does not fit its shards; `Unsupported` for
+    /// pickled weights, naming the way out; `InvalidArgument` for a folder without weights or with something that is no file.
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::open_as(path, true)
+    }
+
+    /// [`Checkpoint::open`] of a base: only its tensors matter, so that nothing is carried and little refused.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_base(path: &Path) -> Result<Self> {
+        Self::open_as(path, false)
+    }
+
+    fn open_as(path: &Path, whole: bool) -> Result<Self> {
+        if !path.is_dir() {
+            refuse_pickle(path)?;
+            let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+            let file = TensorFile::open(name, path.into()).map_err(|e| on_a_hub(path, e))?;
+            return Ok(Self::new(vec![file], Vec::new(), false));
+        }
+        let mut found = Vec::new();
+        walk(path, "", whole, 0, &mut found)?;
+        let (weights, rest): (Vec<_>, Vec<_>) =
+            found.into_iter().partition(|(path, _)| path.ends_with(".safetensors"));
+        if weights.is_empty() {
+            return Err(no_weights(&rest).within(path.display()));
+        }
+        let files = weights.into_iter().map(|(path, place)| TensorFile::open(path, place));
+        let mut checkpoint = Self::new(files.collect::<Result<_>>()?, Vec::new(), true);
+        for (path, place) in rest {
+            if path.ends_with(INDEX_ENDING) {
+                checkpoint.check_index(&path, &place)?;
+            }
+            if whole {
+                let bytes =
+                    std::fs::metadata(&place).map_err(|e| Error::from(e).within(place.display()))?.len();
+                if pickled(&place) && bytes > SMALL_PICKLE {
+                    return Err(pickle_error(&place));
+                }
+                let executable = executable(&place);
+                checkpoint.carried.push(CarriedFile { path, place, bytes, executable });
+            }
+        }
+        Ok(checkpoint)
+    }
+
+    fn new(files: Vec<TensorFile>, carried: Vec<CarriedFile>, folder: bool) -> Self {
+        let mut names = HashMap::new();
+        let mut order: Vec<usize> = (0..files.len()).collect();
+        // Where two files have a tensor of one name, the model's own file is meant, not a copy in another layout.
+        order.sort_by_key(|&f| !files[f].path.starts_with("model"));
+        for f in order {
+            for (i, t) in files[f].tensors.header().tensors.iter().enumerate() {
+                names.entry(t.name.clone()).or_insert((f, i));
+            }
+        }
+        Self { files, carried, folder, names }
+    }
+
+    /// The safetensors files, in order of their paths.
+    pub fn files(&self) -> &[TensorFile] {
+        &self.files
+    }
+
+    /// The other files, in order of their paths; none of a base.
+    pub fn carried(&self) -> &[CarriedFile] {
+        &self.carried
+    }
+
+    /// Whether it is a folder.
+    pub fn is_folder(&self) -> bool {
+        self.folder
+    }
+
+    /// The tensor called `name`, and which of the files holds it.
+    pub fn find(&self, name: &str) -> Option<(usize, &TensorInfo)> {
+        let (f, i) = *self.names.get(name)?;
+        Some((f, &self.files[f].tensors.header().tensors[i]))
+    }
+
+    /// Every tensor, file after file, in the order of their bytes.
+    pub fn tensors(&self) -> impl Iterator<Item = (usize, &TensorInfo)> {
+        self.files
+            .iter()
+            .enumerate()
+            .flat_map(|(f, file)| file.tensors.header().tensors.iter().map(move |t| (f, t)))
+    }
+
+    /// An index names shards that are there, and tensors that are in them.
+    fn check_index(&self, path: &str, place: &Path) -> Result<()> {
+        let within = |e: Error| e.within(place.display());
+        let text = read_small(place).map_err(within)?;
+        let index: Index = serde_json::from_slice(&text)
+            .map_err(|e| within(Error::corrupt(format!("is not a safetensors index: {e}"))))?;
+        let folder = path.rfind('/').map_or("", |i| &path[..=i]);
+        for (tensor, shard) in &index.weight_map {
+            let file = self.files.iter().find(|f| f.path.strip_prefix(folder) == Some(shard)).ok_or_else(|| {
+                within(Error::mismatch(format!(
+                    "names the shard `{shard}` for tensor `{tensor}`, which is not in the folder; fetch it again"
+                )))
+            })?;
+            if file.tensors.find(tensor).is_none() {
+                return Err(within(Error::mismatch(format!(
+                    "says that tensor `{tensor}` is in `{shard}`, but it is not: a shard of another model?"
+                ))));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+/// A file that is small by nature, whole.
+fn read_small(place: &Path) -> Result<Vec<u8>> {
+    let bytes = std::fs::metadata(place)?.len();
+    if bytes > MAX_HEADER_BYTES {
+        return Err(Error::corrupt(format!(
+            "has {bytes} bytes, more than the {} of the longest index",
+            MAX_HEADER_BYTES
+        )));
+    }
+    Ok(std::fs::read(place)?)
+}
+
+fn executable(place: &Path) -> bool {
+    std::fs::metadata(place).is_ok_and(|m| m.permissions().mode() & 0o111 != 0)
+}
+
+fn pickled(place: &Path) -> bool {
+    place
+        .extension()
+        .and_then(|e| e.to_str())
+        .is_some_and(|e| PICKLED.contains(&e.to_ascii_lowercase().as_str()))
+}
+
+fn pickle_error(place: &Path) -> Error {
+    Error::unsupported(
+        "holds pickled weights, which can run code when they are opened, so xorz does not; write them anew with \
+         `save_pretrained(..., safe_serialization=True)` or `safetensors.torch.save_file`, or move the file away",
+    )
+    .within(place.display())
+}
+
+/// A name such as `meta-llama/Llama-3.2-1B` is tried by those who know tools that fetch models.
+fn on_a_hub(path: &Path, e: Error) -> Error {
+    let name = path.to_str().unwrap_or_default();
+    let plain = |p: &str| !p.is_empty() && !p.starts_with('.') && !p.contains(char::is_whitespace);
+    match name.split_once('/') {
+        Some((owner, model))
+            if !path.exists()
+                && plain(owner)
+                && plain(model)
+                && !model.contains('/')
+                && !Path::new(owner).exists() =>
+        {
+            Error::io(format!(
+                "{}; xorz fetches nothing: `hf download {name} --local-dir {model}` fetches a model, {model} is its path then",
+                e.message()
+            ))
+        }
+        _ => e,
+    }
+}
+
+fn refuse_pickle(place: &Path) -> Result<()> {
+    if pickled(place) && place.is_file() { Err(pickle_error(place)) } else { Ok(()) }
+}
+
+fn no_weights(rest: &[(String, PathBuf)]) -> Error {
+    match rest.iter().find(|(_, place)| pickled(place)) {
+        Some((_, place)) => pickle_error(place),
+        None => Error::invalid(
+            "holds no .safetensors file; `save_pretrained` and `safetensors.torch.save_file` write them",
+        ),
+    }
+}
+
+/// Every regular file below `folder`, in order of the paths; links to files are followed, links to folders refused.
+fn walk(
+    folder: &Path,
+    prefix: &str,
+    whole: bool,
+    depth: usize,
+    found: &mut Vec<(String, PathBuf)>,
+) -> Result<()> {
+    let within = |place: &Path| {
+        let place = place.to_path_buf();
+        move |e: std::io::Error| Error::from(e).within(place.display())
+    };
+    let list = std::fs::read_dir(folder).map_err(within(folder))?;
+    let mut entries = list.collect::<std::io::Result<Vec<_>>>().map_err(within(folder))?;
+    entries.sort_by_key(std::fs::DirEntry::file_name);
+    for entry in entries {
+        let place = entry.path();
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else {
+            if whole {
+                return Err(Error::unsupported("has a name that is not UTF-8").within(place.display()));
+            }
+            continue;
+        };
+        let kind = entry.file_type().map_err(within(&place))?;
+        if kind.is_dir() {
+            if SKIPPED.contains(&name) {
+                continue;
+            }
+            if depth == MAX_DEPTH {
+                return Err(Error::unsupported("folders are nested too deeply").within(place.display()));
+            }
+            walk(&place, &format!("{prefix}{name}/"), whole, depth + 1, found)?;
+            continue;
+        }
+        let meta = std::fs::metadata(&place).map_err(within(&place))?;
+        if meta.is_file() {
+            found.push((format!("{prefix}{name}"), place));
+        } else if whole {
+            let what = if meta.is_dir() { "is a link to a folder" } else { "is neither a file nor a folder" };
+            return Err(Error::unsupported(format!("{what}; put a copy in its place, or move it away"))
+                .within(place.display()));
+        }
+    }
+    Ok(())
+}

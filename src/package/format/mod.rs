@@ -1,0 +1,24 @@
+//! What the bytes of a package mean, read and written: safetensors containers, the records in their metadata,
+//! frames and planes, and the stored bytes of one tensor. Stands on `io`. Must hold no search for a base and
+//! no loop over a checkpoint: what is parsed here is checked here, and handed up.
+//!
+//! | file | what |
+//! |---|---|
+//! | `container`, `words` | safetensors files, and where a tensor's words are |
+//! | `record`, `totals`, `refusals` | a package's metadata, its totals, what is said of a base that is another one |
+//! | `frames`, `planes`, `xor` | zstd frames and their table, byte planes, the notebook's one frame |
+//! | `blob`, `reader` | stored bytes, compared with their digest and read by position; an opened package |
+//! | `stored`, `contents` | stored bytes in the making; the package that they become |
+
+pub(crate) mod blob;
+pub(crate) mod container;
+pub(crate) mod contents;
+pub(crate) mod frames;
+pub(crate) mod planes;
+pub(crate) mod reader;
+pub(crate) mod record;
+pub(crate) mod refusals;
+pub(crate) mod stored;
+pub(crate) mod totals;
+pub(crate) mod words;
+pub(crate) mod xor;

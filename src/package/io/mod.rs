@@ -1,0 +1,8 @@
+//! How bytes come and go: room in memory, the pieces of a tensor, threads that make pieces in order, outputs
+//! that appear whole or not at all. The lowest room of the package. Must hold nothing of a file's format, of
+//! checkpoints or of deltas.
+
+pub(crate) mod aligned;
+pub(crate) mod chunks;
+pub(crate) mod ordered;
+pub(crate) mod temp;

@@ -1,0 +1,186 @@
+//! Threads for whole checkpoints: pieces are made in any order by any thread and handed over in order, so that hashes and
+//! files grow as one thread would make them grow, and memory holds one piece a thread. Starts threads of its own: nothing
+//! here is ever called by an op.
+
+use crate::error::{Error, Result};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+/// Threads meant by `jobs`: itself, or one per core for 0.
+pub(crate) fn threads(jobs: usize) -> usize {
+    match jobs {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        n => n.min(1024),
+    }
+}
+
+struct Turn {
+    next: usize,
+    stop: bool,
+    error: Option<Error>,
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Wakes everybody and stops them if the thread that holds it unwinds.
+struct OnPanic<'a>(&'a Mutex<Turn>, &'a Condvar);
+
+impl Drop for OnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            lock(self.0).stop = true;
+            self.1.notify_all();
+        }
+    }
+}
+
+/// Call `make(i)` for every `i < items` on `jobs` threads, then `take(i)` one after the other in order of `i`; both get the
+/// scratch of the thread that made the piece.
+///
+/// # Errors
+/// That of the lowest item; nothing of later items has been taken then.
+pub(crate) fn in_order<S: Default>(
+    jobs: usize,
+    items: usize,
+    make: impl Fn(usize, &mut S) -> Result<()> + Sync,
+    mut take: impl FnMut(usize, &mut S) -> Result<()> + Send,
+) -> Result<()> {
+    if jobs.min(items) <= 1 {
+        let mut scratch = S::default();
+        return (0..items).try_for_each(|i| make(i, &mut scratch).and_then(|()| take(i, &mut scratch)));
+    }
+    let (claim, ready) = (AtomicUsize::new(0), Condvar::new());
+    let turn = Mutex::new(Turn { next: 0, stop: false, error: None });
+    let take = Mutex::new(take);
+    let work = || {
+        let _guard = OnPanic(&turn, &ready);
+        let mut scratch = S::default();
+        loop {
+            let i = claim.fetch_add(1, Ordering::Relaxed);
+            if i >= items || lock(&turn).stop {
+                return;
+            }
+            let made = make(i, &mut scratch);
+            let wait = |t: &mut Turn| t.next != i && !t.stop;
+            let held = ready.wait_while(lock(&turn), wait).unwrap_or_else(PoisonError::into_inner);
+            if held.stop {
+                return;
+            }
+            drop(held);
+            let taken = made.and_then(|()| lock(&take)(i, &mut scratch));
+            let mut held = lock(&turn);
+            match taken {
+                Ok(()) => held.next = i + 1,
+                Err(e) => (held.stop, held.error) = (true, Some(e)),
+            }
+            ready.notify_all();
+        }
+    };
+    std::thread::scope(|scope| {
+        (1..jobs.min(items)).for_each(|_| {
+            scope.spawn(work);
+        });
+        work();
+    });
+    lock(&turn).error.take().map_or(Ok(()), Err)
+}
+
+/// Call `work(i, threads)` for every `i < items`, several at once, the `jobs` threads shared out among them.
+///
+/// # Errors
+/// That of the lowest item that failed; the others may have run or not.
+pub(crate) fn side_by_side(
+    jobs: usize,
+    items: usize,
+    work: impl Fn(usize, usize) -> Result<()> + Sync,
+) -> Result<()> {
+    let lanes = jobs.min(items);
+    if lanes <= 1 {
+        return (0..items).try_for_each(|i| work(i, jobs));
+    }
+    let claim = AtomicUsize::new(0);
+    let failed: Mutex<Option<(usize, Error)>> = Mutex::new(None);
+    let lane = |threads: usize| {
+        loop {
+            let i = claim.fetch_add(1, Ordering::Relaxed);
+            if i >= items || lock(&failed).is_some() {
+                return;
+            }
+            if let Err(e) = work(i, threads) {
+                let mut first = lock(&failed);
+                if first.as_ref().is_none_or(|(at, _)| i < *at) {
+                    *first = Some((i, e));
+                }
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        let lane = &lane;
+        (1..lanes).for_each(|l| {
+            scope.spawn(move || lane(jobs / lanes + usize::from(l < jobs % lanes)));
+        });
+        lane(jobs / lanes + usize::from(!jobs.is_multiple_of(lanes)));
+    });
+    lock(&failed).take().map_or(Ok(()), |(_, e)| Err(e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_taken_once_and_in_order_by_any_number_of_threads() {
+        for jobs in [1, 2, 7] {
+            let mut seen = vec![];
+            let make = |i: usize, s: &mut usize| {
+                std::thread::sleep(std::time::Duration::from_micros((i as u64 * 37) % 200));
+                *s = i * i;
+                Ok(())
+            };
+            in_order::<usize>(jobs, 200, make, |i, s| {
+                seen.push((i, *s));
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(seen, (0..200).map(|i| (i, i * i)).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn the_error_of_the_lowest_item_comes_back_and_nothing_after_it_is_taken() {
+        for jobs in [1, 2, 5] {
+            let mut taken = 0;
+            let make = |i: usize, _: &mut ()| {
+                if i == 13 || i == 14 { Err(Error::invalid(format!("{i}"))) } else { Ok(()) }
+            };
+            let e = in_order::<()>(jobs, 100, make, |_, ()| {
+                taken += 1;
+                Ok(())
+            });
+            assert_eq!((e.unwrap_err().message(), taken), ("13", 13));
+        }
+    }
+
+    #[test]
+    fn a_panic_ends_all_threads() {
+        let run =
+            || in_order::<()>(3, 50, |i, ()| if i == 7 { panic!("seven") } else { Ok(()) }, |_, ()| Ok(()));
+        assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err());
+    }
+
+    #[test]
+    fn lanes_do_every_item_and_share_the_threads() {
+        for (jobs, items) in [(1, 3), (2, 5), (7, 3), (4, 1), (3, 0)] {
+            let done: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
+            side_by_side(jobs, items, |i, threads| {
+                assert!(threads >= 1 && threads <= jobs);
+                done[i].fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            })
+            .unwrap();
+            assert!(done.iter().all(|d| d.load(Ordering::Relaxed) == 1));
+        }
+    }
+}

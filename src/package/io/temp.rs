@@ -1,0 +1,372 @@
+//! Outputs that appear whole or not at all: made without a name (or under a temporary one) in the target's own folder,
+//! synced, and given their name at once. A killed process leaves the old file or none; what it may leave under a temporary
+//! name is removed by the next one that writes to the same name.
+
+use crate::error::{Error, Result};
+use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, flock, linkat, open};
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, OpenOptions};
+use std::hash::{BuildHasher, Hasher};
+use std::io;
+use std::io::{ErrorKind, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+fn within(path: &Path) -> impl Fn(io::Error) -> Error + '_ {
+    move |e| Error::from(e).within(path.display())
+}
+
+/// The folder that `path` lies in.
+fn folder(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn sync_folder(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+/// A file without a name in `dir`. It is gone when it is closed, however that comes about.
+fn nameless(dir: &Path) -> io::Result<File> {
+    let fd = open(dir, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from_raw_mode(0o666))?;
+    Ok(File::from(fd))
+}
+
+/// The start of the temporary names of `path`: `.NAME.tmp-`.
+fn prefix(path: &Path) -> Result<OsString> {
+    let name =
+        path.file_name().ok_or_else(|| Error::invalid(format!("{}: not a file name", path.display())))?;
+    let mut prefix = OsString::from(".");
+    prefix.push(name);
+    prefix.push(".tmp-");
+    Ok(prefix)
+}
+
+/// `.NAME.tmp-PID-RANDOM` beside `path`, and what `make` makes of it; never something that exists.
+fn temporary<T>(path: &Path, mut make: impl FnMut(&Path) -> io::Result<T>) -> Result<(T, PathBuf)> {
+    let prefix = prefix(path)?;
+    let mut last = io::Error::from(ErrorKind::AlreadyExists);
+    for _ in 0..16 {
+        // The standard library's own seeded hasher is random enough for a name that is refused if it exists.
+        let random = std::hash::RandomState::new().build_hasher().finish();
+        let mut name = prefix.clone();
+        name.push(format!("{}-{random:016x}", std::process::id()));
+        let temp = folder(path).join(name);
+        match make(&temp) {
+            Ok(made) => return Ok((made, temp)),
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => last = e,
+            Err(e) => return Err(within(path)(e)),
+        }
+    }
+    Err(within(path)(last))
+}
+
+/// Remove what killed processes left under temporary names of `path`: not locked, and of a process that is no more.
+fn sweep(path: &Path) {
+    let Ok(prefix) = prefix(path) else { return };
+    let Ok(list) = std::fs::read_dir(folder(path)) else { return };
+    for entry in list.flatten() {
+        let name = entry.file_name().into_vec();
+        let Some(rest) = name.strip_prefix(prefix.as_bytes()) else { continue };
+        let pid: Vec<u8> = rest.iter().copied().take_while(u8::is_ascii_digit).collect();
+        let ours = rest.get(pid.len()) == Some(&b'-') && rest.len() == pid.len() + 17 && !pid.is_empty();
+        let alive = Path::new("/proc").join(OsStr::from_bytes(&pid)).exists();
+        if !ours || alive || !Path::new("/proc/self").exists() {
+            continue;
+        }
+        let unlocked = |f: &File| flock(f, FlockOperation::NonBlockingLockExclusive).is_ok();
+        if File::open(entry.path()).is_ok_and(|f| unlocked(&f)) {
+            // What cannot be removed stays; it is in nobody's way.
+            let _ = match entry.file_type().is_ok_and(|t| t.is_dir()) {
+                true => std::fs::remove_dir_all(entry.path()),
+                false => std::fs::remove_file(entry.path()),
+            };
+        }
+    }
+}
+
+/// Refuse a `path` that is there and no regular file: a rename would put a file in the place of a pipe, or of `/dev/null`.
+pub(crate) fn check_target(path: &Path) -> Result<()> {
+    let what = match std::fs::metadata(path) {
+        Ok(found) if found.is_dir() => "is a directory; name a file",
+        Ok(found) if !found.is_file() => "is no regular file; name one, or `-` for standard output",
+        Ok(_) => return Ok(()),
+        Err(_) if !folder(path).exists() => {
+            let what = format!("its folder {} does not exist; make it first", folder(path).display());
+            return Err(Error::io(what).within(path.display()));
+        }
+        Err(_) => return Ok(()),
+    };
+    Err(Error::invalid(what).within(path.display()))
+}
+
+/// A file being written; it has no name, or is removed, unless [`Output::commit`] is reached.
+#[derive(Debug)]
+pub(crate) struct Output {
+    file: File,
+    path: PathBuf,
+    /// Its temporary name, where the file system has no nameless files.
+    temp: Option<PathBuf>,
+}
+
+impl Output {
+    /// Open a new file that will appear at `path`.
+    pub(crate) fn create(path: &Path) -> Result<Self> {
+        check_target(path)?;
+        prefix(path)?;
+        sweep(path);
+        if Path::new("/proc/self/fd").exists()
+            && let Ok(file) = nameless(folder(path))
+        {
+            // For the moment in which it has a temporary name: others then see that it is somebody's.
+            let _ = flock(&file, FlockOperation::NonBlockingLockExclusive);
+            return Ok(Self { file, path: path.into(), temp: None });
+        }
+        let (file, temp) = temporary(path, |temp| {
+            let file = OpenOptions::new().read(true).write(true).create_new(true).open(temp)?;
+            let _ = flock(&file, FlockOperation::NonBlockingLockExclusive);
+            Ok(file)
+        })?;
+        Ok(Self { file, path: path.into(), temp: Some(temp) })
+    }
+
+    /// The open file.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Sync the file, give it its name, sync the folder.
+    pub(crate) fn commit(mut self) -> Result<()> {
+        self.file.sync_all().map_err(within(&self.path))?;
+        let temp = match self.temp.take() {
+            Some(temp) => temp,
+            None => {
+                let nameless = PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
+                let link = |to: &Path| {
+                    linkat(CWD, &nameless, CWD, to, AtFlags::SYMLINK_FOLLOW).map_err(io::Error::from)
+                };
+                match link(&self.path) {
+                    Ok(()) => return sync_folder(folder(&self.path)).map_err(within(&self.path)),
+                    Err(e) if e.kind() == ErrorKind::AlreadyExists => {
+                        temporary(&self.path, |temp| link(temp))?.1
+                    }
+                    Err(e) => return Err(within(&self.path)(e)),
+                }
+            }
+        };
+        let renamed = std::fs::rename(&temp, &self.path);
+        if renamed.is_err() {
+            self.temp = Some(temp);
+        }
+        renamed.and_then(|()| sync_folder(folder(&self.path))).map_err(within(&self.path))
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        if let Some(temp) = &self.temp {
+            // Nothing can be done about a failure here: the error that led here is the one to report.
+            let _ = std::fs::remove_file(temp);
+        }
+    }
+}
+
+/// A folder being filled under a temporary name; removed unless [`OutputFolder::commit`] is reached.
+#[derive(Debug)]
+pub(crate) struct OutputFolder {
+    path: PathBuf,
+    temp: PathBuf,
+    /// Held for its lock.
+    _lock: File,
+    committed: bool,
+}
+
+impl OutputFolder {
+    /// Begin a folder that will appear at `path`, which must not exist or be empty.
+    pub(crate) fn create(path: &Path) -> Result<Self> {
+        // `out/` and `out` are one folder, and only the second has a name to put another one beside.
+        let path: PathBuf = path.components().collect();
+        match std::fs::read_dir(&path) {
+            Ok(mut list) => {
+                if let Some(entry) = list.next() {
+                    let found = entry.map_err(within(&path))?.file_name();
+                    return Err(Error::invalid(format!(
+                        "is not empty (it holds `{}`); name a new folder, or remove this one first",
+                        found.display()
+                    ))
+                    .within(path.display()));
+                }
+            }
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) if e.kind() == ErrorKind::NotADirectory => {
+                return Err(Error::invalid("is a file, but a folder is to be written").within(path.display()));
+            }
+            Err(e) => return Err(within(&path)(e)),
+        }
+        prefix(&path)?;
+        sweep(&path);
+        let (lock, temp) = temporary(&path, |temp| {
+            std::fs::create_dir(temp)?;
+            let lock = File::open(temp)?;
+            let _ = flock(&lock, FlockOperation::NonBlockingLockExclusive);
+            Ok(lock)
+        })?;
+        Ok(Self { path, temp, _lock: lock, committed: false })
+    }
+
+    /// A new file in it; `relative` has been checked to stay inside.
+    pub(crate) fn file(&self, relative: &Path) -> Result<File> {
+        let path = self.temp.join(relative);
+        let create = || {
+            std::fs::create_dir_all(folder(&path))?;
+            OpenOptions::new().read(true).write(true).create_new(true).open(&path)
+        };
+        create().map_err(within(&self.path.join(relative)))
+    }
+
+    /// Sync all folders, give the whole its name, sync the folder that it is in. Files are synced by those who wrote them.
+    pub(crate) fn commit(mut self) -> Result<()> {
+        let rename = || {
+            sync_tree(&self.temp)?;
+            std::fs::rename(&self.temp, &self.path)?;
+            sync_folder(folder(&self.path))
+        };
+        rename().map_err(within(&self.path))?;
+        self.committed = true;
+        Ok(())
+    }
+}
+
+fn sync_tree(dir: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            sync_tree(&entry.path())?;
+        }
+    }
+    sync_folder(dir)
+}
+
+impl Drop for OutputFolder {
+    fn drop(&mut self) {
+        if !self.committed {
+            let _ = std::fs::remove_dir_all(&self.temp);
+        }
+    }
+}
+
+/// Bytes whose place in the output is not known yet: appended to a nameless file, read back when it is.
+#[derive(Debug)]
+pub(crate) struct Spool {
+    file: File,
+    buffer: Vec<u8>,
+    /// Where the buffer's bytes belong.
+    flushed: u64,
+}
+
+impl Spool {
+    const BUFFER: usize = 1 << 20;
+
+    /// In the folder of `beside`, so that what fits here fits there, or among temporary files.
+    pub(crate) fn create(beside: Option<&Path>) -> Result<Self> {
+        let dir = beside.map_or_else(std::env::temp_dir, |p| folder(p).to_path_buf());
+        let named = || {
+            let (file, temp) = temporary(&dir.join("xorz-spool"), |temp| {
+                OpenOptions::new().read(true).write(true).create_new(true).open(temp)
+            })?;
+            std::fs::remove_file(&temp).map_err(within(&temp))?;
+            Ok(file)
+        };
+        let file = nameless(&dir).or_else(|_| named()).map_err(|e: Error| match beside {
+            Some(path) => {
+                Error::io(e.message()).within(format_args!("cannot write beside {}", path.display()))
+            }
+            None => e,
+        })?;
+        Ok(Self { file, buffer: Vec::new(), flushed: 0 })
+    }
+
+    /// Bytes appended so far.
+    pub(crate) fn len(&self) -> u64 {
+        self.flushed + self.buffer.len() as u64
+    }
+
+    /// Append bytes.
+    pub(crate) fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        if self.buffer.len() + bytes.len() > Self::BUFFER {
+            self.flush()?;
+        }
+        if bytes.len() >= Self::BUFFER {
+            self.file.write_all_at(bytes, self.flushed)?;
+            self.flushed += bytes.len() as u64;
+        } else {
+            self.buffer.extend_from_slice(bytes);
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.file.write_all_at(&self.buffer, self.flushed)?;
+        self.flushed += self.buffer.len() as u64;
+        self.buffer.clear();
+        Ok(())
+    }
+
+    /// Overwrite bytes that were appended.
+    pub(crate) fn patch(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.flush()?;
+        Ok(self.file.write_all_at(bytes, at)?)
+    }
+
+    /// Forget what was appended from byte `len` on.
+    pub(crate) fn truncate(&mut self, len: u64) -> Result<()> {
+        self.flush()?;
+        self.flushed = self.flushed.min(len);
+        Ok(self.file.set_len(self.flushed)?)
+    }
+
+    /// Hand the bytes `range` to `take`, piece after piece.
+    pub(crate) fn replay(
+        &mut self,
+        range: std::ops::Range<u64>,
+        mut take: impl FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        self.flush()?;
+        let mut buffer = super::aligned::Aligned::default();
+        let mut at = range.start;
+        while at < range.end {
+            let n = (range.end - at).min(Self::BUFFER as u64) as usize;
+            let room = buffer.room(n, at);
+            self.file.read_exact_at(room, at)?;
+            take(room)?;
+            at += n as u64;
+        }
+        Ok(())
+    }
+}
+
+/// A writer at the start of a file, buffered by the caller.
+pub(crate) struct Sequential<'a> {
+    file: &'a File,
+    at: u64,
+}
+
+impl<'a> Sequential<'a> {
+    /// From byte 0 on.
+    pub(crate) fn new(file: &'a File) -> Self {
+        Self { file, at: 0 }
+    }
+}
+
+impl Write for Sequential<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write_all_at(bytes, self.at)?;
+        self.at += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,16 @@
+//! The work itself: whole checkpoints into a package and back, and single tensors of an open package. Stands
+//! on all other rooms. Must parse nothing and write no byte of a format by itself: `format` does both.
+//!
+//! | file | what |
+//! |---|---|
+//! | `pack`, `unpack` | the jobs over files: side by side, tensors in order, pieces on every thread |
+//! | `writer`, `tensor` | the same for one tensor at a time: into a new package, out of an open one |
+//! | `encode`, `restore`, `reencode` | a tensor into stored bytes; back to words; to another resident delta |
+
+pub(crate) mod encode;
+pub(crate) mod pack;
+pub(crate) mod reencode;
+pub(crate) mod restore;
+pub(crate) mod tensor;
+pub(crate) mod unpack;
+pub(crate) mod writer;

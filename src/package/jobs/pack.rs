@@ -1,0 +1,214 @@
+//! `pack`: two checkpoints into a package. Files side by side, each in order on several threads; memory holds a piece of a
+//! tensor per thread and never a tensor.
+
+use super::encode::{BaseWords, Job, Scratch};
+use crate::error::{Error, Result};
+use crate::matrix::{Dtype, Shape};
+use crate::package::checkpoint::bases::BaseDigests;
+use crate::package::checkpoint::files::{CarriedFile, Checkpoint, TensorFile};
+use crate::package::checkpoint::pairing::{Found, Pairs, pair};
+use crate::package::format::contents::{Contents, Part, check_name};
+use crate::package::format::frames::{Deflater, FRAME_BYTES, compress};
+use crate::package::format::record::{self, SourceFile};
+use crate::package::format::stored::FramesBody;
+use crate::package::format::totals::Report;
+use crate::package::format::words::Words;
+use crate::package::io::ordered;
+use crate::package::io::temp::{Spool, check_target};
+use crate::package::options::{Destination, PackOptions, Run};
+use sha2::{Digest as _, Sha256};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+/// Pack the checkpoint `fine_tuned` against the checkpoint `base`, each a safetensors file or a folder.
+///
+/// # Errors
+/// `Io`, `Corrupt`, `Truncated`, `Mismatch` or `Unsupported` inputs as [`Checkpoint::open`], `InvalidArgument` for bad options
+/// or an `out` that is one of the inputs. Messages name file and tensor; nothing appears at a path then.
+pub fn pack_files(
+    base: &Path,
+    fine_tuned: &Path,
+    out: Destination<'_>,
+    options: &PackOptions,
+    run: &Run<'_>,
+) -> Result<Report> {
+    let (base, ft) = (Checkpoint::open_base(base)?, Checkpoint::open(fine_tuned)?);
+    let beside = match &out {
+        Destination::Path(path) => Some(*path),
+        Destination::Stream(_) => None,
+    };
+    if let Some(path) = beside {
+        check_target(path)?;
+        refuse_overwrite(path, &base)?;
+        refuse_overwrite(path, &ft)?;
+    }
+    let Pairs { bases, same, removed, lonely } = pair(&base, &ft, options.strip_prefix.as_deref())?;
+    let digests = BaseDigests::cached(&base);
+    let job = Pack { base: &base, ft: &ft, digests: &digests, bases, same, options, run, beside };
+    let parts = job.parts()?;
+    base.files().iter().chain(ft.files()).try_for_each(TensorFile::check_unchanged)?;
+    job.remember(&parts);
+    let removed = removed.into_iter().map(str::to_owned).collect();
+    let report = Contents { parts, removed, folder: ft.is_folder() }.write(out)?;
+    Ok(Report { advice: lonely.advice(), ..report })
+}
+
+/// An output must not replace what it is made from.
+pub(crate) fn refuse_overwrite(out: &Path, input: &Checkpoint) -> Result<()> {
+    let Ok(target) = out.canonicalize() else { return Ok(()) };
+    let places = input.files().iter().map(|f| &f.place).chain(input.carried().iter().map(|f| &f.place));
+    match places.into_iter().find(|p| p.canonicalize().is_ok_and(|p| p == target)) {
+        Some(p) => Err(Error::invalid(format!("the output would overwrite the input {}", p.display()))),
+        None => Ok(()),
+    }
+}
+
+struct Pack<'a> {
+    base: &'a Checkpoint,
+    ft: &'a Checkpoint,
+    digests: &'a BaseDigests,
+    bases: Vec<Vec<Option<Found<'a>>>>,
+    same: Vec<Vec<Option<&'a str>>>,
+    options: &'a PackOptions,
+    run: &'a Run<'a>,
+    beside: Option<&'a Path>,
+}
+
+impl Pack<'_> {
+    /// Every file of the fine-tune, stored.
+    fn parts(&self) -> Result<Vec<Part>> {
+        let (files, carried) = (self.ft.files(), self.ft.carried());
+        let total = files.iter().map(|f| f.tensors.file_bytes()).chain(carried.iter().map(|c| c.bytes)).sum();
+        self.run.begin("pack", total);
+        let count = files.len() + carried.len();
+        let done: Vec<Mutex<Option<Part>>> = (0..count).map(|_| Mutex::new(None)).collect();
+        ordered::side_by_side(ordered::threads(self.run.jobs), count, |i, threads| {
+            let part = match files.get(i) {
+                Some(file) => self.tensor_file(i, file, threads),
+                None => self.carried_file(&carried[i - files.len()]),
+            }?;
+            *done[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(part);
+            Ok(())
+        })?;
+        let take = |m: Mutex<Option<Part>>| m.into_inner().unwrap_or_else(PoisonError::into_inner);
+        done.into_iter().map(|m| take(m).ok_or_else(|| Error::internal("a file was left out"))).collect()
+    }
+
+    fn jobs<'j>(&'j self, f: usize, file: &'j TensorFile) -> Result<Vec<Job<'j>>> {
+        let tensors = &file.tensors.header().tensors;
+        let list = tensors.iter().enumerate().map(|(i, t)| {
+            check_name(&t.name)?;
+            let same = self.same[f][i].map(str::to_owned);
+            let delta = match (self.bases[f][i], Dtype::from_name(&t.dtype)) {
+                (Some((at, b)), Some(dtype)) if same.is_none() => {
+                    let words = Words::File(&self.base.files()[at].tensors, b);
+                    let base = BaseWords { name: &b.name, words, digest: self.digests.get(at, &b.name) };
+                    Some((dtype, Shape::of_dims(&t.dims)?, base))
+                }
+                _ => None,
+            };
+            let mut job = Job::new((&t.name, &t.dtype, &t.dims), Words::File(&file.tensors, t), delta)?;
+            job.same = same;
+            if self.ft.find(&t.name).is_some_and(|(at, _)| at != f) {
+                job.key = record::again_entry(f, &t.name);
+            }
+            Ok(job)
+        });
+        list.collect()
+    }
+
+    fn tensor_file(&self, f: usize, file: &TensorFile, threads: usize) -> Result<Part> {
+        let within = |e: Error| e.within(file.place.display());
+        let jobs = self.jobs(f, file).map_err(within)?;
+        let items: Vec<(usize, usize)> = jobs
+            .iter()
+            .enumerate()
+            .flat_map(|(j, job)| (0..job.chunks.count()).map(move |c| (j, c)))
+            .collect();
+        let text = file.tensors.header_text().as_bytes();
+        let mut sha = Sha256::new();
+        sha.update((text.len() as u64).to_le_bytes());
+        sha.update(text);
+        let (mut spool, mut entries, mut open) = (Spool::create(self.beside)?, Vec::new(), None);
+        ordered::in_order::<Scratch>(
+            threads,
+            items.len(),
+            |i, s| jobs[items[i].0].make(items[i].1, self.options, s).map_err(within),
+            |i, s| {
+                let (j, c) = items[i];
+                if c == 0 {
+                    open = Some(jobs[j].open(self.options, &mut spool)?);
+                }
+                sha.update(s.fine_tuned());
+                self.run.advance(s.fine_tuned().len() as u64);
+                if let Some(o) = &mut open {
+                    o.take(c, &mut spool, s)?;
+                }
+                if let Some(o) = open.take_if(|_| c + 1 == jobs[j].chunks.count()) {
+                    entries.push(o.finish(&mut spool)?);
+                }
+                Ok(())
+            },
+        )?;
+        let stored = compress(text, 19)?;
+        let start = spool.len();
+        spool.append(&stored)?;
+        let source = SourceFile {
+            path: file.path.clone(),
+            sha256: hex(&sha.finalize()),
+            bytes: file.tensors.file_bytes(),
+            executable: file.executable,
+            header_bytes: Some(text.len() as u64),
+            check: record::check_of(&stored).to_string(),
+        };
+        Ok(Part { entries, file: Some((source, start..spool.len())), spool })
+    }
+
+    fn carried_file(&self, file: &CarriedFile) -> Result<Part> {
+        let store = || -> Result<Part> {
+            let (mut sha, mut spool, mut body) =
+                (Sha256::new(), Spool::create(self.beside)?, FramesBody::default());
+            let mut deflater = Deflater::new(self.options.level())?;
+            let (mut input, mut bytes) = (File::open(&file.place)?, 0u64);
+            let (mut raw, mut frame) = (Vec::new(), Vec::new());
+            loop {
+                raw.clear();
+                (&mut input).take(FRAME_BYTES as u64).read_to_end(&mut raw)?;
+                if raw.is_empty() {
+                    break;
+                }
+                sha.update(&raw);
+                bytes += raw.len() as u64;
+                frame.clear();
+                deflater.frame(&raw, true, &mut frame)?;
+                body.push(&mut spool, &frame, &[(frame.len(), raw.len())])?;
+                self.run.advance(raw.len() as u64);
+            }
+            let check = body.finish(&mut spool, 0)?.to_string();
+            let (path, executable) = (file.path.clone(), file.executable);
+            let sha256 = hex(&sha.finalize());
+            let source = SourceFile { path, sha256, bytes, executable, header_bytes: None, check };
+            Ok(Part { entries: Vec::new(), file: Some((source, 0..spool.len())), spool })
+        };
+        store().map_err(|e| e.within(file.place.display()))
+    }
+
+    /// Keep the digests that packing has computed.
+    fn remember(&self, parts: &[Part]) {
+        let mut found: HashMap<usize, Vec<_>> = HashMap::new();
+        for base in parts.iter().flat_map(|p| &p.entries).filter_map(|e| e.base.as_ref()) {
+            if let Some((at, _)) = self.base.find(&base.name) {
+                found.entry(at).or_default().push((base.name.clone(), base.digest));
+            }
+        }
+        self.digests.store(self.base, found);
+    }
+}
+
+/// Lower-case hexadecimal digits.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}

@@ -1,0 +1,310 @@
+//! Stored bytes and a base into fine-tuned words, piece by piece. Pieces are made by any thread; the digest of the base is
+//! compared on the way where it is not known beforehand.
+
+use crate::codec::Encoding;
+use crate::error::{Error, Kind, Result};
+use crate::matrix::{Digest, DigestStream, Dtype, Matrix, Shape};
+use crate::package::format::blob::{Blob, compare_check};
+use crate::package::format::container::SafeTensors;
+use crate::package::format::frames::{self, Inflater};
+use crate::package::format::record::{Entry, check_delta};
+use crate::package::format::refusals::{another_base, stored_alone};
+use crate::package::format::words::Words;
+use crate::package::format::xor::XorStream;
+use crate::package::io::aligned::Aligned;
+use crate::package::io::chunks::Chunks;
+use crate::package::options::Codec;
+use crate::resident::{Outline, Resident};
+use crate::vector;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+/// One tensor to be restored.
+pub(crate) struct Restore<'a> {
+    container: &'a SafeTensors,
+    /// What is stored: the entry itself, or the one whose bytes it shares.
+    entry: &'a Entry,
+    base: Option<Base<'a>>,
+    pub(crate) chunks: Chunks,
+    way: OnceLock<Result<Way<'a>>>,
+}
+
+#[derive(Clone, Copy)]
+struct Base<'a> {
+    dtype: Dtype,
+    shape: Shape,
+    words: Words<'a>,
+    /// The digest that the base must have.
+    want: Digest,
+    /// The digest it has, where that is known already.
+    known: Option<Digest>,
+}
+
+enum Way<'a> {
+    Unchanged,
+    Resident(Blob<'a>, Box<Outline>),
+    Planes(Blob<'a>),
+    Xor(Mutex<XorStream<'a>>),
+}
+
+/// What a thread keeps from piece to piece.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    words: Aligned,
+    base: Vec<u8>,
+    band: Vec<u8>,
+    inflater: Inflater,
+    leaves: Vec<[u8; 16]>,
+}
+
+impl Scratch {
+    /// The words of the piece made (and taken) last.
+    pub(crate) fn words(&self) -> &[u8] {
+        self.words.get()
+    }
+}
+
+impl<'a> Restore<'a> {
+    /// Of `entry` (never of codec `same`: name the entry that it stands for). `base` holds the base tensor's words and, where
+    /// it is known, its digest; its dtype and shape have been compared with the entry's.
+    pub(crate) fn new(
+        container: &'a SafeTensors,
+        entry: &'a Entry,
+        base: Option<(Words<'a>, Option<Digest>)>,
+    ) -> Result<Self> {
+        let bytes =
+            usize::try_from(entry.bytes).map_err(|_| Error::unsupported("too large for this machine"))?;
+        let dtype = entry.word_dtype();
+        let (base, chunks) = match (&entry.base, dtype) {
+            (Some(wanted), Some(dtype)) => {
+                let (words, known) =
+                    base.ok_or_else(|| Error::mismatch("is a delta, but no base was given"))?;
+                let shape = entry.shape()?;
+                if words.len()? != bytes {
+                    return Err(Error::mismatch(format!(
+                        "takes {bytes} bytes, but the base has {}",
+                        words.len()?
+                    )));
+                }
+                let base = Base { dtype, shape, words, want: wanted.digest, known };
+                (Some(base), Chunks::new(dtype, shape, bytes))
+            }
+            // Without a base nothing but the stored bytes earns the size.
+            _ if entry.bytes / frames::MAX_RATIO > entry.stored_bytes => {
+                return Err(Error::corrupt(format!(
+                    "{} stored bytes cannot hold the {bytes} announced",
+                    entry.stored_bytes
+                )));
+            }
+            (_, Some(dtype)) => (None, Chunks::new(dtype, entry.shape()?, bytes)),
+            _ => (None, Chunks::flat(bytes)),
+        };
+        Ok(Self { container, entry, base, chunks, way: OnceLock::new() })
+    }
+
+    fn named(&self, e: Error) -> Error {
+        e.within(format_args!("tensor `{}`", self.entry.name))
+    }
+
+    /// What is stored, opened and compared with its digest by the first thread that asks.
+    fn way(&self) -> Result<&Way<'a>> {
+        self.way.get_or_init(|| self.open()).as_ref().map_err(Clone::clone)
+    }
+
+    fn open(&self) -> Result<Way<'a>> {
+        if let (Some(Base { want, known: Some(known), .. }), Some(wanted)) = (self.base, &self.entry.base)
+            && want != known
+        {
+            return Err(another_base(&wanted.name, want, known));
+        }
+        let e = self.entry;
+        match e.codec {
+            Codec::Planes | Codec::Alone => Ok(Way::Planes(Blob::of(self.container, e)?)),
+            Codec::Resident | Codec::ResidentZstd => self.outline(Blob::of(self.container, e)?),
+            Codec::Same => Err(Error::internal("codec `same` was not resolved")),
+            Codec::Xor => {
+                compare_check(self.container, e.range.clone(), Some(e.check))?;
+                self.xor()
+            }
+        }
+    }
+
+    fn outline(&self, blob: Blob<'a>) -> Result<Way<'a>> {
+        let base = self.base.ok_or_else(stored_alone)?;
+        let mut inflater = Inflater::default();
+        // A matrix has at least as many words as tiles, and its words are in the caller's hands.
+        let tiles = base.shape.words()?;
+        let outline = Outline::read(blob.len(), tiles, &mut |at, out| blob.read(at, out, &mut inflater))?;
+        check_delta(self.entry, outline.header())?;
+        Ok(match outline.header().encoding {
+            Encoding::Unchanged => Way::Unchanged,
+            _ if !self.chunks.tiled() => {
+                return Err(Error::corrupt("a resident delta of a matrix whose rows are too long for one"));
+            }
+            _ => Way::Resident(blob, Box::new(outline)),
+        })
+    }
+
+    fn xor(&self) -> Result<Way<'a>> {
+        let (range, bytes) = (self.entry.range.clone(), self.entry.bytes);
+        match (range.is_empty(), bytes) {
+            (true, 0) => Ok(Way::Unchanged),
+            (false, 0) => Err(Error::corrupt("bytes stored for an empty tensor")),
+            _ => {
+                let mut start = vec![0u8; (range.end - range.start).min(18) as usize];
+                self.container.read_at(range.start, &mut start)?;
+                let announced = zstd::zstd_safe::get_frame_content_size(&start).ok().flatten();
+                if announced != Some(bytes) {
+                    return Err(Error::corrupt(format!(
+                        "a zstd frame announces {announced:?} bytes where {bytes} belong"
+                    )));
+                }
+                Ok(Way::Xor(Mutex::new(XorStream::new(self.container, range, bytes)?)))
+            }
+        }
+    }
+
+    /// Make piece `chunk`: the fine-tuned words, but for codec `xor`, which [`Open::take`] completes.
+    pub(crate) fn make(&self, chunk: usize, s: &mut Scratch) -> Result<()> {
+        self.make_words(chunk, s).map_err(|e| self.named(self.blame(e)))
+    }
+
+    /// A wrong base makes nonsense of a delta: say that, not what the nonsense looked like.
+    fn blame(&self, e: Error) -> Error {
+        let nonsense = matches!(e.kind(), Kind::Corrupt | Kind::Truncated);
+        match (self.base, &self.entry.base) {
+            (Some(base @ Base { known: None, .. }), Some(wanted)) if nonsense => match digest_of(&base) {
+                Ok(found) if found != base.want => another_base(&wanted.name, base.want, found),
+                _ => e,
+            },
+            _ => e,
+        }
+    }
+
+    fn make_words(&self, chunk: usize, s: &mut Scratch) -> Result<()> {
+        let way = self.way()?;
+        let range = self.chunks.bytes(chunk);
+        let (at, len) = (range.start as u64, range.len());
+        s.leaves.clear();
+        let Some(base) = self.base else {
+            let Way::Planes(blob) = way else { return Err(stored_alone()) };
+            let words = s.words.room(len, 0);
+            words.fill(0);
+            let w = self.entry.word_dtype().map_or(1, Dtype::word_bytes);
+            return blob.apply_planes(at, words, w, &mut s.inflater);
+        };
+        base.words.read(range.start, s.words.room(len, base.words.file_offset(range.start)))?;
+        if base.known.is_none() {
+            self.hash(chunk, &base, s)?;
+        }
+        match way {
+            Way::Unchanged | Way::Xor(_) => Ok(()),
+            Way::Planes(blob) => {
+                blob.apply_planes(at, s.words.get_mut(), base.dtype.word_bytes(), &mut s.inflater)
+            }
+            Way::Resident(blob, outline) => {
+                let tiles = self.chunks.tiles(&outline.header().grid(), chunk);
+                let inflater = &mut s.inflater;
+                let read = &mut |at: u64, out: &mut [u8]| blob.read(at, out, inflater);
+                outline.cut(tiles, self.chunks.shape(chunk), read, &mut s.band)?;
+                vector::patch(&Resident::parse(&s.band)?, s.words.get_mut())
+            }
+        }
+    }
+
+    /// Leaves of the base's digest, or the base itself to be hashed in order.
+    fn hash(&self, chunk: usize, base: &Base<'_>, s: &mut Scratch) -> Result<()> {
+        if self.chunks.whole_leaves() {
+            let part = Matrix::new(base.dtype, self.chunks.shape(chunk), s.words.get())?;
+            let leaves = part.shape().n.div_ceil(Digest::LEAF_ROWS);
+            s.leaves.extend((0..leaves).map(|i| part.digest_leaf(i)));
+        } else {
+            s.base.clear();
+            s.base.extend_from_slice(s.words.get());
+        }
+        Ok(())
+    }
+
+    /// Whether pieces are complete only when they are taken in order.
+    pub(crate) fn forwards(&self) -> Result<bool> {
+        Ok(matches!(self.way()?, Way::Xor(_)))
+    }
+
+    /// Begin again at the first piece, where pieces are taken in order.
+    pub(super) fn rewind(&self) -> Result<()> {
+        if let (Way::Xor(xor), Way::Xor(new)) = (self.way()?, self.xor()?) {
+            let new = new.into_inner().unwrap_or_else(PoisonError::into_inner);
+            *xor.lock().unwrap_or_else(PoisonError::into_inner) = new;
+        }
+        Ok(())
+    }
+
+    /// Complete the piece in `s`: the next one in order, where [`Restore::forwards`].
+    pub(crate) fn complete(&self, s: &mut Scratch) -> Result<()> {
+        if let Way::Xor(xor) = self.way()? {
+            let mut xor = xor.lock().unwrap_or_else(PoisonError::into_inner);
+            xor.apply(s.words.get_mut()).map_err(|e| self.named(e))?;
+        }
+        Ok(())
+    }
+
+    /// Dtype and shape of the matrix, and the digest that its base must have.
+    pub(crate) fn matrix(&self) -> Result<(Dtype, Shape, Digest)> {
+        self.base.map(|b| (b.dtype, b.shape, b.want)).ok_or_else(stored_alone)
+    }
+
+    /// The base's words.
+    pub(crate) fn base_words(&self) -> Result<Words<'a>> {
+        self.base.map(|b| b.words).ok_or_else(stored_alone)
+    }
+
+    /// Begin to take what `make` makes.
+    pub(crate) fn begin(&self) -> Taken<'_, 'a> {
+        let digest = match self.base {
+            Some(Base { known: None, dtype, shape, .. }) => Some(Digest::stream(dtype, shape)),
+            _ => None,
+        };
+        Taken { restore: self, digest }
+    }
+}
+
+fn digest_of(base: &Base<'_>) -> Result<Digest> {
+    let (mut stream, mut room) = (Digest::stream(base.dtype, base.shape), Aligned::default());
+    let bytes = base.words.len()?;
+    for part in frames::cut(0..bytes, 1 << 20) {
+        stream.update(base.words.get(part, &mut room)?);
+    }
+    Ok(stream.finish())
+}
+
+/// A tensor whose pieces are being taken in order.
+pub(crate) struct Taken<'r, 'a> {
+    restore: &'r Restore<'a>,
+    digest: Option<DigestStream>,
+}
+
+impl Taken<'_, '_> {
+    /// Take the piece in `s`: the next one in order. Its words are complete then.
+    pub(crate) fn take(&mut self, s: &mut Scratch) -> Result<()> {
+        let r = self.restore;
+        if let Some(stream) = &mut self.digest {
+            if r.chunks.whole_leaves() {
+                stream.leaves(&s.leaves);
+            } else {
+                stream.update(&s.base);
+            }
+        }
+        r.complete(s)
+    }
+
+    /// After the last piece: was it the right base?
+    pub(crate) fn finish(self) -> Result<()> {
+        let r = self.restore;
+        if let (Some(stream), Some(base), Some(wanted)) = (self.digest, r.base, &r.entry.base) {
+            let found = stream.finish();
+            if found != base.want {
+                return Err(r.named(another_base(&wanted.name, base.want, found)));
+            }
+        }
+        Ok(())
+    }
+}

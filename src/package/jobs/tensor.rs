@@ -1,0 +1,139 @@
+//! One tensor of an opened package and its base: as a resident delta, or as fine-tuned words.
+
+use super::reencode;
+use super::restore::{Restore, Scratch};
+use crate::codec::{Encoding, Prefer};
+use crate::error::{Error, Result};
+use crate::matrix::{Digest, Matrix};
+use crate::package::checkpoint::bases::Base;
+use crate::package::format::blob::{Blob, resident_limit};
+use crate::package::format::frames::Inflater;
+use crate::package::format::reader::Package;
+use crate::package::format::record::{Entry, check_delta};
+use crate::package::format::refusals::{another_base, other_kind, stored_alone};
+use crate::package::format::words::Words;
+use crate::package::options::Codec;
+use crate::resident::Resident;
+
+/// The words of a base tensor that has been compared with what an entry says of it, and their digest.
+type Compared<'a> = (Words<'a>, Option<Digest>);
+
+impl Package {
+    /// One tensor's resident delta. It is encoded again, piece by piece, only if `prefer` is given and is not
+    /// what is stored, or if no resident delta is stored.
+    ///
+    /// `base` is the matrix of the base tensor [`Package::base_of`]. No dense matrix is made. Costs one pass over the base
+    /// for its digest; [`Base`] does without.
+    ///
+    /// # Errors
+    /// `Mismatch` for another dtype, shape or digest than the base had, naming the tensor and both; `Unsupported` for a
+    /// tensor stored alone; `InvalidArgument` for an unknown name; `Corrupt`, `Truncated` or `Io`.
+    pub fn resident(&self, name: &str, base: &Matrix<'_>, prefer: Option<Prefer>) -> Result<Vec<u8>> {
+        self.of_tensor(name, |entry| self.delta(entry, in_memory(entry, base)?, prefer))
+    }
+
+    /// One tensor's fine-tuned bytes into `out`, which has [`Entry::bytes`]. `base` is ignored for a tensor
+    /// stored alone.
+    ///
+    /// # Errors
+    /// As [`Package::resident`]; `Mismatch` for a base missing or an `out` of another length.
+    pub fn restore(&self, name: &str, base: Option<&Matrix<'_>>, out: &mut [u8]) -> Result<()> {
+        self.of_tensor(name, |entry| {
+            if out.len() as u64 != entry.bytes {
+                let (takes, has) = (entry.bytes, out.len());
+                return Err(Error::mismatch(format!("takes {takes} bytes, but out has {has}")));
+            }
+            let base = base.filter(|_| entry.base.is_some());
+            let base = base.map(|base| in_memory(entry, base)).transpose()?;
+            let job = Restore::new(self.container(), entry, base)?;
+            let (mut taken, mut scratch) = (job.begin(), Scratch::default());
+            for chunk in 0..job.chunks.count() {
+                job.make(chunk, &mut scratch)?;
+                taken.take(&mut scratch)?;
+                out[job.chunks.bytes(chunk)].copy_from_slice(scratch.words());
+            }
+            taken.finish()
+        })
+    }
+
+    /// What `work` makes of the entry that tensor `name` is stored in. Errors name the tensor.
+    fn of_tensor<T>(&self, name: &str, work: impl FnOnce(&Entry) -> Result<T>) -> Result<T> {
+        work(self.resolve(self.entry(name)?)?).map_err(|e| {
+            if e.message().starts_with("tensor `") { e } else { e.within(format_args!("tensor `{name}`")) }
+        })
+    }
+
+    /// The resident delta of `entry`: as it is stored, or encoded again on `base`.
+    fn delta(&self, entry: &Entry, base: Compared<'_>, prefer: Option<Prefer>) -> Result<Vec<u8>> {
+        if let Some(bytes) = self.as_stored(entry, prefer)? {
+            return Ok(bytes);
+        }
+        let restore = Restore::new(self.container(), entry, Some(base))?;
+        reencode::resident(&restore, prefer.or(entry.prefer).unwrap_or(Prefer::Memory))
+    }
+
+    /// The stored resident delta, if it is one for `prefer`.
+    fn as_stored(&self, entry: &Entry, prefer: Option<Prefer>) -> Result<Option<Vec<u8>>> {
+        let holds = matches!(entry.codec, Codec::Resident | Codec::ResidentZstd);
+        let other = prefer.is_some() && entry.prefer != prefer;
+        if !holds || (other && entry.encoding != Some(Encoding::Unchanged)) {
+            return Ok(None);
+        }
+        let blob = Blob::of(self.container(), entry)?;
+        let len =
+            usize::try_from(blob.len()).map_err(|_| Error::unsupported("too large for this machine"))?;
+        debug_assert!(len as u64 <= resident_limit(entry.bytes));
+        let mut bytes = vec![0u8; len];
+        blob.read(0, &mut bytes, &mut Inflater::default())?;
+        let view = Resident::parse(&bytes)?;
+        check_delta(entry, view.header())?;
+        view.check()?;
+        Ok(Some(bytes))
+    }
+}
+
+impl Base {
+    /// The resident delta of `package`'s tensor `name` against this base. Words of the base are read only if
+    /// the delta must be encoded anew: if none is stored, or one for another preference than is asked for.
+    ///
+    /// # Errors
+    /// As [`Package::resident`]; `Mismatch` for a base without the tensor.
+    pub fn resident(&self, package: &Package, name: &str, prefer: Option<Prefer>) -> Result<Vec<u8>> {
+        package.of_tensor(name, |entry| package.delta(entry, on_disk(entry, self)?, prefer))
+    }
+}
+
+/// The base tensor of `entry`, which the caller has in memory.
+fn in_memory<'a>(entry: &Entry, base: &Matrix<'a>) -> Result<Compared<'a>> {
+    if entry.base.is_none() {
+        return Err(stored_alone());
+    }
+    let (dtype, shape) = (entry.word_dtype(), entry.shape()?);
+    if dtype != Some(base.dtype()) || shape != base.shape() {
+        return Err(Error::mismatch(format!(
+            "is a delta of a {shape} matrix of {}, but the base is a {} matrix of {}",
+            entry.dtype,
+            base.shape(),
+            base.dtype()
+        )));
+    }
+    compared(entry, Words::Memory(base.bytes()), base.digest())
+}
+
+/// The base tensor of `entry` in an open base.
+fn on_disk<'a>(entry: &Entry, base: &'a Base) -> Result<Compared<'a>> {
+    let wanted = entry.base.as_ref().ok_or_else(stored_alone)?;
+    let (file, info, digest) = base.find(&wanted.name)?;
+    if (&info.dtype, &info.dims) != (&entry.dtype, &entry.dims) {
+        return Err(other_kind(entry, info));
+    }
+    compared(entry, Words::File(file, info), digest)
+}
+
+fn compared<'a>(entry: &Entry, words: Words<'a>, found: Digest) -> Result<Compared<'a>> {
+    let wanted = entry.base.as_ref().ok_or_else(stored_alone)?;
+    if found != wanted.digest {
+        return Err(another_base(&wanted.name, wanted.digest, found));
+    }
+    Ok((words, Some(found)))
+}

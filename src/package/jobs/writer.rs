@@ -1,0 +1,164 @@
+//! A package from tensors in memory: each is encoded by several threads and waits in a spool.
+
+use super::encode::{BaseWords, Job, Scratch};
+use crate::error::{Error, Result};
+use crate::matrix::{Dtype, Shape};
+use crate::package::checkpoint::lonely::Lonely;
+use crate::package::format::container::dtype_bits;
+use crate::package::format::contents::{Contents, Part, check_name};
+use crate::package::format::record::Entry;
+use crate::package::format::totals::Report;
+use crate::package::format::words::Words;
+use crate::package::io::ordered;
+use crate::package::io::temp::{Spool, check_target};
+use crate::package::options::{Destination, PackOptions};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use xxhash_rust::xxh3::xxh3_128;
+
+/// A tensor to pack: contiguous, row-major, little-endian.
+#[derive(Clone, Copy, Debug)]
+pub struct Tensor<'a> {
+    /// Name in its checkpoint.
+    pub name: &'a str,
+    /// safetensors dtype name, such as `BF16`; names unknown to this crate are stored alone.
+    pub dtype: &'a str,
+    /// All dimensions.
+    pub dims: &'a [usize],
+    /// Its bytes.
+    pub bytes: &'a [u8],
+}
+
+/// What makes two tensors one: digest, dtype and dimensions.
+type Content = (u128, String, Vec<usize>);
+
+/// A package being written from tensors in memory. Dropped before [`Writer::finish`], it leaves no file.
+#[derive(Debug)]
+pub struct Writer {
+    options: PackOptions,
+    jobs: usize,
+    path: PathBuf,
+    part: Part,
+    removed: Vec<String>,
+    /// Tensors that may be met again, by digest, dtype and dimensions; and the digest of the base each had.
+    seen: HashMap<Content, (String, Option<u128>)>,
+    lonely: Lonely,
+}
+
+impl Writer {
+    /// Begin a package that will appear at `path`. Its folder must exist and be writable.
+    ///
+    /// # Errors
+    /// `Io`; `InvalidArgument` for a directory.
+    pub fn create(path: &Path, options: PackOptions) -> Result<Self> {
+        check_target(path)?;
+        let part = Part { spool: Spool::create(Some(path))?, entries: Vec::new(), file: None };
+        let (removed, seen) = (Vec::new(), HashMap::new());
+        Ok(Self { options, jobs: 0, path: path.into(), part, removed, seen, lonely: Lonely::default() })
+    }
+
+    /// Threads that encode a tensor; 0, the default, takes one per core.
+    #[must_use]
+    pub fn jobs(mut self, jobs: usize) -> Self {
+        self.jobs = jobs;
+        self
+    }
+
+    /// Add one fine-tuned tensor. It becomes a delta if `base` has the same dtype and dimensions, else it is
+    /// stored alone; one that equals an earlier one (a tied weight) is stored once.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a name used twice or reserved, or bytes that do not fit dtype and dimensions; `Io`.
+    pub fn add(&mut self, fine_tuned: &Tensor<'_>, base: Option<&Tensor<'_>>) -> Result<()> {
+        check_name(fine_tuned.name)?;
+        let given = base.map(|b| (b.dtype, b.dims));
+        let base = base.filter(|b| (b.dtype, b.dims) == (fine_tuned.dtype, fine_tuned.dims));
+        [Some(fine_tuned), base]
+            .into_iter()
+            .flatten()
+            .try_for_each(|t| check_tensor(t).map_err(|e| e.within(format_args!("tensor `{}`", t.name))))?;
+        if self.part.entries.iter().any(|e| e.name == fine_tuned.name) {
+            return Err(Error::invalid(format!("tensor `{}` was added twice", fine_tuned.name)));
+        }
+        let mut job = job(fine_tuned, base)?;
+        job.same = self.met_before(fine_tuned, base);
+        if job.same.is_some() {
+            job.delta = None;
+        }
+        let entry = store(&job, &self.options, self.jobs, &mut self.part.spool)?;
+        let kind = (fine_tuned.dtype, fine_tuned.dims);
+        self.lonely.count(fine_tuned.name, kind, fine_tuned.bytes.len() as u64, given);
+        self.part.entries.push(entry);
+        Ok(())
+    }
+
+    /// The earlier tensor with the same bytes, whose base has the same bytes too.
+    fn met_before(&mut self, ft: &Tensor<'_>, base: Option<&Tensor<'_>>) -> Option<String> {
+        const WORTH: usize = 4096;
+        if ft.bytes.len() < WORTH {
+            return None;
+        }
+        let base = base.map(|b| xxh3_128(b.bytes));
+        let key = (xxh3_128(ft.bytes), ft.dtype.to_owned(), ft.dims.to_vec());
+        match self.seen.get(&key) {
+            Some((name, earlier)) => (base.is_none() || base == *earlier).then(|| name.clone()),
+            None => {
+                self.seen.insert(key, (ft.name.to_owned(), base));
+                None
+            }
+        }
+    }
+
+    /// Note a base tensor that the fine-tune lacks.
+    pub fn removed(&mut self, name: &str) {
+        self.removed.push(name.into());
+    }
+
+    /// Write header and data to a temporary file beside the path, sync it and rename it.
+    ///
+    /// # Errors
+    /// `Io`; `Unsupported` for a header beyond the limit of safetensors. No file is left then.
+    pub fn finish(self) -> Result<Report> {
+        let contents = Contents { parts: vec![self.part], removed: self.removed, folder: false };
+        let report = contents.write(Destination::Path(&self.path))?;
+        Ok(Report { advice: self.lonely.advice(), ..report })
+    }
+}
+
+fn check_tensor(t: &Tensor<'_>) -> Result<()> {
+    let Some(bits) = dtype_bits(t.dtype) else { return Ok(()) };
+    let want = t.dims.iter().try_fold(bits, |a, &d| a.checked_mul(d as u64));
+    if want != Some(t.bytes.len() as u64 * 8) {
+        return Err(Error::invalid(format!("{} bytes are not {} {:?}", t.bytes.len(), t.dtype, t.dims)));
+    }
+    Ok(())
+}
+
+fn job<'a>(ft: &Tensor<'a>, base: Option<&Tensor<'a>>) -> Result<Job<'a>> {
+    let delta = match (base, Dtype::from_name(ft.dtype)) {
+        (Some(b), Some(dtype)) => {
+            let words = BaseWords { name: b.name, words: Words::Memory(b.bytes), digest: None };
+            Some((dtype, Shape::of_dims(ft.dims)?, words))
+        }
+        _ => None,
+    };
+    Job::new((ft.name, ft.dtype, ft.dims), Words::Memory(ft.bytes), delta)
+}
+
+/// Encode one tensor onto the spool with several threads.
+fn store(job: &Job<'_>, options: &PackOptions, jobs: usize, spool: &mut Spool) -> Result<Entry> {
+    let chunks = job.chunks;
+    let mut open = None;
+    ordered::in_order::<Scratch>(
+        ordered::threads(jobs),
+        chunks.count(),
+        |i, s| job.make(i, options, s),
+        |i, s| {
+            if i == 0 {
+                open = Some(job.open(options, spool)?);
+            }
+            open.as_mut().map_or(Ok(()), |o| o.take(i, spool, s))
+        },
+    )?;
+    open.ok_or_else(|| Error::internal("a tensor without pieces"))?.finish(spool)
+}
