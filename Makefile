@@ -126,7 +126,7 @@ bench-serving: $(INSTALLED) $(SMOLLM)
 lint: $(REQUIREMENTS)
 	$(CARGO) fmt --check
 	$(NICE) $(CARGO) clippy --locked --quiet --all-targets -- -D warnings
-	$(NICE) $(CARGO) clippy --locked --quiet --lib --features bridge -- -D warnings
+	$(NICE) $(CARGO) clippy --locked --quiet --lib --no-default-features --features bridge -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(NICE) $(CARGO) doc --locked --quiet --no-deps --lib
 	$(PY) -m ruff check $(PYTHON_LINTED)
 	$(PY) -m ruff format --check $(PYTHON_LINTED)

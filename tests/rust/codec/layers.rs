@@ -168,6 +168,9 @@ fn foreign_worlds_stay_behind_their_doors() {
     for (file, text) in source() {
         let cxx = text.contains("cxx::");
         assert!(!cxx || file == "src/ffi/bridge.rs", "cxx in {file}");
+        for crate_of_cli in ["clap", "indicatif", "tempfile"] {
+            assert!(!text.contains(crate_of_cli) || file.starts_with("src/bin/"), "{crate_of_cli} in {file}");
+        }
         assert!(!text.contains("cudarc") || file == "src/cuda/driver.rs", "libcuda in {file}");
         let intrinsics = text.contains("std::arch") || text.contains("core::arch");
         let detected = text.replace("std::arch::is_x86_feature_detected", "");
@@ -182,6 +185,22 @@ fn foreign_worlds_stay_behind_their_doors() {
     {
         let (file, text) = (name(&path), std::fs::read_to_string(&path).unwrap());
         assert!(!text.contains("#include <torch/") || file.starts_with("csrc/"), "torch in {file}");
+    }
+}
+
+/// Whoever depends on the library compiles nothing of the command line's: what only the binary uses is optional.
+#[test]
+fn the_library_needs_no_crate_of_the_command_line() {
+    let manifest = std::fs::read_to_string(root().join("Cargo.toml")).unwrap();
+    let needed = manifest.split("[dependencies]\n").nth(1).unwrap().split("\n[").next().unwrap();
+    let needed = needed.lines().filter(|l| l.contains('=') && !l.contains("optional = true"));
+    let needed: Vec<&str> = needed.filter_map(|l| l.split(' ').next()).filter(|n| !n.starts_with('#')).collect();
+    assert!(needed.len() > 5, "the manifest was not understood");
+    for name in needed {
+        let (path, macros) = (format!("{}::", name.replace('-', "_")), format!("{name}!"));
+        let library = source().into_iter().filter(|(f, _)| !f.starts_with("src/bin/"));
+        let users = library.filter(|(_, text)| text.contains(&path) || text.contains(&macros)).count();
+        assert!(users > 0, "the library does not use {name}: make it optional");
     }
 }
 
