@@ -33,11 +33,21 @@ pub enum Kind {
     Internal = 8,
 }
 
-/// An error: what kind, and a sentence for people.
+/// What a front end may add to the sentence in words of its own, such as the command that shows more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Hint {
+    /// The base is another one than the delta was made against. Digests tell bases apart.
+    OtherBase,
+}
+
+/// An error: what kind, a sentence for people, and what callers need to know of it without reading the sentence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error {
     kind: Kind,
     message: String,
+    subject: Option<String>,
+    hint: Option<Hint>,
 }
 
 macro_rules! constructors {
@@ -45,7 +55,7 @@ macro_rules! constructors {
         $(
             #[doc = concat!("An error of kind [`Kind::", stringify!($kind), "`].")]
             pub fn $name(message: impl Into<String>) -> Self {
-                Self { kind: Kind::$kind, message: message.into() }
+                Self { kind: Kind::$kind, message: message.into(), subject: None, hint: None }
             }
         )*
     };
@@ -73,7 +83,34 @@ impl Error {
         &self.message
     }
 
-    /// The same error with `what: ` in front, for instance the tensor's name.
+    /// The tensor that the error is about, where one was named by [`Error::of_tensor`].
+    pub fn subject(&self) -> Option<&str> {
+        self.subject.as_deref()
+    }
+
+    /// What a front end may add to the sentence.
+    pub fn hint(&self) -> Option<Hint> {
+        self.hint
+    }
+
+    /// The same error with a hint for front ends.
+    #[must_use]
+    pub fn with_hint(mut self, hint: Hint) -> Self {
+        self.hint = Some(hint);
+        self
+    }
+
+    /// The same error with the name of the tensor in front. An error that names a tensor already stays as it is: the tensor
+    /// that was at fault first is the one to look at.
+    #[must_use]
+    pub fn of_tensor(self, name: &str) -> Self {
+        if self.subject.is_some() {
+            return self;
+        }
+        Self { subject: Some(name.to_owned()), ..self.within(format_args!("tensor `{name}`")) }
+    }
+
+    /// The same error with `what: ` in front, for instance the path of the file.
     #[must_use]
     pub fn within(mut self, what: impl fmt::Display) -> Self {
         self.message = format!("{what}: {}", self.message);
@@ -107,4 +144,27 @@ fn remedy(kind: std::io::ErrorKind) -> Option<&'static str> {
         Io::ReadOnlyFilesystem => "write elsewhere",
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tensor_met_first_is_named_once_and_stays_the_subject() {
+        let e = Error::corrupt("is damaged");
+        assert_eq!((e.subject(), e.hint()), (None, None));
+        let e = e.of_tensor("a").within("file").of_tensor("b").within("folder");
+        assert_eq!((e.subject(), e.kind()), (Some("a"), Kind::Corrupt));
+        assert_eq!(e.message(), "folder: file: tensor `a`: is damaged");
+        // What a message looks like says nothing: this one is about no tensor yet.
+        let e = Error::mismatch("tensor `x` is like this").of_tensor("y");
+        assert_eq!((e.subject(), e.message()), (Some("y"), "tensor `y`: tensor `x` is like this"));
+    }
+
+    #[test]
+    fn a_hint_survives_what_is_put_in_front() {
+        let e = Error::mismatch("another").with_hint(Hint::OtherBase).of_tensor("a").within("file");
+        assert_eq!(e.hint(), Some(Hint::OtherBase));
+    }
 }

@@ -160,7 +160,7 @@ struct Scratch {
 
 impl Tensor<'_> {
     fn named(&self, e: Error) -> Error {
-        e.within(format_args!("tensor `{}`", self.info.name)).within(self.file.place.display())
+        e.of_tensor(&self.info.name).within(self.file.place.display())
     }
 
     fn measure(&self, threads: usize) -> Result<Sizes> {

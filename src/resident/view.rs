@@ -5,7 +5,7 @@ use crate::codec::word::{Word, with_word};
 use crate::codec::{
     Encoding, Entries, Exceptions, ExponentTile, Grid, RawTile, SparseTile, Tile, decode_tile, exponent,
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, Hint, Result};
 use crate::matrix::{Digest, Matrix};
 use std::ops::Range;
 use xxhash_rust::xxh3::xxh3_128;
@@ -248,7 +248,8 @@ impl<'a> Resident<'a> {
         Err(Error::mismatch(format!(
             "the delta was made against a base of digest {}, but this base has digest {found}",
             self.header.base_digest
-        )))
+        ))
+        .with_hint(Hint::OtherBase))
     }
 
     /// Full validation against its base: [`Self::check`], [`Self::check_digest`], and a decode of every tile whose

@@ -2,7 +2,7 @@
 
 use crate::print;
 use crate::progress::Bar;
-use xorz::error::{Error, Kind};
+use xorz::error::{Error, Hint, Kind};
 use xorz::package::{Progress, Report, Run};
 
 /// Options of every verb that takes a while.
@@ -38,17 +38,18 @@ pub(crate) enum Said {
     Nothing,
 }
 
-/// Why a verb failed: the exit code and the sentence.
+/// Why a verb failed: the exit code, the sentence, and what may be added to it.
 pub(crate) struct Failure {
     pub(crate) code: u8,
     pub(crate) text: String,
+    hint: Option<Hint>,
 }
 
 pub(crate) type Outcome = Result<Said, Failure>;
 
 impl From<Error> for Failure {
     fn from(e: Error) -> Self {
-        Self { code: exit_code(e.kind()), text: e.message().into() }
+        Self { code: exit_code(e.kind()), text: e.message().into(), hint: e.hint() }
     }
 }
 
@@ -65,7 +66,7 @@ fn exit_code(kind: Kind) -> u8 {
 impl Failure {
     /// What to do about it, where another base is what is wrong.
     pub(crate) fn or_another_base(mut self) -> Self {
-        if self.code == 1 && self.text.contains("digest") {
+        if self.hint == Some(Hint::OtherBase) {
             self.text +=
                 "; `xorz digest BASE` prints a base's digests, `xorz inspect PACKAGE --json` the wanted ones";
         }

@@ -118,8 +118,7 @@ fn compute(file: &SafeTensors, tensors: &[Tensor<'_>], run: &Run<'_>) -> Result<
             let i = next.fetch_add(1, Ordering::Relaxed);
             let Some(piece) = pieces.get(i) else { return };
             let t = &tensors[piece.tensor];
-            let made = leaves(file, t, piece, &mut room)
-                .map_err(|e| e.within(format_args!("tensor `{}`", t.info.name)));
+            let made = leaves(file, t, piece, &mut room).map_err(|e| e.of_tensor(&t.info.name));
             if made.is_err() {
                 next.store(pieces.len(), Ordering::Relaxed);
             }

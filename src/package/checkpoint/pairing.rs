@@ -55,7 +55,7 @@ pub(crate) fn pair<'a>(base: &'a Checkpoint, ft: &'a Checkpoint, prefix: Option<
             let found = match named {
                 Some(found) => Some(found),
                 None => similar(base, &file.tensors, t, by_shape.get(&(t.dtype.as_str(), t.dims.as_slice())))
-                    .map_err(|e| e.within(format_args!("tensor `{}`", t.name)))?,
+                    .map_err(|e| e.of_tensor(&t.name))?,
             };
             used.extend(found.map(|(_, b)| b.name.as_str()));
             lonely.count_info(t, found.map(|(_, b)| b));

@@ -324,7 +324,7 @@ impl SafeTensors {
             self.read_at(tensor.range.start, &mut out)?;
             Ok(out)
         };
-        read().map_err(|e: Error| e.within(format_args!("tensor `{}`", tensor.name)))
+        read().map_err(|e: Error| e.of_tensor(&tensor.name))
     }
 
     /// Offset of the data in the file.

@@ -168,7 +168,7 @@ pub(crate) fn header_text(metadata: &BTreeMap<String, String>, infos: &[TensorIn
 /// Refuse a name that belongs to the format.
 pub(crate) fn check_name(name: &str) -> Result<()> {
     if name.starts_with(record::RESERVED) || name == "__metadata__" {
-        return Err(Error::invalid("the name is reserved").within(format_args!("tensor `{name}`")));
+        return Err(Error::invalid("the name is reserved").of_tensor(name));
     }
     Ok(())
 }

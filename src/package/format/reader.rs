@@ -111,7 +111,7 @@ impl Package {
     /// The entry whose stored bytes are `e`'s: another one's for codec `same`.
     pub(crate) fn resolve<'a>(&'a self, e: &'a Entry) -> Result<&'a Entry> {
         let Some(name) = &e.same else { return Ok(e) };
-        let other = self.entry(name).map_err(|x| x.within(format_args!("tensor `{}`", e.name)))?;
+        let other = self.entry(name).map_err(|x| x.of_tensor(&e.name))?;
         if other.same.is_some() || (&other.dtype, &other.dims, other.bytes) != (&e.dtype, &e.dims, e.bytes) {
             return Err(Error::corrupt(format!(
                 "tensor `{}` is said to be `{name}`, which has another dtype or shape, or is no tensor of its own",
@@ -127,7 +127,7 @@ impl Package {
     /// As [`Package::entry`]; `Unsupported` for a tensor stored alone.
     pub fn base_of(&self, name: &str) -> Result<&record::BaseTensor> {
         let entry = self.resolve(self.entry(name)?)?;
-        entry.base.as_ref().ok_or_else(|| stored_alone().within(format_args!("tensor `{name}`")))
+        entry.base.as_ref().ok_or_else(|| stored_alone().of_tensor(name))
     }
 
     /// Names of base tensors that the fine-tune lacks.

@@ -2,7 +2,7 @@
 
 use super::container::TensorInfo;
 use super::record::Entry;
-use crate::error::Error;
+use crate::error::{Error, Hint};
 use crate::matrix::Digest;
 
 /// The error for asking a delta of a tensor that has no base.
@@ -16,6 +16,7 @@ pub(crate) fn another_base(name: &str, want: Digest, found: Digest) -> Error {
         "another base: it was packed against `{name}` of digest {want}, this one has digest {found}; give the base that \
          it was packed against"
     ))
+    .with_hint(Hint::OtherBase)
 }
 
 /// The error for a base without the tensor `name`.

@@ -89,7 +89,7 @@ impl<'a> Job<'a> {
     }
 
     fn named(&self, e: Error) -> Error {
-        e.within(format_args!("tensor `{}`", self.name))
+        e.of_tensor(self.name)
     }
 
     /// How it is stored: found by the first thread that asks.

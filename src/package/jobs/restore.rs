@@ -102,7 +102,7 @@ impl<'a> Restore<'a> {
     }
 
     fn named(&self, e: Error) -> Error {
-        e.within(format_args!("tensor `{}`", self.entry.name))
+        e.of_tensor(&self.entry.name)
     }
 
     /// What is stored, opened and compared with its digest by the first thread that asks.

@@ -58,9 +58,7 @@ impl Package {
 
     /// What `work` makes of the entry that tensor `name` is stored in. Errors name the tensor.
     fn of_tensor<T>(&self, name: &str, work: impl FnOnce(&Entry) -> Result<T>) -> Result<T> {
-        work(self.resolve(self.entry(name)?)?).map_err(|e| {
-            if e.message().starts_with("tensor `") { e } else { e.within(format_args!("tensor `{name}`")) }
-        })
+        work(self.resolve(self.entry(name)?)?).map_err(|e| e.of_tensor(name))
     }
 
     /// The resident delta of `entry`: as it is stored, or encoded again on `base`.

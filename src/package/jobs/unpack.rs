@@ -368,7 +368,7 @@ pub(crate) fn restore_on<'a>(
 }
 
 fn named(e: Error, entry: &Entry) -> Error {
-    e.within(format_args!("tensor `{}`", entry.name))
+    e.of_tensor(&entry.name)
 }
 
 /// Names, dtypes and shapes of package and fine-tune are the same.

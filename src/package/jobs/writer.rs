@@ -76,7 +76,7 @@ impl Writer {
         [Some(fine_tuned), base]
             .into_iter()
             .flatten()
-            .try_for_each(|t| check_tensor(t).map_err(|e| e.within(format_args!("tensor `{}`", t.name))))?;
+            .try_for_each(|t| check_tensor(t).map_err(|e| e.of_tensor(t.name)))?;
         if self.part.entries.iter().any(|e| e.name == fine_tuned.name) {
             return Err(Error::invalid(format!("tensor `{}` was added twice", fine_tuned.name)));
         }

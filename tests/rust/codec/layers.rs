@@ -194,13 +194,28 @@ fn the_library_needs_no_crate_of_the_command_line() {
     let manifest = std::fs::read_to_string(root().join("Cargo.toml")).unwrap();
     let needed = manifest.split("[dependencies]\n").nth(1).unwrap().split("\n[").next().unwrap();
     let needed = needed.lines().filter(|l| l.contains('=') && !l.contains("optional = true"));
-    let needed: Vec<&str> = needed.filter_map(|l| l.split(' ').next()).filter(|n| !n.starts_with('#')).collect();
+    let needed: Vec<&str> =
+        needed.filter_map(|l| l.split(' ').next()).filter(|n| !n.starts_with('#')).collect();
     assert!(needed.len() > 5, "the manifest was not understood");
     for name in needed {
         let (path, macros) = (format!("{}::", name.replace('-', "_")), format!("{name}!"));
         let library = source().into_iter().filter(|(f, _)| !f.starts_with("src/bin/"));
         let users = library.filter(|(_, text)| text.contains(&path) || text.contains(&macros)).count();
         assert!(users > 0, "the library does not use {name}: make it optional");
+    }
+}
+
+/// Messages are for people. What code needs to know of an error is a field of it: its kind, subject or hint.
+#[test]
+fn no_code_branches_on_the_text_of_an_error() {
+    let reads = ["message()", "e.to_string()", ".text"];
+    let asks = [".contains(", ".starts_with(", ".ends_with(", ".find(", ".matches(", "==", "!="];
+    for (file, text) in source() {
+        let code: String = text.split("mod tests").next().unwrap().split_whitespace().collect();
+        for (read, ask) in reads.iter().flat_map(|r| asks.map(|a| (r, a))) {
+            let branches = code.contains(&format!("{read}{ask}"));
+            assert!(!branches, "{file} asks what an error says: {read}{ask}");
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Promise: every error that a newcomer meets says in one line what is wrong and what to do, and ends with its exit code.
 
 use crate::common::data::{Rng, perturbed};
-use crate::common::disk::{command, complaint, done, refused, run, safetensors};
+use crate::common::disk::{command, complaint, done, refused, run, safetensors, xorz};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
@@ -77,6 +77,14 @@ fn wrong_base() {
         1,
         &["no tensor `w`", "give the base that it was packed against"],
     );
+    // Digests are spoken of where they tell the bases apart, and not because a name sounds like it.
+    one(d, "named", "digest", "BF16", vec![1; 128 * 256]);
+    one(d, "empty", "digest", "BF16", vec![0; 128 * 256]);
+    done(d, &["pack", "empty", "named", "-o", "r"]);
+    let out = xorz(d, &["unpack", "names", "r", "-o", "q"]);
+    let text = complaint(&out);
+    assert_eq!(out.status.code(), Some(1), "{text}");
+    assert!(text.contains("no tensor `digest`") && !text.contains("xorz digest BASE"), "{text}");
     refused(d, &["unpack", "p", "base", "-o", "q"], 2, &["p: is a xorz package, not a checkpoint"]);
     refused(d, &["inspect", "base"], 3, &["not a xorz package", "`xorz pack BASE FINE_TUNED` makes one"]);
     // A package is made, and its maker told that it is none worth having.
