@@ -59,14 +59,22 @@ fn named(text: &str) -> Vec<&str> {
     text.split('`').skip(1).step_by(2).filter(looks_like_one).collect()
 }
 
-/// The targets of links into this repository.
-fn linked(text: &str) -> Vec<&str> {
+/// The targets of links into this repository: a file, and a heading in it if one is named.
+fn linked(text: &str) -> Vec<(&str, Option<&str>)> {
     text.split("](")
         .skip(1)
         .filter_map(|rest| rest.split_once(')').map(|(target, _)| target))
-        .map(|target| target.split('#').next().unwrap_or(""))
-        .filter(|target| !target.is_empty() && !target.contains("://"))
+        .filter(|target| !target.contains("://"))
+        .map(|target| target.split_once('#').map_or((target, None), |(file, heading)| (file, Some(heading))))
         .collect()
+}
+
+/// The anchors of a page's headings, as GitHub makes them.
+fn anchors(text: &str) -> Vec<String> {
+    let keep = |c: &char| c.is_alphanumeric() || "-_ ".contains(*c);
+    let anchor =
+        |heading: &str| heading.to_lowercase().chars().filter(keep).collect::<String>().replace(' ', "-");
+    text.lines().filter(|l| l.starts_with('#')).map(|l| anchor(l.trim_start_matches('#').trim())).collect()
 }
 
 #[test]
@@ -75,13 +83,18 @@ fn every_file_that_a_document_names_exists() {
     for document in documents() {
         let text = prose(&read(&document));
         let home = root().join(Path::new(&document).parent().unwrap());
-        // `tests/README.md` names files from its own folder on, the others from the root on. A link starts at its file.
-        let names = named(&text).into_iter().map(|n| (n, [root().join(n), home.join(n)]));
-        let links = linked(&text).into_iter().map(|l| (l, [home.join(l), home.join(l)]));
-        for (name, places) in names.chain(links) {
+        // `tests/README.md` names files from its own folder on, the others from the root on.
+        for name in named(&text) {
             seen += 1;
-            if !places.iter().any(|p| p.exists()) {
+            if !root().join(name).exists() && !home.join(name).exists() {
                 missing.push(format!("{document}: {name}"));
+            }
+        }
+        for (link, heading) in linked(&text) {
+            let target = if link.is_empty() { root().join(&document) } else { home.join(link) };
+            let has = |h| std::fs::read_to_string(&target).is_ok_and(|t| anchors(&t).iter().any(|a| a == h));
+            if !target.exists() || !heading.is_none_or(has) {
+                missing.push(format!("{document}: {link}, heading {heading:?}"));
             }
         }
     }
