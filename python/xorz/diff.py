@@ -51,7 +51,7 @@ class StateDelta:
         return sum(t.nbytes for t in (*self.deltas.values(), *self.alone.values()))
 
     def __repr__(self) -> str:
-        """Counts and sizes."""
+        """How many tensors changed, and how many bytes the delta takes."""
         counts = f"{len(self.deltas)} changed, {len(self.unchanged)} unchanged"
         for what in ("ties", "alone", "removed"):
             count = len(getattr(self, what))

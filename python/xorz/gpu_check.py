@@ -126,7 +126,7 @@ def fine_tune(base: Tensor, encoding: str, share: float = 0.05, seed: int = 1) -
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """`bfloat16`."""
+    """The name of a dtype without its module, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -98,7 +98,7 @@ class Versions:
         return self._step(number, versions[number - 1]["digest"])
 
     def __repr__(self) -> str:
-        """Folder, number and sizes."""
+        """The folder, the number of versions, and the bytes that they take."""
         versions = self._read()
         total = sum(v["bytes"] for v in versions)
         return f"Versions({str(self.folder)!r}; versions 0 to {len(versions)}, {total:,} bytes of steps)"

@@ -25,7 +25,7 @@ class Prepared:
     """What one tenant changes: deltas and dense values by site and parameter."""
 
     def __init__(self) -> None:
-        """Nothing."""
+        """Begin with no change at all; `prepare` adds what it finds."""
         self.deltas: list[tuple[Site, str, Tensor]] = []
         self.values: list[tuple[Site, str, Tensor]] = []
         self.alone = False

@@ -26,7 +26,7 @@ class Owner(Protocol):
     lock: Any
 
     def now(self) -> RowMap | None:
-        """The active map."""
+        """The map of rows that is active in this thread or task, or None."""
 
     def rows(self, site: "Site") -> RowMap | None:
         """The active map, for a module that is called."""
@@ -57,7 +57,7 @@ class Site:
     """
 
     def __init__(self, owner: Owner, name: str, module: nn.Module, kind: str) -> None:
-        """Serves nothing yet."""
+        """A site of `module` that no tenant has changed yet."""
         self.owner, self.name, self.kind = owner, name, kind
         self.original = type(module)
         self.is_leaf = not module._modules
@@ -89,7 +89,7 @@ class Site:
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As `__deepcopy__`."""
+        """An attached model cannot be copied or pickled."""
         return self.__deepcopy__(None)
 
     def full(self, param: str) -> str:
@@ -113,7 +113,7 @@ class Site:
         self._changes += 1
 
     def drop(self, slot: int) -> None:
-        """Forget a slot."""
+        """Forget everything that the tenant in `slot` changed here."""
         for param, pieces in self.pieces.items():
             if pieces.pop(slot, None) is not None:
                 self.deltas.pop((param, slot), None)

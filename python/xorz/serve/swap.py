@@ -172,7 +172,7 @@ def shroud(sites: list[tuple[Site, nn.Module]]) -> list[Tensor]:
 
 
 def unshroud(tensors: list[Tensor]) -> None:
-    """Undo `shroud`."""
+    """Undo `shroud`: each object is the base's own tensor again."""
     for tensor in tensors:
         _exchange(tensor, tensor.base)
 
@@ -387,7 +387,7 @@ def _width(module: nn.Module, site: Site) -> int | None:
 
 
 def restore_class(module: nn.Module) -> None:
-    """Undo `swap` and `swap_method`."""
+    """Undo `swap` and `swap_method`: the module has its own class and forward again."""
     module.__class__ = _plain(module)
     own = module.__dict__.get("forward")
     if hasattr(own, "_xorz_inner"):

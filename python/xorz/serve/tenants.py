@@ -65,7 +65,7 @@ class Tenants:
         budget: int | str | None,
         max_copies: int | str | None = None,
     ) -> None:
-        """See `attach`."""
+        """Attach `model`, for which `xorz.attach` is the door; the arguments are those of `attach`."""
         if default not in (None, "base"):
             raise ValueError(f'default must be "base" or None, but is {default!r}')
         if mode not in ("fast", "deterministic", "exact"):
@@ -455,7 +455,7 @@ class Tenants:
             return "\n".join(lines)
 
     def __repr__(self) -> str:
-        """Counts and sizes."""
+        """How many tenants are loaded and resident, and the bytes of base, deltas and copies."""
         memory = self.memory()
         return (
             f"Tenants({len(self._tenants)} loaded, {len(self._slots)} in memory, {len(self.sites)} modules; "
@@ -492,7 +492,7 @@ class Tenants:
 
 
 class _Stream:
-    """See `Tenants.stream`."""
+    """An iterator whose tenant is active during each of its steps; made by `Tenants.stream`."""
 
     def __init__(self, owner: Tenants, name: Any, iterator: Any, dim: int) -> None:
         self._owner, self._name, self._iterator, self._dim = owner, name, iterator, dim
@@ -511,7 +511,7 @@ class _Stream:
 
 
 class _LaterStream:
-    """See `Tenants.stream`."""
+    """An asynchronous iterator whose tenant is active during each of its steps; made by `Tenants.stream`."""
 
     def __init__(self, owner: Tenants, name: Any, iterator: Any, dim: int) -> None:
         self._owner, self._name, self._iterator, self._dim = owner, name, iterator, dim

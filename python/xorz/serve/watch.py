@@ -12,7 +12,7 @@ class Watch:
     """What an attached model was made of, compared at each `use`."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Nothing to compare yet."""
+        """Watch `model`; there is nothing to compare with before `begin`."""
         self._model = model
         self._tensors: list[tuple[Tensor, int, int, str]] = []
         self._objects: list[tuple[dict[str, Any], str, Any, str]] = []

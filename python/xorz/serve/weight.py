@@ -69,7 +69,7 @@ class Weight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See the module's docs."""
+        """Compute an op on base + delta where it is known, on dense values where not; see this module's text."""
         kwargs = kwargs or {}
         if func in _ASKED:
             args, kwargs = tree_map(plain, (args, kwargs))
@@ -106,14 +106,14 @@ class Weight(Tensor):
         return self._values(slot)
 
     def turned(self) -> "Weight":
-        """The transposed matrix."""
+        """The transposed matrix, as an object of the same kind."""
         site, param, turned = self.matrix
         out = Weight._made(self.base.t(), self.places, lambda slot: self.dense(slot).t())
         out.matrix = (site, param, not turned)
         return out
 
     def full(self) -> str:
-        """Its name, for messages."""
+        """Its full name in the model, for messages."""
         site, param = self.places[0]
         return site.full(param)
 
@@ -128,7 +128,7 @@ class Weight(Tensor):
         self.places[0][0].__deepcopy__(None)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As `__deepcopy__`."""
+        """An attached model cannot be copied or pickled."""
         self.places[0][0].__deepcopy__(None)
 
 

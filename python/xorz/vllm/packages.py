@@ -86,7 +86,7 @@ class Checkpoint:
                     self._open[key] = file
 
     def __getitem__(self, name: str) -> Tensor:
-        """A tensor's words."""
+        """The words of the tensor `name`, mapped from its file."""
         return self._open[name].get_tensor(name)
 
 

@@ -29,7 +29,7 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
+        """Rows and columns of the rectangle, which are the same on both sides."""
         return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
 
 
