@@ -10,7 +10,7 @@
 
 namespace xorz {
 
-// `indices` are int64 and in a row; the tensors keep alive what `tenancy` points to, the arena apart.
+// `indices` are int64 and contiguous. The tensors keep alive what `tenancy` points to, except for the arena.
 struct LookupOperands {
   Tensor indices;
   Words weight;

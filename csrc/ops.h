@@ -53,7 +53,7 @@ Tensor exact_linear(const Checks& checks, const Tensor& input, size_t m, const W
                     const std::optional<Tensor>& bias, rust::Slice<const uint8_t> delta,
                     torch::headeronly::ScalarType type);
 
-// Refuses what aten::linear gave under autocast with another dtype.
+// Refuses the result of aten::linear if autocast gave it another dtype.
 void check_not_autocast(const Checks& checks, const Tensor& product, torch::headeronly::ScalarType type);
 
 }  // namespace xorz
