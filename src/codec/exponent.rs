@@ -21,12 +21,12 @@ use super::{Entries, Exceptions};
 use crate::error::{Error, Result};
 use crate::matrix::Dtype;
 
-/// Lanes of a step.
+/// Lanes of a step: 32 columns side by side.
 pub const LANES: usize = 32;
 /// Classes of base words.
 pub const CLASSES: usize = 32;
 
-/// One tile.
+/// The bytes of one tile, as they are stored.
 #[derive(Clone, Copy, Debug)]
 pub struct ExponentTile<'a> {
     /// Bits by class of the base word; at most the word's bits (checked when the view is made).
@@ -87,7 +87,7 @@ pub struct Decoder<'a, W: Word> {
 }
 
 impl<'a, W: Word> Decoder<'a, W> {
-    /// At the tile's first word.
+    /// A decoder that stands at the tile's first word.
     pub fn new(tile: &ExponentTile<'a>, dtype: Dtype) -> Self {
         Self {
             widths: tile.widths,
@@ -123,7 +123,7 @@ impl<'a, W: Word> Decoder<'a, W> {
         Ok(())
     }
 
-    /// After the tile's last word.
+    /// To be called after the tile's last word: checks that the stream ends there.
     ///
     /// # Errors
     /// `Corrupt` if units are left over.
@@ -187,7 +187,7 @@ struct Lanes<'a, W: Word> {
     place: [usize; LANES],
     /// The open unit's bits so far.
     open: [u64; LANES],
-    /// How many; `W::BITS` before the first unit.
+    /// How many bits the open unit has; `W::BITS` before the first unit.
     used: [u32; LANES],
     word: std::marker::PhantomData<W>,
 }
@@ -198,7 +198,7 @@ impl<'a, W: Word> Lanes<'a, W> {
         Self { units, place: [usize::MAX; LANES], open: [0; LANES], used: [W::BITS; LANES], word }
     }
 
-    /// Append the `width` low bits of `value`, which has no others.
+    /// Append the `width` low bits of `value`, whose other bits are zero.
     #[inline]
     fn put(&mut self, lane: usize, value: u64, width: u32) {
         let used = self.used[lane];

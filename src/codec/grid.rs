@@ -44,9 +44,9 @@ impl Rect {
 }
 
 impl Grid {
-    /// Rows of a `sparse` tile, always: one SIMD lane a row.
+    /// Rows of every `sparse` tile: one SIMD lane per row.
     pub const LANES: usize = 16;
-    /// Words of a tile at most, so that a position fits 16 bits.
+    /// The most words of a tile, so that a position fits 16 bits.
     pub const MAX_WORDS: usize = 1 << 16;
     /// Narrowest tile.
     pub const MIN_COLS: usize = 256;

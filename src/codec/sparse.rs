@@ -160,7 +160,7 @@ impl<W: Word> Builder<W> {
         self.lanes.iter_mut().for_each(Vec::clear);
     }
 
-    /// The changes of row `r`, once a row: column, base, fine_tuned.
+    /// The changes of row `r` (column, base word, fine-tuned word); to be called once per row.
     #[inline]
     pub(crate) fn row(
         &mut self,

@@ -1,12 +1,12 @@
 //! `delta_embedding`: rows of fine-tuned tables, looked up one by one. No table is restored, and no tile that no row needs
 //! is read.
 //!
-//! What a row costs is its encoding's doing. `sparse`: the base's row, and the row's own lane of each of its tiles: a
+//! What a row costs depends on its encoding. `sparse`: the base's row, and the row's own lane of each of its tiles: a
 //! fourth to a sixth of the time that the whole band of 16 rows takes (576 columns, 3 % changed, Zen 3 under load).
 //! `raw`: a copy. `exponent`: lanes
 //! carry bits from row to row, so a band is decoded from its first row to the last one needed, once for all rows of the
-//! tenant in it. Rows are shared out to threads in pieces of [`PIECE`] bytes, or by band. At most one row of a tile in
-//! scratch a thread, and 32 bytes a row of the batch to sort them.
+//! tenant in it. Rows are shared out to threads in pieces of [`PIECE`] bytes, or by band. Scratch is at most one
+//! row of a tile per thread, and 32 bytes per row of the batch to sort them.
 
 use super::arena::{Arena, Tenants};
 use super::job::check_words;
@@ -26,7 +26,7 @@ use crate::vector::simd::Simd;
 use crate::vector::tile::{Change, Sums, Xor};
 use std::sync::Mutex;
 
-/// Bytes of looked-up rows that are worth a thread's attention, for encodings that patch row by row.
+/// Bytes of looked-up rows that are worth a task, for encodings that patch row by row.
 const PIECE: usize = 32 << 10;
 
 /// What [`delta_embedding`] looks up.

@@ -106,7 +106,7 @@ impl<'a, D: Float> Stream<'a, D> {
         done
     }
 
-    /// After the last word.
+    /// To be called after the last word: checks that the stream ends there.
     pub(super) fn finish(self) -> Result<()> {
         if self.next < self.exceptions.len() {
             return Err(misplaced(self.exceptions.get(self.next).0));

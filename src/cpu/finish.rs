@@ -1,4 +1,4 @@
-//! Totals on their way out: bias, rounding, and what becomes of those that are not finite.
+//! From totals to outputs: add the bias, round, and compute outputs again that are not finite.
 
 #![allow(clippy::needless_range_loop, reason = "arrays indexed in step are what becomes vector instructions")]
 
@@ -12,7 +12,7 @@ use crate::vector::float::Float;
 use crate::vector::simd::{Kernel, LANES, Simd};
 
 impl<D: Float> Job<'_, D> {
-    /// Bias, rounding, and the way out; band by band, so that a band with non-finite outputs is done again.
+    /// Add the bias, round and write the outputs, band by band, so that a band with non-finite outputs can be done again.
     pub(super) fn finish<S: Simd>(
         &self,
         s: S,
@@ -69,7 +69,7 @@ impl<D: Float> Job<'_, D> {
     }
 }
 
-/// At most sixteen totals on their way out. Gives whether all are finite.
+/// Round and write at most sixteen totals. Returns whether all are finite.
 struct Out<'a, D: Float> {
     sums: &'a [f32],
     bias: Option<&'a [u8]>,

@@ -38,7 +38,8 @@ const STRIP: usize = 1024;
 /// f32 sums, one rounding at the end, outputs that are not finite in f32 computed again in f64; no dense matrix.
 ///
 /// # Errors
-/// As [`delta_linear`](super::delta_linear).
+/// `Mismatch` where base, delta, `grad` and `out` do not fit; `Unsupported` for a dtype that does not compute;
+/// `InvalidArgument` for a misaligned `out`; `Corrupt` or `Truncated` for bad delta bytes, `out` then holds unspecified words.
 pub fn delta_linear_grad_input(
     grad: &[u8],
     m: usize,
@@ -80,7 +81,7 @@ pub fn delta_linear_grad_input_on(
 pub(super) struct Job<'a, D: Float> {
     pub(super) grad: &'a [u8],
     pub(super) base: Matrix<'a>,
-    /// Which row of `grad` and of `out` is at each place; as they are if none.
+    /// Which row of `grad` and of `out` is at each place; None: row i is at place i.
     pub(super) order: Option<&'a [usize]>,
     pub(super) out: &'a [D::Shared],
 }
@@ -115,7 +116,7 @@ struct Strip<'a> {
     columns: Range<usize>,
     m0: usize,
     m: usize,
-    /// Whose rows they are.
+    /// The segments, one per tenant, that the rows belong to.
     segments: &'a [Segment<'a>],
 }
 
@@ -267,7 +268,7 @@ impl<D: Float> Job<'_, D> {
         }
     }
 
-    /// Rounding, and the way out.
+    /// Round the sums and write them.
     fn finish<S: Simd>(&self, s: S, strip: &Strip<'_>, sc: &mut Scratch) -> Result<()> {
         let (k, columns) = (self.base.shape().k, &strip.columns);
         let mut again = 0u16;
@@ -343,7 +344,7 @@ fn entries<S: Simd, D: Float>(
         return Err(Error::corrupt(format!("{} records in one tile", tile.records)));
     }
     let from = (strip.columns.start - rect.c0) as u32;
-    // Lanes beyond the strip's rows hold nothing.
+    // Lanes beyond the strip's rows are not used.
     let lanes = if lanes.len() == strip.m { 0..LANES } else { lanes };
     let entries = OuterEntries::<D> { tile, g, sums, from, rows: rect.rows(), lanes, dtype: PhantomData };
     let largest = s.run(entries);

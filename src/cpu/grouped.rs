@@ -20,7 +20,7 @@ use std::ops::Range;
 pub struct Biases<'a> {
     /// `[slots + 1, n]` words of the base's dtype, the base's last; any alignment.
     pub bytes: &'a [u8],
-    /// Bytes from row to row; 0 where all are one.
+    /// Bytes from one row to the next; 0 where all rows are the same one.
     pub stride: usize,
 }
 
@@ -135,7 +135,8 @@ pub struct GroupedGradArgs<'a> {
 /// bits that it gives for row i of grad with row i's tenant.
 ///
 /// # Errors
-/// As [`delta_linear_grouped`].
+/// `InvalidArgument` for a slot outside of the arena or a tenant that does not exist; `Mismatch` where base, a used delta, `grad`
+/// and `out` do not fit; `Unsupported` for a dtype that does not compute; `Corrupt` or `Truncated` for bad delta bytes.
 pub fn delta_linear_grouped_grad_input(
     args: &GroupedGradArgs<'_>,
     out: &mut [u8],
@@ -175,7 +176,7 @@ fn deltas<'a>(
     groups.iter().map(|(slot, _)| slot.map_or(Ok(None), |slot| arena.delta(slot, base))).collect()
 }
 
-/// The rows of a batch, way after way and tenant after tenant: which row is at each place, and whose places are whose.
+/// The rows of a batch, way after way and tenant after tenant: which row is at each place, and which places belong to which tenant.
 fn segments<'a>(
     base: &Matrix<'a>,
     tenants: &Tenants<'_>,

@@ -1,4 +1,4 @@
-//! Scratch memory: per thread, reused, bounded. No op takes more than [`LIMIT`] bytes a thread, whatever m, n and k:
+//! Scratch memory: per thread, reused, bounded. No op takes more than [`LIMIT`] bytes per thread, whatever m, n and k:
 //! every buffer's size follows from a tile (at most 65536 words, 4096 columns) and a block of rows of x.
 
 use super::counters;
@@ -22,9 +22,9 @@ pub(crate) struct Scratch {
     pub(crate) words: Buffer<u64>,
     /// Sums of the decode path.
     pub(crate) wide: Buffer<f64>,
-    /// Which x `split` holds: call, first place, first and last column.
+    /// Which part of x `split` holds: number of the call, first place, first and last column.
     pub(crate) split_holds: Option<(u64, usize, usize, usize)>,
-    /// The same of `entries`.
+    /// Which part of x `entries` holds.
     pub(crate) entries_hold: Option<(u64, usize, usize, usize)>,
 }
 

@@ -36,7 +36,7 @@ impl Words {
     }
 }
 
-/// Rows of a batch, many tenants': device memory.
+/// The tenants of a batch: addresses of device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rows {
     /// `[slots, 2]` i64: offset and length in bytes of each slot's delta.
@@ -62,7 +62,7 @@ pub struct Linear {
     pub bias_stride: usize,
     /// The delta, or the arena of all deltas.
     pub arena: u64,
-    /// Bytes of it.
+    /// Bytes of the arena.
     pub arena_bytes: usize,
     /// None: `arena` is the delta of every row, and `biases` is one row.
     pub rows: Option<Rows>,
@@ -81,14 +81,15 @@ pub struct Lookup {
     pub weight: Words,
     /// The memory of all deltas.
     pub arena: u64,
-    /// Bytes of it.
+    /// Bytes of the arena.
     pub arena_bytes: usize,
-    /// Whose each row is.
+    /// The tenant of each row.
     pub rows: Rows,
 }
 
 impl Rows {
-    /// To the kernels no address of slots means that there is but one delta. Of no slots they read none, wherever they are.
+    /// What the kernels get as the address of slots. A null address would mean that there is only one delta, so a table of no
+    /// slots gets another one, which is never read.
     fn named(self) -> Self {
         Self { slots: self.slots.max(SLOT_ALIGN), ..self }
     }
@@ -114,7 +115,7 @@ impl Linear {
     /// Bytes of device memory that [`delta_linear`] works in, aligned to 16; 0 is none. No address is looked at.
     ///
     /// # Errors
-    /// As [`delta_linear`]'s own about dtype and sizes.
+    /// `Unsupported` for a dtype that does not compute or for too many rows, slots or words.
     pub fn workspace_bytes(&self) -> Result<usize> {
         Ok(match self.plan()? {
             Product::Large(large) => large.workspace_bytes,
@@ -122,7 +123,7 @@ impl Linear {
         })
     }
 
-    /// What the kernels take, but for what is written.
+    /// The parameters that are read; those that are written are filled in by the launch.
     fn params(&self) -> params::Linear {
         let rows = self.rows.map_or(Rows { slots: 0, slot_count: 0, tenant_of_row: 0 }, Rows::named);
         let Shape { n, k } = self.weight.shape;

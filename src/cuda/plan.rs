@@ -13,7 +13,7 @@ pub const MOST_BLOCKS: (u32, u32) = (i32::MAX as u32, 65535);
 pub const PANEL: usize = 16;
 /// Rows of W of a tile of the large product.
 pub const LARGE_W_ROWS: usize = 64;
-/// Its blocks that a multiprocessor holds at once.
+/// How many of its blocks a multiprocessor holds at once.
 const LARGE_BLOCKS: u32 = 2;
 /// Alignment of its workspace.
 pub const WORKSPACE_ALIGN: u64 = 16;
@@ -73,7 +73,7 @@ impl Entry {
     }
 }
 
-/// One launch of [`THREADS`] threads a block.
+/// One launch, with [`THREADS`] threads per block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch {
     /// The kernel.
@@ -82,7 +82,7 @@ pub struct Launch {
     pub grid: (u32, u32),
 }
 
-/// What of a product decides how it is computed.
+/// The facts about a product that decide how it is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rows {
     /// Rows of x.
@@ -96,7 +96,7 @@ pub struct Rows {
 /// How a product is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Product {
-    /// Nothing comes out.
+    /// No output exists, so that nothing is launched.
     Nothing,
     /// One kernel, which reads the base once for each block of rows of x.
     Small(Small),
@@ -104,7 +104,7 @@ pub enum Product {
     Large(Large),
 }
 
-/// Launches of `linear_small`: all rows of x, so many at a time.
+/// Launches of `linear_small`, which together compute all rows of x.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Small {
     entry: Entry,
@@ -159,7 +159,7 @@ impl Large {
     }
 }
 
-/// Rows of x of a tile of `linear_large`: of words of four bytes (`wide`), and of two.
+/// Rows of x of a tile of `linear_large`, for words of four bytes (`wide`) and of two.
 pub const fn large_rows(wide: bool) -> usize {
     if wide { 64 } else { 128 }
 }
@@ -198,7 +198,7 @@ pub fn restore(apply: bool, dtype: Dtype, shape: Shape) -> Result<Launch> {
     Ok(Launch { entry, grid: (blocks.clamp(1, MOST_BLOCKS.0 as usize) as u32, 1) })
 }
 
-/// The launch of `delta_embedding` of `m` rows of a table of `dtype`, a block each 4096 columns; None where nothing comes out.
+/// The launch of `delta_embedding` of `m` rows of a table of `dtype`, one block per 4096 columns; None where nothing comes out.
 ///
 /// # Errors
 /// `Unsupported` for a table that is too large, or too many rows or slots.

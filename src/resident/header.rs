@@ -60,9 +60,9 @@ pub(crate) struct Layout {
     pub directory: Range<usize>,
     /// Records, units or words.
     pub payload: Range<usize>,
-    /// Of layout 1.
+    /// Entries; empty in layout 0.
     pub entries: Listing,
-    /// Words that override.
+    /// Exceptions: words that override everything else.
     pub exceptions: Listing,
     /// Bytes of the whole delta.
     pub total: usize,
@@ -73,9 +73,9 @@ pub(crate) struct Layout {
 pub(crate) struct Listing {
     /// `tiles + 1` u32: the first one of each tile.
     pub directory: Range<usize>,
-    /// u16 each.
+    /// Positions in the tile, one u16 each.
     pub positions: Range<usize>,
-    /// One word each.
+    /// One word for each position: a difference or a fine-tuned word.
     pub words: Range<usize>,
 }
 

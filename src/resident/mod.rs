@@ -24,7 +24,7 @@ pub use plan::Plan;
 pub use regions::{concat, slice};
 pub use view::{Resident, restore, restore_rows};
 
-// What the fast encoders of `cpu` share with the plain ones here.
+// What the fast encoders of `vector` share with the plain ones here.
 pub(crate) use estimate::{Count, Oracle, estimate_by};
 pub(crate) use piece::Region;
 pub(crate) use widths::Need;

@@ -41,7 +41,7 @@ impl Listed {
         self.words.clear();
     }
 
-    /// Append a tile's: position, word.
+    /// Append what one tile stores apart: its positions and words.
     fn list<W: Word>(&mut self, all: &[(u16, u64)]) {
         // A tile has at most 65536 words, and two entries for each at most.
         self.counts.push(all.len() as u32);
@@ -51,7 +51,7 @@ impl Listed {
         }
     }
 
-    /// Append a tile's that are already encoded.
+    /// Append what one tile stores apart, already encoded.
     fn copy(&mut self, positions: &[u8], words: &[u8]) {
         self.counts.push((positions.len() / 2) as u32);
         self.positions.extend_from_slice(positions);

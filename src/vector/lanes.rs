@@ -33,7 +33,7 @@ const MOST: usize = STEP * 4;
 pub(crate) struct Bits<W> {
     /// The bits, the next one lowest, none above those held.
     pub(crate) bits: [W; STEP],
-    /// How many.
+    /// How many bits are held.
     pub(crate) held: [W; STEP],
 }
 
@@ -162,14 +162,14 @@ pub(crate) struct Decoder<'a, W: Lane> {
     lanes: Bits<W>,
     /// What is left of the stream, as long as that is no less than what a step may take.
     stream: &'a [u8],
-    /// From then on: the stream's end and zeros, which a step may read,
+    /// What is read after that: the end of the stream, followed by zeros, which a step may read,
     tail: [u8; 2 * MOST],
     /// and how far it is used, and where the zeros begin.
     left: Option<(usize, usize)>,
 }
 
 impl<'a, W: Lane> Decoder<'a, W> {
-    /// At the tile's first word.
+    /// A decoder that stands at the tile's first word.
     pub(crate) fn new(tile: &ExponentTile<'a>, dtype: Dtype) -> Self {
         Self {
             code: Code { widths: tile.widths, shift: mantissa_bits(dtype) },
@@ -228,7 +228,7 @@ impl<'a, W: Lane> Decoder<'a, W> {
         done.words
     }
 
-    /// After the tile's last word.
+    /// To be called after the tile's last word: checks that the stream ends there.
     ///
     /// # Errors
     /// `Corrupt` if units are left over.

@@ -31,7 +31,7 @@ pub(crate) const SLACK: usize = 5 * STEP;
 pub(crate) trait Packer: Copy + Send + Sync + 'static {
     /// Add to each lane the bits that the words of a row take.
     fn sums16(self, code: Code<'_>, base: &[u8], sums: &mut [u16; STEP]);
-    /// The same of 32-bit words.
+    /// The same for 32-bit words.
     fn sums32(self, code: Code<'_>, base: &[u8], sums: &mut [u32; STEP]);
 
     /// Pack a row's words from the last to the first: units end up in their order, below what was packed before.
@@ -45,7 +45,7 @@ pub(crate) trait Packer: Copy + Send + Sync + 'static {
         out: &mut [u8],
         misfits: &mut Vec<u16>,
     ) -> Packed;
-    /// The same of 32-bit words.
+    /// The same for 32-bit words.
     fn pack32(
         self,
         lanes: &mut Open<u32>,
@@ -58,7 +58,7 @@ pub(crate) trait Packer: Copy + Send + Sync + 'static {
 
     /// Append, for each 32 words of a row of 16-bit words, which of them differ: bit `i` for word `i`.
     fn differ16(self, base: &[u8], fine_tuned: &[u8], masks: &mut Vec<u32>);
-    /// The same of 32-bit words.
+    /// The same for 32-bit words.
     fn differ32(self, base: &[u8], fine_tuned: &[u8], masks: &mut Vec<u32>);
 }
 

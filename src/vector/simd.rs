@@ -33,7 +33,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type F: Copy;
     /// Sixteen u32.
     type C: Copy;
-    /// As `XORZ_ISA` calls it.
+    /// Its name, as `XORZ_ISA` takes it.
     const NAME: &'static str;
     /// Whether there are registers for four by four vectors of sums.
     const WIDE: bool;

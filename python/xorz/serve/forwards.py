@@ -27,7 +27,7 @@ def call(site: Site, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What the module's `forward` does now: find the active map, and serve each row."""
     rows = site.owner.rows(site)
     if rows is None:
-        # The base by default: children and readers of weights are to know.
+        # The base is served by default: make it the active one, for children and for readers of weights.
         with site.owner.active.set(site.owner.of_base):
             return _base(site, module, args, kwargs)
     rows.begin()
@@ -119,7 +119,7 @@ def _serve(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) 
         return _conv1d(site, rows, *args, **kwargs)
     if site.original is nn.Embedding:
         return lookup(site, rows, *args, **kwargs)
-    # A forward of its own: whoever reads its parameters there meets weights.
+    # The module has a forward of its own; reading a parameter there gives a `Weight`.
     if site.plain:
         return site.original.forward(module, *args, **kwargs)
     if site.derived:
@@ -129,7 +129,7 @@ def _serve(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) 
         )
     out = split.noticed(site, module, lambda: site.original.forward(module, *args, **kwargs))
     for name in site.derived:
-        # Nobody else is given it.
+        # Put back what was there before, so that no other tenant meets what this forward left.
         module.__dict__[name] = site.known.get(name)
     return out
 

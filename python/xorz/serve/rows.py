@@ -62,9 +62,9 @@ class RowMap:
         with lasting():
             self._tensor = torch.tensor(self.slots, dtype=torch.int32)
         self._expanded: dict[Any, Tensor] = {}
-        # What modules know of these slots: it cannot change while their tenants are held.
+        # What modules have found out about these slots; it cannot change while their tenants are held in memory.
         self.touching: dict[Any, bool] = {}
-        # And what their linear layers compute with.
+        # What linear layers compute with for these slots.
         self.plans: dict[Any, tuple[Any, ...]] = {}
         self.closed = False
         # One entry for each call of a module that runs: appending is one step for all threads.
@@ -265,7 +265,7 @@ def stepping(rows: RowMap | None, generators: dict[int, RowMap]) -> RuntimeError
         frame = frame.f_back
     for other in list(generators.values()):
         here = id(other.frame) in running
-        # Inside of it, a later `use` may be active for a while.
+        # A later `use` may be active for a while inside of this one.
         if (rows is not None and rows.root is other and not here) or (here and not _within(rows, other)):
             return RuntimeError(
                 f"xorz: {other.describe()} was made active in a generator, and another step of it or of its caller would be "

@@ -61,7 +61,7 @@ class Site:
         self.owner, self.name, self.kind = owner, name, kind
         self.original = type(module)
         self.is_leaf = not module._modules
-        # Of torch's own classes it is known that they keep nothing.
+        # torch's own classes are known to keep nothing that they made from their weights.
         self.plain = type(module).__module__.startswith("torch.nn.")
         self.flattens = False
         self.raws: dict[str, Tensor] = {}
@@ -78,7 +78,7 @@ class Site:
         self.known: dict[str, Any] = {}
         self._biases: tuple[Any, ...] | None = None
         self._stack: tuple[Any, ...] | None = None
-        # Counts changes of `values`: what a forward makes of them while another thread changes them is not kept.
+        # Counts changes of `values`. A forward that sees the count change while it reads them does not keep what it made.
         self._changes = 0
 
     def __deepcopy__(self, memo: Any) -> "Site":
@@ -322,7 +322,7 @@ class Site:
     ) -> Tensor:
         mode, arena = self.owner.mode, self.owner.arena.tensor
         if mode == "exact" and only is not None:
-            # torch's bits depend on the input's strides, too: it is not to be gathered.
+            # torch's bits depend on the input's strides, too, so that the input must not be gathered.
             bias, delta = None if biases is None else biases[only], self.delta(param, only)
             if delta is None:
                 return F.linear(input, weight, bias)

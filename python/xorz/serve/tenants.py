@@ -232,7 +232,7 @@ class Tenants:
             self._evict(tenant)
             raise
         if tenant.path is None:
-            # It is in the arena now, and never evicted: to keep it twice would not be in anybody's sum.
+            # The delta is in the arena now and is never evicted. A second copy would not be counted by memory().
             tenant.source = None
         copies = prepared.copies
         tenant.bytes = sum(-(-length // 64) * 64 for _, _, length in tenant.pieces) + copies
@@ -275,7 +275,7 @@ class Tenants:
         del self._slots[tenant.slot]
         tenant.slot, tenant.pieces = None, []
 
-    # Being active.
+    # Making tenants active.
 
     def use(self, names: str | Sequence[str | None] | None, *, dim: int = 0) -> AbstractContextManager[None]:
         """Compute with these tenants inside a `with`, in this thread or asyncio task, and in tasks started inside.
@@ -421,7 +421,7 @@ class Tenants:
         slots = rows.rows(tuple(lead), False, "regroup")[index.reshape(-1).cpu()]
         return self.active.set(rows.regroup(slots.tolist()))
 
-    # What there is.
+    # Asking what is loaded.
 
     def memory(self) -> dict[str, int]:
         """Bytes: "base" (the model's own tensors), "deltas", "copies" (small dense tensors of tenants), and their "total"."""

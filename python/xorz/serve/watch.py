@@ -54,7 +54,7 @@ class Watch:
 
     def _replaced(self, i: int, held: dict[str, Any], key: str, found: Any, name: str) -> None:
         if isinstance(found, nn.Module):
-            # Wrapped (as PEFT does) is not replaced: everything attached is still there.
+            # A module that was wrapped (PEFT does so) was not replaced: everything attached is still there.
             here = {id(m) for m in self._model.modules()}
             if all(id(m) in here for m in found.modules() if id(m) in self._modules):
                 self._objects[i] = (held, key, held.get(key), name)

@@ -49,7 +49,7 @@ class Weight(Tensor):
         """A tensor of the base; `places`: every site that calls it its own."""
         out = Weight._made(raw, places, lambda slot: _own_value(places, slot))
         out.matrix = (*places[0], False)
-        # What makes isinstance(weight, nn.Parameter) true.
+        # This attribute makes isinstance(weight, nn.Parameter) true.
         out._is_param = isinstance(raw, nn.Parameter)
         return out
 
@@ -305,7 +305,7 @@ _ADDRESSES = {
 }
 _HARMLESS = {"requires_grad_", "retain_grad_", "share_memory_"}
 _PICKING = {Tensor.__getitem__, torch.index_select, Tensor.index_select, torch.select, Tensor.select}
-# What gives no tensor, but says something of the words.
+# Functions whose result is no tensor, but depends on the words.
 _TELLING = {
     "item",
     "tolist",

@@ -330,7 +330,7 @@ class XorzWorkerManager(LRUCacheWorkerLoRAManager):
         if adapter not in self._ahead:
             self._ahead[adapter] = self._reader.submit(self._read, adapter, path)
         if len(self._ahead) > _MOST_AHEAD:
-            # Asked for by somebody who has gone since.
+            # The client that asked for it has gone since then.
             self._ahead.popitem(last=False)[1].cancel()
 
     def prefetched(self, adapter: str) -> str | None:

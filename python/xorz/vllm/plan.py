@@ -48,7 +48,7 @@ class Plan:
     users: dict[str, list[str]]
 
 
-# What only makes another view of the same memory.
+# Functions that only make another view of the same memory.
 _VIEWS = (
     "view",
     "slice",

@@ -1,5 +1,5 @@
-//! A whole matrix on the caller's threads: runs of tiles at once, put together in order. The delta is held once, and beside
-//! it the pieces of one round.
+//! A whole matrix on the caller's threads: runs of tiles are encoded side by side and put together in order. In memory are the
+//! delta, once, and the pieces of one round.
 
 use super::{encode_tiles_on, estimate_on};
 use crate::codec::{Encoding, Prefer};

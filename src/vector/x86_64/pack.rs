@@ -1,5 +1,5 @@
 //! Packing the bit streams of `exponent` from the last word to the first, and finding what differs, with AVX2: see
-//! `cpu::encode::exponent` for the idea. The AVX-512 instance uses this code too. Must check nothing but its bounds.
+//! `vector::encode::exponent` for the idea. The AVX-512 instance uses this code too. Must check nothing but its bounds.
 
 use super::avx2::Avx2;
 use super::differ::{differ16, differ32};
