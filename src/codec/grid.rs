@@ -45,7 +45,7 @@ impl Rect {
 
 impl Grid {
     /// Rows of every `sparse` tile: one SIMD lane per row.
-    pub const LANES: usize = 16;
+    pub const TILE_ROWS: usize = 16;
     /// The most words of a tile, so that a position fits 16 bits.
     pub const MAX_WORDS: usize = 1 << 16;
     /// Narrowest tile.
@@ -56,7 +56,7 @@ impl Grid {
     /// Tiles for `sparse`: 16 rows, as wide as allowed. Wide tiles pad less (measured: 4 % of the bytes at 3 % changed
     /// between 1024 and 4096 columns), and x for 4096 columns still fits L1.
     pub fn for_sparse(shape: Shape) -> Self {
-        Self { shape, tile_rows: Self::LANES, tile_cols: Self::cols_for(shape.k) }
+        Self { shape, tile_rows: Self::TILE_ROWS, tile_cols: Self::cols_for(shape.k) }
     }
 
     /// The largest tiles for `exponent`: as many rows as 65536 words allow, since every tile ends 32 lanes on a word boundary,
@@ -65,7 +65,7 @@ impl Grid {
     pub fn for_exponent(shape: Shape) -> Self {
         let tile_cols = Self::cols_for(shape.k);
         let rows = shape.n.clamp(1, Self::MAX_WORDS).next_power_of_two();
-        let tile_rows = rows.clamp(Self::LANES, Self::MAX_WORDS / tile_cols);
+        let tile_rows = rows.clamp(Self::TILE_ROWS, Self::MAX_WORDS / tile_cols);
         Self { shape, tile_rows, tile_cols }
     }
 

@@ -51,7 +51,7 @@ impl SparseTile<'_> {
     /// The gap field of record `j`, lane `lane`.
     #[inline]
     pub fn gap_at(&self, j: usize, lane: usize) -> usize {
-        let i = j * Grid::LANES + lane;
+        let i = j * Grid::TILE_ROWS + lane;
         match self.gap {
             GapKind::U8 => usize::from(self.gaps[i]),
             GapKind::U16 => usize::from(u16::load(&self.gaps[2 * i..2 * i + 2])),
@@ -65,7 +65,7 @@ impl SparseTile<'_> {
         (0..self.records).filter_map(move |j| {
             let gap = self.gap_at(j, lane);
             column = if self.gap == GapKind::U16 { gap } else { column + gap };
-            let at = (j * Grid::LANES + lane) * W::BYTES;
+            let at = (j * Grid::TILE_ROWS + lane) * W::BYTES;
             let diff = W::load(&self.diffs[at..at + W::BYTES]);
             (diff != nothing).then_some((column, diff))
         })
@@ -111,7 +111,7 @@ impl SparseTile<'_> {
     /// # Errors
     /// `Corrupt`, with the lane and the column.
     pub(crate) fn check<W: Word>(&self, dtype: Dtype, rows: usize, cols: usize) -> Result<()> {
-        for lane in 0..Grid::LANES {
+        for lane in 0..Grid::TILE_ROWS {
             for (column, _) in self.lane::<W>(dtype, lane) {
                 if lane >= rows || column >= cols {
                     return Err(Error::corrupt(format!(
@@ -127,7 +127,7 @@ impl SparseTile<'_> {
 /// A tile being encoded, and the sizes it would take. Reused from tile to tile.
 #[derive(Default)]
 pub(crate) struct Builder<W: Word> {
-    lanes: [Vec<(u32, W)>; Grid::LANES],
+    lanes: [Vec<(u32, W)>; Grid::TILE_ROWS],
     /// Records with gaps of one byte and of two.
     records: [usize; 2],
     /// Position and word of each exception.
@@ -201,12 +201,12 @@ impl<W: Word> Builder<W> {
     pub(crate) fn write(&self, dtype: Dtype, kind: GapKind, out: &mut Vec<u8>) -> usize {
         let records = self.records(kind);
         let start = out.len();
-        let diffs_at = start + records * Grid::LANES * kind.bytes();
-        out.resize(diffs_at + records * Grid::LANES * W::BYTES, 0);
+        let diffs_at = start + records * Grid::TILE_ROWS * kind.bytes();
+        out.resize(diffs_at + records * Grid::TILE_ROWS * W::BYTES, 0);
         let (gaps, diffs) = out[start..].split_at_mut(diffs_at - start);
         let nothing = W::from_u64(no_op(dtype));
         let mut put = |j: usize, lane: usize, gap: usize, diff: W| {
-            let i = j * Grid::LANES + lane;
+            let i = j * Grid::TILE_ROWS + lane;
             match kind {
                 GapKind::U8 => gaps[i] = gap as u8,
                 GapKind::U16 => gaps[2 * i..2 * i + 2].copy_from_slice(&(gap as u16).to_le_bytes()),

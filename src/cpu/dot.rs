@@ -17,7 +17,7 @@
 )]
 
 use crate::vector::float::Float;
-use crate::vector::simd::{GROUP, Kernel, LANES, Simd};
+use crate::vector::simd::{GROUP, Kernel, SIMD_LANES, Simd};
 use std::marker::PhantomData;
 
 /// One group of an f32 row in split order.
@@ -49,8 +49,8 @@ impl<'a> Rows<'a> {
 }
 
 #[inline(always)]
-fn halves(group: &Split) -> (&[f32; LANES], &[f32; LANES]) {
-    let (halves, _) = group.as_chunks::<LANES>();
+fn halves(group: &Split) -> (&[f32; SIMD_LANES], &[f32; SIMD_LANES]) {
+    let (halves, _) = group.as_chunks::<SIMD_LANES>();
     (&halves[0], &halves[1])
 }
 
@@ -163,7 +163,7 @@ pub(crate) struct TileProduct<'a, D> {
     /// Rows of x, at most 16.
     pub(crate) m: usize,
     /// Sixteen partial sums per row and row of x: `rows * m` at least; only for `m > 1`.
-    pub(crate) partial: &'a mut [[f32; LANES]],
+    pub(crate) partial: &'a mut [[f32; SIMD_LANES]],
     /// Totals, added to.
     pub(crate) sums: &'a mut [f32],
     pub(crate) strides: Strides,
@@ -443,7 +443,7 @@ impl<D: Float> Kernel for ToSplit<'_, D> {
 #[inline(always)]
 fn put<S: Simd, D: Float>(s: S, group: &D::Group, to: &mut Split) {
     let (low, high) = D::load(s, group);
-    let (halves, _) = to.as_chunks_mut::<LANES>();
+    let (halves, _) = to.as_chunks_mut::<SIMD_LANES>();
     s.store(low, &mut halves[0]);
     s.store(high, &mut halves[1]);
 }

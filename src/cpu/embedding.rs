@@ -213,8 +213,8 @@ fn walk_gaps<W: Word, C: Change<W>, const GAP: usize>(
     let nothing = W::from_u64(C::NOTHING);
     let columns = words.len() / W::BYTES;
     let mut c = 0usize;
-    let gaps = tile.gaps.chunks_exact(Grid::LANES * GAP);
-    for (gaps, diffs) in gaps.zip(tile.diffs.chunks_exact(Grid::LANES * W::BYTES)) {
+    let gaps = tile.gaps.chunks_exact(Grid::TILE_ROWS * GAP);
+    for (gaps, diffs) in gaps.zip(tile.diffs.chunks_exact(Grid::TILE_ROWS * W::BYTES)) {
         let gap = usize::from(gaps[lane * GAP]);
         c = if GAP == 1 { c + gap } else { gap | usize::from(gaps[lane * GAP + 1]) << 8 };
         let diff = W::load(&diffs[lane * W::BYTES..(lane + 1) * W::BYTES]);

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::matrix::Dtype;
 use crate::vector::float::{Float, padded};
 use crate::vector::lanes::{Decoder, MICRO};
-use crate::vector::simd::{GROUP, Kernel, LANES, Simd};
+use crate::vector::simd::{GROUP, Kernel, SIMD_LANES, Simd};
 use std::marker::PhantomData;
 
 /// Bytes of a cache line. The next words' lines are asked for while these are decoded: decoding computes too long at a
@@ -74,7 +74,7 @@ impl<'a, D: Float> Stream<'a, D> {
         s: S,
         row: &[u8],
         (x, groups): (&[Split], usize),
-        partial: &mut [[f32; LANES]],
+        partial: &mut [[f32; SIMD_LANES]],
     ) -> usize {
         // Only f32 words lie in their split order; and overriding words would have to be multiplied instead.
         if D::DTYPE != Dtype::F32 || !self.exceptions.is_empty() {
@@ -95,7 +95,7 @@ impl<'a, D: Float> Stream<'a, D> {
         row: &[u8],
         x: &[Split],
         groups: usize,
-        partial: &mut [[f32; LANES]],
+        partial: &mut [[f32; SIMD_LANES]],
     ) -> usize {
         let x = std::array::from_fn(|j| &x[j * groups..(j + 1) * groups]);
         let mut acc = std::array::from_fn(|_| s.splat(0.0));
@@ -155,7 +155,7 @@ pub(super) fn product<S: Simd, D: Float>(
     grid: &Grid,
     rect: &Rect,
     (x, m): (&[Split], usize),
-    partial: &mut [[f32; LANES]],
+    partial: &mut [[f32; SIMD_LANES]],
     (sums, strides): (&mut [f32], Strides),
 ) -> Result<()> {
     let mut stream = Stream::<D>::new(tile, grid.tile_cols);
@@ -163,7 +163,7 @@ pub(super) fn product<S: Simd, D: Float>(
     let mut words = [D::Word::default(); MICRO];
     for r in 0..rect.rows() {
         let row = base.row(r);
-        partial[..m].fill([0.0; LANES]);
+        partial[..m].fill([0.0; SIMD_LANES]);
         let fused = stream.dots(s, row, (x, groups), &mut partial[..m]);
         for c in (fused..rect.cols()).step_by(MICRO) {
             let words = &mut words[..MICRO.min(rect.cols() - c)];
@@ -220,7 +220,7 @@ struct Piece<'a, D> {
     groups: usize,
     from: usize,
     m: usize,
-    partial: &'a mut [[f32; LANES]],
+    partial: &'a mut [[f32; SIMD_LANES]],
     dtype: PhantomData<D>,
 }
 
@@ -258,7 +258,7 @@ impl<D: Float> Piece<'_, D> {
 }
 
 /// The sum of sixteen partial sums.
-struct Sum<'a>(&'a [f32; LANES]);
+struct Sum<'a>(&'a [f32; SIMD_LANES]);
 
 impl Kernel for Sum<'_> {
     type Out = f32;

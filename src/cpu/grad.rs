@@ -26,7 +26,7 @@ use crate::vector::dispatch::{Isa, on_isa};
 use crate::vector::exec::{Executor, try_run};
 use crate::vector::float::{Float, with_float};
 use crate::vector::lanes::MICRO;
-use crate::vector::simd::{LANES, Simd};
+use crate::vector::simd::{SIMD_LANES, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -102,7 +102,7 @@ impl<'a> Part<'a> {
         let cut = segments[0].weights.encoding() != Encoding::Exponent;
         let width = if cut { STRIP.min(tile_cols) } else { tile_cols };
         let mut part = Self { segments, width, tasks: start..start };
-        part.tasks.end += k.div_ceil(width) * part.places().len().div_ceil(LANES);
+        part.tasks.end += k.div_ceil(width) * part.places().len().div_ceil(SIMD_LANES);
         part
     }
 
@@ -144,14 +144,14 @@ pub(super) fn run<S: Simd, D: Float>(
     try_run(exec, parts.last().map_or(0, |part| part.tasks.end), |task| {
         let part = &parts[parts.partition_point(|part| part.tasks.end <= task)];
         let (strips, task) = (k.div_ceil(part.width), task - part.tasks.start);
-        let (c0, m0) = (task % strips * part.width, part.places().start + task / strips * LANES);
-        let m = LANES.min(part.places().end - m0);
+        let (c0, m0) = (task % strips * part.width, part.places().start + task / strips * SIMD_LANES);
+        let m = SIMD_LANES.min(part.places().end - m0);
         let first = part.segments.partition_point(|s| s.rows.end <= m0);
         let end = part.segments.partition_point(|s| s.rows.start < m0 + m);
         let (columns, segments) = (c0..(c0 + part.width).min(k), &part.segments[first..end]);
         let strip = Strip { columns, m0, m, segments };
         scratch::with(|sc| {
-            sc.panel.zeroed(strip.columns.len() * LANES);
+            sc.panel.zeroed(strip.columns.len() * SIMD_LANES);
             if shared(&segments[0]) {
                 job.shared(s, &strip, sc)?;
             } else {
@@ -170,8 +170,8 @@ impl<D: Float> Job<'_, D> {
     /// Rows on the base's words: each word once for all tenants, then each tenant's entries of the same rows of W.
     fn shared<S: Simd>(&self, s: S, strip: &Strip<'_>, sc: &mut Scratch) -> Result<()> {
         let n = self.base.shape().n;
-        let (mut g, columns) = ([[0f32; LANES]; STEP], &strip.columns);
-        let sums = sc.panel.get(columns.len() * LANES).as_chunks_mut::<LANES>().0;
+        let (mut g, columns) = ([[0f32; SIMD_LANES]; STEP], &strip.columns);
+        let sums = sc.panel.get(columns.len() * SIMD_LANES).as_chunks_mut::<SIMD_LANES>().0;
         for r in (0..n).step_by(STEP) {
             let rows = STEP.min(n - r);
             self.grads(strip, r, rows, &mut g);
@@ -197,7 +197,7 @@ impl<D: Float> Job<'_, D> {
     /// Rows of one tenant, on words of its own.
     fn own<S: Simd>(&self, s: S, strip: &Strip<'_>, segment: &Segment<'_>, sc: &mut Scratch) -> Result<()> {
         let grid = segment.weights.grid();
-        let sums = sc.panel.get(strip.columns.len() * LANES).as_chunks_mut::<LANES>().0;
+        let sums = sc.panel.get(strip.columns.len() * SIMD_LANES).as_chunks_mut::<SIMD_LANES>().0;
         for band in 0..grid.tile_rows_count() {
             let index = band * grid.tile_cols_count() + strip.columns.start / grid.tile_cols;
             let tile = segment.weights.tile(index);
@@ -215,9 +215,9 @@ impl<D: Float> Job<'_, D> {
         tile: &Tile<'_>,
         rect: &Rect,
         strip: &Strip<'_>,
-        sums: &mut [[f32; LANES]],
+        sums: &mut [[f32; SIMD_LANES]],
     ) -> Result<()> {
-        let mut g = [[0f32; LANES]; STEP];
+        let mut g = [[0f32; SIMD_LANES]; STEP];
         match tile {
             Tile::Exponent(t) => {
                 let mut stream = Stream::<D>::new(t, grid.tile_cols);
@@ -260,7 +260,7 @@ impl<D: Float> Job<'_, D> {
     }
 
     /// `to[i][j]`: the row of grad of lane j at row `r0 + i` of W; zero beyond the strip's.
-    fn grads(&self, strip: &Strip<'_>, r0: usize, rows: usize, to: &mut [[f32; LANES]; STEP]) {
+    fn grads(&self, strip: &Strip<'_>, r0: usize, rows: usize, to: &mut [[f32; SIMD_LANES]; STEP]) {
         let n = self.base.shape().n;
         for j in 0..strip.m {
             let row = &self.grad[(self.row(strip.m0 + j) * n + r0) * D::BYTES..];
@@ -272,7 +272,9 @@ impl<D: Float> Job<'_, D> {
     fn finish<S: Simd>(&self, s: S, strip: &Strip<'_>, sc: &mut Scratch) -> Result<()> {
         let (k, columns) = (self.base.shape().k, &strip.columns);
         let mut again = 0u16;
-        for (c, sums) in sc.panel.get(columns.len() * LANES).as_chunks::<LANES>().0.iter().enumerate() {
+        for (c, sums) in
+            sc.panel.get(columns.len() * SIMD_LANES).as_chunks::<SIMD_LANES>().0.iter().enumerate()
+        {
             for (j, v) in sums.iter().enumerate().take(strip.m) {
                 D::put(&self.out[self.row(strip.m0 + j) * k + columns.start + c], D::round(*v));
                 again |= u16::from(!v.is_finite()) << j;
@@ -299,7 +301,7 @@ impl<D: Float> Job<'_, D> {
     ) -> Result<()> {
         let grid = segment.weights.grid();
         let across = grid.tile_cols_count();
-        let wide = sc.wide.zeroed(columns.len() * LANES);
+        let wide = sc.wide.zeroed(columns.len() * SIMD_LANES);
         let (n, k) = (grid.shape.n, grid.shape.k);
         for band in 0..grid.tile_rows_count() {
             let index = band * across + columns.start / grid.tile_cols;
@@ -308,20 +310,20 @@ impl<D: Float> Job<'_, D> {
             segment.restore(s, index, words)?;
             for (r, row) in words.chunks_exact(rect.cols() * D::BYTES).enumerate() {
                 let row = &row[(columns.start - rect.c0) * D::BYTES..];
-                for j in (0..LANES).filter(|j| again >> j & 1 == 1) {
+                for j in (0..SIMD_LANES).filter(|j| again >> j & 1 == 1) {
                     let grad = &self.grad[self.row(strip.m0 + j) * n * D::BYTES..];
                     let g = f64::from(D::value_at(grad, rect.r0 + r));
                     for c in 0..columns.len() {
-                        wide[c * LANES + j] += g * f64::from(D::value_at(row, c));
+                        wide[c * SIMD_LANES + j] += g * f64::from(D::value_at(row, c));
                     }
                 }
             }
         }
-        let sums = sc.panel.get(strip.columns.len() * LANES).as_chunks::<LANES>().0;
+        let sums = sc.panel.get(strip.columns.len() * SIMD_LANES).as_chunks::<SIMD_LANES>().0;
         for c in columns.clone() {
-            for j in (0..LANES).filter(|j| again >> j & 1 == 1) {
+            for j in (0..SIMD_LANES).filter(|j| again >> j & 1 == 1) {
                 if !sums[c - strip.columns.start][j].is_finite() {
-                    let value = D::round_wide(wide[(c - columns.start) * LANES + j]);
+                    let value = D::round_wide(wide[(c - columns.start) * SIMD_LANES + j]);
                     D::put(&self.out[self.row(strip.m0 + j) * k + c], value);
                 }
             }
@@ -337,15 +339,15 @@ fn entries<S: Simd, D: Float>(
     rect: &Rect,
     strip: &Strip<'_>,
     lanes: Range<usize>,
-    g: &[[f32; LANES]; STEP],
-    sums: &mut [[f32; LANES]],
+    g: &[[f32; SIMD_LANES]; STEP],
+    sums: &mut [[f32; SIMD_LANES]],
 ) -> Result<()> {
     if tile.records > 1 << 24 {
         return Err(Error::corrupt(format!("{} records in one tile", tile.records)));
     }
     let from = (strip.columns.start - rect.c0) as u32;
     // Lanes beyond the strip's rows are not used.
-    let lanes = if lanes.len() == strip.m { 0..LANES } else { lanes };
+    let lanes = if lanes.len() == strip.m { 0..SIMD_LANES } else { lanes };
     let entries = OuterEntries::<D> { tile, g, sums, from, rows: rect.rows(), lanes, dtype: PhantomData };
     let largest = s.run(entries);
     if largest as usize >= rect.cols() {

@@ -21,11 +21,11 @@ use crate::codec::{Encoding, Grid};
 use crate::matrix::{Dtype, Shape};
 use crate::vector::bf16dot;
 use crate::vector::float::Float;
-use crate::vector::simd::{LANES, Simd};
+use crate::vector::simd::{SIMD_LANES, Simd};
 use std::sync::OnceLock;
 
 /// Rows of x of one block.
-pub(super) const BLOCK: usize = LANES;
+pub(super) const BLOCK: usize = SIMD_LANES;
 
 /// Columns of the base of one dot product, whatever the grids of the deltas on it.
 pub(super) const BASE_COLUMNS: usize = Grid::MAX_COLS;
@@ -207,10 +207,10 @@ impl Sizes {
             Way::Shared if rows > BLOCK && n * row_bytes > Costs::active().cached_bytes => {
                 // Many rows of W, since each block of x is converted anew for them (10 to 20 % of the time at 256).
                 let cached = Costs::active().cached_bytes / row_bytes;
-                let rows = n.div_ceil(2 * threads.max(1)).min(cached).clamp(LANES, MOST_ROWS);
-                Self { rows: rows.next_multiple_of(LANES), block: BLOCK, again_cached: true }
+                let rows = n.div_ceil(2 * threads.max(1)).min(cached).clamp(SIMD_LANES, MOST_ROWS);
+                Self { rows: rows.next_multiple_of(SIMD_LANES), block: BLOCK, again_cached: true }
             }
-            Way::Shared => Self::chunks(base, tenants, BASE_COLUMNS, LANES),
+            Way::Shared => Self::chunks(base, tenants, BASE_COLUMNS, SIMD_LANES),
             Way::Own => Self::chunks(base, 1, grid.tile_cols, grid.tile_rows),
         }
     }
@@ -218,7 +218,7 @@ impl Sizes {
     /// Of segments that are computed one way by the bf16 dot product: no row of x is converted, and tiles of every segment
     /// begin and end with a task.
     pub(super) fn of_bf16(way: Way, base: Shape, segments: &[Segment<'_>], threads: usize) -> Self {
-        let tallest = segments.iter().map(|s| s.weights.grid().tile_rows).max().unwrap_or(LANES);
+        let tallest = segments.iter().map(|s| s.weights.grid().tile_rows).max().unwrap_or(SIMD_LANES);
         let least = (Costs::active().least_words / base.k.max(1)).min(MOST_ROWS).min(base.n);
         let places = segments.iter().map(|s| s.rows.len()).sum::<usize>().max(1);
         if way == Way::Panels {
@@ -226,7 +226,7 @@ impl Sizes {
         }
         // Eight tasks a thread, so that none waits long for another.
         let rows = base.n.div_ceil(8 * threads.max(1)).clamp(1, MOST_ROWS).max(least);
-        Self { rows: rows.next_multiple_of(tallest.max(LANES)), block: BLOCK, again_cached: false }
+        Self { rows: rows.next_multiple_of(tallest.max(SIMD_LANES)), block: BLOCK, again_cached: false }
     }
 
     /// Enough rows of W to pay for converting x, few enough for every thread to have some.
@@ -316,7 +316,7 @@ mod tests {
                 for grid in [Grid::for_sparse(base), Grid::for_exponent(base)] {
                     for rows in [1, 16, 17, 33, 100_000] {
                         let s = Sizes::of(way, (base, 2), grid, (3, rows), 4);
-                        let tile = if way == Way::Shared { LANES } else { grid.tile_rows };
+                        let tile = if way == Way::Shared { SIMD_LANES } else { grid.tile_rows };
                         assert!(
                             s.rows > 0 && s.rows.is_multiple_of(tile) && s.block > 0,
                             "{way:?} {base} {rows} {s:?}"

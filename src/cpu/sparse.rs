@@ -11,7 +11,7 @@
 
 use crate::codec::{GapKind, SparseTile};
 use crate::vector::float::Float;
-use crate::vector::simd::{Kernel, LANES, Simd};
+use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
 use std::marker::PhantomData;
 
 /// Few rows of x, or few entries: a lane is a row of the tile, x is gathered. Gives the largest column named.
@@ -53,11 +53,11 @@ impl<D: Float> Gathered<'_, D> {
     #[inline(always)]
     fn row<S: Simd, const WIDE: bool, const FIRST: bool>(&mut self, s: S, j: usize) -> u32 {
         let x = &self.x[j * self.width..(j + 1) * self.width];
-        let Some(sums) = self.sums[j * self.stride..].first_chunk_mut::<LANES>() else { return 0 };
+        let Some(sums) = self.sums[j * self.stride..].first_chunk_mut::<SIMD_LANES>() else { return 0 };
         let mut total = s.load(sums);
         let mut columns = s.columns();
         let mut largest = columns;
-        let diffs = self.tile.diffs.chunks_exact(LANES * D::BYTES);
+        let diffs = self.tile.diffs.chunks_exact(SIMD_LANES * D::BYTES);
         let mut next = self.tile.gaps.len() + self.tile.diffs.len();
         let mut ask = |bytes: usize| {
             if FIRST {
@@ -67,14 +67,14 @@ impl<D: Float> Gathered<'_, D> {
         };
         if WIDE {
             for (gaps, diffs) in self.tile.gaps.as_chunks::<32>().0.iter().zip(diffs) {
-                ask(LANES * (2 + D::BYTES));
+                ask(SIMD_LANES * (2 + D::BYTES));
                 columns = s.load_columns(gaps);
                 largest = s.max_columns(largest, columns);
                 total = s.fma(D::widen(s, diffs), s.gather(x, columns), total);
             }
         } else {
-            for (gaps, diffs) in self.tile.gaps.as_chunks::<LANES>().0.iter().zip(diffs) {
-                ask(LANES * (1 + D::BYTES));
+            for (gaps, diffs) in self.tile.gaps.as_chunks::<SIMD_LANES>().0.iter().zip(diffs) {
+                ask(SIMD_LANES * (1 + D::BYTES));
                 columns = s.add_gaps(columns, gaps);
                 total = s.fma(D::widen(s, diffs), s.gather(x, columns), total);
             }
@@ -88,7 +88,7 @@ impl<D: Float> Gathered<'_, D> {
 /// The greatest of the lanes.
 #[inline(always)]
 fn greatest<S: Simd>(s: S, columns: S::C) -> u32 {
-    let mut lanes = [0; LANES];
+    let mut lanes = [0; SIMD_LANES];
     s.store_columns(columns, &mut lanes);
     lanes.into_iter().fold(0, u32::max)
 }
@@ -97,9 +97,9 @@ fn greatest<S: Simd>(s: S, columns: S::C) -> u32 {
 pub(crate) struct Transposed<'a, D> {
     pub(crate) tile: &'a SparseTile<'a>,
     /// x by column of the tile; unused lanes hold anything finite.
-    pub(crate) x: &'a [[f32; LANES]],
+    pub(crate) x: &'a [[f32; SIMD_LANES]],
     /// Totals by row of the tile: 16.
-    pub(crate) sums: &'a mut [[f32; LANES]],
+    pub(crate) sums: &'a mut [[f32; SIMD_LANES]],
     pub(crate) dtype: PhantomData<D>,
 }
 
@@ -110,10 +110,10 @@ impl<D: Float> Kernel for Transposed<'_, D> {
     fn call<S: Simd>(mut self, s: S) -> u32 {
         let mut columns = s.columns();
         let mut largest = columns;
-        let diffs = self.tile.diffs.chunks_exact(LANES * D::BYTES);
+        let diffs = self.tile.diffs.chunks_exact(SIMD_LANES * D::BYTES);
         match self.tile.gap {
             GapKind::U8 => {
-                for (gaps, diffs) in self.tile.gaps.as_chunks::<LANES>().0.iter().zip(diffs) {
+                for (gaps, diffs) in self.tile.gaps.as_chunks::<SIMD_LANES>().0.iter().zip(diffs) {
                     columns = s.add_gaps(columns, gaps);
                     largest = s.max_columns(largest, columns);
                     self.record(s, columns, diffs);
@@ -134,10 +134,10 @@ impl<D: Float> Kernel for Transposed<'_, D> {
 impl<D: Float> Transposed<'_, D> {
     #[inline(always)]
     fn record<S: Simd>(&mut self, s: S, columns: S::C, diffs: &[u8]) {
-        let (mut at, mut diff) = ([0u32; LANES], [0f32; LANES]);
+        let (mut at, mut diff) = ([0u32; SIMD_LANES], [0f32; SIMD_LANES]);
         s.store_columns(columns, &mut at);
         s.store(D::widen(s, diffs), &mut diff);
-        for (lane, sums) in self.sums.iter_mut().enumerate().take(LANES) {
+        for (lane, sums) in self.sums.iter_mut().enumerate().take(SIMD_LANES) {
             // A column beyond the tile: the caller refuses the tile, by the largest column.
             let Some(x) = self.x.get(at[lane] as usize) else { continue };
             s.store(s.fma(s.splat(diff[lane]), s.load(x), s.load(sums)), sums);
@@ -161,20 +161,20 @@ impl<D: Float> Kernel for Natural<'_, D> {
 
     #[inline(always)]
     fn call<S: Simd>(self, s: S) {
-        let (across, down) = if self.transposed { (1, LANES) } else { (self.columns, 1) };
+        let (across, down) = if self.transposed { (1, SIMD_LANES) } else { (self.columns, 1) };
         for r in 0..self.rows {
             let words = self.words.row(r);
             let to = &mut self.to[r * across..];
-            let full = self.columns / LANES * LANES;
-            let mut values = [0f32; LANES];
-            for c in (0..full).step_by(LANES) {
+            let full = self.columns / SIMD_LANES * SIMD_LANES;
+            let mut values = [0f32; SIMD_LANES];
+            for c in (0..full).step_by(SIMD_LANES) {
                 s.store(D::widen(s, &words[c * D::BYTES..]), &mut values);
                 if self.transposed {
                     for (i, v) in values.iter().enumerate() {
                         to[(c + i) * down] = *v;
                     }
                 } else {
-                    to[c..c + LANES].copy_from_slice(&values);
+                    to[c..c + SIMD_LANES].copy_from_slice(&values);
                 }
             }
             for c in full..self.columns {

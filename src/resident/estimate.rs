@@ -233,7 +233,7 @@ impl<'a> Survey<'a> {
             let tile = self.count.records(dtype, rect.cols(), grid.tile_cols, base, fine_tuned);
             sums.iter_mut().zip(tile).for_each(|(sum, n)| *sum += n);
         }
-        let record = |i: usize| (Grid::LANES * (GAPS[i].bytes() + dtype.word_bytes())) as u64;
+        let record = |i: usize| (Grid::TILE_ROWS * (GAPS[i].bytes() + dtype.word_bytes())) as u64;
         let bytes = |i: usize| sums[i].saturating_mul(record(i)) as f64 * self.scale;
         let i = usize::from(bytes(1) < bytes(0));
         let plan = Plan { encoding: Encoding::Sparse, gap: GAPS[i], ..Plan::unchanged(grid.shape) };

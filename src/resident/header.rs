@@ -114,7 +114,7 @@ impl Header {
     /// Bytes of one unit of the directory: a record of 16 lanes, or a stream unit.
     pub(crate) fn unit_bytes(&self) -> usize {
         match self.encoding {
-            Encoding::Sparse => Grid::LANES * (self.gap.bytes() + self.dtype.word_bytes()),
+            Encoding::Sparse => Grid::TILE_ROWS * (self.gap.bytes() + self.dtype.word_bytes()),
             _ => self.dtype.word_bytes(),
         }
     }
@@ -255,8 +255,8 @@ impl Header {
         self.shape.bytes(self.dtype)?;
         let words = self.shape.words()? as u64;
         if !(Grid::MIN_COLS..=Grid::MAX_COLS).contains(&self.tile_cols)
-            || !(Grid::LANES..=Grid::MAX_WORDS / self.tile_cols).contains(&self.tile_rows)
-            || (self.encoding == Encoding::Sparse && self.tile_rows != Grid::LANES)
+            || !(Grid::TILE_ROWS..=Grid::MAX_WORDS / self.tile_cols).contains(&self.tile_rows)
+            || (self.encoding == Encoding::Sparse && self.tile_rows != Grid::TILE_ROWS)
         {
             return corrupt(format!("tiles of {} x {}", self.tile_rows, self.tile_cols));
         }

@@ -12,7 +12,7 @@ const ENDS_BITS: f64 = 0.02;
 
 /// Bits that the lanes of a tile leave unused at its end: half a word per lane, on average.
 pub(super) fn lane_ends(word_bits: u8) -> u64 {
-    exponent::LANES as u64 * u64::from(word_bits) / 2
+    exponent::STREAM_LANES as u64 * u64::from(word_bits) / 2
 }
 
 /// Tiles for `exponent` of `bits` bits in all: as small as their ends allow, since a GPU has a warp for each; of equally many

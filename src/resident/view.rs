@@ -68,7 +68,7 @@ impl<'a> Resident<'a> {
                 let unit = self.header.unit_bytes();
                 let payload = self.units(index)?;
                 let records = payload.len() / unit;
-                let (gaps, diffs) = payload.split_at(records * Grid::LANES * self.header.gap.bytes());
+                let (gaps, diffs) = payload.split_at(records * Grid::TILE_ROWS * self.header.gap.bytes());
                 Ok(Tile::Sparse(SparseTile {
                     records,
                     gap: self.header.gap,

@@ -13,13 +13,13 @@
 
 use super::simd::{GROUP, Simd};
 use crate::codec::ExponentTile;
-use crate::codec::exponent::{CLASSES, LANES, mantissa_bits};
+use crate::codec::exponent::{CLASSES, STREAM_LANES, mantissa_bits};
 use crate::codec::word::Word;
 use crate::error::{Error, Result};
 use crate::matrix::Dtype;
 
 /// Words of a step, lanes of the encoding.
-pub(crate) const STEP: usize = LANES;
+pub(crate) const STEP: usize = STREAM_LANES;
 
 /// Words that products and restores decode at a time; a multiple of the group and of the encoding's 32 lanes.
 pub(crate) const MICRO: usize = 1024;

@@ -13,10 +13,10 @@ use super::lanes::{Bits, Code, Progress, portable};
 use super::packer::{Never, Packer};
 
 /// Lanes of a vector, on every instance.
-pub(crate) const LANES: usize = 16;
+pub(crate) const SIMD_LANES: usize = 16;
 
 /// Words of one load group: two vectors.
-pub(crate) const GROUP: usize = 2 * LANES;
+pub(crate) const GROUP: usize = 2 * SIMD_LANES;
 
 /// A kernel, compiled once per instance. `call` and everything it calls must be `#[inline(always)]`, so that the
 /// whole kernel lands inside the instance's one function with the instructions switched on.
@@ -44,9 +44,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// All lanes `v`.
     fn splat(self, v: f32) -> Self::F;
     /// Load sixteen f32.
-    fn load(self, from: &[f32; LANES]) -> Self::F;
+    fn load(self, from: &[f32; SIMD_LANES]) -> Self::F;
     /// Store sixteen f32.
-    fn store(self, v: Self::F, to: &mut [f32; LANES]);
+    fn store(self, v: Self::F, to: &mut [f32; SIMD_LANES]);
     /// `a * b + c`, one rounding.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// Sum of the lanes: halves are added until one is left (8, 4, 2, 1 apart).
@@ -75,13 +75,13 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Columns all zero.
     fn columns(self) -> Self::C;
     /// `c + gaps`, wrapping.
-    fn add_gaps(self, c: Self::C, gaps: &[u8; LANES]) -> Self::C;
+    fn add_gaps(self, c: Self::C, gaps: &[u8; SIMD_LANES]) -> Self::C;
     /// Sixteen little-endian u16 columns.
     fn load_columns(self, from: &[u8; 32]) -> Self::C;
     /// Lane-wise larger column.
     fn max_columns(self, a: Self::C, b: Self::C) -> Self::C;
     /// Store sixteen columns.
-    fn store_columns(self, c: Self::C, to: &mut [u32; LANES]);
+    fn store_columns(self, c: Self::C, to: &mut [u32; SIMD_LANES]);
     /// `table[min(c, table.len() - 1)]` per lane. The table holds 1 to 2^30 values, or this panics.
     fn gather(self, table: &[f32], c: Self::C) -> Self::F;
 

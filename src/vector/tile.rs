@@ -302,13 +302,13 @@ impl<W: Word> Change<W> for Xor {
 /// Dtypes that compute. Per lane: the column of the last entry and its exact sum, since a second entry there adds to
 /// the sum and not to the word, which may not hold it.
 pub(crate) struct Sums<D> {
-    last: [(usize, f32); Grid::LANES],
+    last: [(usize, f32); Grid::TILE_ROWS],
     dtype: PhantomData<D>,
 }
 
 impl<D: Float> Sums<D> {
     pub(crate) fn new() -> Self {
-        Self { last: [(usize::MAX, 0.0); Grid::LANES], dtype: PhantomData }
+        Self { last: [(usize::MAX, 0.0); Grid::TILE_ROWS], dtype: PhantomData }
     }
 }
 
@@ -347,10 +347,10 @@ fn walk_gaps<W: Word, C: Change<W>, P: Places, const GAP: usize>(
 ) -> Result<()> {
     let nothing = W::from_u64(C::NOTHING);
     let (rows, columns) = (places.rows(), places.columns::<W>());
-    let mut at = [0usize; Grid::LANES];
-    let gaps = tile.gaps.chunks_exact(Grid::LANES * GAP);
-    for (gaps, diffs) in gaps.zip(tile.diffs.chunks_exact(Grid::LANES * W::BYTES)) {
-        for lane in 0..Grid::LANES {
+    let mut at = [0usize; Grid::TILE_ROWS];
+    let gaps = tile.gaps.chunks_exact(Grid::TILE_ROWS * GAP);
+    for (gaps, diffs) in gaps.zip(tile.diffs.chunks_exact(Grid::TILE_ROWS * W::BYTES)) {
+        for lane in 0..Grid::TILE_ROWS {
             let gap = usize::from(gaps[lane * GAP]);
             at[lane] = if GAP == 1 { at[lane] + gap } else { gap | usize::from(gaps[lane * GAP + 1]) << 8 };
             let diff = W::load(&diffs[lane * W::BYTES..(lane + 1) * W::BYTES]);

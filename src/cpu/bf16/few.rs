@@ -15,7 +15,7 @@
 
 use crate::cpu::dot::{Rows, Strides};
 use crate::vector::bf16dot::{Bf16Dot, Bf16Task};
-use crate::vector::simd::LANES;
+use crate::vector::simd::SIMD_LANES;
 
 /// Columns of a block: 16 rows of W of them (16 KiB) stay in the first cache while all rows of x pass by.
 const COLUMNS: usize = 512;
@@ -56,21 +56,21 @@ impl Few<'_> {
     #[inline(always)]
     fn panels<S: Bf16Dot, const R: usize, const M: usize, const E: usize>(&mut self, s: S, columns: usize) {
         let bytes = 2 * columns;
-        for r0 in (0..self.rows).step_by(LANES) {
-            let rows = LANES.min(self.rows - r0);
+        for r0 in (0..self.rows).step_by(SIMD_LANES) {
+            let rows = SIMD_LANES.min(self.rows - r0);
             // How far the panel's lines are asked for already, from its own first word on.
             let mut asked = 0;
             for from in (0..self.words.len).step_by(bytes) {
                 let to = (from + bytes).min(self.words.len);
                 for j in (0..self.x.len()).step_by(M) {
-                    let mut lanes = [s.splat(0.0); LANES];
+                    let mut lanes = [s.splat(0.0); SIMD_LANES];
                     let mut filled = 0;
                     for r in (0..rows).step_by(R) {
                         // Rows beyond the last are the last once more, and their sums are dropped.
                         let words =
                             std::array::from_fn(|i| self.words.part(r0 + (r + i).min(rows - 1), from, to));
                         let x = std::array::from_fn(|i| &self.x[(j + i).min(self.x.len() - 1)][from..to]);
-                        let ahead = LANES * self.words.stride + asked;
+                        let ahead = SIMD_LANES * self.words.stride + asked;
                         let ahead = ahead.wrapping_sub(r * self.words.stride + from);
                         let sums: [[S::F; M]; R] = s.dots::<R, M, E>(words, x, ahead);
                         asked += (to - from) / 64 * E * 64;
@@ -80,7 +80,7 @@ impl Few<'_> {
                             }
                         }
                         filled += R * M;
-                        if filled == LANES || r + R >= rows {
+                        if filled == SIMD_LANES || r + R >= rows {
                             self.add::<M>(&s.sum16(&lanes), r0 + (r + R - filled / M), j, rows + r0);
                             filled = 0;
                         }
@@ -92,7 +92,7 @@ impl Few<'_> {
 
     /// Add sums of rows from `r` on, `M` rows of x from `j` on for each, to the totals of those that are there.
     #[inline(always)]
-    fn add<const M: usize>(&mut self, sums: &[f32; LANES], r: usize, j: usize, end: usize) {
+    fn add<const M: usize>(&mut self, sums: &[f32; SIMD_LANES], r: usize, j: usize, end: usize) {
         for (i, sum) in sums.iter().enumerate() {
             let (r, j) = (r + i / M, j + i % M);
             if r < end && j < self.x.len() {

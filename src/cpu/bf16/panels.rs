@@ -28,7 +28,7 @@ use crate::error::{Error, Result};
 use crate::vector::bf16dot::{Bf16Dot, Bf16Task, PANEL_ROWS, Pair};
 use crate::vector::float::Float;
 use crate::vector::packed::Panels;
-use crate::vector::simd::{LANES, Simd};
+use crate::vector::simd::{SIMD_LANES, Simd};
 use std::ops::Range;
 
 /// Columns of a block: of 64 rows of W 32 KiB, which stay in the first or second cache while six rows of x after six pass by.
@@ -105,7 +105,8 @@ impl<D: Float> Bf16Task for Packed<'_, '_, D> {
                 tiles.into_iter().try_for_each(|tr| {
                     let index = tr * grid.tile_cols_count() + tc;
                     let rect = grid.rect(index);
-                    let words = self.sc.words.bytes_mut(rect.rows().min(LANES) * columns.len() * D::BYTES);
+                    let words =
+                        self.sc.words.bytes_mut(rect.rows().min(SIMD_LANES) * columns.len() * D::BYTES);
                     counters::count_panel();
                     panel.put_tile(s, (delta, &weights.base), index, rect.r0 - block.r0, words)
                 })

@@ -5,7 +5,7 @@ use super::avx2::Avx2;
 use super::lanes;
 use crate::vector::lanes::{Bits, Code, Progress};
 use crate::vector::packer::Packer;
-use crate::vector::simd::{Kernel, LANES, Simd};
+use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
 use std::arch::x86_64::*;
 
 /// Proof that the machine has AVX-512 F and BW, and all that [`Avx2`] asks: made by [`Avx512::detect`] only.
@@ -63,13 +63,13 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn load(self, from: &[f32; LANES]) -> __m512 {
+    fn load(self, from: &[f32; SIMD_LANES]) -> __m512 {
         // SAFETY: the array holds 16 f32, no alignment asked, the token proves AVX-512F.
         unsafe { _mm512_loadu_ps(from.as_ptr()) }
     }
 
     #[inline(always)]
-    fn store(self, v: __m512, to: &mut [f32; LANES]) {
+    fn store(self, v: __m512, to: &mut [f32; SIMD_LANES]) {
         // SAFETY: the array holds 16 f32, no alignment asked, the token proves AVX-512F.
         unsafe { _mm512_storeu_ps(to.as_mut_ptr(), v) }
     }
@@ -144,7 +144,7 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn add_gaps(self, c: __m512i, gaps: &[u8; LANES]) -> __m512i {
+    fn add_gaps(self, c: __m512i, gaps: &[u8; SIMD_LANES]) -> __m512i {
         // SAFETY: the array holds 16 bytes, no alignment asked, the token proves AVX-512F.
         unsafe { _mm512_add_epi32(c, _mm512_cvtepu8_epi32(_mm_loadu_si128(gaps.as_ptr().cast()))) }
     }
@@ -162,7 +162,7 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn store_columns(self, c: __m512i, to: &mut [u32; LANES]) {
+    fn store_columns(self, c: __m512i, to: &mut [u32; SIMD_LANES]) {
         // SAFETY: the array holds 16 u32, no alignment asked, the token proves AVX-512F.
         unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), c) }
     }
