@@ -214,17 +214,17 @@ fn walk_gaps<W: Word, C: Change<W>, const GAP: usize>(
     let columns = words.len() / W::BYTES;
     let mut c = 0usize;
     let gaps = tile.gaps.chunks_exact(Grid::TILE_ROWS * GAP);
-    for (gaps, diffs) in gaps.zip(tile.diffs.chunks_exact(Grid::TILE_ROWS * W::BYTES)) {
+    for (gaps, differences) in gaps.zip(tile.differences.chunks_exact(Grid::TILE_ROWS * W::BYTES)) {
         let gap = usize::from(gaps[lane * GAP]);
         c = if GAP == 1 { c + gap } else { gap | usize::from(gaps[lane * GAP + 1]) << 8 };
-        let diff = W::load(&diffs[lane * W::BYTES..(lane + 1) * W::BYTES]);
-        if diff == nothing {
+        let difference = W::load(&differences[lane * W::BYTES..(lane + 1) * W::BYTES]);
+        if difference == nothing {
             continue;
         }
         let Some(word) = words.get_mut(c * W::BYTES..(c + 1) * W::BYTES) else {
             return Err(Error::corrupt(format!("lane {lane} names column {c} of {columns}")));
         };
-        let now = change.change(lane, c, W::load(word), diff);
+        let now = change.change(lane, c, W::load(word), difference);
         word.copy_from_slice(bytemuck::bytes_of(&now));
     }
     Ok(())

@@ -85,7 +85,7 @@ impl Kernel for Entry<'_> {
     }
 }
 
-/// `sums[column - from] += diff * g[lane]` for the entries of a tile. Gives the largest column named.
+/// `sums[column - from] += difference * g[lane]` for the entries of a tile. Gives the largest column named.
 pub(super) struct OuterEntries<'a, D> {
     pub(super) tile: &'a SparseTile<'a>,
     pub(super) g: &'a [[f32; SIMD_LANES]; STEP],
@@ -105,26 +105,26 @@ impl<D: Float> Kernel for OuterEntries<'_, D> {
         let mut columns = s.columns();
         let mut largest = columns;
         let gap = SIMD_LANES * self.tile.gap.bytes();
-        let diffs = self.tile.diffs.chunks_exact(SIMD_LANES * D::BYTES);
-        let (mut at, mut diff) = ([0u32; SIMD_LANES], [0f32; SIMD_LANES]);
-        for (gaps, diffs) in self.tile.gaps.chunks_exact(gap).zip(diffs) {
+        let differences = self.tile.differences.chunks_exact(SIMD_LANES * D::BYTES);
+        let (mut at, mut difference) = ([0u32; SIMD_LANES], [0f32; SIMD_LANES]);
+        for (gaps, differences) in self.tile.gaps.chunks_exact(gap).zip(differences) {
             columns = match self.tile.gap {
                 GapKind::U8 => gaps.first_chunk().map_or(columns, |g| s.add_gaps(columns, g)),
                 GapKind::U16 => gaps.first_chunk().map_or(columns, |g| s.load_columns(g)),
             };
             largest = s.max_columns(largest, columns);
             s.store_columns(columns, &mut at);
-            s.store(D::widen(s, diffs), &mut diff);
+            s.store(D::widen(s, differences), &mut difference);
             for lane in 0..self.rows.min(SIMD_LANES) {
                 let column = at[lane].wrapping_sub(self.from) as usize;
                 let Some(sums) = self.sums.get_mut(column) else { continue };
                 if self.lanes.len() < SIMD_LANES {
                     // Other tenants' lanes stay as they are, bit for bit.
                     for j in self.lanes.clone() {
-                        sums[j] = diff[lane].mul_add(self.g[lane][j], sums[j]);
+                        sums[j] = difference[lane].mul_add(self.g[lane][j], sums[j]);
                     }
                 } else {
-                    s.store(s.fma(s.splat(diff[lane]), s.load(&self.g[lane]), s.load(sums)), sums);
+                    s.store(s.fma(s.splat(difference[lane]), s.load(&self.g[lane]), s.load(sums)), sums);
                 }
             }
         }

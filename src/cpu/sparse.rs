@@ -6,7 +6,7 @@
 //! of a 4096 x 4096 matrix, 0.25 ms per row of x beside the base product's 2.2 ms. With many rows of x an entry is one
 //! broadcast and one vector FMA over them: 20 to 25 ns a record whatever m.
 //!
-//! **Order** of one output: it starts at its total so far, then `total = fma(diff, x[column], total)` for the lane's
+//! **Order** of one output: it starts at its total so far, then `total = fma(difference, x[column], total)` for the lane's
 //! entries in the order of the stream. Both kernels keep it, so a row of x gives the same bits in any company.
 
 use crate::codec::{GapKind, SparseTile};
@@ -57,8 +57,8 @@ impl<D: Float> Gathered<'_, D> {
         let mut total = s.load(sums);
         let mut columns = s.columns();
         let mut largest = columns;
-        let diffs = self.tile.diffs.chunks_exact(SIMD_LANES * D::BYTES);
-        let mut next = self.tile.gaps.len() + self.tile.diffs.len();
+        let differences = self.tile.differences.chunks_exact(SIMD_LANES * D::BYTES);
+        let mut next = self.tile.gaps.len() + self.tile.differences.len();
         let mut ask = |bytes: usize| {
             if FIRST {
                 s.prefetch(self.tile.gaps, next);
@@ -66,17 +66,17 @@ impl<D: Float> Gathered<'_, D> {
             }
         };
         if WIDE {
-            for (gaps, diffs) in self.tile.gaps.as_chunks::<32>().0.iter().zip(diffs) {
+            for (gaps, differences) in self.tile.gaps.as_chunks::<32>().0.iter().zip(differences) {
                 ask(SIMD_LANES * (2 + D::BYTES));
                 columns = s.load_columns(gaps);
                 largest = s.max_columns(largest, columns);
-                total = s.fma(D::widen(s, diffs), s.gather(x, columns), total);
+                total = s.fma(D::widen(s, differences), s.gather(x, columns), total);
             }
         } else {
-            for (gaps, diffs) in self.tile.gaps.as_chunks::<SIMD_LANES>().0.iter().zip(diffs) {
+            for (gaps, differences) in self.tile.gaps.as_chunks::<SIMD_LANES>().0.iter().zip(differences) {
                 ask(SIMD_LANES * (1 + D::BYTES));
                 columns = s.add_gaps(columns, gaps);
-                total = s.fma(D::widen(s, diffs), s.gather(x, columns), total);
+                total = s.fma(D::widen(s, differences), s.gather(x, columns), total);
             }
             largest = columns;
         }
@@ -110,20 +110,21 @@ impl<D: Float> Kernel for Transposed<'_, D> {
     fn call<S: Simd>(mut self, s: S) -> u32 {
         let mut columns = s.columns();
         let mut largest = columns;
-        let diffs = self.tile.diffs.chunks_exact(SIMD_LANES * D::BYTES);
+        let differences = self.tile.differences.chunks_exact(SIMD_LANES * D::BYTES);
         match self.tile.gap {
             GapKind::U8 => {
-                for (gaps, diffs) in self.tile.gaps.as_chunks::<SIMD_LANES>().0.iter().zip(diffs) {
+                for (gaps, differences) in self.tile.gaps.as_chunks::<SIMD_LANES>().0.iter().zip(differences)
+                {
                     columns = s.add_gaps(columns, gaps);
                     largest = s.max_columns(largest, columns);
-                    self.record(s, columns, diffs);
+                    self.record(s, columns, differences);
                 }
             }
             GapKind::U16 => {
-                for (gaps, diffs) in self.tile.gaps.as_chunks::<32>().0.iter().zip(diffs) {
+                for (gaps, differences) in self.tile.gaps.as_chunks::<32>().0.iter().zip(differences) {
                     columns = s.load_columns(gaps);
                     largest = s.max_columns(largest, columns);
-                    self.record(s, columns, diffs);
+                    self.record(s, columns, differences);
                 }
             }
         }
@@ -133,14 +134,14 @@ impl<D: Float> Kernel for Transposed<'_, D> {
 
 impl<D: Float> Transposed<'_, D> {
     #[inline(always)]
-    fn record<S: Simd>(&mut self, s: S, columns: S::C, diffs: &[u8]) {
-        let (mut at, mut diff) = ([0u32; SIMD_LANES], [0f32; SIMD_LANES]);
+    fn record<S: Simd>(&mut self, s: S, columns: S::C, differences: &[u8]) {
+        let (mut at, mut difference) = ([0u32; SIMD_LANES], [0f32; SIMD_LANES]);
         s.store_columns(columns, &mut at);
-        s.store(D::widen(s, diffs), &mut diff);
+        s.store(D::widen(s, differences), &mut difference);
         for (lane, sums) in self.sums.iter_mut().enumerate().take(SIMD_LANES) {
             // A column beyond the tile: the caller refuses the tile, by the largest column.
             let Some(x) = self.x.get(at[lane] as usize) else { continue };
-            s.store(s.fma(s.splat(diff[lane]), s.load(x), s.load(sums)), sums);
+            s.store(s.fma(s.splat(difference[lane]), s.load(x), s.load(sums)), sums);
         }
     }
 }

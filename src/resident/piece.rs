@@ -87,7 +87,7 @@ impl Piece {
         let (units, entries, exceptions) = match tile {
             Tile::Sparse(t) => {
                 self.payload.extend_from_slice(t.gaps);
-                self.payload.extend_from_slice(t.diffs);
+                self.payload.extend_from_slice(t.differences);
                 (t.records, Entries::default(), &t.exceptions)
             }
             Tile::Exponent(t) => {
