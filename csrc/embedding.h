@@ -33,8 +33,8 @@ inline LookupOperands lookup(const Checks& checks, const Tensor& indices, const 
   std::vector<int64_t> sizes(indices.sizes().begin(), indices.sizes().end());
   sizes.push_back(weight.size(1));
   const NoGrad guard;
-  const bool wide = indices.scalar_type() == ScalarType::Long;
-  return {plain(wide ? indices : torch::stable::to(indices, ScalarType::Long)), words, m, t, sizes};
+  const bool is_long = indices.scalar_type() == ScalarType::Long;
+  return {plain(is_long ? indices : torch::stable::to(indices, ScalarType::Long)), words, m, t, sizes};
 }
 
 }  // namespace xorz

@@ -196,7 +196,7 @@ impl<D: Float> Kernel for TileProduct<'_, D> {
         }
         for from in (0..self.groups).step_by(BLOCK_GROUPS) {
             let mut j = 0;
-            while S::WIDE && j + 4 <= self.m {
+            while S::REGISTERS_4X4 && j + 4 <= self.m {
                 self.block::<S, 4>(s, from, j);
                 j += 4;
             }
@@ -244,7 +244,7 @@ impl<D: Float> TileProduct<'_, D> {
             *x = &self.x[(j + i) * self.groups + from..(j + i + 1) * self.groups];
         }
         let mut r = 0;
-        while S::WIDE && r + 4 <= self.rows {
+        while S::REGISTERS_4X4 && r + 4 <= self.rows {
             self.piece::<S, 4, M>(s, from, (r, j), x);
             r += 4;
         }
@@ -343,7 +343,7 @@ impl<D: Float, F: Fn(usize) -> usize> Kernel for PanelProduct<'_, D, F> {
             for r in (0..self.rows).step_by(PANEL_ROWS) {
                 let end = (r + PANEL_ROWS).min(self.rows);
                 let mut j = 0;
-                while S::WIDE && j + 4 <= self.m {
+                while S::REGISTERS_4X4 && j + 4 <= self.m {
                     self.block::<S, 4>(s, from, r..end, j);
                     j += 4;
                 }
@@ -368,7 +368,7 @@ impl<D: Float, F: Fn(usize) -> usize> PanelProduct<'_, D, F> {
             *x = self.x.part((self.row)(j + i), from * group, (from + PANEL_GROUPS) * group);
         }
         let mut r = rows.start;
-        while S::WIDE && r + 4 <= rows.end {
+        while S::REGISTERS_4X4 && r + 4 <= rows.end {
             self.piece::<S, M, 4>(s, from, r, j, x);
             r += 4;
         }

@@ -2,11 +2,11 @@
 
 #![allow(clippy::needless_range_loop, reason = "arrays indexed in step are what becomes vector instructions")]
 
+use super::again_f64;
 use super::dot::Strides;
 use super::fused::Block;
 use super::linear::{Job, Segment};
 use super::scratch::Scratch;
-use super::wide;
 use crate::error::Result;
 use crate::vector::float::Float;
 use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
@@ -45,7 +45,7 @@ impl<D: Float> Job<'_, D> {
                     }
                 }
                 if any {
-                    wide::linear(s, self, segment, band, block.m0, &again[..r1 - r0], sc)?;
+                    again_f64::linear(s, self, segment, band, block.m0, &again[..r1 - r0], sc)?;
                 }
             }
         }

@@ -283,14 +283,14 @@ impl<D: Float> Job<'_, D> {
         for segment in strip.segments {
             let lanes = strip.lanes(segment).filter(|j| again >> j & 1 == 1).fold(0, |all, j| all | 1 << j);
             for c in columns.clone().step_by(STRIP).filter(|_| lanes != 0) {
-                self.wide(s, segment, c..(c + STRIP).min(columns.end), strip, lanes, sc)?;
+                self.again_f64(s, segment, c..(c + STRIP).min(columns.end), strip, lanes, sc)?;
             }
         }
         Ok(())
     }
 
     /// Compute a segment's non-finite outputs of `columns` again; bit j of `again` says that lane j has some.
-    fn wide<S: Simd>(
+    fn again_f64<S: Simd>(
         &self,
         s: S,
         segment: &Segment<'_>,
@@ -301,7 +301,7 @@ impl<D: Float> Job<'_, D> {
     ) -> Result<()> {
         let grid = segment.weights.grid();
         let across = grid.tile_cols_count();
-        let wide = sc.wide.zeroed(columns.len() * SIMD_LANES);
+        let sums_f64 = sc.sums_f64.zeroed(columns.len() * SIMD_LANES);
         let (n, k) = (grid.shape.n, grid.shape.k);
         for band in 0..grid.tile_rows_count() {
             let index = band * across + columns.start / grid.tile_cols;
@@ -314,7 +314,7 @@ impl<D: Float> Job<'_, D> {
                     let grad = &self.grad[self.row(strip.m0 + j) * n * D::BYTES..];
                     let g = f64::from(D::value_at(grad, rect.r0 + r));
                     for c in 0..columns.len() {
-                        wide[c * SIMD_LANES + j] += g * f64::from(D::value_at(row, c));
+                        sums_f64[c * SIMD_LANES + j] += g * f64::from(D::value_at(row, c));
                     }
                 }
             }
@@ -323,7 +323,7 @@ impl<D: Float> Job<'_, D> {
         for c in columns.clone() {
             for j in (0..SIMD_LANES).filter(|j| again >> j & 1 == 1) {
                 if !sums[c - strip.columns.start][j].is_finite() {
-                    let value = D::round_wide(wide[(c - columns.start) * SIMD_LANES + j]);
+                    let value = D::round_f64(sums_f64[(c - columns.start) * SIMD_LANES + j]);
                     D::put(&self.out[self.row(strip.m0 + j) * k + c], value);
                 }
             }

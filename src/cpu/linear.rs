@@ -2,7 +2,7 @@
 //!
 //! Few rows of a tenant (any number when deterministic): tiles are not restored, see `fused`. Many rows of one tenant in
 //! `mode = "fast"`: a tile is restored into scratch as f32, then multiplied with every row of x of that tenant. Either
-//! way an output that is not finite is computed again from the fine-tuned words themselves, in f64 (see `wide`).
+//! way an output that is not finite is computed again from the fine-tuned words themselves, in f64 (see `again_f64`).
 //!
 //! **Longest chain of roundings** of one output (D of docs/numerics.md): small m: `4096 / 16 + 4` for a base product,
 //! one per 4096 columns of the base, one per record of its lane (two bytes of gap or one, padding adds none), one for the

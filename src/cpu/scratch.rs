@@ -21,7 +21,7 @@ pub(crate) struct Scratch {
     /// Words of a tile (u64 for their alignment).
     pub(crate) words: Buffer<u64>,
     /// Sums of the decode path.
-    pub(crate) wide: Buffer<f64>,
+    pub(crate) sums_f64: Buffer<f64>,
     /// Which part of x `split` holds: number of the call, first place, first and last column.
     pub(crate) split_holds: Option<(u64, usize, usize, usize)>,
     /// Which part of x `entries` holds.
@@ -79,7 +79,7 @@ impl Scratch {
             + self.sums.bytes()
             + self.panel.bytes()
             + self.words.bytes()
-            + self.wide.bytes()
+            + self.sums_f64.bytes()
     }
 }
 

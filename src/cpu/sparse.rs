@@ -51,7 +51,7 @@ impl<D: Float> Gathered<'_, D> {
     /// One row of x; the first asks for the next tile's records, which lie behind this one's, as far on as they are long. (A
     /// tile is a few pages, and the processor's own look-ahead ends with each.)
     #[inline(always)]
-    fn row<S: Simd, const WIDE: bool, const FIRST: bool>(&mut self, s: S, j: usize) -> u32 {
+    fn row<S: Simd, const GAP16: bool, const FIRST: bool>(&mut self, s: S, j: usize) -> u32 {
         let x = &self.x[j * self.width..(j + 1) * self.width];
         let Some(sums) = self.sums[j * self.stride..].first_chunk_mut::<SIMD_LANES>() else { return 0 };
         let mut total = s.load(sums);
@@ -65,7 +65,7 @@ impl<D: Float> Gathered<'_, D> {
                 next += bytes;
             }
         };
-        if WIDE {
+        if GAP16 {
             for (gaps, differences) in self.tile.gaps.as_chunks::<32>().0.iter().zip(differences) {
                 ask(SIMD_LANES * (2 + D::BYTES));
                 columns = s.load_columns(gaps);

@@ -139,9 +139,9 @@ pub struct Large {
 }
 
 impl Large {
-    fn new(name: &str, wide: bool, rows: Rows, n: usize) -> Result<Self> {
+    fn new(name: &str, four_byte: bool, rows: Rows, n: usize) -> Result<Self> {
         let (m, slots) = (rows.m as u64, rows.slots.unwrap_or(1) as u64);
-        let tile_rows = large_rows(wide) as u64;
+        let tile_rows = large_rows(four_byte) as u64;
         let tenants = m.min(slots + 2);
         let bytes = 64 + 144 * tenants + 16 * (m / tile_rows) + 4 * (slots + 2) + 4 * m;
         Ok(Self {
@@ -159,9 +159,9 @@ impl Large {
     }
 }
 
-/// Rows of x of a tile of `linear_large`, for words of four bytes (`wide`) and of two.
-pub const fn large_rows(wide: bool) -> usize {
-    if wide { 64 } else { 128 }
+/// Rows of x of a tile of `linear_large`, for words of four bytes (`four_byte`) and of two.
+pub const fn large_rows(four_byte: bool) -> usize {
+    if four_byte { 64 } else { 128 }
 }
 
 fn check_shape(shape: Shape) -> Result<()> {
@@ -215,12 +215,12 @@ pub fn embedding(dtype: Dtype, m: usize, slots: usize, table: Shape) -> Result<O
 
 /// Whether tiles of one tenant's rows are the better way. They read the base once a tile: at worst each tenant has one that it
 /// does not fill. A bound on what either way reads decides; no GPU has been asked.
-fn takes_tiles(rows: Rows, wide: bool) -> bool {
+fn takes_tiles(rows: Rows, four_byte: bool) -> bool {
     if rows.m <= SMALL_ROWS {
         return false;
     }
     let tenants = rows.slots.map_or(1, |s| rows.m.min(s + 1));
-    let (tiled, small) = (rows.m / large_rows(wide) + tenants, rows.m.div_ceil(16));
+    let (tiled, small) = (rows.m / large_rows(four_byte) + tenants, rows.m.div_ceil(16));
     tiled <= 2 * small
 }
 
@@ -238,13 +238,13 @@ pub fn linear(dtype: Dtype, rows: Rows, shape: Shape) -> Result<Product> {
         Dtype::F32 => "f32",
         other => return Err(Error::unsupported(format!("{other} does not compute: F32, BF16 and F16 do"))),
     };
-    let wide = dtype == Dtype::F32;
+    let four_byte = dtype == Dtype::F32;
     if m == 0 || shape.n == 0 {
         return Ok(Product::Nothing);
     }
     // The small product's sums depend on who shares a block.
-    if rows.deterministic || takes_tiles(rows, wide) {
-        return Ok(Product::Large(Large::new(name, wide, rows, shape.n)?));
+    if rows.deterministic || takes_tiles(rows, four_byte) {
+        return Ok(Product::Large(Large::new(name, four_byte, rows, shape.n)?));
     }
     let block_rows = if m <= 4 { 4 } else { 16 };
     let entry = Entry::find(&format!("xorz_linear_small_{name}_m{block_rows}"))?;

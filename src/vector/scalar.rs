@@ -38,7 +38,7 @@ impl Simd for Scalar {
     type F = [f32; SIMD_LANES];
     type C = [u32; SIMD_LANES];
     const NAME: &'static str = "scalar";
-    const WIDE: bool = false;
+    const REGISTERS_4X4: bool = false;
 
     fn run<K: Kernel>(self, kernel: K) -> K::Out {
         kernel.call(self)

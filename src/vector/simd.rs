@@ -36,7 +36,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Its name, as `XORZ_ISA` takes it.
     const NAME: &'static str;
     /// Whether there are registers for four by four vectors of sums.
-    const WIDE: bool;
+    const REGISTERS_4X4: bool;
 
     /// Run `kernel` with this instance's instructions switched on.
     fn run<K: Kernel>(self, kernel: K) -> K::Out;

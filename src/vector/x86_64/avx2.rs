@@ -122,7 +122,7 @@ impl Simd for Avx2 {
     type F = F;
     type C = C;
     const NAME: &'static str = "avx2";
-    const WIDE: bool = false;
+    const REGISTERS_4X4: bool = false;
 
     fn run<K: Kernel>(self, kernel: K) -> K::Out {
         #[target_feature(enable = "avx2,fma,f16c")]

@@ -45,7 +45,7 @@ impl Simd for Avx512 {
     type F = __m512;
     type C = __m512i;
     const NAME: &'static str = "avx512";
-    const WIDE: bool = true;
+    const REGISTERS_4X4: bool = true;
 
     fn run<K: Kernel>(self, kernel: K) -> K::Out {
         #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]

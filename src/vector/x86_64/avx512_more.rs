@@ -63,7 +63,7 @@ macro_rules! instance {
             type F = __m512;
             type C = __m512i;
             const NAME: &'static str = $called;
-            const WIDE: bool = true;
+            const REGISTERS_4X4: bool = true;
 
             fn run<K: Kernel>(self, kernel: K) -> K::Out {
                 #[target_feature(enable = $features)]

@@ -22,7 +22,7 @@ pub(super) fn linear<S: Simd, D: Float>(
     let grid = segment.weights.grid();
     let across = grid.tile_cols_count();
     let r0 = band * grid.tile_rows;
-    let sums = sc.wide.zeroed(again.len() * SIMD_LANES);
+    let sums = sc.sums_f64.zeroed(again.len() * SIMD_LANES);
     for tc in 0..across {
         let index = band * across + tc;
         let rect = grid.rect(index);
@@ -38,7 +38,7 @@ pub(super) fn linear<S: Simd, D: Float>(
     for (r, &flags) in again.iter().enumerate() {
         for j in (0..SIMD_LANES).filter(|j| flags >> j & 1 == 1) {
             let bias = segment.bias.map_or(0.0, |b| f64::from(D::value_at(b, r0 + r)));
-            let value = D::round_wide(sums[r * SIMD_LANES + j] + bias);
+            let value = D::round_f64(sums[r * SIMD_LANES + j] + bias);
             D::put(&job.out[job.row(m0 + j) * job.n + r0 + r], value);
         }
     }
