@@ -2,7 +2,7 @@
 //! f64, where products of two f32 are exact and do not overflow. So NaN and infinities are those of the fine-tuned
 //! weights, whatever the base, the differences and the order of f32 sums made of them. Slow and plain on purpose.
 
-use super::linear::{Job, Segment};
+use super::linear::{LinearJob, Segment};
 use super::scratch::Scratch;
 use crate::error::Result;
 use crate::vector::float::Float;
@@ -12,7 +12,7 @@ use crate::vector::simd::{SIMD_LANES, Simd};
 /// band and the row of x at place `m0 + j`.
 pub(super) fn linear<S: Simd, D: Float>(
     s: S,
-    job: &Job<'_, D>,
+    job: &LinearJob<'_, D>,
     segment: &Segment<'_>,
     band: usize,
     m0: usize,

@@ -5,13 +5,13 @@
 use super::again_f64;
 use super::dot::Strides;
 use super::fused::Block;
-use super::linear::{Job, Segment};
+use super::linear::{LinearJob, Segment};
 use super::scratch::Scratch;
 use crate::error::Result;
 use crate::vector::float::Float;
 use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
 
-impl<D: Float> Job<'_, D> {
+impl<D: Float> LinearJob<'_, D> {
     /// Add the bias, round and write the outputs, band by band, so that a band with non-finite outputs can be done again.
     pub(super) fn finish<S: Simd>(
         &self,

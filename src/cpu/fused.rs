@@ -12,7 +12,7 @@
 use super::bf16::Few;
 use super::dot::{Rows, Strides, TileProduct, ToSplit};
 use super::exponent;
-use super::linear::{Job, Segment};
+use super::linear::{LinearJob, Segment};
 use super::plan::{BASE_COLUMNS, BLOCK, transposed};
 use super::scratch::{Buffer, Scratch};
 use super::sparse::{Gathered, Natural, Transposed};
@@ -40,7 +40,7 @@ impl Block {
     }
 }
 
-impl<D: Float> Job<'_, D> {
+impl<D: Float> LinearJob<'_, D> {
     /// A block of rows of x on the base's words, of the tenants `segments`.
     pub(super) fn shared<S: Simd>(
         &self,

@@ -74,11 +74,11 @@ pub fn delta_linear_grad_input_on(
         let out = <D as Float>::share(out, "out")?;
         let weights = Weights::new(*base, Some(delta));
         let segment = Segment { weights, bias: None, rows: 0..m, slot: None };
-        run::<_, D>(s, &Job { grad, base: *base, order: None, out }, &[segment], exec)
+        run::<_, D>(s, &GradJob { grad, base: *base, order: None, out }, &[segment], exec)
     }))?
 }
 
-pub(super) struct Job<'a, D: Float> {
+pub(super) struct GradJob<'a, D: Float> {
     pub(super) grad: &'a [u8],
     pub(super) base: Matrix<'a>,
     /// Which row of `grad` and of `out` is at each place; None: row i is at place i.
@@ -131,7 +131,7 @@ impl Strip<'_> {
 /// Run a checked call; no dimension is zero but n. The segments are in the order of their places and of their ways.
 pub(super) fn run<S: Simd, D: Float>(
     s: S,
-    job: &Job<'_, D>,
+    job: &GradJob<'_, D>,
     segments: &[Segment<'_>],
     exec: &dyn Executor,
 ) -> Result<()> {
@@ -162,7 +162,7 @@ pub(super) fn run<S: Simd, D: Float>(
     })
 }
 
-impl<D: Float> Job<'_, D> {
+impl<D: Float> GradJob<'_, D> {
     fn row(&self, at: usize) -> usize {
         self.order.map_or(at, |order| order[at])
     }

@@ -163,7 +163,7 @@ fn grad_groups<S: Simd, D: Float>(
     }
     let out = D::share(out, "out")?;
     let (order, segments) = segments(&args.base, &tenants, &groups, &deltas, Sums::Deterministic, |_| None);
-    let job = grad::Job { grad: args.grad, base: args.base, order: Some(&order), out };
+    let job = grad::GradJob { grad: args.grad, base: args.base, order: Some(&order), out };
     grad::run::<S, D>(s, &job, &segments, exec)
 }
 

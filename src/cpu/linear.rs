@@ -126,7 +126,7 @@ pub(super) struct Call<'a> {
 }
 
 /// One call, in the dtype of its words.
-pub(super) struct Job<'a, D: Float> {
+pub(super) struct LinearJob<'a, D: Float> {
     /// No other call's.
     pub(super) id: u64,
     pub(super) x: &'a [u8],
@@ -159,7 +159,7 @@ pub(super) fn run<S: Simd, D: Float>(
 ) -> Result<()> {
     static CALLS: AtomicU64 = AtomicU64::new(0);
     let (shape, sums) = (call.base.shape(), Sums::of::<S, D>(call.mode));
-    let job = Job::<D> {
+    let job = LinearJob::<D> {
         id: CALLS.fetch_add(1, Relaxed),
         x: call.x,
         base: call.base,
@@ -181,7 +181,7 @@ pub(super) fn run<S: Simd, D: Float>(
     })
 }
 
-impl<D: Float> Job<'_, D> {
+impl<D: Float> LinearJob<'_, D> {
     /// The row of x at place `at`.
     pub(super) fn row(&self, at: usize) -> usize {
         self.order.map_or(at, |order| order[at])

@@ -30,7 +30,7 @@ use super::few::Few;
 use crate::codec::{Encoding, Entries, ExponentTile, Grid, Rect, Tile, disorder, outside};
 use crate::cpu::dot::{Rows, Strides};
 use crate::cpu::fused::Block;
-use crate::cpu::linear::{Job, Segment};
+use crate::cpu::linear::{LinearJob, Segment};
 use crate::cpu::plan::BLOCK;
 use crate::cpu::scratch::Scratch;
 use crate::error::{Error, Result};
@@ -59,7 +59,7 @@ impl Tenant<'_, '_> {
     }
 }
 
-impl<D: Float> Job<'_, D> {
+impl<D: Float> LinearJob<'_, D> {
     /// A block of rows of x on the words of `exponent` deltas, tenant beside tenant. The words are bf16, the machine has a
     /// bf16 dot product, and the block's rows of W begin and end with tiles of every segment.
     pub(in crate::cpu) fn decoded<S: Simd>(
@@ -83,7 +83,7 @@ impl<D: Float> Job<'_, D> {
 
 /// The products of one block.
 struct Decoded<'t, 'a, D: Float> {
-    job: &'t Job<'a, D>,
+    job: &'t LinearJob<'a, D>,
     block: Block,
     segments: &'t [Segment<'t>],
     strides: Strides,

@@ -21,7 +21,7 @@
 use crate::cpu::counters;
 use crate::cpu::dot::Strides;
 use crate::cpu::fused::Block;
-use crate::cpu::linear::{Job, Segment};
+use crate::cpu::linear::{LinearJob, Segment};
 use crate::cpu::plan::{BLOCK, PANEL_SUMS};
 use crate::cpu::scratch::Scratch;
 use crate::error::{Error, Result};
@@ -42,7 +42,7 @@ const MOST_AHEAD: usize = 256 << 10;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-impl<D: Float> Job<'_, D> {
+impl<D: Float> LinearJob<'_, D> {
     /// Rows of W `block.r0..block.r1`, all rows of x of the tenants `segments`. The words are bf16 and the machine has a
     /// bf16 dot product; the rows begin and end with tiles of every segment.
     pub(in crate::cpu) fn packed<S: Simd>(
@@ -77,7 +77,7 @@ impl<D: Float> Job<'_, D> {
 
 /// The products of one tenant's rows of x.
 struct Packed<'t, 'a, D: Float> {
-    job: &'t Job<'a, D>,
+    job: &'t LinearJob<'a, D>,
     block: Block,
     segment: &'t Segment<'t>,
     /// Sums of one row of x: whole panels.

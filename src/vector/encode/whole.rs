@@ -41,7 +41,7 @@ pub fn encode_on(
 ) -> Result<Vec<u8>> {
     let mut pair = Pair::new(*base, *fine_tuned)?;
     let digest = digest(base, exec)?;
-    let job = Job { isa, base: *base, fine_tuned: *fine_tuned, digest };
+    let job = EncodeJob { isa, base: *base, fine_tuned: *fine_tuned, digest };
     let sampled = estimate_on(isa, &mut pair, prefer, false)?;
     let delta = job.write(&sampled.plan, exec)?;
     if !sampled.is_off(delta.len() as u64) {
@@ -63,14 +63,14 @@ fn digest(matrix: &Matrix<'_>, exec: &dyn Executor) -> Result<Digest> {
     Ok(Digest::of_leaves(matrix.dtype(), matrix.shape(), leaves))
 }
 
-struct Job<'a> {
+struct EncodeJob<'a> {
     isa: Isa,
     base: Matrix<'a>,
     fine_tuned: Matrix<'a>,
     digest: Digest,
 }
 
-impl Job<'_> {
+impl EncodeJob<'_> {
     fn write(&self, plan: &Plan, exec: &dyn Executor) -> Result<Vec<u8>> {
         let mut assembler = Assembler::new(self.base.dtype(), plan)?;
         let mut out = vec![0; assembler.head_bytes()];
