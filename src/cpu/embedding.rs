@@ -66,7 +66,7 @@ pub fn delta_embedding_on(
     out: &mut [u8],
     exec: &dyn Executor,
 ) -> Result<()> {
-    on_isa!(isa, s => run(s, args, out, exec))?
+    on_isa!(isa, s => run_embedding(s, args, out, exec))?
 }
 
 /// One row to be looked up.
@@ -82,7 +82,7 @@ struct Task<'t, 'o, 'a> {
     rows: &'t mut [Row<'o>],
 }
 
-fn run<S: Simd>(s: S, args: &EmbeddingArgs<'_>, out: &mut [u8], exec: &dyn Executor) -> Result<()> {
+fn run_embedding<S: Simd>(s: S, args: &EmbeddingArgs<'_>, out: &mut [u8], exec: &dyn Executor) -> Result<()> {
     let (base, m) = (&args.base, args.indices.len());
     check_words("out", out, Shape { n: m, k: base.shape().k }, base.dtype())?;
     let tenants = Tenants::new(args.tenant_of_row, m, args.arena.slots.len())?;

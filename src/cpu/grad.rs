@@ -74,7 +74,7 @@ pub fn delta_linear_grad_input_on(
         let out = <D as Float>::share(out, "out")?;
         let weights = Weights::new(*base, Some(delta));
         let segment = Segment { weights, bias: None, rows: 0..m, slot: None };
-        run::<_, D>(s, &GradJob { grad, base: *base, order: None, out }, &[segment], exec)
+        run_grad::<_, D>(s, &GradJob { grad, base: *base, order: None, out }, &[segment], exec)
     }))?
 }
 
@@ -129,7 +129,7 @@ impl Strip<'_> {
 }
 
 /// Run a checked call; no dimension is zero but n. The segments are in the order of their places and of their ways.
-pub(super) fn run<S: Simd, D: Float>(
+pub(super) fn run_grad<S: Simd, D: Float>(
     s: S,
     job: &GradJob<'_, D>,
     segments: &[Segment<'_>],

@@ -112,8 +112,8 @@ fn linear_groups<S: Simd, D: Float>(
     let (order, segments) =
         segments(&args.base, &tenants, &groups, &deltas, Sums::of::<S, D>(args.mode), bias);
     let (order, segments) = (Some(&order[..]), &segments[..]);
-    let call = linear::Call { x: args.x, base: args.base, order, segments, mode: args.mode };
-    linear::run::<S, D>(s, &call, out, exec)
+    let call = linear::ProductCall { x: args.x, base: args.base, order, segments, mode: args.mode };
+    linear::run_linear::<S, D>(s, &call, out, exec)
 }
 
 /// What [`delta_linear_grouped_grad_input`] multiplies.
@@ -164,7 +164,7 @@ fn grad_groups<S: Simd, D: Float>(
     let out = D::share(out, "out")?;
     let (order, segments) = segments(&args.base, &tenants, &groups, &deltas, Sums::Deterministic, |_| None);
     let job = grad::GradJob { grad: args.grad, base: args.base, order: Some(&order), out };
-    grad::run::<S, D>(s, &job, &segments, exec)
+    grad::run_grad::<S, D>(s, &job, &segments, exec)
 }
 
 /// The deltas of the groups of a batch: every slot in use is looked at before a word is computed.

@@ -79,8 +79,8 @@ pub fn delta_linear_on(isa: Isa, args: &LinearArgs<'_>, out: &mut [u8], exec: &d
         let weights = Weights::new(args.base, Some(&args.delta));
         let segment = Segment { weights, bias: args.bias, rows: 0..args.m, slot: None };
         let (x, base, segments) = (args.x, args.base, &[segment]);
-        let call = Call { x, base, order: None, segments, mode: args.mode };
-        if out.is_empty() { Ok(()) } else { run::<_, D>(s, &call, out, exec) }
+        let call = ProductCall { x, base, order: None, segments, mode: args.mode };
+        if out.is_empty() { Ok(()) } else { run_linear::<_, D>(s, &call, out, exec) }
     }))?
 }
 
@@ -115,7 +115,7 @@ impl Segment<'_> {
 }
 
 /// What one call multiplies.
-pub(super) struct Call<'a> {
+pub(super) struct ProductCall<'a> {
     pub(super) x: &'a [u8],
     pub(super) base: Matrix<'a>,
     /// The row of x at each place; as they are if none.
@@ -151,9 +151,9 @@ struct Part<'a> {
 }
 
 /// Run a checked call.
-pub(super) fn run<S: Simd, D: Float>(
+pub(super) fn run_linear<S: Simd, D: Float>(
     s: S,
-    call: &Call<'_>,
+    call: &ProductCall<'_>,
     out: &mut [u8],
     exec: &dyn Executor,
 ) -> Result<()> {
@@ -187,7 +187,7 @@ impl<D: Float> LinearJob<'_, D> {
         self.order.map_or(at, |order| order[at])
     }
 
-    fn parts<'a>(&self, call: &Call<'a>, sums: Sums, threads: usize) -> Vec<Part<'a>> {
+    fn parts<'a>(&self, call: &ProductCall<'a>, sums: Sums, threads: usize) -> Vec<Part<'a>> {
         let mut parts: Vec<Part<'a>> = Vec::new();
         let way = |s: &Segment<'_>| Way::of(&s.weights, s.rows.len(), sums);
         let alike = |a: &Segment<'_>, b: &Segment<'_>| {
