@@ -87,7 +87,7 @@ pub(super) struct GradJob<'a, D: Float> {
 }
 
 /// Tasks of one kind: strips of columns by blocks of rows of grad.
-struct Part<'a> {
+struct GradStrips<'a> {
     segments: &'a [Segment<'a>],
     /// Columns of a strip: within one tile of every segment.
     width: usize,
@@ -95,7 +95,7 @@ struct Part<'a> {
     tasks: Range<usize>,
 }
 
-impl<'a> Part<'a> {
+impl<'a> GradStrips<'a> {
     fn new(segments: &'a [Segment<'a>], k: usize, start: usize) -> Self {
         let tile_cols = segments.iter().map(|s| s.weights.grid().tile_cols).min().unwrap_or(STRIP);
         // Lanes of `exponent` carry bits from column to column, so its tiles are not cut.
@@ -137,9 +137,9 @@ pub(super) fn run_grad<S: Simd, D: Float>(
 ) -> Result<()> {
     let shared = |s: &Segment<'_>| Way::of(&s.weights, 0, Sums::Deterministic) == Way::Shared;
     let k = job.base.shape().k;
-    let mut parts: Vec<Part<'_>> = Vec::new();
+    let mut parts: Vec<GradStrips<'_>> = Vec::new();
     for segments in segments.chunk_by(|a, b| shared(a) && shared(b)) {
-        parts.push(Part::new(segments, k, parts.last().map_or(0, |part| part.tasks.end)));
+        parts.push(GradStrips::new(segments, k, parts.last().map_or(0, |part| part.tasks.end)));
     }
     try_run(exec, parts.last().map_or(0, |part| part.tasks.end), |task| {
         let part = &parts[parts.partition_point(|part| part.tasks.end <= task)];

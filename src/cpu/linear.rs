@@ -140,7 +140,7 @@ pub(super) struct LinearJob<'a, D: Float> {
 }
 
 /// Tasks of one kind: chunks of rows of W by blocks of rows of x.
-struct Part<'a> {
+struct LinearTasks<'a> {
     way: Way,
     segments: &'a [Segment<'a>],
     sizes: Sizes,
@@ -187,8 +187,8 @@ impl<D: Float> LinearJob<'_, D> {
         self.order.map_or(at, |order| order[at])
     }
 
-    fn parts<'a>(&self, call: &ProductCall<'a>, sums: Sums, threads: usize) -> Vec<Part<'a>> {
-        let mut parts: Vec<Part<'a>> = Vec::new();
+    fn parts<'a>(&self, call: &ProductCall<'a>, sums: Sums, threads: usize) -> Vec<LinearTasks<'a>> {
+        let mut parts: Vec<LinearTasks<'a>> = Vec::new();
         let way = |s: &Segment<'_>| Way::of(&s.weights, s.rows.len(), sums);
         let alike = |a: &Segment<'_>, b: &Segment<'_>| {
             let raw = |s: &Segment<'_>| s.weights.encoding() == Encoding::Raw;
@@ -206,12 +206,12 @@ impl<D: Float> LinearJob<'_, D> {
             };
             let start = parts.last().map_or(0, |part| part.tasks.end);
             let tasks = start..start + self.n.div_ceil(sizes.rows) * places.len().div_ceil(sizes.block);
-            parts.push(Part { way, segments, sizes, places, tasks });
+            parts.push(LinearTasks { way, segments, sizes, places, tasks });
         }
         parts
     }
 
-    fn task<S: Simd>(&self, s: S, part: &Part<'_>, task: usize, sc: &mut Scratch) -> Result<()> {
+    fn task<S: Simd>(&self, s: S, part: &LinearTasks<'_>, task: usize, sc: &mut Scratch) -> Result<()> {
         let Sizes { rows, block, again_cached } = part.sizes;
         let (blocks, chunks) = (part.places.len().div_ceil(block), self.n.div_ceil(rows));
         let (chunk, at) =
