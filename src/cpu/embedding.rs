@@ -292,7 +292,7 @@ fn band<S: Simd>(s: S, delta: &Resident<'_>, base: &Matrix<'_>, rows: &mut [Row<
         let Tile::Exponent(tile) = delta.tile(index)? else {
             return Err(Error::internal(format!("tile {index} is not of encoding exponent")));
         };
-        let piece = Piece { base, grid: &grid, index, tile: &tile };
+        let piece = BandTile { base, grid: &grid, index, tile: &tile };
         match dtype.word_bytes() {
             1 => piece.by_oracle::<u8>(rows),
             2 => piece.by_lanes::<S, u16>(s, rows),
@@ -305,14 +305,14 @@ fn band<S: Simd>(s: S, delta: &Resident<'_>, base: &Matrix<'_>, rows: &mut [Row<
 }
 
 /// One tile of a band.
-struct Piece<'t, 'a> {
+struct BandTile<'t, 'a> {
     base: &'t Matrix<'a>,
     grid: &'t Grid,
     index: usize,
     tile: &'t ExponentTile<'a>,
 }
 
-impl Piece<'_, '_> {
+impl BandTile<'_, '_> {
     fn by_lanes<S: Simd, W: Lane>(&self, s: S, rows: &mut [Row<'_>]) -> Result<()> {
         let mut decoder = lanes::Decoder::<W>::new(self.tile, self.base.dtype());
         self.decode(rows, |words: &mut [W]| decoder.advance(s, None, words))

@@ -173,7 +173,7 @@ pub(super) fn product<S: Simd, D: Float>(
             }
             stream.decode(s, (r, c), &row[c * D::BYTES..(c + words.len()) * D::BYTES], words)?;
             let words = bytemuck::cast_slice(words);
-            s.run(Piece::<D> { words, x, groups, from: c / GROUP, m, partial, dtype: PhantomData });
+            s.run(WordsProduct::<D> { words, x, groups, from: c / GROUP, m, partial, dtype: PhantomData });
         }
         for j in 0..m {
             sums[r * strides.row + j * strides.column] += s.run(Sum(&partial[j]));
@@ -214,7 +214,7 @@ impl Kernel for Entry<'_> {
 }
 
 /// `partial[j] += words . x[j]`, the columns from group `from` on.
-struct Piece<'a, D> {
+struct WordsProduct<'a, D> {
     words: &'a [u8],
     x: &'a [Split],
     groups: usize,
@@ -224,7 +224,7 @@ struct Piece<'a, D> {
     dtype: PhantomData<D>,
 }
 
-impl<D: Float> Kernel for Piece<'_, D> {
+impl<D: Float> Kernel for WordsProduct<'_, D> {
     type Out = ();
 
     #[inline(always)]
@@ -241,7 +241,7 @@ impl<D: Float> Kernel for Piece<'_, D> {
     }
 }
 
-impl<D: Float> Piece<'_, D> {
+impl<D: Float> WordsProduct<'_, D> {
     #[inline(always)]
     fn rows<S: Simd, const M: usize>(&mut self, s: S, j: usize) {
         let mut x: [&[Split]; M] = [&[]; M];

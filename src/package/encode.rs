@@ -12,7 +12,7 @@ use super::words::{PairSource, Words};
 use super::{Codec, PackOptions};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, DigestStream, Dtype, Matrix, Shape};
-use crate::resident::{Estimate, Piece};
+use crate::resident::{DeltaPiece, Estimate};
 use crate::vector;
 use std::sync::OnceLock;
 
@@ -63,7 +63,7 @@ pub(super) enum Choice {
 pub(super) struct Scratch {
     fine_tuned: Aligned,
     base: Aligned,
-    pub(super) piece: Piece,
+    pub(super) piece: DeltaPiece,
     pub(super) frames: Vec<u8>,
     /// Stored and raw bytes of each frame.
     pub(super) lengths: Vec<(usize, usize)>,

@@ -12,7 +12,7 @@ use super::{Run, planes};
 use crate::codec::Prefer;
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Shape};
-use crate::resident::{self, Assembler, Estimate, Piece};
+use crate::resident::{self, Assembler, DeltaPiece, Estimate};
 use crate::vector;
 use serde::Serialize;
 use std::io::Write;
@@ -154,7 +154,7 @@ struct Tensor<'a> {
 struct Scratch {
     base: Aligned,
     fine_tuned: Aligned,
-    pieces: Vec<Piece>,
+    pieces: Vec<DeltaPiece>,
     difference: Vec<u8>,
 }
 
@@ -242,7 +242,7 @@ impl<'a> Job<'a> {
                 let range = self.chunks.bytes(chunk);
                 let (b, f) =
                     (base.get(range.clone(), &mut s.base)?, fine_tuned.get(range, &mut s.fine_tuned)?);
-                s.pieces.resize_with(plans.len(), Piece::default);
+                s.pieces.resize_with(plans.len(), DeltaPiece::default);
                 for (e, piece) in plans.iter().zip(&mut s.pieces) {
                     piece.clear();
                     vector::encode_tiles(

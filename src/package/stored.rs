@@ -8,7 +8,7 @@ use super::temp::Spool;
 use crate::codec::Encoding;
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype};
-use crate::resident::{Assembler, Finished, Piece};
+use crate::resident::{Assembler, DeltaPiece, Finished};
 use std::io::Write;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -145,7 +145,7 @@ impl ResidentBody {
         self.assembler.bytes()
     }
 
-    pub(super) fn push(&mut self, to: &mut Spool, piece: &Piece) -> Result<()> {
+    pub(super) fn push(&mut self, to: &mut Spool, piece: &DeltaPiece) -> Result<()> {
         self.assembler.add(piece)?;
         match &mut self.framer {
             Some(framer) => framer.push(to, &piece.payload),

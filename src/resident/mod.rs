@@ -19,7 +19,7 @@ pub use estimate::{Estimate, estimate, estimate_exactly};
 pub use header::{HEADER_BYTES, Header, MAGIC, VERSION};
 pub(crate) use outline::head_bytes;
 pub use outline::{Outline, ReadAt};
-pub use piece::{Listed, Piece, encode_tiles};
+pub use piece::{DeltaPiece, Listed, encode_tiles};
 pub use plan::Plan;
 pub use regions::{concat, slice};
 pub use view::{Resident, restore, restore_rows};

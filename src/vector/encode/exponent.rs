@@ -17,7 +17,7 @@ use crate::codec::exponent::mantissa_bits;
 use crate::codec::{Apart, Rect};
 use crate::error::{Error, Result};
 use crate::matrix::Dtype;
-use crate::resident::{Piece, Plan, Region};
+use crate::resident::{DeltaPiece, Plan, Region};
 use crate::vector::lanes::{Code, STEP};
 use crate::vector::packer::{Lanes, Open, Packer, SLACK};
 
@@ -41,7 +41,7 @@ impl Coder {
         dtype: Dtype,
         region: &Region<'_>,
         index: usize,
-        out: &mut Piece,
+        out: &mut DeltaPiece,
     ) -> Result<()> {
         let rect = plan.grid.rect(index);
         self.misfits.clear();
@@ -69,7 +69,7 @@ impl Coder {
         plan: &Plan,
         region: &Region<'_>,
         rect: &Rect,
-        out: &mut Piece,
+        out: &mut DeltaPiece,
     ) -> Result<()> {
         let mut sums = [W::default(); STEP];
         (0..rect.rows())
@@ -109,7 +109,7 @@ impl Coder {
         plan: &Plan,
         region: &Region<'_>,
         rect: &Rect,
-        out: &mut Piece,
+        out: &mut DeltaPiece,
     ) {
         for r in (0..rect.rows()).rev() {
             let span = region.row(rect, r, W::BYTES);

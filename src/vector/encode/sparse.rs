@@ -7,7 +7,7 @@
 
 use crate::codec::sparse::Builder;
 use crate::matrix::Dtype;
-use crate::resident::{Piece, Plan, Region};
+use crate::resident::{DeltaPiece, Plan, Region};
 use crate::vector::lanes::STEP;
 use crate::vector::packer::{Lanes, Packer};
 
@@ -32,7 +32,7 @@ impl<W: Lanes> Coder<W> {
         dtype: Dtype,
         region: &Region<'_>,
         index: usize,
-        out: &mut Piece,
+        out: &mut DeltaPiece,
     ) {
         let rect = plan.grid.rect(index);
         self.builder.clear();

@@ -5,7 +5,7 @@ use super::{encode_tiles_on, estimate_on};
 use crate::codec::{Encoding, Prefer};
 use crate::error::Result;
 use crate::matrix::{Digest, Matrix};
-use crate::resident::{Assembler, Pair, Piece, Plan};
+use crate::resident::{Assembler, DeltaPiece, Pair, Plan};
 use crate::vector::dispatch::Isa;
 use crate::vector::exec::{Executor, try_run};
 use std::ops::Range;
@@ -81,7 +81,7 @@ impl EncodeJob<'_> {
             (0..exec.threads().clamp(1, tasks.len().max(1))).map(|_| Mutex::default()).collect();
         for round in tasks.chunks(pieces.len()) {
             try_run(exec, round.len(), |i| {
-                let mut piece: std::sync::MutexGuard<'_, Piece> =
+                let mut piece: std::sync::MutexGuard<'_, DeltaPiece> =
                     pieces[i].lock().unwrap_or_else(|p| p.into_inner());
                 piece.clear();
                 let words =
