@@ -124,7 +124,7 @@ fn misplaced(position: usize) -> Error {
 ///
 /// # Errors
 /// `Corrupt` for positions out of order or out of the tile; what was given out before is right.
-pub(super) fn entries<D: Float>(
+pub(super) fn entry_values<D: Float>(
     tile: &ExponentTile<'_>,
     tile_cols: usize,
     rect: &Rect,
@@ -180,15 +180,15 @@ pub(super) fn product<S: Simd, D: Float>(
         }
     }
     stream.finish()?;
-    entries::<D>(tile, grid.tile_cols, rect, |r, c, difference| {
+    entry_values::<D>(tile, grid.tile_cols, rect, |r, c, difference| {
         let (group, at) = (c / GROUP, D::split_place(c % GROUP));
         let sums = &mut sums[r * strides.row..];
-        s.run(Entry { difference, x: &x[group..], groups, at, m, sums, stride: strides.column });
+        s.run(TotalsEntry { difference, x: &x[group..], groups, at, m, sums, stride: strides.column });
     })
 }
 
 /// One entry's share in the totals of one row of the tile.
-struct Entry<'a> {
+struct TotalsEntry<'a> {
     difference: f32,
     /// From the group of its column on, `groups` per row of x; the column's value lies at `at`.
     x: &'a [Split],
@@ -200,7 +200,7 @@ struct Entry<'a> {
     stride: usize,
 }
 
-impl Kernel for Entry<'_> {
+impl Kernel for TotalsEntry<'_> {
     type Out = ();
 
     #[inline(always)]

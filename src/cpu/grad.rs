@@ -14,7 +14,7 @@ use super::dot::Rows;
 use super::exponent::{self, Stream};
 use super::job::check_words;
 use super::linear::Segment;
-use super::outer::{Entry, Outer, OuterEntries, STEP};
+use super::outer::{Outer, OuterEntries, OuterEntry, STEP};
 use super::plan::{Sums, Way};
 use super::scratch::{self, Scratch};
 use super::weights::Weights;
@@ -184,7 +184,7 @@ impl<D: Float> GradJob<'_, D> {
                 let index = r / STEP * grid.tile_cols_count() + columns.start / grid.tile_cols;
                 let added = segment.weights.tile(index).and_then(|tile| match tile {
                     Tile::Sparse(t) => {
-                        entries::<S, D>(s, &t, &grid.rect(index), strip, strip.lanes(segment), &g, sums)
+                        add_entries::<S, D>(s, &t, &grid.rect(index), strip, strip.lanes(segment), &g, sums)
                     }
                     _ => Err(Error::internal("a sparse delta with a tile that is not")),
                 });
@@ -237,11 +237,11 @@ impl<D: Float> GradJob<'_, D> {
                 stream.finish()?;
                 // Every lane, since the grid's strip is of one tenant; those beyond its rows are zero.
                 let mut held = None;
-                exponent::entries::<D>(t, grid.tile_cols, rect, |r, c, difference| {
+                exponent::entry_values::<D>(t, grid.tile_cols, rect, |r, c, difference| {
                     if held.replace(r) != Some(r) {
                         self.grads(strip, rect.r0 + r, 1, &mut g);
                     }
-                    s.run(Entry { difference, g: &g[0], sums: &mut sums[c] });
+                    s.run(OuterEntry { difference, g: &g[0], sums: &mut sums[c] });
                 })
             }
             Tile::Raw(raw) => {
@@ -333,7 +333,7 @@ impl<D: Float> GradJob<'_, D> {
 }
 
 /// Add the entries of a tile to some lanes of a strip.
-fn entries<S: Simd, D: Float>(
+fn add_entries<S: Simd, D: Float>(
     s: S,
     tile: &SparseTile<'_>,
     rect: &Rect,

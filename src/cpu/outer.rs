@@ -70,13 +70,13 @@ impl<D: Float> Outer<'_, D> {
 }
 
 /// `sums += difference * g`, lane by lane.
-pub(super) struct Entry<'a> {
+pub(super) struct OuterEntry<'a> {
     pub(super) difference: f32,
     pub(super) g: &'a [f32; SIMD_LANES],
     pub(super) sums: &'a mut [f32; SIMD_LANES],
 }
 
-impl Kernel for Entry<'_> {
+impl Kernel for OuterEntry<'_> {
     type Out = ();
 
     #[inline(always)]

@@ -131,7 +131,7 @@ impl<D: Float> Bf16Task for Packed<'_, '_, D> {
 
 impl<D: Float> Packed<'_, '_, D> {
     /// The words of W that are packed after those of `columns`: the next columns of the same rows, or the next rows.
-    fn ahead(&self, columns: &Range<usize>, width: usize) -> Ahead {
+    fn ahead(&self, columns: &Range<usize>, width: usize) -> NextRows {
         let (stride, k) = (self.job.k * D::BYTES, self.job.k);
         let (row, from, to) = match columns.end < k {
             true => (self.block.r0, columns.end, (columns.end + width).min(k)),
@@ -141,7 +141,7 @@ impl<D: Float> Packed<'_, '_, D> {
         let calls =
             (self.height / PANEL_ROWS) * columns.len().div_ceil(COLUMNS) * self.block.m.div_ceil(ROWS_OF_X);
         let share = (self.height * run).min(MOST_AHEAD).div_ceil(calls.max(1)).next_multiple_of(LINE);
-        Ahead { start: row * stride + from * D::BYTES, stride, run, share, at: 0 }
+        NextRows { start: row * stride + from * D::BYTES, stride, run, share, at: 0 }
     }
 
     /// Add the products of one panel, rows from `r` on of the block, with every row of x.
@@ -152,7 +152,7 @@ impl<D: Float> Packed<'_, '_, D> {
         panel: &[Pair],
         r: usize,
         columns: &Range<usize>,
-        ahead: &mut Ahead,
+        ahead: &mut NextRows,
     ) {
         for (i, panel) in panel.chunks(COLUMNS / 2).enumerate() {
             let from = columns.start + i * COLUMNS;
@@ -193,7 +193,7 @@ impl<D: Float> Packed<'_, '_, D> {
 }
 
 /// Rows of words that are to be asked for in equal shares, one after the other.
-struct Ahead {
+struct NextRows {
     /// The first row's first byte.
     start: usize,
     stride: usize,
@@ -204,7 +204,7 @@ struct Ahead {
     at: usize,
 }
 
-impl Ahead {
+impl NextRows {
     /// The next share, to the end of its row.
     fn next(&mut self) -> Range<usize> {
         let (row, at) = (self.at / self.run.max(1), self.at % self.run.max(1));
