@@ -15,7 +15,7 @@ use super::exponent::{self, Stream};
 use super::job::check_words;
 use super::linear::Segment;
 use super::outer::{Outer, OuterEntries, OuterEntry, STEP};
-use super::plan::{Sums, Way};
+use super::plan::{ProductWay, Sums};
 use super::scratch::{self, Scratch};
 use super::weights::Weights;
 use crate::codec::{Encoding, Grid, Rect, SparseTile, Tile};
@@ -135,7 +135,7 @@ pub(super) fn run_grad<S: Simd, D: Float>(
     segments: &[Segment<'_>],
     exec: &dyn Executor,
 ) -> Result<()> {
-    let shared = |s: &Segment<'_>| Way::of(&s.weights, 0, Sums::Deterministic) == Way::Shared;
+    let shared = |s: &Segment<'_>| ProductWay::of(&s.weights, 0, Sums::Deterministic) == ProductWay::Shared;
     let k = job.base.shape().k;
     let mut parts: Vec<GradStrips<'_>> = Vec::new();
     for segments in segments.chunk_by(|a, b| shared(a) && shared(b)) {

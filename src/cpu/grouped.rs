@@ -3,7 +3,7 @@
 use super::arena::{Arena, Tenants};
 use super::job::{Mode, check_words};
 use super::linear::Segment;
-use super::plan::{Sums, Way};
+use super::plan::{ProductWay, Sums};
 use super::weights::Weights;
 use super::{grad, linear};
 use crate::error::{Error, Result};
@@ -187,7 +187,7 @@ fn segments<'a>(
 ) -> (Vec<usize>, Vec<Segment<'a>>) {
     let weights = |i: usize| Weights::new(*base, deltas[i].as_ref());
     let mut ways: Vec<_> =
-        (0..groups.len()).map(|i| (Way::of(&weights(i), groups[i].1.len(), sums), i)).collect();
+        (0..groups.len()).map(|i| (ProductWay::of(&weights(i), groups[i].1.len(), sums), i)).collect();
     ways.sort_unstable();
     let (mut order, mut segments) = (Vec::new(), Vec::with_capacity(groups.len()));
     for (_, i) in ways {

@@ -13,7 +13,7 @@ use super::counters;
 use super::dot::{PanelProduct, Rows, Split, Strides, ToSplit};
 use super::fused::Block;
 use super::job::{Mode, check_words};
-use super::plan::{self, BLOCK, Sizes, Sums, Way};
+use super::plan::{self, BLOCK, ProductWay, Sizes, Sums};
 use super::scratch::{self, Scratch};
 use super::weights::Weights;
 use crate::codec::Encoding;
@@ -120,7 +120,7 @@ pub(super) struct ProductCall<'a> {
     pub(super) base: Matrix<'a>,
     /// The row of x at each place; as they are if none.
     pub(super) order: Option<&'a [usize]>,
-    /// Place after place, [`Way`] after way.
+    /// Place after place, [`ProductWay`] after way.
     pub(super) segments: &'a [Segment<'a>],
     pub(super) mode: Mode,
 }
@@ -141,7 +141,7 @@ pub(super) struct LinearJob<'a, D: Float> {
 
 /// Tasks of one kind: chunks of rows of W by blocks of rows of x.
 struct LinearTasks<'a> {
-    way: Way,
+    way: ProductWay,
     segments: &'a [Segment<'a>],
     sizes: Sizes,
     /// Places of rows of x.
@@ -189,11 +189,12 @@ impl<D: Float> LinearJob<'_, D> {
 
     fn parts<'a>(&self, call: &ProductCall<'a>, sums: Sums, threads: usize) -> Vec<LinearTasks<'a>> {
         let mut parts: Vec<LinearTasks<'a>> = Vec::new();
-        let way = |s: &Segment<'_>| Way::of(&s.weights, s.rows.len(), sums);
+        let way = |s: &Segment<'_>| ProductWay::of(&s.weights, s.rows.len(), sums);
         let alike = |a: &Segment<'_>, b: &Segment<'_>| {
             let raw = |s: &Segment<'_>| s.weights.encoding() == Encoding::Raw;
             way(a) == way(b)
-                && (way(a) == Way::Shared || self.bf16 && !(way(a) == Way::Own && (raw(a) || raw(b))))
+                && (way(a) == ProductWay::Shared
+                    || self.bf16 && !(way(a) == ProductWay::Own && (raw(a) || raw(b))))
         };
         for segments in call.segments.chunk_by(alike) {
             let (first, last) = (&segments[0], &segments[segments.len() - 1]);
@@ -225,13 +226,13 @@ impl<D: Float> LinearJob<'_, D> {
             &part.segments[first..end]
         };
         match part.way {
-            Way::Panels if self.bf16 => self.packed(s, block, within(), sc),
-            Way::Panels => self.panels(s, block, &part.segments[0], sc),
-            Way::Own if self.bf16 && part.segments[0].weights.encoding() == Encoding::Exponent => {
+            ProductWay::Panels if self.bf16 => self.packed(s, block, within(), sc),
+            ProductWay::Panels => self.panels(s, block, &part.segments[0], sc),
+            ProductWay::Own if self.bf16 && part.segments[0].weights.encoding() == Encoding::Exponent => {
                 self.decoded(s, block, within(), sc)
             }
-            Way::Own => self.own(s, block, &part.segments[0], sc),
-            Way::Shared => self.shared(s, block, within(), sc),
+            ProductWay::Own => self.own(s, block, &part.segments[0], sc),
+            ProductWay::Shared => self.shared(s, block, within(), sc),
         }
     }
 
