@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::matrix::Dtype;
 use crate::resident::{DeltaPiece, Plan, Region};
 use crate::vector::lanes::{Code, STEP};
-use crate::vector::packer::{Lanes, Open, Packer, SLACK};
+use crate::vector::packer::{Lanes, OpenUnit, Packer, SLACK};
 
 /// Packs tiles; its memory is reused from tile to tile.
 #[derive(Default)]
@@ -77,7 +77,7 @@ impl Coder {
         let bits = u64::from(W::BITS);
         let units: u64 = sums.iter().map(|sum| sum.to_u64().div_ceil(bits)).sum();
         let below = sums.map(|sum| W::from_u64(sum.to_u64() % bits));
-        let mut lanes = Open { bits: [W::default(); STEP], below };
+        let mut lanes = OpenUnit { bits: [W::default(); STEP], below };
 
         self.stream.resize(SLACK + units as usize * W::BYTES, 0);
         let mut end = self.stream.len();

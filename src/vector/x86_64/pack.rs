@@ -6,7 +6,7 @@ use super::differ::{differ16, differ32};
 use super::lanes::{Widths, active, eight, load, load16, pick, spread, store, tables16};
 use super::right::{RIGHT, RIGHT16};
 use crate::vector::lanes::{Code, STEP};
-use crate::vector::packer::{Open, Packed, Packer, SLACK};
+use crate::vector::packer::{OpenUnit, Packed, Packer, SLACK};
 use std::arch::x86_64::*;
 
 /// Bytes below the end that a step may write: its units and the rest of the lowest vector.
@@ -134,7 +134,7 @@ struct Pack16 {
 impl Pack16 {
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn new(lanes: &Open<u16>, code: Code<'_>) -> Self {
+    fn new(lanes: &OpenUnit<u16>, code: Code<'_>) -> Self {
         let two = |v: &[u16; STEP]| {
             let (parts, _) = v.as_chunks::<16>();
             [load(&parts[0]), load(&parts[1])]
@@ -154,7 +154,7 @@ impl Pack16 {
 
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn save(&self, lanes: &mut Open<u16>) {
+    fn save(&self, lanes: &mut OpenUnit<u16>) {
         let zero = _mm256_setzero_si256();
         let below = [_mm256_unpacklo_epi8(self.below, zero), _mm256_unpackhi_epi8(self.below, zero)];
         self.bits.into_iter().zip(lanes.bits.as_chunks_mut::<16>().0).for_each(|(v, to)| store(v, to));
@@ -246,7 +246,7 @@ struct Pack32 {
 impl Pack32 {
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn new(lanes: &Open<u32>, code: Code<'_>) -> Self {
+    fn new(lanes: &OpenUnit<u32>, code: Code<'_>) -> Self {
         let four = |v: &[u32; STEP]| {
             let (parts, _) = v.as_chunks::<8>();
             [load(&parts[0]), load(&parts[1]), load(&parts[2]), load(&parts[3])]
@@ -262,7 +262,7 @@ impl Pack32 {
 
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn save(&self, lanes: &mut Open<u32>) {
+    fn save(&self, lanes: &mut OpenUnit<u32>) {
         self.bits.into_iter().zip(lanes.bits.as_chunks_mut::<8>().0).for_each(|(v, to)| store(v, to));
         self.below.into_iter().zip(lanes.below.as_chunks_mut::<8>().0).for_each(|(v, to)| store(v, to));
     }
@@ -333,7 +333,7 @@ macro_rules! rows {
     ($($name:ident: $word:ty, $pack:ident, $bytes:literal, $window:ident, |$words:ident| $active:expr;)*) => {$(
         #[target_feature(enable = "avx2,popcnt")]
         fn $name(
-            lanes: &mut Open<$word>,
+            lanes: &mut OpenUnit<$word>,
             code: Code<'_>,
             (base, tuned): (&[u8], &[u8]),
             out: &mut [u8],
@@ -387,7 +387,7 @@ impl Packer for Avx2 {
 
     fn pack16(
         self,
-        lanes: &mut Open<u16>,
+        lanes: &mut OpenUnit<u16>,
         code: Code<'_>,
         base: &[u8],
         fine_tuned: &[u8],
@@ -400,7 +400,7 @@ impl Packer for Avx2 {
 
     fn pack32(
         self,
-        lanes: &mut Open<u32>,
+        lanes: &mut OpenUnit<u32>,
         code: Code<'_>,
         base: &[u8],
         fine_tuned: &[u8],
