@@ -30,7 +30,7 @@ const MOST: usize = STEP * 4;
 /// What the lanes hold between steps. After a step a lane has fewer bits than a unit: it took the unit because it had
 /// fewer than it needed, and what it needed is gone.
 #[derive(Clone, Copy)]
-pub(crate) struct Bits<W> {
+pub(crate) struct LaneBits<W> {
     /// The bits, the next one lowest, none above those held.
     pub(crate) bits: [W; STEP],
     /// How many bits are held.
@@ -61,7 +61,7 @@ pub(crate) trait Lane: Word {
     /// step may be of fewer words. The base's words are those of `base`, as many bytes as `words` has, or in `words`.
     fn steps<S: Simd>(
         s: S,
-        lanes: &mut Bits<Self>,
+        lanes: &mut LaneBits<Self>,
         code: Code<'_>,
         units: &[u8],
         base: Option<&[u8]>,
@@ -72,7 +72,7 @@ pub(crate) trait Lane: Word {
     #[inline(always)]
     fn dots<S: Simd, const M: usize>(
         _s: S,
-        _lanes: &mut Bits<Self>,
+        _lanes: &mut LaneBits<Self>,
         _code: Code<'_>,
         _units: &[u8],
         _base: &[u8],
@@ -89,7 +89,7 @@ macro_rules! lane {
             #[inline(always)]
             fn steps<S: Simd>(
                 s: S,
-                lanes: &mut Bits<$word>,
+                lanes: &mut LaneBits<$word>,
                 code: Code<'_>,
                 units: &[u8],
                 base: Option<&[u8]>,
@@ -104,7 +104,7 @@ macro_rules! lane {
                 #[inline(always)]
                 fn dots<S: Simd, const M: usize>(
                     s: S,
-                    lanes: &mut Bits<Self>,
+                    lanes: &mut LaneBits<Self>,
                     code: Code<'_>,
                     units: &[u8],
                     base: &[u8],
@@ -125,7 +125,7 @@ lane! {
 
 /// [`Lane::steps`] for words of at most 4 bytes, on any machine.
 pub(crate) fn portable<W: Word>(
-    lanes: &mut Bits<W>,
+    lanes: &mut LaneBits<W>,
     code: Code<'_>,
     units: &[u8],
     words: &mut [W],
@@ -159,7 +159,7 @@ pub(crate) fn portable<W: Word>(
 /// Runs must begin at a multiple of 32 columns and only a row's last run may end elsewhere.
 pub(crate) struct Decoder<'a, W: Lane> {
     code: Code<'a>,
-    lanes: Bits<W>,
+    lanes: LaneBits<W>,
     /// What is left of the stream, as long as that is no less than what a step may take.
     stream: &'a [u8],
     /// What is read after that: the end of the stream, followed by zeros, which a step may read,
@@ -173,7 +173,7 @@ impl<'a, W: Lane> Decoder<'a, W> {
     pub(crate) fn new(tile: &ExponentTile<'a>, dtype: Dtype) -> Self {
         Self {
             code: Code { widths: tile.widths, shift: mantissa_bits(dtype) },
-            lanes: Bits { bits: [W::default(); STEP], held: [W::default(); STEP] },
+            lanes: LaneBits { bits: [W::default(); STEP], held: [W::default(); STEP] },
             stream: tile.stream,
             tail: [0; 2 * MOST],
             left: None,

@@ -9,7 +9,7 @@
 //! inside the architecture folders. This file must hold no intrinsic and no algorithm.
 
 use super::bf16dot::Bf16Task;
-use super::lanes::{Bits, Code, Progress, portable};
+use super::lanes::{Code, LaneBits, Progress, portable};
 use super::packer::{Never, Packer};
 
 /// Lanes of a vector, on every instance.
@@ -92,7 +92,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
     /// Steps of `exponent` on 16-bit words: [`Lane::steps`](super::lanes::Lane::steps).
     #[inline(always)]
-    fn lanes16(self, lanes: &mut Bits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
+    fn lanes16(self, lanes: &mut LaneBits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
         portable(lanes, code, units, words)
     }
 
@@ -100,7 +100,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn lanes16_from(
         self,
-        lanes: &mut Bits<u16>,
+        lanes: &mut LaneBits<u16>,
         code: Code<'_>,
         units: &[u8],
         base: &[u8],
@@ -112,7 +112,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
     /// Steps of `exponent` on 32-bit words: [`Lane::steps`](super::lanes::Lane::steps).
     #[inline(always)]
-    fn lanes32(self, lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
+    fn lanes32(self, lanes: &mut LaneBits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
         portable(lanes, code, units, words)
     }
 
@@ -120,7 +120,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn lanes32_from(
         self,
-        lanes: &mut Bits<u32>,
+        lanes: &mut LaneBits<u32>,
         code: Code<'_>,
         units: &[u8],
         base: &[u8],
@@ -136,7 +136,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn decode_dots32<const M: usize>(
         self,
-        _lanes: &mut Bits<u32>,
+        _lanes: &mut LaneBits<u32>,
         _code: Code<'_>,
         _units: &[u8],
         _base: &[u8],

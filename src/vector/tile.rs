@@ -193,7 +193,7 @@ fn by_oracle(delta: &Resident<'_>, index: usize, stripe: Stripe, words: &mut [u8
 }
 
 /// Patch a `sparse` tile's words: the entries of each lane, then the exceptions.
-pub(super) fn patch<W: Word, P: Places>(
+pub(super) fn patch_sparse<W: Word, P: Places>(
     tile: &SparseTile<'_>,
     dtype: Dtype,
     tile_cols: usize,

@@ -1,6 +1,6 @@
 //! What estimates count, fast: the same numbers as the oracle's. Must choose nothing.
 
-use super::sparse::Coder;
+use super::sparse::SparseCoder;
 use crate::codec::exponent::{CLASSES, class, mantissa_bits};
 use crate::matrix::Dtype;
 use crate::resident::{Count, Need, Oracle};
@@ -10,14 +10,19 @@ use crate::vector::packer::{Lanes, Packer};
 /// A [`Count`] on an instruction set; words that it does not take are left to the oracle.
 pub(super) struct Fast<P> {
     packer: P,
-    two_byte: Coder<u16>,
-    four_byte: Coder<u32>,
+    two_byte: SparseCoder<u16>,
+    four_byte: SparseCoder<u32>,
     masks: Vec<u32>,
 }
 
 impl<P: Packer> Fast<P> {
     pub(super) fn new(packer: P) -> Self {
-        Self { packer, two_byte: Coder::default(), four_byte: Coder::default(), masks: Vec::new() }
+        Self {
+            packer,
+            two_byte: SparseCoder::default(),
+            four_byte: SparseCoder::default(),
+            masks: Vec::new(),
+        }
     }
 
     fn histogram<W: Lanes>(&mut self, dtype: Dtype, base: &[u8], fine_tuned: &[u8], need: &mut Need) {

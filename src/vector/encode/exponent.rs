@@ -23,7 +23,7 @@ use crate::vector::packer::{Lanes, OpenUnit, Packer, SLACK};
 
 /// Packs tiles; its memory is reused from tile to tile.
 #[derive(Default)]
-pub(super) struct Coder {
+pub(super) struct ExponentCoder {
     stream: Vec<u8>,
     columns: Vec<u16>,
     masks: Vec<u32>,
@@ -32,7 +32,7 @@ pub(super) struct Coder {
     apart: Apart,
 }
 
-impl Coder {
+impl ExponentCoder {
     /// Append tile `index` of the region.
     pub(super) fn tile<P: Packer, W: Lanes>(
         &mut self,

@@ -85,12 +85,12 @@ fn run<P: Packer, W: Lanes>(
             Ok(())
         }
         Encoding::Sparse => {
-            let mut coder = sparse::Coder::<W>::default();
+            let mut coder = sparse::SparseCoder::<W>::default();
             tiles.for_each(|index| coder.tile(p, plan, dtype, &region, index, out));
             Ok(())
         }
         Encoding::Exponent => {
-            let mut coder = exponent::Coder::default();
+            let mut coder = exponent::ExponentCoder::default();
             tiles.into_iter().try_for_each(|index| coder.tile::<P, W>(p, plan, dtype, &region, index, out))
         }
     }

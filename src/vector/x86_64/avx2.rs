@@ -2,7 +2,7 @@
 //! Every method is one or two instructions per register; nothing else belongs here.
 
 use super::lanes;
-use crate::vector::lanes::{Bits, Code, Progress};
+use crate::vector::lanes::{Code, LaneBits, Progress};
 use crate::vector::packer::Packer;
 use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
 use std::arch::x86_64::*;
@@ -303,12 +303,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn lanes16(self, lanes: &mut Bits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
+    fn lanes16(self, lanes: &mut LaneBits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
         lanes::words16(self, lanes, code, units, words)
     }
 
     #[inline(always)]
-    fn lanes32(self, lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
+    fn lanes32(self, lanes: &mut LaneBits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
         lanes::words32(self, lanes, code, units, words)
     }
 

@@ -6,7 +6,7 @@ use super::avx512::Avx512;
 use super::lanes512::{self, From};
 use super::lanes512_wide;
 use crate::vector::bf16dot::Bf16Task;
-use crate::vector::lanes::{Bits, Code, Progress};
+use crate::vector::lanes::{Code, LaneBits, Progress};
 use crate::vector::packer::Packer;
 use crate::vector::simd::{GROUP, Kernel, SIMD_LANES, Simd};
 use std::arch::x86_64::{__m512, __m512i};
@@ -97,14 +97,14 @@ macro_rules! instance {
             }
 
             #[inline(always)]
-            fn lanes16(self, lanes: &mut Bits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
+            fn lanes16(self, lanes: &mut LaneBits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
                 lanes512::words16(self.into(), lanes, code, units, From::There, words)
             }
 
             #[inline(always)]
             fn lanes16_from(
                 self,
-                lanes: &mut Bits<u16>,
+                lanes: &mut LaneBits<u16>,
                 code: Code<'_>,
                 units: &[u8],
                 base: &[u8],
@@ -114,14 +114,14 @@ macro_rules! instance {
             }
 
             #[inline(always)]
-            fn lanes32(self, lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
+            fn lanes32(self, lanes: &mut LaneBits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
                 lanes512_wide::words32(self.into(), lanes, code, units, From::There, words)
             }
 
             #[inline(always)]
             fn lanes32_from(
                 self,
-                lanes: &mut Bits<u32>,
+                lanes: &mut LaneBits<u32>,
                 code: Code<'_>,
                 units: &[u8],
                 base: &[u8],
@@ -133,7 +133,7 @@ macro_rules! instance {
             #[inline(always)]
             fn decode_dots32<const M: usize>(
                 self,
-                lanes: &mut Bits<u32>,
+                lanes: &mut LaneBits<u32>,
                 code: Code<'_>,
                 units: &[u8],
                 base: &[u8],

@@ -3,7 +3,7 @@
 
 use super::avx2::Avx2;
 use super::differ::{differ16, differ32};
-use super::lanes::{Widths, active, eight, load, load16, pick, spread, store, tables16};
+use super::lanes::{Widths, active, eight, load, load16, pick, spread, store_half, tables16};
 use super::right::{RIGHT, RIGHT16};
 use crate::vector::lanes::{Code, STEP};
 use crate::vector::packer::{OpenUnit, Packed, Packer, SLACK};
@@ -71,7 +71,7 @@ pub(super) fn in_order(packed: __m256i) -> __m256i {
 #[inline]
 fn present(words: usize) -> [__m256i; 4] {
     let mut bytes = [0u8; STEP];
-    store(active(words), &mut bytes);
+    store_half(active(words), &mut bytes);
     let (bytes, _) = bytes.as_chunks::<8>();
     let wide = |i: usize| _mm256_cvtepi8_epi32(eight(&bytes[i]));
     [wide(0), wide(1), wide(2), wide(3)]
@@ -94,8 +94,8 @@ fn sums16(code: Code<'_>, base: &[u8], sums: &mut [u16; STEP]) {
         let there = in_order(active(rest / 2));
         add(_mm256_and_si256(widths16(widths, shift, halves(&padded)), there));
     }
-    store(sum[0], &mut parts[0]);
-    store(sum[1], &mut parts[1]);
+    store_half(sum[0], &mut parts[0]);
+    store_half(sum[1], &mut parts[1]);
 }
 
 #[target_feature(enable = "avx2,popcnt")]
@@ -116,7 +116,7 @@ fn sums32(code: Code<'_>, base: &[u8], sums: &mut [u32; STEP]) {
             *sum = _mm256_add_epi32(*sum, _mm256_and_si256(widths32(widths, shift, base), there));
         }
     }
-    sum.into_iter().zip(parts).for_each(|(sum, to)| store(sum, to));
+    sum.into_iter().zip(parts).for_each(|(sum, to)| store_half(sum, to));
 }
 
 /// 32 lanes of 16 bits.
@@ -157,8 +157,8 @@ impl Pack16 {
     fn save(&self, lanes: &mut OpenUnit<u16>) {
         let zero = _mm256_setzero_si256();
         let below = [_mm256_unpacklo_epi8(self.below, zero), _mm256_unpackhi_epi8(self.below, zero)];
-        self.bits.into_iter().zip(lanes.bits.as_chunks_mut::<16>().0).for_each(|(v, to)| store(v, to));
-        below.into_iter().zip(lanes.below.as_chunks_mut::<16>().0).for_each(|(v, to)| store(v, to));
+        self.bits.into_iter().zip(lanes.bits.as_chunks_mut::<16>().0).for_each(|(v, to)| store_half(v, to));
+        below.into_iter().zip(lanes.below.as_chunks_mut::<16>().0).for_each(|(v, to)| store_half(v, to));
     }
 
     /// One step, of which the words of `active` (packed) are there; others are equal. Gives how many units ended up at
@@ -263,8 +263,8 @@ impl Pack32 {
     #[target_feature(enable = "avx2")]
     #[inline]
     fn save(&self, lanes: &mut OpenUnit<u32>) {
-        self.bits.into_iter().zip(lanes.bits.as_chunks_mut::<8>().0).for_each(|(v, to)| store(v, to));
-        self.below.into_iter().zip(lanes.below.as_chunks_mut::<8>().0).for_each(|(v, to)| store(v, to));
+        self.bits.into_iter().zip(lanes.bits.as_chunks_mut::<8>().0).for_each(|(v, to)| store_half(v, to));
+        self.below.into_iter().zip(lanes.below.as_chunks_mut::<8>().0).for_each(|(v, to)| store_half(v, to));
     }
 
     /// As [`Pack16::step`], with a vector of ones in `active` for every lane that is there.
