@@ -10,7 +10,7 @@ pub const THREADS: u32 = 256;
 /// Most blocks of a launch in x, and in y: limits of CUDA.
 pub const MOST_BLOCKS: (u32, u32) = (i32::MAX as u32, 65535);
 /// Rows of W of a block of the small product.
-pub const PANEL: usize = 16;
+pub const SMALL_W_ROWS: usize = 16;
 /// Rows of W of a tile of the large product.
 pub const LARGE_W_ROWS: usize = 64;
 /// How many of its blocks a multiprocessor holds at once.
@@ -84,7 +84,7 @@ pub struct Launch {
 
 /// The facts about a product that decide how it is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rows {
+pub struct ProductRows {
     /// Rows of x.
     pub m: usize,
     /// Slots of the tenants that they may be of; None: all are of one.
@@ -120,7 +120,7 @@ impl Small {
         let most = self.block_rows * MOST_BLOCKS.1 as usize;
         (0..self.m).step_by(most).map(move |first| {
             let rows = most.min(self.m - first);
-            let grid = (self.n.div_ceil(PANEL) as u32, rows.div_ceil(self.block_rows) as u32);
+            let grid = (self.n.div_ceil(SMALL_W_ROWS) as u32, rows.div_ceil(self.block_rows) as u32);
             (Launch { entry: self.entry, grid }, first, rows)
         })
     }
@@ -139,7 +139,7 @@ pub struct Large {
 }
 
 impl Large {
-    fn new(name: &str, four_byte: bool, rows: Rows, n: usize) -> Result<Self> {
+    fn new(name: &str, four_byte: bool, rows: ProductRows, n: usize) -> Result<Self> {
         let (m, slots) = (rows.m as u64, rows.slots.unwrap_or(1) as u64);
         let tile_rows = large_rows(four_byte) as u64;
         let tenants = m.min(slots + 2);
@@ -215,7 +215,7 @@ pub fn embedding(dtype: Dtype, m: usize, slots: usize, table: Shape) -> Result<O
 
 /// Whether tiles of one tenant's rows are the better way. They read the base once a tile: at worst each tenant has one that it
 /// does not fill. A bound on what either way reads decides; no GPU has been asked.
-fn takes_tiles(rows: Rows, four_byte: bool) -> bool {
+fn takes_tiles(rows: ProductRows, four_byte: bool) -> bool {
     if rows.m <= SMALL_ROWS {
         return false;
     }
@@ -228,7 +228,7 @@ fn takes_tiles(rows: Rows, four_byte: bool) -> bool {
 ///
 /// # Errors
 /// `Unsupported` for a dtype that does not compute, or too many rows, slots or words.
-pub fn linear(dtype: Dtype, rows: Rows, shape: Shape) -> Result<Product> {
+pub fn linear(dtype: Dtype, rows: ProductRows, shape: Shape) -> Result<Product> {
     check_shape(shape)?;
     let m = rows.m;
     check_rows(m, rows.slots.unwrap_or(0), "rows of x")?;
