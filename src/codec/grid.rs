@@ -2,7 +2,7 @@
 
 use crate::matrix::Shape;
 
-/// The tiles of a matrix: row-panel after row-panel, left to right.
+/// The tiles of a matrix: band after band of rows, from left to right.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grid {
     /// The matrix.
@@ -73,12 +73,12 @@ impl Grid {
         k.clamp(Self::MIN_COLS, Self::MAX_COLS).next_power_of_two()
     }
 
-    /// Row-panels of tiles.
+    /// Bands of tiles.
     pub fn tile_rows_count(&self) -> usize {
         self.shape.n.div_ceil(self.tile_rows)
     }
 
-    /// Tiles in one row-panel.
+    /// Tiles in one band.
     pub fn tile_cols_count(&self) -> usize {
         self.shape.k.div_ceil(self.tile_cols)
     }

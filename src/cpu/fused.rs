@@ -253,7 +253,7 @@ impl<D: Float> LinearJob<'_, D> {
         let width = padded(rect.cols());
         let x = sc.split.get(block.m * width).as_chunks::<GROUP>().0;
         let groups = width / GROUP;
-        let partial = sc.panel.get(SIMD_LANES * SIMD_LANES * BLOCK).as_chunks_mut::<SIMD_LANES>().0;
+        let partial = sc.vectors.get(SIMD_LANES * SIMD_LANES * BLOCK).as_chunks_mut::<SIMD_LANES>().0;
         for r in (0..rect.rows()).step_by(SIMD_LANES) {
             // The rows of W that follow are this thread's next ones, most often.
             let ahead = if rect.r0 + r + SIMD_LANES < self.n { SIMD_LANES * words.stride } else { 0 };

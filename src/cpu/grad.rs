@@ -151,7 +151,7 @@ pub(super) fn run_grad<S: Simd, D: Float>(
         let (columns, segments) = (c0..(c0 + part.width).min(k), &part.segments[first..end]);
         let strip = Strip { columns, m0, m, segments };
         scratch::with(|sc| {
-            sc.panel.zeroed(strip.columns.len() * SIMD_LANES);
+            sc.vectors.zeroed(strip.columns.len() * SIMD_LANES);
             if shared(&segments[0]) {
                 job.shared(s, &strip, sc)?;
             } else {
@@ -171,7 +171,7 @@ impl<D: Float> GradJob<'_, D> {
     fn shared<S: Simd>(&self, s: S, strip: &Strip<'_>, sc: &mut Scratch) -> Result<()> {
         let n = self.base.shape().n;
         let (mut g, columns) = ([[0f32; SIMD_LANES]; STEP], &strip.columns);
-        let sums = sc.panel.get(columns.len() * SIMD_LANES).as_chunks_mut::<SIMD_LANES>().0;
+        let sums = sc.vectors.get(columns.len() * SIMD_LANES).as_chunks_mut::<SIMD_LANES>().0;
         for r in (0..n).step_by(STEP) {
             let rows = STEP.min(n - r);
             self.grads(strip, r, rows, &mut g);
@@ -197,7 +197,7 @@ impl<D: Float> GradJob<'_, D> {
     /// Rows of one tenant, on words of its own.
     fn own<S: Simd>(&self, s: S, strip: &Strip<'_>, segment: &Segment<'_>, sc: &mut Scratch) -> Result<()> {
         let grid = segment.weights.grid();
-        let sums = sc.panel.get(strip.columns.len() * SIMD_LANES).as_chunks_mut::<SIMD_LANES>().0;
+        let sums = sc.vectors.get(strip.columns.len() * SIMD_LANES).as_chunks_mut::<SIMD_LANES>().0;
         for band in 0..grid.tile_rows_count() {
             let index = band * grid.tile_cols_count() + strip.columns.start / grid.tile_cols;
             let tile = segment.weights.tile(index);
@@ -273,7 +273,7 @@ impl<D: Float> GradJob<'_, D> {
         let (k, columns) = (self.base.shape().k, &strip.columns);
         let mut again = 0u16;
         for (c, sums) in
-            sc.panel.get(columns.len() * SIMD_LANES).as_chunks::<SIMD_LANES>().0.iter().enumerate()
+            sc.vectors.get(columns.len() * SIMD_LANES).as_chunks::<SIMD_LANES>().0.iter().enumerate()
         {
             for (j, v) in sums.iter().enumerate().take(strip.m) {
                 D::put(&self.out[self.row(strip.m0 + j) * k + columns.start + c], D::round(*v));
@@ -319,7 +319,7 @@ impl<D: Float> GradJob<'_, D> {
                 }
             }
         }
-        let sums = sc.panel.get(strip.columns.len() * SIMD_LANES).as_chunks::<SIMD_LANES>().0;
+        let sums = sc.vectors.get(strip.columns.len() * SIMD_LANES).as_chunks::<SIMD_LANES>().0;
         for c in columns.clone() {
             for j in (0..SIMD_LANES).filter(|j| again >> j & 1 == 1) {
                 if !sums[c - strip.columns.start][j].is_finite() {

@@ -250,7 +250,7 @@ impl<D: Float> LinearJob<'_, D> {
             counters::count_panel();
             let len = rect.cols() * D::BYTES;
             let groups = padded(rect.cols()) / GROUP;
-            let panel: &mut [Split] = sc.panel.get(rows * groups * GROUP).as_chunks_mut().0;
+            let panel: &mut [Split] = sc.vectors.get(rows * groups * GROUP).as_chunks_mut().0;
             let words = Rows { bytes: words, stride: len, len };
             s.run(ToSplit::<D> { words, rows, to: panel, groups, dtype: PhantomData });
             let x = Rows { bytes: &self.x[rect.c0 * D::BYTES..], stride: self.k * D::BYTES, len };

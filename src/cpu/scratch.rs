@@ -16,8 +16,8 @@ pub(crate) struct Scratch {
     pub(crate) entries: Buffer<f32>,
     /// Sums of a chunk.
     pub(crate) sums: Buffer<f32>,
-    /// Vector accumulators of a tile, or a panel of weights.
-    pub(crate) panel: Buffer<f32>,
+    /// Vectors of sums, or a panel of restored weights.
+    pub(crate) vectors: Buffer<f32>,
     /// Words of a tile (u64 for their alignment).
     pub(crate) words: Buffer<u64>,
     /// Sums of the decode path.
@@ -77,7 +77,7 @@ impl Scratch {
         self.split.bytes()
             + self.entries.bytes()
             + self.sums.bytes()
-            + self.panel.bytes()
+            + self.vectors.bytes()
             + self.words.bytes()
             + self.sums_f64.bytes()
     }

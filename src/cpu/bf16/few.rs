@@ -1,14 +1,14 @@
 //! Up to sixteen rows of x on rows of words as they lie in memory: the base's, or a `raw` delta's.
 //!
 //! ```text
-//! for each panel of 16 rows of W, for each block of columns, for each 4 rows of x, for each 4 rows of the panel:
+//! for each band of 16 rows of W, for each block of columns, for each 4 rows of x, for each 4 rows of the band:
 //!     16 sums of 16 lanes over the block; add their totals to the outputs
 //! ```
 //!
 //! **Floor**: the words of W once from memory: 33.5 MB of 4096 x 4096 at 56 GB/s are 0.60 ms, 9.3 cycles of each of two cores
 //! for 32 words (Zen 5, 4.2 GHz). Sixteen products of four rows by four take 27 instructions and 10.1 cycles for 128 words:
 //! memory up to 8 rows of x, the dot product (0.56 ms at 16 rows) from there on. What decides is that memory never waits:
-//! the lines of the next panel are asked for evenly, one to eight at each step of 32 columns of this one; asked for by the
+//! the lines of the next band are asked for evenly, one to eight at each step of 32 columns of this one; asked for by the
 //! first rows of x alone, four rows take 0.95 ms in place of 0.62.
 //!
 //! **Order** of one output: blocks of columns ([`COLUMNS`], or [`COLUMNS_ONE`] for one row of x), each a sum of sixteen lanes.
@@ -39,26 +39,26 @@ impl Bf16Task for Few<'_> {
 
     #[inline(always)]
     fn run<S: Bf16Dot>(mut self, s: S) {
-        // Rows by rows of x in registers, and lines asked for at each step: what 32 columns of the panel take, shared out
+        // Rows by rows of x in registers, and lines asked for at each step: what 32 columns of the band take, shared out
         // among all passes over them.
         match self.x.len() {
             0 => {}
-            1 => self.panels::<S, 4, 1, 4>(s, COLUMNS_ONE),
-            2 => self.panels::<S, 8, 2, 8>(s, COLUMNS_ONE),
-            3 | 4 => self.panels::<S, 4, 4, 4>(s, COLUMNS),
-            5..=8 => self.panels::<S, 4, 4, 2>(s, COLUMNS),
-            _ => self.panels::<S, 4, 4, 1>(s, COLUMNS),
+            1 => self.bands::<S, 4, 1, 4>(s, COLUMNS_ONE),
+            2 => self.bands::<S, 8, 2, 8>(s, COLUMNS_ONE),
+            3 | 4 => self.bands::<S, 4, 4, 4>(s, COLUMNS),
+            5..=8 => self.bands::<S, 4, 4, 2>(s, COLUMNS),
+            _ => self.bands::<S, 4, 4, 1>(s, COLUMNS),
         }
     }
 }
 
 impl Few<'_> {
     #[inline(always)]
-    fn panels<S: Bf16Dot, const R: usize, const M: usize, const E: usize>(&mut self, s: S, columns: usize) {
+    fn bands<S: Bf16Dot, const R: usize, const M: usize, const E: usize>(&mut self, s: S, columns: usize) {
         let bytes = 2 * columns;
         for r0 in (0..self.rows).step_by(SIMD_LANES) {
             let rows = SIMD_LANES.min(self.rows - r0);
-            // How far the panel's lines are asked for already, from its own first word on.
+            // How far the band's lines are asked for already, from its own first word on.
             let mut asked = 0;
             for from in (0..self.words.len).step_by(bytes) {
                 let to = (from + bytes).min(self.words.len);

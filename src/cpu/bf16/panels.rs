@@ -95,7 +95,7 @@ impl<D: Float> Bf16Task for Packed<'_, '_, D> {
         let width = if weights.delta.is_some() { grid.tile_cols } else { WIDTH };
         for (tc, c0) in (0..self.job.k).step_by(width).enumerate() {
             let columns = c0..(c0 + width).min(self.job.k);
-            let mut panels = std::mem::take(&mut self.sc.panel);
+            let mut panels = std::mem::take(&mut self.sc.vectors);
             let pairs = columns.len().div_ceil(2);
             let panel = panels.get(self.height / PANEL_ROWS * pairs * PANEL_ROWS);
             let words: &mut [Pair] = bytemuck::cast_slice_mut::<f32, u8>(panel).as_chunks_mut().0;
@@ -122,7 +122,7 @@ impl<D: Float> Bf16Task for Packed<'_, '_, D> {
                     self.multiply(s, panel, p * PANEL_ROWS, &columns, &mut ahead);
                 }
             }
-            self.sc.panel = panels;
+            self.sc.vectors = panels;
             done.map_err(|e| self.segment.within(e))?;
         }
         Ok(())
