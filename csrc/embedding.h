@@ -11,7 +11,7 @@
 namespace xorz {
 
 // `indices` are int64 and contiguous. The tensors keep alive what `tenancy` points to, except for the arena.
-struct LookupOperands {
+struct EmbeddingOperands {
   Tensor indices;
   Words weight;
   size_t m;
@@ -19,8 +19,9 @@ struct LookupOperands {
   std::vector<int64_t> out_sizes;
 };
 
-inline LookupOperands lookup(const Checks& checks, const Tensor& indices, const Tensor& weight,
-                             const Tensor& arena, const Tensor& slots, const Tensor& tenant_of_row) {
+inline EmbeddingOperands embedding_operands(const Checks& checks, const Tensor& indices, const Tensor& weight,
+                                            const Tensor& arena, const Tensor& slots,
+                                            const Tensor& tenant_of_row) {
   checks.known("indices", indices);
   if (indices.scalar_type() != ScalarType::Long && indices.scalar_type() != ScalarType::Int)
     checks.refuse("indices must be int64 or int32, but is " + text(indices));

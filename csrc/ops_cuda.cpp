@@ -153,7 +153,7 @@ Tensor delta_embedding_cuda(const Tensor& indices, const Tensor& weight, const T
   const Checks checks{"delta_embedding", cuda_device_of({&indices, &weight, &arena, &slots, &tenant_of_row})};
   checks.known("weight", weight);
   const OnDevice device(checks.cuda);
-  const LookupOperands l = lookup(checks, indices, weight, arena, slots, tenant_of_row);
+  const EmbeddingOperands l = embedding_operands(checks, indices, weight, arena, slots, tenant_of_row);
   const NoGrad guard;
   const Tensor out = torch::stable::new_empty(weight, l.out_sizes);
   CudaLookup args{};

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from . import experts, split
-from .known_ops import lookup
+from .known_ops import embedding_rows
 from .rows import RowMap
 from .site import Site
 from .weight import Refused, Weight, derive, with_dense
@@ -118,7 +118,7 @@ def _serve(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) 
     if site.kind == "conv1d":
         return _conv1d(site, rows, *args, **kwargs)
     if site.original is nn.Embedding:
-        return lookup(site, rows, *args, **kwargs)
+        return embedding_rows(site, rows, *args, **kwargs)
     # The module has a forward of its own; reading a parameter there gives a `Weight`.
     if site.plain:
         return site.original.forward(module, *args, **kwargs)

@@ -114,7 +114,7 @@ def embedding(
         or any(param in own for own in list(site.values.values()))
     ):
         return NotImplemented if weight.rows().only is not None else _look_up(weight, input, max_norm)
-    return lookup(site, weight.rows(), input, param)
+    return embedding_rows(site, weight.rows(), input, param)
 
 
 def _look_up(weight: Weight, ids: Tensor, max_norm: Any) -> Any:
@@ -126,7 +126,7 @@ def _look_up(weight: Weight, ids: Tensor, max_norm: Any) -> Any:
     return found
 
 
-def lookup(site: Site, rows: RowMap, ids: Tensor, param: str = "weight") -> Tensor:
+def embedding_rows(site: Site, rows: RowMap, ids: Tensor, param: str = "weight") -> Tensor:
     """Rows of an embedding table, each its tenant's."""
     if rows.only is None and not rows.tokens and rows.dim == 0 and ids.dim() > 1 and ids.size(0) == 1:
         # Positions, the same for the whole batch: one copy for each batch row.
