@@ -53,7 +53,7 @@ inline Tenancy tenancy(const Checks& checks, const Tensor& arena, const Tensor& 
 }
 
 // The arguments of a product of many tenants, checked as far as that is possible without reading a slot.
-struct Operands {
+struct GroupedOperands {
   Tensor rows;
   const DtypeRow* type;
   Words weight;
@@ -64,10 +64,10 @@ struct Operands {
 
 // `rows` is the left operand, which the caller knows as `name`; its columns meet dimension `columns` of
 // weight.
-inline Operands grouped(const Checks& checks, const char* name, const Tensor& rows, int columns,
-                        const Tensor& weight, const Tensor& arena, const Tensor& slots,
-                        const Tensor& tenant_of_row) {
-  Operands g;
+inline GroupedOperands grouped_operands(const Checks& checks, const char* name, const Tensor& rows,
+                                        int columns, const Tensor& weight, const Tensor& arena,
+                                        const Tensor& slots, const Tensor& tenant_of_row) {
+  GroupedOperands g;
   g.type = &checks.known(name, rows);
   if (g.type->code > 3)
     checks.refuse(std::string(name) + " is " + text(rows) + "; only float32, bfloat16 and float16 compute");
@@ -93,7 +93,7 @@ inline Operands grouped(const Checks& checks, const char* name, const Tensor& ro
 }
 
 // One row per slot, then the base's own. Rows may be any distance apart.
-inline void check_biases(const Checks& checks, const Tensor& biases, const Operands& g) {
+inline void check_biases(const Checks& checks, const Tensor& biases, const GroupedOperands& g) {
   checks.known("biases", biases);
   const auto rows = static_cast<int64_t>(g.s + 1), n = static_cast<int64_t>(g.weight.n);
   if (biases.dim() != 2 || biases.size(0) != rows || biases.size(1) != n ||

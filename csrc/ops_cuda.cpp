@@ -2,10 +2,10 @@
 // launches on torch's current stream. No device memory is read here, nothing waits; memory comes from torch's
 // allocator. A delta's header and a tenant's slot are therefore known to the kernels alone: what does not fit
 // gives NaN, and an error of the next call on that device.
+#include "arguments.h"
 #include "embedding.h"
 #include "grouped.h"
 #include "on_device.h"
-#include "operands.h"
 #include "ops.h"
 
 namespace xorz {
@@ -107,7 +107,7 @@ Tensor delta_linear_grouped_cuda(const Tensor& input, const Tensor& weight,
         "delta_linear with it, tenant by tenant");
   checks.known("weight", weight);
   const OnDevice device(checks.cuda);
-  const Operands g = grouped(checks, "input", input, 1, weight, arena, slots, tenant_of_row);
+  const GroupedOperands g = grouped_operands(checks, "input", input, 1, weight, arena, slots, tenant_of_row);
   if (biases) check_biases(checks, *biases, g);
   const NoGrad guard;
   CudaLinear args{};
