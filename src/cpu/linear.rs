@@ -120,7 +120,7 @@ pub(super) struct ProductCall<'a> {
     pub(super) base: Matrix<'a>,
     /// The row of x at each place; as they are if none.
     pub(super) order: Option<&'a [usize]>,
-    /// Place after place, [`ProductWay`] after way.
+    /// Place after place, one [`ProductWay`] after the other.
     pub(super) segments: &'a [Segment<'a>],
     pub(super) mode: Mode,
 }

@@ -18,3 +18,4 @@ mod layers;
 mod regions;
 mod roundtrip;
 mod sizes;
+mod words;
