@@ -2,7 +2,7 @@
 //! and oracle, words in L2), a whole matrix from memory with its digests, patch.
 //!
 //! Floors are in src/vector/encode/exponent.rs and sparse.rs. A whole matrix reads base and fine_tuned once and base once
-//! more for its digest: 6 bytes a word, 0.5 ns at 12 GB/s.
+//! more for its digest: 6 bytes per word, 0.5 ns at 12 GB/s.
 
 use half::bf16;
 use std::hint::black_box;

@@ -60,7 +60,7 @@ impl<'a> Arena<'a> {
 
 /// The rows of a batch, tenant by tenant.
 pub struct Tenants<'a> {
-    /// Which slot a row belongs to; negative is the base.
+    /// Which slot per row belongs to; negative is the base.
     of_row: &'a [i32],
     /// Rows by tenant, the base first; within a tenant in the order of the batch.
     order: Vec<usize>,

@@ -1,8 +1,8 @@
 //! Dot products of word rows with f32 rows: the base product of small m, and the product of a restored panel.
 //!
 //! **Floor** (small m): n * k words read once from memory; per word and row of x one FMA lane. On Zen 3 (two 256-bit
-//! FMA a cycle, 16 multiply-adds) that is 4096 * 4096 / 16 = 1.05 M cycles per row of x and core, while 33.5 MB at
-//! about 12 GB/s a core take 8 M cycles of 3 GHz: memory up to about 8 rows of x, FMA from there on.
+//! FMA per cycle, 16 multiply-adds) that is 4096 * 4096 / 16 = 1.05 M cycles per row of x and core, while 33.5 MB at
+//! about 12 GB/s per core take 8 M cycles of 3 GHz: memory up to about 8 rows of x, FMA from there on.
 //!
 //! **Order** of one output's sum over the columns of a tile: sixteen partial sums; group after group of 32 words, the
 //! first vector of the group's split order, then the second, each by FMA; then halves are added until one is left. Zero
@@ -60,7 +60,7 @@ pub(crate) enum Ahead {
     Nothing,
     /// The same columns of each row, so many bytes on, soon to be used.
     Rows(usize),
-    /// A run that begins so many bytes (wrapping) after the first row and is asked for evenly, `step` bytes a group, at most a
+    /// A run that begins so many bytes (wrapping) after the first row and is asked for evenly, `step` bytes per group, at most a
     /// line of cache; to be used after this block.
     Spread {
         at: usize,

@@ -58,7 +58,7 @@ impl LinearArgs<'_> {
 /// `y = x @ W_ft^T + bias` on base and delta: `out` takes `[m, n]` words of the base's dtype, aligned to them.
 ///
 /// f32 sums of the fine-tuned weights' products, one rounding to the dtype at the end; outputs that are not finite in
-/// f32 are computed again in f64. At most 2 MiB of scratch a thread. The bits depend on the arguments only: not on
+/// f32 are computed again in f64. At most 2 MiB of scratch per thread. The bits depend on the arguments only: not on
 /// `exec`, not on the machine's instruction set.
 ///
 /// # Errors

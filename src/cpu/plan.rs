@@ -4,15 +4,15 @@
 //! **Model**, 16-bit words on Zen 3 (AVX2, 3.3 GHz, two cores that read 20 GB/s): a product with few rows takes about
 //! `max(bytes / 20 GB/s, m * n * k / 16 per cycle and core) + entries`, where `bytes` are those of the base, read once for
 //! all tenants, and of the deltas; `entries` are `gathered_ns` a record of sixteen and row of x, or `transposed_ns` a
-//! record whatever the rows. `exponent` adds 0.33 ns a word and block of sixteen rows for decoding, which no other tenant
-//! shares; restoring a panel costs the same once, and 0.1 ns a word as f32. Both are computed, not waited for, so the second
+//! record whatever the rows. `exponent` adds 0.33 ns per word and block of sixteen rows for decoding, which no other tenant
+//! shares; restoring a panel costs the same once, and 0.1 ns per word as f32. Both are computed, not waited for, so the second
 //! core helps where memory does not.
 //!
 //! **Calibration.** The numbers are a [`Costs`]; `python benches/calibrate.py` times each of them beside other values of it on
 //! the machine at hand and says what the defaults lose. `XORZ_COSTS="panel_above=64,cached_bytes=4194304"` in the environment
 //! takes other values, in mode fast and beyond the caches the first thing to try on a machine unlike the one above.
 //!
-//! `XORZ_TRACE=1` in the environment prints a line a call to stderr: what was chosen, and why.
+//! `XORZ_TRACE=1` in the environment prints one line per call to stderr: what was chosen, and why.
 
 use super::job::Mode;
 use super::linear::Segment;
@@ -224,7 +224,7 @@ impl Sizes {
         if way == ProductWay::Panels {
             return Self { rows: tallest.max(bf16dot::PANEL_ROWS), block: places, again_cached: false };
         }
-        // Eight tasks a thread, so that none waits long for another.
+        // Eight tasks per thread, so that none waits long for another.
         let rows = base.n.div_ceil(8 * threads.max(1)).clamp(1, MOST_ROWS).max(least);
         Self { rows: rows.next_multiple_of(tallest.max(SIMD_LANES)), block: BLOCK, again_cached: false }
     }
@@ -243,7 +243,7 @@ impl Sizes {
     }
 }
 
-/// Whether `XORZ_TRACE` asks for a line a call; it is read once.
+/// Whether `XORZ_TRACE` asks for a line per call; it is read once.
 pub(super) fn traces() -> bool {
     static ON: OnceLock<bool> = OnceLock::new();
     *ON.get_or_init(|| std::env::var_os("XORZ_TRACE").is_some_and(|v| !v.is_empty() && v != "0"))

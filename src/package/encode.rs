@@ -1,5 +1,5 @@
 //! One tensor into its stored bytes, piece by piece: pieces are made by any thread and appended in order, so that memory
-//! holds a piece a thread whatever the tensor's size.
+//! holds a piece per thread whatever the tensor's size.
 
 use super::aligned::Aligned;
 use super::chunks::Chunks;

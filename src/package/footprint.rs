@@ -1,5 +1,5 @@
 //! What a fine-tune takes in each of the forms in which its weights can be kept: each form is made, piece by piece on several
-//! threads, counted and dropped. Writes nothing, and holds a piece a thread (and zstd's tables for each tensor in hand). Must compare nothing: that is `strategies`.
+//! threads, counted and dropped. Writes nothing, and holds a piece per thread (and zstd's tables for each tensor in hand). Must compare nothing: that is `strategies`.
 
 use super::aligned::Aligned;
 use super::checkpoint::{Checkpoint, TensorFile};

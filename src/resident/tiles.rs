@@ -7,7 +7,7 @@ use crate::matrix::Shape;
 const LEAST_WORDS: usize = 16 * 1024;
 /// What the ends of tiles may cost: this share of all bits,
 const ENDS_SHARE: f64 = 0.015;
-/// and so many bits a word.
+/// and so many bits per word.
 const ENDS_BITS: f64 = 0.02;
 
 /// Bits that the lanes of a tile leave unused at its end: half a word per lane, on average.

@@ -1,4 +1,4 @@
-//! The bit streams of `exponent` (see `codec::exponent`), 32 words a step: what every fast decoder keeps between steps,
+//! The bit streams of `exponent` (see `codec::exponent`), 32 words per step: what every fast decoder keeps between steps,
 //! the portable decoder, and how a tile's stream is fed to one without ever being read past its end. Equal to the
 //! codec's `Decoder` bit for bit, error for error. Must hold no exception, no product and no intrinsic.
 //!
@@ -8,7 +8,7 @@
 //! words; 22 for what is left of the bits and how many. About 90 (and some 20 loads of tables, for want of registers):
 //! 23 to 30 cycles at 4 a cycle, 0.25 ns a word at 3.3 GHz, beside 0.17 ns that one core takes to fetch a bf16 word at 12
 //! GB/s. Measured: 0.33 with the other hyperthread quiet, 0.38 with it busy. Lanes of 32 bits: 27 for 8 words, 0.62
-//! measured. Portable: a dozen dependent operations a word and the round trip of a lane through memory, no branch that
+//! measured. Portable: a dozen dependent operations per word and the round trip of a lane through memory, no branch that
 //! depends on data: 2.5 to 3.8 measured, where branches took 2 (few change) to 9.
 
 use super::simd::{GROUP, Simd};

@@ -320,7 +320,7 @@ impl Words32 {
             let needs = _mm256_cmpgt_epi32(w, held);
             let takes = _mm256_movemask_ps(_mm256_castsi256_ps(needs)) as u32;
             let ranks = _mm256_cvtepu8_epi32(eight(&RANKS[(takes & 0xFF) as usize]));
-            // SAFETY: the lanes before took at most eight units a vector, 24 in all, so the 32 bytes from 96 on at most
+            // SAFETY: the lanes before took at most eight units per vector, 24 in all, so the 32 bytes from 96 on at most
             // are within the 128.
             let from = unsafe { _mm256_loadu_si256(units.as_ptr().add(4 * taken).cast()) };
             let unit = _mm256_and_si256(_mm256_permutevar8x32_epi32(from, ranks), needs);

@@ -1,4 +1,4 @@
-//! The bit streams of `exponent` on 32-bit words with AVX-512 VBMI2: as `lanes512`, sixteen lanes a vector; and the same
+//! The bit streams of `exponent` on 32-bit words with AVX-512 VBMI2: as `lanes512`, sixteen lanes per vector; and the same
 //! fused with products of f32 words.
 //!
 //! **Floor**: 2 times 17 instructions for a step of 32 words; 20 cycles and more on Zen 4, where memory takes 20 to 30 for the

@@ -309,7 +309,7 @@ impl Pack32 {
 
             let places = _mm256_cvtepu8_epi32(eight(&RIGHT[(takes & 0xFF) as usize]));
             let packed = _mm256_permutevar8x32_epi32(units, places);
-            // SAFETY: the lanes after took at most eight units a vector, 24 in all, so the 32 bytes end 96 bytes or less
+            // SAFETY: the lanes after took at most eight units per vector, 24 in all, so the 32 bytes end 96 bytes or less
             // below the end of 160.
             unsafe { _mm256_storeu_si256(out.as_mut_ptr().add(WINDOW32 - 32 - 4 * taken).cast(), packed) };
             taken += takes.count_ones() as usize;
