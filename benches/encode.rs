@@ -2,7 +2,7 @@
 //! and oracle, words in L2), a whole matrix from memory with its digests, patch.
 //!
 //! Floors are in src/vector/encode/exponent.rs and sparse.rs. A whole matrix reads base and fine_tuned once and base once
-//! more for its digest: 6 bytes a word, 0.5 ns at 12 GB/s.
+//! more for its digest: 6 bytes per word, 0.5 ns at 12 GB/s.
 
 use half::bf16;
 use std::hint::black_box;
@@ -10,7 +10,7 @@ use std::time::Instant;
 use xorz::codec::Prefer;
 use xorz::error::Result;
 use xorz::matrix::{Dtype, Matrix, Shape};
-use xorz::resident::{self, Pair, Piece, Plan, Resident};
+use xorz::resident::{self, DeltaPiece, Pair, Plan, Resident};
 use xorz::vector::{self, Isa, Serial};
 
 const SHAPE: Shape = Shape { n: 4096, k: 4096 };
@@ -85,7 +85,7 @@ fn hot(isa: Isa, plan: &Plan, base: &[u8], tuned: &[u8]) -> Result<f64> {
     let tiles = 0..rows / plan.grid.tile_rows * plan.grid.tile_cols_count();
     let bytes = rows * SHAPE.k * 2;
     let (base, tuned) = (&base[..bytes], &tuned[..bytes]);
-    let mut piece = Piece::default();
+    let mut piece = DeltaPiece::default();
     time(16 * rows * SHAPE.k, || {
         (0..16).try_for_each(|_| {
             piece.clear();

@@ -16,12 +16,12 @@
 
 namespace xorz {
 
-// The same words in a row; asking first saves the dispatcher's microsecond where they are already.
+// The same words, contiguous. Asking first saves a microsecond of the dispatcher where they are so already.
 inline torch::stable::Tensor in_a_row(const torch::stable::Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
-// Calls any aten op of one result. All arguments of its schema are given, defaults too.
+// Calls any aten op with one result. All arguments of its schema have to be given, even those with defaults.
 template <class... A>
 torch::stable::Tensor call_aten(const char* name, const char* overload, const A&... args) {
   std::array<StableIValue, sizeof...(A)> stack{torch::stable::detail::from(args)...};
@@ -29,8 +29,8 @@ torch::stable::Tensor call_aten(const char* name, const char* overload, const A&
   return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
 }
 
-// Kernels compute; who differentiates is registered in Python. Without this, a gradient would flow through
-// inner calls.
+// Kernels only compute; gradients are registered in Python. Without this guard a gradient would flow through
+// the aten ops that a kernel calls.
 class NoGrad {
  public:
   NoGrad() : was_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
@@ -42,7 +42,7 @@ class NoGrad {
   bool was_;
 };
 
-// torch's own pool: a second one would wait for the first one's spinning workers.
+// torch's own thread pool. A second pool would have to wait for the first one's workers, which spin.
 class TorchThreads final : public Executor {
  public:
   std::size_t threads() const override { return torch::stable::get_num_threads(); }

@@ -47,7 +47,7 @@ inline constexpr DtypeRow kDtypes[] = {
     {ScalarType::Long, 15, 8, "int64"},
 };
 
-// Dtypes that torch has and the core has not, for sentences.
+// Names of dtypes that torch has and the core does not, for messages.
 inline constexpr struct {
   ScalarType torch;
   const char* name;
@@ -59,7 +59,8 @@ inline constexpr struct {
     {ScalarType::Float8_e5m2fnuz, "float8_e5m2fnuz"}, {ScalarType::Float8_e4m3fnuz, "float8_e4m3fnuz"},
 };
 
-// torch's own number of the dtype: Tensor::scalar_type throws at those that the stable ABI does not know.
+// torch's own number of the dtype. Tensor::scalar_type would throw for dtypes that the stable ABI does not
+// know.
 inline int32_t dtype_number(const Tensor& t) {
   int32_t number = -1;
   aoti_torch_get_dtype(t.get(), &number);
@@ -93,7 +94,7 @@ inline std::string type_text(const Tensor& t) {
 
 inline std::string text(const Tensor& t) { return type_text(t) + " " + shape_text(t); }
 
-// How the tensor lies in memory, where that is not plain strides: "sparse COO", ...; else empty.
+// The tensor's layout where it has no plain strides, such as "sparse COO"; empty for dense tensors.
 inline std::string layout_text(const Tensor& t) {
   static constexpr const char* names[] = {"",           "sparse COO", "sparse CSR", "MKL-DNN",
                                           "sparse CSC", "sparse BSR", "sparse BSC", "jagged"};
@@ -112,7 +113,7 @@ inline std::string device_text(const Tensor& t) {
                                                : "torch's device type number " + std::to_string(type);
 }
 
-// One op's arguments; `op` opens every sentence.
+// Checks the arguments of one op, whose name begins every message.
 struct Checks {
   std::string op;
   // The CUDA device that the op runs on; -1 is the CPU.
@@ -145,7 +146,7 @@ struct Checks {
       refuse(std::string(name) + " " + text(t) + " must be contiguous; call .contiguous() once, outside");
   }
 
-  // The bytes of a delta. Not to be read here on a CUDA device.
+  // The bytes of a delta. On a CUDA device they must not be read here.
   rust::Slice<const uint8_t> delta(const char* name, const Tensor& t) const {
     if (known(name, t).torch != ScalarType::Byte || t.dim() != 1)
       refuse(std::string(name) + " must be a 1-D uint8 tensor (a resident delta), but is " + text(t));
@@ -189,7 +190,7 @@ struct Checks {
   }
 };
 
-// A call into the core; its sentence gets the op's name in front.
+// Calls into the core; the op's name is put in front of its message if it fails.
 template <class F>
 auto core(const Checks& checks, const F& f) {
   try {

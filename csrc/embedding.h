@@ -10,8 +10,8 @@
 
 namespace xorz {
 
-// `indices` are int64 and in a row; the tensors keep alive what `tenancy` points to, the arena apart.
-struct LookupOperands {
+// `indices` are int64 and contiguous. The tensors keep alive what `tenancy` points to, except for the arena.
+struct EmbeddingOperands {
   Tensor indices;
   Words weight;
   size_t m;
@@ -19,8 +19,9 @@ struct LookupOperands {
   std::vector<int64_t> out_sizes;
 };
 
-inline LookupOperands lookup(const Checks& checks, const Tensor& indices, const Tensor& weight,
-                             const Tensor& arena, const Tensor& slots, const Tensor& tenant_of_row) {
+inline EmbeddingOperands embedding_operands(const Checks& checks, const Tensor& indices, const Tensor& weight,
+                                            const Tensor& arena, const Tensor& slots,
+                                            const Tensor& tenant_of_row) {
   checks.known("indices", indices);
   if (indices.scalar_type() != ScalarType::Long && indices.scalar_type() != ScalarType::Int)
     checks.refuse("indices must be int64 or int32, but is " + text(indices));
@@ -33,8 +34,8 @@ inline LookupOperands lookup(const Checks& checks, const Tensor& indices, const 
   std::vector<int64_t> sizes(indices.sizes().begin(), indices.sizes().end());
   sizes.push_back(weight.size(1));
   const NoGrad guard;
-  const bool wide = indices.scalar_type() == ScalarType::Long;
-  return {plain(wide ? indices : torch::stable::to(indices, ScalarType::Long)), words, m, t, sizes};
+  const bool is_long = indices.scalar_type() == ScalarType::Long;
+  return {plain(is_long ? indices : torch::stable::to(indices, ScalarType::Long)), words, m, t, sizes};
 }
 
 }  // namespace xorz

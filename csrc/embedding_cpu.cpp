@@ -12,7 +12,7 @@ const TorchThreads threads;
 Tensor delta_embedding_cpu(const Tensor& indices, const Tensor& weight, const Tensor& arena,
                            const Tensor& slots, const Tensor& tenant_of_row) {
   const Checks checks{"delta_embedding"};
-  const LookupOperands l = lookup(checks, indices, weight, arena, slots, tenant_of_row);
+  const EmbeddingOperands l = embedding_operands(checks, indices, weight, arena, slots, tenant_of_row);
   const NoGrad guard;
   const Tensor out = torch::stable::empty(l.out_sizes, weight.scalar_type());
   const rust::Slice<uint8_t> bytes(static_cast<uint8_t*>(out.mutable_data_ptr()), bytes_of(out).size());

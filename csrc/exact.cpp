@@ -17,7 +17,7 @@
 namespace xorz {
 namespace {
 
-constexpr size_t kScratchBytes = 2u << 20;  // a thread: restored rows and their products
+constexpr size_t kScratchBytes = 2u << 20;  // per thread: restored rows and their products
 constexpr size_t kSmallProduct = 4096;      // torch multiplies smaller ones by another kernel
 
 Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -29,7 +29,7 @@ Tensor cut(const Tensor& t, int64_t dim, size_t start, size_t length) {
   return torch::stable::narrow(whole, dim, static_cast<int64_t>(start), static_cast<int64_t>(length));
 }
 
-// Panels of at least `rows` rows, as even as they go.
+// Calls `f` for panels of at least `rows` rows that are as equal as possible.
 template <class F>
 void for_panels(size_t n, size_t rows, const F& f) {
   const size_t panels = std::max<size_t>(1, n / rows);

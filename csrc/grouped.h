@@ -1,4 +1,5 @@
-// What ops on many tenants at once share: the deltas' arena, its slots and whose each row is, as tensors.
+// What the ops on many tenants at once share: the arena with the deltas, its slots, and the tenant of each
+// row.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -10,7 +11,7 @@
 
 namespace xorz {
 
-// Contiguous, and aligned to its elements, which a view of foreign memory may not be.
+// The same tensor, contiguous and aligned to its elements, which a view of foreign memory need not be.
 inline Tensor plain(const Tensor& t) {
   const Tensor c = in_a_row(t);
   const auto at = reinterpret_cast<uintptr_t>(c.const_data_ptr());
@@ -21,14 +22,14 @@ inline rust::Slice<const uint8_t> bytes_of(const Tensor& t) {
   return {static_cast<const uint8_t*>(t.const_data_ptr()), static_cast<size_t>(t.numel()) * t.element_size()};
 }
 
-// A batch's tenants, checked as far as it can be without reading a slot; the core checks those that are used.
-// The tensors keep alive what `batch` points to, the arena apart.
+// The tenants of a batch, checked as far as that is possible without reading a slot. The core checks the
+// slots that a row uses. The tensors keep alive what `batch` points to, except for the arena.
 struct Tenancy {
   Tensor slots, tenant_of_row;
   Batch batch;
 };
 
-// `rows` says of what there are `m`.
+// `rows` names, for messages, the things of which there are `m`: "row of input" or "element of indices".
 inline Tenancy tenancy(const Checks& checks, const Tensor& arena, const Tensor& slots,
                        const Tensor& tenant_of_row, size_t m, const std::string& rows) {
   checks.known("arena", arena);
@@ -51,8 +52,8 @@ inline Tenancy tenancy(const Checks& checks, const Tensor& arena, const Tensor& 
   return t;
 }
 
-// What products of many tenants share, checked as far as it can be without reading a slot.
-struct Operands {
+// The arguments of a product of many tenants, checked as far as that is possible without reading a slot.
+struct GroupedOperands {
   Tensor rows;
   const DtypeRow* type;
   Words weight;
@@ -61,11 +62,12 @@ struct Operands {
   std::vector<int64_t> out_sizes;
 };
 
-// The left operand is `rows`, which `name` calls it; `columns` is the dimension of weight that it multiplies.
-inline Operands grouped(const Checks& checks, const char* name, const Tensor& rows, int columns,
-                        const Tensor& weight, const Tensor& arena, const Tensor& slots,
-                        const Tensor& tenant_of_row) {
-  Operands g;
+// `rows` is the left operand, which the caller knows as `name`; its columns meet dimension `columns` of
+// weight.
+inline GroupedOperands grouped_operands(const Checks& checks, const char* name, const Tensor& rows,
+                                        int columns, const Tensor& weight, const Tensor& arena,
+                                        const Tensor& slots, const Tensor& tenant_of_row) {
+  GroupedOperands g;
   g.type = &checks.known(name, rows);
   if (g.type->code > 3)
     checks.refuse(std::string(name) + " is " + text(rows) + "; only float32, bfloat16 and float16 compute");
@@ -90,8 +92,8 @@ inline Operands grouped(const Checks& checks, const char* name, const Tensor& ro
   return g;
 }
 
-// One bias per slot and the base's: any distance from row to row.
-inline void check_biases(const Checks& checks, const Tensor& biases, const Operands& g) {
+// One row per slot, then the base's own. Rows may be any distance apart.
+inline void check_biases(const Checks& checks, const Tensor& biases, const GroupedOperands& g) {
   checks.known("biases", biases);
   const auto rows = static_cast<int64_t>(g.s + 1), n = static_cast<int64_t>(g.weight.n);
   if (biases.dim() != 2 || biases.size(0) != rows || biases.size(1) != n ||

@@ -3,9 +3,9 @@
 
 #include <cstring>
 
+#include "arguments.h"
 #include "aten.h"
 #include "grouped.h"
-#include "operands.h"
 #include "ops.h"
 
 namespace xorz {
@@ -14,8 +14,8 @@ namespace {
 const TorchThreads threads;
 
 // Each tenant's rows gathered, multiplied as delta_linear does (the base's as torch does), and put back.
-Tensor exact_grouped(const Checks& checks, const Operands& g, const Tensor& weight, const Tensor& arena,
-                     const std::optional<Tensor>& biases) {
+Tensor exact_grouped(const Checks& checks, const GroupedOperands& g, const Tensor& weight,
+                     const Tensor& arena, const std::optional<Tensor>& biases) {
   const NoGrad guard;
   const Tensor out = torch::stable::empty(g.out_sizes, g.type->torch);
   const size_t row = g.weight.k * g.type->bytes, out_row = g.weight.n * g.type->bytes;
@@ -60,7 +60,7 @@ Tensor delta_linear_grouped_cpu(const Tensor& input, const Tensor& weight,
                                 const Tensor& tenant_of_row, const std::string& mode) {
   const Checks checks{"delta_linear_grouped"};
   check_mode(checks, mode);
-  const Operands g = grouped(checks, "input", input, 1, weight, arena, slots, tenant_of_row);
+  const GroupedOperands g = grouped_operands(checks, "input", input, 1, weight, arena, slots, tenant_of_row);
   if (biases) check_biases(checks, *biases, g);
   if (mode == "exact") return exact_grouped(checks, g, weight, arena, biases);
   const Tensor out = torch::stable::empty(g.out_sizes, g.type->torch);
@@ -79,7 +79,7 @@ Tensor delta_linear_grouped_cpu(const Tensor& input, const Tensor& weight,
 Tensor delta_linear_grouped_grad_input_cpu(const Tensor& grad, const Tensor& weight, const Tensor& arena,
                                            const Tensor& slots, const Tensor& tenant_of_row) {
   const Checks checks{"delta_linear_grouped_grad_input"};
-  const Operands g = grouped(checks, "grad", grad, 0, weight, arena, slots, tenant_of_row);
+  const GroupedOperands g = grouped_operands(checks, "grad", grad, 0, weight, arena, slots, tenant_of_row);
   const Tensor out = torch::stable::empty(g.out_sizes, g.type->torch);
   rust::Slice<uint8_t> bytes(static_cast<uint8_t*>(out.mutable_data_ptr()), g.m * g.weight.k * g.type->bytes);
   core(checks, [&] {

@@ -1,5 +1,5 @@
-// The device that an op runs on, and torch's current stream there. Nothing of CUDA is linked: what only a
-// torch with CUDA has is looked up where it is needed.
+// The device that an op runs on, and torch's current stream there. Nothing of CUDA is linked: functions
+// that only a torch with CUDA has are looked up when they are needed.
 #pragma once
 
 #include <dlfcn.h>
@@ -10,7 +10,7 @@
 
 namespace xorz {
 
-// The first CUDA device among tensors: the dispatcher came here because there is one.
+// The device of the first CUDA tensor. There is one, or the dispatcher would not have called a CUDA kernel.
 inline int32_t cuda_device_of(std::initializer_list<const Tensor*> tensors) {
   for (const Tensor* t : tensors)
     if (t != nullptr && t->defined() && t->is_cuda()) return t->get_device_index();
@@ -20,7 +20,7 @@ inline int32_t cuda_device_of(std::initializer_list<const Tensor*> tensors) {
 // A function of a library that torch has loaded, or null.
 inline void* torch_function(const char* library, const char* name) {
   if (void* found = dlsym(RTLD_DEFAULT, name)) return found;
-  // torch loads its libraries for itself, so that their symbols are nobody's default.
+  // torch loads its libraries with local symbols, so that RTLD_DEFAULT does not find them.
   void* loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
   return loaded ? dlsym(loaded, name) : nullptr;
 }
@@ -48,7 +48,7 @@ inline void* current_stream(int32_t device) {
   return stream;
 }
 
-// Makes a device the current one, for the memory that an op asks torch for, and says where to launch.
+// Makes a device the current one, so that torch allocates there, and says on which stream to launch.
 class OnDevice {
  public:
   explicit OnDevice(int32_t device)

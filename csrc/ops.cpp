@@ -15,7 +15,7 @@ struct Op {
   const char* name;
   const char* schema;
   Boxed cpu;
-  // Where there is none, the CPU's serves: it refuses tensors of other devices in words.
+  // Null: the CPU kernel is registered for CUDA, too, and refuses tensors that are not on the CPU.
   Boxed cuda = nullptr;
 };
 
@@ -51,8 +51,8 @@ const Op kOps[] = {
      TORCH_BOX(&delta_check_cuda)},
 };
 
-// Tensors of these kinds would get a page of torch's own about backends. The CPU kernels refuse them in
-// words: none of them reads an argument that has no plain strides on the CPU.
+// For tensors of these kinds torch would print a page about backends. The CPU kernels are registered for
+// them, too, and refuse them in a sentence: no kernel reads an argument without plain strides on the CPU.
 const char* const kRefusing[] = {"SparseCPU", "SparseCsrCPU", "QuantizedCPU", "MkldnnCPU"};
 
 // Survives a second copy of this library in one process, which torch's STABLE_TORCH_LIBRARY does not: that

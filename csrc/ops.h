@@ -32,7 +32,7 @@ Tensor delta_slice_cpu(const Tensor& delta, const Tensor& base, int64_t dim, int
 Tensor delta_concat_cpu(const std::vector<Tensor>& deltas, const std::vector<Tensor>& bases, int64_t dim);
 void delta_check_cpu(const Tensor& delta, const Tensor& base);
 
-// On a CUDA device; see ops_cuda.cpp and load_cuda.cpp.
+// On a CUDA device; see ops_cuda.cpp and via_host_cuda.cpp.
 Tensor delta_linear_cuda(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                          const Tensor& delta, const std::string& mode);
 Tensor delta_linear_grouped_cuda(const Tensor& input, const Tensor& weight,
@@ -53,7 +53,7 @@ Tensor exact_linear(const Checks& checks, const Tensor& input, size_t m, const W
                     const std::optional<Tensor>& bias, rust::Slice<const uint8_t> delta,
                     torch::headeronly::ScalarType type);
 
-// Refuses what aten::linear gave under autocast with another dtype.
+// Refuses the result of aten::linear if autocast gave it another dtype.
 void check_not_autocast(const Checks& checks, const Tensor& product, torch::headeronly::ScalarType type);
 
 }  // namespace xorz

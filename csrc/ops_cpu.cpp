@@ -4,9 +4,9 @@
 
 #include <cstring>
 
+#include "arguments.h"
 #include "aten.h"
 #include "checks.h"
-#include "operands.h"
 #include "ops.h"
 
 namespace xorz {

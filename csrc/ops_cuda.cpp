@@ -2,10 +2,10 @@
 // launches on torch's current stream. No device memory is read here, nothing waits; memory comes from torch's
 // allocator. A delta's header and a tenant's slot are therefore known to the kernels alone: what does not fit
 // gives NaN, and an error of the next call on that device.
+#include "arguments.h"
 #include "embedding.h"
 #include "grouped.h"
 #include "on_device.h"
-#include "operands.h"
 #include "ops.h"
 
 namespace xorz {
@@ -16,7 +16,7 @@ constexpr size_t kDeltaAlign = 16;
 size_t address(const Tensor& t) { return reinterpret_cast<size_t>(t.const_data_ptr()); }
 size_t mutable_address(const Tensor& t) { return reinterpret_cast<size_t>(t.mutable_data_ptr()); }
 
-// A delta where the kernels can read it: a slice of other bytes is copied.
+// The delta at an address that the kernels can read: a slice that is not aligned is copied.
 Tensor aligned(const Tensor& delta) {
   return address(delta) % kDeltaAlign == 0 ? delta : torch::stable::clone(delta);
 }
@@ -25,7 +25,7 @@ CudaWords device_words(const Words& w, bool bits = false) {
   return {w.dtype, bits, w.n, w.k, reinterpret_cast<size_t>(w.bytes.data())};
 }
 
-// Whether words of any dtype of that size may be meant, as on the CPU.
+// Whether the tensor is of integers, which stand for the bits of any dtype of that size, as on the CPU.
 bool are_bits(const Tensor& t) {
   return t.scalar_type() == ScalarType::Short || t.scalar_type() == ScalarType::Int;
 }
@@ -103,11 +103,11 @@ Tensor delta_linear_grouped_cuda(const Tensor& input, const Tensor& weight,
   check_mode(checks, mode);
   if (mode == "exact")
     checks.refuse(
-        "mode=\"exact\" would have to ask the device whose each row is; on CUDA call delta_linear with it, "
-        "tenant by tenant");
+        "mode=\"exact\" would have to read each row's tenant from the device; on CUDA call "
+        "delta_linear with it, tenant by tenant");
   checks.known("weight", weight);
   const OnDevice device(checks.cuda);
-  const Operands g = grouped(checks, "input", input, 1, weight, arena, slots, tenant_of_row);
+  const GroupedOperands g = grouped_operands(checks, "input", input, 1, weight, arena, slots, tenant_of_row);
   if (biases) check_biases(checks, *biases, g);
   const NoGrad guard;
   CudaLinear args{};
@@ -153,7 +153,7 @@ Tensor delta_embedding_cuda(const Tensor& indices, const Tensor& weight, const T
   const Checks checks{"delta_embedding", cuda_device_of({&indices, &weight, &arena, &slots, &tenant_of_row})};
   checks.known("weight", weight);
   const OnDevice device(checks.cuda);
-  const LookupOperands l = lookup(checks, indices, weight, arena, slots, tenant_of_row);
+  const EmbeddingOperands l = embedding_operands(checks, indices, weight, arena, slots, tenant_of_row);
   const NoGrad guard;
   const Tensor out = torch::stable::new_empty(weight, l.out_sizes);
   CudaLookup args{};

@@ -167,7 +167,7 @@ def _choice(what: str, value: Any, choices: dict[Any, int]) -> int:
 
 
 def version() -> str:
-    """The library's version."""
+    """The version of the native library, such as `0.1.0`."""
     return _lib.xorz_version().decode()
 
 
@@ -290,7 +290,7 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Drop an unfinished package."""
+        """Drop a package that was not finished; nothing appears at its path."""
         handle, self._handle = self._handle, c_void_p()
         _lib.xorz_writer_free(handle)
 
@@ -318,7 +318,7 @@ class Base:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the base."""
+        """Close the base; the object cannot be used after that."""
         handle, self.handle = self.handle, c_void_p()
         _lib.xorz_base_close(handle)
 
@@ -347,7 +347,7 @@ class Package:
         return _tensor_of(buffer)
 
     def restore(self, name: str, base: Tensor | None) -> Tensor:
-        """The fine-tuned tensor."""
+        """The fine-tuned tensor, restored bit for bit; `base` is None where it is stored alone."""
         entry = self.entries[name]
         if entry["dtype"] not in DTYPE_OF_NAME:
             raise ValueError(
@@ -363,7 +363,7 @@ class Package:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the package."""
+        """Close the package; the object cannot be used after that."""
         handle, self._handle = self._handle, c_void_p()
         _lib.xorz_package_close(handle)
 

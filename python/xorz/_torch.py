@@ -18,7 +18,7 @@ def require() -> None:
             f"{wanted}, but {sys.executable} has no torch; install it there, for example with `pip install torch`",
             name="torch",
         ) from None
-    # A folder named torch beside the script is a module too, and has no version.
+    # A folder named torch beside the script can be imported, too, but has no version.
     version = str(getattr(torch, "__version__", "of no version"))
     release = re.match(r"(\d+)\.(\d+)", version)
     if release is None or tuple(map(int, release.groups())) < OLDEST:

@@ -12,7 +12,7 @@ from . import _library
 
 _library.load()
 _ops = torch.ops.xorz
-# Kept alive: what it registered goes with it.
+# Kept alive, since its registrations are dropped with it.
 _registrations = torch.library.Library("xorz", "IMPL")
 
 
@@ -35,7 +35,7 @@ def _is_differentiated(op: str, weight: Tensor, *others: Tensor | None) -> bool:
             raise RuntimeError(f"xorz::{op}: weight requires grad, but it is frozen; pass weight.detach()")
         if any(t is not None and t.requires_grad for t in others):
             return True
-    # Who computes tangents is known to the autograd.Function alone. (A compiled jvp sets no level that Python could see.)
+    # Only the autograd.Function knows whether tangents are computed: a compiled jvp sets no level that Python could see.
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
@@ -124,7 +124,7 @@ def _apply(keyset, weight, delta):
 
 
 def _restore(keyset, base, delta):
-    # As frozen as the weight: what comes out does not require grad, instead of a gradient that torch does not implement.
+    # The result is as frozen as the weight: it does not require grad, since torch has no gradient for it.
     return _below(_ops.delta_restore.default, keyset, base, delta)
 
 
@@ -182,7 +182,7 @@ def _map_apply(info, in_dims, weight, delta):
     pairs = [
         (weight[i], delta if in_dims[1] is None else delta[i].contiguous()) for i in range(info.batch_size)
     ]
-    # All or nothing.
+    # Check every pair before any is changed: all deltas are applied, or none.
     for one, its_delta in pairs:
         _ops.delta_check(its_delta, one)
     for one, its_delta in pairs:

@@ -173,7 +173,7 @@ def _load_each(
     workers = _core.run(jobs).jobs or len(os.sched_getaffinity(0))
     with _core.Package(package) as opened, ThreadPoolExecutor(workers) as pool:
         mine = {name: entry for name, entry in opened.entries.items() if not entry["same"]}
-        # Large ones first, so that none is begun when the others are done.
+        # Large tensors first, so that no large one is begun when all others are done.
         order = sorted(mine, key=lambda name: -mine[name]["bytes"])
         waiting = {name: pool.submit(load, name, mine[name]) for name in order}
         try:

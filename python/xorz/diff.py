@@ -51,7 +51,7 @@ class StateDelta:
         return sum(t.nbytes for t in (*self.deltas.values(), *self.alone.values()))
 
     def __repr__(self) -> str:
-        """Counts and sizes."""
+        """How many tensors changed, and how many bytes the delta takes."""
         counts = f"{len(self.deltas)} changed, {len(self.unchanged)} unchanged"
         for what in ("ties", "alone", "removed"):
             count = len(getattr(self, what))
@@ -128,7 +128,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     a, b = a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
     wide = a.numel() // 8 * 8
     if wide and not (a.data_ptr() | b.data_ptr() | a.storage_offset() | b.storage_offset()) & 7:
-        # Eight bytes at once.
+        # Compare eight bytes at once.
         whole = torch.equal(a[:wide].view(torch.int64), b[:wide].view(torch.int64))
         return whole and torch.equal(a[wide:], b[wide:])
     return torch.equal(a, b)
@@ -191,7 +191,7 @@ def _copy(tensor: Tensor) -> Tensor:
 def _tied_before(before: dict[str, Tensor], first: str, name: str, out: StateDelta) -> bool:
     """Whether `name`, the same tensor as `first` now, was equal to it before, so that one delta does for both."""
     if first in out.alone:
-        # Placed anew, wherever it was before.
+        # The tensor is stored whole and gets a new place, wherever it was before.
         return name not in before or not _same_kind(before[name], out.alone[first])
     if name not in before or not _same_kind(before[first], before[name]):
         return False
@@ -243,7 +243,7 @@ def apply_(target: nn.Module | MutableMapping[str, Tensor], delta: StateDelta) -
     for name, blob in jobs.items():
         _check(name, tensors[name], blob)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        # Hashing, without the interpreter's lock; the error that comes out is that of the first tensor in order.
+        # Hashing runs without the interpreter's lock. Of several errors the one of the first tensor is raised.
         list(pool.map(lambda job: _match(job[0], tensors[job[0]], job[1]), jobs.items()))
     with torch.no_grad():
         for name, blob in jobs.items():

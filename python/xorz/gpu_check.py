@@ -35,7 +35,7 @@ from . import (
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ENCODINGS = ("unchanged", "sparse", "exponent", "raw")
 BITS = {2: torch.int16, 4: torch.int32}
-# The chain of products of the CPU's and the GPU's kernels is no longer than k; tensor cores are promised 2^-22 a step.
+# No kernel, on CPU or GPU, has a chain of sums longer than k; tensor cores are allowed an error of 2^-22 per step.
 STEP = {torch.bfloat16: 2.0**-22, torch.float16: 2.0**-22, torch.float32: 2.0**-23}
 
 
@@ -126,7 +126,7 @@ def fine_tune(base: Tensor, encoding: str, share: float = 0.05, seed: int = 1) -
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """`bfloat16`."""
+    """The name of a dtype without its module, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -24,7 +24,7 @@ class XorDeltaLinear(nn.Module):
     `nn.Linear`.
     """
 
-    # TorchScript: not compiled.
+    # These attributes are not compiled by TorchScript.
     __jit_unused_properties__ = ["weight"]  # noqa: RUF012
     __constants__ = ["in_features", "mode", "out_features"]  # noqa: RUF012
     bias: torch.Tensor | None
@@ -127,7 +127,7 @@ class XorDeltaLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
         if torch.jit.is_scripting():
-            # TorchScript cannot ask for the CPU's autocast (torch.is_autocast_cpu_enabled crashes it): see what it does.
+            # TorchScript cannot ask for the CPU's autocast (torch.is_autocast_cpu_enabled crashes it): look at its effect.
             probe = input.new_empty([0, 0], dtype=torch.float32)
             autocast = torch.mm(probe, probe).dtype
             if autocast != torch.float32 and input.is_floating_point() and input.dtype != torch.float64:
@@ -193,7 +193,7 @@ class XorDeltaLinear(nn.Module):
         if bias is not None and bias.dtype != self.dtype:
             errors.append(f"{prefix}bias is {bias.dtype}, but must be {self.dtype}")
         if len(errors) > before:
-            # Nothing is copied; what torch would have listed is still listed.
+            # Nothing was copied; keys that torch would have listed as missing or unexpected are listed all the same.
             _, strict, missing, _, _ = args
             expected = ["weight_bits", "delta"] + ([] if self.bias is None else ["bias"])
             missing.extend(prefix + key for key in expected if strict and prefix + key not in state_dict)

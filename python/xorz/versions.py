@@ -75,7 +75,7 @@ class Versions:
                 self._begin()
             self._read()
 
-    # What there is.
+    # Asking which versions there are.
 
     @property
     def head(self) -> int:
@@ -98,7 +98,7 @@ class Versions:
         return self._step(number, versions[number - 1]["digest"])
 
     def __repr__(self) -> str:
-        """Folder, number and sizes."""
+        """The folder, the number of versions, and the bytes that they take."""
         versions = self._read()
         total = sum(v["bytes"] for v in versions)
         return f"Versions({str(self.folder)!r}; versions 0 to {len(versions)}, {total:,} bytes of steps)"
@@ -213,7 +213,7 @@ class Versions:
         for name, _, new in self._pairs(number, 0):
             tied = out.get(self._first[name])
             same = tied is not None and _digest(tied) == _digest(new)
-            # Of the base itself a copy: whoever trains on from it must not change version 0.
+            # The base is copied: a training that goes on from it must not change version 0.
             out[name] = tied if same else new.clone() if number == 0 else new
         return out
 
@@ -301,7 +301,7 @@ class Versions:
         found = {}
         for name in self._base:
             entry = self._entry(package, name)
-            # A tensor that is the same as another was so in the parent, too: no writer says so elsewhere.
+            # A tensor that equals another one did so in the parent version, too; no writer records it otherwise.
             entry = package.entries.get(entry["same"]) if entry["same"] else entry
             if entry is None or entry["base"] is None:
                 raise ValueError(

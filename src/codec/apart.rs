@@ -18,7 +18,7 @@ pub struct Entries<'a> {
 }
 
 impl<'a> Entries<'a> {
-    /// How many.
+    /// How many there are.
     pub fn len(&self) -> usize {
         self.positions.len() / 2
     }
@@ -33,7 +33,7 @@ impl<'a> Entries<'a> {
         listed(self.positions, self.differences, i)
     }
 
-    /// All of them word by word, in order. `W` is the word of the dtype.
+    /// All entries, word by word, in order. `W` is the word of the dtype.
     pub(crate) fn changes<W: Word>(&self) -> Changes<'a, W> {
         let (positions, _) = self.positions.as_chunks::<2>();
         Changes {
@@ -83,7 +83,7 @@ impl<W: Word> Change<'_, W> {
         (!self.second.is_empty()).then(|| W::load(self.second))
     }
 
-    /// The word after it: sums in f32, first to last.
+    /// The word that the entries make of the given one: sums in f32, first to last.
     #[inline]
     pub(crate) fn apply(&self, dtype: Dtype, word: W) -> W {
         let value = |w: W| widen(dtype, w.to_u64());
@@ -146,7 +146,7 @@ pub struct Exceptions<'a> {
 }
 
 impl Exceptions<'_> {
-    /// How many.
+    /// How many there are.
     pub fn len(&self) -> usize {
         self.positions.len() / 2
     }

@@ -21,12 +21,12 @@ use super::{Entries, Exceptions};
 use crate::error::{Error, Result};
 use crate::matrix::Dtype;
 
-/// Lanes of a step.
-pub const LANES: usize = 32;
+/// Lanes of a step: 32 columns side by side.
+pub const STREAM_LANES: usize = 32;
 /// Classes of base words.
 pub const CLASSES: usize = 32;
 
-/// One tile.
+/// The bytes of one tile, as they are stored.
 #[derive(Clone, Copy, Debug)]
 pub struct ExponentTile<'a> {
     /// Bits by class of the base word; at most the word's bits (checked when the view is made).
@@ -82,19 +82,19 @@ pub struct Decoder<'a, W: Word> {
     widths: &'a [u8; CLASSES],
     stream: &'a [u8],
     mantissa_bits: u32,
-    lanes: [W::Lane; LANES],
-    held: [u32; LANES],
+    lanes: [W::Lane; STREAM_LANES],
+    held: [u32; STREAM_LANES],
 }
 
 impl<'a, W: Word> Decoder<'a, W> {
-    /// At the tile's first word.
+    /// A decoder that stands at the tile's first word.
     pub fn new(tile: &ExponentTile<'a>, dtype: Dtype) -> Self {
         Self {
             widths: tile.widths,
             stream: tile.stream,
             mantissa_bits: mantissa_bits(dtype),
-            lanes: [W::Lane::default(); LANES],
-            held: [0; LANES],
+            lanes: [W::Lane::default(); STREAM_LANES],
+            held: [0; STREAM_LANES],
         }
     }
 
@@ -104,7 +104,7 @@ impl<'a, W: Word> Decoder<'a, W> {
     /// `Truncated` where the stream ends early: it is cut, or belongs to another base.
     #[inline]
     pub fn advance(&mut self, words: &mut [W]) -> Result<()> {
-        for group in words.chunks_mut(LANES) {
+        for group in words.chunks_mut(STREAM_LANES) {
             for (l, word) in group.iter_mut().enumerate() {
                 let w = u32::from(self.widths[class(*word, self.mantissa_bits)]);
                 if w == 0 {
@@ -123,7 +123,7 @@ impl<'a, W: Word> Decoder<'a, W> {
         Ok(())
     }
 
-    /// After the tile's last word.
+    /// To be called after the tile's last word: checks that the stream ends there.
     ///
     /// # Errors
     /// `Corrupt` if units are left over.
@@ -162,7 +162,7 @@ pub(crate) fn encode<W: Word>(
                 apart.misfit(dtype, (r * tile_cols + c) as u16, b, f);
             }
             if w > 0 {
-                lanes.put(c % LANES, coded.unwrap_or(1 << (w - 1)), w);
+                lanes.put(c % STREAM_LANES, coded.unwrap_or(1 << (w - 1)), w);
             }
         }
     }
@@ -184,21 +184,27 @@ fn code<W: Word>(difference: W, w: u32) -> Option<u64> {
 struct Lanes<'a, W: Word> {
     units: &'a mut Vec<u8>,
     /// Where each lane's open unit lies.
-    place: [usize; LANES],
+    place: [usize; STREAM_LANES],
     /// The open unit's bits so far.
-    open: [u64; LANES],
-    /// How many; `W::BITS` before the first unit.
-    used: [u32; LANES],
+    open: [u64; STREAM_LANES],
+    /// How many bits the open unit has; `W::BITS` before the first unit.
+    used: [u32; STREAM_LANES],
     word: std::marker::PhantomData<W>,
 }
 
 impl<'a, W: Word> Lanes<'a, W> {
     fn new(units: &'a mut Vec<u8>) -> Self {
         let word = std::marker::PhantomData;
-        Self { units, place: [usize::MAX; LANES], open: [0; LANES], used: [W::BITS; LANES], word }
+        Self {
+            units,
+            place: [usize::MAX; STREAM_LANES],
+            open: [0; STREAM_LANES],
+            used: [W::BITS; STREAM_LANES],
+            word,
+        }
     }
 
-    /// Append the `width` low bits of `value`, which has no others.
+    /// Append the `width` low bits of `value`, whose other bits are zero.
     #[inline]
     fn put(&mut self, lane: usize, value: u64, width: u32) {
         let used = self.used[lane];
@@ -225,6 +231,6 @@ impl<'a, W: Word> Lanes<'a, W> {
     }
 
     fn finish(mut self) {
-        (0..LANES).for_each(|l| self.close(l));
+        (0..STREAM_LANES).for_each(|l| self.close(l));
     }
 }

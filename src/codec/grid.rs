@@ -2,7 +2,7 @@
 
 use crate::matrix::Shape;
 
-/// The tiles of a matrix: row-panel after row-panel, left to right.
+/// The tiles of a matrix: band after band of rows, from left to right.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grid {
     /// The matrix.
@@ -44,9 +44,9 @@ impl Rect {
 }
 
 impl Grid {
-    /// Rows of a `sparse` tile, always: one SIMD lane a row.
-    pub const LANES: usize = 16;
-    /// Words of a tile at most, so that a position fits 16 bits.
+    /// Rows of every `sparse` tile: one SIMD lane per row.
+    pub const TILE_ROWS: usize = 16;
+    /// The most words of a tile, so that a position fits 16 bits.
     pub const MAX_WORDS: usize = 1 << 16;
     /// Narrowest tile.
     pub const MIN_COLS: usize = 256;
@@ -56,7 +56,7 @@ impl Grid {
     /// Tiles for `sparse`: 16 rows, as wide as allowed. Wide tiles pad less (measured: 4 % of the bytes at 3 % changed
     /// between 1024 and 4096 columns), and x for 4096 columns still fits L1.
     pub fn for_sparse(shape: Shape) -> Self {
-        Self { shape, tile_rows: Self::LANES, tile_cols: Self::cols_for(shape.k) }
+        Self { shape, tile_rows: Self::TILE_ROWS, tile_cols: Self::cols_for(shape.k) }
     }
 
     /// The largest tiles for `exponent`: as many rows as 65536 words allow, since every tile ends 32 lanes on a word boundary,
@@ -65,7 +65,7 @@ impl Grid {
     pub fn for_exponent(shape: Shape) -> Self {
         let tile_cols = Self::cols_for(shape.k);
         let rows = shape.n.clamp(1, Self::MAX_WORDS).next_power_of_two();
-        let tile_rows = rows.clamp(Self::LANES, Self::MAX_WORDS / tile_cols);
+        let tile_rows = rows.clamp(Self::TILE_ROWS, Self::MAX_WORDS / tile_cols);
         Self { shape, tile_rows, tile_cols }
     }
 
@@ -73,12 +73,12 @@ impl Grid {
         k.clamp(Self::MIN_COLS, Self::MAX_COLS).next_power_of_two()
     }
 
-    /// Row-panels of tiles.
+    /// Bands of tiles.
     pub fn tile_rows_count(&self) -> usize {
         self.shape.n.div_ceil(self.tile_rows)
     }
 
-    /// Tiles in one row-panel.
+    /// Tiles in one band.
     pub fn tile_cols_count(&self) -> usize {
         self.shape.k.div_ceil(self.tile_cols)
     }

@@ -40,7 +40,7 @@ pub struct SparseTile<'a> {
     /// `records * 16` gaps.
     pub gaps: &'a [u8],
     /// `records * 16` words: a difference in the matrix's dtype, or the XOR where that dtype does not compute.
-    pub diffs: &'a [u8],
+    pub differences: &'a [u8],
     /// Whether differences are added (f32, bf16, f16) or XORed.
     pub additive: bool,
     /// Words that `base + differences` does not give bit for bit.
@@ -51,7 +51,7 @@ impl SparseTile<'_> {
     /// The gap field of record `j`, lane `lane`.
     #[inline]
     pub fn gap_at(&self, j: usize, lane: usize) -> usize {
-        let i = j * Grid::LANES + lane;
+        let i = j * Grid::TILE_ROWS + lane;
         match self.gap {
             GapKind::U8 => usize::from(self.gaps[i]),
             GapKind::U16 => usize::from(u16::load(&self.gaps[2 * i..2 * i + 2])),
@@ -65,9 +65,9 @@ impl SparseTile<'_> {
         (0..self.records).filter_map(move |j| {
             let gap = self.gap_at(j, lane);
             column = if self.gap == GapKind::U16 { gap } else { column + gap };
-            let at = (j * Grid::LANES + lane) * W::BYTES;
-            let diff = W::load(&self.diffs[at..at + W::BYTES]);
-            (diff != nothing).then_some((column, diff))
+            let at = (j * Grid::TILE_ROWS + lane) * W::BYTES;
+            let difference = W::load(&self.differences[at..at + W::BYTES]);
+            (difference != nothing).then_some((column, difference))
         })
     }
 
@@ -80,15 +80,15 @@ impl SparseTile<'_> {
     ) -> Result<()> {
         for (lane, row) in words.chunks_exact_mut(cols).enumerate().take(rows) {
             let mut pending: Option<(usize, f32)> = None;
-            for (column, diff) in self.lane::<W>(dtype, lane) {
+            for (column, difference) in self.lane::<W>(dtype, lane) {
                 let word = row
                     .get(column)
                     .ok_or_else(|| Error::corrupt(format!("lane {lane} names column {column} of {cols}")))?;
                 if !self.additive {
-                    row[column] = W::from_u64(word.to_u64() ^ diff.to_u64());
+                    row[column] = W::from_u64(word.to_u64() ^ difference.to_u64());
                     continue;
                 }
-                let d = widen(dtype, diff.to_u64());
+                let d = widen(dtype, difference.to_u64());
                 match &mut pending {
                     Some((at, sum)) if *at == column => *sum += d,
                     _ => {
@@ -111,7 +111,7 @@ impl SparseTile<'_> {
     /// # Errors
     /// `Corrupt`, with the lane and the column.
     pub(crate) fn check<W: Word>(&self, dtype: Dtype, rows: usize, cols: usize) -> Result<()> {
-        for lane in 0..Grid::LANES {
+        for lane in 0..Grid::TILE_ROWS {
             for (column, _) in self.lane::<W>(dtype, lane) {
                 if lane >= rows || column >= cols {
                     return Err(Error::corrupt(format!(
@@ -127,7 +127,7 @@ impl SparseTile<'_> {
 /// A tile being encoded, and the sizes it would take. Reused from tile to tile.
 #[derive(Default)]
 pub(crate) struct Builder<W: Word> {
-    lanes: [Vec<(u32, W)>; Grid::LANES],
+    lanes: [Vec<(u32, W)>; Grid::TILE_ROWS],
     /// Records with gaps of one byte and of two.
     records: [usize; 2],
     /// Position and word of each exception.
@@ -160,7 +160,7 @@ impl<W: Word> Builder<W> {
         self.lanes.iter_mut().for_each(Vec::clear);
     }
 
-    /// The changes of row `r`, once a row: column, base, fine_tuned.
+    /// The changes of row `r` (column, base word, fine-tuned word); to be called once per row.
     #[inline]
     pub(crate) fn row(
         &mut self,
@@ -201,21 +201,21 @@ impl<W: Word> Builder<W> {
     pub(crate) fn write(&self, dtype: Dtype, kind: GapKind, out: &mut Vec<u8>) -> usize {
         let records = self.records(kind);
         let start = out.len();
-        let diffs_at = start + records * Grid::LANES * kind.bytes();
-        out.resize(diffs_at + records * Grid::LANES * W::BYTES, 0);
-        let (gaps, diffs) = out[start..].split_at_mut(diffs_at - start);
+        let differences_at = start + records * Grid::TILE_ROWS * kind.bytes();
+        out.resize(differences_at + records * Grid::TILE_ROWS * W::BYTES, 0);
+        let (gaps, differences) = out[start..].split_at_mut(differences_at - start);
         let nothing = W::from_u64(no_op(dtype));
-        let mut put = |j: usize, lane: usize, gap: usize, diff: W| {
-            let i = j * Grid::LANES + lane;
+        let mut put = |j: usize, lane: usize, gap: usize, difference: W| {
+            let i = j * Grid::TILE_ROWS + lane;
             match kind {
                 GapKind::U8 => gaps[i] = gap as u8,
                 GapKind::U16 => gaps[2 * i..2 * i + 2].copy_from_slice(&(gap as u16).to_le_bytes()),
             }
-            diffs[i * W::BYTES..(i + 1) * W::BYTES].copy_from_slice(bytemuck::bytes_of(&diff));
+            differences[i * W::BYTES..(i + 1) * W::BYTES].copy_from_slice(bytemuck::bytes_of(&difference));
         };
         for (lane, changes) in self.lanes.iter().enumerate() {
             let (mut last, mut j) = (0, 0);
-            for &(c, diff) in changes {
+            for &(c, difference) in changes {
                 let c = c as usize;
                 let mut gap = c;
                 if kind == GapKind::U8 {
@@ -224,7 +224,7 @@ impl<W: Word> Builder<W> {
                     j += skipped;
                     gap = c - last - skipped * MAX_GAP;
                 }
-                put(j, lane, gap, diff);
+                put(j, lane, gap, difference);
                 last = c;
                 j += 1;
             }

@@ -12,7 +12,7 @@ use half::{bf16, f16};
 pub struct Split {
     /// The differences, as words of the dtype; the first `count` are meant.
     pub terms: [u64; 2],
-    /// 0, 1 or 2.
+    /// How many of them are meant: 0, 1 or 2.
     pub count: usize,
     /// Whether the word must also be an exception: `base + terms` is not, bit for bit, the fine-tuned word.
     pub exception: bool,
@@ -73,7 +73,7 @@ fn one_bf16(base: u16, fine_tuned: u16) -> Option<u16> {
     (exact && (b + sum).to_bits() >> 16 == u32::from(fine_tuned)).then_some((sum.to_bits() >> 16) as u16)
 }
 
-/// [`split`], every case.
+/// [`split`] of two words, in every case that the fast way leaves.
 fn split_any(dtype: Dtype, base: u64, fine_tuned: u64) -> Split {
     if !dtype.computes() {
         return Split { terms: [base ^ fine_tuned, 0], count: 1, exception: false };

@@ -16,9 +16,9 @@ pub trait Word: bytemuck::Pod + Eq + Default + Debug + Send + Sync + 'static {
 
     /// Read a little-endian word; panics unless `bytes.len() == BYTES`.
     fn load(bytes: &[u8]) -> Self;
-    /// Zero-extended.
+    /// The word as a u64, extended with zeros.
     fn to_u64(self) -> u64;
-    /// The low bits.
+    /// The word that the low bits of `value` are.
     fn from_u64(v: u64) -> Self;
     /// `self + other`, wrapping.
     fn plus(self, other: Self) -> Self;

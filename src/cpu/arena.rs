@@ -48,7 +48,8 @@ impl<'a> Arena<'a> {
     /// The delta in slot `slot`, which must be one of matrices like `base`; none if the slot is empty.
     ///
     /// # Errors
-    /// As [`Self::place`]; as [`Resident::parse`] and [`Resident::check_base`], naming the slot.
+    /// `InvalidArgument` where there is no such slot or it lies outside of the arena; `Truncated`, `Corrupt` or `Unsupported` for bad
+    /// bytes; `Mismatch` for the delta of another dtype or shape. Messages name the slot.
     pub fn delta(&self, slot: usize, base: &Matrix<'_>) -> Result<Option<Resident<'a>>> {
         let Some(place) = self.place(slot)? else { return Ok(None) };
         let delta =
@@ -59,7 +60,7 @@ impl<'a> Arena<'a> {
 
 /// The rows of a batch, tenant by tenant.
 pub struct Tenants<'a> {
-    /// Which slot a row belongs to; negative is the base.
+    /// Which slot per row belongs to; negative is the base.
     of_row: &'a [i32],
     /// Rows by tenant, the base first; within a tenant in the order of the batch.
     order: Vec<usize>,

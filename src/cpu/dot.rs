@@ -1,8 +1,8 @@
 //! Dot products of word rows with f32 rows: the base product of small m, and the product of a restored panel.
 //!
 //! **Floor** (small m): n * k words read once from memory; per word and row of x one FMA lane. On Zen 3 (two 256-bit
-//! FMA a cycle, 16 multiply-adds) that is 4096 * 4096 / 16 = 1.05 M cycles per row of x and core, while 33.5 MB at
-//! about 12 GB/s a core take 8 M cycles of 3 GHz: memory up to about 8 rows of x, FMA from there on.
+//! FMA per cycle, 16 multiply-adds) that is 4096 * 4096 / 16 = 1.05 M cycles per row of x and core, while 33.5 MB at
+//! about 12 GB/s per core take 8 M cycles of 3 GHz: memory up to about 8 rows of x, FMA from there on.
 //!
 //! **Order** of one output's sum over the columns of a tile: sixteen partial sums; group after group of 32 words, the
 //! first vector of the group's split order, then the second, each by FMA; then halves are added until one is left. Zero
@@ -17,7 +17,7 @@
 )]
 
 use crate::vector::float::Float;
-use crate::vector::simd::{GROUP, Kernel, LANES, Simd};
+use crate::vector::simd::{GROUP, Kernel, SIMD_LANES, Simd};
 use std::marker::PhantomData;
 
 /// One group of an f32 row in split order.
@@ -49,8 +49,8 @@ impl<'a> Rows<'a> {
 }
 
 #[inline(always)]
-fn halves(group: &Split) -> (&[f32; LANES], &[f32; LANES]) {
-    let (halves, _) = group.as_chunks::<LANES>();
+fn halves(group: &Split) -> (&[f32; SIMD_LANES], &[f32; SIMD_LANES]) {
+    let (halves, _) = group.as_chunks::<SIMD_LANES>();
     (&halves[0], &halves[1])
 }
 
@@ -60,7 +60,7 @@ pub(crate) enum Ahead {
     Nothing,
     /// The same columns of each row, so many bytes on, soon to be used.
     Rows(usize),
-    /// A run that begins so many bytes (wrapping) after the first row and is asked for evenly, `step` bytes a group, at most a
+    /// A run that begins so many bytes (wrapping) after the first row and is asked for evenly, `step` bytes per group, at most a
     /// line of cache; to be used after this block.
     Spread {
         at: usize,
@@ -163,7 +163,7 @@ pub(crate) struct TileProduct<'a, D> {
     /// Rows of x, at most 16.
     pub(crate) m: usize,
     /// Sixteen partial sums per row and row of x: `rows * m` at least; only for `m > 1`.
-    pub(crate) partial: &'a mut [[f32; LANES]],
+    pub(crate) partial: &'a mut [[f32; SIMD_LANES]],
     /// Totals, added to.
     pub(crate) sums: &'a mut [f32],
     pub(crate) strides: Strides,
@@ -196,7 +196,7 @@ impl<D: Float> Kernel for TileProduct<'_, D> {
         }
         for from in (0..self.groups).step_by(BLOCK_GROUPS) {
             let mut j = 0;
-            while S::WIDE && j + 4 <= self.m {
+            while S::REGISTERS_4X4 && j + 4 <= self.m {
                 self.block::<S, 4>(s, from, j);
                 j += 4;
             }
@@ -244,7 +244,7 @@ impl<D: Float> TileProduct<'_, D> {
             *x = &self.x[(j + i) * self.groups + from..(j + i + 1) * self.groups];
         }
         let mut r = 0;
-        while S::WIDE && r + 4 <= self.rows {
+        while S::REGISTERS_4X4 && r + 4 <= self.rows {
             self.piece::<S, 4, M>(s, from, (r, j), x);
             r += 4;
         }
@@ -343,7 +343,7 @@ impl<D: Float, F: Fn(usize) -> usize> Kernel for PanelProduct<'_, D, F> {
             for r in (0..self.rows).step_by(PANEL_ROWS) {
                 let end = (r + PANEL_ROWS).min(self.rows);
                 let mut j = 0;
-                while S::WIDE && j + 4 <= self.m {
+                while S::REGISTERS_4X4 && j + 4 <= self.m {
                     self.block::<S, 4>(s, from, r..end, j);
                     j += 4;
                 }
@@ -368,7 +368,7 @@ impl<D: Float, F: Fn(usize) -> usize> PanelProduct<'_, D, F> {
             *x = self.x.part((self.row)(j + i), from * group, (from + PANEL_GROUPS) * group);
         }
         let mut r = rows.start;
-        while S::WIDE && r + 4 <= rows.end {
+        while S::REGISTERS_4X4 && r + 4 <= rows.end {
             self.piece::<S, M, 4>(s, from, r, j, x);
             r += 4;
         }
@@ -443,7 +443,7 @@ impl<D: Float> Kernel for ToSplit<'_, D> {
 #[inline(always)]
 fn put<S: Simd, D: Float>(s: S, group: &D::Group, to: &mut Split) {
     let (low, high) = D::load(s, group);
-    let (halves, _) = to.as_chunks_mut::<LANES>();
+    let (halves, _) = to.as_chunks_mut::<SIMD_LANES>();
     s.store(low, &mut halves[0]);
     s.store(high, &mut halves[1]);
 }

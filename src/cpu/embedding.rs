@@ -1,12 +1,12 @@
 //! `delta_embedding`: rows of fine-tuned tables, looked up one by one. No table is restored, and no tile that no row needs
 //! is read.
 //!
-//! What a row costs is its encoding's doing. `sparse`: the base's row, and the row's own lane of each of its tiles: a
+//! What a row costs depends on its encoding. `sparse`: the base's row, and the row's own lane of each of its tiles: a
 //! fourth to a sixth of the time that the whole band of 16 rows takes (576 columns, 3 % changed, Zen 3 under load).
 //! `raw`: a copy. `exponent`: lanes
 //! carry bits from row to row, so a band is decoded from its first row to the last one needed, once for all rows of the
-//! tenant in it. Rows are shared out to threads in pieces of [`PIECE`] bytes, or by band. At most one row of a tile in
-//! scratch a thread, and 32 bytes a row of the batch to sort them.
+//! tenant in it. Rows are shared out to threads in pieces of [`PIECE`] bytes, or by band. Scratch is at most one
+//! row of a tile per thread, and 32 bytes per row of the batch to sort them.
 
 use super::arena::{Arena, Tenants};
 use super::job::check_words;
@@ -26,7 +26,7 @@ use crate::vector::simd::Simd;
 use crate::vector::tile::{Change, Sums, Xor};
 use std::sync::Mutex;
 
-/// Bytes of looked-up rows that are worth a thread's attention, for encodings that patch row by row.
+/// Bytes of looked-up rows that are worth a task, for encodings that patch row by row.
 const PIECE: usize = 32 << 10;
 
 /// What [`delta_embedding`] looks up.
@@ -66,7 +66,7 @@ pub fn delta_embedding_on(
     out: &mut [u8],
     exec: &dyn Executor,
 ) -> Result<()> {
-    on_isa!(isa, s => run(s, args, out, exec))?
+    on_isa!(isa, s => run_embedding(s, args, out, exec))?
 }
 
 /// One row to be looked up.
@@ -82,7 +82,7 @@ struct Task<'t, 'o, 'a> {
     rows: &'t mut [Row<'o>],
 }
 
-fn run<S: Simd>(s: S, args: &EmbeddingArgs<'_>, out: &mut [u8], exec: &dyn Executor) -> Result<()> {
+fn run_embedding<S: Simd>(s: S, args: &EmbeddingArgs<'_>, out: &mut [u8], exec: &dyn Executor) -> Result<()> {
     let (base, m) = (&args.base, args.indices.len());
     check_words("out", out, Shape { n: m, k: base.shape().k }, base.dtype())?;
     let tenants = Tenants::new(args.tenant_of_row, m, args.arena.slots.len())?;
@@ -213,18 +213,18 @@ fn walk_gaps<W: Word, C: Change<W>, const GAP: usize>(
     let nothing = W::from_u64(C::NOTHING);
     let columns = words.len() / W::BYTES;
     let mut c = 0usize;
-    let gaps = tile.gaps.chunks_exact(Grid::LANES * GAP);
-    for (gaps, diffs) in gaps.zip(tile.diffs.chunks_exact(Grid::LANES * W::BYTES)) {
+    let gaps = tile.gaps.chunks_exact(Grid::TILE_ROWS * GAP);
+    for (gaps, differences) in gaps.zip(tile.differences.chunks_exact(Grid::TILE_ROWS * W::BYTES)) {
         let gap = usize::from(gaps[lane * GAP]);
         c = if GAP == 1 { c + gap } else { gap | usize::from(gaps[lane * GAP + 1]) << 8 };
-        let diff = W::load(&diffs[lane * W::BYTES..(lane + 1) * W::BYTES]);
-        if diff == nothing {
+        let difference = W::load(&differences[lane * W::BYTES..(lane + 1) * W::BYTES]);
+        if difference == nothing {
             continue;
         }
         let Some(word) = words.get_mut(c * W::BYTES..(c + 1) * W::BYTES) else {
             return Err(Error::corrupt(format!("lane {lane} names column {c} of {columns}")));
         };
-        let now = change.change(lane, c, W::load(word), diff);
+        let now = change.change(lane, c, W::load(word), difference);
         word.copy_from_slice(bytemuck::bytes_of(&now));
     }
     Ok(())
@@ -292,7 +292,7 @@ fn band<S: Simd>(s: S, delta: &Resident<'_>, base: &Matrix<'_>, rows: &mut [Row<
         let Tile::Exponent(tile) = delta.tile(index)? else {
             return Err(Error::internal(format!("tile {index} is not of encoding exponent")));
         };
-        let piece = Piece { base, grid: &grid, index, tile: &tile };
+        let piece = BandTile { base, grid: &grid, index, tile: &tile };
         match dtype.word_bytes() {
             1 => piece.by_oracle::<u8>(rows),
             2 => piece.by_lanes::<S, u16>(s, rows),
@@ -305,14 +305,14 @@ fn band<S: Simd>(s: S, delta: &Resident<'_>, base: &Matrix<'_>, rows: &mut [Row<
 }
 
 /// One tile of a band.
-struct Piece<'t, 'a> {
+struct BandTile<'t, 'a> {
     base: &'t Matrix<'a>,
     grid: &'t Grid,
     index: usize,
     tile: &'t ExponentTile<'a>,
 }
 
-impl Piece<'_, '_> {
+impl BandTile<'_, '_> {
     fn by_lanes<S: Simd, W: Lane>(&self, s: S, rows: &mut [Row<'_>]) -> Result<()> {
         let mut decoder = lanes::Decoder::<W>::new(self.tile, self.base.dtype());
         self.decode(rows, |words: &mut [W]| decoder.advance(s, None, words))

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::matrix::Dtype;
 use crate::vector::float::{Float, padded};
 use crate::vector::lanes::{Decoder, MICRO};
-use crate::vector::simd::{GROUP, Kernel, LANES, Simd};
+use crate::vector::simd::{GROUP, Kernel, SIMD_LANES, Simd};
 use std::marker::PhantomData;
 
 /// Bytes of a cache line. The next words' lines are asked for while these are decoded: decoding computes too long at a
@@ -74,7 +74,7 @@ impl<'a, D: Float> Stream<'a, D> {
         s: S,
         row: &[u8],
         (x, groups): (&[Split], usize),
-        partial: &mut [[f32; LANES]],
+        partial: &mut [[f32; SIMD_LANES]],
     ) -> usize {
         // Only f32 words lie in their split order; and overriding words would have to be multiplied instead.
         if D::DTYPE != Dtype::F32 || !self.exceptions.is_empty() {
@@ -95,7 +95,7 @@ impl<'a, D: Float> Stream<'a, D> {
         row: &[u8],
         x: &[Split],
         groups: usize,
-        partial: &mut [[f32; LANES]],
+        partial: &mut [[f32; SIMD_LANES]],
     ) -> usize {
         let x = std::array::from_fn(|j| &x[j * groups..(j + 1) * groups]);
         let mut acc = std::array::from_fn(|_| s.splat(0.0));
@@ -106,7 +106,7 @@ impl<'a, D: Float> Stream<'a, D> {
         done
     }
 
-    /// After the last word.
+    /// To be called after the last word: checks that the stream ends there.
     pub(super) fn finish(self) -> Result<()> {
         if self.next < self.exceptions.len() {
             return Err(misplaced(self.exceptions.get(self.next).0));
@@ -124,7 +124,7 @@ fn misplaced(position: usize) -> Error {
 ///
 /// # Errors
 /// `Corrupt` for positions out of order or out of the tile; what was given out before is right.
-pub(super) fn entries<D: Float>(
+pub(super) fn entry_values<D: Float>(
     tile: &ExponentTile<'_>,
     tile_cols: usize,
     rect: &Rect,
@@ -155,7 +155,7 @@ pub(super) fn product<S: Simd, D: Float>(
     grid: &Grid,
     rect: &Rect,
     (x, m): (&[Split], usize),
-    partial: &mut [[f32; LANES]],
+    partial: &mut [[f32; SIMD_LANES]],
     (sums, strides): (&mut [f32], Strides),
 ) -> Result<()> {
     let mut stream = Stream::<D>::new(tile, grid.tile_cols);
@@ -163,7 +163,7 @@ pub(super) fn product<S: Simd, D: Float>(
     let mut words = [D::Word::default(); MICRO];
     for r in 0..rect.rows() {
         let row = base.row(r);
-        partial[..m].fill([0.0; LANES]);
+        partial[..m].fill([0.0; SIMD_LANES]);
         let fused = stream.dots(s, row, (x, groups), &mut partial[..m]);
         for c in (fused..rect.cols()).step_by(MICRO) {
             let words = &mut words[..MICRO.min(rect.cols() - c)];
@@ -173,22 +173,22 @@ pub(super) fn product<S: Simd, D: Float>(
             }
             stream.decode(s, (r, c), &row[c * D::BYTES..(c + words.len()) * D::BYTES], words)?;
             let words = bytemuck::cast_slice(words);
-            s.run(Piece::<D> { words, x, groups, from: c / GROUP, m, partial, dtype: PhantomData });
+            s.run(WordsProduct::<D> { words, x, groups, from: c / GROUP, m, partial, dtype: PhantomData });
         }
         for j in 0..m {
             sums[r * strides.row + j * strides.column] += s.run(Sum(&partial[j]));
         }
     }
     stream.finish()?;
-    entries::<D>(tile, grid.tile_cols, rect, |r, c, difference| {
+    entry_values::<D>(tile, grid.tile_cols, rect, |r, c, difference| {
         let (group, at) = (c / GROUP, D::split_place(c % GROUP));
         let sums = &mut sums[r * strides.row..];
-        s.run(Entry { difference, x: &x[group..], groups, at, m, sums, stride: strides.column });
+        s.run(TotalsEntry { difference, x: &x[group..], groups, at, m, sums, stride: strides.column });
     })
 }
 
 /// One entry's share in the totals of one row of the tile.
-struct Entry<'a> {
+struct TotalsEntry<'a> {
     difference: f32,
     /// From the group of its column on, `groups` per row of x; the column's value lies at `at`.
     x: &'a [Split],
@@ -200,7 +200,7 @@ struct Entry<'a> {
     stride: usize,
 }
 
-impl Kernel for Entry<'_> {
+impl Kernel for TotalsEntry<'_> {
     type Out = ();
 
     #[inline(always)]
@@ -214,17 +214,17 @@ impl Kernel for Entry<'_> {
 }
 
 /// `partial[j] += words . x[j]`, the columns from group `from` on.
-struct Piece<'a, D> {
+struct WordsProduct<'a, D> {
     words: &'a [u8],
     x: &'a [Split],
     groups: usize,
     from: usize,
     m: usize,
-    partial: &'a mut [[f32; LANES]],
+    partial: &'a mut [[f32; SIMD_LANES]],
     dtype: PhantomData<D>,
 }
 
-impl<D: Float> Kernel for Piece<'_, D> {
+impl<D: Float> Kernel for WordsProduct<'_, D> {
     type Out = ();
 
     #[inline(always)]
@@ -241,7 +241,7 @@ impl<D: Float> Kernel for Piece<'_, D> {
     }
 }
 
-impl<D: Float> Piece<'_, D> {
+impl<D: Float> WordsProduct<'_, D> {
     #[inline(always)]
     fn rows<S: Simd, const M: usize>(&mut self, s: S, j: usize) {
         let mut x: [&[Split]; M] = [&[]; M];
@@ -258,7 +258,7 @@ impl<D: Float> Piece<'_, D> {
 }
 
 /// The sum of sixteen partial sums.
-struct Sum<'a>(&'a [f32; LANES]);
+struct Sum<'a>(&'a [f32; SIMD_LANES]);
 
 impl Kernel for Sum<'_> {
     type Out = f32;

@@ -1,18 +1,18 @@
-//! Totals on their way out: bias, rounding, and what becomes of those that are not finite.
+//! From totals to outputs: add the bias, round, and compute outputs again that are not finite.
 
 #![allow(clippy::needless_range_loop, reason = "arrays indexed in step are what becomes vector instructions")]
 
+use super::again_f64;
 use super::dot::Strides;
 use super::fused::Block;
-use super::linear::{Job, Segment};
+use super::linear::{LinearJob, Segment};
 use super::scratch::Scratch;
-use super::wide;
 use crate::error::Result;
 use crate::vector::float::Float;
-use crate::vector::simd::{Kernel, LANES, Simd};
+use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
 
-impl<D: Float> Job<'_, D> {
-    /// Bias, rounding, and the way out; band by band, so that a band with non-finite outputs is done again.
+impl<D: Float> LinearJob<'_, D> {
+    /// Add the bias, round and write the outputs, band by band, so that a band with non-finite outputs can be done again.
     pub(super) fn finish<S: Simd>(
         &self,
         s: S,
@@ -45,7 +45,7 @@ impl<D: Float> Job<'_, D> {
                     }
                 }
                 if any {
-                    wide::linear(s, self, segment, band, block.m0, &again[..r1 - r0], sc)?;
+                    again_f64::linear(s, self, segment, band, block.m0, &again[..r1 - r0], sc)?;
                 }
             }
         }
@@ -61,15 +61,15 @@ impl<D: Float> Job<'_, D> {
         (r0, r1): (usize, usize),
         out: &[D::Shared],
     ) -> bool {
-        (r0..r1).step_by(LANES).all(|r| {
-            let len = LANES.min(r1 - r);
+        (r0..r1).step_by(SIMD_LANES).all(|r| {
+            let len = SIMD_LANES.min(r1 - r);
             let bias = bias.map(|b| &b[r * D::BYTES..(r + len) * D::BYTES]);
             s.run(Out::<D> { sums: &sums[r - r0..][..len], bias, out: &out[r..r + len] })
         })
     }
 }
 
-/// At most sixteen totals on their way out. Gives whether all are finite.
+/// Round and write at most sixteen totals. Returns whether all are finite.
 struct Out<'a, D: Float> {
     sums: &'a [f32],
     bias: Option<&'a [u8]>,
@@ -81,7 +81,7 @@ impl<D: Float> Kernel for Out<'_, D> {
 
     #[inline(always)]
     fn call<S: Simd>(self, s: S) -> bool {
-        let mut values = [0.0; LANES];
+        let mut values = [0.0; SIMD_LANES];
         match self.sums.first_chunk() {
             Some(sums) => values = *sums,
             None => values[..self.sums.len()].copy_from_slice(self.sums),
@@ -93,13 +93,13 @@ impl<D: Float> Kernel for Out<'_, D> {
             let sum = s.fma(s.load(&values), s.splat(1.0), D::widen(s, &words));
             s.store(sum, &mut values);
         }
-        let mut words = [D::Word::default(); LANES];
+        let mut words = [D::Word::default(); SIMD_LANES];
         let mut finite = true;
-        for i in 0..LANES {
+        for i in 0..SIMD_LANES {
             finite &= values[i].to_bits() & 0x7FFF_FFFF < 0x7F80_0000;
             words[i] = D::round_finite(values[i]);
         }
-        for i in 0..self.out.len().min(LANES) {
+        for i in 0..self.out.len().min(SIMD_LANES) {
             D::put(&self.out[i], words[i]);
         }
         finite

@@ -12,14 +12,14 @@
 use super::bf16::Few;
 use super::dot::{Rows, Strides, TileProduct, ToSplit};
 use super::exponent;
-use super::linear::{Job, Segment};
+use super::linear::{LinearJob, Segment};
 use super::plan::{BASE_COLUMNS, BLOCK, transposed};
 use super::scratch::{Buffer, Scratch};
 use super::sparse::{Gathered, Natural, Transposed};
 use crate::codec::{Encoding, Grid, Rect, SparseTile, Tile};
 use crate::error::{Error, Result};
 use crate::vector::float::{Float, padded};
-use crate::vector::simd::{GROUP, LANES, Simd};
+use crate::vector::simd::{GROUP, SIMD_LANES, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -40,7 +40,7 @@ impl Block {
     }
 }
 
-impl<D: Float> Job<'_, D> {
+impl<D: Float> LinearJob<'_, D> {
     /// A block of rows of x on the base's words, of the tenants `segments`.
     pub(super) fn shared<S: Simd>(
         &self,
@@ -53,7 +53,7 @@ impl<D: Float> Job<'_, D> {
         // reading the base and computing with entries take turns. Of many, it would be converted again and again.
         let whole = |grid: Grid| self.k <= grid.tile_cols.min(BASE_COLUMNS);
         let rows = match segments {
-            [one] if whole(one.weights.grid()) => LANES,
+            [one] if whole(one.weights.grid()) => SIMD_LANES,
             _ => block.r1 - block.r0,
         };
         (block.r0..block.r1).step_by(rows).try_for_each(|r0| {
@@ -69,11 +69,11 @@ impl<D: Float> Job<'_, D> {
         segments: &[Segment<'_>],
         sc: &mut Scratch,
     ) -> Result<()> {
-        let rows = (block.r1 - block.r0).next_multiple_of(LANES);
+        let rows = (block.r1 - block.r0).next_multiple_of(SIMD_LANES);
         let whole = matches!(segments, [one] if transposed(&one.weights, block.m));
         let strides =
-            if whole { Strides { row: LANES, column: 1 } } else { Strides { row: 1, column: rows } };
-        sc.sums.zeroed(rows * if whole { LANES } else { block.m });
+            if whole { Strides { row: SIMD_LANES, column: 1 } } else { Strides { row: 1, column: rows } };
+        sc.sums.zeroed(rows * if whole { SIMD_LANES } else { block.m });
         if self.bf16 {
             let rect = Rect { r0: block.r0, r1: block.r1, c0: 0, c1: self.k };
             self.few(s, self.base_rows(&rect), &rect, block, strides, sc);
@@ -81,8 +81,9 @@ impl<D: Float> Job<'_, D> {
         for c0 in (0..if self.bf16 { 0 } else { self.k }).step_by(BASE_COLUMNS) {
             let columns = c0..(c0 + BASE_COLUMNS).min(self.k);
             self.split(s, block, &columns, sc);
-            for r0 in (block.r0..block.r1).step_by(LANES) {
-                let rect = Rect { r0, r1: (r0 + LANES).min(block.r1), c0: columns.start, c1: columns.end };
+            for r0 in (block.r0..block.r1).step_by(SIMD_LANES) {
+                let rect =
+                    Rect { r0, r1: (r0 + SIMD_LANES).min(block.r1), c0: columns.start, c1: columns.end };
                 self.product(s, self.base_rows(&rect), &rect, block, strides, sc);
             }
         }
@@ -105,7 +106,7 @@ impl<D: Float> Job<'_, D> {
     ) -> Result<()> {
         let grid = segment.weights.grid();
         let across = grid.tile_cols_count();
-        let rows = (block.r1 - block.r0).next_multiple_of(LANES);
+        let rows = (block.r1 - block.r0).next_multiple_of(SIMD_LANES);
         let strides = Strides { row: 1, column: rows };
         sc.sums.zeroed(rows * block.m);
         for tc in 0..across {
@@ -168,7 +169,8 @@ impl<D: Float> Job<'_, D> {
             return;
         }
         let width = columns.len();
-        let to = if transposed { sc.entries.zeroed(width * LANES) } else { sc.entries.get(width * at.len()) };
+        let to =
+            if transposed { sc.entries.zeroed(width * SIMD_LANES) } else { sc.entries.get(width * at.len()) };
         for (j, at) in at.enumerate() {
             let to = &mut to[j * if transposed { 1 } else { width }..];
             let words = self.x_row(at, columns);
@@ -192,7 +194,8 @@ impl<D: Float> Job<'_, D> {
         let rect = grid.rect(index);
         match tile {
             Tile::Exponent(t) => {
-                let (x, partial) = (sc.split.get(block.m * padded(rect.cols())), &mut [[0.0; LANES]; BLOCK]);
+                let (x, partial) =
+                    (sc.split.get(block.m * padded(rect.cols())), &mut [[0.0; SIMD_LANES]; BLOCK]);
                 let x = x.as_chunks::<GROUP>().0;
                 let sums = &mut sc.sums.all_mut()[(rect.r0 - block.r0) * strides.row..];
                 exponent::product::<S, D>(
@@ -250,14 +253,14 @@ impl<D: Float> Job<'_, D> {
         let width = padded(rect.cols());
         let x = sc.split.get(block.m * width).as_chunks::<GROUP>().0;
         let groups = width / GROUP;
-        let partial = sc.panel.get(LANES * LANES * BLOCK).as_chunks_mut::<LANES>().0;
-        for r in (0..rect.rows()).step_by(LANES) {
+        let partial = sc.vectors.get(SIMD_LANES * SIMD_LANES * BLOCK).as_chunks_mut::<SIMD_LANES>().0;
+        for r in (0..rect.rows()).step_by(SIMD_LANES) {
             // The rows of W that follow are this thread's next ones, most often.
-            let ahead = if rect.r0 + r + LANES < self.n { LANES * words.stride } else { 0 };
+            let ahead = if rect.r0 + r + SIMD_LANES < self.n { SIMD_LANES * words.stride } else { 0 };
             let sums = &mut sc.sums.all_mut()[(rect.r0 - block.r0 + r) * strides.row..];
             s.run(TileProduct::<D> {
                 words: Rows { bytes: &words.bytes[r * words.stride..], ..words },
-                rows: LANES.min(rect.rows() - r),
+                rows: SIMD_LANES.min(rect.rows() - r),
                 x,
                 groups,
                 m: block.m,
@@ -288,14 +291,14 @@ impl<D: Float> Job<'_, D> {
             let rect = grid.rect(tc);
             let at = block.m0 + part.start..block.m0 + part.end;
             self.natural(s, at, &(rect.c0..rect.c1), transposed, sc);
-            for tr in block.r0 / LANES..block.r1.div_ceil(LANES) {
+            for tr in block.r0 / SIMD_LANES..block.r1.div_ceil(SIMD_LANES) {
                 let index = tr * across + tc;
                 let tile = segment.weights.tile(index);
                 tile.and_then(|tile| {
                     let Tile::Sparse(tile) = tile else {
                         return Err(Error::internal("a sparse delta with a tile that is not"));
                     };
-                    let sums = part.start * strides.column + (tr * LANES - block.r0) * strides.row;
+                    let sums = part.start * strides.column + (tr * SIMD_LANES - block.r0) * strides.row;
                     let sums = &mut sc.sums.all_mut()[sums..];
                     Entries::<D> { tile, m: part.len(), width: rect.cols(), transposed, dtype: PhantomData }
                         .add(s, &mut sc.entries, sums, strides)
@@ -329,12 +332,12 @@ impl<D: Float> Entries<'_, D> {
             let stride = strides.column;
             s.run(Gathered::<D> { tile, x: x.get(width * m), width, m, sums, stride, dtype })
         } else {
-            let x = x.get(width * LANES).as_chunks().0;
+            let x = x.get(width * SIMD_LANES).as_chunks().0;
             if strides.column == 1 {
                 s.run(Transposed::<D> { tile, x, sums: sums.as_chunks_mut().0, dtype })
             } else {
                 // Among other tenants' rows, totals lie by row of x.
-                let mut lanes = [[0.0; LANES]; LANES];
+                let mut lanes = [[0.0; SIMD_LANES]; SIMD_LANES];
                 for (r, lanes) in lanes.iter_mut().enumerate() {
                     (0..m).for_each(|j| lanes[j] = sums[j * strides.column + r]);
                 }

@@ -14,8 +14,8 @@ use super::dot::Rows;
 use super::exponent::{self, Stream};
 use super::job::check_words;
 use super::linear::Segment;
-use super::outer::{Entry, Outer, OuterEntries, STEP};
-use super::plan::{Sums, Way};
+use super::outer::{Outer, OuterEntries, OuterEntry, STEP};
+use super::plan::{ProductWay, Sums};
 use super::scratch::{self, Scratch};
 use super::weights::Weights;
 use crate::codec::{Encoding, Grid, Rect, SparseTile, Tile};
@@ -26,7 +26,7 @@ use crate::vector::dispatch::{Isa, on_isa};
 use crate::vector::exec::{Executor, try_run};
 use crate::vector::float::{Float, with_float};
 use crate::vector::lanes::MICRO;
-use crate::vector::simd::{LANES, Simd};
+use crate::vector::simd::{SIMD_LANES, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -38,7 +38,8 @@ const STRIP: usize = 1024;
 /// f32 sums, one rounding at the end, outputs that are not finite in f32 computed again in f64; no dense matrix.
 ///
 /// # Errors
-/// As [`delta_linear`](super::delta_linear).
+/// `Mismatch` where base, delta, `grad` and `out` do not fit; `Unsupported` for a dtype that does not compute;
+/// `InvalidArgument` for a misaligned `out`; `Corrupt` or `Truncated` for bad delta bytes, `out` then holds unspecified words.
 pub fn delta_linear_grad_input(
     grad: &[u8],
     m: usize,
@@ -73,20 +74,20 @@ pub fn delta_linear_grad_input_on(
         let out = <D as Float>::share(out, "out")?;
         let weights = Weights::new(*base, Some(delta));
         let segment = Segment { weights, bias: None, rows: 0..m, slot: None };
-        run::<_, D>(s, &Job { grad, base: *base, order: None, out }, &[segment], exec)
+        run_grad::<_, D>(s, &GradJob { grad, base: *base, order: None, out }, &[segment], exec)
     }))?
 }
 
-pub(super) struct Job<'a, D: Float> {
+pub(super) struct GradJob<'a, D: Float> {
     pub(super) grad: &'a [u8],
     pub(super) base: Matrix<'a>,
-    /// Which row of `grad` and of `out` is at each place; as they are if none.
+    /// Which row of `grad` and of `out` is at each place; None: row i is at place i.
     pub(super) order: Option<&'a [usize]>,
     pub(super) out: &'a [D::Shared],
 }
 
 /// Tasks of one kind: strips of columns by blocks of rows of grad.
-struct Part<'a> {
+struct GradStrips<'a> {
     segments: &'a [Segment<'a>],
     /// Columns of a strip: within one tile of every segment.
     width: usize,
@@ -94,14 +95,14 @@ struct Part<'a> {
     tasks: Range<usize>,
 }
 
-impl<'a> Part<'a> {
+impl<'a> GradStrips<'a> {
     fn new(segments: &'a [Segment<'a>], k: usize, start: usize) -> Self {
         let tile_cols = segments.iter().map(|s| s.weights.grid().tile_cols).min().unwrap_or(STRIP);
         // Lanes of `exponent` carry bits from column to column, so its tiles are not cut.
         let cut = segments[0].weights.encoding() != Encoding::Exponent;
         let width = if cut { STRIP.min(tile_cols) } else { tile_cols };
         let mut part = Self { segments, width, tasks: start..start };
-        part.tasks.end += k.div_ceil(width) * part.places().len().div_ceil(LANES);
+        part.tasks.end += k.div_ceil(width) * part.places().len().div_ceil(SIMD_LANES);
         part
     }
 
@@ -115,7 +116,7 @@ struct Strip<'a> {
     columns: Range<usize>,
     m0: usize,
     m: usize,
-    /// Whose rows they are.
+    /// The segments, one per tenant, that the rows belong to.
     segments: &'a [Segment<'a>],
 }
 
@@ -128,29 +129,29 @@ impl Strip<'_> {
 }
 
 /// Run a checked call; no dimension is zero but n. The segments are in the order of their places and of their ways.
-pub(super) fn run<S: Simd, D: Float>(
+pub(super) fn run_grad<S: Simd, D: Float>(
     s: S,
-    job: &Job<'_, D>,
+    job: &GradJob<'_, D>,
     segments: &[Segment<'_>],
     exec: &dyn Executor,
 ) -> Result<()> {
-    let shared = |s: &Segment<'_>| Way::of(&s.weights, 0, Sums::Deterministic) == Way::Shared;
+    let shared = |s: &Segment<'_>| ProductWay::of(&s.weights, 0, Sums::Deterministic) == ProductWay::Shared;
     let k = job.base.shape().k;
-    let mut parts: Vec<Part<'_>> = Vec::new();
+    let mut parts: Vec<GradStrips<'_>> = Vec::new();
     for segments in segments.chunk_by(|a, b| shared(a) && shared(b)) {
-        parts.push(Part::new(segments, k, parts.last().map_or(0, |part| part.tasks.end)));
+        parts.push(GradStrips::new(segments, k, parts.last().map_or(0, |part| part.tasks.end)));
     }
     try_run(exec, parts.last().map_or(0, |part| part.tasks.end), |task| {
         let part = &parts[parts.partition_point(|part| part.tasks.end <= task)];
         let (strips, task) = (k.div_ceil(part.width), task - part.tasks.start);
-        let (c0, m0) = (task % strips * part.width, part.places().start + task / strips * LANES);
-        let m = LANES.min(part.places().end - m0);
+        let (c0, m0) = (task % strips * part.width, part.places().start + task / strips * SIMD_LANES);
+        let m = SIMD_LANES.min(part.places().end - m0);
         let first = part.segments.partition_point(|s| s.rows.end <= m0);
         let end = part.segments.partition_point(|s| s.rows.start < m0 + m);
         let (columns, segments) = (c0..(c0 + part.width).min(k), &part.segments[first..end]);
         let strip = Strip { columns, m0, m, segments };
         scratch::with(|sc| {
-            sc.panel.zeroed(strip.columns.len() * LANES);
+            sc.vectors.zeroed(strip.columns.len() * SIMD_LANES);
             if shared(&segments[0]) {
                 job.shared(s, &strip, sc)?;
             } else {
@@ -161,7 +162,7 @@ pub(super) fn run<S: Simd, D: Float>(
     })
 }
 
-impl<D: Float> Job<'_, D> {
+impl<D: Float> GradJob<'_, D> {
     fn row(&self, at: usize) -> usize {
         self.order.map_or(at, |order| order[at])
     }
@@ -169,8 +170,8 @@ impl<D: Float> Job<'_, D> {
     /// Rows on the base's words: each word once for all tenants, then each tenant's entries of the same rows of W.
     fn shared<S: Simd>(&self, s: S, strip: &Strip<'_>, sc: &mut Scratch) -> Result<()> {
         let n = self.base.shape().n;
-        let (mut g, columns) = ([[0f32; LANES]; STEP], &strip.columns);
-        let sums = sc.panel.get(columns.len() * LANES).as_chunks_mut::<LANES>().0;
+        let (mut g, columns) = ([[0f32; SIMD_LANES]; STEP], &strip.columns);
+        let sums = sc.vectors.get(columns.len() * SIMD_LANES).as_chunks_mut::<SIMD_LANES>().0;
         for r in (0..n).step_by(STEP) {
             let rows = STEP.min(n - r);
             self.grads(strip, r, rows, &mut g);
@@ -183,7 +184,7 @@ impl<D: Float> Job<'_, D> {
                 let index = r / STEP * grid.tile_cols_count() + columns.start / grid.tile_cols;
                 let added = segment.weights.tile(index).and_then(|tile| match tile {
                     Tile::Sparse(t) => {
-                        entries::<S, D>(s, &t, &grid.rect(index), strip, strip.lanes(segment), &g, sums)
+                        add_entries::<S, D>(s, &t, &grid.rect(index), strip, strip.lanes(segment), &g, sums)
                     }
                     _ => Err(Error::internal("a sparse delta with a tile that is not")),
                 });
@@ -196,7 +197,7 @@ impl<D: Float> Job<'_, D> {
     /// Rows of one tenant, on words of its own.
     fn own<S: Simd>(&self, s: S, strip: &Strip<'_>, segment: &Segment<'_>, sc: &mut Scratch) -> Result<()> {
         let grid = segment.weights.grid();
-        let sums = sc.panel.get(strip.columns.len() * LANES).as_chunks_mut::<LANES>().0;
+        let sums = sc.vectors.get(strip.columns.len() * SIMD_LANES).as_chunks_mut::<SIMD_LANES>().0;
         for band in 0..grid.tile_rows_count() {
             let index = band * grid.tile_cols_count() + strip.columns.start / grid.tile_cols;
             let tile = segment.weights.tile(index);
@@ -214,9 +215,9 @@ impl<D: Float> Job<'_, D> {
         tile: &Tile<'_>,
         rect: &Rect,
         strip: &Strip<'_>,
-        sums: &mut [[f32; LANES]],
+        sums: &mut [[f32; SIMD_LANES]],
     ) -> Result<()> {
-        let mut g = [[0f32; LANES]; STEP];
+        let mut g = [[0f32; SIMD_LANES]; STEP];
         match tile {
             Tile::Exponent(t) => {
                 let mut stream = Stream::<D>::new(t, grid.tile_cols);
@@ -236,11 +237,11 @@ impl<D: Float> Job<'_, D> {
                 stream.finish()?;
                 // Every lane, since the grid's strip is of one tenant; those beyond its rows are zero.
                 let mut held = None;
-                exponent::entries::<D>(t, grid.tile_cols, rect, |r, c, difference| {
+                exponent::entry_values::<D>(t, grid.tile_cols, rect, |r, c, difference| {
                     if held.replace(r) != Some(r) {
                         self.grads(strip, rect.r0 + r, 1, &mut g);
                     }
-                    s.run(Entry { difference, g: &g[0], sums: &mut sums[c] });
+                    s.run(OuterEntry { difference, g: &g[0], sums: &mut sums[c] });
                 })
             }
             Tile::Raw(raw) => {
@@ -259,7 +260,7 @@ impl<D: Float> Job<'_, D> {
     }
 
     /// `to[i][j]`: the row of grad of lane j at row `r0 + i` of W; zero beyond the strip's.
-    fn grads(&self, strip: &Strip<'_>, r0: usize, rows: usize, to: &mut [[f32; LANES]; STEP]) {
+    fn grads(&self, strip: &Strip<'_>, r0: usize, rows: usize, to: &mut [[f32; SIMD_LANES]; STEP]) {
         let n = self.base.shape().n;
         for j in 0..strip.m {
             let row = &self.grad[(self.row(strip.m0 + j) * n + r0) * D::BYTES..];
@@ -267,11 +268,13 @@ impl<D: Float> Job<'_, D> {
         }
     }
 
-    /// Rounding, and the way out.
+    /// Round the sums and write them.
     fn finish<S: Simd>(&self, s: S, strip: &Strip<'_>, sc: &mut Scratch) -> Result<()> {
         let (k, columns) = (self.base.shape().k, &strip.columns);
         let mut again = 0u16;
-        for (c, sums) in sc.panel.get(columns.len() * LANES).as_chunks::<LANES>().0.iter().enumerate() {
+        for (c, sums) in
+            sc.vectors.get(columns.len() * SIMD_LANES).as_chunks::<SIMD_LANES>().0.iter().enumerate()
+        {
             for (j, v) in sums.iter().enumerate().take(strip.m) {
                 D::put(&self.out[self.row(strip.m0 + j) * k + columns.start + c], D::round(*v));
                 again |= u16::from(!v.is_finite()) << j;
@@ -280,14 +283,14 @@ impl<D: Float> Job<'_, D> {
         for segment in strip.segments {
             let lanes = strip.lanes(segment).filter(|j| again >> j & 1 == 1).fold(0, |all, j| all | 1 << j);
             for c in columns.clone().step_by(STRIP).filter(|_| lanes != 0) {
-                self.wide(s, segment, c..(c + STRIP).min(columns.end), strip, lanes, sc)?;
+                self.again_f64(s, segment, c..(c + STRIP).min(columns.end), strip, lanes, sc)?;
             }
         }
         Ok(())
     }
 
     /// Compute a segment's non-finite outputs of `columns` again; bit j of `again` says that lane j has some.
-    fn wide<S: Simd>(
+    fn again_f64<S: Simd>(
         &self,
         s: S,
         segment: &Segment<'_>,
@@ -298,7 +301,7 @@ impl<D: Float> Job<'_, D> {
     ) -> Result<()> {
         let grid = segment.weights.grid();
         let across = grid.tile_cols_count();
-        let wide = sc.wide.zeroed(columns.len() * LANES);
+        let sums_f64 = sc.sums_f64.zeroed(columns.len() * SIMD_LANES);
         let (n, k) = (grid.shape.n, grid.shape.k);
         for band in 0..grid.tile_rows_count() {
             let index = band * across + columns.start / grid.tile_cols;
@@ -307,20 +310,20 @@ impl<D: Float> Job<'_, D> {
             segment.restore(s, index, words)?;
             for (r, row) in words.chunks_exact(rect.cols() * D::BYTES).enumerate() {
                 let row = &row[(columns.start - rect.c0) * D::BYTES..];
-                for j in (0..LANES).filter(|j| again >> j & 1 == 1) {
+                for j in (0..SIMD_LANES).filter(|j| again >> j & 1 == 1) {
                     let grad = &self.grad[self.row(strip.m0 + j) * n * D::BYTES..];
                     let g = f64::from(D::value_at(grad, rect.r0 + r));
                     for c in 0..columns.len() {
-                        wide[c * LANES + j] += g * f64::from(D::value_at(row, c));
+                        sums_f64[c * SIMD_LANES + j] += g * f64::from(D::value_at(row, c));
                     }
                 }
             }
         }
-        let sums = sc.panel.get(strip.columns.len() * LANES).as_chunks::<LANES>().0;
+        let sums = sc.vectors.get(strip.columns.len() * SIMD_LANES).as_chunks::<SIMD_LANES>().0;
         for c in columns.clone() {
-            for j in (0..LANES).filter(|j| again >> j & 1 == 1) {
+            for j in (0..SIMD_LANES).filter(|j| again >> j & 1 == 1) {
                 if !sums[c - strip.columns.start][j].is_finite() {
-                    let value = D::round_wide(wide[(c - columns.start) * LANES + j]);
+                    let value = D::round_f64(sums_f64[(c - columns.start) * SIMD_LANES + j]);
                     D::put(&self.out[self.row(strip.m0 + j) * k + c], value);
                 }
             }
@@ -330,21 +333,21 @@ impl<D: Float> Job<'_, D> {
 }
 
 /// Add the entries of a tile to some lanes of a strip.
-fn entries<S: Simd, D: Float>(
+fn add_entries<S: Simd, D: Float>(
     s: S,
     tile: &SparseTile<'_>,
     rect: &Rect,
     strip: &Strip<'_>,
     lanes: Range<usize>,
-    g: &[[f32; LANES]; STEP],
-    sums: &mut [[f32; LANES]],
+    g: &[[f32; SIMD_LANES]; STEP],
+    sums: &mut [[f32; SIMD_LANES]],
 ) -> Result<()> {
     if tile.records > 1 << 24 {
         return Err(Error::corrupt(format!("{} records in one tile", tile.records)));
     }
     let from = (strip.columns.start - rect.c0) as u32;
-    // Lanes beyond the strip's rows hold nothing.
-    let lanes = if lanes.len() == strip.m { 0..LANES } else { lanes };
+    // Lanes beyond the strip's rows are not used.
+    let lanes = if lanes.len() == strip.m { 0..SIMD_LANES } else { lanes };
     let entries = OuterEntries::<D> { tile, g, sums, from, rows: rect.rows(), lanes, dtype: PhantomData };
     let largest = s.run(entries);
     if largest as usize >= rect.cols() {

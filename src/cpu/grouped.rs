@@ -3,7 +3,7 @@
 use super::arena::{Arena, Tenants};
 use super::job::{Mode, check_words};
 use super::linear::Segment;
-use super::plan::{Sums, Way};
+use super::plan::{ProductWay, Sums};
 use super::weights::Weights;
 use super::{grad, linear};
 use crate::error::{Error, Result};
@@ -20,7 +20,7 @@ use std::ops::Range;
 pub struct Biases<'a> {
     /// `[slots + 1, n]` words of the base's dtype, the base's last; any alignment.
     pub bytes: &'a [u8],
-    /// Bytes from row to row; 0 where all are one.
+    /// Bytes from one row to the next; 0 where all rows are the same one.
     pub stride: usize,
 }
 
@@ -112,8 +112,8 @@ fn linear_groups<S: Simd, D: Float>(
     let (order, segments) =
         segments(&args.base, &tenants, &groups, &deltas, Sums::of::<S, D>(args.mode), bias);
     let (order, segments) = (Some(&order[..]), &segments[..]);
-    let call = linear::Call { x: args.x, base: args.base, order, segments, mode: args.mode };
-    linear::run::<S, D>(s, &call, out, exec)
+    let call = linear::ProductCall { x: args.x, base: args.base, order, segments, mode: args.mode };
+    linear::run_linear::<S, D>(s, &call, out, exec)
 }
 
 /// What [`delta_linear_grouped_grad_input`] multiplies.
@@ -135,7 +135,8 @@ pub struct GroupedGradArgs<'a> {
 /// bits that it gives for row i of grad with row i's tenant.
 ///
 /// # Errors
-/// As [`delta_linear_grouped`].
+/// `InvalidArgument` for a slot outside of the arena or a tenant that does not exist; `Mismatch` where base, a used delta, `grad`
+/// and `out` do not fit; `Unsupported` for a dtype that does not compute; `Corrupt` or `Truncated` for bad delta bytes.
 pub fn delta_linear_grouped_grad_input(
     args: &GroupedGradArgs<'_>,
     out: &mut [u8],
@@ -162,8 +163,8 @@ fn grad_groups<S: Simd, D: Float>(
     }
     let out = D::share(out, "out")?;
     let (order, segments) = segments(&args.base, &tenants, &groups, &deltas, Sums::Deterministic, |_| None);
-    let job = grad::Job { grad: args.grad, base: args.base, order: Some(&order), out };
-    grad::run::<S, D>(s, &job, &segments, exec)
+    let job = grad::GradJob { grad: args.grad, base: args.base, order: Some(&order), out };
+    grad::run_grad::<S, D>(s, &job, &segments, exec)
 }
 
 /// The deltas of the groups of a batch: every slot in use is looked at before a word is computed.
@@ -175,7 +176,7 @@ fn deltas<'a>(
     groups.iter().map(|(slot, _)| slot.map_or(Ok(None), |slot| arena.delta(slot, base))).collect()
 }
 
-/// The rows of a batch, way after way and tenant after tenant: which row is at each place, and whose places are whose.
+/// The rows of a batch, way after way and tenant after tenant: which row is at each place, and which places belong to which tenant.
 fn segments<'a>(
     base: &Matrix<'a>,
     tenants: &Tenants<'_>,
@@ -186,7 +187,7 @@ fn segments<'a>(
 ) -> (Vec<usize>, Vec<Segment<'a>>) {
     let weights = |i: usize| Weights::new(*base, deltas[i].as_ref());
     let mut ways: Vec<_> =
-        (0..groups.len()).map(|i| (Way::of(&weights(i), groups[i].1.len(), sums), i)).collect();
+        (0..groups.len()).map(|i| (ProductWay::of(&weights(i), groups[i].1.len(), sums), i)).collect();
     ways.sort_unstable();
     let (mut order, mut segments) = (Vec::new(), Vec::with_capacity(groups.len()));
     for (_, i) in ways {

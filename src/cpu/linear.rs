@@ -2,7 +2,7 @@
 //!
 //! Few rows of a tenant (any number when deterministic): tiles are not restored, see `fused`. Many rows of one tenant in
 //! `mode = "fast"`: a tile is restored into scratch as f32, then multiplied with every row of x of that tenant. Either
-//! way an output that is not finite is computed again from the fine-tuned words themselves, in f64 (see `wide`).
+//! way an output that is not finite is computed again from the fine-tuned words themselves, in f64 (see `again_f64`).
 //!
 //! **Longest chain of roundings** of one output (D of docs/numerics.md): small m: `4096 / 16 + 4` for a base product,
 //! one per 4096 columns of the base, one per record of its lane (two bytes of gap or one, padding adds none), one for the
@@ -13,7 +13,7 @@ use super::counters;
 use super::dot::{PanelProduct, Rows, Split, Strides, ToSplit};
 use super::fused::Block;
 use super::job::{Mode, check_words};
-use super::plan::{self, BLOCK, Sizes, Sums, Way};
+use super::plan::{self, BLOCK, ProductWay, Sizes, Sums};
 use super::scratch::{self, Scratch};
 use super::weights::Weights;
 use crate::codec::Encoding;
@@ -58,7 +58,7 @@ impl LinearArgs<'_> {
 /// `y = x @ W_ft^T + bias` on base and delta: `out` takes `[m, n]` words of the base's dtype, aligned to them.
 ///
 /// f32 sums of the fine-tuned weights' products, one rounding to the dtype at the end; outputs that are not finite in
-/// f32 are computed again in f64. At most 2 MiB of scratch a thread. The bits depend on the arguments only: not on
+/// f32 are computed again in f64. At most 2 MiB of scratch per thread. The bits depend on the arguments only: not on
 /// `exec`, not on the machine's instruction set.
 ///
 /// # Errors
@@ -79,8 +79,8 @@ pub fn delta_linear_on(isa: Isa, args: &LinearArgs<'_>, out: &mut [u8], exec: &d
         let weights = Weights::new(args.base, Some(&args.delta));
         let segment = Segment { weights, bias: args.bias, rows: 0..args.m, slot: None };
         let (x, base, segments) = (args.x, args.base, &[segment]);
-        let call = Call { x, base, order: None, segments, mode: args.mode };
-        if out.is_empty() { Ok(()) } else { run::<_, D>(s, &call, out, exec) }
+        let call = ProductCall { x, base, order: None, segments, mode: args.mode };
+        if out.is_empty() { Ok(()) } else { run_linear::<_, D>(s, &call, out, exec) }
     }))?
 }
 
@@ -115,18 +115,18 @@ impl Segment<'_> {
 }
 
 /// What one call multiplies.
-pub(super) struct Call<'a> {
+pub(super) struct ProductCall<'a> {
     pub(super) x: &'a [u8],
     pub(super) base: Matrix<'a>,
     /// The row of x at each place; as they are if none.
     pub(super) order: Option<&'a [usize]>,
-    /// Place after place, [`Way`] after way.
+    /// Place after place, one [`ProductWay`] after the other.
     pub(super) segments: &'a [Segment<'a>],
     pub(super) mode: Mode,
 }
 
 /// One call, in the dtype of its words.
-pub(super) struct Job<'a, D: Float> {
+pub(super) struct LinearJob<'a, D: Float> {
     /// No other call's.
     pub(super) id: u64,
     pub(super) x: &'a [u8],
@@ -140,8 +140,8 @@ pub(super) struct Job<'a, D: Float> {
 }
 
 /// Tasks of one kind: chunks of rows of W by blocks of rows of x.
-struct Part<'a> {
-    way: Way,
+struct LinearTasks<'a> {
+    way: ProductWay,
     segments: &'a [Segment<'a>],
     sizes: Sizes,
     /// Places of rows of x.
@@ -151,15 +151,15 @@ struct Part<'a> {
 }
 
 /// Run a checked call.
-pub(super) fn run<S: Simd, D: Float>(
+pub(super) fn run_linear<S: Simd, D: Float>(
     s: S,
-    call: &Call<'_>,
+    call: &ProductCall<'_>,
     out: &mut [u8],
     exec: &dyn Executor,
 ) -> Result<()> {
     static CALLS: AtomicU64 = AtomicU64::new(0);
     let (shape, sums) = (call.base.shape(), Sums::of::<S, D>(call.mode));
-    let job = Job::<D> {
+    let job = LinearJob::<D> {
         id: CALLS.fetch_add(1, Relaxed),
         x: call.x,
         base: call.base,
@@ -181,19 +181,20 @@ pub(super) fn run<S: Simd, D: Float>(
     })
 }
 
-impl<D: Float> Job<'_, D> {
+impl<D: Float> LinearJob<'_, D> {
     /// The row of x at place `at`.
     pub(super) fn row(&self, at: usize) -> usize {
         self.order.map_or(at, |order| order[at])
     }
 
-    fn parts<'a>(&self, call: &Call<'a>, sums: Sums, threads: usize) -> Vec<Part<'a>> {
-        let mut parts: Vec<Part<'a>> = Vec::new();
-        let way = |s: &Segment<'_>| Way::of(&s.weights, s.rows.len(), sums);
+    fn parts<'a>(&self, call: &ProductCall<'a>, sums: Sums, threads: usize) -> Vec<LinearTasks<'a>> {
+        let mut parts: Vec<LinearTasks<'a>> = Vec::new();
+        let way = |s: &Segment<'_>| ProductWay::of(&s.weights, s.rows.len(), sums);
         let alike = |a: &Segment<'_>, b: &Segment<'_>| {
             let raw = |s: &Segment<'_>| s.weights.encoding() == Encoding::Raw;
             way(a) == way(b)
-                && (way(a) == Way::Shared || self.bf16 && !(way(a) == Way::Own && (raw(a) || raw(b))))
+                && (way(a) == ProductWay::Shared
+                    || self.bf16 && !(way(a) == ProductWay::Own && (raw(a) || raw(b))))
         };
         for segments in call.segments.chunk_by(alike) {
             let (first, last) = (&segments[0], &segments[segments.len() - 1]);
@@ -206,12 +207,12 @@ impl<D: Float> Job<'_, D> {
             };
             let start = parts.last().map_or(0, |part| part.tasks.end);
             let tasks = start..start + self.n.div_ceil(sizes.rows) * places.len().div_ceil(sizes.block);
-            parts.push(Part { way, segments, sizes, places, tasks });
+            parts.push(LinearTasks { way, segments, sizes, places, tasks });
         }
         parts
     }
 
-    fn task<S: Simd>(&self, s: S, part: &Part<'_>, task: usize, sc: &mut Scratch) -> Result<()> {
+    fn task<S: Simd>(&self, s: S, part: &LinearTasks<'_>, task: usize, sc: &mut Scratch) -> Result<()> {
         let Sizes { rows, block, again_cached } = part.sizes;
         let (blocks, chunks) = (part.places.len().div_ceil(block), self.n.div_ceil(rows));
         let (chunk, at) =
@@ -225,13 +226,13 @@ impl<D: Float> Job<'_, D> {
             &part.segments[first..end]
         };
         match part.way {
-            Way::Panels if self.bf16 => self.packed(s, block, within(), sc),
-            Way::Panels => self.panels(s, block, &part.segments[0], sc),
-            Way::Own if self.bf16 && part.segments[0].weights.encoding() == Encoding::Exponent => {
+            ProductWay::Panels if self.bf16 => self.packed(s, block, within(), sc),
+            ProductWay::Panels => self.panels(s, block, &part.segments[0], sc),
+            ProductWay::Own if self.bf16 && part.segments[0].weights.encoding() == Encoding::Exponent => {
                 self.decoded(s, block, within(), sc)
             }
-            Way::Own => self.own(s, block, &part.segments[0], sc),
-            Way::Shared => self.shared(s, block, within(), sc),
+            ProductWay::Own => self.own(s, block, &part.segments[0], sc),
+            ProductWay::Shared => self.shared(s, block, within(), sc),
         }
     }
 
@@ -249,7 +250,7 @@ impl<D: Float> Job<'_, D> {
             counters::count_panel();
             let len = rect.cols() * D::BYTES;
             let groups = padded(rect.cols()) / GROUP;
-            let panel: &mut [Split] = sc.panel.get(rows * groups * GROUP).as_chunks_mut().0;
+            let panel: &mut [Split] = sc.vectors.get(rows * groups * GROUP).as_chunks_mut().0;
             let words = Rows { bytes: words, stride: len, len };
             s.run(ToSplit::<D> { words, rows, to: panel, groups, dtype: PhantomData });
             let x = Rows { bytes: &self.x[rect.c0 * D::BYTES..], stride: self.k * D::BYTES, len };

@@ -8,13 +8,14 @@
 //! | `linear` | products: which rows of x go where; `fused` few rows, of one tenant or many; `dot` base products, `sparse` entries, `exponent` decoding on the way |
 //! | `bf16` | the same in `mode = "fast"` with a bf16 dot product |
 //! | `plan` | the cost model: every choice of kernel and size; `XORZ_TRACE` |
-//! | `wide` | the decode path of outputs that are not finite |
+//! | `again_f64` | the decode path of outputs that are not finite |
 //! | `grad` | `delta_linear_grad_input`; `outer` its kernels |
 //! | `embedding` | `delta_embedding`: rows of the tenants' tables |
 //! | `grouped` | `delta_linear_grouped` and its gradient; `arena` the deltas of many tenants, `weights` a base with one or none |
 //! | `job`, `scratch`, `counters` | what a product is asked; its memory; what it counts |
 #![forbid(unsafe_code)]
 
+mod again_f64;
 mod arena;
 mod bf16;
 pub mod counters;
@@ -32,7 +33,6 @@ mod plan;
 mod scratch;
 mod sparse;
 mod weights;
-mod wide;
 
 pub use arena::{ARENA_ALIGN, Arena, Tenants};
 pub use embedding::{EmbeddingArgs, delta_embedding, delta_embedding_on};

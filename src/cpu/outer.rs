@@ -8,19 +8,19 @@
 use super::dot::Rows;
 use crate::codec::{GapKind, SparseTile};
 use crate::vector::float::Float;
-use crate::vector::simd::{Kernel, LANES, Simd};
+use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Rows of W of one step: a band of tiles is done in steps of these.
-pub(super) const STEP: usize = LANES;
+pub(super) const STEP: usize = SIMD_LANES;
 
 /// `sums[c] += words[i][c] * g[i]` for every row i of words and column c, row after row.
 pub(super) struct Outer<'a, D> {
     pub(super) words: Rows<'a>,
     pub(super) rows: usize,
-    pub(super) g: &'a [[f32; LANES]; STEP],
-    pub(super) sums: &'a mut [[f32; LANES]],
+    pub(super) g: &'a [[f32; SIMD_LANES]; STEP],
+    pub(super) sums: &'a mut [[f32; SIMD_LANES]],
     pub(super) dtype: PhantomData<D>,
 }
 
@@ -48,11 +48,11 @@ impl<D: Float> Outer<'_, D> {
         for i in 0..R {
             g[i] = s.load(&self.g[r + i]);
         }
-        let mut values = [[0f32; LANES]; R];
-        for (block, sums) in self.sums.chunks_mut(LANES).enumerate() {
+        let mut values = [[0f32; SIMD_LANES]; R];
+        for (block, sums) in self.sums.chunks_mut(SIMD_LANES).enumerate() {
             for i in 0..R {
-                let words = &self.words.row(r + i)[block * LANES * D::BYTES..];
-                if sums.len() == LANES {
+                let words = &self.words.row(r + i)[block * SIMD_LANES * D::BYTES..];
+                if sums.len() == SIMD_LANES {
                     s.store(D::widen(s, words), &mut values[i]);
                 } else {
                     (0..sums.len()).for_each(|c| values[i][c] = D::value_at(words, c));
@@ -70,13 +70,13 @@ impl<D: Float> Outer<'_, D> {
 }
 
 /// `sums += difference * g`, lane by lane.
-pub(super) struct Entry<'a> {
+pub(super) struct OuterEntry<'a> {
     pub(super) difference: f32,
-    pub(super) g: &'a [f32; LANES],
-    pub(super) sums: &'a mut [f32; LANES],
+    pub(super) g: &'a [f32; SIMD_LANES],
+    pub(super) sums: &'a mut [f32; SIMD_LANES],
 }
 
-impl Kernel for Entry<'_> {
+impl Kernel for OuterEntry<'_> {
     type Out = ();
 
     #[inline(always)]
@@ -85,11 +85,11 @@ impl Kernel for Entry<'_> {
     }
 }
 
-/// `sums[column - from] += diff * g[lane]` for the entries of a tile. Gives the largest column named.
+/// `sums[column - from] += difference * g[lane]` for the entries of a tile. Gives the largest column named.
 pub(super) struct OuterEntries<'a, D> {
     pub(super) tile: &'a SparseTile<'a>,
-    pub(super) g: &'a [[f32; LANES]; STEP],
-    pub(super) sums: &'a mut [[f32; LANES]],
+    pub(super) g: &'a [[f32; SIMD_LANES]; STEP],
+    pub(super) sums: &'a mut [[f32; SIMD_LANES]],
     pub(super) from: u32,
     pub(super) rows: usize,
     /// The rows of grad that the tile's tenant has.
@@ -104,27 +104,27 @@ impl<D: Float> Kernel for OuterEntries<'_, D> {
     fn call<S: Simd>(self, s: S) -> u32 {
         let mut columns = s.columns();
         let mut largest = columns;
-        let gap = LANES * self.tile.gap.bytes();
-        let diffs = self.tile.diffs.chunks_exact(LANES * D::BYTES);
-        let (mut at, mut diff) = ([0u32; LANES], [0f32; LANES]);
-        for (gaps, diffs) in self.tile.gaps.chunks_exact(gap).zip(diffs) {
+        let gap = SIMD_LANES * self.tile.gap.bytes();
+        let differences = self.tile.differences.chunks_exact(SIMD_LANES * D::BYTES);
+        let (mut at, mut difference) = ([0u32; SIMD_LANES], [0f32; SIMD_LANES]);
+        for (gaps, differences) in self.tile.gaps.chunks_exact(gap).zip(differences) {
             columns = match self.tile.gap {
                 GapKind::U8 => gaps.first_chunk().map_or(columns, |g| s.add_gaps(columns, g)),
                 GapKind::U16 => gaps.first_chunk().map_or(columns, |g| s.load_columns(g)),
             };
             largest = s.max_columns(largest, columns);
             s.store_columns(columns, &mut at);
-            s.store(D::widen(s, diffs), &mut diff);
-            for lane in 0..self.rows.min(LANES) {
+            s.store(D::widen(s, differences), &mut difference);
+            for lane in 0..self.rows.min(SIMD_LANES) {
                 let column = at[lane].wrapping_sub(self.from) as usize;
                 let Some(sums) = self.sums.get_mut(column) else { continue };
-                if self.lanes.len() < LANES {
+                if self.lanes.len() < SIMD_LANES {
                     // Other tenants' lanes stay as they are, bit for bit.
                     for j in self.lanes.clone() {
-                        sums[j] = diff[lane].mul_add(self.g[lane][j], sums[j]);
+                        sums[j] = difference[lane].mul_add(self.g[lane][j], sums[j]);
                     }
                 } else {
-                    s.store(s.fma(s.splat(diff[lane]), s.load(&self.g[lane]), s.load(sums)), sums);
+                    s.store(s.fma(s.splat(difference[lane]), s.load(&self.g[lane]), s.load(sums)), sums);
                 }
             }
         }

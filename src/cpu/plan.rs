@@ -4,15 +4,15 @@
 //! **Model**, 16-bit words on Zen 3 (AVX2, 3.3 GHz, two cores that read 20 GB/s): a product with few rows takes about
 //! `max(bytes / 20 GB/s, m * n * k / 16 per cycle and core) + entries`, where `bytes` are those of the base, read once for
 //! all tenants, and of the deltas; `entries` are `gathered_ns` a record of sixteen and row of x, or `transposed_ns` a
-//! record whatever the rows. `exponent` adds 0.33 ns a word and block of sixteen rows for decoding, which no other tenant
-//! shares; restoring a panel costs the same once, and 0.1 ns a word as f32. Both are computed, not waited for, so the second
+//! record whatever the rows. `exponent` adds 0.33 ns per word and block of sixteen rows for decoding, which no other tenant
+//! shares; restoring a panel costs the same once, and 0.1 ns per word as f32. Both are computed, not waited for, so the second
 //! core helps where memory does not.
 //!
 //! **Calibration.** The numbers are a [`Costs`]; `python benches/calibrate.py` times each of them beside other values of it on
 //! the machine at hand and says what the defaults lose. `XORZ_COSTS="panel_above=64,cached_bytes=4194304"` in the environment
 //! takes other values, in mode fast and beyond the caches the first thing to try on a machine unlike the one above.
 //!
-//! `XORZ_TRACE=1` in the environment prints a line a call to stderr: what was chosen, and why.
+//! `XORZ_TRACE=1` in the environment prints one line per call to stderr: what was chosen, and why.
 
 use super::job::Mode;
 use super::linear::Segment;
@@ -21,11 +21,11 @@ use crate::codec::{Encoding, Grid};
 use crate::matrix::{Dtype, Shape};
 use crate::vector::bf16dot;
 use crate::vector::float::Float;
-use crate::vector::simd::{LANES, Simd};
+use crate::vector::simd::{SIMD_LANES, Simd};
 use std::sync::OnceLock;
 
 /// Rows of x of one block.
-pub(super) const BLOCK: usize = LANES;
+pub(super) const BLOCK: usize = SIMD_LANES;
 
 /// Columns of the base of one dot product, whatever the grids of the deltas on it.
 pub(super) const BASE_COLUMNS: usize = Grid::MAX_COLS;
@@ -137,7 +137,7 @@ impl Sums {
 
 /// How the rows of a segment are computed; segments are to be in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Way {
+pub(super) enum ProductWay {
     /// Together with other tenants' rows, on the base's words.
     Shared,
     /// On tiles of the tenant's own words.
@@ -146,7 +146,7 @@ pub(super) enum Way {
     Panels,
 }
 
-impl Way {
+impl ProductWay {
     /// Of `rows` rows of x with one tenant's weights.
     pub(super) fn of(weights: &Weights<'_>, rows: usize, sums: Sums) -> Self {
         match weights.encoding() {
@@ -192,7 +192,7 @@ pub(super) struct Sizes {
 impl Sizes {
     /// Of `rows` rows of x of `tenants` tenants, computed one way; `grid` is the first one's.
     pub(super) fn of(
-        way: Way,
+        way: ProductWay,
         (base, word_bytes): (Shape, usize),
         grid: Grid,
         (tenants, rows): (usize, usize),
@@ -201,32 +201,32 @@ impl Sizes {
         let Shape { n, k } = base;
         let row_bytes = (k * word_bytes).max(1);
         match way {
-            Way::Panels => {
+            ProductWay::Panels => {
                 Self { rows: grid.tile_rows, block: PANEL_SUMS / grid.tile_rows, again_cached: false }
             }
-            Way::Shared if rows > BLOCK && n * row_bytes > Costs::active().cached_bytes => {
+            ProductWay::Shared if rows > BLOCK && n * row_bytes > Costs::active().cached_bytes => {
                 // Many rows of W, since each block of x is converted anew for them (10 to 20 % of the time at 256).
                 let cached = Costs::active().cached_bytes / row_bytes;
-                let rows = n.div_ceil(2 * threads.max(1)).min(cached).clamp(LANES, MOST_ROWS);
-                Self { rows: rows.next_multiple_of(LANES), block: BLOCK, again_cached: true }
+                let rows = n.div_ceil(2 * threads.max(1)).min(cached).clamp(SIMD_LANES, MOST_ROWS);
+                Self { rows: rows.next_multiple_of(SIMD_LANES), block: BLOCK, again_cached: true }
             }
-            Way::Shared => Self::chunks(base, tenants, BASE_COLUMNS, LANES),
-            Way::Own => Self::chunks(base, 1, grid.tile_cols, grid.tile_rows),
+            ProductWay::Shared => Self::chunks(base, tenants, BASE_COLUMNS, SIMD_LANES),
+            ProductWay::Own => Self::chunks(base, 1, grid.tile_cols, grid.tile_rows),
         }
     }
 
     /// Of segments that are computed one way by the bf16 dot product: no row of x is converted, and tiles of every segment
     /// begin and end with a task.
-    pub(super) fn of_bf16(way: Way, base: Shape, segments: &[Segment<'_>], threads: usize) -> Self {
-        let tallest = segments.iter().map(|s| s.weights.grid().tile_rows).max().unwrap_or(LANES);
+    pub(super) fn of_bf16(way: ProductWay, base: Shape, segments: &[Segment<'_>], threads: usize) -> Self {
+        let tallest = segments.iter().map(|s| s.weights.grid().tile_rows).max().unwrap_or(SIMD_LANES);
         let least = (Costs::active().least_words / base.k.max(1)).min(MOST_ROWS).min(base.n);
         let places = segments.iter().map(|s| s.rows.len()).sum::<usize>().max(1);
-        if way == Way::Panels {
+        if way == ProductWay::Panels {
             return Self { rows: tallest.max(bf16dot::PANEL_ROWS), block: places, again_cached: false };
         }
-        // Eight tasks a thread, so that none waits long for another.
+        // Eight tasks per thread, so that none waits long for another.
         let rows = base.n.div_ceil(8 * threads.max(1)).clamp(1, MOST_ROWS).max(least);
-        Self { rows: rows.next_multiple_of(tallest.max(LANES)), block: BLOCK, again_cached: false }
+        Self { rows: rows.next_multiple_of(tallest.max(SIMD_LANES)), block: BLOCK, again_cached: false }
     }
 
     /// Enough rows of W to pay for converting x, few enough for every thread to have some.
@@ -243,7 +243,7 @@ impl Sizes {
     }
 }
 
-/// Whether `XORZ_TRACE` asks for a line a call; it is read once.
+/// Whether `XORZ_TRACE` asks for a line per call; it is read once.
 pub(super) fn traces() -> bool {
     static ON: OnceLock<bool> = OnceLock::new();
     *ON.get_or_init(|| std::env::var_os("XORZ_TRACE").is_some_and(|v| !v.is_empty() && v != "0"))
@@ -259,7 +259,7 @@ pub(super) fn describe<S: Simd>(
     let mut out = format!("xorz: {base} {dtype}, {sums:?}, {}, {threads} threads", S::NAME);
     for (segments, sizes) in parts {
         let rows: usize = segments.iter().map(|s| s.rows.len()).sum();
-        let way = Way::of(&segments[0].weights, segments[0].rows.len(), sums);
+        let way = ProductWay::of(&segments[0].weights, segments[0].rows.len(), sums);
         let tasks = base.n.div_ceil(sizes.rows.max(1)) * rows.div_ceil(sizes.block.max(1));
         out += &format!("; rows {rows}, tenants {}, {}", segments.len(), why(way, segments, sums));
         out += &format!(", {tasks} tasks of {} rows of W", sizes.rows);
@@ -268,15 +268,15 @@ pub(super) fn describe<S: Simd>(
     out
 }
 
-fn why(way: Way, segments: &[Segment<'_>], sums: Sums) -> String {
+fn why(way: ProductWay, segments: &[Segment<'_>], sums: Sums) -> String {
     let encoding = segments[0].weights.encoding();
     match way {
-        Way::Panels => {
+        ProductWay::Panels => {
             let above = panels_above(encoding, sums);
             format!("on panels restored from {encoding:?} (more than {above} rows of one tenant)")
         }
-        Way::Own => format!("on words decoded from {encoding:?} on the way"),
-        Way::Shared => {
+        ProductWay::Own => format!("on words decoded from {encoding:?} on the way"),
+        ProductWay::Shared => {
             let m = |s: &Segment<'_>| s.rows.len().min(BLOCK);
             let changes = |s: &&Segment<'_>| s.weights.encoding() == Encoding::Sparse;
             let many = segments.iter().filter(|s| transposed(&s.weights, m(s))).count();
@@ -310,19 +310,19 @@ mod tests {
 
     #[test]
     fn tasks_are_whole_tiles_within_scratch() {
-        for way in [Way::Shared, Way::Own, Way::Panels] {
+        for way in [ProductWay::Shared, ProductWay::Own, ProductWay::Panels] {
             for (n, k) in [(1, 1), (17, 70_000), (4096, 4096), (11_008, 4096), (1 << 20, 64), (3, 0)] {
                 let base = Shape { n, k };
                 for grid in [Grid::for_sparse(base), Grid::for_exponent(base)] {
                     for rows in [1, 16, 17, 33, 100_000] {
                         let s = Sizes::of(way, (base, 2), grid, (3, rows), 4);
-                        let tile = if way == Way::Shared { LANES } else { grid.tile_rows };
+                        let tile = if way == ProductWay::Shared { SIMD_LANES } else { grid.tile_rows };
                         assert!(
                             s.rows > 0 && s.rows.is_multiple_of(tile) && s.block > 0,
                             "{way:?} {base} {rows} {s:?}"
                         );
                         assert!(s.rows * s.block <= PANEL_SUMS, "{way:?} {base} {rows} {s:?}");
-                        assert!(!s.again_cached || (way == Way::Shared && rows > BLOCK));
+                        assert!(!s.again_cached || (way == ProductWay::Shared && rows > BLOCK));
                     }
                 }
             }

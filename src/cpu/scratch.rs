@@ -1,4 +1,4 @@
-//! Scratch memory: per thread, reused, bounded. No op takes more than [`LIMIT`] bytes a thread, whatever m, n and k:
+//! Scratch memory: per thread, reused, bounded. No op takes more than [`LIMIT`] bytes per thread, whatever m, n and k:
 //! every buffer's size follows from a tile (at most 65536 words, 4096 columns) and a block of rows of x.
 
 use super::counters;
@@ -16,15 +16,15 @@ pub(crate) struct Scratch {
     pub(crate) entries: Buffer<f32>,
     /// Sums of a chunk.
     pub(crate) sums: Buffer<f32>,
-    /// Vector accumulators of a tile, or a panel of weights.
-    pub(crate) panel: Buffer<f32>,
+    /// Vectors of sums, or a panel of restored weights.
+    pub(crate) vectors: Buffer<f32>,
     /// Words of a tile (u64 for their alignment).
     pub(crate) words: Buffer<u64>,
     /// Sums of the decode path.
-    pub(crate) wide: Buffer<f64>,
-    /// Which x `split` holds: call, first place, first and last column.
+    pub(crate) sums_f64: Buffer<f64>,
+    /// Which part of x `split` holds: number of the call, first place, first and last column.
     pub(crate) split_holds: Option<(u64, usize, usize, usize)>,
-    /// The same of `entries`.
+    /// Which part of x `entries` holds.
     pub(crate) entries_hold: Option<(u64, usize, usize, usize)>,
 }
 
@@ -77,9 +77,9 @@ impl Scratch {
         self.split.bytes()
             + self.entries.bytes()
             + self.sums.bytes()
-            + self.panel.bytes()
+            + self.vectors.bytes()
             + self.words.bytes()
-            + self.wide.bytes()
+            + self.sums_f64.bytes()
     }
 }
 

@@ -1,17 +1,17 @@
 //! Products with the entries of `sparse` tiles: what a delta adds to the base product, without touching the base.
 //!
-//! **Floor**: an entry is 3 bytes (bf16, u8 gap). At 3 % changed and 15 % padding that is 0.10 bytes an element beside
+//! **Floor**: an entry is 3 bytes (bf16, u8 gap). At 3 % changed and 15 % padding that is 0.10 bytes per element beside
 //! the base's 2: 5 % more bytes. With few rows of x a record of 16 entries is 16 loads from x in L1, 4 shuffles of each
 //! eight, two FMAs per row of x: 6 to 7 ns measured on a busy Zen 3 (7 to 10 with the gather instruction), 36 k records
 //! of a 4096 x 4096 matrix, 0.25 ms per row of x beside the base product's 2.2 ms. With many rows of x an entry is one
-//! broadcast and one vector FMA over them: 20 to 25 ns a record whatever m.
+//! broadcast and one vector FMA over them: 20 to 25 ns per record whatever m.
 //!
-//! **Order** of one output: it starts at its total so far, then `total = fma(diff, x[column], total)` for the lane's
+//! **Order** of one output: it starts at its total so far, then `total = fma(difference, x[column], total)` for the lane's
 //! entries in the order of the stream. Both kernels keep it, so a row of x gives the same bits in any company.
 
 use crate::codec::{GapKind, SparseTile};
 use crate::vector::float::Float;
-use crate::vector::simd::{Kernel, LANES, Simd};
+use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
 use std::marker::PhantomData;
 
 /// Few rows of x, or few entries: a lane is a row of the tile, x is gathered. Gives the largest column named.
@@ -51,32 +51,32 @@ impl<D: Float> Gathered<'_, D> {
     /// One row of x; the first asks for the next tile's records, which lie behind this one's, as far on as they are long. (A
     /// tile is a few pages, and the processor's own look-ahead ends with each.)
     #[inline(always)]
-    fn row<S: Simd, const WIDE: bool, const FIRST: bool>(&mut self, s: S, j: usize) -> u32 {
+    fn row<S: Simd, const GAP16: bool, const FIRST: bool>(&mut self, s: S, j: usize) -> u32 {
         let x = &self.x[j * self.width..(j + 1) * self.width];
-        let Some(sums) = self.sums[j * self.stride..].first_chunk_mut::<LANES>() else { return 0 };
+        let Some(sums) = self.sums[j * self.stride..].first_chunk_mut::<SIMD_LANES>() else { return 0 };
         let mut total = s.load(sums);
         let mut columns = s.columns();
         let mut largest = columns;
-        let diffs = self.tile.diffs.chunks_exact(LANES * D::BYTES);
-        let mut next = self.tile.gaps.len() + self.tile.diffs.len();
+        let differences = self.tile.differences.chunks_exact(SIMD_LANES * D::BYTES);
+        let mut next = self.tile.gaps.len() + self.tile.differences.len();
         let mut ask = |bytes: usize| {
             if FIRST {
                 s.prefetch(self.tile.gaps, next);
                 next += bytes;
             }
         };
-        if WIDE {
-            for (gaps, diffs) in self.tile.gaps.as_chunks::<32>().0.iter().zip(diffs) {
-                ask(LANES * (2 + D::BYTES));
+        if GAP16 {
+            for (gaps, differences) in self.tile.gaps.as_chunks::<32>().0.iter().zip(differences) {
+                ask(SIMD_LANES * (2 + D::BYTES));
                 columns = s.load_columns(gaps);
                 largest = s.max_columns(largest, columns);
-                total = s.fma(D::widen(s, diffs), s.gather(x, columns), total);
+                total = s.fma(D::widen(s, differences), s.gather(x, columns), total);
             }
         } else {
-            for (gaps, diffs) in self.tile.gaps.as_chunks::<LANES>().0.iter().zip(diffs) {
-                ask(LANES * (1 + D::BYTES));
+            for (gaps, differences) in self.tile.gaps.as_chunks::<SIMD_LANES>().0.iter().zip(differences) {
+                ask(SIMD_LANES * (1 + D::BYTES));
                 columns = s.add_gaps(columns, gaps);
-                total = s.fma(D::widen(s, diffs), s.gather(x, columns), total);
+                total = s.fma(D::widen(s, differences), s.gather(x, columns), total);
             }
             largest = columns;
         }
@@ -88,7 +88,7 @@ impl<D: Float> Gathered<'_, D> {
 /// The greatest of the lanes.
 #[inline(always)]
 fn greatest<S: Simd>(s: S, columns: S::C) -> u32 {
-    let mut lanes = [0; LANES];
+    let mut lanes = [0; SIMD_LANES];
     s.store_columns(columns, &mut lanes);
     lanes.into_iter().fold(0, u32::max)
 }
@@ -97,9 +97,9 @@ fn greatest<S: Simd>(s: S, columns: S::C) -> u32 {
 pub(crate) struct Transposed<'a, D> {
     pub(crate) tile: &'a SparseTile<'a>,
     /// x by column of the tile; unused lanes hold anything finite.
-    pub(crate) x: &'a [[f32; LANES]],
+    pub(crate) x: &'a [[f32; SIMD_LANES]],
     /// Totals by row of the tile: 16.
-    pub(crate) sums: &'a mut [[f32; LANES]],
+    pub(crate) sums: &'a mut [[f32; SIMD_LANES]],
     pub(crate) dtype: PhantomData<D>,
 }
 
@@ -110,20 +110,21 @@ impl<D: Float> Kernel for Transposed<'_, D> {
     fn call<S: Simd>(mut self, s: S) -> u32 {
         let mut columns = s.columns();
         let mut largest = columns;
-        let diffs = self.tile.diffs.chunks_exact(LANES * D::BYTES);
+        let differences = self.tile.differences.chunks_exact(SIMD_LANES * D::BYTES);
         match self.tile.gap {
             GapKind::U8 => {
-                for (gaps, diffs) in self.tile.gaps.as_chunks::<LANES>().0.iter().zip(diffs) {
+                for (gaps, differences) in self.tile.gaps.as_chunks::<SIMD_LANES>().0.iter().zip(differences)
+                {
                     columns = s.add_gaps(columns, gaps);
                     largest = s.max_columns(largest, columns);
-                    self.record(s, columns, diffs);
+                    self.record(s, columns, differences);
                 }
             }
             GapKind::U16 => {
-                for (gaps, diffs) in self.tile.gaps.as_chunks::<32>().0.iter().zip(diffs) {
+                for (gaps, differences) in self.tile.gaps.as_chunks::<32>().0.iter().zip(differences) {
                     columns = s.load_columns(gaps);
                     largest = s.max_columns(largest, columns);
-                    self.record(s, columns, diffs);
+                    self.record(s, columns, differences);
                 }
             }
         }
@@ -133,14 +134,14 @@ impl<D: Float> Kernel for Transposed<'_, D> {
 
 impl<D: Float> Transposed<'_, D> {
     #[inline(always)]
-    fn record<S: Simd>(&mut self, s: S, columns: S::C, diffs: &[u8]) {
-        let (mut at, mut diff) = ([0u32; LANES], [0f32; LANES]);
+    fn record<S: Simd>(&mut self, s: S, columns: S::C, differences: &[u8]) {
+        let (mut at, mut difference) = ([0u32; SIMD_LANES], [0f32; SIMD_LANES]);
         s.store_columns(columns, &mut at);
-        s.store(D::widen(s, diffs), &mut diff);
-        for (lane, sums) in self.sums.iter_mut().enumerate().take(LANES) {
+        s.store(D::widen(s, differences), &mut difference);
+        for (lane, sums) in self.sums.iter_mut().enumerate().take(SIMD_LANES) {
             // A column beyond the tile: the caller refuses the tile, by the largest column.
             let Some(x) = self.x.get(at[lane] as usize) else { continue };
-            s.store(s.fma(s.splat(diff[lane]), s.load(x), s.load(sums)), sums);
+            s.store(s.fma(s.splat(difference[lane]), s.load(x), s.load(sums)), sums);
         }
     }
 }
@@ -161,20 +162,20 @@ impl<D: Float> Kernel for Natural<'_, D> {
 
     #[inline(always)]
     fn call<S: Simd>(self, s: S) {
-        let (across, down) = if self.transposed { (1, LANES) } else { (self.columns, 1) };
+        let (across, down) = if self.transposed { (1, SIMD_LANES) } else { (self.columns, 1) };
         for r in 0..self.rows {
             let words = self.words.row(r);
             let to = &mut self.to[r * across..];
-            let full = self.columns / LANES * LANES;
-            let mut values = [0f32; LANES];
-            for c in (0..full).step_by(LANES) {
+            let full = self.columns / SIMD_LANES * SIMD_LANES;
+            let mut values = [0f32; SIMD_LANES];
+            for c in (0..full).step_by(SIMD_LANES) {
                 s.store(D::widen(s, &words[c * D::BYTES..]), &mut values);
                 if self.transposed {
                     for (i, v) in values.iter().enumerate() {
                         to[(c + i) * down] = *v;
                     }
                 } else {
-                    to[c..c + LANES].copy_from_slice(&values);
+                    to[c..c + SIMD_LANES].copy_from_slice(&values);
                 }
             }
             for c in full..self.columns {

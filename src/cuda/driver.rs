@@ -19,7 +19,7 @@ use std::ptr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-/// All that is called below, or by cudarc in it.
+/// Every function of libcuda that is called below, or by cudarc.
 const FUNCTIONS: [&str; 17] = [
     "cuInit",
     "cuDriverGetVersion",
@@ -174,7 +174,7 @@ impl Drop for Current {
     }
 }
 
-/// A page of pinned memory with a word an op.
+/// A page of pinned memory with one word per op.
 struct StatusWords {
     host: &'static [AtomicU32; Op::ALL.len()],
     /// Where the device sees it.
@@ -206,7 +206,7 @@ impl StatusWords {
 pub(super) struct Device {
     ordinal: c_int,
     context: sys::CUcontext,
-    /// By place in `ENTRIES`.
+    /// The kernels, in the order of `ENTRIES`.
     functions: Vec<sys::CUfunction>,
     status: StatusWords,
     multiprocessors: u32,

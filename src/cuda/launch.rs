@@ -1,7 +1,7 @@
 //! The ops: what the host can check, then kernels on the caller's stream.
 
 use super::driver::Device;
-use super::params::{self, Apply, Embedding, Params, Restore};
+use super::params::{self, Apply, Params, Restore};
 use super::plan::{self, Product, WORKSPACE_ALIGN};
 use super::status::Op;
 use crate::error::{Error, Result};
@@ -18,7 +18,7 @@ pub struct Place {
 
 /// A row-major matrix in device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Words {
+pub struct DeviceMatrix {
     /// Dtype of the words; the delta must be of it.
     pub dtype: Dtype,
     /// Whether a delta of any dtype of that size will do, for restore, apply and lookups: the words are bits.
@@ -29,16 +29,16 @@ pub struct Words {
     pub address: u64,
 }
 
-impl Words {
+impl DeviceMatrix {
     /// What the kernels compare a delta's dtype with; 0 takes any.
     fn accepted(&self) -> u32 {
         if self.bits { 0 } else { self.dtype as u32 }
     }
 }
 
-/// Rows of a batch, many tenants': device memory.
+/// The tenants of a batch: addresses of device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rows {
+pub struct BatchRows {
     /// `[slots, 2]` i64: offset and length in bytes of each slot's delta.
     pub slots: u64,
     /// Slots.
@@ -55,40 +55,41 @@ pub struct Linear {
     /// Rows of x.
     pub m: usize,
     /// The base, `[n, k]`.
-    pub weight: Words,
+    pub weight: DeviceMatrix,
     /// Rows of biases; 0 is none.
     pub biases: u64,
     /// Words from one row of biases to the next.
     pub bias_stride: usize,
     /// The delta, or the arena of all deltas.
     pub arena: u64,
-    /// Bytes of it.
+    /// Bytes of the arena.
     pub arena_bytes: usize,
     /// None: `arena` is the delta of every row, and `biases` is one row.
-    pub rows: Option<Rows>,
+    pub rows: Option<BatchRows>,
     /// Whether a row's bits shall not depend on the other rows of the batch.
     pub deterministic: bool,
 }
 
 /// Arguments of [`delta_embedding`], addresses of device memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lookup {
+pub struct Embedding {
     /// `[m]` i64: which row of the table each row of the batch is.
     pub indices: u64,
     /// Rows of the batch.
     pub m: usize,
     /// The base's table.
-    pub weight: Words,
+    pub weight: DeviceMatrix,
     /// The memory of all deltas.
     pub arena: u64,
-    /// Bytes of it.
+    /// Bytes of the arena.
     pub arena_bytes: usize,
-    /// Whose each row is.
-    pub rows: Rows,
+    /// The tenant of each row.
+    pub rows: BatchRows,
 }
 
-impl Rows {
-    /// To the kernels no address of slots means that there is but one delta. Of no slots they read none, wherever they are.
+impl BatchRows {
+    /// What the kernels get as the address of slots. A null address would mean that there is only one delta, so a table of no
+    /// slots gets another one, which is never read.
     fn named(self) -> Self {
         Self { slots: self.slots.max(SLOT_ALIGN), ..self }
     }
@@ -107,14 +108,14 @@ impl Rows {
 impl Linear {
     fn plan(&self) -> Result<Product> {
         let slots = self.rows.map(|r| r.slot_count);
-        let rows = plan::Rows { m: self.m, slots, deterministic: self.deterministic };
+        let rows = plan::ProductRows { m: self.m, slots, deterministic: self.deterministic };
         plan::linear(self.weight.dtype, rows, self.weight.shape)
     }
 
     /// Bytes of device memory that [`delta_linear`] works in, aligned to 16; 0 is none. No address is looked at.
     ///
     /// # Errors
-    /// As [`delta_linear`]'s own about dtype and sizes.
+    /// `Unsupported` for a dtype that does not compute or for too many rows, slots or words.
     pub fn workspace_bytes(&self) -> Result<usize> {
         Ok(match self.plan()? {
             Product::Large(large) => large.workspace_bytes,
@@ -122,9 +123,10 @@ impl Linear {
         })
     }
 
-    /// What the kernels take, but for what is written.
+    /// The parameters that are read; those that are written are filled in by the launch.
     fn params(&self) -> params::Linear {
-        let rows = self.rows.map_or(Rows { slots: 0, slot_count: 0, tenant_of_row: 0 }, Rows::named);
+        let rows =
+            self.rows.map_or(BatchRows { slots: 0, slot_count: 0, tenant_of_row: 0 }, BatchRows::named);
         let Shape { n, k } = self.weight.shape;
         params::Linear {
             x: self.x,
@@ -180,7 +182,7 @@ fn check_aligned(what: &str, address: u64, to: u64) -> Result<()> {
 /// overlaps nothing. Their contents may be anything.
 pub unsafe fn delta_restore(
     place: Place,
-    base: Words,
+    base: DeviceMatrix,
     out: u64,
     delta: u64,
     delta_bytes: usize,
@@ -213,7 +215,7 @@ pub unsafe fn delta_restore(
 ///
 /// # Safety
 /// As [`delta_restore`], `weight` in the place of `out`.
-pub unsafe fn delta_apply(place: Place, weight: Words, delta: u64, delta_bytes: usize) -> Result<()> {
+pub unsafe fn delta_apply(place: Place, weight: DeviceMatrix, delta: u64, delta_bytes: usize) -> Result<()> {
     let launch = plan::restore(true, weight.dtype, weight.shape)?;
     check_aligned("weight", weight.address, weight.dtype.word_bytes() as u64)?;
     check_aligned("delta", delta, DELTA_ALIGN)?;
@@ -253,8 +255,8 @@ fn check_linear(args: &Linear, out: u64) -> Result<()> {
 /// # Safety
 /// All that `args` names, and `[m, k]` words at `out`, is memory that the device can reach until the stream has passed this
 /// call; `out` overlaps nothing. Contents may be anything.
-pub unsafe fn delta_embedding(place: Place, args: &Lookup, out: u64) -> Result<()> {
-    let Words { dtype, shape, address, .. } = args.weight;
+pub unsafe fn delta_embedding(place: Place, args: &Embedding, out: u64) -> Result<()> {
+    let DeviceMatrix { dtype, shape, address, .. } = args.weight;
     let launch = plan::embedding(dtype, args.m, args.rows.slot_count, shape)?;
     check_aligned("indices", args.indices, 8)?;
     check_aligned("weight", address, dtype.word_bytes() as u64)?;
@@ -265,7 +267,7 @@ pub unsafe fn delta_embedding(place: Place, args: &Lookup, out: u64) -> Result<(
     device.raise()?;
     let Some(launch) = launch else { return Ok(()) };
     let rows = args.rows.named();
-    let params = Embedding {
+    let params = params::Embedding {
         indices: args.indices,
         weight: address,
         arena: args.arena,

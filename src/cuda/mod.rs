@@ -24,5 +24,6 @@ pub mod plan;
 pub mod status;
 
 pub use launch::{
-    Linear, Lookup, Place, Rows, Words, delta_apply, delta_embedding, delta_linear, delta_restore,
+    BatchRows, DeviceMatrix, Embedding, Linear, Place, delta_apply, delta_embedding, delta_linear,
+    delta_restore,
 };

@@ -1,4 +1,4 @@
-//! What each kernel takes, in order: one table a kernel, which declares the struct that a caller fills in, packs it, and is
+//! What each kernel takes, in order: one table per kernel, which declares the struct that a caller fills in, packs it, and is
 //! compared with the kernels' sources by `tests/rust/cuda/plan.rs`.
 
 #![forbid(unsafe_code)]
@@ -35,7 +35,7 @@ impl Packed {
         self
     }
 
-    /// The words, one a parameter.
+    /// The words, one per parameter.
     pub fn words_mut(&mut self) -> &mut [u64] {
         &mut self.words[..self.count]
     }

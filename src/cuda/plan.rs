@@ -10,10 +10,10 @@ pub const THREADS: u32 = 256;
 /// Most blocks of a launch in x, and in y: limits of CUDA.
 pub const MOST_BLOCKS: (u32, u32) = (i32::MAX as u32, 65535);
 /// Rows of W of a block of the small product.
-pub const PANEL: usize = 16;
+pub const SMALL_W_ROWS: usize = 16;
 /// Rows of W of a tile of the large product.
 pub const LARGE_W_ROWS: usize = 64;
-/// Its blocks that a multiprocessor holds at once.
+/// How many of its blocks a multiprocessor holds at once.
 const LARGE_BLOCKS: u32 = 2;
 /// Alignment of its workspace.
 pub const WORKSPACE_ALIGN: u64 = 16;
@@ -73,7 +73,7 @@ impl Entry {
     }
 }
 
-/// One launch of [`THREADS`] threads a block.
+/// One launch, with [`THREADS`] threads per block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch {
     /// The kernel.
@@ -82,9 +82,9 @@ pub struct Launch {
     pub grid: (u32, u32),
 }
 
-/// What of a product decides how it is computed.
+/// The facts about a product that decide how it is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rows {
+pub struct ProductRows {
     /// Rows of x.
     pub m: usize,
     /// Slots of the tenants that they may be of; None: all are of one.
@@ -96,7 +96,7 @@ pub struct Rows {
 /// How a product is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Product {
-    /// Nothing comes out.
+    /// No output exists, so that nothing is launched.
     Nothing,
     /// One kernel, which reads the base once for each block of rows of x.
     Small(Small),
@@ -104,7 +104,7 @@ pub enum Product {
     Large(Large),
 }
 
-/// Launches of `linear_small`: all rows of x, so many at a time.
+/// Launches of `linear_small`, which together compute all rows of x.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Small {
     entry: Entry,
@@ -120,7 +120,7 @@ impl Small {
         let most = self.block_rows * MOST_BLOCKS.1 as usize;
         (0..self.m).step_by(most).map(move |first| {
             let rows = most.min(self.m - first);
-            let grid = (self.n.div_ceil(PANEL) as u32, rows.div_ceil(self.block_rows) as u32);
+            let grid = (self.n.div_ceil(SMALL_W_ROWS) as u32, rows.div_ceil(self.block_rows) as u32);
             (Launch { entry: self.entry, grid }, first, rows)
         })
     }
@@ -139,9 +139,9 @@ pub struct Large {
 }
 
 impl Large {
-    fn new(name: &str, wide: bool, rows: Rows, n: usize) -> Result<Self> {
+    fn new(name: &str, four_byte: bool, rows: ProductRows, n: usize) -> Result<Self> {
         let (m, slots) = (rows.m as u64, rows.slots.unwrap_or(1) as u64);
-        let tile_rows = large_rows(wide) as u64;
+        let tile_rows = large_rows(four_byte) as u64;
         let tenants = m.min(slots + 2);
         let bytes = 64 + 144 * tenants + 16 * (m / tile_rows) + 4 * (slots + 2) + 4 * m;
         Ok(Self {
@@ -159,9 +159,9 @@ impl Large {
     }
 }
 
-/// Rows of x of a tile of `linear_large`: of words of four bytes (`wide`), and of two.
-pub const fn large_rows(wide: bool) -> usize {
-    if wide { 64 } else { 128 }
+/// Rows of x of a tile of `linear_large`, for words of four bytes (`four_byte`) and of two.
+pub const fn large_rows(four_byte: bool) -> usize {
+    if four_byte { 64 } else { 128 }
 }
 
 fn check_shape(shape: Shape) -> Result<()> {
@@ -198,7 +198,7 @@ pub fn restore(apply: bool, dtype: Dtype, shape: Shape) -> Result<Launch> {
     Ok(Launch { entry, grid: (blocks.clamp(1, MOST_BLOCKS.0 as usize) as u32, 1) })
 }
 
-/// The launch of `delta_embedding` of `m` rows of a table of `dtype`, a block each 4096 columns; None where nothing comes out.
+/// The launch of `delta_embedding` of `m` rows of a table of `dtype`, one block per 4096 columns; None where nothing comes out.
 ///
 /// # Errors
 /// `Unsupported` for a table that is too large, or too many rows or slots.
@@ -215,12 +215,12 @@ pub fn embedding(dtype: Dtype, m: usize, slots: usize, table: Shape) -> Result<O
 
 /// Whether tiles of one tenant's rows are the better way. They read the base once a tile: at worst each tenant has one that it
 /// does not fill. A bound on what either way reads decides; no GPU has been asked.
-fn takes_tiles(rows: Rows, wide: bool) -> bool {
+fn takes_tiles(rows: ProductRows, four_byte: bool) -> bool {
     if rows.m <= SMALL_ROWS {
         return false;
     }
     let tenants = rows.slots.map_or(1, |s| rows.m.min(s + 1));
-    let (tiled, small) = (rows.m / large_rows(wide) + tenants, rows.m.div_ceil(16));
+    let (tiled, small) = (rows.m / large_rows(four_byte) + tenants, rows.m.div_ceil(16));
     tiled <= 2 * small
 }
 
@@ -228,7 +228,7 @@ fn takes_tiles(rows: Rows, wide: bool) -> bool {
 ///
 /// # Errors
 /// `Unsupported` for a dtype that does not compute, or too many rows, slots or words.
-pub fn linear(dtype: Dtype, rows: Rows, shape: Shape) -> Result<Product> {
+pub fn linear(dtype: Dtype, rows: ProductRows, shape: Shape) -> Result<Product> {
     check_shape(shape)?;
     let m = rows.m;
     check_rows(m, rows.slots.unwrap_or(0), "rows of x")?;
@@ -238,13 +238,13 @@ pub fn linear(dtype: Dtype, rows: Rows, shape: Shape) -> Result<Product> {
         Dtype::F32 => "f32",
         other => return Err(Error::unsupported(format!("{other} does not compute: F32, BF16 and F16 do"))),
     };
-    let wide = dtype == Dtype::F32;
+    let four_byte = dtype == Dtype::F32;
     if m == 0 || shape.n == 0 {
         return Ok(Product::Nothing);
     }
     // The small product's sums depend on who shares a block.
-    if rows.deterministic || takes_tiles(rows, wide) {
-        return Ok(Product::Large(Large::new(name, wide, rows, shape.n)?));
+    if rows.deterministic || takes_tiles(rows, four_byte) {
+        return Ok(Product::Large(Large::new(name, four_byte, rows, shape.n)?));
     }
     let block_rows = if m <= 4 { 4 } else { 16 };
     let entry = Entry::find(&format!("xorz_linear_small_{name}_m{block_rows}"))?;

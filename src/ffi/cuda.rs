@@ -4,16 +4,16 @@ use super::guard;
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Shape};
-pub use cuda::{Linear, Lookup, Place, Rows};
+pub use cuda::{BatchRows, Embedding, Linear, Place};
 
 /// A matrix in device memory, by its dtype's code.
 ///
 /// # Errors
 /// `InvalidArgument` for an unknown code.
-pub fn words(dtype: u8, bits: bool, n: usize, k: usize, address: u64) -> Result<cuda::Words> {
+pub fn words(dtype: u8, bits: bool, n: usize, k: usize, address: u64) -> Result<cuda::DeviceMatrix> {
     let known =
         Dtype::from_code(dtype).ok_or_else(|| Error::invalid(format!("no dtype has the code {dtype}")))?;
-    Ok(cuda::Words { dtype: known, bits, shape: Shape { n, k }, address })
+    Ok(cuda::DeviceMatrix { dtype: known, bits, shape: Shape { n, k }, address })
 }
 
 /// See [`cuda::delta_restore`].
@@ -23,7 +23,12 @@ pub fn words(dtype: u8, bits: bool, n: usize, k: usize, address: u64) -> Result<
 ///
 /// # Safety
 /// As there.
-pub unsafe fn delta_restore(place: Place, base: cuda::Words, out: u64, delta: (u64, usize)) -> Result<()> {
+pub unsafe fn delta_restore(
+    place: Place,
+    base: cuda::DeviceMatrix,
+    out: u64,
+    delta: (u64, usize),
+) -> Result<()> {
     // SAFETY: the caller's promise.
     guard(|| unsafe { cuda::delta_restore(place, base, out, delta.0, delta.1) })
 }
@@ -35,7 +40,7 @@ pub unsafe fn delta_restore(place: Place, base: cuda::Words, out: u64, delta: (u
 ///
 /// # Safety
 /// As there.
-pub unsafe fn delta_apply(place: Place, weight: cuda::Words, delta: (u64, usize)) -> Result<()> {
+pub unsafe fn delta_apply(place: Place, weight: cuda::DeviceMatrix, delta: (u64, usize)) -> Result<()> {
     // SAFETY: the caller's promise.
     guard(|| unsafe { cuda::delta_apply(place, weight, delta.0, delta.1) })
 }
@@ -67,7 +72,7 @@ pub fn workspace_bytes(args: &Linear) -> Result<usize> {
 ///
 /// # Safety
 /// As there.
-pub unsafe fn delta_embedding(place: Place, args: &Lookup, out: u64) -> Result<()> {
+pub unsafe fn delta_embedding(place: Place, args: &Embedding, out: u64) -> Result<()> {
     // SAFETY: the caller's promise.
     guard(|| unsafe { cuda::delta_embedding(place, args, out) })
 }

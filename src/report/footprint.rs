@@ -1,5 +1,5 @@
 //! What a fine-tune takes in each of the forms in which its weights can be kept: each form is made, piece by piece on several
-//! threads, counted and dropped. Writes nothing, and holds a piece a thread (and zstd's tables for each tensor in hand). Must compare nothing: that is `strategies`.
+//! threads, counted and dropped. Writes nothing, and holds a piece per thread (and zstd's tables for each tensor in hand). Must compare nothing: that is `strategies`.
 
 use crate::codec::Prefer;
 use crate::error::{Error, Result};
@@ -12,7 +12,7 @@ use crate::package::io::chunks::Chunks;
 use crate::package::io::ordered;
 use crate::package::jobs::encode::count_changed;
 use crate::package::{Checkpoint, Run, TensorFile, TensorInfo};
-use crate::resident::{self, Assembler, Estimate, Piece};
+use crate::resident::{self, Assembler, DeltaPiece, Estimate};
 use crate::vector;
 use serde::Serialize;
 use std::io::Write;
@@ -154,7 +154,7 @@ struct Tensor<'a> {
 struct Scratch {
     base: Aligned,
     fine_tuned: Aligned,
-    pieces: Vec<Piece>,
+    pieces: Vec<DeltaPiece>,
     difference: Vec<u8>,
 }
 
@@ -242,7 +242,7 @@ impl<'a> Job<'a> {
                 let range = self.chunks.bytes(chunk);
                 let (b, f) =
                     (base.get(range.clone(), &mut s.base)?, fine_tuned.get(range, &mut s.fine_tuned)?);
-                s.pieces.resize_with(plans.len(), Piece::default);
+                s.pieces.resize_with(plans.len(), DeltaPiece::default);
                 for (e, piece) in plans.iter().zip(&mut s.pieces) {
                     piece.clear();
                     vector::encode_tiles(

@@ -1,7 +1,7 @@
 //! The bookkeeping of one delta whose payload goes elsewhere as it is made: into memory, or a file. Reads no words.
 
 use super::header::{ALIGN, CONTENT_AT, HEADER_BYTES, Header, Listing, content_digest};
-use super::piece::{Listed, Piece};
+use super::piece::{DeltaPiece, Listed};
 use super::plan::Plan;
 use crate::codec::Encoding;
 use crate::error::{Error, Result};
@@ -136,7 +136,7 @@ impl Assembler {
     ///
     /// # Errors
     /// `Unsupported` beyond 2^32 units or exceptions; `InvalidArgument` for a piece that contradicts itself or the plan.
-    pub fn add(&mut self, piece: &Piece) -> Result<()> {
+    pub fn add(&mut self, piece: &DeltaPiece) -> Result<()> {
         let word = self.header.dtype.word_bytes();
         let units: u64 = piece.units.iter().map(|u| u64::from(*u)).sum();
         let payload = if self.plan.tiled() {
@@ -162,7 +162,7 @@ impl Assembler {
         Ok(())
     }
 
-    fn list(&mut self, piece: &Piece) -> Result<()> {
+    fn list(&mut self, piece: &DeltaPiece) -> Result<()> {
         for units in &piece.units {
             self.header.units += u64::from(*units);
             self.units.push(small(self.header.units)?);

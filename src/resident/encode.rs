@@ -2,7 +2,7 @@
 
 use super::assemble::Assembler;
 use super::estimate;
-use super::piece::{self, Coder, Piece};
+use super::piece::{self, Coder, DeltaPiece};
 use super::plan::Plan;
 use crate::codec::word::{Word, with_word};
 use crate::codec::{Encoding, Grid, Prefer, Rect, Tile};
@@ -152,14 +152,14 @@ struct Writer {
     plan: Plan,
     assembler: Assembler,
     out: Vec<u8>,
-    piece: Piece,
+    piece: DeltaPiece,
 }
 
 impl Writer {
     fn new(dtype: Dtype, plan: &Plan) -> Result<Self> {
         let assembler = Assembler::new(dtype, plan)?;
         let out = vec![0; assembler.head_bytes()];
-        Ok(Self { dtype, plan: *plan, assembler, out, piece: Piece::default() })
+        Ok(Self { dtype, plan: *plan, assembler, out, piece: DeltaPiece::default() })
     }
 
     /// Rows, as many as a tile has words, or parts of one.

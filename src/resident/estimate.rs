@@ -102,7 +102,7 @@ fn sample(tiles: usize, tile_words: usize) -> Vec<usize> {
     (0..count).map(place).collect()
 }
 
-/// Who counts in a tile of `sparse`: words of 16 rows at most, packed, aligned to 8 bytes.
+/// Something that counts what a tile would take. A tile here has 16 rows at most; its words are packed and aligned to 8 bytes.
 pub(crate) trait Count {
     /// Add each word to its class and the width of its difference.
     fn widths(&mut self, dtype: Dtype, base: &[u8], fine_tuned: &[u8], need: &mut Need);
@@ -117,7 +117,7 @@ pub(crate) trait Count {
     ) -> [u64; 3];
 }
 
-/// Plainly.
+/// The plain way of counting, which every fast one must equal.
 pub(crate) struct Oracle;
 
 impl Count for Oracle {
@@ -146,12 +146,12 @@ impl Count for Oracle {
     }
 }
 
-/// What is read, and who counts in it.
+/// A source that is read tile by tile, and the counter that counts in it.
 struct Survey<'a> {
     count: &'a mut dyn Count,
     source: &'a mut dyn Source,
     grid: Grid,
-    /// Of that grid.
+    /// The tiles of that grid that are read.
     tiles: Vec<usize>,
     /// Words of the matrix for each word of the tiles.
     scale: f64,
@@ -186,7 +186,7 @@ impl<'a> Survey<'a> {
         let fits = |e: &Estimate| e.bytes < u64::from(u32::MAX);
         let fast = (raw_bytes as f64 * SPARSE_WORTH) as u64;
 
-        // Not even without padding can `sparse` be taken: spare the pass.
+        // `sparse` would be too large even without padding, so that its pass can be saved.
         let least = (widths.changed as f64 * widths.scale) as u64 * (1 + word);
         let limit = if prefer == Prefer::Speed { fast } else { 0 };
         let smaller = if fits(&exponent) { exponent } else { raw };
@@ -207,7 +207,7 @@ impl<'a> Survey<'a> {
         for (i, index) in self.tiles.iter().enumerate() {
             let rect = self.grid.rect(*index);
             let every = if self.exact { 1 } else { (rect.words() / ROW_WORDS).clamp(1, 4) };
-            // Whole tiles at once, or single rows, not the same ones of every tile.
+            // Count in whole tiles, or in single rows, which are other ones in every tile.
             let (first, rows) = if every == 1 { (0, rect.rows()) } else { (i % every, 1) };
             for r in (rect.r0 + first..rect.r1).step_by(rows.max(every)) {
                 let part = Rect { r0: r, r1: (r + rows).min(rect.r1), ..rect };
@@ -233,7 +233,7 @@ impl<'a> Survey<'a> {
             let tile = self.count.records(dtype, rect.cols(), grid.tile_cols, base, fine_tuned);
             sums.iter_mut().zip(tile).for_each(|(sum, n)| *sum += n);
         }
-        let record = |i: usize| (Grid::LANES * (GAPS[i].bytes() + dtype.word_bytes())) as u64;
+        let record = |i: usize| (Grid::TILE_ROWS * (GAPS[i].bytes() + dtype.word_bytes())) as u64;
         let bytes = |i: usize| sums[i].saturating_mul(record(i)) as f64 * self.scale;
         let i = usize::from(bytes(1) < bytes(0));
         let plan = Plan { encoding: Encoding::Sparse, gap: GAPS[i], ..Plan::unchanged(grid.shape) };

@@ -60,9 +60,9 @@ pub(crate) struct Layout {
     pub directory: Range<usize>,
     /// Records, units or words.
     pub payload: Range<usize>,
-    /// Of layout 1.
+    /// Entries; empty in layout 0.
     pub entries: Listing,
-    /// Words that override.
+    /// Exceptions: words that override everything else.
     pub exceptions: Listing,
     /// Bytes of the whole delta.
     pub total: usize,
@@ -73,9 +73,9 @@ pub(crate) struct Layout {
 pub(crate) struct Listing {
     /// `tiles + 1` u32: the first one of each tile.
     pub directory: Range<usize>,
-    /// u16 each.
+    /// Positions in the tile, one u16 each.
     pub positions: Range<usize>,
-    /// One word each.
+    /// One word for each position: a difference or a fine-tuned word.
     pub words: Range<usize>,
 }
 
@@ -114,7 +114,7 @@ impl Header {
     /// Bytes of one unit of the directory: a record of 16 lanes, or a stream unit.
     pub(crate) fn unit_bytes(&self) -> usize {
         match self.encoding {
-            Encoding::Sparse => Grid::LANES * (self.gap.bytes() + self.dtype.word_bytes()),
+            Encoding::Sparse => Grid::TILE_ROWS * (self.gap.bytes() + self.dtype.word_bytes()),
             _ => self.dtype.word_bytes(),
         }
     }
@@ -255,8 +255,8 @@ impl Header {
         self.shape.bytes(self.dtype)?;
         let words = self.shape.words()? as u64;
         if !(Grid::MIN_COLS..=Grid::MAX_COLS).contains(&self.tile_cols)
-            || !(Grid::LANES..=Grid::MAX_WORDS / self.tile_cols).contains(&self.tile_rows)
-            || (self.encoding == Encoding::Sparse && self.tile_rows != Grid::LANES)
+            || !(Grid::TILE_ROWS..=Grid::MAX_WORDS / self.tile_cols).contains(&self.tile_rows)
+            || (self.encoding == Encoding::Sparse && self.tile_rows != Grid::TILE_ROWS)
         {
             return corrupt(format!("tiles of {} x {}", self.tile_rows, self.tile_cols));
         }

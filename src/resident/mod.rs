@@ -19,12 +19,12 @@ pub use estimate::{Estimate, estimate, estimate_exactly};
 pub use header::{HEADER_BYTES, Header, MAGIC, VERSION};
 pub(crate) use outline::head_bytes;
 pub use outline::{Outline, ReadAt};
-pub use piece::{Listed, Piece, encode_tiles};
+pub use piece::{DeltaPiece, Listed, encode_tiles};
 pub use plan::Plan;
 pub use regions::{concat, slice};
 pub use view::{Resident, restore, restore_rows};
 
-// What the fast encoders of `cpu` share with the plain ones here.
+// What the fast encoders of `vector` share with the plain ones here.
 pub(crate) use estimate::{Count, Oracle, estimate_by};
 pub(crate) use piece::Region;
 pub(crate) use widths::Need;

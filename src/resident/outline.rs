@@ -69,7 +69,7 @@ impl Outline {
         &self.header
     }
 
-    /// Put into `out` a resident delta of its own: that of `tiles`, which are the tiles of a matrix of `shape`, whole bands or
+    /// Put into `out` a complete resident delta of the tiles `tiles`, which are the tiles of a matrix of `shape`, whole bands or
     /// a run of one row. Its count of changes and its content digest are not those of what it holds.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 /// Tiles of one delta, encoded, in order: what [`super::Assembler::add`] takes. Pieces of a matrix are independent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Piece {
+pub struct DeltaPiece {
     /// Records, stream units or fine-tuned words: bytes of the delta's payload.
     pub payload: Vec<u8>,
     /// How many records or stream units each tile takes; zeros for `raw` and `unchanged`.
@@ -41,7 +41,7 @@ impl Listed {
         self.words.clear();
     }
 
-    /// Append a tile's: position, word.
+    /// Append what one tile stores apart: its positions and words.
     fn list<W: Word>(&mut self, all: &[(u16, u64)]) {
         // A tile has at most 65536 words, and two entries for each at most.
         self.counts.push(all.len() as u32);
@@ -51,7 +51,7 @@ impl Listed {
         }
     }
 
-    /// Append a tile's that are already encoded.
+    /// Append what one tile stores apart, already encoded.
     fn copy(&mut self, positions: &[u8], words: &[u8]) {
         self.counts.push((positions.len() / 2) as u32);
         self.positions.extend_from_slice(positions);
@@ -64,7 +64,7 @@ impl Listed {
     }
 }
 
-impl Piece {
+impl DeltaPiece {
     /// Empty it, and keep its memory.
     pub fn clear(&mut self) {
         self.payload.clear();
@@ -87,7 +87,7 @@ impl Piece {
         let (units, entries, exceptions) = match tile {
             Tile::Sparse(t) => {
                 self.payload.extend_from_slice(t.gaps);
-                self.payload.extend_from_slice(t.diffs);
+                self.payload.extend_from_slice(t.differences);
                 (t.records, Entries::default(), &t.exceptions)
             }
             Tile::Exponent(t) => {
@@ -117,7 +117,7 @@ pub fn encode_tiles(
     tiles: Range<usize>,
     base: &[u8],
     fine_tuned: &[u8],
-    out: &mut Piece,
+    out: &mut DeltaPiece,
 ) -> Result<()> {
     let region = Region::new(plan, dtype, tiles, base, fine_tuned)?;
     if !plan.tiled() {
@@ -197,7 +197,7 @@ impl<'a> Region<'a> {
     }
 
     /// Encodings without tiles: `raw`, the words as they are, and `unchanged`.
-    pub(crate) fn flat(&self, plan: &Plan, changed: u64, out: &mut Piece) {
+    pub(crate) fn flat(&self, plan: &Plan, changed: u64, out: &mut DeltaPiece) {
         if plan.encoding == Encoding::Raw {
             out.payload.extend_from_slice(self.fine_tuned);
         }
@@ -234,7 +234,7 @@ impl<W: Word> Coder<W> {
         dtype: Dtype,
         cols: usize,
         (base, fine_tuned): (&[W], &[W]),
-        out: &mut Piece,
+        out: &mut DeltaPiece,
     ) {
         let tile_cols = plan.grid.tile_cols;
         if plan.encoding == Encoding::Sparse {

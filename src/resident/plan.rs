@@ -28,7 +28,7 @@ impl Plan {
         }
     }
 
-    /// No change is expected: a change costs an exception, an unchanged matrix nothing.
+    /// A plan for a matrix where no change is expected: if there is one, it becomes an exception.
     pub(crate) fn quiet(shape: Shape) -> Self {
         Self { encoding: Encoding::Exponent, grid: Grid::for_exponent(shape), ..Self::unchanged(shape) }
     }
@@ -69,7 +69,7 @@ impl Plan {
         }
     }
 
-    /// A plan that a caller put together is held to what a reader would hold its delta to.
+    /// Check a plan that a caller put together by the rules that a reader checks a delta by.
     pub(crate) fn check(&self, dtype: Dtype) -> Result<()> {
         let sound = self.header(dtype).check_fields();
         let powers = self.grid.tile_rows.is_power_of_two() && self.grid.tile_cols.is_power_of_two();

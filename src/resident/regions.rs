@@ -29,7 +29,7 @@ pub fn slice(delta: &Resident<'_>, base: &Matrix<'_>, dim: usize, range: Range<u
     }
     let (rows, cols) = if dim == 0 { (range, 0..shape.k) } else { (0..shape.n, range) };
     let cut = Shape { n: rows.len(), k: cols.len() };
-    let part = Part { delta: delta.clone(), base: *base, rows, cols, at: (0, 0) };
+    let part = RegionPart { delta: delta.clone(), base: *base, rows, cols, at: (0, 0) };
     Regions { dtype: base.dtype(), shape: cut, parts: vec![part] }.encode()
 }
 
@@ -59,7 +59,13 @@ pub fn concat(parts: &[(Resident<'_>, Matrix<'_>)], dim: usize) -> Result<Vec<u8
         }
         let total = joined.shape;
         let at = if dim == 0 { (total.n, 0) } else { (0, total.k) };
-        joined.parts.push(Part { delta: delta.clone(), base: *base, rows: 0..shape.n, cols: 0..shape.k, at });
+        joined.parts.push(RegionPart {
+            delta: delta.clone(),
+            base: *base,
+            rows: 0..shape.n,
+            cols: 0..shape.k,
+            at,
+        });
         joined.shape = if dim == 0 {
             Shape { n: total.n + shape.n, k: shape.k }
         } else {
@@ -70,7 +76,7 @@ pub fn concat(parts: &[(Resident<'_>, Matrix<'_>)], dim: usize) -> Result<Vec<u8
 }
 
 /// A rectangle of one delta, placed at `at` of the result.
-struct Part<'a> {
+struct RegionPart<'a> {
     delta: Resident<'a>,
     base: Matrix<'a>,
     rows: Range<usize>,
@@ -82,10 +88,10 @@ struct Part<'a> {
 struct Regions<'a> {
     dtype: Dtype,
     shape: Shape,
-    parts: Vec<Part<'a>>,
+    parts: Vec<RegionPart<'a>>,
 }
 
-impl Part<'_> {
+impl RegionPart<'_> {
     /// The result's rows and columns that it covers.
     fn covers(&self) -> (Range<usize>, Range<usize>) {
         let (r, c) = self.at;

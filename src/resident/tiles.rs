@@ -7,12 +7,12 @@ use crate::matrix::Shape;
 const LEAST_WORDS: usize = 16 * 1024;
 /// What the ends of tiles may cost: this share of all bits,
 const ENDS_SHARE: f64 = 0.015;
-/// and so many bits a word.
+/// and so many bits per word.
 const ENDS_BITS: f64 = 0.02;
 
-/// Bits that a tile's lanes leave unused: half a word each, taken all together.
+/// Bits that the lanes of a tile leave unused at its end: half a word per lane, on average.
 pub(super) fn lane_ends(word_bits: u8) -> u64 {
-    exponent::LANES as u64 * u64::from(word_bits) / 2
+    exponent::STREAM_LANES as u64 * u64::from(word_bits) / 2
 }
 
 /// Tiles for `exponent` of `bits` bits in all: as small as their ends allow, since a GPU has a warp for each; of equally many
@@ -57,7 +57,7 @@ mod tests {
         assert_eq!(of(4096, 1024, 16, 0.7), (32, 1024));
         assert_eq!(of(4096, 1024, 16, 0.01), (64, 1024));
         assert_eq!(of(4096, 4096, 32, 20.0), (16, 2048));
-        // A column too many would begin a tile of its own in every band.
+        // One column more than fits would begin another tile in every band.
         assert_eq!(of(4096, 1025, 16, 3.0), (16, 2048));
         assert_eq!(of(4096, 300, 16, 3.0), (64, 512));
         // No more rows than there are.

@@ -68,12 +68,13 @@ impl<'a> Resident<'a> {
                 let unit = self.header.unit_bytes();
                 let payload = self.units(index)?;
                 let records = payload.len() / unit;
-                let (gaps, diffs) = payload.split_at(records * Grid::LANES * self.header.gap.bytes());
+                let (gaps, differences) =
+                    payload.split_at(records * Grid::TILE_ROWS * self.header.gap.bytes());
                 Ok(Tile::Sparse(SparseTile {
                     records,
                     gap: self.header.gap,
                     gaps,
-                    diffs,
+                    differences,
                     additive: self.header.dtype.computes(),
                     exceptions: self.exceptions(index)?,
                 }))

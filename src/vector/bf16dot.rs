@@ -6,7 +6,7 @@
 //! of the f32 chain, and at most `2^-126` times the largest other factor for each denormal word.
 
 use super::lanes::Code;
-use super::simd::{LANES, Simd};
+use super::simd::{SIMD_LANES, Simd};
 use crate::codec::ExponentTile;
 use crate::error::Result;
 use std::ops::Range;
@@ -40,7 +40,7 @@ pub(crate) trait Bf16Dot: Simd {
     ) -> [[Self::F; M]; R];
 
     /// The sums of sixteen vectors at once.
-    fn sum16(self, v: &[Self::F; LANES]) -> [f32; LANES];
+    fn sum16(self, v: &[Self::F; SIMD_LANES]) -> [f32; SIMD_LANES];
 
     /// The streams of tiles with one width table, at their first words; none if the streams are not equally long, which
     /// they are unless they belong to other bases.
@@ -81,7 +81,7 @@ pub(crate) trait Bf16Dot: Simd {
 
     /// Put sixteen rows of words into rows `at..at + 16` of a panel, pair of columns by pair of columns: 0, 16, 32 or 48.
     /// A row may be shorter than the panel's pairs, or empty: what is missing counts as zeros.
-    fn pack(self, rows: [&[u8]; LANES], panel: &mut [Pair], at: usize);
+    fn pack(self, rows: [&[u8]; SIMD_LANES], panel: &mut [Pair], at: usize);
 
     /// `sums[j * stride + r] += panel row r . x[j]` for the panel's 64 rows, two columns after two columns. Each row of x
     /// has the panel's columns, but for the second one of the last pair. At each of the first pairs a line of cache is

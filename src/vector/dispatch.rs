@@ -53,7 +53,7 @@ impl Isa {
     /// [`Isa::active`] for a given value of the environment variable.
     ///
     /// # Errors
-    /// As [`Isa::active`].
+    /// `InvalidArgument` for an unknown name, `Unsupported` for an instruction set that this machine lacks.
     pub fn choose(asked: Option<&str>) -> Result<Self> {
         let Some(asked) = asked.filter(|a| !a.is_empty()) else {
             return Ok(Self::ALL.into_iter().rfind(|isa| isa.is_available()).unwrap_or(Self::Scalar));

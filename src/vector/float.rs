@@ -50,7 +50,7 @@ pub(crate) trait Float: Copy + Send + Sync + 'static {
     }
 
     /// Round an f64 once.
-    fn round_wide(value: f64) -> Self::Word {
+    fn round_f64(value: f64) -> Self::Word {
         let nearest = value as f32;
         Self::round(if Self::BYTES == 4 { nearest } else { to_odd(value, nearest) })
     }
@@ -205,12 +205,12 @@ mod tests {
     fn an_f64_is_rounded_once() {
         // Just above the middle of two bf16: rounding to f32 first would land on the middle, and then on even.
         let value = 1.0 + 2f64.powi(-8) + 2f64.powi(-40);
-        assert_eq!(BF16::round_wide(value), 0x3F81);
-        assert_eq!(BF16::round_wide(-value), 0xBF81);
+        assert_eq!(BF16::round_f64(value), 0x3F81);
+        assert_eq!(BF16::round_f64(-value), 0xBF81);
         let below = 1.0 + 2f64.powi(-8) + 2f64.powi(-7) - 2f64.powi(-40);
-        assert_eq!(BF16::round_wide(below), 0x3F81);
-        assert_eq!(F32::round_wide(f64::from(f32::MAX)), f32::MAX.to_bits());
-        assert_eq!(F16::round_wide(f64::INFINITY), 0x7C00);
-        assert_eq!(BF16::round_wide(1e300), 0x7F80);
+        assert_eq!(BF16::round_f64(below), 0x3F81);
+        assert_eq!(F32::round_f64(f64::from(f32::MAX)), f32::MAX.to_bits());
+        assert_eq!(F16::round_f64(f64::INFINITY), 0x7C00);
+        assert_eq!(BF16::round_f64(1e300), 0x7F80);
     }
 }

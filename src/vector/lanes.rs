@@ -1,4 +1,4 @@
-//! The bit streams of `exponent` (see `codec::exponent`), 32 words a step: what every fast decoder keeps between steps,
+//! The bit streams of `exponent` (see `codec::exponent`), 32 words per step: what every fast decoder keeps between steps,
 //! the portable decoder, and how a tile's stream is fed to one without ever being read past its end. Equal to the
 //! codec's `Decoder` bit for bit, error for error. Must hold no exception, no product and no intrinsic.
 //!
@@ -8,18 +8,18 @@
 //! words; 22 for what is left of the bits and how many. About 90 (and some 20 loads of tables, for want of registers):
 //! 23 to 30 cycles at 4 a cycle, 0.25 ns a word at 3.3 GHz, beside 0.17 ns that one core takes to fetch a bf16 word at 12
 //! GB/s. Measured: 0.33 with the other hyperthread quiet, 0.38 with it busy. Lanes of 32 bits: 27 for 8 words, 0.62
-//! measured. Portable: a dozen dependent operations a word and the round trip of a lane through memory, no branch that
+//! measured. Portable: a dozen dependent operations per word and the round trip of a lane through memory, no branch that
 //! depends on data: 2.5 to 3.8 measured, where branches took 2 (few change) to 9.
 
 use super::simd::{GROUP, Simd};
 use crate::codec::ExponentTile;
-use crate::codec::exponent::{CLASSES, LANES, mantissa_bits};
+use crate::codec::exponent::{CLASSES, STREAM_LANES, mantissa_bits};
 use crate::codec::word::Word;
 use crate::error::{Error, Result};
 use crate::matrix::Dtype;
 
 /// Words of a step, lanes of the encoding.
-pub(crate) const STEP: usize = LANES;
+pub(crate) const STEP: usize = STREAM_LANES;
 
 /// Words that products and restores decode at a time; a multiple of the group and of the encoding's 32 lanes.
 pub(crate) const MICRO: usize = 1024;
@@ -30,10 +30,10 @@ const MOST: usize = STEP * 4;
 /// What the lanes hold between steps. After a step a lane has fewer bits than a unit: it took the unit because it had
 /// fewer than it needed, and what it needed is gone.
 #[derive(Clone, Copy)]
-pub(crate) struct Bits<W> {
+pub(crate) struct LaneBits<W> {
     /// The bits, the next one lowest, none above those held.
     pub(crate) bits: [W; STEP],
-    /// How many.
+    /// How many bits are held.
     pub(crate) held: [W; STEP],
 }
 
@@ -61,7 +61,7 @@ pub(crate) trait Lane: Word {
     /// step may be of fewer words. The base's words are those of `base`, as many bytes as `words` has, or in `words`.
     fn steps<S: Simd>(
         s: S,
-        lanes: &mut Bits<Self>,
+        lanes: &mut LaneBits<Self>,
         code: Code<'_>,
         units: &[u8],
         base: Option<&[u8]>,
@@ -72,7 +72,7 @@ pub(crate) trait Lane: Word {
     #[inline(always)]
     fn dots<S: Simd, const M: usize>(
         _s: S,
-        _lanes: &mut Bits<Self>,
+        _lanes: &mut LaneBits<Self>,
         _code: Code<'_>,
         _units: &[u8],
         _base: &[u8],
@@ -89,7 +89,7 @@ macro_rules! lane {
             #[inline(always)]
             fn steps<S: Simd>(
                 s: S,
-                lanes: &mut Bits<$word>,
+                lanes: &mut LaneBits<$word>,
                 code: Code<'_>,
                 units: &[u8],
                 base: Option<&[u8]>,
@@ -104,7 +104,7 @@ macro_rules! lane {
                 #[inline(always)]
                 fn dots<S: Simd, const M: usize>(
                     s: S,
-                    lanes: &mut Bits<Self>,
+                    lanes: &mut LaneBits<Self>,
                     code: Code<'_>,
                     units: &[u8],
                     base: &[u8],
@@ -125,7 +125,7 @@ lane! {
 
 /// [`Lane::steps`] for words of at most 4 bytes, on any machine.
 pub(crate) fn portable<W: Word>(
-    lanes: &mut Bits<W>,
+    lanes: &mut LaneBits<W>,
     code: Code<'_>,
     units: &[u8],
     words: &mut [W],
@@ -159,21 +159,21 @@ pub(crate) fn portable<W: Word>(
 /// Runs must begin at a multiple of 32 columns and only a row's last run may end elsewhere.
 pub(crate) struct Decoder<'a, W: Lane> {
     code: Code<'a>,
-    lanes: Bits<W>,
+    lanes: LaneBits<W>,
     /// What is left of the stream, as long as that is no less than what a step may take.
     stream: &'a [u8],
-    /// From then on: the stream's end and zeros, which a step may read,
+    /// What is read after that: the end of the stream, followed by zeros, which a step may read,
     tail: [u8; 2 * MOST],
     /// and how far it is used, and where the zeros begin.
     left: Option<(usize, usize)>,
 }
 
 impl<'a, W: Lane> Decoder<'a, W> {
-    /// At the tile's first word.
+    /// A decoder that stands at the tile's first word.
     pub(crate) fn new(tile: &ExponentTile<'a>, dtype: Dtype) -> Self {
         Self {
             code: Code { widths: tile.widths, shift: mantissa_bits(dtype) },
-            lanes: Bits { bits: [W::default(); STEP], held: [W::default(); STEP] },
+            lanes: LaneBits { bits: [W::default(); STEP], held: [W::default(); STEP] },
             stream: tile.stream,
             tail: [0; 2 * MOST],
             left: None,
@@ -228,7 +228,7 @@ impl<'a, W: Lane> Decoder<'a, W> {
         done.words
     }
 
-    /// After the tile's last word.
+    /// To be called after the tile's last word: checks that the stream ends there.
     ///
     /// # Errors
     /// `Corrupt` if units are left over.

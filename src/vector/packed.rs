@@ -12,8 +12,8 @@
 
 use super::bf16dot::{Bf16Dot, PANEL_ROWS, Pair};
 use super::lanes::Decoder;
-use super::simd::LANES;
-use super::tile::{Places, add_some, overwrite, patch};
+use super::simd::SIMD_LANES;
+use super::tile::{Places, add_some, overwrite, patch_sparse};
 use crate::codec::word::Word;
 use crate::codec::{Rect, Tile, outside};
 use crate::error::{Error, Result};
@@ -42,7 +42,7 @@ impl Panels<'_> {
         rows: usize,
         row: impl Fn(usize) -> &'r [u8],
     ) {
-        for r in (0..rows).step_by(LANES) {
+        for r in (0..rows).step_by(SIMD_LANES) {
             let sixteen = std::array::from_fn(|i| if r + i < rows { row(r + i) } else { &[][..] });
             let (p, place) = ((at + r) / PANEL_ROWS, (at + r) % PANEL_ROWS);
             s.pack(sixteen, &mut self.words[p * self.pairs..(p + 1) * self.pairs], place);
@@ -69,7 +69,7 @@ impl Panels<'_> {
             let places = InPanels { at, rows: rect.rows(), columns: rect.cols(), pairs: self.pairs };
             let words: &mut [u8] = self.words.as_flattened_mut();
             match &tile {
-                Tile::Sparse(t) => patch::<u16, _>(t, Dtype::BF16, tile_cols, places, words),
+                Tile::Sparse(t) => patch_sparse::<u16, _>(t, Dtype::BF16, tile_cols, places, words),
                 Tile::Exponent(t) => overwrite::<u16, _>(&t.exceptions, tile_cols, places, words),
                 Tile::Unchanged | Tile::Raw(_) => Ok(()),
             }
@@ -95,8 +95,8 @@ impl Panels<'_> {
             Tile::Exponent(t) => {
                 let (mut decoder, mut entries) = (Decoder::<u16>::new(t, Dtype::BF16), t.entries.changes());
                 let len = rect.cols() * WORD;
-                for r0 in (0..rect.rows()).step_by(LANES) {
-                    let rows = LANES.min(rect.rows() - r0);
+                for r0 in (0..rect.rows()).step_by(SIMD_LANES) {
+                    let rows = SIMD_LANES.min(rect.rows() - r0);
                     for (r, row) in words[..rows * len].chunks_exact_mut(len).enumerate() {
                         let row = bytemuck::try_cast_slice_mut(row)
                             .map_err(|_| Error::internal("scratch at an odd address"))?;

@@ -6,7 +6,7 @@ use crate::vector::lanes::{Code, STEP};
 
 /// What the lanes of a tile hold while its words are packed from the last to the first.
 #[derive(Clone, Copy)]
-pub(crate) struct Open<W> {
+pub(crate) struct OpenUnit<W> {
     /// The unit that is being filled from above: its bits so far, in place.
     pub(crate) bits: [W; STEP],
     /// How many bits of it still lie below: where the word that was packed last begins. 0 to `BITS - 1`.
@@ -31,24 +31,24 @@ pub(crate) const SLACK: usize = 5 * STEP;
 pub(crate) trait Packer: Copy + Send + Sync + 'static {
     /// Add to each lane the bits that the words of a row take.
     fn sums16(self, code: Code<'_>, base: &[u8], sums: &mut [u16; STEP]);
-    /// The same of 32-bit words.
+    /// The same for 32-bit words.
     fn sums32(self, code: Code<'_>, base: &[u8], sums: &mut [u32; STEP]);
 
     /// Pack a row's words from the last to the first: units end up in their order, below what was packed before.
     /// `misfits` takes the columns of words whose difference does not fit, descending; their bits say that they are unchanged.
     fn pack16(
         self,
-        lanes: &mut Open<u16>,
+        lanes: &mut OpenUnit<u16>,
         code: Code<'_>,
         base: &[u8],
         fine_tuned: &[u8],
         out: &mut [u8],
         misfits: &mut Vec<u16>,
     ) -> Packed;
-    /// The same of 32-bit words.
+    /// The same for 32-bit words.
     fn pack32(
         self,
-        lanes: &mut Open<u32>,
+        lanes: &mut OpenUnit<u32>,
         code: Code<'_>,
         base: &[u8],
         fine_tuned: &[u8],
@@ -58,7 +58,7 @@ pub(crate) trait Packer: Copy + Send + Sync + 'static {
 
     /// Append, for each 32 words of a row of 16-bit words, which of them differ: bit `i` for word `i`.
     fn differ16(self, base: &[u8], fine_tuned: &[u8], masks: &mut Vec<u32>);
-    /// The same of 32-bit words.
+    /// The same for 32-bit words.
     fn differ32(self, base: &[u8], fine_tuned: &[u8], masks: &mut Vec<u32>);
 }
 
@@ -75,7 +75,7 @@ impl Packer for Never {
     }
     fn pack16(
         self,
-        _: &mut Open<u16>,
+        _: &mut OpenUnit<u16>,
         _: Code<'_>,
         _: &[u8],
         _: &[u8],
@@ -86,7 +86,7 @@ impl Packer for Never {
     }
     fn pack32(
         self,
-        _: &mut Open<u32>,
+        _: &mut OpenUnit<u32>,
         _: Code<'_>,
         _: &[u8],
         _: &[u8],
@@ -110,7 +110,7 @@ pub(crate) trait Lanes: Word {
     /// [`Packer::pack16`] of its size.
     fn pack<P: Packer>(
         p: P,
-        lanes: &mut Open<Self>,
+        lanes: &mut OpenUnit<Self>,
         code: Code<'_>,
         row: (&[u8], &[u8]),
         out: &mut [u8],
@@ -128,7 +128,7 @@ macro_rules! lanes {
             }
             fn pack<P: Packer>(
                 p: P,
-                lanes: &mut Open<Self>,
+                lanes: &mut OpenUnit<Self>,
                 code: Code<'_>,
                 row: (&[u8], &[u8]),
                 out: &mut [u8],

@@ -1,7 +1,7 @@
 //! The portable instance of the vector trait: plain arrays, and the meaning that the fast instances must equal bit
 //! for bit. Must not depend on any architecture.
 
-use super::simd::{Kernel, LANES, Simd};
+use super::simd::{Kernel, SIMD_LANES, Simd};
 
 /// The instance; every machine has it.
 #[derive(Clone, Copy)]
@@ -26,8 +26,8 @@ fn f16(bytes: [u8; 2]) -> f32 {
 }
 
 #[inline(always)]
-fn map(mut value: impl FnMut(usize) -> f32) -> [f32; LANES] {
-    let mut out = [0.0; LANES];
+fn map(mut value: impl FnMut(usize) -> f32) -> [f32; SIMD_LANES] {
+    let mut out = [0.0; SIMD_LANES];
     for (i, o) in out.iter_mut().enumerate() {
         *o = value(i);
     }
@@ -35,10 +35,10 @@ fn map(mut value: impl FnMut(usize) -> f32) -> [f32; LANES] {
 }
 
 impl Simd for Scalar {
-    type F = [f32; LANES];
-    type C = [u32; LANES];
+    type F = [f32; SIMD_LANES];
+    type C = [u32; SIMD_LANES];
     const NAME: &'static str = "scalar";
-    const WIDE: bool = false;
+    const REGISTERS_4X4: bool = false;
 
     fn run<K: Kernel>(self, kernel: K) -> K::Out {
         kernel.call(self)
@@ -46,16 +46,16 @@ impl Simd for Scalar {
 
     #[inline(always)]
     fn splat(self, v: f32) -> Self::F {
-        [v; LANES]
+        [v; SIMD_LANES]
     }
 
     #[inline(always)]
-    fn load(self, from: &[f32; LANES]) -> Self::F {
+    fn load(self, from: &[f32; SIMD_LANES]) -> Self::F {
         *from
     }
 
     #[inline(always)]
-    fn store(self, v: Self::F, to: &mut [f32; LANES]) {
+    fn store(self, v: Self::F, to: &mut [f32; SIMD_LANES]) {
         *to = v;
     }
 
@@ -87,7 +87,7 @@ impl Simd for Scalar {
     #[inline(always)]
     fn load_f32(self, from: &[u8; 128]) -> (Self::F, Self::F) {
         let at = |i| f32::from_le_bytes(part(from, 4 * i));
-        (map(at), map(|i| at(LANES + i)))
+        (map(at), map(|i| at(SIMD_LANES + i)))
     }
 
     #[inline(always)]
@@ -107,11 +107,11 @@ impl Simd for Scalar {
 
     #[inline(always)]
     fn columns(self) -> Self::C {
-        [0; LANES]
+        [0; SIMD_LANES]
     }
 
     #[inline(always)]
-    fn add_gaps(self, mut c: Self::C, gaps: &[u8; LANES]) -> Self::C {
+    fn add_gaps(self, mut c: Self::C, gaps: &[u8; SIMD_LANES]) -> Self::C {
         for (c, &g) in c.iter_mut().zip(gaps) {
             *c = c.wrapping_add(u32::from(g));
         }
@@ -120,7 +120,7 @@ impl Simd for Scalar {
 
     #[inline(always)]
     fn load_columns(self, from: &[u8; 32]) -> Self::C {
-        let mut c = [0; LANES];
+        let mut c = [0; SIMD_LANES];
         for (i, c) in c.iter_mut().enumerate() {
             *c = u32::from(u16::from_le_bytes(part(from, 2 * i)));
         }
@@ -136,7 +136,7 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn store_columns(self, c: Self::C, to: &mut [u32; LANES]) {
+    fn store_columns(self, c: Self::C, to: &mut [u32; SIMD_LANES]) {
         *to = c;
     }
 

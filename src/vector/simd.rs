@@ -9,14 +9,14 @@
 //! inside the architecture folders. This file must hold no intrinsic and no algorithm.
 
 use super::bf16dot::Bf16Task;
-use super::lanes::{Bits, Code, Progress, portable};
+use super::lanes::{Code, LaneBits, Progress, portable};
 use super::packer::{Never, Packer};
 
 /// Lanes of a vector, on every instance.
-pub(crate) const LANES: usize = 16;
+pub(crate) const SIMD_LANES: usize = 16;
 
 /// Words of one load group: two vectors.
-pub(crate) const GROUP: usize = 2 * LANES;
+pub(crate) const GROUP: usize = 2 * SIMD_LANES;
 
 /// A kernel, compiled once per instance. `call` and everything it calls must be `#[inline(always)]`, so that the
 /// whole kernel lands inside the instance's one function with the instructions switched on.
@@ -33,10 +33,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type F: Copy;
     /// Sixteen u32.
     type C: Copy;
-    /// As `XORZ_ISA` calls it.
+    /// Its name, as `XORZ_ISA` takes it.
     const NAME: &'static str;
     /// Whether there are registers for four by four vectors of sums.
-    const WIDE: bool;
+    const REGISTERS_4X4: bool;
 
     /// Run `kernel` with this instance's instructions switched on.
     fn run<K: Kernel>(self, kernel: K) -> K::Out;
@@ -44,9 +44,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// All lanes `v`.
     fn splat(self, v: f32) -> Self::F;
     /// Load sixteen f32.
-    fn load(self, from: &[f32; LANES]) -> Self::F;
+    fn load(self, from: &[f32; SIMD_LANES]) -> Self::F;
     /// Store sixteen f32.
-    fn store(self, v: Self::F, to: &mut [f32; LANES]);
+    fn store(self, v: Self::F, to: &mut [f32; SIMD_LANES]);
     /// `a * b + c`, one rounding.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// Sum of the lanes: halves are added until one is left (8, 4, 2, 1 apart).
@@ -75,13 +75,13 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Columns all zero.
     fn columns(self) -> Self::C;
     /// `c + gaps`, wrapping.
-    fn add_gaps(self, c: Self::C, gaps: &[u8; LANES]) -> Self::C;
+    fn add_gaps(self, c: Self::C, gaps: &[u8; SIMD_LANES]) -> Self::C;
     /// Sixteen little-endian u16 columns.
     fn load_columns(self, from: &[u8; 32]) -> Self::C;
     /// Lane-wise larger column.
     fn max_columns(self, a: Self::C, b: Self::C) -> Self::C;
     /// Store sixteen columns.
-    fn store_columns(self, c: Self::C, to: &mut [u32; LANES]);
+    fn store_columns(self, c: Self::C, to: &mut [u32; SIMD_LANES]);
     /// `table[min(c, table.len() - 1)]` per lane. The table holds 1 to 2^30 values, or this panics.
     fn gather(self, table: &[f32], c: Self::C) -> Self::F;
 
@@ -92,7 +92,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
     /// Steps of `exponent` on 16-bit words: [`Lane::steps`](super::lanes::Lane::steps).
     #[inline(always)]
-    fn lanes16(self, lanes: &mut Bits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
+    fn lanes16(self, lanes: &mut LaneBits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
         portable(lanes, code, units, words)
     }
 
@@ -100,7 +100,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn lanes16_from(
         self,
-        lanes: &mut Bits<u16>,
+        lanes: &mut LaneBits<u16>,
         code: Code<'_>,
         units: &[u8],
         base: &[u8],
@@ -112,7 +112,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
     /// Steps of `exponent` on 32-bit words: [`Lane::steps`](super::lanes::Lane::steps).
     #[inline(always)]
-    fn lanes32(self, lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
+    fn lanes32(self, lanes: &mut LaneBits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
         portable(lanes, code, units, words)
     }
 
@@ -120,7 +120,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn lanes32_from(
         self,
-        lanes: &mut Bits<u32>,
+        lanes: &mut LaneBits<u32>,
         code: Code<'_>,
         units: &[u8],
         base: &[u8],
@@ -136,7 +136,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn decode_dots32<const M: usize>(
         self,
-        _lanes: &mut Bits<u32>,
+        _lanes: &mut LaneBits<u32>,
         _code: Code<'_>,
         _units: &[u8],
         _base: &[u8],

@@ -105,7 +105,7 @@ pub(super) fn fill_tile<S: Simd>(
             Ok(())
         }
         Tile::Sparse(t) => {
-            with_word!(dtype, W => patch::<W, _>(&t, dtype, tile_cols, stripe, words))
+            with_word!(dtype, W => patch_sparse::<W, _>(&t, dtype, tile_cols, stripe, words))
         }
         Tile::Exponent(t) => match dtype.word_bytes() {
             2 => unpack::<S, u16>(s, &t, dtype, tile_cols, stripe, words, before),
@@ -193,7 +193,7 @@ fn by_oracle(delta: &Resident<'_>, index: usize, stripe: Stripe, words: &mut [u8
 }
 
 /// Patch a `sparse` tile's words: the entries of each lane, then the exceptions.
-pub(super) fn patch<W: Word, P: Places>(
+pub(super) fn patch_sparse<W: Word, P: Places>(
     tile: &SparseTile<'_>,
     dtype: Dtype,
     tile_cols: usize,
@@ -285,8 +285,8 @@ pub(super) fn overwrite<W: Word, P: Places>(
 pub(crate) trait Change<W> {
     /// The difference that does nothing.
     const NOTHING: u64;
-    /// The word after the difference `diff` of lane `lane` at column `c`.
-    fn change(&mut self, lane: usize, c: usize, word: W, diff: W) -> W;
+    /// The word after the difference `difference` of lane `lane` at column `c`.
+    fn change(&mut self, lane: usize, c: usize, word: W, difference: W) -> W;
 }
 
 /// Dtypes that do not compute.
@@ -294,21 +294,21 @@ pub(crate) struct Xor;
 
 impl<W: Word> Change<W> for Xor {
     const NOTHING: u64 = 0;
-    fn change(&mut self, _: usize, _: usize, word: W, diff: W) -> W {
-        W::from_u64(word.to_u64() ^ diff.to_u64())
+    fn change(&mut self, _: usize, _: usize, word: W, difference: W) -> W {
+        W::from_u64(word.to_u64() ^ difference.to_u64())
     }
 }
 
 /// Dtypes that compute. Per lane: the column of the last entry and its exact sum, since a second entry there adds to
 /// the sum and not to the word, which may not hold it.
 pub(crate) struct Sums<D> {
-    last: [(usize, f32); Grid::LANES],
+    last: [(usize, f32); Grid::TILE_ROWS],
     dtype: PhantomData<D>,
 }
 
 impl<D: Float> Sums<D> {
     pub(crate) fn new() -> Self {
-        Self { last: [(usize::MAX, 0.0); Grid::LANES], dtype: PhantomData }
+        Self { last: [(usize::MAX, 0.0); Grid::TILE_ROWS], dtype: PhantomData }
     }
 }
 
@@ -317,10 +317,10 @@ impl<D: Float> Change<D::Word> for Sums<D> {
     const NOTHING: u64 = 1 << (8 * D::BYTES - 1);
 
     #[inline(always)]
-    fn change(&mut self, lane: usize, c: usize, word: D::Word, diff: D::Word) -> D::Word {
+    fn change(&mut self, lane: usize, c: usize, word: D::Word, difference: D::Word) -> D::Word {
         let (at, sum) = self.last[lane];
         let from = if at == c { sum } else { D::value(word) };
-        let sum = from + D::value(diff);
+        let sum = from + D::value(difference);
         self.last[lane] = (c, sum);
         D::narrow(sum)
     }
@@ -347,14 +347,14 @@ fn walk_gaps<W: Word, C: Change<W>, P: Places, const GAP: usize>(
 ) -> Result<()> {
     let nothing = W::from_u64(C::NOTHING);
     let (rows, columns) = (places.rows(), places.columns::<W>());
-    let mut at = [0usize; Grid::LANES];
-    let gaps = tile.gaps.chunks_exact(Grid::LANES * GAP);
-    for (gaps, diffs) in gaps.zip(tile.diffs.chunks_exact(Grid::LANES * W::BYTES)) {
-        for lane in 0..Grid::LANES {
+    let mut at = [0usize; Grid::TILE_ROWS];
+    let gaps = tile.gaps.chunks_exact(Grid::TILE_ROWS * GAP);
+    for (gaps, differences) in gaps.zip(tile.differences.chunks_exact(Grid::TILE_ROWS * W::BYTES)) {
+        for lane in 0..Grid::TILE_ROWS {
             let gap = usize::from(gaps[lane * GAP]);
             at[lane] = if GAP == 1 { at[lane] + gap } else { gap | usize::from(gaps[lane * GAP + 1]) << 8 };
-            let diff = W::load(&diffs[lane * W::BYTES..(lane + 1) * W::BYTES]);
-            if diff == nothing || lane >= rows {
+            let difference = W::load(&differences[lane * W::BYTES..(lane + 1) * W::BYTES]);
+            if difference == nothing || lane >= rows {
                 continue;
             }
             let c = at[lane];
@@ -363,7 +363,7 @@ fn walk_gaps<W: Word, C: Change<W>, P: Places, const GAP: usize>(
             }
             let from = places.byte::<W>(lane, c);
             let word = &mut words[from..from + W::BYTES];
-            let now = change.change(lane, c, W::load(word), diff);
+            let now = change.change(lane, c, W::load(word), difference);
             word.copy_from_slice(bytemuck::bytes_of(&now));
         }
     }

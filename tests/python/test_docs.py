@@ -1,6 +1,7 @@
 """Promise: what the documents show runs as it stands, in order, in one folder; and each message that docs/serving.md lists is
 one that users get."""
 
+import ast
 import os
 import pathlib
 import re
@@ -154,3 +155,14 @@ def test_the_module_tells_build_scripts_where_things_are(capfd):
     command = [sys.executable, "-m", "xorz", "inspect", "/nowhere.xorz"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 4 and done.stderr.startswith("xorz: /nowhere.xorz: No such file")
+
+
+def test_docstrings_say_something():
+    short = []
+    for path in sorted((cpp.ROOT / "python").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node)
+                if text is not None and len(text.split()) <= 3:
+                    short.append(f"{path.name}: {getattr(node, 'name', 'the module')}: {text!r}")
+    assert not short, "\n".join(short)

@@ -163,7 +163,7 @@ class Bench:
             self.case(case, f"{percent} % {kind}", args.tenants)
 
     def model(self) -> None:
-        """The user's own."""
+        """Measure the matrices of the user's own checkpoints, by shape and dtype."""
         args = self.args
         base = models.Checkpoint(args.base)
         tuned = [models.Checkpoint(path) for path in args.fine_tuned]
@@ -193,7 +193,7 @@ class Bench:
                 print(report.total(row))
 
     def pairs(self, pairs: Pairs) -> None:
-        """Layers of real pairs."""
+        """Measure layers of real pairs of base and fine-tune, with both values of `prefer`."""
         for what, base, tuned in pairs():
             print(what)
             for prefer in ("speed", "memory"):

@@ -57,7 +57,7 @@ class Checkpoint:
             self._files |= dict.fromkeys(opened.keys(), opened)
 
     def names(self) -> list[str]:
-        """Of all tensors."""
+        """The names of all tensors, in the order of the files."""
         return list(self._files)
 
     def kind(self, name: str) -> tuple[tuple[int, ...], str] | None:

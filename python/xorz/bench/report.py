@@ -1,4 +1,4 @@
-"""Rows as text."""
+"""What the benchmark prints: one line of text per measured product."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _ratios(row: dict[str, Any]) -> str:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One product."""
+    """The line of one measured product."""
     return (
         f"{row['shape']:>11} {row['dtype']:>8} {row['what']:>14} {row['encoding']:>9} {row['bits']:>6.2f} {row['T']:>3} "
         f"{row['m']:>5} {row['ms']['xorz']:>8.2f} {100 * row['roof']:>5.0f} {_ratios(row)}"

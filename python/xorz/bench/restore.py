@@ -42,7 +42,7 @@ HEADER = f"{'restore':>11} {'dtype':>8} {'changed':>14} {'encoding':>9} {'xorz m
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row as text."""
+    """The line of one measured restore."""
     ratios = " ".join(f"{row[name]:>8.2f}" if name in row else f"{'-':>8}" for name in _SHOWN)
     return (
         f"{row['shape']:>11} {row['dtype']:>8} {row['what']:>14} {row['encoding']:>9} {row['ms']['xorz']:>8.2f} "

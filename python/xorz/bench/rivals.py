@@ -32,7 +32,7 @@ def rebuild(base: Tensor, compressed: bytes) -> Tensor:
 
 
 def csr(x: Tensor, parts: tuple[Tensor, ...], base: Tensor, tenants: list[Tenant]) -> Tensor:
-    """Dense base, sparse differences."""
+    """The dense product with the base, plus a CSR product with each tenant's differences."""
     extra = [
         torch.mv(t.csr, p[0].float())[None] if len(p) == 1 else (t.csr @ p.float().T).T
         for p, t in zip(parts, tenants, strict=True)
@@ -41,7 +41,7 @@ def csr(x: Tensor, parts: tuple[Tensor, ...], base: Tensor, tenants: list[Tenant
 
 
 def scatter(x: Tensor, parts: tuple[Tensor, ...], base: Tensor, tenants: list[Tenant]) -> Tensor:
-    """In place, and back."""
+    """Write a tenant's words into the base, multiply, and write the base's words back."""
     flat, out = base.view(INTS[base.dtype]).view(-1), []
     for part, tenant in zip(parts, tenants, strict=True):
         flat[tenant.at] = tenant.new

@@ -21,7 +21,7 @@ FLATTENING = frozenset(
     }
 )
 
-# Modules that take rows apart or mix their positions, but give each row of [batch, length, k] its own output.
+# Modules that cut rows or mix their positions, but give each row of [batch, length, k] an output of its own.
 BLOCKS = frozenset({"JetMoeMoE", "DbrxFFN"})
 
 Filter = Callable[[nn.Module, str], bool]
@@ -128,7 +128,7 @@ def _attach(owner: Tenants, name: str, module: nn.Module) -> None:
 def _around(owner: Tenants, name: str, parent: nn.Module, known: bool) -> None:
     """Around a stack of experts, tokens are flattened; where its own code computes, tenants are served one after the other."""
     if not known or (owner.mode == "deterministic" and type(parent).__name__ not in FLATTENING):
-        # Routers may choose in another order (topk, unsorted) where there are more tokens.
+        # With more tokens a router (topk, unsorted) may list its choices in another order.
         _block(owner, name, parent)
     if not known:
         return

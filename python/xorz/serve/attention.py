@@ -55,7 +55,7 @@ def forward(
     if is_causal and attn_mask is None:
         raise RuntimeError("xorz: is_causal needs attn_mask, as in torch")
     attn_mask = _float(attn_mask, query.dtype)
-    # torch drops a causal mask where the hint is enough, and the hint where the mask is.
+    # As torch does: drop a causal mask where the `is_causal` hint is enough, and the hint where the mask is needed.
     hint = is_causal and key_padding_mask is None
     if hint and not need_weights:
         attn_mask = None
@@ -134,7 +134,7 @@ def _is_one(tensors: tuple[Any, ...], kind: str) -> bool:
     if site.kind != kind:
         return False
     own = [(t, name) for t, name in zip(tensors, _NAMES[kind], strict=True) if t is not None]
-    # A bias that the caller leaves out, and the module has, would be added all the same.
+    # If the module has a bias that the caller leaves out, it would be added all the same.
     has_bias = tensors[_NAMES[kind].index("in_proj_bias" if kind == "attention" else "bias")] is not None
     wants = has_bias == (("in_proj_bias" if kind == "attention" else "bias") in site.base)
     return wants and all(isinstance(t, Weight) and t.matrix == (site, name, False) for t, name in own)
@@ -152,7 +152,7 @@ def _project(x: Tensor, weight: Any, bias: Any, part: int | None) -> Tensor:
         weight, bias = plain(weight), plain(bias)
         thirds = bias if bias is None or part is None else bias.chunk(3)[part]
         return F.linear(x, weight, thirds)
-    # All parameters of one module are seen as a tenant's, or none is.
+    # Either all parameters of a module are taken for a tenant's, or none.
     site, param = found
     rows = weight.rows()
     table = None if bias is None else site.biases("in_proj_bias")

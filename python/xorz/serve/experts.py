@@ -24,7 +24,7 @@ _PLAIN = {
 }
 
 
-# transformers' own loops over experts, as `ast.unparse` writes them: whoever computes otherwise is run as it stands.
+# transformers' own loops over experts, as `ast.unparse` writes them. A class with other code runs that code as it stands.
 _HEAD = """with torch.no_grad():
     expert_mask = torch.nn.functional.one_hot(top_k_index, num_classes=self.num_experts + 1)
     expert_mask = expert_mask.permute(2, 1, 0)

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from . import experts, split
-from .known_ops import lookup
+from .known_ops import embedding_rows
 from .rows import RowMap
 from .site import Site
 from .weight import Refused, Weight, derive, with_dense
@@ -27,7 +27,7 @@ def call(site: Site, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What the module's `forward` does now: find the active map, and serve each row."""
     rows = site.owner.rows(site)
     if rows is None:
-        # The base by default: children and readers of weights are to know.
+        # The base is served by default: make it the active one, for children and for readers of weights.
         with site.owner.active.set(site.owner.of_base):
             return _base(site, module, args, kwargs)
     rows.begin()
@@ -118,8 +118,8 @@ def _serve(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) 
     if site.kind == "conv1d":
         return _conv1d(site, rows, *args, **kwargs)
     if site.original is nn.Embedding:
-        return lookup(site, rows, *args, **kwargs)
-    # A forward of its own: whoever reads its parameters there meets weights.
+        return embedding_rows(site, rows, *args, **kwargs)
+    # The module has a forward of its own; reading a parameter there gives a `Weight`.
     if site.plain:
         return site.original.forward(module, *args, **kwargs)
     if site.derived:
@@ -129,7 +129,7 @@ def _serve(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) 
         )
     out = split.noticed(site, module, lambda: site.original.forward(module, *args, **kwargs))
     for name in site.derived:
-        # Nobody else is given it.
+        # Put back what was there before, so that no other tenant meets what this forward left.
         module.__dict__[name] = site.known.get(name)
     return out
 

@@ -42,7 +42,7 @@ def by_tokens(site: Site, rows: RowMap, x: Tensor, op: Callable[[Tensor, int], T
 
 
 def linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    """`F.linear`."""
+    """`F.linear` with an attached weight: one product of the batch, each row with its tenant's weight."""
     if isinstance(input, Weight) or not isinstance(weight, Weight) or not weight.changed():
         return NotImplemented
     rows = weight.rows()
@@ -103,7 +103,7 @@ def addmm(bias: Any, left: Any, right: Any, **more: Any) -> Any:
 def embedding(
     input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
 ) -> Any:
-    """`F.embedding`."""
+    """`F.embedding` with an attached table: each row looked up in its tenant's table."""
     if not isinstance(weight, Weight) or isinstance(input, Weight) or not weight.changed():
         return NotImplemented
     site, param, turned = weight.matrix or (*weight.places[0], True)
@@ -114,7 +114,7 @@ def embedding(
         or any(param in own for own in list(site.values.values()))
     ):
         return NotImplemented if weight.rows().only is not None else _look_up(weight, input, max_norm)
-    return lookup(site, weight.rows(), input, param)
+    return embedding_rows(site, weight.rows(), input, param)
 
 
 def _look_up(weight: Weight, ids: Tensor, max_norm: Any) -> Any:
@@ -126,7 +126,7 @@ def _look_up(weight: Weight, ids: Tensor, max_norm: Any) -> Any:
     return found
 
 
-def lookup(site: Site, rows: RowMap, ids: Tensor, param: str = "weight") -> Tensor:
+def embedding_rows(site: Site, rows: RowMap, ids: Tensor, param: str = "weight") -> Tensor:
     """Rows of an embedding table, each its tenant's."""
     if rows.only is None and not rows.tokens and rows.dim == 0 and ids.dim() > 1 and ids.size(0) == 1:
         # Positions, the same for the whole batch: one copy for each batch row.
@@ -155,7 +155,7 @@ def turn(weight: Any, *_: Any) -> Any:
 
 
 def transpose(weight: Any, dim0: Any = None, dim1: Any = None, **names: Any) -> Any:
-    """`transpose(0, 1)`."""
+    """`transpose(0, 1)` of an attached matrix; other dimensions are not served here."""
     if isinstance(dim0, int) and isinstance(dim1, int) and {dim0 % 2, dim1 % 2} == {0, 1}:
         return turn(weight)
     return NotImplemented

@@ -25,7 +25,7 @@ class Prepared:
     """What one tenant changes: deltas and dense values by site and parameter."""
 
     def __init__(self) -> None:
-        """Nothing."""
+        """Begin with no change at all; `prepare` adds what it finds."""
         self.deltas: list[tuple[Site, str, Tensor]] = []
         self.values: list[tuple[Site, str, Tensor]] = []
         self.alone = False
@@ -79,7 +79,7 @@ def _copy(
     used = 0
     for name, places in sorted(small.items(), key=lambda item: base[item[0]].nbytes):
         used += base[name].nbytes
-        # Vectors and buffers are what norms and biases are made of: rows are served by a table of them.
+        # Vectors and buffers belong to norms and biases, which serve the rows of a batch from a table.
         if used <= limit or base[name].dim() < 2:
             value = _ops.delta_restore(base[name].contiguous(), places[0][2])
             out.values += [(site, param, value) for site, param, _ in places]
@@ -237,7 +237,7 @@ def _one(
     elif site.kind in ("linear", "conv1d", "embedding") and param == "bias":
         out.values.append((site, param, _ops.delta_restore(base.contiguous(), tensor)))
     elif _is_matrix(base) and not site.plain:
-        # A module of one's own may multiply by it.
+        # A module of the user's own may multiply by it.
         out.deltas.append((site, param, tensor))
     else:
         small.setdefault(name, []).append((site, param, tensor))

@@ -62,9 +62,9 @@ class RowMap:
         with lasting():
             self._tensor = torch.tensor(self.slots, dtype=torch.int32)
         self._expanded: dict[Any, Tensor] = {}
-        # What modules know of these slots: it cannot change while their tenants are held.
+        # What modules have found out about these slots; it cannot change while their tenants are held in memory.
         self.touching: dict[Any, bool] = {}
-        # And what their linear layers compute with.
+        # What linear layers compute with for these slots.
         self.plans: dict[Any, tuple[Any, ...]] = {}
         self.closed = False
         # One entry for each call of a module that runs: appending is one step for all threads.
@@ -82,7 +82,7 @@ class RowMap:
             raise root.ended()
 
     def end(self) -> None:
-        """It has ended."""
+        """The call of a module has ended; the last one gives the tenants back if the `use` is closed."""
         root = self.root
         root.running.pop()
         if root.closed:
@@ -180,13 +180,13 @@ class Active:
     """The map that is active in this thread or task, for one attached model."""
 
     def __init__(self) -> None:
-        """None is active."""
+        """Begin with no active map."""
         self._var: contextvars.ContextVar[RowMap | None] = contextvars.ContextVar("xorz_rows", default=None)
         self.get = self._var.get
 
     @contextmanager
     def set(self, rows: RowMap | None) -> Iterator[None]:
-        """`rows` is active inside."""
+        """Make `rows` the active map inside the `with`, and the one before active again after it."""
         token = self._var.set(rows)
         try:
             yield
@@ -212,7 +212,7 @@ class Active:
 
 
 class Use(AbstractContextManager[None]):
-    """What `Tenants.use` gives."""
+    """The context that `Tenants.use` gives: its tenants are active between entering and leaving it."""
 
     def __init__(self, owner: Any, names: tuple[str | None, ...], dim: int) -> None:
         """`owner` makes the map when it is entered."""
@@ -220,7 +220,7 @@ class Use(AbstractContextManager[None]):
         self._rows: RowMap | None = None
 
     def __enter__(self) -> None:
-        """Tenants are held and active."""
+        """Hold the tenants in memory and make them the active ones."""
         if self._rows is not None:
             raise RuntimeError("xorz: this use is open already; call tenants.use(...) again for each `with`")
         rows = self._owner.map(self._names, self._dim)
@@ -231,7 +231,7 @@ class Use(AbstractContextManager[None]):
         self._owner.active.enter(rows)
 
     def __exit__(self, *error: Any) -> None:
-        """And no more."""
+        """The tenants are no longer active, and may be evicted once no module of theirs runs."""
         rows, self._rows = self._rows, None
         self._owner.active.leave(rows)
         self._owner.generators.pop(id(rows), None)
@@ -265,7 +265,7 @@ def stepping(rows: RowMap | None, generators: dict[int, RowMap]) -> RuntimeError
         frame = frame.f_back
     for other in list(generators.values()):
         here = id(other.frame) in running
-        # Inside of it, a later `use` may be active for a while.
+        # A later `use` may be active for a while inside of this one.
         if (rows is not None and rows.root is other and not here) or (here and not _within(rows, other)):
             return RuntimeError(
                 f"xorz: {other.describe()} was made active in a generator, and another step of it or of its caller would be "

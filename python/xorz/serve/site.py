@@ -26,7 +26,7 @@ class Owner(Protocol):
     lock: Any
 
     def now(self) -> RowMap | None:
-        """The active map."""
+        """The map of rows that is active in this thread or task, or None."""
 
     def rows(self, site: "Site") -> RowMap | None:
         """The active map, for a module that is called."""
@@ -57,11 +57,11 @@ class Site:
     """
 
     def __init__(self, owner: Owner, name: str, module: nn.Module, kind: str) -> None:
-        """Serves nothing yet."""
+        """A site of `module` that no tenant has changed yet."""
         self.owner, self.name, self.kind = owner, name, kind
         self.original = type(module)
         self.is_leaf = not module._modules
-        # Of torch's own classes it is known that they keep nothing.
+        # torch's own classes are known to keep nothing that they made from their weights.
         self.plain = type(module).__module__.startswith("torch.nn.")
         self.flattens = False
         self.raws: dict[str, Tensor] = {}
@@ -78,7 +78,7 @@ class Site:
         self.known: dict[str, Any] = {}
         self._biases: tuple[Any, ...] | None = None
         self._stack: tuple[Any, ...] | None = None
-        # Counts changes of `values`: what a forward makes of them while another thread changes them is not kept.
+        # Counts changes of `values`. A forward that sees the count change while it reads them does not keep what it made.
         self._changes = 0
 
     def __deepcopy__(self, memo: Any) -> "Site":
@@ -89,7 +89,7 @@ class Site:
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As `__deepcopy__`."""
+        """An attached model cannot be copied or pickled."""
         return self.__deepcopy__(None)
 
     def full(self, param: str) -> str:
@@ -113,7 +113,7 @@ class Site:
         self._changes += 1
 
     def drop(self, slot: int) -> None:
-        """Forget a slot."""
+        """Forget everything that the tenant in `slot` changed here."""
         for param, pieces in self.pieces.items():
             if pieces.pop(slot, None) is not None:
                 self.deltas.pop((param, slot), None)
@@ -322,7 +322,7 @@ class Site:
     ) -> Tensor:
         mode, arena = self.owner.mode, self.owner.arena.tensor
         if mode == "exact" and only is not None:
-            # torch's bits depend on the input's strides, too: it is not to be gathered.
+            # torch's bits depend on the input's strides, too, so that the input must not be gathered.
             bias, delta = None if biases is None else biases[only], self.delta(param, only)
             if delta is None:
                 return F.linear(input, weight, bias)

@@ -101,7 +101,7 @@ def clone(site: Site, module: nn.Module, slot: int) -> nn.Module:
         found.__dict__.update({name: _copied(value) for name, value in site.known.items()})
         found.__dict__.update({hooks: type(module.__dict__[hooks])() for hooks in _HOOKS})
         site.clones[slot] = found
-    # What its user has set since; never what a forward has.
+    # Attributes that its user has set since then, never those that a forward has set.
     for name, value in module.__dict__.items():
         if site.seen.get(name, _mark) is not value and not (
             name in _OWN or name in _HOOKS or name in site.derived
@@ -114,7 +114,7 @@ def clone(site: Site, module: nn.Module, slot: int) -> nn.Module:
     names = {name.partition(".")[0] for name, slots in pieces if slot in slots}
     transient = {name: site.dense(name, slot) for name in sorted(names)}
     if transient:
-        # For one call, whose dense tensors go with it.
+        # A copy for one call; its dense tensors are dropped with it.
         values.update(transient)
         kept, found = found, object.__new__(site.original)
         found.__dict__.update(kept.__dict__)

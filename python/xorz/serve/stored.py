@@ -123,7 +123,7 @@ def stored(model: nn.Module, base: Mapping[str, Tensor]) -> Stored | None:
     try:
         runs = revert(model, numbers)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        # A conversion that looks at columns, which numbers of rows have not: whoever looks a name up says that it is missing.
+        # The conversion looks at columns, which row numbers do not have. The name stays missing, and looking it up says so.
         return None
     for name, run in runs.items():
         flat = run.reshape(-1)

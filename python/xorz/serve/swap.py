@@ -25,7 +25,7 @@ def _tensor(name: str) -> property:
         site = self.__dict__.get("_xorz")
         rows = None if site is None or name not in site.weights else site.owner.now()
         if rows is None:
-            # Nobody computes; or a tensor that there is not, or one that was registered since.
+            # No tenant is active; or the module has no such tensor; or it was registered after attaching.
             own = self._parameters if name in self._parameters else self._buffers
             try:
                 return own[name]
@@ -48,7 +48,7 @@ def _read_apart(module: nn.Module, name: str) -> Any:
 
 
 def _forward(self: nn.Module, input: Tensor) -> Any:
-    # One input, one output whose width is known: the compiler gets an op that it cannot see into.
+    # One input, and one output whose width is known: compilers get one opaque op.
     if torch.compiler.is_compiling():
         return compiled.call(self, input, self._xorz_width)
     return forwards.call(self._xorz, self, input)
@@ -91,7 +91,7 @@ def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
                     f"tenants.detach() before moving it to {probe.dtype} on {probe.device}"
                 )
             break
-    # Tensors stay as they are, since nothing of them changes.
+    # The tensors stay as they are, since `fn` changes neither their dtype nor their device.
     for child in self.children() if recurse else ():
         child._apply(fn)
     return self
@@ -172,7 +172,7 @@ def shroud(sites: list[tuple[Site, nn.Module]]) -> list[Tensor]:
 
 
 def unshroud(tensors: list[Tensor]) -> None:
-    """Undo `shroud`."""
+    """Undo `shroud`: each object is the base's own tensor again."""
     for tensor in tensors:
         _exchange(tensor, tensor.base)
 
@@ -305,7 +305,7 @@ def _generate(cls: type) -> Any:
 
 def _expand(cls: type) -> Any:
     """Where transformers makes several sequences of each prompt, its tenant is each one's."""
-    # A method, or a static one, by version.
+    # A plain method or a static one, depending on the version of transformers.
     plain = inspect.getattr_static(cls, "_expand_inputs_for_generation")
 
     @functools.wraps(cls._expand_inputs_for_generation)
@@ -387,7 +387,7 @@ def _width(module: nn.Module, site: Site) -> int | None:
 
 
 def restore_class(module: nn.Module) -> None:
-    """Undo `swap` and `swap_method`."""
+    """Undo `swap` and `swap_method`: the module has its own class and forward again."""
     module.__class__ = _plain(module)
     own = module.__dict__.get("forward")
     if hasattr(own, "_xorz_inner"):

@@ -65,7 +65,7 @@ class Tenants:
         budget: int | str | None,
         max_copies: int | str | None = None,
     ) -> None:
-        """See `attach`."""
+        """Attach `model`, for which `xorz.attach` is the door; the arguments are those of `attach`."""
         if default not in (None, "base"):
             raise ValueError(f'default must be "base" or None, but is {default!r}')
         if mode not in ("fast", "deterministic", "exact"):
@@ -232,7 +232,7 @@ class Tenants:
             self._evict(tenant)
             raise
         if tenant.path is None:
-            # It is in the arena now, and never evicted: to keep it twice would not be in anybody's sum.
+            # The delta is in the arena now and is never evicted. A second copy would not be counted by memory().
             tenant.source = None
         copies = prepared.copies
         tenant.bytes = sum(-(-length // 64) * 64 for _, _, length in tenant.pieces) + copies
@@ -275,7 +275,7 @@ class Tenants:
         del self._slots[tenant.slot]
         tenant.slot, tenant.pieces = None, []
 
-    # Being active.
+    # Making tenants active.
 
     def use(self, names: str | Sequence[str | None] | None, *, dim: int = 0) -> AbstractContextManager[None]:
         """Compute with these tenants inside a `with`, in this thread or asyncio task, and in tasks started inside.
@@ -421,7 +421,7 @@ class Tenants:
         slots = rows.rows(tuple(lead), False, "regroup")[index.reshape(-1).cpu()]
         return self.active.set(rows.regroup(slots.tolist()))
 
-    # What there is.
+    # Asking what is loaded.
 
     def memory(self) -> dict[str, int]:
         """Bytes: "base" (the model's own tensors), "deltas", "copies" (small dense tensors of tenants), and their "total"."""
@@ -455,7 +455,7 @@ class Tenants:
             return "\n".join(lines)
 
     def __repr__(self) -> str:
-        """Counts and sizes."""
+        """How many tenants are loaded and resident, and the bytes of base, deltas and copies."""
         memory = self.memory()
         return (
             f"Tenants({len(self._tenants)} loaded, {len(self._slots)} in memory, {len(self.sites)} modules; "
@@ -492,7 +492,7 @@ class Tenants:
 
 
 class _Stream:
-    """See `Tenants.stream`."""
+    """An iterator whose tenant is active during each of its steps; made by `Tenants.stream`."""
 
     def __init__(self, owner: Tenants, name: Any, iterator: Any, dim: int) -> None:
         self._owner, self._name, self._iterator, self._dim = owner, name, iterator, dim
@@ -511,7 +511,7 @@ class _Stream:
 
 
 class _LaterStream:
-    """See `Tenants.stream`."""
+    """An asynchronous iterator whose tenant is active during each of its steps; made by `Tenants.stream`."""
 
     def __init__(self, owner: Tenants, name: Any, iterator: Any, dim: int) -> None:
         self._owner, self._name, self._iterator, self._dim = owner, name, iterator, dim

@@ -22,7 +22,7 @@ def verify(
     args: Any,
     kwargs: Any,
 ) -> None:
-    """See `Tenants.verify`."""
+    """Run the model as the base and as `name`, alone and mixed, and compare; `Tenants.verify` says how."""
     with torch.no_grad():
         alone = {None: _record(model, modules, use(None), args, kwargs, None)}
         alone[name] = _record(model, modules, use(name), args, kwargs, name)

@@ -12,7 +12,7 @@ class Watch:
     """What an attached model was made of, compared at each `use`."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Nothing to compare yet."""
+        """Watch `model`; there is nothing to compare with before `begin`."""
         self._model = model
         self._tensors: list[tuple[Tensor, int, int, str]] = []
         self._objects: list[tuple[dict[str, Any], str, Any, str]] = []
@@ -54,7 +54,7 @@ class Watch:
 
     def _replaced(self, i: int, held: dict[str, Any], key: str, found: Any, name: str) -> None:
         if isinstance(found, nn.Module):
-            # Wrapped (as PEFT does) is not replaced: everything attached is still there.
+            # A module that was wrapped (PEFT does so) was not replaced: everything attached is still there.
             here = {id(m) for m in self._model.modules()}
             if all(id(m) in here for m in found.modules() if id(m) in self._modules):
                 self._objects[i] = (held, key, held.get(key), name)

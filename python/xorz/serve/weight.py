@@ -49,7 +49,7 @@ class Weight(Tensor):
         """A tensor of the base; `places`: every site that calls it its own."""
         out = Weight._made(raw, places, lambda slot: _own_value(places, slot))
         out.matrix = (*places[0], False)
-        # What makes isinstance(weight, nn.Parameter) true.
+        # This attribute makes isinstance(weight, nn.Parameter) true.
         out._is_param = isinstance(raw, nn.Parameter)
         return out
 
@@ -69,7 +69,7 @@ class Weight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See the module's docs."""
+        """Compute an op on base + delta where it is known, on dense values where not; see this module's text."""
         kwargs = kwargs or {}
         if func in _ASKED:
             args, kwargs = tree_map(plain, (args, kwargs))
@@ -106,14 +106,14 @@ class Weight(Tensor):
         return self._values(slot)
 
     def turned(self) -> "Weight":
-        """The transposed matrix."""
+        """The transposed matrix, as an object of the same kind."""
         site, param, turned = self.matrix
         out = Weight._made(self.base.t(), self.places, lambda slot: self.dense(slot).t())
         out.matrix = (site, param, not turned)
         return out
 
     def full(self) -> str:
-        """Its name, for messages."""
+        """Its full name in the model, for messages."""
         site, param = self.places[0]
         return site.full(param)
 
@@ -128,7 +128,7 @@ class Weight(Tensor):
         self.places[0][0].__deepcopy__(None)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As `__deepcopy__`."""
+        """An attached model cannot be copied or pickled."""
         self.places[0][0].__deepcopy__(None)
 
 
@@ -305,7 +305,7 @@ _ADDRESSES = {
 }
 _HARMLESS = {"requires_grad_", "retain_grad_", "share_memory_"}
 _PICKING = {Tensor.__getitem__, torch.index_select, Tensor.index_select, torch.select, Tensor.select}
-# What gives no tensor, but says something of the words.
+# Functions whose result is no tensor, but depends on the words.
 _TELLING = {
     "item",
     "tolist",

@@ -72,7 +72,7 @@ class Site:
     """
 
     def __init__(self, arena: Tensor, rows: Rows, mode: str) -> None:
-        """Serves nothing yet."""
+        """A parameter that no tenant has changed yet."""
         self.arena, self.rows, self.mode = arena, rows, mode
         self.slots: Tensor | None = None
         self.table: Tensor | None = None
@@ -116,7 +116,7 @@ class XorzEmbeddingMethod(UnquantizedEmbeddingMethod):
     """Rows of a table, each its tenant's; and logits, from a table that is tied or a head of its own."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """As `XorzLinearMethod`."""
+        """Keeps the words, as `XorzLinearMethod` does."""
 
     def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
         """`input_` holds one id for each token of the step."""
@@ -135,21 +135,21 @@ class XorzConfig(QuantizationConfig):
     """`--quantization xorz`: not a quantization, but vLLM's way to let a plugin have the layers."""
 
     def get_name(self) -> str:
-        """`xorz`."""
+        """The name on vLLM's command line: `xorz`."""
         return "xorz"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """What `delta_linear_grouped` computes in."""
+        """The dtypes of activations that `delta_linear_grouped` computes in."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """None is asked for."""
+        """Zero: no compute capability is asked for, since only the CPU is served."""
         return 0
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """No file of its own."""
+        """No files: there is no configuration beside the model's."""
         return []
 
     @classmethod

@@ -54,7 +54,7 @@ class Settings:
 
     @classmethod
     def of(cls, vllm_config: Any) -> "Settings":
-        """ValueError for what there is not."""
+        """The settings in vLLM's `additional_config`; ValueError for names and values that do not exist."""
         extra = vllm_config.additional_config
         given = extra.get("xorz", {}) if isinstance(extra, dict) else {}
         unknown = set(given) - {"mode", "prefer", "memory"}
@@ -83,7 +83,7 @@ class Adapter(LoRAModel):
         self.values: dict[str, Tensor] = {}
 
     def clone(self, lora_model_id: int) -> "Adapter":
-        """Of a warm-up's."""
+        """A copy under another number; vLLM copies only the adapters of its warm-up."""
         return Adapter(lora_model_id, self.name, self.prepared)
 
 
@@ -155,11 +155,11 @@ class XorzManager(LRUCacheLoRAModelManager):
     # What vLLM calls.
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> Adapter:
-        """For warm-up."""
+        """An adapter that changes nothing, with which vLLM warms up."""
         return Adapter(lora_id, "warm-up", None)
 
     def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
-        """Any will do."""
+        """The rank that vLLM suggests: packages have none, so that any will do."""
         return default_rank
 
     def _build_moe_ep_load_spec(self) -> None:
@@ -318,7 +318,7 @@ class XorzWorkerManager(LRUCacheWorkerLoRAManager):
     _manager_cls = XorzManager
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's."""
+        """Take vLLM's own arguments, and start the thread that reads packages ahead."""
         super().__init__(*args, **kwargs)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="xorz-reader")
         self._ahead: OrderedDict[str, Future[Prepared]] = OrderedDict()
@@ -330,7 +330,7 @@ class XorzWorkerManager(LRUCacheWorkerLoRAManager):
         if adapter not in self._ahead:
             self._ahead[adapter] = self._reader.submit(self._read, adapter, path)
         if len(self._ahead) > _MOST_AHEAD:
-            # Asked for by somebody who has gone since.
+            # The client that asked for it has gone since then.
             self._ahead.popitem(last=False)[1].cancel()
 
     def prefetched(self, adapter: str) -> str | None:

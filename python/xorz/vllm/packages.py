@@ -86,7 +86,7 @@ class Checkpoint:
                     self._open[key] = file
 
     def __getitem__(self, name: str) -> Tensor:
-        """A tensor's words."""
+        """The words of the tensor `name`, mapped from its file."""
         return self._open[name].get_tensor(name)
 
 
@@ -164,7 +164,7 @@ class Loader:
         changed = set()
         for name, entry in entries.items():
             if entry["same"]:
-                # Tied to another one: all right where the model reads that alone.
+                # Tied to another tensor, which is all right if the model reads only that one.
                 if name in self.plan.users:
                     raise ValueError(f"tensor `{name}` is tied to `{entry['same']}` in the fine-tune alone")
                 continue

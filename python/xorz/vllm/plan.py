@@ -29,7 +29,7 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
+        """Rows and columns of the rectangle, which are the same on both sides."""
         return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0]
 
 
@@ -48,7 +48,7 @@ class Plan:
     users: dict[str, list[str]]
 
 
-# What only makes another view of the same memory.
+# Functions that only make another view of the same memory.
 _VIEWS = (
     "view",
     "slice",

@@ -68,7 +68,7 @@ def _loading(plain: Any) -> Any:
             except OSError as error:
                 return _error(f"xorz: {name!r}: {error}", "NotFoundError", HTTPStatus.NOT_FOUND)
             except Exception as error:
-                # vLLM shows clients no paths; who is meant, they know by the name.
+                # vLLM shows no paths to clients; the name tells them which tenant is meant.
                 return _error(f"xorz: {name!r}: {error}", "BadRequestError", HTTPStatus.BAD_REQUEST)
             if base_model_name is not None and self.is_base_model(base_model_name):
                 lora.base_model_name = base_model_name
@@ -100,7 +100,7 @@ def _resolving(plain: Any) -> Any:
 
                 wanted = LoadLoRAAdapterRequest(lora_name=lora_name, lora_path=str(path))
                 answer = await self.load_lora_adapter(wanted)
-                # Another client's request may have been first; then it is there.
+                # Another client's request may have loaded it first.
                 if lora_name not in self.lora_requests:
                     return answer
         return await plain(self, lora_name)

@@ -22,7 +22,7 @@ pub(crate) struct Args {
     /// Fine-tunes to be served at once, each like those given on average.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
     tenants: u64,
-    /// What the accelerator reads from its memory, in 10^9 bytes a second (such as 3350 for an H100, 50 for a desktop).
+    /// What the accelerator reads from its memory, in 10^9 bytes per second (such as 3350 for an H100, 50 for a desktop).
     #[arg(long, value_name = "GB/s", value_parser = bandwidth)]
     bandwidth: Option<f64>,
     /// Leave out strategy B, zstd of the XOR, which takes most of the time.

@@ -30,14 +30,14 @@ use super::few::Few;
 use crate::codec::{Encoding, Entries, ExponentTile, Grid, Rect, Tile, disorder, outside};
 use crate::cpu::dot::{Rows, Strides};
 use crate::cpu::fused::Block;
-use crate::cpu::linear::{Job, Segment};
+use crate::cpu::linear::{LinearJob, Segment};
 use crate::cpu::plan::BLOCK;
 use crate::cpu::scratch::Scratch;
 use crate::error::{Error, Result};
 use crate::vector::bf16dot::{Bf16Dot, Bf16Task};
 use crate::vector::float::Float;
 use crate::vector::lanes::Code;
-use crate::vector::simd::{Kernel, LANES, Simd};
+use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
 use std::ops::Range;
 
 /// The base's words are asked for so many bytes ahead of their use: 2 KB are 0.86 of dense, 4 0.94, 8 0.98, 16 0.99.
@@ -59,7 +59,7 @@ impl Tenant<'_, '_> {
     }
 }
 
-impl<D: Float> Job<'_, D> {
+impl<D: Float> LinearJob<'_, D> {
     /// A block of rows of x on the words of `exponent` deltas, tenant beside tenant. The words are bf16, the machine has a
     /// bf16 dot product, and the block's rows of W begin and end with tiles of every segment.
     pub(in crate::cpu) fn decoded<S: Simd>(
@@ -69,7 +69,7 @@ impl<D: Float> Job<'_, D> {
         segments: &[Segment<'_>],
         sc: &mut Scratch,
     ) -> Result<()> {
-        let rows = (block.r1 - block.r0).next_multiple_of(LANES);
+        let rows = (block.r1 - block.r0).next_multiple_of(SIMD_LANES);
         let strides = Strides { row: 1, column: rows };
         sc.sums.zeroed(rows * block.m);
         let done = s.with_bf16_dot(Decoded { job: self, block, segments, strides, sc: &mut *sc });
@@ -83,7 +83,7 @@ impl<D: Float> Job<'_, D> {
 
 /// The products of one block.
 struct Decoded<'t, 'a, D: Float> {
-    job: &'t Job<'a, D>,
+    job: &'t LinearJob<'a, D>,
     block: Block,
     segments: &'t [Segment<'t>],
     strides: Strides,
@@ -105,7 +105,7 @@ impl<D: Float> Bf16Task for Decoded<'_, '_, D> {
             (t.m > 1, t.grid().tile_rows, t.grid().tile_cols, t.segment.weights.widths())
         };
         tenants.sort_by_cached_key(key);
-        let height = tenants.iter().map(|t| t.grid().tile_rows).max().unwrap_or(LANES);
+        let height = tenants.iter().map(|t| t.grid().tile_rows).max().unwrap_or(SIMD_LANES);
         for r0 in (self.block.r0..self.block.r1).step_by(height) {
             let rows = r0..(r0 + height).min(self.block.r1);
             let mut rest = &tenants[..];
@@ -196,7 +196,7 @@ impl<'t, D: Float> Decoded<'t, '_, D> {
                 continue;
             };
             let rect = columns[0].rect;
-            let mut lanes = [[[s.splat(0.0); LANES]; M]; T];
+            let mut lanes = [[[s.splat(0.0); SIMD_LANES]; M]; T];
             for r in 0..rect.rows() {
                 let mut sums = [[s.splat(0.0); M]; T];
                 for column in &mut columns {
@@ -205,10 +205,10 @@ impl<'t, D: Float> Decoded<'t, '_, D> {
                 }
                 for t in 0..T {
                     for j in 0..M {
-                        lanes[t][j][r % LANES] = sums[t][j];
+                        lanes[t][j][r % SIMD_LANES] = sums[t][j];
                     }
                 }
-                if r % LANES == LANES - 1 || r + 1 == rect.rows() {
+                if r % SIMD_LANES == SIMD_LANES - 1 || r + 1 == rect.rows() {
                     for t in 0..T {
                         for j in 0..tenants[t].m.min(M) {
                             self.add(&s.sum16(&lanes[t][j]), &rect, r, tenants[t].j + j);
@@ -243,7 +243,7 @@ impl<'t, D: Float> Decoded<'t, '_, D> {
                 continue;
             };
             let rect = a[0].rect;
-            let mut lanes = [[s.splat(0.0); LANES]; 2];
+            let mut lanes = [[s.splat(0.0); SIMD_LANES]; 2];
             for r in 0..rect.rows() {
                 let mut sums = [s.splat(0.0); 2];
                 for (a, b) in a.iter_mut().zip(&mut b) {
@@ -251,8 +251,8 @@ impl<'t, D: Float> Decoded<'t, '_, D> {
                     let x = [a.x[0][0], b.x[0][0]];
                     sums = s.decode_dots_two(&mut a.streams, &mut b.streams, base, x, AHEAD, sums);
                 }
-                (lanes[0][r % LANES], lanes[1][r % LANES]) = (sums[0], sums[1]);
-                if r % LANES == LANES - 1 || r + 1 == rect.rows() {
+                (lanes[0][r % SIMD_LANES], lanes[1][r % SIMD_LANES]) = (sums[0], sums[1]);
+                if r % SIMD_LANES == SIMD_LANES - 1 || r + 1 == rect.rows() {
                     self.add(&s.sum16(&lanes[0]), &rect, r, tenants[0].j);
                     self.add(&s.sum16(&lanes[1]), &rect, r, tenants[1].j);
                 }
@@ -325,8 +325,8 @@ impl<'t, D: Float> Decoded<'t, '_, D> {
 
     /// Add the sums of the sixteen rows of a tile that end with row `r` to the totals of row `j` of x.
     #[inline(always)]
-    fn add(&mut self, sums: &[f32; LANES], rect: &Rect, r: usize, j: usize) {
-        let first = r / LANES * LANES;
+    fn add(&mut self, sums: &[f32; SIMD_LANES], rect: &Rect, r: usize, j: usize) {
+        let first = r / SIMD_LANES * SIMD_LANES;
         let at = rect.r0 - self.block.r0 + first + j * self.strides.column;
         let totals = &mut self.sc.sums.all_mut()[at..at + r - first + 1];
         totals.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);

@@ -1,21 +1,21 @@
 //! Up to sixteen rows of x on rows of words as they lie in memory: the base's, or a `raw` delta's.
 //!
 //! ```text
-//! for each panel of 16 rows of W, for each block of columns, for each 4 rows of x, for each 4 rows of the panel:
+//! for each band of 16 rows of W, for each block of columns, for each 4 rows of x, for each 4 rows of the band:
 //!     16 sums of 16 lanes over the block; add their totals to the outputs
 //! ```
 //!
 //! **Floor**: the words of W once from memory: 33.5 MB of 4096 x 4096 at 56 GB/s are 0.60 ms, 9.3 cycles of each of two cores
 //! for 32 words (Zen 5, 4.2 GHz). Sixteen products of four rows by four take 27 instructions and 10.1 cycles for 128 words:
 //! memory up to 8 rows of x, the dot product (0.56 ms at 16 rows) from there on. What decides is that memory never waits:
-//! the lines of the next panel are asked for evenly, one to eight at each step of 32 columns of this one; asked for by the
+//! the lines of the next band are asked for evenly, one to eight at each step of 32 columns of this one; asked for by the
 //! first rows of x alone, four rows take 0.95 ms in place of 0.62.
 //!
 //! **Order** of one output: blocks of columns ([`COLUMNS`], or [`COLUMNS_ONE`] for one row of x), each a sum of sixteen lanes.
 
 use crate::cpu::dot::{Rows, Strides};
 use crate::vector::bf16dot::{Bf16Dot, Bf16Task};
-use crate::vector::simd::LANES;
+use crate::vector::simd::SIMD_LANES;
 
 /// Columns of a block: 16 rows of W of them (16 KiB) stay in the first cache while all rows of x pass by.
 const COLUMNS: usize = 512;
@@ -39,38 +39,38 @@ impl Bf16Task for Few<'_> {
 
     #[inline(always)]
     fn run<S: Bf16Dot>(mut self, s: S) {
-        // Rows by rows of x in registers, and lines asked for at each step: what 32 columns of the panel take, shared out
+        // Rows by rows of x in registers, and lines asked for at each step: what 32 columns of the band take, shared out
         // among all passes over them.
         match self.x.len() {
             0 => {}
-            1 => self.panels::<S, 4, 1, 4>(s, COLUMNS_ONE),
-            2 => self.panels::<S, 8, 2, 8>(s, COLUMNS_ONE),
-            3 | 4 => self.panels::<S, 4, 4, 4>(s, COLUMNS),
-            5..=8 => self.panels::<S, 4, 4, 2>(s, COLUMNS),
-            _ => self.panels::<S, 4, 4, 1>(s, COLUMNS),
+            1 => self.bands::<S, 4, 1, 4>(s, COLUMNS_ONE),
+            2 => self.bands::<S, 8, 2, 8>(s, COLUMNS_ONE),
+            3 | 4 => self.bands::<S, 4, 4, 4>(s, COLUMNS),
+            5..=8 => self.bands::<S, 4, 4, 2>(s, COLUMNS),
+            _ => self.bands::<S, 4, 4, 1>(s, COLUMNS),
         }
     }
 }
 
 impl Few<'_> {
     #[inline(always)]
-    fn panels<S: Bf16Dot, const R: usize, const M: usize, const E: usize>(&mut self, s: S, columns: usize) {
+    fn bands<S: Bf16Dot, const R: usize, const M: usize, const E: usize>(&mut self, s: S, columns: usize) {
         let bytes = 2 * columns;
-        for r0 in (0..self.rows).step_by(LANES) {
-            let rows = LANES.min(self.rows - r0);
-            // How far the panel's lines are asked for already, from its own first word on.
+        for r0 in (0..self.rows).step_by(SIMD_LANES) {
+            let rows = SIMD_LANES.min(self.rows - r0);
+            // How far the band's lines are asked for already, from its own first word on.
             let mut asked = 0;
             for from in (0..self.words.len).step_by(bytes) {
                 let to = (from + bytes).min(self.words.len);
                 for j in (0..self.x.len()).step_by(M) {
-                    let mut lanes = [s.splat(0.0); LANES];
+                    let mut lanes = [s.splat(0.0); SIMD_LANES];
                     let mut filled = 0;
                     for r in (0..rows).step_by(R) {
                         // Rows beyond the last are the last once more, and their sums are dropped.
                         let words =
                             std::array::from_fn(|i| self.words.part(r0 + (r + i).min(rows - 1), from, to));
                         let x = std::array::from_fn(|i| &self.x[(j + i).min(self.x.len() - 1)][from..to]);
-                        let ahead = LANES * self.words.stride + asked;
+                        let ahead = SIMD_LANES * self.words.stride + asked;
                         let ahead = ahead.wrapping_sub(r * self.words.stride + from);
                         let sums: [[S::F; M]; R] = s.dots::<R, M, E>(words, x, ahead);
                         asked += (to - from) / 64 * E * 64;
@@ -80,7 +80,7 @@ impl Few<'_> {
                             }
                         }
                         filled += R * M;
-                        if filled == LANES || r + R >= rows {
+                        if filled == SIMD_LANES || r + R >= rows {
                             self.add::<M>(&s.sum16(&lanes), r0 + (r + R - filled / M), j, rows + r0);
                             filled = 0;
                         }
@@ -92,7 +92,7 @@ impl Few<'_> {
 
     /// Add sums of rows from `r` on, `M` rows of x from `j` on for each, to the totals of those that are there.
     #[inline(always)]
-    fn add<const M: usize>(&mut self, sums: &[f32; LANES], r: usize, j: usize, end: usize) {
+    fn add<const M: usize>(&mut self, sums: &[f32; SIMD_LANES], r: usize, j: usize, end: usize) {
         for (i, sum) in sums.iter().enumerate() {
             let (r, j) = (r + i / M, j + i % M);
             if r < end && j < self.x.len() {

@@ -21,14 +21,14 @@
 use crate::cpu::counters;
 use crate::cpu::dot::Strides;
 use crate::cpu::fused::Block;
-use crate::cpu::linear::{Job, Segment};
+use crate::cpu::linear::{LinearJob, Segment};
 use crate::cpu::plan::{BLOCK, PANEL_SUMS};
 use crate::cpu::scratch::Scratch;
 use crate::error::{Error, Result};
 use crate::vector::bf16dot::{Bf16Dot, Bf16Task, PANEL_ROWS, Pair};
 use crate::vector::float::Float;
 use crate::vector::packed::Panels;
-use crate::vector::simd::{LANES, Simd};
+use crate::vector::simd::{SIMD_LANES, Simd};
 use std::ops::Range;
 
 /// Columns of a block: of 64 rows of W 32 KiB, which stay in the first or second cache while six rows of x after six pass by.
@@ -42,7 +42,7 @@ const MOST_AHEAD: usize = 256 << 10;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-impl<D: Float> Job<'_, D> {
+impl<D: Float> LinearJob<'_, D> {
     /// Rows of W `block.r0..block.r1`, all rows of x of the tenants `segments`. The words are bf16 and the machine has a
     /// bf16 dot product; the rows begin and end with tiles of every segment.
     pub(in crate::cpu) fn packed<S: Simd>(
@@ -77,7 +77,7 @@ impl<D: Float> Job<'_, D> {
 
 /// The products of one tenant's rows of x.
 struct Packed<'t, 'a, D: Float> {
-    job: &'t Job<'a, D>,
+    job: &'t LinearJob<'a, D>,
     block: Block,
     segment: &'t Segment<'t>,
     /// Sums of one row of x: whole panels.
@@ -95,7 +95,7 @@ impl<D: Float> Bf16Task for Packed<'_, '_, D> {
         let width = if weights.delta.is_some() { grid.tile_cols } else { WIDTH };
         for (tc, c0) in (0..self.job.k).step_by(width).enumerate() {
             let columns = c0..(c0 + width).min(self.job.k);
-            let mut panels = std::mem::take(&mut self.sc.panel);
+            let mut panels = std::mem::take(&mut self.sc.vectors);
             let pairs = columns.len().div_ceil(2);
             let panel = panels.get(self.height / PANEL_ROWS * pairs * PANEL_ROWS);
             let words: &mut [Pair] = bytemuck::cast_slice_mut::<f32, u8>(panel).as_chunks_mut().0;
@@ -105,7 +105,8 @@ impl<D: Float> Bf16Task for Packed<'_, '_, D> {
                 tiles.into_iter().try_for_each(|tr| {
                     let index = tr * grid.tile_cols_count() + tc;
                     let rect = grid.rect(index);
-                    let words = self.sc.words.bytes_mut(rect.rows().min(LANES) * columns.len() * D::BYTES);
+                    let words =
+                        self.sc.words.bytes_mut(rect.rows().min(SIMD_LANES) * columns.len() * D::BYTES);
                     counters::count_panel();
                     panel.put_tile(s, (delta, &weights.base), index, rect.r0 - block.r0, words)
                 })
@@ -121,7 +122,7 @@ impl<D: Float> Bf16Task for Packed<'_, '_, D> {
                     self.multiply(s, panel, p * PANEL_ROWS, &columns, &mut ahead);
                 }
             }
-            self.sc.panel = panels;
+            self.sc.vectors = panels;
             done.map_err(|e| self.segment.within(e))?;
         }
         Ok(())
@@ -130,7 +131,7 @@ impl<D: Float> Bf16Task for Packed<'_, '_, D> {
 
 impl<D: Float> Packed<'_, '_, D> {
     /// The words of W that are packed after those of `columns`: the next columns of the same rows, or the next rows.
-    fn ahead(&self, columns: &Range<usize>, width: usize) -> Ahead {
+    fn ahead(&self, columns: &Range<usize>, width: usize) -> NextRows {
         let (stride, k) = (self.job.k * D::BYTES, self.job.k);
         let (row, from, to) = match columns.end < k {
             true => (self.block.r0, columns.end, (columns.end + width).min(k)),
@@ -140,7 +141,7 @@ impl<D: Float> Packed<'_, '_, D> {
         let calls =
             (self.height / PANEL_ROWS) * columns.len().div_ceil(COLUMNS) * self.block.m.div_ceil(ROWS_OF_X);
         let share = (self.height * run).min(MOST_AHEAD).div_ceil(calls.max(1)).next_multiple_of(LINE);
-        Ahead { start: row * stride + from * D::BYTES, stride, run, share, at: 0 }
+        NextRows { start: row * stride + from * D::BYTES, stride, run, share, at: 0 }
     }
 
     /// Add the products of one panel, rows from `r` on of the block, with every row of x.
@@ -151,7 +152,7 @@ impl<D: Float> Packed<'_, '_, D> {
         panel: &[Pair],
         r: usize,
         columns: &Range<usize>,
-        ahead: &mut Ahead,
+        ahead: &mut NextRows,
     ) {
         for (i, panel) in panel.chunks(COLUMNS / 2).enumerate() {
             let from = columns.start + i * COLUMNS;
@@ -192,7 +193,7 @@ impl<D: Float> Packed<'_, '_, D> {
 }
 
 /// Rows of words that are to be asked for in equal shares, one after the other.
-struct Ahead {
+struct NextRows {
     /// The first row's first byte.
     start: usize,
     stride: usize,
@@ -203,7 +204,7 @@ struct Ahead {
     at: usize,
 }
 
-impl Ahead {
+impl NextRows {
     /// The next share, to the end of its row.
     fn next(&mut self) -> Range<usize> {
         let (row, at) = (self.at / self.run.max(1), self.at % self.run.max(1));

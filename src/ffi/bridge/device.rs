@@ -10,7 +10,7 @@ impl From<&CudaPlace> for cuda::Place {
     }
 }
 
-fn device_words(w: &CudaWords) -> Result<crate::cuda::Words> {
+fn device_words(w: &CudaWords) -> Result<crate::cuda::DeviceMatrix> {
     cuda::words(w.dtype, w.bits, w.n, w.k, w.address as u64)
 }
 
@@ -36,7 +36,7 @@ pub(super) unsafe fn cuda_delta_apply(
 }
 
 fn device_linear(args: &CudaLinear) -> Result<cuda::Linear> {
-    let rows = cuda::Rows {
+    let rows = cuda::BatchRows {
         slots: args.slots as u64,
         slot_count: args.slot_count,
         tenant_of_row: args.tenant_of_row as u64,
@@ -69,12 +69,12 @@ pub(super) fn cuda_linear_workspace(args: &CudaLinear) -> Result<usize> {
 }
 
 pub(super) unsafe fn cuda_delta_embedding(place: &CudaPlace, args: &CudaLookup, out: usize) -> Result<()> {
-    let rows = cuda::Rows {
+    let rows = cuda::BatchRows {
         slots: args.slots as u64,
         slot_count: args.slot_count,
         tenant_of_row: args.tenant_of_row as u64,
     };
-    let lookup = cuda::Lookup {
+    let lookup = cuda::Embedding {
         indices: args.indices as u64,
         m: args.m,
         weight: device_words(&args.weight)?,

@@ -82,18 +82,18 @@ impl<'a> Tensor<'a> {
 }
 
 /// Leaves `first .. first + count` of a tensor.
-struct Piece {
+struct DigestPiece {
     tensor: usize,
     first: usize,
     count: usize,
 }
 
-fn pieces(tensors: &[Tensor<'_>]) -> Vec<Piece> {
+fn pieces(tensors: &[Tensor<'_>]) -> Vec<DigestPiece> {
     let mut out = Vec::new();
     for (tensor, t) in tensors.iter().enumerate() {
         let step = usize::try_from(PIECE_BYTES / t.leaf_bytes.max(1)).unwrap_or(usize::MAX).max(1);
         let leaves = t.leaves();
-        out.extend((0..leaves).step_by(step).map(|first| Piece {
+        out.extend((0..leaves).step_by(step).map(|first| DigestPiece {
             tensor,
             first,
             count: step.min(leaves - first),
@@ -147,7 +147,7 @@ fn compute(file: &SafeTensors, tensors: &[Tensor<'_>], run: &Run<'_>) -> Result<
 }
 
 /// The digests of a piece's leaves. Leaves are mostly shorter than the buffer, but any of them may be longer.
-fn leaves(file: &SafeTensors, t: &Tensor<'_>, piece: &Piece, room: &mut Aligned) -> Result<Leaves> {
+fn leaves(file: &SafeTensors, t: &Tensor<'_>, piece: &DigestPiece, room: &mut Aligned) -> Result<Leaves> {
     let end = t.at(piece.first + piece.count);
     let mut at = t.at(piece.first);
     let mut out = Vec::with_capacity(piece.count);

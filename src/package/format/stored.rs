@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype};
 use crate::package::io::temp::Spool;
 use crate::package::options::Codec;
-use crate::resident::{Assembler, Estimate, Finished, Piece};
+use crate::resident::{Assembler, DeltaPiece, Estimate, Finished};
 use std::io::Write;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -154,7 +154,7 @@ impl ResidentBody {
         self.assembler.bytes()
     }
 
-    pub(crate) fn push(&mut self, to: &mut Spool, piece: &Piece) -> Result<()> {
+    pub(crate) fn push(&mut self, to: &mut Spool, piece: &DeltaPiece) -> Result<()> {
         self.assembler.add(piece)?;
         match &mut self.framer {
             Some(framer) => framer.push(to, &piece.payload),

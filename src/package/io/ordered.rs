@@ -1,5 +1,5 @@
 //! Threads for whole checkpoints: pieces are made in any order by any thread and handed over in order, so that hashes and
-//! files grow as one thread would make them grow, and memory holds one piece a thread. Starts threads of its own: nothing
+//! files grow as one thread would make them grow, and memory holds one piece per thread. Starts threads of its own: nothing
 //! here is ever called by an op.
 
 use crate::error::{Error, Result};

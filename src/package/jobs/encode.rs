@@ -1,5 +1,5 @@
 //! One tensor into its stored bytes, piece by piece: pieces are made by any thread and appended in order, so that memory
-//! holds a piece a thread whatever the tensor's size.
+//! holds a piece per thread whatever the tensor's size.
 
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, DigestStream, Dtype, Matrix, Shape};
@@ -12,7 +12,7 @@ use crate::package::io::aligned::Aligned;
 use crate::package::io::chunks::Chunks;
 use crate::package::io::temp::Spool;
 use crate::package::options::{Codec, PackOptions};
-use crate::resident::{Estimate, Piece};
+use crate::resident::{DeltaPiece, Estimate};
 use crate::vector;
 use std::sync::OnceLock;
 
@@ -53,7 +53,7 @@ pub(super) struct Job<'a> {
 pub(super) struct Scratch {
     fine_tuned: Aligned,
     base: Aligned,
-    pub(super) piece: Piece,
+    pub(super) piece: DeltaPiece,
     pub(super) frames: Vec<u8>,
     /// Stored and raw bytes of each frame.
     pub(super) lengths: Vec<(usize, usize)>,

@@ -5,7 +5,7 @@ use crate::codec::Prefer;
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Shape};
 use crate::package::io::aligned::Aligned;
-use crate::resident::{self, Assembler, Estimate, Piece, Source};
+use crate::resident::{self, Assembler, DeltaPiece, Estimate, Source};
 use crate::vector;
 use std::ops::Range;
 
@@ -29,7 +29,7 @@ fn encode(source: &mut Restored<'_, '_>, estimate: &Estimate) -> Result<(Vec<u8>
     let (dtype, plan) = (source.dtype(), &estimate.plan);
     let mut assembler = Assembler::new(dtype, plan)?;
     let head = assembler.head_bytes();
-    let (mut out, mut piece) = (vec![0; head], Piece::default());
+    let (mut out, mut piece) = (vec![0; head], DeltaPiece::default());
     let chunks = source.restore.chunks;
     let mut base = Aligned::default();
     for chunk in 0..chunks.count() {

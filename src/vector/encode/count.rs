@@ -1,6 +1,6 @@
 //! What estimates count, fast: the same numbers as the oracle's. Must choose nothing.
 
-use super::sparse::Coder;
+use super::sparse::SparseCoder;
 use crate::codec::exponent::{CLASSES, class, mantissa_bits};
 use crate::matrix::Dtype;
 use crate::resident::{Count, Need, Oracle};
@@ -10,14 +10,19 @@ use crate::vector::packer::{Lanes, Packer};
 /// A [`Count`] on an instruction set; words that it does not take are left to the oracle.
 pub(super) struct Fast<P> {
     packer: P,
-    narrow: Coder<u16>,
-    wide: Coder<u32>,
+    two_byte: SparseCoder<u16>,
+    four_byte: SparseCoder<u32>,
     masks: Vec<u32>,
 }
 
 impl<P: Packer> Fast<P> {
     pub(super) fn new(packer: P) -> Self {
-        Self { packer, narrow: Coder::default(), wide: Coder::default(), masks: Vec::new() }
+        Self {
+            packer,
+            two_byte: SparseCoder::default(),
+            four_byte: SparseCoder::default(),
+            masks: Vec::new(),
+        }
     }
 
     fn histogram<W: Lanes>(&mut self, dtype: Dtype, base: &[u8], fine_tuned: &[u8], need: &mut Need) {
@@ -65,8 +70,8 @@ impl<P: Packer> Count for Fast<P> {
     ) -> [u64; 3] {
         let size = (cols, tile_cols);
         match dtype.word_bytes() {
-            2 => self.narrow.collect(self.packer, dtype, size, base, fine_tuned).sizes(),
-            4 => self.wide.collect(self.packer, dtype, size, base, fine_tuned).sizes(),
+            2 => self.two_byte.collect(self.packer, dtype, size, base, fine_tuned).sizes(),
+            4 => self.four_byte.collect(self.packer, dtype, size, base, fine_tuned).sizes(),
             _ => Oracle.records(dtype, cols, tile_cols, base, fine_tuned),
         }
     }

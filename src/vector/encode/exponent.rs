@@ -17,13 +17,13 @@ use crate::codec::exponent::mantissa_bits;
 use crate::codec::{Apart, Rect};
 use crate::error::{Error, Result};
 use crate::matrix::Dtype;
-use crate::resident::{Piece, Plan, Region};
+use crate::resident::{DeltaPiece, Plan, Region};
 use crate::vector::lanes::{Code, STEP};
-use crate::vector::packer::{Lanes, Open, Packer, SLACK};
+use crate::vector::packer::{Lanes, OpenUnit, Packer, SLACK};
 
 /// Packs tiles; its memory is reused from tile to tile.
 #[derive(Default)]
-pub(super) struct Coder {
+pub(super) struct ExponentCoder {
     stream: Vec<u8>,
     columns: Vec<u16>,
     masks: Vec<u32>,
@@ -32,7 +32,7 @@ pub(super) struct Coder {
     apart: Apart,
 }
 
-impl Coder {
+impl ExponentCoder {
     /// Append tile `index` of the region.
     pub(super) fn tile<P: Packer, W: Lanes>(
         &mut self,
@@ -41,7 +41,7 @@ impl Coder {
         dtype: Dtype,
         region: &Region<'_>,
         index: usize,
-        out: &mut Piece,
+        out: &mut DeltaPiece,
     ) -> Result<()> {
         let rect = plan.grid.rect(index);
         self.misfits.clear();
@@ -69,7 +69,7 @@ impl Coder {
         plan: &Plan,
         region: &Region<'_>,
         rect: &Rect,
-        out: &mut Piece,
+        out: &mut DeltaPiece,
     ) -> Result<()> {
         let mut sums = [W::default(); STEP];
         (0..rect.rows())
@@ -77,7 +77,7 @@ impl Coder {
         let bits = u64::from(W::BITS);
         let units: u64 = sums.iter().map(|sum| sum.to_u64().div_ceil(bits)).sum();
         let below = sums.map(|sum| W::from_u64(sum.to_u64() % bits));
-        let mut lanes = Open { bits: [W::default(); STEP], below };
+        let mut lanes = OpenUnit { bits: [W::default(); STEP], below };
 
         self.stream.resize(SLACK + units as usize * W::BYTES, 0);
         let mut end = self.stream.len();
@@ -109,7 +109,7 @@ impl Coder {
         plan: &Plan,
         region: &Region<'_>,
         rect: &Rect,
-        out: &mut Piece,
+        out: &mut DeltaPiece,
     ) {
         for r in (0..rect.rows()).rev() {
             let span = region.row(rect, r, W::BYTES);

@@ -15,7 +15,7 @@ mod whole;
 use crate::codec::{Encoding, Prefer};
 use crate::error::Result;
 use crate::matrix::Dtype;
-use crate::resident::{self, Estimate, Piece, Plan, Region, Source};
+use crate::resident::{self, DeltaPiece, Estimate, Plan, Region, Source};
 use crate::vector::dispatch::{Isa, on_isa};
 use crate::vector::packer::{Lanes, Packer};
 use crate::vector::simd::Simd;
@@ -37,7 +37,7 @@ pub fn encode_tiles(
     tiles: Range<usize>,
     base: &[u8],
     fine_tuned: &[u8],
-    out: &mut Piece,
+    out: &mut DeltaPiece,
 ) -> Result<()> {
     encode_tiles_on(Isa::active()?, plan, dtype, tiles, (base, fine_tuned), out)
 }
@@ -52,7 +52,7 @@ pub fn encode_tiles_on(
     dtype: Dtype,
     tiles: Range<usize>,
     (base, fine_tuned): (&[u8], &[u8]),
-    out: &mut Piece,
+    out: &mut DeltaPiece,
 ) -> Result<()> {
     on_isa!(isa, s => {
     match (s.packer(), dtype.word_bytes()) {
@@ -69,7 +69,7 @@ fn run<P: Packer, W: Lanes>(
     dtype: Dtype,
     tiles: Range<usize>,
     (base, fine_tuned): (&[u8], &[u8]),
-    out: &mut Piece,
+    out: &mut DeltaPiece,
 ) -> Result<()> {
     let region = Region::new(plan, dtype, tiles.clone(), base, fine_tuned)?;
     match plan.encoding {
@@ -85,12 +85,12 @@ fn run<P: Packer, W: Lanes>(
             Ok(())
         }
         Encoding::Sparse => {
-            let mut coder = sparse::Coder::<W>::default();
+            let mut coder = sparse::SparseCoder::<W>::default();
             tiles.for_each(|index| coder.tile(p, plan, dtype, &region, index, out));
             Ok(())
         }
         Encoding::Exponent => {
-            let mut coder = exponent::Coder::default();
+            let mut coder = exponent::ExponentCoder::default();
             tiles.into_iter().try_for_each(|index| coder.tile::<P, W>(p, plan, dtype, &region, index, out))
         }
     }

@@ -1,11 +1,11 @@
-//! A whole matrix on the caller's threads: runs of tiles at once, put together in order. The delta is held once, and beside
-//! it the pieces of one round.
+//! A whole matrix on the caller's threads: runs of tiles are encoded side by side and put together in order. In memory are the
+//! delta, once, and the pieces of one round.
 
 use super::{encode_tiles_on, estimate_on};
 use crate::codec::{Encoding, Prefer};
 use crate::error::Result;
 use crate::matrix::{Digest, Matrix};
-use crate::resident::{Assembler, Pair, Piece, Plan};
+use crate::resident::{Assembler, DeltaPiece, Pair, Plan};
 use crate::vector::dispatch::Isa;
 use crate::vector::exec::{Executor, try_run};
 use std::ops::Range;
@@ -41,7 +41,7 @@ pub fn encode_on(
 ) -> Result<Vec<u8>> {
     let mut pair = Pair::new(*base, *fine_tuned)?;
     let digest = digest(base, exec)?;
-    let job = Job { isa, base: *base, fine_tuned: *fine_tuned, digest };
+    let job = EncodeJob { isa, base: *base, fine_tuned: *fine_tuned, digest };
     let sampled = estimate_on(isa, &mut pair, prefer, false)?;
     let delta = job.write(&sampled.plan, exec)?;
     if !sampled.is_off(delta.len() as u64) {
@@ -63,14 +63,14 @@ fn digest(matrix: &Matrix<'_>, exec: &dyn Executor) -> Result<Digest> {
     Ok(Digest::of_leaves(matrix.dtype(), matrix.shape(), leaves))
 }
 
-struct Job<'a> {
+struct EncodeJob<'a> {
     isa: Isa,
     base: Matrix<'a>,
     fine_tuned: Matrix<'a>,
     digest: Digest,
 }
 
-impl Job<'_> {
+impl EncodeJob<'_> {
     fn write(&self, plan: &Plan, exec: &dyn Executor) -> Result<Vec<u8>> {
         let mut assembler = Assembler::new(self.base.dtype(), plan)?;
         let mut out = vec![0; assembler.head_bytes()];
@@ -81,7 +81,7 @@ impl Job<'_> {
             (0..exec.threads().clamp(1, tasks.len().max(1))).map(|_| Mutex::default()).collect();
         for round in tasks.chunks(pieces.len()) {
             try_run(exec, round.len(), |i| {
-                let mut piece: std::sync::MutexGuard<'_, Piece> =
+                let mut piece: std::sync::MutexGuard<'_, DeltaPiece> =
                     pieces[i].lock().unwrap_or_else(|p| p.into_inner());
                 piece.clear();
                 let words =

@@ -2,9 +2,9 @@
 //! Every method is one or two instructions per register; nothing else belongs here.
 
 use super::lanes;
-use crate::vector::lanes::{Bits, Code, Progress};
+use crate::vector::lanes::{Code, LaneBits, Progress};
 use crate::vector::packer::Packer;
-use crate::vector::simd::{Kernel, LANES, Simd};
+use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
 use std::arch::x86_64::*;
 
 /// Proof that the machine has AVX2, FMA, F16C and POPCNT: made by [`Avx2::detect`] and from the AVX-512 proof only.
@@ -91,7 +91,7 @@ fn u16x8<const N: usize>(s: Avx2, from: &[u8; N], at: usize) -> __m256i {
 /// # Safety
 /// Every index is less than the table's length.
 #[inline(always)]
-unsafe fn picked(_: Avx2, table: &[f32], at: &[u32; LANES], from: usize) -> __m256 {
+unsafe fn picked(_: Avx2, table: &[f32], at: &[u32; SIMD_LANES], from: usize) -> __m256 {
     let (p, at) = (table.as_ptr(), &at[from..from + 8]);
     // SAFETY: the caller's promise for the loads; the token proves AVX.
     unsafe {
@@ -122,7 +122,7 @@ impl Simd for Avx2 {
     type F = F;
     type C = C;
     const NAME: &'static str = "avx2";
-    const WIDE: bool = false;
+    const REGISTERS_4X4: bool = false;
 
     fn run<K: Kernel>(self, kernel: K) -> K::Out {
         #[target_feature(enable = "avx2,fma,f16c")]
@@ -141,14 +141,14 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn load(self, from: &[f32; LANES]) -> F {
+    fn load(self, from: &[f32; SIMD_LANES]) -> F {
         let p = from.as_ptr();
         // SAFETY: the array holds 16 f32 (8 at 0, 8 at 8), no alignment asked, the token proves AVX.
         unsafe { F(_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))) }
     }
 
     #[inline(always)]
-    fn store(self, v: F, to: &mut [f32; LANES]) {
+    fn store(self, v: F, to: &mut [f32; SIMD_LANES]) {
         let p = to.as_mut_ptr();
         // SAFETY: the array holds 16 f32 (8 at 0, 8 at 8), no alignment asked, the token proves AVX.
         unsafe {
@@ -244,7 +244,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn add_gaps(self, c: C, gaps: &[u8; LANES]) -> C {
+    fn add_gaps(self, c: C, gaps: &[u8; SIMD_LANES]) -> C {
         let g = bytes16(self, gaps, 0);
         // SAFETY: the token proves AVX2.
         unsafe {
@@ -267,7 +267,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn store_columns(self, c: C, to: &mut [u32; LANES]) {
+    fn store_columns(self, c: C, to: &mut [u32; SIMD_LANES]) {
         let p = to.as_mut_ptr();
         // SAFETY: the array holds 16 u32 (8 at 0, 8 at 8), no alignment asked, the token proves AVX.
         unsafe {
@@ -279,7 +279,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn gather(self, table: &[f32], c: C) -> F {
         assert!(!table.is_empty() && table.len() <= 1 << 30, "a table of 1 to 2^30 values");
-        let mut at = [0; LANES];
+        let mut at = [0; SIMD_LANES];
         // SAFETY: the token proves AVX2.
         let clamped = unsafe {
             let last = _mm256_set1_epi32((table.len() - 1) as i32);
@@ -303,12 +303,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn lanes16(self, lanes: &mut Bits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
+    fn lanes16(self, lanes: &mut LaneBits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
         lanes::words16(self, lanes, code, units, words)
     }
 
     #[inline(always)]
-    fn lanes32(self, lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
+    fn lanes32(self, lanes: &mut LaneBits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
         lanes::words32(self, lanes, code, units, words)
     }
 

@@ -3,9 +3,9 @@
 
 use super::avx2::Avx2;
 use super::lanes;
-use crate::vector::lanes::{Bits, Code, Progress};
+use crate::vector::lanes::{Code, LaneBits, Progress};
 use crate::vector::packer::Packer;
-use crate::vector::simd::{Kernel, LANES, Simd};
+use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
 use std::arch::x86_64::*;
 
 /// Proof that the machine has AVX-512 F and BW, and all that [`Avx2`] asks: made by [`Avx512::detect`] only.
@@ -35,7 +35,7 @@ fn bytes64<const N: usize>(_: Avx512, from: &[u8; N], at: usize) -> __m512i {
 
 /// 32 bytes from `from[at..]`; `at + 32 <= N` by the callers' constants.
 #[inline(always)]
-fn bytes32<const N: usize>(_: Avx512, from: &[u8; N], at: usize) -> __m256i {
+fn half_bytes<const N: usize>(_: Avx512, from: &[u8; N], at: usize) -> __m256i {
     let from = &from[at..at + 32];
     // SAFETY: the slice holds 32 bytes, the load asks no alignment, the token proves AVX.
     unsafe { _mm256_loadu_si256(from.as_ptr().cast()) }
@@ -45,7 +45,7 @@ impl Simd for Avx512 {
     type F = __m512;
     type C = __m512i;
     const NAME: &'static str = "avx512";
-    const WIDE: bool = true;
+    const REGISTERS_4X4: bool = true;
 
     fn run<K: Kernel>(self, kernel: K) -> K::Out {
         #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
@@ -63,13 +63,13 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn load(self, from: &[f32; LANES]) -> __m512 {
+    fn load(self, from: &[f32; SIMD_LANES]) -> __m512 {
         // SAFETY: the array holds 16 f32, no alignment asked, the token proves AVX-512F.
         unsafe { _mm512_loadu_ps(from.as_ptr()) }
     }
 
     #[inline(always)]
-    fn store(self, v: __m512, to: &mut [f32; LANES]) {
+    fn store(self, v: __m512, to: &mut [f32; SIMD_LANES]) {
         // SAFETY: the array holds 16 f32, no alignment asked, the token proves AVX-512F.
         unsafe { _mm512_storeu_ps(to.as_mut_ptr(), v) }
     }
@@ -107,7 +107,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn load_f16(self, from: &[u8; 64]) -> (__m512, __m512) {
-        let (a, b) = (bytes32(self, from, 0), bytes32(self, from, 32));
+        let (a, b) = (half_bytes(self, from, 0), half_bytes(self, from, 32));
         // SAFETY: the token proves AVX-512F.
         unsafe { (_mm512_cvtph_ps(a), _mm512_cvtph_ps(b)) }
     }
@@ -122,13 +122,15 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn widen_bf16(self, from: &[u8; 32]) -> __m512 {
         // SAFETY: the token proves AVX-512F. A bf16 is the upper half of an f32.
-        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bytes32(self, from, 0)))) }
+        unsafe {
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half_bytes(self, from, 0))))
+        }
     }
 
     #[inline(always)]
     fn widen_f16(self, from: &[u8; 32]) -> __m512 {
         // SAFETY: the token proves AVX-512F.
-        unsafe { _mm512_cvtph_ps(bytes32(self, from, 0)) }
+        unsafe { _mm512_cvtph_ps(half_bytes(self, from, 0)) }
     }
 
     #[inline(always)]
@@ -144,7 +146,7 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn add_gaps(self, c: __m512i, gaps: &[u8; LANES]) -> __m512i {
+    fn add_gaps(self, c: __m512i, gaps: &[u8; SIMD_LANES]) -> __m512i {
         // SAFETY: the array holds 16 bytes, no alignment asked, the token proves AVX-512F.
         unsafe { _mm512_add_epi32(c, _mm512_cvtepu8_epi32(_mm_loadu_si128(gaps.as_ptr().cast()))) }
     }
@@ -152,7 +154,7 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn load_columns(self, from: &[u8; 32]) -> __m512i {
         // SAFETY: the token proves AVX-512F.
-        unsafe { _mm512_cvtepu16_epi32(bytes32(self, from, 0)) }
+        unsafe { _mm512_cvtepu16_epi32(half_bytes(self, from, 0)) }
     }
 
     #[inline(always)]
@@ -162,7 +164,7 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn store_columns(self, c: __m512i, to: &mut [u32; LANES]) {
+    fn store_columns(self, c: __m512i, to: &mut [u32; SIMD_LANES]) {
         // SAFETY: the array holds 16 u32, no alignment asked, the token proves AVX-512F.
         unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), c) }
     }
@@ -192,12 +194,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn lanes16(self, lanes: &mut Bits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
+    fn lanes16(self, lanes: &mut LaneBits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
         lanes::words16(Avx2::from(self), lanes, code, units, words)
     }
 
     #[inline(always)]
-    fn lanes32(self, lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
+    fn lanes32(self, lanes: &mut LaneBits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
         lanes::words32(Avx2::from(self), lanes, code, units, words)
     }
 

@@ -6,9 +6,9 @@ use super::avx512::Avx512;
 use super::lanes512::{self, From};
 use super::lanes512_wide;
 use crate::vector::bf16dot::Bf16Task;
-use crate::vector::lanes::{Bits, Code, Progress};
+use crate::vector::lanes::{Code, LaneBits, Progress};
 use crate::vector::packer::Packer;
-use crate::vector::simd::{GROUP, Kernel, LANES, Simd};
+use crate::vector::simd::{GROUP, Kernel, SIMD_LANES, Simd};
 use std::arch::x86_64::{__m512, __m512i};
 
 /// Proof that the machine has VBMI2 and all that [`Avx512`] asks (Ice Lake, Zen 4 and newer).
@@ -63,7 +63,7 @@ macro_rules! instance {
             type F = __m512;
             type C = __m512i;
             const NAME: &'static str = $called;
-            const WIDE: bool = true;
+            const REGISTERS_4X4: bool = true;
 
             fn run<K: Kernel>(self, kernel: K) -> K::Out {
                 #[target_feature(enable = $features)]
@@ -76,8 +76,8 @@ macro_rules! instance {
 
             instance! { @
                 splat(v: f32) -> __m512;
-                load(from: &[f32; LANES]) -> __m512;
-                store(v: __m512, to: &mut [f32; LANES]) -> ();
+                load(from: &[f32; SIMD_LANES]) -> __m512;
+                store(v: __m512, to: &mut [f32; SIMD_LANES]) -> ();
                 fma(a: __m512, b: __m512, c: __m512) -> __m512;
                 sum(v: __m512) -> f32;
                 load_bf16(from: &[u8; 64]) -> (__m512, __m512);
@@ -87,24 +87,24 @@ macro_rules! instance {
                 widen_f16(from: &[u8; 32]) -> __m512;
                 widen_f32(from: &[u8; 64]) -> __m512;
                 columns() -> __m512i;
-                add_gaps(c: __m512i, gaps: &[u8; LANES]) -> __m512i;
+                add_gaps(c: __m512i, gaps: &[u8; SIMD_LANES]) -> __m512i;
                 load_columns(from: &[u8; 32]) -> __m512i;
                 max_columns(a: __m512i, b: __m512i) -> __m512i;
-                store_columns(c: __m512i, to: &mut [u32; LANES]) -> ();
+                store_columns(c: __m512i, to: &mut [u32; SIMD_LANES]) -> ();
                 gather(table: &[f32], c: __m512i) -> __m512;
                 prefetch(bytes: &[u8], at: usize) -> ();
                 prefetch_far(bytes: &[u8], at: usize) -> ();
             }
 
             #[inline(always)]
-            fn lanes16(self, lanes: &mut Bits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
+            fn lanes16(self, lanes: &mut LaneBits<u16>, code: Code<'_>, units: &[u8], words: &mut [u16]) -> Progress {
                 lanes512::words16(self.into(), lanes, code, units, From::There, words)
             }
 
             #[inline(always)]
             fn lanes16_from(
                 self,
-                lanes: &mut Bits<u16>,
+                lanes: &mut LaneBits<u16>,
                 code: Code<'_>,
                 units: &[u8],
                 base: &[u8],
@@ -114,14 +114,14 @@ macro_rules! instance {
             }
 
             #[inline(always)]
-            fn lanes32(self, lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
+            fn lanes32(self, lanes: &mut LaneBits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
                 lanes512_wide::words32(self.into(), lanes, code, units, From::There, words)
             }
 
             #[inline(always)]
             fn lanes32_from(
                 self,
-                lanes: &mut Bits<u32>,
+                lanes: &mut LaneBits<u32>,
                 code: Code<'_>,
                 units: &[u8],
                 base: &[u8],
@@ -133,7 +133,7 @@ macro_rules! instance {
             #[inline(always)]
             fn decode_dots32<const M: usize>(
                 self,
-                lanes: &mut Bits<u32>,
+                lanes: &mut LaneBits<u32>,
                 code: Code<'_>,
                 units: &[u8],
                 base: &[u8],

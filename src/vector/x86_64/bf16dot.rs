@@ -16,7 +16,7 @@ use crate::codec::ExponentTile;
 use crate::error::Result;
 use crate::vector::bf16dot::{Bf16Dot, PANEL_ROWS, Pair};
 use crate::vector::lanes::{Code, ended, unused};
-use crate::vector::simd::LANES;
+use crate::vector::simd::SIMD_LANES;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -93,7 +93,7 @@ fn dots<const R: usize, const M: usize, const E: usize>(
 /// Halves, quarters, pairs and lanes are added in turn, of as many vectors as are left side by side: 45 instructions.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn sum16(a: &[__m512; LANES]) -> [f32; LANES] {
+fn sum16(a: &[__m512; SIMD_LANES]) -> [f32; SIMD_LANES] {
     let halves = |a: __m512, b: __m512| {
         _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b))
     };
@@ -109,7 +109,7 @@ fn sum16(a: &[__m512; LANES]) -> [f32; LANES] {
     let high = _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd));
     let sums = _mm512_add_ps(low, high);
     // The 128-bit lanes are those of 0, 8, 4 and 12.
-    let mut out = [0f32; LANES];
+    let mut out = [0f32; SIMD_LANES];
     // SAFETY: the array takes 16 f32, no alignment asked.
     unsafe { _mm512_storeu_ps(out.as_mut_ptr(), _mm512_shuffle_f32x4::<0xD8>(sums, sums)) };
     out
@@ -118,7 +118,7 @@ fn sum16(a: &[__m512; LANES]) -> [f32; LANES] {
 /// Sixteen rows of sixteen pairs of words, to sixteen vectors of one pair each: 64 shuffles for 512 words.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn transpose(mut a: [__m512i; LANES]) -> [__m512i; LANES] {
+fn transpose(mut a: [__m512i; SIMD_LANES]) -> [__m512i; SIMD_LANES] {
     let mut b = a;
     for i in 0..8 {
         b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
@@ -145,18 +145,18 @@ fn transpose(mut a: [__m512i; LANES]) -> [__m512i; LANES] {
 
 #[target_feature(enable = "avx512f,avx512bw,bmi2")]
 #[inline]
-fn pack(rows: [&[u8]; LANES], panel: &mut [Pair], at: usize) {
-    assert!(at.is_multiple_of(LANES) && at < PANEL_ROWS, "rows {at} of a panel");
-    for (block, pairs) in panel.chunks_mut(LANES).enumerate() {
-        let mut loaded = [_mm512_setzero_si512(); LANES];
-        for r in 0..LANES {
+fn pack(rows: [&[u8]; SIMD_LANES], panel: &mut [Pair], at: usize) {
+    assert!(at.is_multiple_of(SIMD_LANES) && at < PANEL_ROWS, "rows {at} of a panel");
+    for (block, pairs) in panel.chunks_mut(SIMD_LANES).enumerate() {
+        let mut loaded = [_mm512_setzero_si512(); SIMD_LANES];
+        for r in 0..SIMD_LANES {
             let left = rows[r].len().saturating_sub(block * STEP).min(STEP) as u32;
             let from = rows[r].as_ptr().wrapping_add(block * STEP).cast();
             // SAFETY: only bytes before the row's end are read; `wrapping_add` computes any address.
             loaded[r] = unsafe { _mm512_maskz_loadu_epi8(_bzhi_u64(u64::MAX, left), from) };
         }
         let transposed = transpose(loaded);
-        for i in 0..LANES.min(pairs.len()) {
+        for i in 0..SIMD_LANES.min(pairs.len()) {
             let to = &mut pairs[i][4 * at..4 * at + STEP];
             // SAFETY: the slice takes 64 bytes, no alignment asked.
             unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), transposed[i]) };
@@ -165,7 +165,7 @@ fn pack(rows: [&[u8]; LANES], panel: &mut [Pair], at: usize) {
 }
 
 /// Vectors of a panel's rows.
-const VECTORS: usize = PANEL_ROWS / LANES;
+const VECTORS: usize = PANEL_ROWS / SIMD_LANES;
 
 #[target_feature(enable = "avx512f,avx512bf16")]
 #[inline]
@@ -184,7 +184,7 @@ fn outer<const M: usize>(
     for j in 0..M {
         for i in 0..VECTORS {
             // SAFETY: `sums` holds the panel's rows from `j * stride` on.
-            acc[j][i] = unsafe { _mm512_loadu_ps(sums.as_ptr().add(j * stride + i * LANES)) };
+            acc[j][i] = unsafe { _mm512_loadu_ps(sums.as_ptr().add(j * stride + i * SIMD_LANES)) };
         }
     }
     let (whole, odd) = if x.iter().all(|x| x.len() >= last + 2) { (panel, None) } else { split_last(panel) };
@@ -221,7 +221,7 @@ fn outer<const M: usize>(
     for j in 0..M {
         for i in 0..VECTORS {
             // SAFETY: `sums` takes the panel's rows from `j * stride` on.
-            unsafe { _mm512_storeu_ps(sums.as_mut_ptr().add(j * stride + i * LANES), acc[j][i]) };
+            unsafe { _mm512_storeu_ps(sums.as_mut_ptr().add(j * stride + i * SIMD_LANES), acc[j][i]) };
         }
     }
 }
@@ -246,7 +246,7 @@ impl Bf16Dot for Avx512Bf16 {
     }
 
     #[inline(always)]
-    fn sum16(self, v: &[__m512; LANES]) -> [f32; LANES] {
+    fn sum16(self, v: &[__m512; SIMD_LANES]) -> [f32; SIMD_LANES] {
         // SAFETY: the token proves AVX-512F.
         unsafe { sum16(v) }
     }
@@ -300,7 +300,7 @@ impl Bf16Dot for Avx512Bf16 {
     }
 
     #[inline(always)]
-    fn pack(self, rows: [&[u8]; LANES], panel: &mut [Pair], at: usize) {
+    fn pack(self, rows: [&[u8]; SIMD_LANES], panel: &mut [Pair], at: usize) {
         // SAFETY: the token proves the instructions that `pack` has switched on.
         unsafe { pack(rows, panel, at) }
     }

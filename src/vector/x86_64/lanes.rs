@@ -3,7 +3,7 @@
 
 use super::avx2::Avx2;
 use crate::codec::exponent::CLASSES;
-use crate::vector::lanes::{Bits, Code, Progress, STEP};
+use crate::vector::lanes::{Code, LaneBits, Progress, STEP};
 use std::arch::x86_64::*;
 
 /// Row `m` gives lane `l` of eight the rank of bit `l` among the bits of `m`: which unit the lane takes.
@@ -85,7 +85,7 @@ pub(super) fn load<T: bytemuck::Pod, const N: usize>(from: &[T; N]) -> __m256i {
 
 #[target_feature(enable = "avx2")]
 #[inline]
-pub(super) fn store<T: bytemuck::Pod, const N: usize>(v: __m256i, to: &mut [T; N]) {
+pub(super) fn store_half<T: bytemuck::Pod, const N: usize>(v: __m256i, to: &mut [T; N]) {
     const { assert!(size_of::<[T; N]>() >= 32) };
     // SAFETY: the array takes at least 32 bytes, any bytes are a T, the store asks no alignment.
     unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), v) }
@@ -197,7 +197,7 @@ struct Words16 {
 impl Words16 {
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn new(lanes: &Bits<u16>, code: Code<'_>) -> Self {
+    fn new(lanes: &LaneBits<u16>, code: Code<'_>) -> Self {
         let [powers, falling, masks] = tables16();
         let halves = |v: &[u16; STEP]| {
             let (halves, _) = v.as_chunks::<16>();
@@ -217,14 +217,14 @@ impl Words16 {
 
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn save(&self, lanes: &mut Bits<u16>) {
+    fn save(&self, lanes: &mut LaneBits<u16>) {
         let zero = _mm256_setzero_si256();
         let held = [_mm256_unpacklo_epi8(self.held, zero), _mm256_unpackhi_epi8(self.held, zero)];
         for (v, to) in self.bits.into_iter().zip(lanes.bits.as_chunks_mut::<16>().0) {
-            store(v, to);
+            store_half(v, to);
         }
         for (v, to) in held.into_iter().zip(lanes.held.as_chunks_mut::<16>().0) {
-            store(v, to);
+            store_half(v, to);
         }
     }
 
@@ -253,7 +253,7 @@ impl Words16 {
         for i in 0..2 {
             let low = _mm256_or_si256(self.bits[i], _mm256_mullo_epi16(unit[i], up[i]));
             let difference = _mm256_sub_epi16(_mm256_and_si256(low, mask[i]), half[i]);
-            store(_mm256_add_epi16(base[i], difference), &mut halves[i]);
+            store_half(_mm256_add_epi16(base[i], difference), &mut halves[i]);
             let rest = _mm256_or_si256(unit[i], _mm256_andnot_si256(fresh[i], self.bits[i]));
             let rest = _mm256_mulhi_epu16(rest, down[i]);
             self.bits[i] = _mm256_blendv_epi8(rest, self.bits[i], idle[i]);
@@ -275,7 +275,7 @@ struct Words32 {
 impl Words32 {
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn new(lanes: &Bits<u32>, code: Code<'_>) -> Self {
+    fn new(lanes: &LaneBits<u32>, code: Code<'_>) -> Self {
         let quarters = |v: &[u32; STEP]| {
             let (v, _) = v.as_chunks::<8>();
             [load(&v[0]), load(&v[1]), load(&v[2]), load(&v[3])]
@@ -290,12 +290,12 @@ impl Words32 {
 
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn save(&self, lanes: &mut Bits<u32>) {
+    fn save(&self, lanes: &mut LaneBits<u32>) {
         for (v, to) in self.bits.into_iter().zip(lanes.bits.as_chunks_mut::<8>().0) {
-            store(v, to);
+            store_half(v, to);
         }
         for (v, to) in self.held.into_iter().zip(lanes.held.as_chunks_mut::<8>().0) {
-            store(v, to);
+            store_half(v, to);
         }
     }
 
@@ -306,7 +306,7 @@ impl Words32 {
         let (quarters, _) = words.as_chunks_mut::<8>();
         let (one, class) = (_mm256_set1_epi32(1), _mm256_set1_epi32(31));
         let mut present = [0u8; STEP];
-        store(active, &mut present);
+        store_half(active, &mut present);
         let (present, _) = present.as_chunks::<8>();
         let mut taken = 0;
         for i in 0..4 {
@@ -320,7 +320,7 @@ impl Words32 {
             let needs = _mm256_cmpgt_epi32(w, held);
             let takes = _mm256_movemask_ps(_mm256_castsi256_ps(needs)) as u32;
             let ranks = _mm256_cvtepu8_epi32(eight(&RANKS[(takes & 0xFF) as usize]));
-            // SAFETY: the lanes before took at most eight units a vector, 24 in all, so the 32 bytes from 96 on at most
+            // SAFETY: the lanes before took at most eight units per vector, 24 in all, so the 32 bytes from 96 on at most
             // are within the 128.
             let from = unsafe { _mm256_loadu_si256(units.as_ptr().add(4 * taken).cast()) };
             let unit = _mm256_and_si256(_mm256_permutevar8x32_epi32(from, ranks), needs);
@@ -330,7 +330,7 @@ impl Words32 {
             let mask = _mm256_sub_epi32(_mm256_sllv_epi32(one, w), one);
             let half = _mm256_xor_si256(mask, _mm256_srli_epi32::<1>(mask));
             let difference = _mm256_sub_epi32(_mm256_and_si256(low, mask), half);
-            store(_mm256_add_epi32(base, difference), &mut quarters[i]);
+            store_half(_mm256_add_epi32(base, difference), &mut quarters[i]);
             // A fresh unit goes on without the bits that old ones did not give.
             let rest = _mm256_or_si256(unit, _mm256_andnot_si256(needs, bits));
             let down = _mm256_sub_epi32(w, _mm256_and_si256(needs, held));
@@ -355,7 +355,7 @@ macro_rules! runs {
         /// [`crate::vector::lanes::Lane::steps`].
         pub(super) fn $name(
             _: Avx2,
-            lanes: &mut Bits<$word>,
+            lanes: &mut LaneBits<$word>,
             code: Code<'_>,
             units: &[u8],
             words: &mut [$word],
@@ -365,7 +365,7 @@ macro_rules! runs {
         }
 
         #[target_feature(enable = "avx2,popcnt")]
-        fn $inner(lanes: &mut Bits<$word>, code: Code<'_>, units: &[u8], words: &mut [$word]) -> Progress {
+        fn $inner(lanes: &mut LaneBits<$word>, code: Code<'_>, units: &[u8], words: &mut [$word]) -> Progress {
             let mut now = $lanes::new(lanes, code);
             let mut done = Progress { words: 0, bytes: 0 };
             let (steps, rest) = words.as_chunks_mut::<STEP>();

@@ -1,4 +1,4 @@
-//! The bit streams of `exponent` on 32-bit words with AVX-512 VBMI2: as `lanes512`, sixteen lanes a vector; and the same
+//! The bit streams of `exponent` on 32-bit words with AVX-512 VBMI2: as `lanes512`, sixteen lanes per vector; and the same
 //! fused with products of f32 words.
 //!
 //! **Floor**: 2 times 17 instructions for a step of 32 words; 20 cycles and more on Zen 4, where memory takes 20 to 30 for the
@@ -8,7 +8,7 @@
 use super::avx512_more::Avx512Vbmi2;
 use super::lanes512::{From, apart, store, words};
 use crate::codec::exponent::CLASSES;
-use crate::vector::lanes::{Bits, Code, Progress, STEP};
+use crate::vector::lanes::{Code, LaneBits, Progress, STEP};
 use std::arch::x86_64::*;
 
 /// Words, and units, are asked for so many bytes ahead of their use.
@@ -43,7 +43,7 @@ struct Lanes32 {
 impl Lanes32 {
     #[target_feature(enable = "avx512f")]
     #[inline]
-    fn load(lanes: &Bits<u32>) -> Self {
+    fn load(lanes: &LaneBits<u32>) -> Self {
         let halves = |v: &[u32; STEP]| {
             let (v, _) = v.as_chunks::<16>();
             [words(&v[0]), words(&v[1])]
@@ -55,7 +55,7 @@ impl Lanes32 {
 
     #[target_feature(enable = "avx512f")]
     #[inline]
-    fn save(&self, lanes: &mut Bits<u32>) {
+    fn save(&self, lanes: &mut LaneBits<u32>) {
         let (bits, _) = lanes.bits.as_chunks_mut::<16>();
         let (held, _) = lanes.held.as_chunks_mut::<16>();
         for i in 0..2 {
@@ -98,7 +98,7 @@ impl Lanes32 {
 /// [`crate::vector::lanes::Lane::steps`] of 32-bit words.
 pub(super) fn words32(
     _: Avx512Vbmi2,
-    lanes: &mut Bits<u32>,
+    lanes: &mut LaneBits<u32>,
     code: Code<'_>,
     units: &[u8],
     from: From<'_>,
@@ -109,7 +109,13 @@ pub(super) fn words32(
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
-fn inner32(lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], from: From<'_>, to: &mut [u32]) -> Progress {
+fn inner32(
+    lanes: &mut LaneBits<u32>,
+    code: Code<'_>,
+    units: &[u8],
+    from: From<'_>,
+    to: &mut [u32],
+) -> Progress {
     let base = from.address(to);
     let table = Table32::new(&code);
     let mut now = Lanes32::load(lanes);
@@ -163,7 +169,7 @@ fn inner32(lanes: &mut Bits<u32>, code: Code<'_>, units: &[u8], from: From<'_>, 
 #[inline(always)]
 pub(super) fn decode_dots32<const M: usize>(
     _: Avx512Vbmi2,
-    lanes: &mut Bits<u32>,
+    lanes: &mut LaneBits<u32>,
     code: Code<'_>,
     units: &[u8],
     base: &[u8],
@@ -176,7 +182,7 @@ pub(super) fn decode_dots32<const M: usize>(
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
 fn inner_dots<const M: usize>(
-    lanes: &mut Bits<u32>,
+    lanes: &mut LaneBits<u32>,
     code: Code<'_>,
     units: &[u8],
     base: &[u8],

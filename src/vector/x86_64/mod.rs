@@ -1,5 +1,5 @@
-//! The x86-64 instances of the vector trait, and what they decode (`lanes`) and encode (`pack`) `exponent` with. Intrinsics, and the
-//! `unsafe` that they take, live here and nowhere else in this crate's CPU code; no algorithm of another file does.
+//! The x86-64 instances of the vector trait, with their decoders (`lanes`) and encoders (`pack`) of `exponent`. All intrinsics of
+//! this crate, and the `unsafe` that they need, are here. Algorithms are elsewhere, written over the trait.
 
 pub(crate) mod avx2;
 pub(crate) mod avx512;

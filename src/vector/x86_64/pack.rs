@@ -1,12 +1,12 @@
 //! Packing the bit streams of `exponent` from the last word to the first, and finding what differs, with AVX2: see
-//! `cpu::encode::exponent` for the idea. The AVX-512 instance uses this code too. Must check nothing but its bounds.
+//! `vector::encode::exponent` for the idea. The AVX-512 instance uses this code too. Must check nothing but its bounds.
 
 use super::avx2::Avx2;
 use super::differ::{differ16, differ32};
-use super::lanes::{Widths, active, eight, load, load16, pick, spread, store, tables16};
+use super::lanes::{Widths, active, eight, load, load16, pick, spread, store_half, tables16};
 use super::right::{RIGHT, RIGHT16};
 use crate::vector::lanes::{Code, STEP};
-use crate::vector::packer::{Open, Packed, Packer, SLACK};
+use crate::vector::packer::{OpenUnit, Packed, Packer, SLACK};
 use std::arch::x86_64::*;
 
 /// Bytes below the end that a step may write: its units and the rest of the lowest vector.
@@ -71,7 +71,7 @@ pub(super) fn in_order(packed: __m256i) -> __m256i {
 #[inline]
 fn present(words: usize) -> [__m256i; 4] {
     let mut bytes = [0u8; STEP];
-    store(active(words), &mut bytes);
+    store_half(active(words), &mut bytes);
     let (bytes, _) = bytes.as_chunks::<8>();
     let wide = |i: usize| _mm256_cvtepi8_epi32(eight(&bytes[i]));
     [wide(0), wide(1), wide(2), wide(3)]
@@ -94,8 +94,8 @@ fn sums16(code: Code<'_>, base: &[u8], sums: &mut [u16; STEP]) {
         let there = in_order(active(rest / 2));
         add(_mm256_and_si256(widths16(widths, shift, halves(&padded)), there));
     }
-    store(sum[0], &mut parts[0]);
-    store(sum[1], &mut parts[1]);
+    store_half(sum[0], &mut parts[0]);
+    store_half(sum[1], &mut parts[1]);
 }
 
 #[target_feature(enable = "avx2,popcnt")]
@@ -116,7 +116,7 @@ fn sums32(code: Code<'_>, base: &[u8], sums: &mut [u32; STEP]) {
             *sum = _mm256_add_epi32(*sum, _mm256_and_si256(widths32(widths, shift, base), there));
         }
     }
-    sum.into_iter().zip(parts).for_each(|(sum, to)| store(sum, to));
+    sum.into_iter().zip(parts).for_each(|(sum, to)| store_half(sum, to));
 }
 
 /// 32 lanes of 16 bits.
@@ -134,7 +134,7 @@ struct Pack16 {
 impl Pack16 {
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn new(lanes: &Open<u16>, code: Code<'_>) -> Self {
+    fn new(lanes: &OpenUnit<u16>, code: Code<'_>) -> Self {
         let two = |v: &[u16; STEP]| {
             let (parts, _) = v.as_chunks::<16>();
             [load(&parts[0]), load(&parts[1])]
@@ -154,11 +154,11 @@ impl Pack16 {
 
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn save(&self, lanes: &mut Open<u16>) {
+    fn save(&self, lanes: &mut OpenUnit<u16>) {
         let zero = _mm256_setzero_si256();
         let below = [_mm256_unpacklo_epi8(self.below, zero), _mm256_unpackhi_epi8(self.below, zero)];
-        self.bits.into_iter().zip(lanes.bits.as_chunks_mut::<16>().0).for_each(|(v, to)| store(v, to));
-        below.into_iter().zip(lanes.below.as_chunks_mut::<16>().0).for_each(|(v, to)| store(v, to));
+        self.bits.into_iter().zip(lanes.bits.as_chunks_mut::<16>().0).for_each(|(v, to)| store_half(v, to));
+        below.into_iter().zip(lanes.below.as_chunks_mut::<16>().0).for_each(|(v, to)| store_half(v, to));
     }
 
     /// One step, of which the words of `active` (packed) are there; others are equal. Gives how many units ended up at
@@ -246,7 +246,7 @@ struct Pack32 {
 impl Pack32 {
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn new(lanes: &Open<u32>, code: Code<'_>) -> Self {
+    fn new(lanes: &OpenUnit<u32>, code: Code<'_>) -> Self {
         let four = |v: &[u32; STEP]| {
             let (parts, _) = v.as_chunks::<8>();
             [load(&parts[0]), load(&parts[1]), load(&parts[2]), load(&parts[3])]
@@ -262,9 +262,9 @@ impl Pack32 {
 
     #[target_feature(enable = "avx2")]
     #[inline]
-    fn save(&self, lanes: &mut Open<u32>) {
-        self.bits.into_iter().zip(lanes.bits.as_chunks_mut::<8>().0).for_each(|(v, to)| store(v, to));
-        self.below.into_iter().zip(lanes.below.as_chunks_mut::<8>().0).for_each(|(v, to)| store(v, to));
+    fn save(&self, lanes: &mut OpenUnit<u32>) {
+        self.bits.into_iter().zip(lanes.bits.as_chunks_mut::<8>().0).for_each(|(v, to)| store_half(v, to));
+        self.below.into_iter().zip(lanes.below.as_chunks_mut::<8>().0).for_each(|(v, to)| store_half(v, to));
     }
 
     /// As [`Pack16::step`], with a vector of ones in `active` for every lane that is there.
@@ -309,7 +309,7 @@ impl Pack32 {
 
             let places = _mm256_cvtepu8_epi32(eight(&RIGHT[(takes & 0xFF) as usize]));
             let packed = _mm256_permutevar8x32_epi32(units, places);
-            // SAFETY: the lanes after took at most eight units a vector, 24 in all, so the 32 bytes end 96 bytes or less
+            // SAFETY: the lanes after took at most eight units per vector, 24 in all, so the 32 bytes end 96 bytes or less
             // below the end of 160.
             unsafe { _mm256_storeu_si256(out.as_mut_ptr().add(WINDOW32 - 32 - 4 * taken).cast(), packed) };
             taken += takes.count_ones() as usize;
@@ -333,7 +333,7 @@ macro_rules! rows {
     ($($name:ident: $word:ty, $pack:ident, $bytes:literal, $window:ident, |$words:ident| $active:expr;)*) => {$(
         #[target_feature(enable = "avx2,popcnt")]
         fn $name(
-            lanes: &mut Open<$word>,
+            lanes: &mut OpenUnit<$word>,
             code: Code<'_>,
             (base, tuned): (&[u8], &[u8]),
             out: &mut [u8],
@@ -387,7 +387,7 @@ impl Packer for Avx2 {
 
     fn pack16(
         self,
-        lanes: &mut Open<u16>,
+        lanes: &mut OpenUnit<u16>,
         code: Code<'_>,
         base: &[u8],
         fine_tuned: &[u8],
@@ -400,7 +400,7 @@ impl Packer for Avx2 {
 
     fn pack32(
         self,
-        lanes: &mut Open<u32>,
+        lanes: &mut OpenUnit<u32>,
         code: Code<'_>,
         base: &[u8],
         fine_tuned: &[u8],

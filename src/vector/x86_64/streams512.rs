@@ -84,7 +84,7 @@ impl<const T: usize> Streams<'_, T> {
         self.at += 2 * takes.count_ones() as usize;
     }
 
-    /// Ask for units to come, a tenant's a step in turn.
+    /// Prefetch units to come: those of one tenant in each step, in turn.
     #[target_feature(enable = "avx512f")]
     #[inline]
     fn ask(&self, step: usize) {

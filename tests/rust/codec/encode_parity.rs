@@ -8,8 +8,8 @@ use xorz::codec::{Encoding, GapKind, Grid, Prefer};
 use xorz::error::Kind;
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::{
-    Assembler, Estimate, Listed, Pair, Piece, Plan, Resident, encode_as, encode_pair, encode_tiles, estimate,
-    estimate_exactly,
+    Assembler, DeltaPiece, Estimate, Listed, Pair, Plan, Resident, encode_as, encode_pair, encode_tiles,
+    estimate, estimate_exactly,
 };
 use xorz::vector::{self, Isa, Serial};
 
@@ -78,8 +78,8 @@ fn region(plan: &Plan, w: usize, tiles: &Range<usize>) -> Range<usize> {
     if plan.grid.shape.n == 1 { first.c0 * w..last.c1 * w } else { first.r0 * k * w..last.r1 * k * w }
 }
 
-fn oracle(plan: &Plan, dtype: Dtype, base: &[u8], fine_tuned: &[u8]) -> Piece {
-    let mut piece = Piece::default();
+fn oracle(plan: &Plan, dtype: Dtype, base: &[u8], fine_tuned: &[u8]) -> DeltaPiece {
+    let mut piece = DeltaPiece::default();
     encode_tiles(plan, dtype, 0..plan.grid.tiles(), base, fine_tuned, &mut piece).unwrap();
     piece
 }
@@ -96,7 +96,7 @@ fn every_instruction_set_encodes_the_oracles_tiles() {
                     let want = oracle(&plan, dtype, &base, &fine_tuned);
                     for isa in isas() {
                         for words in [(&base[..], &fine_tuned[..]), (&b[1..], &f[1..])] {
-                            let mut got = Piece::default();
+                            let mut got = DeltaPiece::default();
                             let tiles = 0..plan.grid.tiles();
                             vector::encode_tiles_on(isa, &plan, dtype, tiles, words, &mut got).unwrap();
                             same(&got, &want, &format!("{isa:?} {dtype} {shape} {plan:?}"));
@@ -108,7 +108,7 @@ fn every_instruction_set_encodes_the_oracles_tiles() {
     }
 }
 
-fn same(got: &Piece, want: &Piece, what: &str) {
+fn same(got: &DeltaPiece, want: &DeltaPiece, what: &str) {
     assert_eq!(got.changed, want.changed, "changed, {what}");
     assert!(got.units == want.units, "units, {what}");
     assert!(got.entries == want.entries, "entries, {what}");
@@ -128,7 +128,7 @@ fn pieces_cut_anywhere_give_the_same_bytes() {
             for plan in plans(&mut rng, dtype, shape) {
                 let want = oracle(&plan, dtype, &base, &fine_tuned);
                 let unit = if n == 1 { 1 } else { plan.grid.tile_cols_count() };
-                let mut got = Piece::default();
+                let mut got = DeltaPiece::default();
                 let mut at = 0;
                 while at < plan.grid.tiles() {
                     let end = (at + unit * (1 + rng.next() as usize % 3)).min(plan.grid.tiles());
@@ -169,7 +169,7 @@ fn pieces_put_together_are_the_encoders_delta() {
                     for start in (0..grid.tiles()).step_by(unit) {
                         let tiles = start..start + unit;
                         let bytes = region(&plan, dtype.word_bytes(), &tiles);
-                        let mut piece = Piece::default();
+                        let mut piece = DeltaPiece::default();
                         vector::encode_tiles(
                             &plan,
                             dtype,
@@ -300,7 +300,7 @@ fn what_does_not_fit_is_refused() {
         widths: [3; 32],
     };
     let refused = |plan: &Plan, tiles: Range<usize>, base: &[u8], fine_tuned: &[u8]| {
-        let mut out = Piece::default();
+        let mut out = DeltaPiece::default();
         let slow = encode_tiles(plan, Dtype::BF16, tiles.clone(), base, fine_tuned, &mut out).unwrap_err();
         let fast = vector::encode_tiles(plan, Dtype::BF16, tiles, base, fine_tuned, &mut out).unwrap_err();
         assert_eq!((slow.kind(), slow.message()), (fast.kind(), fast.message()));
@@ -329,7 +329,7 @@ fn what_does_not_fit_is_refused() {
         words: vec![0; bytes],
     };
     let mut lying = |units: u32, entries: Listed, exceptions: Listed| {
-        let piece = Piece { units: vec![units], entries, exceptions, ..Piece::default() };
+        let piece = DeltaPiece { units: vec![units], entries, exceptions, ..DeltaPiece::default() };
         assert_eq!(assembler.add(&piece).unwrap_err().kind(), Kind::InvalidArgument, "{piece:?}");
     };
     let none = || listed(&[0], 0);

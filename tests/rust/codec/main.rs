@@ -1,5 +1,5 @@
 //! Deltas themselves: that they give back their words, how small they are, what broken ones do. And what holds for the
-//! whole tree: its layers, and the contract of its C ABI.
+//! whole tree: its layers, its documents, and the contract of its C ABI.
 
 #[path = "../common"]
 #[allow(missing_docs, reason = "public only to the tests of this binary")]
@@ -9,6 +9,7 @@ pub mod common {
     pub mod linear;
 }
 
+mod documents;
 mod encode_parity;
 mod ffi_contract;
 mod golden;
@@ -17,3 +18,4 @@ mod layers;
 mod regions;
 mod roundtrip;
 mod sizes;
+mod words;

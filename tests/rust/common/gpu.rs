@@ -11,7 +11,7 @@ use cudarc::driver::{result, sys};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::process::{Command, Output};
 use xorz::codec::Encoding;
-use xorz::cuda::{self, Linear, Lookup, Place, Rows, Words};
+use xorz::cuda::{self, BatchRows, DeviceMatrix, Embedding, Linear, Place};
 use xorz::error::{Error, Kind, Result};
 use xorz::matrix::{Dtype, Shape};
 
@@ -124,8 +124,8 @@ impl Gpu {
         out
     }
 
-    pub fn words(&self, case: &Case) -> Words {
-        Words { dtype: case.dtype, bits: false, shape: case.shape, address: self.put(&case.base) }
+    pub fn words(&self, case: &Case) -> DeviceMatrix {
+        DeviceMatrix { dtype: case.dtype, bits: false, shape: case.shape, address: self.put(&case.base) }
     }
 
     pub fn restore(&self, case: &Case, blob: &[u8]) -> Result<Vec<u8>> {
@@ -173,7 +173,7 @@ impl Gpu {
             bias_stride: fleet.shape.n + 8 / fleet.dtype.word_bytes(),
             arena: self.put(&fleet.arena),
             arena_bytes: fleet.arena.len(),
-            rows: Some(Rows {
+            rows: Some(BatchRows {
                 slots: self.put(&slots),
                 slot_count: fleet.slots.len(),
                 tenant_of_row: self.put(&map),
@@ -182,17 +182,21 @@ impl Gpu {
         }
     }
 
-    pub fn lookup_args(&self, tables: &Tables, indices: &[i64], map: &[i32]) -> Lookup {
+    pub fn lookup_args(&self, tables: &Tables, indices: &[i64], map: &[i32]) -> Embedding {
         let le = |words: &[i64]| words.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>();
-        let weight =
-            Words { dtype: tables.dtype, bits: false, shape: tables.shape, address: self.put(&tables.base) };
-        Lookup {
+        let weight = DeviceMatrix {
+            dtype: tables.dtype,
+            bits: false,
+            shape: tables.shape,
+            address: self.put(&tables.base),
+        };
+        Embedding {
             indices: self.put(&le(indices)),
             m: indices.len(),
             weight,
             arena: self.put(&tables.arena),
             arena_bytes: tables.arena.len(),
-            rows: Rows {
+            rows: BatchRows {
                 slots: self.put(&le(tables.slots.as_flattened())),
                 slot_count: tables.slots.len(),
                 tenant_of_row: self.put(&map.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>()),
@@ -200,7 +204,7 @@ impl Gpu {
         }
     }
 
-    pub fn look_up(&self, args: &Lookup) -> Result<Vec<u8>> {
+    pub fn look_up(&self, args: &Embedding) -> Result<Vec<u8>> {
         let bytes = args.m * args.weight.shape.k * args.weight.dtype.word_bytes();
         let out = self.put(&vec![0x5A; bytes]);
         // SAFETY: allocations of those sizes, none freed.

@@ -5,7 +5,7 @@ use super::device::{After, Device, Launch, Param};
 use super::linear::Case;
 use xorz::codec::{Encoding, Grid};
 use xorz::matrix::{Dtype, Shape};
-use xorz::resident::{Assembler, Piece, Plan, Resident, encode_tiles};
+use xorz::resident::{Assembler, DeltaPiece, Plan, Resident, encode_tiles};
 
 /// Words a few steps from `base`, as `exponent` is made for: each moved by less than `2^(bits - 1)` times `2^low`.
 pub fn nudged(rng: &mut Rng, word_bytes: usize, base: &[u8], bits: u32, low: u32) -> Vec<u8> {
@@ -44,7 +44,7 @@ pub fn on_tiles(case: &Case, tile_rows: usize, tile_cols: usize) -> Vec<u8> {
     let h = *Resident::parse(&case.blob).unwrap().header();
     let grid = Grid { shape: case.shape, tile_rows, tile_cols };
     let plan = Plan { encoding: h.encoding, grid, gap: h.gap, widths: h.widths };
-    let (mut piece, mut assembler) = (Piece::default(), Assembler::new(case.dtype, &plan).unwrap());
+    let (mut piece, mut assembler) = (DeltaPiece::default(), Assembler::new(case.dtype, &plan).unwrap());
     encode_tiles(&plan, case.dtype, 0..grid.tiles(), &case.base, &case.fine_tuned, &mut piece).unwrap();
     assembler.add(&piece).unwrap();
     let finished = assembler.finish(matrix(case.dtype, case.shape, &case.base).digest()).unwrap();

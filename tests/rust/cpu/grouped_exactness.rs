@@ -11,7 +11,7 @@ use xorz::cpu::{
 };
 use xorz::error::{Kind, Result};
 use xorz::matrix::{Dtype, Shape};
-use xorz::resident::{Assembler, Piece, Plan, Resident, encode_tiles};
+use xorz::resident::{Assembler, DeltaPiece, Plan, Resident, encode_tiles};
 use xorz::vector::{Executor, Isa, Serial};
 
 /// Tenants on one base, their deltas in one arena among rubbish.
@@ -36,7 +36,7 @@ fn planned(case: &Case, (tile_rows, tile_cols): (usize, usize), widths: [u8; 32]
     let h = *Resident::parse(&case.blob).unwrap().header();
     let grid = Grid { shape: case.shape, tile_rows, tile_cols };
     let plan = Plan { encoding: h.encoding, grid, gap: h.gap, widths };
-    let (mut piece, mut assembler) = (Piece::default(), Assembler::new(case.dtype, &plan).unwrap());
+    let (mut piece, mut assembler) = (DeltaPiece::default(), Assembler::new(case.dtype, &plan).unwrap());
     encode_tiles(&plan, case.dtype, 0..grid.tiles(), &case.base, &case.fine_tuned, &mut piece).unwrap();
     assembler.add(&piece).unwrap();
     let finished = assembler.finish(matrix(case.dtype, case.shape, &case.base).digest()).unwrap();

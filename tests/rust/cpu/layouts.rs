@@ -9,7 +9,7 @@ use xorz::cpu::{Arena, EmbeddingArgs, delta_embedding_on};
 use xorz::error::{Kind, Result};
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::{
-    Assembler, HEADER_BYTES, Piece, Plan, Resident, concat, encode_tiles, restore, restore_rows, slice,
+    Assembler, DeltaPiece, HEADER_BYTES, Plan, Resident, concat, encode_tiles, restore, restore_rows, slice,
 };
 use xorz::vector::{Serial, delta_restore_rows_on, patch_on};
 
@@ -160,7 +160,7 @@ fn assert_products(rng: &mut Rng, case: &Case) {
 fn planned(dtype: Dtype, shape: Shape, tile: (usize, usize), widths: [u8; 32], pair: (&[u8], &[u8])) -> Case {
     let grid = Grid { shape, tile_rows: tile.0, tile_cols: tile.1 };
     let plan = Plan { encoding: Encoding::Exponent, grid, gap: GapKind::U8, widths };
-    let (mut piece, mut assembler) = (Piece::default(), Assembler::new(dtype, &plan).unwrap());
+    let (mut piece, mut assembler) = (DeltaPiece::default(), Assembler::new(dtype, &plan).unwrap());
     encode_tiles(&plan, dtype, 0..grid.tiles(), pair.0, pair.1, &mut piece).unwrap();
     assembler.add(&piece).unwrap();
     let done = assembler.finish(matrix(dtype, shape, pair.0).digest()).unwrap();

@@ -420,12 +420,12 @@ fn what_does_not_fit_is_refused_by_name() {
     }
 }
 
-/// Where in the blob the gaps and the diffs of tile 0 lie.
+/// Where in the blob the gaps and the differences of tile 0 lie.
 fn places(blob: &[u8]) -> (usize, usize, usize) {
     let delta = Resident::parse(blob).unwrap();
     let Tile::Sparse(t) = delta.tile(0).unwrap() else { panic!("not sparse") };
     let at = |part: &[u8]| part.as_ptr().addr() - blob.as_ptr().addr();
-    (at(t.gaps), at(t.diffs), t.records)
+    (at(t.gaps), at(t.differences), t.records)
 }
 
 #[test]
@@ -456,10 +456,10 @@ fn mutants_are_caught() {
             let ignored = Case::new(dtype, shape, Encoding::Unchanged, &case.base, &case.base);
             caught(ignored.blob, "a delta ignored");
 
-            let (gaps, diffs, records) = places(&case.blob);
+            let (gaps, differences, records) = places(&case.blob);
             let lane = (rng.next() % 16) as usize;
             let no_op = word(dtype, -0.0);
-            let at = |j: usize| diffs + (j * 16 + lane) * w;
+            let at = |j: usize| differences + (j * 16 + lane) * w;
             let real: Vec<usize> =
                 (0..records).filter(|&j| case.blob[at(j)..at(j) + w] != no_op[..]).collect();
             let j = real[(rng.next() % real.len() as u64) as usize];

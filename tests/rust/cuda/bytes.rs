@@ -194,7 +194,7 @@ fn bounds(must: f64, flop: f64, mma: bool) -> String {
 
 /// Whether the host side would take tiles of one tenant's rows.
 fn plans_tiles((m, tenants): (usize, usize), shape: Shape) -> bool {
-    let rows = plan::Rows { m, slots: Some(tenants), deterministic: false };
+    let rows = plan::ProductRows { m, slots: Some(tenants), deterministic: false };
     matches!(plan::linear(DTYPE, rows, shape).unwrap(), Product::Large(_))
 }
 

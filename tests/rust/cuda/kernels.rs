@@ -412,8 +412,8 @@ fn constants_of_the_kernels_are_those_of_the_core() {
     is("kHeaderBytes", HEADER_BYTES);
     is("kVersion", usize::from(VERSION));
     is("kArenaAlign", xorz::cpu::ARENA_ALIGN);
-    is("kTileLanes", xorz::codec::Grid::LANES);
-    is("kStreamLanes", xorz::codec::exponent::LANES);
+    is("kTileLanes", xorz::codec::Grid::TILE_ROWS);
+    is("kStreamLanes", xorz::codec::exponent::STREAM_LANES);
     is("kClasses", xorz::codec::exponent::CLASSES);
     is("kMaxTileCols", xorz::codec::Grid::MAX_COLS);
     is("kMaxTileWordsLog2", xorz::codec::Grid::MAX_WORDS.trailing_zeros() as usize);

@@ -11,7 +11,7 @@ use crate::common::linear::{Case, first_difference, integers, values};
 use crate::common::mutants::{Mutant, all_caught};
 use xorz::codec::Encoding;
 use xorz::matrix::{Dtype, Shape};
-use xorz::resident::{Assembler, Piece, Plan, Resident, encode_tiles};
+use xorz::resident::{Assembler, DeltaPiece, Plan, Resident, encode_tiles};
 
 const STAGES: [Mutant; 9] = [
     ("a wait weakened", "stages.cuh", "run_steps(", "<kLate - 2>", "<kLate - 1>"),
@@ -343,7 +343,7 @@ fn of_pairs(rng: &mut Rng, dtype: Dtype, encoding: Encoding, share: f64, m: usiz
 fn without_streams(case: &Case) -> Vec<u8> {
     let header = *Resident::parse(&case.blob).unwrap().header();
     let plan = Plan { encoding: header.encoding, grid: header.grid(), gap: header.gap, widths: [0; 32] };
-    let (mut piece, mut assembler) = (Piece::default(), Assembler::new(case.dtype, &plan).unwrap());
+    let (mut piece, mut assembler) = (DeltaPiece::default(), Assembler::new(case.dtype, &plan).unwrap());
     let tiles = 0..plan.grid.tiles();
     encode_tiles(&plan, case.dtype, tiles, &case.base, &case.fine_tuned, &mut piece).unwrap();
     assembler.add(&piece).unwrap();

@@ -9,7 +9,7 @@ use crate::common::linear::{DTYPES, ENCODINGS, first_difference, integers};
 use crate::common::lookups::Tables;
 use cudarc::driver::result;
 use xorz::codec::Encoding;
-use xorz::cuda::{self, Linear, Lookup, Place, Rows, Words};
+use xorz::cuda::{self, BatchRows, DeviceMatrix, Embedding, Linear, Place};
 use xorz::error::Kind;
 use xorz::matrix::{Dtype, Shape};
 
@@ -71,8 +71,8 @@ fn child_launches() {
                 continue;
             };
             let args = gpu.lookup_args(&tables, &indices, &map);
-            let weight = Words { dtype: bits, bits: true, ..args.weight };
-            let got = gpu.look_up(&Lookup { weight, ..args }).unwrap();
+            let weight = DeviceMatrix { dtype: bits, bits: true, ..args.weight };
+            let got = gpu.look_up(&Embedding { weight, ..args }).unwrap();
             assert!(got == tables.rows(&indices, &map), "delta_embedding {dtype} as bits");
         }
     }
@@ -145,10 +145,11 @@ fn arguments_of_products_arrive_in_order_and_rows_beyond_the_grid_in_further_lau
 fn child_arguments() {
     let gpu = Gpu::new(0);
     order("dry");
-    let weight = Words { dtype: Dtype::F32, bits: false, shape: Shape { n: 100, k: 7 }, address: 0x2000 };
-    let rows = Rows { slots: 0x5000, slot_count: 9, tenant_of_row: 0x6000 };
+    let weight =
+        DeviceMatrix { dtype: Dtype::F32, bits: false, shape: Shape { n: 100, k: 7 }, address: 0x2000 };
+    let rows = BatchRows { slots: 0x5000, slot_count: 9, tenant_of_row: 0x6000 };
     // So many tenants that tiles of one would be empty.
-    let crowd = Rows { slot_count: 1 << 20, ..rows };
+    let crowd = BatchRows { slot_count: 1 << 20, ..rows };
     let mut args = Linear {
         x: 0x1000,
         m: 16 * 65535 + 5,
@@ -204,7 +205,7 @@ fn child_arguments() {
     assert_eq!((one.len(), &one[0].2[6..9]), (1, &[0, 0, 0][..]), "{one:?}");
     assert_ne!(one[0].2[13], status, "delta_linear reports in delta_linear_grouped's word");
     // No slots are not the same as no map: rows name tenants still.
-    args.rows = Some(Rows { slots: 0, slot_count: 0, tenant_of_row: 0x6000 });
+    args.rows = Some(BatchRows { slots: 0, slot_count: 0, tenant_of_row: 0x6000 });
     let none = launches(&args);
     assert!(none.len() == 1 && none[0].2[6] != 0 && none[0].2[7..9] == [0, 0x6000], "{none:?}");
     // Many rows of few tenants: two launches, which take the same and the workspace.
@@ -228,9 +229,10 @@ fn child_arguments() {
         let r = unsafe { cuda::delta_linear(gpu.place(), &many, workspace, 0x7000) };
         said(r, Kind::InvalidArgument, &["workspace"]);
     }
-    for nothing in
-        [Linear { m: 0, ..args }, Linear { weight: Words { shape: Shape { n: 0, k: 7 }, ..weight }, ..args }]
-    {
+    for nothing in [
+        Linear { m: 0, ..args },
+        Linear { weight: DeviceMatrix { shape: Shape { n: 0, k: 7 }, ..weight }, ..args },
+    ] {
         assert_eq!(launches(&nothing), []);
     }
 }
@@ -245,10 +247,11 @@ fn arguments_of_lookups_arrive_in_order() {
 fn child_lookup_arguments() {
     let gpu = Gpu::new(0);
     order("dry");
-    let weight = Words { dtype: Dtype::I16, bits: false, shape: Shape { n: 100, k: 9000 }, address: 0x2000 };
-    let rows = Rows { slots: 0x4000, slot_count: 9, tenant_of_row: 0x5000 };
-    let args = Lookup { indices: 0x1000, m: 33, weight, arena: 0x3000, arena_bytes: 77, rows };
-    let launches = |args: &Lookup| {
+    let weight =
+        DeviceMatrix { dtype: Dtype::I16, bits: false, shape: Shape { n: 100, k: 9000 }, address: 0x2000 };
+    let rows = BatchRows { slots: 0x4000, slot_count: 9, tenant_of_row: 0x5000 };
+    let args = Embedding { indices: 0x1000, m: 33, weight, arena: 0x3000, arena_bytes: 77, rows };
+    let launches = |args: &Embedding| {
         let before = log().len();
         // SAFETY: the double runs nothing.
         unsafe { cuda::delta_embedding(gpu.place(), args, 0x6000) }.unwrap();
@@ -259,13 +262,13 @@ fn child_lookup_arguments() {
     let head = "cuLaunchKernel xorz_delta_embedding_16 grid 33 3 1 block 256 1 1 shared 0 stream ";
     let params = " params 4096 8192 12288 77 16384 9 20480 24576 33 100 9000 11 ";
     assert!(line.starts_with(head) && line.contains(params), "{line}");
-    let bits = launches(&Lookup { weight: Words { bits: true, ..weight }, ..args }).remove(0);
+    let bits = launches(&Embedding { weight: DeviceMatrix { bits: true, ..weight }, ..args }).remove(0);
     assert!(bits.contains(" 33 100 9000 0 "), "{bits}");
     // No slots: still not the one delta of all.
-    let none = launches(&Lookup { rows: Rows { slots: 0, slot_count: 0, ..rows }, ..args }).remove(0);
+    let none = launches(&Embedding { rows: BatchRows { slots: 0, slot_count: 0, ..rows }, ..args }).remove(0);
     assert!(none.contains(" params 4096 8192 12288 77 8 0 20480 24576 33 "), "{none}");
-    let empty = Words { shape: Shape { n: 100, k: 0 }, ..weight };
-    for nothing in [Lookup { m: 0, ..args }, Lookup { weight: empty, ..args }] {
+    let empty = DeviceMatrix { shape: Shape { n: 100, k: 0 }, ..weight };
+    for nothing in [Embedding { m: 0, ..args }, Embedding { weight: empty, ..args }] {
         assert_eq!(launches(&nothing), Vec::<String>::new());
     }
 }

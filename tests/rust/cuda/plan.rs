@@ -4,7 +4,9 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 use xorz::cuda::params::{Apply, Embedding, Kind, Linear, Params, Restore, SMALL};
-use xorz::cuda::plan::{self, ENTRIES, LARGE_W_ROWS, MOST_BLOCKS, PANEL, Product, Rows, THREADS, large_rows};
+use xorz::cuda::plan::{
+    self, ENTRIES, LARGE_W_ROWS, MOST_BLOCKS, Product, ProductRows, SMALL_W_ROWS, THREADS, large_rows,
+};
 use xorz::cuda::status::{self, Code, Op, SLOT_BITS};
 use xorz::error;
 use xorz::matrix::{Dtype, Shape};
@@ -127,7 +129,7 @@ fn numbers_are_those_of_the_kernels() {
     assert!(resident.contains(&format!("code << {SLOT_BITS} |")));
     let all = ["product.cuh", "entries.cuh", "batch.cuh", "resident.cuh", "sparse.cuh"]
         .map(|f| read(&format!("cuda/{f}")));
-    assert!(all.concat().contains(&format!("kPanel = {PANEL};")));
+    assert!(all.concat().contains(&format!("kPanel = {SMALL_W_ROWS};")));
     assert!(read("cuda/stages.cuh").contains(&format!("kRowsOfW = {LARGE_W_ROWS};")));
     let rows = format!("kRowsOfX = sizeof(W) == 2 ? {} : {};", large_rows(false), large_rows(true));
     assert!(read("cuda/segments.cuh").contains(&rows));
@@ -189,8 +191,8 @@ fn a_lookup_takes_a_block_for_each_row_and_4096_columns() {
     }
 }
 
-fn of_one(m: usize) -> Rows {
-    Rows { m, slots: None, deterministic: false }
+fn of_one(m: usize) -> ProductRows {
+    ProductRows { m, slots: None, deterministic: false }
 }
 
 fn small(dtype: Dtype, m: usize, shape: Shape) -> plan::Small {
@@ -231,7 +233,7 @@ fn many_rows_take_tiles_unless_tenants_would_leave_them_empty() {
             (512, Some(32), false, true),
             (512, Some(500), false, false),
         ] {
-            let product = plan::linear(dtype, Rows { m, slots, deterministic }, shape).unwrap();
+            let product = plan::linear(dtype, ProductRows { m, slots, deterministic }, shape).unwrap();
             let Product::Large(large) = product else {
                 assert!(!tiles, "{m} rows of {slots:?} slots: {product:?}");
                 continue;
@@ -261,7 +263,7 @@ fn no_launch_passes_a_limit_and_none_is_empty() {
     let most = 16 * MOST_BLOCKS.1 as usize;
     for m in [33, most, most + 1, 3 * most + 5, i32::MAX as usize] {
         // More tenants than tiles are worth.
-        let rows = Rows { m, slots: Some(i32::MAX as usize), deterministic: false };
+        let rows = ProductRows { m, slots: Some(i32::MAX as usize), deterministic: false };
         let Product::Small(small) = plan::linear(Dtype::F16, rows, shape).unwrap() else { panic!("{m}") };
         let mut next = 0;
         for (launch, first, rows) in small.launches() {
@@ -272,13 +274,13 @@ fn no_launch_passes_a_limit_and_none_is_empty() {
             next += rows;
         }
         assert_eq!(next, m);
-        let rows = Rows { deterministic: true, ..rows };
+        let rows = ProductRows { deterministic: true, ..rows };
         let Product::Large(large) = plan::linear(Dtype::F16, rows, shape).unwrap() else { panic!("{m}") };
         assert!(large.tiles(u32::MAX).grid.0 <= MOST_BLOCKS.0 && large.tiles(0).grid == (1, 1));
     }
     for (m, n) in [(0, 40), (5, 0), (0, 0)] {
         for deterministic in [false, true] {
-            let rows = Rows { m, slots: None, deterministic };
+            let rows = ProductRows { m, slots: None, deterministic };
             assert_eq!(plan::linear(Dtype::F16, rows, Shape { n, k: 8 }).unwrap(), Product::Nothing);
         }
     }

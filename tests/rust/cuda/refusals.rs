@@ -10,7 +10,7 @@ use crate::common::lookups::Tables;
 use cudarc::driver::sys;
 use std::process::{Command, Output};
 use xorz::codec::Encoding;
-use xorz::cuda::{self, Linear, Lookup, Place, Rows, Words};
+use xorz::cuda::{self, BatchRows, DeviceMatrix, Embedding, Linear, Place};
 use xorz::error::{Kind, Result};
 use xorz::matrix::{Dtype, Shape};
 
@@ -66,7 +66,7 @@ fn child_reports() {
     args.arena = gpu.put(&good.blob);
     args.arena_bytes = good.blob.len();
     args.biases = 0;
-    args.rows = args.rows.map(|rows| Rows { slots: 0, slot_count: 0, ..rows });
+    args.rows = args.rows.map(|rows| BatchRows { slots: 0, slot_count: 0, ..rows });
     assert!(gpu.product(&args).unwrap().iter().all(|b| *b == 0xFF));
     said(well(&gpu), Kind::InvalidArgument, &["slot 0", "does not exist"]);
 
@@ -96,7 +96,7 @@ fn child_reports() {
 
 /// A call with valid arguments, for its error.
 fn any_call(device: i32) -> Result<()> {
-    let base = Words { dtype: Dtype::U8, bits: false, shape: Shape { n: 0, k: 0 }, address: 0 };
+    let base = DeviceMatrix { dtype: Dtype::U8, bits: false, shape: Shape { n: 0, k: 0 }, address: 0 };
     // SAFETY: no words.
     unsafe { cuda::delta_restore(Place { device, stream: 0 }, base, 0, 0, 0) }
 }
@@ -245,7 +245,7 @@ fn addresses_that_the_kernels_cannot_take_are_refused_before_a_device_is_asked()
 #[ignore = "a child of addresses_that_the_kernels_cannot_take_are_refused_before_a_device_is_asked"]
 fn child_addresses() {
     let place = Place { device: 0, stream: 0 };
-    let words = |dtype, address| Words { dtype, bits: false, shape: Shape { n: 2, k: 2 }, address };
+    let words = |dtype, address| DeviceMatrix { dtype, bits: false, shape: Shape { n: 2, k: 2 }, address };
     for (base, out, delta, name) in [(2, 16, 16, "base"), (16, 2, 16, "out"), (16, 16, 8, "delta")] {
         // SAFETY: there is no device.
         let r = unsafe { cuda::delta_restore(place, words(Dtype::F32, base), out, delta, 512) };
@@ -256,7 +256,7 @@ fn child_addresses() {
         let r = unsafe { cuda::delta_apply(place, words(Dtype::BF16, weight), delta, 512) };
         said(r, Kind::InvalidArgument, &[name, "no multiple of"]);
     }
-    let rows = Rows { slots: 16, slot_count: 1, tenant_of_row: 16 };
+    let rows = BatchRows { slots: 16, slot_count: 1, tenant_of_row: 16 };
     let good = Linear {
         x: 16,
         m: 3,
@@ -275,24 +275,24 @@ fn child_addresses() {
         (Linear { biases: 3, ..good }, "biases"),
         (Linear { arena: 8, ..good }, "arena"),
         (Linear { arena: 8, rows: None, ..good }, "delta"),
-        (Linear { rows: Some(Rows { slots: 4, ..rows }), ..good }, "slots"),
-        (Linear { rows: Some(Rows { slots: 0, ..rows }), ..good }, "slots"),
-        (Linear { rows: Some(Rows { tenant_of_row: 2, ..rows }), ..good }, "tenant_of_row"),
-        (Linear { rows: Some(Rows { tenant_of_row: 0, ..rows }), ..good }, "tenant_of_row"),
+        (Linear { rows: Some(BatchRows { slots: 4, ..rows }), ..good }, "slots"),
+        (Linear { rows: Some(BatchRows { slots: 0, ..rows }), ..good }, "slots"),
+        (Linear { rows: Some(BatchRows { tenant_of_row: 2, ..rows }), ..good }, "tenant_of_row"),
+        (Linear { rows: Some(BatchRows { tenant_of_row: 0, ..rows }), ..good }, "tenant_of_row"),
     ];
     for (args, name) in wrong {
         // SAFETY: as above.
         said(unsafe { cuda::delta_linear(place, &args, 0, 16) }, Kind::InvalidArgument, &[name]);
     }
     let table = words(Dtype::F32, 16);
-    let good_lookup = Lookup { indices: 16, m: 3, weight: table, arena: 16, arena_bytes: 512, rows };
+    let good_lookup = Embedding { indices: 16, m: 3, weight: table, arena: 16, arena_bytes: 512, rows };
     let wrong = [
-        (Lookup { indices: 4, ..good_lookup }, "indices"),
-        (Lookup { weight: words(Dtype::F32, 2), ..good_lookup }, "weight"),
-        (Lookup { arena: 8, ..good_lookup }, "arena"),
-        (Lookup { rows: Rows { slots: 4, ..rows }, ..good_lookup }, "slots"),
-        (Lookup { rows: Rows { slots: 0, ..rows }, ..good_lookup }, "slots"),
-        (Lookup { rows: Rows { tenant_of_row: 2, ..rows }, ..good_lookup }, "tenant_of_row"),
+        (Embedding { indices: 4, ..good_lookup }, "indices"),
+        (Embedding { weight: words(Dtype::F32, 2), ..good_lookup }, "weight"),
+        (Embedding { arena: 8, ..good_lookup }, "arena"),
+        (Embedding { rows: BatchRows { slots: 4, ..rows }, ..good_lookup }, "slots"),
+        (Embedding { rows: BatchRows { slots: 0, ..rows }, ..good_lookup }, "slots"),
+        (Embedding { rows: BatchRows { tenant_of_row: 2, ..rows }, ..good_lookup }, "tenant_of_row"),
     ];
     for (args, name) in wrong {
         // SAFETY: as above.

@@ -2,17 +2,17 @@
 //! f64, where products of two f32 are exact and do not overflow. So NaN and infinities are those of the fine-tuned
 //! weights, whatever the base, the differences and the order of f32 sums made of them. Slow and plain on purpose.
 
-use super::linear::{Job, Segment};
+use super::linear::{LinearJob, Segment};
 use super::scratch::Scratch;
 use crate::error::Result;
 use crate::vector::float::Float;
-use crate::vector::simd::{LANES, Simd};
+use crate::vector::simd::{SIMD_LANES, Simd};
 
 /// Compute and write outputs of row band `band` of the segment's grid again: bit j of `again[r]` asks for row r of the
 /// band and the row of x at place `m0 + j`.
 pub(super) fn linear<S: Simd, D: Float>(
     s: S,
-    job: &Job<'_, D>,
+    job: &LinearJob<'_, D>,
     segment: &Segment<'_>,
     band: usize,
     m0: usize,
@@ -22,7 +22,7 @@ pub(super) fn linear<S: Simd, D: Float>(
     let grid = segment.weights.grid();
     let across = grid.tile_cols_count();
     let r0 = band * grid.tile_rows;
-    let sums = sc.wide.zeroed(again.len() * LANES);
+    let sums = sc.sums_f64.zeroed(again.len() * SIMD_LANES);
     for tc in 0..across {
         let index = band * across + tc;
         let rect = grid.rect(index);
@@ -30,15 +30,15 @@ pub(super) fn linear<S: Simd, D: Float>(
         segment.restore(s, index, words)?;
         let rows = words.chunks_exact(rect.cols() * D::BYTES).zip(again);
         for (r, (row, &flags)) in rows.enumerate().filter(|(_, (_, flags))| **flags != 0) {
-            for j in (0..LANES).filter(|j| flags >> j & 1 == 1) {
-                sums[r * LANES + j] += dot::<D>(row, job.x_row(m0 + j, &(rect.c0..rect.c1)).bytes);
+            for j in (0..SIMD_LANES).filter(|j| flags >> j & 1 == 1) {
+                sums[r * SIMD_LANES + j] += dot::<D>(row, job.x_row(m0 + j, &(rect.c0..rect.c1)).bytes);
             }
         }
     }
     for (r, &flags) in again.iter().enumerate() {
-        for j in (0..LANES).filter(|j| flags >> j & 1 == 1) {
+        for j in (0..SIMD_LANES).filter(|j| flags >> j & 1 == 1) {
             let bias = segment.bias.map_or(0.0, |b| f64::from(D::value_at(b, r0 + r)));
-            let value = D::round_wide(sums[r * LANES + j] + bias);
+            let value = D::round_f64(sums[r * SIMD_LANES + j] + bias);
             D::put(&job.out[job.row(m0 + j) * job.n + r0 + r], value);
         }
     }

@@ -1,6 +1,6 @@
-// What is done once, when a delta is made, loaded, cut or joined: on CUDA tensors it is the CPU's work.
-// Arguments are copied to the host, which waits for the device; what comes out is copied back. None of it can
-// be captured.
+// CUDA registrations of the ops that are called once, when a delta is made, cut, joined or checked. They have
+// no CUDA kernel: arguments are copied to the host, the CPU kernel runs, and its result is copied back.
+// Copying waits for the device, so that none of these ops can be captured in a CUDA graph.
 #include "aten.h"
 #include "checks.h"
 #include "on_device.h"
@@ -24,7 +24,7 @@ std::vector<Tensor> on_host(const std::vector<Tensor>& all) {
   return out;
 }
 
-// Its tensors must be on one CUDA device, of dtypes that the core knows, and in a row.
+// Checks that all tensors are on one CUDA device, contiguous, and of dtypes that the core knows.
 class Moving {
  public:
   Moving(const char* op, std::initializer_list<const Tensor*> tensors)
@@ -75,7 +75,7 @@ Tensor delta_concat_cuda(const std::vector<Tensor>& deltas, const std::vector<Te
   return moving.back(delta_concat_cpu(on_host(deltas), on_host(bases), dim));
 }
 
-// A full check reads everything.
+// A full check reads all bytes, so that everything has to be copied.
 void delta_check_cuda(const Tensor& delta, const Tensor& base) {
   const Moving moving("delta_check", {&delta, &base});
   moving.check("delta", delta);

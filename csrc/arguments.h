@@ -22,7 +22,7 @@ inline void check_mode(const Checks& checks, const std::string& mode) {
     checks.refuse("mode must be \"fast\", \"deterministic\" or \"exact\", but is \"" + mode + "\"");
 }
 
-// The left operand: [..., columns] of the weight's dtype. Gives its number of rows.
+// Checks the left operand, [..., columns] of the weight's dtype, and gives its number of rows.
 inline size_t check_rows(const Checks& checks, const char* name, const Tensor& t, const DtypeRow& type,
                          size_t columns, const char* columns_name) {
   const DtypeRow& have = checks.known(name, t);
@@ -54,7 +54,7 @@ inline bool is_leaf(const Tensor& t) {
   return torch::stable::detail::to<bool>(stack[0]);
 }
 
-// Before an op writes to `weight` past torch: as torch's own in-place ops do.
+// To be called before an op writes to `weight` without torch's knowledge; does what torch's in-place ops do.
 inline void mark_written(const Checks& checks, const Tensor& weight) {
   // A view of a tensor that requires grad is no leaf in grad mode: torch then forbids writing to a leaf.
   Tensor rows = call_aten("aten::view", "", weight, std::vector<int64_t>{-1});
