@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Shape};
 use crate::package::checkpoint::pairing::{Pairs, pair};
 use crate::package::format::planes;
-use crate::package::format::words::{PairSource, Words};
+use crate::package::format::words::{PairSource, TensorWords};
 use crate::package::io::aligned::Aligned;
 use crate::package::io::chunks::Chunks;
 use crate::package::io::ordered;
@@ -110,7 +110,9 @@ pub(crate) fn footprint(
             file.tensors.header().tensors.iter().enumerate().filter(|(i, _)| same[f][*i].is_none())
         {
             let delta = match (bases[f][i], Dtype::from_name(&info.dtype)) {
-                (Some((at, b)), Some(dtype)) => Some((dtype, Words::File(&base.files()[at].tensors, b))),
+                (Some((at, b)), Some(dtype)) => {
+                    Some((dtype, TensorWords::File(&base.files()[at].tensors, b)))
+                }
                 _ => None,
             };
             tensors.push(Tensor { file, info, delta, zstd, run });
@@ -144,14 +146,14 @@ struct Tensor<'a> {
     file: &'a TensorFile,
     info: &'a TensorInfo,
     /// Dtype and base, where it is a delta.
-    delta: Option<(Dtype, Words<'a>)>,
+    delta: Option<(Dtype, TensorWords<'a>)>,
     zstd: bool,
     run: &'a Run<'a>,
 }
 
 /// What a thread keeps from piece to piece.
 #[derive(Default)]
-struct Scratch {
+struct CountScratch {
     base: Aligned,
     fine_tuned: Aligned,
     pieces: Vec<DeltaPiece>,
@@ -170,9 +172,10 @@ impl Tensor<'_> {
             return Ok(Sizes::alone(bytes));
         };
         let shape = Shape::of_dims(&self.info.dims)?;
-        let fine_tuned = Words::File(&self.file.tensors, self.info);
+        let fine_tuned = TensorWords::File(&self.file.tensors, self.info);
         let source = PairSource { dtype, shape, base, fine_tuned };
-        let job = Job { source, chunks: Chunks::new(dtype, shape, fine_tuned.len()?), threads, tensor: self };
+        let job =
+            CountJob { source, chunks: Chunks::new(dtype, shape, fine_tuned.len()?), threads, tensor: self };
         let (resident, changed, zstd) = job.resident()?;
         let coo = [4, 8].map(|index| changed * (dtype.word_bytes() as u64 + 2 * index));
         let words = shape.words()? as u64;
@@ -183,14 +186,14 @@ impl Tensor<'_> {
 const PREFERENCES: [Prefer; 2] = [Prefer::Memory, Prefer::Speed];
 
 /// One delta being counted.
-struct Job<'a> {
+struct CountJob<'a> {
     source: PairSource<'a>,
     chunks: Chunks,
     threads: usize,
     tensor: &'a Tensor<'a>,
 }
 
-impl<'a> Job<'a> {
+impl<'a> CountJob<'a> {
     fn source(&self) -> PairSource<'a> {
         let PairSource { dtype, shape, base, fine_tuned } = self.source;
         PairSource { dtype, shape, base, fine_tuned }
@@ -235,7 +238,7 @@ impl<'a> Job<'a> {
         let mut assemblers = assemblers.collect::<Result<Vec<_>>>()?;
         let mut frame = if zstd { Some(Frame::new(fine_tuned.len()?)?) } else { None };
         let mut changed = 0;
-        ordered::in_order::<Scratch>(
+        ordered::in_order::<CountScratch>(
             self.threads,
             self.chunks.count(),
             |chunk, s| {

@@ -102,9 +102,9 @@ pub fn estimate_files(
 }
 
 /// Key and name of a way, whether it needs the base, whether it can be computed on, and its bytes.
-type Way = (&'static str, &'static str, bool, bool, fn(&Footprint) -> Option<u64>);
+type KeepingWay = (&'static str, &'static str, bool, bool, fn(&Footprint) -> Option<u64>);
 
-const WAYS: [Way; 7] = [
+const WAYS: [KeepingWay; 7] = [
     ("separate", "separate copies", false, true, |f| Some(f.bytes)),
     ("a", "A: the XOR as it is", true, true, |f| Some(f.bytes)),
     ("b", "B: zstd-10 of the XOR", true, false, |f| f.zstd_bytes),
@@ -118,7 +118,7 @@ impl Comparison {
     fn new(base_bytes: u64, fine_tunes: Vec<Footprint>, tenants: u64, bandwidth: Option<f64>) -> Self {
         let count = fine_tunes.len() as u64;
         let sum = |of: fn(&Footprint) -> Option<u64>| fine_tunes.iter().map(of).sum::<Option<u64>>();
-        let strategy = |&(key, name, shared, computes, of): &Way| {
+        let strategy = |&(key, name, shared, computes, of): &KeepingWay| {
             let sum = sum(of)?;
             let total_bytes = times(sum, tenants, count).saturating_add(if shared { base_bytes } else { 0 });
             let step_seconds = bandwidth.filter(|_| computes).map(|b| total_bytes as f64 / b);

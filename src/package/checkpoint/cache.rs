@@ -82,7 +82,7 @@ impl Identity {
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Body {
+struct CacheBody {
     version: u32,
     path: String,
     file: Key,
@@ -94,7 +94,7 @@ struct Body {
 #[serde(deny_unknown_fields)]
 struct Kept {
     check: String,
-    body: Body,
+    body: CacheBody,
 }
 
 /// A folder of digests, or none.
@@ -165,7 +165,7 @@ impl DigestCache {
             return Ok(());
         }
         let path = path.canonicalize()?;
-        let body = Body {
+        let body = CacheBody {
             version: VERSION,
             path: path.to_string_lossy().into_owned(),
             file: before.key,
@@ -187,7 +187,7 @@ fn entry_name(path: &Path) -> String {
     format!("{:032x}.json", xxh3_128(path.as_os_str().as_bytes()))
 }
 
-fn check(body: &Body) -> Option<String> {
+fn check(body: &CacheBody) -> Option<String> {
     Some(format!("{:032x}", xxh3_128(to_json(body).ok()?.as_bytes())))
 }
 

@@ -42,7 +42,8 @@ pub fn digest_files(base: &Path, cache: &DigestCache, run: &Run<'_>) -> Result<V
 
 fn digest_file(t: &TensorFile, cache: &DigestCache, run: &Run<'_>) -> Result<BTreeMap<String, Digest>> {
     let file = t.tensors.file().ok_or_else(|| Error::internal("a checkpoint of no file"))?;
-    let known = t.tensors.header().tensors.iter().filter_map(Tensor::of).collect::<Result<Vec<_>>>()?;
+    let known =
+        t.tensors.header().tensors.iter().filter_map(DigestedTensor::of).collect::<Result<Vec<_>>>()?;
     if let Some(kept) = cache.load(&t.place, file)
         && kept.len() == known.len()
         && known.iter().all(|t| kept.contains_key(&t.info.name))
@@ -55,14 +56,14 @@ fn digest_file(t: &TensorFile, cache: &DigestCache, run: &Run<'_>) -> Result<BTr
     Ok(digests)
 }
 
-struct Tensor<'a> {
+struct DigestedTensor<'a> {
     info: &'a TensorInfo,
     dtype: Dtype,
     shape: Shape,
     leaf_bytes: u64,
 }
 
-impl<'a> Tensor<'a> {
+impl<'a> DigestedTensor<'a> {
     fn of(info: &'a TensorInfo) -> Option<Result<Self>> {
         let dtype = Dtype::from_name(&info.dtype)?;
         Some(Shape::of_dims(&info.dims).map(|shape| {
@@ -88,7 +89,7 @@ struct DigestPiece {
     count: usize,
 }
 
-fn pieces(tensors: &[Tensor<'_>]) -> Vec<DigestPiece> {
+fn pieces(tensors: &[DigestedTensor<'_>]) -> Vec<DigestPiece> {
     let mut out = Vec::new();
     for (tensor, t) in tensors.iter().enumerate() {
         let step = usize::try_from(PIECE_BYTES / t.leaf_bytes.max(1)).unwrap_or(usize::MAX).max(1);
@@ -104,7 +105,11 @@ fn pieces(tensors: &[Tensor<'_>]) -> Vec<DigestPiece> {
 
 type Leaves = Vec<[u8; 16]>;
 
-fn compute(file: &SafeTensors, tensors: &[Tensor<'_>], run: &Run<'_>) -> Result<BTreeMap<String, Digest>> {
+fn compute(
+    file: &SafeTensors,
+    tensors: &[DigestedTensor<'_>],
+    run: &Run<'_>,
+) -> Result<BTreeMap<String, Digest>> {
     let pieces = pieces(tensors);
     if let Some(progress) = run.progress {
         progress.begin("digest", tensors.iter().map(|t| t.info.bytes()).sum());
@@ -147,7 +152,12 @@ fn compute(file: &SafeTensors, tensors: &[Tensor<'_>], run: &Run<'_>) -> Result<
 }
 
 /// The digests of a piece's leaves. Leaves are mostly shorter than the buffer, but any of them may be longer.
-fn leaves(file: &SafeTensors, t: &Tensor<'_>, piece: &DigestPiece, room: &mut Aligned) -> Result<Leaves> {
+fn leaves(
+    file: &SafeTensors,
+    t: &DigestedTensor<'_>,
+    piece: &DigestPiece,
+    room: &mut Aligned,
+) -> Result<Leaves> {
     let end = t.at(piece.first + piece.count);
     let mut at = t.at(piece.first);
     let mut out = Vec::with_capacity(piece.count);

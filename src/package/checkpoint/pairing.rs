@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::matrix::Dtype;
 use crate::package::format::container::{SafeTensors, TensorInfo};
 use crate::package::format::frames::cut;
-use crate::package::format::words::Words;
+use crate::package::format::words::TensorWords;
 use crate::package::io::aligned::Aligned;
 use std::collections::{HashMap, HashSet};
 use xxhash_rust::xxh3::xxh3_128;
@@ -112,7 +112,7 @@ fn similar<'a>(
 
 /// Bytes of a tensor at evenly spread places.
 fn spots(file: &SafeTensors, t: &TensorInfo) -> Result<Vec<u8>> {
-    let words = Words::File(file, t);
+    let words = TensorWords::File(file, t);
     let len = words.len()?;
     if len <= SPOTS * SPOT_BYTES {
         return file.read(t);
@@ -187,7 +187,7 @@ fn same<'a>(
 }
 
 fn equal(a: &SafeTensors, ta: &TensorInfo, b: &SafeTensors, tb: &TensorInfo) -> Result<bool> {
-    let (a, b) = (Words::File(a, ta), Words::File(b, tb));
+    let (a, b) = (TensorWords::File(a, ta), TensorWords::File(b, tb));
     let (mut x, mut y) = (Aligned::default(), Aligned::default());
     for part in cut(0..a.len()?, 256 << 10) {
         if a.get(part.clone(), &mut x)? != b.get(part, &mut y)? {

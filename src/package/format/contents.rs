@@ -16,7 +16,7 @@ const ALIGN: u64 = 64;
 
 /// Stored bytes of some tensors and files, and what they are.
 #[derive(Debug)]
-pub(crate) struct Part {
+pub(crate) struct ContentsPart {
     pub(crate) spool: Spool,
     pub(crate) entries: Vec<Entry>,
     /// A source file and where its stored entry lies in the spool.
@@ -26,7 +26,7 @@ pub(crate) struct Part {
 /// All that a package holds.
 #[derive(Debug, Default)]
 pub(crate) struct Contents {
-    pub(crate) parts: Vec<Part>,
+    pub(crate) parts: Vec<ContentsPart>,
     pub(crate) removed: Vec<String>,
     pub(crate) folder: bool,
 }

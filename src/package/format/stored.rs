@@ -22,14 +22,14 @@ pub(crate) enum Choice {
 }
 
 /// A tensor's stored bytes, by codec.
-pub(crate) enum Body {
+pub(crate) enum StoredBody {
     None,
     Frames(Box<FramesBody>),
     Xor(Box<XorBody>),
     Resident(Box<ResidentBody>),
 }
 
-impl Body {
+impl StoredBody {
     pub(crate) fn new(
         choice: Choice,
         dtype: Option<Dtype>,

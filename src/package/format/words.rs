@@ -13,14 +13,14 @@ use std::ops::Range;
 
 /// The words of one tensor.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Words<'a> {
+pub(crate) enum TensorWords<'a> {
     /// All in memory.
     Memory(&'a [u8]),
     /// In a file.
     File(&'a SafeTensors, &'a TensorInfo),
 }
 
-impl Words<'_> {
+impl TensorWords<'_> {
     /// Bytes in all.
     pub(crate) fn len(&self) -> Result<usize> {
         match self {
@@ -43,7 +43,7 @@ impl Words<'_> {
         }
     }
 
-    /// What [`Words::get`] gave last, `room` and `range` being the same.
+    /// What [`TensorWords::get`] gave last, `room` and `range` being the same.
     pub(crate) fn kept<'b>(&'b self, range: Range<usize>, room: &'b Aligned) -> &'b [u8] {
         match self {
             Self::Memory(bytes) => &bytes[range],
@@ -75,8 +75,8 @@ impl Words<'_> {
 pub(crate) struct PairSource<'a> {
     pub(crate) dtype: Dtype,
     pub(crate) shape: Shape,
-    pub(crate) base: Words<'a>,
-    pub(crate) fine_tuned: Words<'a>,
+    pub(crate) base: TensorWords<'a>,
+    pub(crate) fine_tuned: TensorWords<'a>,
 }
 
 impl Source for PairSource<'_> {

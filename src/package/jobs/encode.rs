@@ -6,8 +6,8 @@ use crate::matrix::{Digest, DigestStream, Dtype, Matrix, Shape};
 use crate::package::format::frames::{Deflater, FRAME_BYTES, cut};
 use crate::package::format::planes;
 use crate::package::format::record::{self, BaseTensor, Entry};
-use crate::package::format::stored::{Body, Choice};
-use crate::package::format::words::{PairSource, Words};
+use crate::package::format::stored::{Choice, StoredBody};
+use crate::package::format::words::{PairSource, TensorWords};
 use crate::package::io::aligned::Aligned;
 use crate::package::io::chunks::Chunks;
 use crate::package::io::temp::Spool;
@@ -27,18 +27,18 @@ const PLANES_SAMPLE: usize = 4;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BaseWords<'a> {
     pub(super) name: &'a str,
-    pub(super) words: Words<'a>,
+    pub(super) words: TensorWords<'a>,
     /// Its digest, where it is known already.
     pub(super) digest: Option<Digest>,
 }
 
 /// One fine-tuned tensor to be stored.
-pub(super) struct Job<'a> {
+pub(super) struct TensorJob<'a> {
     pub(super) name: &'a str,
     pub(super) key: String,
     pub(super) dtype: &'a str,
     pub(super) dims: &'a [usize],
-    pub(super) words: Words<'a>,
+    pub(super) words: TensorWords<'a>,
     /// Dtype, shape and base, if it becomes a delta.
     pub(super) delta: Option<(Dtype, Shape, BaseWords<'a>)>,
     /// Another tensor of the fine-tune that has the same bytes.
@@ -50,7 +50,7 @@ pub(super) struct Job<'a> {
 
 /// What a thread keeps from piece to piece.
 #[derive(Default)]
-pub(super) struct Scratch {
+pub(super) struct EncodeScratch {
     fine_tuned: Aligned,
     base: Aligned,
     pub(super) piece: DeltaPiece,
@@ -64,18 +64,18 @@ pub(super) struct Scratch {
     deflater: Option<(i32, Deflater)>,
 }
 
-impl Scratch {
+impl EncodeScratch {
     /// The fine-tuned bytes of the piece made last, if they were read from a file.
     pub(super) fn fine_tuned(&self) -> &[u8] {
         self.fine_tuned.get()
     }
 }
 
-impl<'a> Job<'a> {
+impl<'a> TensorJob<'a> {
     /// A tensor of `words`; a delta if `delta` says against what.
     pub(super) fn new(
         (name, dtype, dims): (&'a str, &'a str, &'a [usize]),
-        words: Words<'a>,
+        words: TensorWords<'a>,
         delta: Option<(Dtype, Shape, BaseWords<'a>)>,
     ) -> Result<Self> {
         let bytes = words.len()?;
@@ -125,7 +125,7 @@ impl<'a> Job<'a> {
 
     /// What the planes would take, from a few pieces of the tensor.
     fn sample_planes(&self, options: &PackOptions) -> Result<f64> {
-        let (count, mut scratch) = (self.chunks.count(), Scratch::default());
+        let (count, mut scratch) = (self.chunks.count(), EncodeScratch::default());
         let step = count.div_ceil(PLANES_SAMPLE);
         let (mut stored, mut raw) = (0usize, 0usize);
         for chunk in (0..count).skip(step / 2).step_by(step) {
@@ -137,13 +137,19 @@ impl<'a> Job<'a> {
     }
 
     /// Make piece `chunk`: read it, encode it, hash its base.
-    pub(super) fn make(&self, chunk: usize, options: &PackOptions, s: &mut Scratch) -> Result<()> {
+    pub(super) fn make(&self, chunk: usize, options: &PackOptions, s: &mut EncodeScratch) -> Result<()> {
         self.choice(options)
             .and_then(|choice| self.make_as(choice, chunk, options, s))
             .map_err(|e| self.named(e))
     }
 
-    fn make_as(&self, choice: Choice, chunk: usize, options: &PackOptions, s: &mut Scratch) -> Result<()> {
+    fn make_as(
+        &self,
+        choice: Choice,
+        chunk: usize,
+        options: &PackOptions,
+        s: &mut EncodeScratch,
+    ) -> Result<()> {
         let range = self.chunks.bytes(chunk);
         s.piece.clear();
         s.frames.clear();
@@ -192,14 +198,21 @@ impl<'a> Job<'a> {
     }
 
     /// Begin to append what `make` makes.
-    pub(super) fn open<'j>(&'j self, options: &'j PackOptions, spool: &mut Spool) -> Result<Open<'j>> {
+    pub(super) fn open<'j>(&'j self, options: &'j PackOptions, spool: &mut Spool) -> Result<OpenTensor<'j>> {
         let choice = self.choice(options).map_err(|e| self.named(e))?;
         let digest = match self.delta {
             Some((dtype, shape, BaseWords { digest: None, .. })) => Some(Digest::stream(dtype, shape)),
             _ => None,
         };
-        let mut open =
-            Open { job: self, options, choice, body: Body::None, start: spool.len(), changed: 0, digest };
+        let mut open = OpenTensor {
+            job: self,
+            options,
+            choice,
+            body: StoredBody::None,
+            start: spool.len(),
+            changed: 0,
+            digest,
+        };
         open.body = open.body(choice, spool)?;
         Ok(open)
     }
@@ -242,26 +255,26 @@ pub(crate) fn count_changed(dtype: Dtype, base: &[u8], fine_tuned: &[u8]) -> u64
 }
 
 /// A tensor whose pieces are being appended to a spool.
-pub(super) struct Open<'j> {
-    job: &'j Job<'j>,
+pub(super) struct OpenTensor<'j> {
+    job: &'j TensorJob<'j>,
     options: &'j PackOptions,
     choice: Choice,
-    body: Body,
+    body: StoredBody,
     start: u64,
     changed: u64,
     digest: Option<DigestStream>,
 }
 
-impl Open<'_> {
-    fn body(&self, choice: Choice, spool: &mut Spool) -> Result<Body> {
+impl OpenTensor<'_> {
+    fn body(&self, choice: Choice, spool: &mut Spool) -> Result<StoredBody> {
         let dtype = self.job.delta.map(|(dtype, ..)| dtype);
         let resident = matches!(choice, Choice::Resident { .. });
         let level = if resident { self.options.stream_level() } else { self.options.level() };
-        Body::new(choice, dtype, self.job.bytes, level, spool)
+        StoredBody::new(choice, dtype, self.job.bytes, level, spool)
     }
 
     /// Append piece `chunk`, which is in `s`: the next one in order.
-    pub(super) fn take(&mut self, chunk: usize, spool: &mut Spool, s: &mut Scratch) -> Result<()> {
+    pub(super) fn take(&mut self, chunk: usize, spool: &mut Spool, s: &mut EncodeScratch) -> Result<()> {
         if let (Some(stream), Some((_, _, base))) = (&mut self.digest, &self.job.delta) {
             if s.leaves.is_empty() {
                 stream.update(base.words.kept(self.job.chunks.bytes(chunk), &s.base));
@@ -272,13 +285,13 @@ impl Open<'_> {
         self.append(spool, s).map_err(|e| self.job.named(e))
     }
 
-    fn append(&mut self, spool: &mut Spool, s: &mut Scratch) -> Result<()> {
+    fn append(&mut self, spool: &mut Spool, s: &mut EncodeScratch) -> Result<()> {
         self.changed += s.changed;
         match &mut self.body {
-            Body::None => Ok(()),
-            Body::Frames(body) => body.push(spool, &s.frames, &s.lengths),
-            Body::Xor(body) => body.push(spool, &s.difference),
-            Body::Resident(body) => body.push(spool, &s.piece),
+            StoredBody::None => Ok(()),
+            StoredBody::Frames(body) => body.push(spool, &s.frames, &s.lengths),
+            StoredBody::Xor(body) => body.push(spool, &s.difference),
+            StoredBody::Resident(body) => body.push(spool, &s.piece),
         }
     }
 
@@ -290,12 +303,12 @@ impl Open<'_> {
     }
 
     fn close(&mut self, spool: &mut Spool, digest: Option<Digest>) -> Result<Entry> {
-        if let (Choice::Resident { estimate, zstd }, Body::Resident(body)) = (self.choice, &self.body)
+        if let (Choice::Resident { estimate, zstd }, StoredBody::Resident(body)) = (self.choice, &self.body)
             && estimate.is_off(body.bytes())
         {
             self.once_more(spool, zstd)?;
         }
-        let body = std::mem::replace(&mut self.body, Body::None);
+        let body = std::mem::replace(&mut self.body, StoredBody::None);
         let (codec, check, encoding) = body.finish(spool, self.choice, digest, self.start)?;
         let job = self.job;
         let delta = job.delta.as_ref().zip(digest);
@@ -332,7 +345,7 @@ impl Open<'_> {
         spool.truncate(self.start)?;
         self.changed = 0;
         self.body = self.body(self.choice, spool)?;
-        let mut scratch = Scratch::default();
+        let mut scratch = EncodeScratch::default();
         for chunk in 0..self.job.chunks.count() {
             self.job.make_as(self.choice, chunk, self.options, &mut scratch)?;
             self.append(spool, &mut scratch)?;

@@ -1,18 +1,18 @@
 //! `pack`: two checkpoints into a package. Files side by side, each in order on several threads; memory holds a piece of a
 //! tensor per thread and never a tensor.
 
-use super::encode::{BaseWords, Job, Scratch};
+use super::encode::{BaseWords, EncodeScratch, TensorJob};
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Shape};
 use crate::package::checkpoint::bases::BaseDigests;
 use crate::package::checkpoint::files::{CarriedFile, Checkpoint, TensorFile};
 use crate::package::checkpoint::pairing::{Found, Pairs, pair};
-use crate::package::format::contents::{Contents, Part, check_name};
+use crate::package::format::contents::{Contents, ContentsPart, check_name};
 use crate::package::format::frames::{Deflater, FRAME_BYTES, compress};
 use crate::package::format::record::{self, SourceFile};
 use crate::package::format::stored::FramesBody;
 use crate::package::format::totals::Report;
-use crate::package::format::words::Words;
+use crate::package::format::words::TensorWords;
 use crate::package::io::ordered;
 use crate::package::io::temp::{Spool, check_target};
 use crate::package::options::{Destination, PackOptions, Run};
@@ -79,12 +79,12 @@ struct Pack<'a> {
 
 impl Pack<'_> {
     /// Every file of the fine-tune, stored.
-    fn parts(&self) -> Result<Vec<Part>> {
+    fn parts(&self) -> Result<Vec<ContentsPart>> {
         let (files, carried) = (self.ft.files(), self.ft.carried());
         let total = files.iter().map(|f| f.tensors.file_bytes()).chain(carried.iter().map(|c| c.bytes)).sum();
         self.run.begin("pack", total);
         let count = files.len() + carried.len();
-        let done: Vec<Mutex<Option<Part>>> = (0..count).map(|_| Mutex::new(None)).collect();
+        let done: Vec<Mutex<Option<ContentsPart>>> = (0..count).map(|_| Mutex::new(None)).collect();
         ordered::side_by_side(ordered::threads(self.run.jobs), count, |i, threads| {
             let part = match files.get(i) {
                 Some(file) => self.tensor_file(i, file, threads),
@@ -93,24 +93,25 @@ impl Pack<'_> {
             *done[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(part);
             Ok(())
         })?;
-        let take = |m: Mutex<Option<Part>>| m.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let take = |m: Mutex<Option<ContentsPart>>| m.into_inner().unwrap_or_else(PoisonError::into_inner);
         done.into_iter().map(|m| take(m).ok_or_else(|| Error::internal("a file was left out"))).collect()
     }
 
-    fn jobs<'j>(&'j self, f: usize, file: &'j TensorFile) -> Result<Vec<Job<'j>>> {
+    fn jobs<'j>(&'j self, f: usize, file: &'j TensorFile) -> Result<Vec<TensorJob<'j>>> {
         let tensors = &file.tensors.header().tensors;
         let list = tensors.iter().enumerate().map(|(i, t)| {
             check_name(&t.name)?;
             let same = self.same[f][i].map(str::to_owned);
             let delta = match (self.bases[f][i], Dtype::from_name(&t.dtype)) {
                 (Some((at, b)), Some(dtype)) if same.is_none() => {
-                    let words = Words::File(&self.base.files()[at].tensors, b);
+                    let words = TensorWords::File(&self.base.files()[at].tensors, b);
                     let base = BaseWords { name: &b.name, words, digest: self.digests.get(at, &b.name) };
                     Some((dtype, Shape::of_dims(&t.dims)?, base))
                 }
                 _ => None,
             };
-            let mut job = Job::new((&t.name, &t.dtype, &t.dims), Words::File(&file.tensors, t), delta)?;
+            let mut job =
+                TensorJob::new((&t.name, &t.dtype, &t.dims), TensorWords::File(&file.tensors, t), delta)?;
             job.same = same;
             if self.ft.find(&t.name).is_some_and(|(at, _)| at != f) {
                 job.key = record::again_entry(f, &t.name);
@@ -120,7 +121,7 @@ impl Pack<'_> {
         list.collect()
     }
 
-    fn tensor_file(&self, f: usize, file: &TensorFile, threads: usize) -> Result<Part> {
+    fn tensor_file(&self, f: usize, file: &TensorFile, threads: usize) -> Result<ContentsPart> {
         let within = |e: Error| e.within(file.place.display());
         let jobs = self.jobs(f, file).map_err(within)?;
         let items: Vec<(usize, usize)> = jobs
@@ -133,7 +134,7 @@ impl Pack<'_> {
         sha.update((text.len() as u64).to_le_bytes());
         sha.update(text);
         let (mut spool, mut entries, mut open) = (Spool::create(self.beside)?, Vec::new(), None);
-        ordered::in_order::<Scratch>(
+        ordered::in_order::<EncodeScratch>(
             threads,
             items.len(),
             |i, s| jobs[items[i].0].make(items[i].1, self.options, s).map_err(within),
@@ -164,11 +165,11 @@ impl Pack<'_> {
             header_bytes: Some(text.len() as u64),
             check: record::check_of(&stored).to_string(),
         };
-        Ok(Part { entries, file: Some((source, start..spool.len())), spool })
+        Ok(ContentsPart { entries, file: Some((source, start..spool.len())), spool })
     }
 
-    fn carried_file(&self, file: &CarriedFile) -> Result<Part> {
-        let store = || -> Result<Part> {
+    fn carried_file(&self, file: &CarriedFile) -> Result<ContentsPart> {
+        let store = || -> Result<ContentsPart> {
             let (mut sha, mut spool, mut body) =
                 (Sha256::new(), Spool::create(self.beside)?, FramesBody::default());
             let mut deflater = Deflater::new(self.options.level())?;
@@ -191,13 +192,13 @@ impl Pack<'_> {
             let (path, executable) = (file.path.clone(), file.executable);
             let sha256 = hex(&sha.finalize());
             let source = SourceFile { path, sha256, bytes, executable, header_bytes: None, check };
-            Ok(Part { entries: Vec::new(), file: Some((source, 0..spool.len())), spool })
+            Ok(ContentsPart { entries: Vec::new(), file: Some((source, 0..spool.len())), spool })
         };
         store().map_err(|e| e.within(file.place.display()))
     }
 
     /// Keep the digests that packing has computed.
-    fn remember(&self, parts: &[Part]) {
+    fn remember(&self, parts: &[ContentsPart]) {
         let mut found: HashMap<usize, Vec<_>> = HashMap::new();
         for base in parts.iter().flat_map(|p| &p.entries).filter_map(|e| e.base.as_ref()) {
             if let Some((at, _)) = self.base.find(&base.name) {

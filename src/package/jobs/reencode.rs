@@ -1,6 +1,6 @@
 //! A stored delta as a resident delta for another preference: restored and encoded again piece by piece, never as a whole.
 
-use super::restore::{Restore, Scratch};
+use super::restore::{Restore, RestoreScratch};
 use crate::codec::Prefer;
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Shape};
@@ -16,16 +16,16 @@ pub(crate) fn resident(restore: &Restore<'_>, prefer: Prefer) -> Result<Vec<u8>>
         return resident::encode(&mut source, prefer);
     }
     let estimate = vector::estimate(&mut source, prefer)?;
-    let (bytes, size) = encode(&mut source, &estimate)?;
+    let (bytes, size) = encode_restored(&mut source, &estimate)?;
     if !estimate.is_off(size) {
         return Ok(bytes);
     }
     let exact = vector::estimate_exactly(&mut source, prefer)?;
-    if exact.plan == estimate.plan { Ok(bytes) } else { Ok(encode(&mut source, &exact)?.0) }
+    if exact.plan == estimate.plan { Ok(bytes) } else { Ok(encode_restored(&mut source, &exact)?.0) }
 }
 
 /// The delta by the estimate's plan, and its bytes before what equals was dropped.
-fn encode(source: &mut Restored<'_, '_>, estimate: &Estimate) -> Result<(Vec<u8>, u64)> {
+fn encode_restored(source: &mut Restored<'_, '_>, estimate: &Estimate) -> Result<(Vec<u8>, u64)> {
     let (dtype, plan) = (source.dtype(), &estimate.plan);
     let mut assembler = Assembler::new(dtype, plan)?;
     let head = assembler.head_bytes();
@@ -60,7 +60,7 @@ struct Restored<'r, 'a> {
     shape: Shape,
     digest: Digest,
     kept: Vec<(usize, Vec<u8>)>,
-    scratch: Scratch,
+    scratch: RestoreScratch,
     /// The next piece of a stream that is only read forwards.
     next: usize,
 }
@@ -71,7 +71,15 @@ impl<'r, 'a> Restored<'r, 'a> {
 
     fn new(restore: &'r Restore<'a>) -> Result<Self> {
         let (dtype, shape, digest) = restore.matrix()?;
-        Ok(Self { restore, dtype, shape, digest, kept: Vec::new(), scratch: Scratch::default(), next: 0 })
+        Ok(Self {
+            restore,
+            dtype,
+            shape,
+            digest,
+            kept: Vec::new(),
+            scratch: RestoreScratch::default(),
+            next: 0,
+        })
     }
 
     /// Have piece `chunk` at the end of those kept.

@@ -9,7 +9,7 @@ use crate::package::format::container::SafeTensors;
 use crate::package::format::frames::{self, Inflater};
 use crate::package::format::record::{Entry, check_delta};
 use crate::package::format::refusals::{another_base, stored_alone};
-use crate::package::format::words::Words;
+use crate::package::format::words::TensorWords;
 use crate::package::format::xor::XorStream;
 use crate::package::io::aligned::Aligned;
 use crate::package::io::chunks::Chunks;
@@ -23,23 +23,23 @@ pub(crate) struct Restore<'a> {
     container: &'a SafeTensors,
     /// What is stored: the entry itself, or the one whose bytes it shares.
     entry: &'a Entry,
-    base: Option<Base<'a>>,
+    base: Option<RestoreBase<'a>>,
     pub(crate) chunks: Chunks,
-    way: OnceLock<Result<Way<'a>>>,
+    way: OnceLock<Result<StoredWay<'a>>>,
 }
 
 #[derive(Clone, Copy)]
-struct Base<'a> {
+struct RestoreBase<'a> {
     dtype: Dtype,
     shape: Shape,
-    words: Words<'a>,
+    words: TensorWords<'a>,
     /// The digest that the base must have.
     want: Digest,
     /// The digest it has, where that is known already.
     known: Option<Digest>,
 }
 
-enum Way<'a> {
+enum StoredWay<'a> {
     Unchanged,
     Resident(Blob<'a>, Box<Outline>),
     Planes(Blob<'a>),
@@ -48,7 +48,7 @@ enum Way<'a> {
 
 /// What a thread keeps from piece to piece.
 #[derive(Default)]
-pub(crate) struct Scratch {
+pub(crate) struct RestoreScratch {
     words: Aligned,
     base: Vec<u8>,
     band: Vec<u8>,
@@ -56,7 +56,7 @@ pub(crate) struct Scratch {
     leaves: Vec<[u8; 16]>,
 }
 
-impl Scratch {
+impl RestoreScratch {
     /// The words of the piece made (and taken) last.
     pub(crate) fn words(&self) -> &[u8] {
         self.words.get()
@@ -69,7 +69,7 @@ impl<'a> Restore<'a> {
     pub(crate) fn new(
         container: &'a SafeTensors,
         entry: &'a Entry,
-        base: Option<(Words<'a>, Option<Digest>)>,
+        base: Option<(TensorWords<'a>, Option<Digest>)>,
     ) -> Result<Self> {
         let bytes =
             usize::try_from(entry.bytes).map_err(|_| Error::unsupported("too large for this machine"))?;
@@ -85,7 +85,7 @@ impl<'a> Restore<'a> {
                         words.len()?
                     )));
                 }
-                let base = Base { dtype, shape, words, want: wanted.digest, known };
+                let base = RestoreBase { dtype, shape, words, want: wanted.digest, known };
                 (Some(base), Chunks::new(dtype, shape, bytes))
             }
             // Without a base nothing but the stored bytes earns the size.
@@ -106,19 +106,20 @@ impl<'a> Restore<'a> {
     }
 
     /// What is stored, opened and compared with its digest by the first thread that asks.
-    fn way(&self) -> Result<&Way<'a>> {
+    fn way(&self) -> Result<&StoredWay<'a>> {
         self.way.get_or_init(|| self.open()).as_ref().map_err(Clone::clone)
     }
 
-    fn open(&self) -> Result<Way<'a>> {
-        if let (Some(Base { want, known: Some(known), .. }), Some(wanted)) = (self.base, &self.entry.base)
+    fn open(&self) -> Result<StoredWay<'a>> {
+        if let (Some(RestoreBase { want, known: Some(known), .. }), Some(wanted)) =
+            (self.base, &self.entry.base)
             && want != known
         {
             return Err(another_base(&wanted.name, want, known));
         }
         let e = self.entry;
         match e.codec {
-            Codec::Planes | Codec::Alone => Ok(Way::Planes(Blob::of(self.container, e)?)),
+            Codec::Planes | Codec::Alone => Ok(StoredWay::Planes(Blob::of(self.container, e)?)),
             Codec::Resident | Codec::ResidentZstd => self.outline(Blob::of(self.container, e)?),
             Codec::Same => Err(Error::internal("codec `same` was not resolved")),
             Codec::Xor => {
@@ -128,7 +129,7 @@ impl<'a> Restore<'a> {
         }
     }
 
-    fn outline(&self, blob: Blob<'a>) -> Result<Way<'a>> {
+    fn outline(&self, blob: Blob<'a>) -> Result<StoredWay<'a>> {
         let base = self.base.ok_or_else(stored_alone)?;
         let mut inflater = Inflater::default();
         // A matrix has at least as many words as tiles, and its words are in the caller's hands.
@@ -136,18 +137,18 @@ impl<'a> Restore<'a> {
         let outline = Outline::read(blob.len(), tiles, &mut |at, out| blob.read(at, out, &mut inflater))?;
         check_delta(self.entry, outline.header())?;
         Ok(match outline.header().encoding {
-            Encoding::Unchanged => Way::Unchanged,
+            Encoding::Unchanged => StoredWay::Unchanged,
             _ if !self.chunks.tiled() => {
                 return Err(Error::corrupt("a resident delta of a matrix whose rows are too long for one"));
             }
-            _ => Way::Resident(blob, Box::new(outline)),
+            _ => StoredWay::Resident(blob, Box::new(outline)),
         })
     }
 
-    fn xor(&self) -> Result<Way<'a>> {
+    fn xor(&self) -> Result<StoredWay<'a>> {
         let (range, bytes) = (self.entry.range.clone(), self.entry.bytes);
         match (range.is_empty(), bytes) {
-            (true, 0) => Ok(Way::Unchanged),
+            (true, 0) => Ok(StoredWay::Unchanged),
             (false, 0) => Err(Error::corrupt("bytes stored for an empty tensor")),
             _ => {
                 let mut start = vec![0u8; (range.end - range.start).min(18) as usize];
@@ -158,13 +159,13 @@ impl<'a> Restore<'a> {
                         "a zstd frame announces {announced:?} bytes where {bytes} belong"
                     )));
                 }
-                Ok(Way::Xor(Mutex::new(XorStream::new(self.container, range, bytes)?)))
+                Ok(StoredWay::Xor(Mutex::new(XorStream::new(self.container, range, bytes)?)))
             }
         }
     }
 
     /// Make piece `chunk`: the fine-tuned words, but for codec `xor`, which [`Open::take`] completes.
-    pub(crate) fn make(&self, chunk: usize, s: &mut Scratch) -> Result<()> {
+    pub(crate) fn make(&self, chunk: usize, s: &mut RestoreScratch) -> Result<()> {
         self.make_words(chunk, s).map_err(|e| self.named(self.blame(e)))
     }
 
@@ -172,21 +173,23 @@ impl<'a> Restore<'a> {
     fn blame(&self, e: Error) -> Error {
         let nonsense = matches!(e.kind(), Kind::Corrupt | Kind::Truncated);
         match (self.base, &self.entry.base) {
-            (Some(base @ Base { known: None, .. }), Some(wanted)) if nonsense => match digest_of(&base) {
-                Ok(found) if found != base.want => another_base(&wanted.name, base.want, found),
-                _ => e,
-            },
+            (Some(base @ RestoreBase { known: None, .. }), Some(wanted)) if nonsense => {
+                match base_digest(&base) {
+                    Ok(found) if found != base.want => another_base(&wanted.name, base.want, found),
+                    _ => e,
+                }
+            }
             _ => e,
         }
     }
 
-    fn make_words(&self, chunk: usize, s: &mut Scratch) -> Result<()> {
+    fn make_words(&self, chunk: usize, s: &mut RestoreScratch) -> Result<()> {
         let way = self.way()?;
         let range = self.chunks.bytes(chunk);
         let (at, len) = (range.start as u64, range.len());
         s.leaves.clear();
         let Some(base) = self.base else {
-            let Way::Planes(blob) = way else { return Err(stored_alone()) };
+            let StoredWay::Planes(blob) = way else { return Err(stored_alone()) };
             let words = s.words.room(len, 0);
             words.fill(0);
             let w = self.entry.word_dtype().map_or(1, Dtype::word_bytes);
@@ -197,11 +200,11 @@ impl<'a> Restore<'a> {
             self.hash(chunk, &base, s)?;
         }
         match way {
-            Way::Unchanged | Way::Xor(_) => Ok(()),
-            Way::Planes(blob) => {
+            StoredWay::Unchanged | StoredWay::Xor(_) => Ok(()),
+            StoredWay::Planes(blob) => {
                 blob.apply_planes(at, s.words.get_mut(), base.dtype.word_bytes(), &mut s.inflater)
             }
-            Way::Resident(blob, outline) => {
+            StoredWay::Resident(blob, outline) => {
                 let tiles = self.chunks.tiles(&outline.header().grid(), chunk);
                 let inflater = &mut s.inflater;
                 let read = &mut |at: u64, out: &mut [u8]| blob.read(at, out, inflater);
@@ -212,7 +215,7 @@ impl<'a> Restore<'a> {
     }
 
     /// Leaves of the base's digest, or the base itself to be hashed in order.
-    fn hash(&self, chunk: usize, base: &Base<'_>, s: &mut Scratch) -> Result<()> {
+    fn hash(&self, chunk: usize, base: &RestoreBase<'_>, s: &mut RestoreScratch) -> Result<()> {
         if self.chunks.whole_leaves() {
             let part = Matrix::new(base.dtype, self.chunks.shape(chunk), s.words.get())?;
             let leaves = part.shape().n.div_ceil(Digest::LEAF_ROWS);
@@ -226,12 +229,12 @@ impl<'a> Restore<'a> {
 
     /// Whether pieces are complete only when they are taken in order.
     pub(crate) fn forwards(&self) -> Result<bool> {
-        Ok(matches!(self.way()?, Way::Xor(_)))
+        Ok(matches!(self.way()?, StoredWay::Xor(_)))
     }
 
     /// Begin again at the first piece, where pieces are taken in order.
     pub(super) fn rewind(&self) -> Result<()> {
-        if let (Way::Xor(xor), Way::Xor(new)) = (self.way()?, self.xor()?) {
+        if let (StoredWay::Xor(xor), StoredWay::Xor(new)) = (self.way()?, self.xor()?) {
             let new = new.into_inner().unwrap_or_else(PoisonError::into_inner);
             *xor.lock().unwrap_or_else(PoisonError::into_inner) = new;
         }
@@ -239,8 +242,8 @@ impl<'a> Restore<'a> {
     }
 
     /// Complete the piece in `s`: the next one in order, where [`Restore::forwards`].
-    pub(crate) fn complete(&self, s: &mut Scratch) -> Result<()> {
-        if let Way::Xor(xor) = self.way()? {
+    pub(crate) fn complete(&self, s: &mut RestoreScratch) -> Result<()> {
+        if let StoredWay::Xor(xor) = self.way()? {
             let mut xor = xor.lock().unwrap_or_else(PoisonError::into_inner);
             xor.apply(s.words.get_mut()).map_err(|e| self.named(e))?;
         }
@@ -253,21 +256,21 @@ impl<'a> Restore<'a> {
     }
 
     /// The base's words.
-    pub(crate) fn base_words(&self) -> Result<Words<'a>> {
+    pub(crate) fn base_words(&self) -> Result<TensorWords<'a>> {
         self.base.map(|b| b.words).ok_or_else(stored_alone)
     }
 
     /// Begin to take what `make` makes.
     pub(crate) fn begin(&self) -> Taken<'_, 'a> {
         let digest = match self.base {
-            Some(Base { known: None, dtype, shape, .. }) => Some(Digest::stream(dtype, shape)),
+            Some(RestoreBase { known: None, dtype, shape, .. }) => Some(Digest::stream(dtype, shape)),
             _ => None,
         };
         Taken { restore: self, digest }
     }
 }
 
-fn digest_of(base: &Base<'_>) -> Result<Digest> {
+fn base_digest(base: &RestoreBase<'_>) -> Result<Digest> {
     let (mut stream, mut room) = (Digest::stream(base.dtype, base.shape), Aligned::default());
     let bytes = base.words.len()?;
     for part in frames::cut(0..bytes, 1 << 20) {
@@ -284,7 +287,7 @@ pub(crate) struct Taken<'r, 'a> {
 
 impl Taken<'_, '_> {
     /// Take the piece in `s`: the next one in order. Its words are complete then.
-    pub(crate) fn take(&mut self, s: &mut Scratch) -> Result<()> {
+    pub(crate) fn take(&mut self, s: &mut RestoreScratch) -> Result<()> {
         let r = self.restore;
         if let Some(stream) = &mut self.digest {
             if r.chunks.whole_leaves() {

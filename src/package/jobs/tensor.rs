@@ -1,7 +1,7 @@
 //! One tensor of an opened package and its base: as a resident delta, or as fine-tuned words.
 
 use super::reencode;
-use super::restore::{Restore, Scratch};
+use super::restore::{Restore, RestoreScratch};
 use crate::codec::{Encoding, Prefer};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Matrix};
@@ -11,12 +11,12 @@ use crate::package::format::frames::Inflater;
 use crate::package::format::reader::Package;
 use crate::package::format::record::{Entry, check_delta};
 use crate::package::format::refusals::{another_base, other_kind, stored_alone};
-use crate::package::format::words::Words;
+use crate::package::format::words::TensorWords;
 use crate::package::options::Codec;
 use crate::resident::Resident;
 
 /// The words of a base tensor that has been compared with what an entry says of it, and their digest.
-type Compared<'a> = (Words<'a>, Option<Digest>);
+type Compared<'a> = (TensorWords<'a>, Option<Digest>);
 
 impl Package {
     /// One tensor's resident delta. It is encoded again, piece by piece, only if `prefer` is given and is not
@@ -46,7 +46,7 @@ impl Package {
             let base = base.filter(|_| entry.base.is_some());
             let base = base.map(|base| in_memory(entry, base)).transpose()?;
             let job = Restore::new(self.container(), entry, base)?;
-            let (mut taken, mut scratch) = (job.begin(), Scratch::default());
+            let (mut taken, mut scratch) = (job.begin(), RestoreScratch::default());
             for chunk in 0..job.chunks.count() {
                 job.make(chunk, &mut scratch)?;
                 taken.take(&mut scratch)?;
@@ -115,7 +115,7 @@ fn in_memory<'a>(entry: &Entry, base: &Matrix<'a>) -> Result<Compared<'a>> {
             base.dtype()
         )));
     }
-    compared(entry, Words::Memory(base.bytes()), base.digest())
+    compared(entry, TensorWords::Memory(base.bytes()), base.digest())
 }
 
 /// The base tensor of `entry` in an open base.
@@ -125,10 +125,10 @@ fn on_disk<'a>(entry: &Entry, base: &'a Base) -> Result<Compared<'a>> {
     if (&info.dtype, &info.dims) != (&entry.dtype, &entry.dims) {
         return Err(other_kind(entry, info));
     }
-    compared(entry, Words::File(file, info), digest)
+    compared(entry, TensorWords::File(file, info), digest)
 }
 
-fn compared<'a>(entry: &Entry, words: Words<'a>, found: Digest) -> Result<Compared<'a>> {
+fn compared<'a>(entry: &Entry, words: TensorWords<'a>, found: Digest) -> Result<Compared<'a>> {
     let wanted = entry.base.as_ref().ok_or_else(stored_alone)?;
     if found != wanted.digest {
         return Err(another_base(&wanted.name, wanted.digest, found));

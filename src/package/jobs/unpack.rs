@@ -2,7 +2,7 @@
 //! side, each in order on several threads; memory holds a piece of a tensor per thread.
 
 use super::pack::{hex, refuse_overwrite};
-use super::restore::{Restore, Scratch};
+use super::restore::{Restore, RestoreScratch};
 use crate::error::{Error, Result};
 use crate::matrix::Digest;
 use crate::package::checkpoint::bases::BaseDigests;
@@ -14,7 +14,7 @@ use crate::package::format::reader::{Package, parse_source_header};
 use crate::package::format::record::Entry;
 use crate::package::format::refusals::{missing_in_base, other_kind};
 use crate::package::format::totals::Report;
-use crate::package::format::words::Words;
+use crate::package::format::words::TensorWords;
 use crate::package::io::aligned::Aligned;
 use crate::package::io::ordered;
 use crate::package::io::temp::{Output, OutputFolder};
@@ -198,14 +198,14 @@ impl<'a> Unpack<'a> {
         if let Some(file) = file {
             self.wrote(file.write_all_at(&start, 0))?;
         }
-        let put = |(j, c): (usize, usize), s: &Scratch| -> Result<()> {
+        let put = |(j, c): (usize, usize), s: &RestoreScratch| -> Result<()> {
             let at = jobs[j].chunks.bytes(c).start;
             self.compare(order[j].0, at, s)?;
             let at = data + order[j].1 + at as u64;
             file.map_or(Ok(()), |f| self.wrote(f.write_all_at(s.words(), at)))
         };
         let mut taken = None;
-        ordered::in_order::<Scratch>(
+        ordered::in_order::<RestoreScratch>(
             threads,
             items.len(),
             |i, s| {
@@ -317,12 +317,12 @@ impl<'a> Unpack<'a> {
     }
 
     /// Compare a restored piece with the fine-tune given.
-    fn compare(&self, entry: &Entry, at: usize, s: &Scratch) -> Result<()> {
+    fn compare(&self, entry: &Entry, at: usize, s: &RestoreScratch) -> Result<()> {
         let Some((ft, (f, info))) = self.ft.and_then(|ft| Some((ft, ft.find(&entry.name)?))) else {
             return Ok(());
         };
         let mut room = Aligned::default();
-        let words = Words::File(&ft.files()[f].tensors, info);
+        let words = TensorWords::File(&ft.files()[f].tensors, info);
         if words.get(at..at + s.words().len(), &mut room)? == s.words() {
             return Ok(());
         }
@@ -360,7 +360,7 @@ pub(crate) fn restore_on<'a>(
             if (&info.dtype, &info.dims) != (&stored.dtype, &stored.dims) {
                 return Err(named(other_kind(stored, info), entry));
             }
-            Some((Words::File(&base.files()[f].tensors, info), digests.get(f, &wanted.name)))
+            Some((TensorWords::File(&base.files()[f].tensors, info), digests.get(f, &wanted.name)))
         }
         None => None,
     };

@@ -1,14 +1,14 @@
 //! A package from tensors in memory: each is encoded by several threads and waits in a spool.
 
-use super::encode::{BaseWords, Job, Scratch};
+use super::encode::{BaseWords, EncodeScratch, TensorJob};
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Shape};
 use crate::package::checkpoint::lonely::Lonely;
 use crate::package::format::container::dtype_bits;
-use crate::package::format::contents::{Contents, Part, check_name};
+use crate::package::format::contents::{Contents, ContentsPart, check_name};
 use crate::package::format::record::Entry;
 use crate::package::format::totals::Report;
-use crate::package::format::words::Words;
+use crate::package::format::words::TensorWords;
 use crate::package::io::ordered;
 use crate::package::io::temp::{Spool, check_target};
 use crate::package::options::{Destination, PackOptions};
@@ -38,7 +38,7 @@ pub struct Writer {
     options: PackOptions,
     jobs: usize,
     path: PathBuf,
-    part: Part,
+    part: ContentsPart,
     removed: Vec<String>,
     /// Tensors that may be met again, by digest, dtype and dimensions; and the digest of the base each had.
     seen: HashMap<Content, (String, Option<u128>)>,
@@ -52,7 +52,7 @@ impl Writer {
     /// `Io`; `InvalidArgument` for a directory.
     pub fn create(path: &Path, options: PackOptions) -> Result<Self> {
         check_target(path)?;
-        let part = Part { spool: Spool::create(Some(path))?, entries: Vec::new(), file: None };
+        let part = ContentsPart { spool: Spool::create(Some(path))?, entries: Vec::new(), file: None };
         let (removed, seen) = (Vec::new(), HashMap::new());
         Ok(Self { options, jobs: 0, path: path.into(), part, removed, seen, lonely: Lonely::default() })
     }
@@ -134,22 +134,22 @@ fn check_tensor(t: &Tensor<'_>) -> Result<()> {
     Ok(())
 }
 
-fn job<'a>(ft: &Tensor<'a>, base: Option<&Tensor<'a>>) -> Result<Job<'a>> {
+fn job<'a>(ft: &Tensor<'a>, base: Option<&Tensor<'a>>) -> Result<TensorJob<'a>> {
     let delta = match (base, Dtype::from_name(ft.dtype)) {
         (Some(b), Some(dtype)) => {
-            let words = BaseWords { name: b.name, words: Words::Memory(b.bytes), digest: None };
+            let words = BaseWords { name: b.name, words: TensorWords::Memory(b.bytes), digest: None };
             Some((dtype, Shape::of_dims(ft.dims)?, words))
         }
         _ => None,
     };
-    Job::new((ft.name, ft.dtype, ft.dims), Words::Memory(ft.bytes), delta)
+    TensorJob::new((ft.name, ft.dtype, ft.dims), TensorWords::Memory(ft.bytes), delta)
 }
 
 /// Encode one tensor onto the spool with several threads.
-fn store(job: &Job<'_>, options: &PackOptions, jobs: usize, spool: &mut Spool) -> Result<Entry> {
+fn store(job: &TensorJob<'_>, options: &PackOptions, jobs: usize, spool: &mut Spool) -> Result<Entry> {
     let chunks = job.chunks;
     let mut open = None;
-    ordered::in_order::<Scratch>(
+    ordered::in_order::<EncodeScratch>(
         ordered::threads(jobs),
         chunks.count(),
         |i, s| job.make(i, options, s),

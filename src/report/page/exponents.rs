@@ -35,13 +35,13 @@ fn fields(dtype: Dtype) -> Option<(u32, u32)> {
 
 /// What a thread keeps from piece to piece: counts by exponent field.
 #[derive(Default)]
-struct Scratch {
-    restore: restore::Scratch,
+struct PageScratch {
+    restore: restore::RestoreScratch,
     base: Aligned,
     counts: Vec<[u64; 2]>,
 }
 
-impl Scratch {
+impl PageScratch {
     fn count(&mut self, dtype: Dtype) {
         let (fine_tuned, base) = (self.restore.words(), self.base.get());
         match dtype.word_bytes() {
@@ -83,7 +83,7 @@ pub(super) fn shares(base: &Checkpoint, package: &Package, run: &Run<'_>) -> Res
         let words = job.base_words()?;
         let mut taken = job.begin();
         let mut counts = vec![[0u64; 2]; 1 << fields(dtype).map_or(0, |f| f.1)];
-        ordered::in_order::<Scratch>(
+        ordered::in_order::<PageScratch>(
             threads,
             job.chunks.count(),
             |chunk, s| {
@@ -143,7 +143,7 @@ pub(super) fn chart(all: &[Shares]) -> String {
         };
         rows.push(Row { label: "all others".into(), words: left, shares: all.iter().map(other).collect() });
     }
-    if all.len() == 1 { bars(&rows, total) } else { heat(&rows, total, all.len()) }
+    if all.len() == 1 { bars(&rows, total) } else { heat_table(&rows, total, all.len()) }
 }
 
 /// Words of one exponent, and words and changed words of each package.
@@ -163,7 +163,7 @@ fn bars(rows: &[Row], total: u64) -> String {
     html::table(&["|w| from", "changed", "of all", "words"], &[0], &rows)
 }
 
-fn heat(rows: &[Row], total: u64, packages: usize) -> String {
+fn heat_table(rows: &[Row], total: u64, packages: usize) -> String {
     let mut out = layers::legend();
     out += "<div class=wide><table class=heat>\n<thead><tr><th scope=\"col\">|w| from</th>";
     (1..=packages).for_each(|i| out += &format!("<th scope=\"col\">{i}</th>"));

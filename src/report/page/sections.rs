@@ -35,7 +35,7 @@ pub(super) fn page(names: &[&str], packages: &[&Package], shares: &[Shares]) -> 
             out += &format!("<section><h2>{}</h2></section>\n", html::name(name, NAME));
         }
         out += &cards(package);
-        out += &maps(package);
+        out += &map_section(package);
         if packages.len() == 1 {
             out += &by_exponent(shares);
         }
@@ -92,7 +92,7 @@ fn cards(package: &Package) -> String {
     out + "</div>\n"
 }
 
-fn maps(package: &Package) -> String {
+fn map_section(package: &Package) -> String {
     let maps = layers::maps(package);
     if maps.is_empty() {
         return html::section("Where it changed", "No tensor's name holds the number of a layer.", "");
