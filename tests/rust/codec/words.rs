@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-const FLOORS: [&str; 5] = ["codec", "resident", "vector", "cpu", "cuda"];
+const FLOORS: [&str; 7] = ["codec", "resident", "vector", "cpu", "cuda", "package", "report"];
 
 /// Floor and name of what may be there twice, and why.
 const ALIKE: [(&str, &str, &str); 0] = [];
