@@ -8,12 +8,10 @@ use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Shape};
 use crate::package::format::container::{SafeTensors, TensorInfo};
 use crate::package::io::aligned::Aligned;
-use crate::package::io::ordered::threads;
+use crate::package::io::ordered;
 use crate::package::options::Run;
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 /// Bytes read at once.
@@ -111,41 +109,24 @@ fn compute(
     run: &Run<'_>,
 ) -> Result<BTreeMap<String, Digest>> {
     let pieces = pieces(tensors);
-    if let Some(progress) = run.progress {
-        progress.begin("digest", tensors.iter().map(|t| t.info.bytes()).sum());
-    }
-    let jobs = threads(run.jobs);
-    let next = AtomicUsize::new(0);
-    let done: Mutex<Vec<(usize, Result<Leaves>)>> = Mutex::new(Vec::new());
-    let work = || {
-        let mut room = Aligned::default();
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            let Some(piece) = pieces.get(i) else { return };
-            let t = &tensors[piece.tensor];
-            let made = leaves(file, t, piece, &mut room).map_err(|e| e.of_tensor(&t.info.name));
-            if made.is_err() {
-                next.store(pieces.len(), Ordering::Relaxed);
-            }
-            if let Some(progress) = run.progress {
-                progress.advance(t.at(piece.first + piece.count) - t.at(piece.first));
-            }
-            done.lock().unwrap_or_else(PoisonError::into_inner).push((i, made));
-        }
-    };
-    std::thread::scope(|scope| {
-        (1..jobs.min(pieces.len())).for_each(|_| {
-            scope.spawn(work);
-        });
-        work();
-    });
-    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
-    done.sort_by_key(|(i, _)| *i);
+    run.begin("digest", tensors.iter().map(|t| t.info.bytes()).sum());
     let mut of_tensor: Vec<Leaves> =
         tensors.iter().map(|t| Vec::with_capacity(t.leaves().min(1 << 20))).collect();
-    for (i, made) in done {
-        of_tensor[pieces[i].tensor].extend(made?);
-    }
+    ordered::in_order::<(Aligned, Leaves)>(
+        ordered::threads(run.jobs),
+        pieces.len(),
+        |i, (room, made)| {
+            let t = &tensors[pieces[i].tensor];
+            *made = leaves(file, t, &pieces[i], room).map_err(|e| e.of_tensor(&t.info.name))?;
+            Ok(())
+        },
+        |i, (_, made)| {
+            let (piece, t) = (&pieces[i], &tensors[pieces[i].tensor]);
+            of_tensor[piece.tensor].append(made);
+            run.advance(t.at(piece.first + piece.count) - t.at(piece.first));
+            Ok(())
+        },
+    )?;
     let roots = tensors.iter().zip(of_tensor);
     let named = roots.map(|(t, l)| (t.info.name.clone(), Digest::of_leaves(t.dtype, t.shape, l.into_iter())));
     Ok(named.collect())
