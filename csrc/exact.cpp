@@ -84,26 +84,21 @@ size_t panel_rows(size_t m, const Words& weight, ScalarType type) {
   return std::clamp<size_t>(most / 2, std::min(least, weight.n), std::max<size_t>(weight.n, 1));
 }
 
-}  // namespace
-
-void check_not_autocast(const Checks& checks, const Tensor& product, ScalarType type) {
-  if (product.scalar_type() != type)
-    checks.refuse(
-        "mode=\"exact\" computes in the weight's dtype, but autocast is on with another one; "
-        "disable autocast around it");
-}
-
-Tensor exact_linear(const Checks& checks, const Tensor& input, size_t m, const Words& weight,
-                    const std::optional<Tensor>& bias, rust::Slice<const uint8_t> delta, ScalarType type) {
+// aten::linear on panels of at least `rows` restored rows, or nothing where autocast makes the product
+// another dtype's.
+std::optional<Tensor> by_panels(const Tensor& input, size_t m, const Words& weight,
+                                const std::optional<Tensor>& bias, rust::Slice<const uint8_t> delta,
+                                ScalarType type, size_t rows) {
   const NoGrad guard;
   const TorchThreads threads;
   const size_t word = type == ScalarType::Float ? 4 : 2;
-  const size_t rows = panel_rows(m, weight, type);
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = static_cast<int64_t>(weight.n);
   if (m == 0) return torch::stable::empty(sizes, type);
   std::optional<Tensor> out, scratch;
+  bool other_dtype = false;
   for_panels(weight.n, std::max<size_t>(rows, 1), [&](size_t r0, size_t r1) {
+    if (other_dtype) return;
     const size_t count = r1 - r0;
     if (!scratch || static_cast<size_t>(scratch->size(0)) < count)
       scratch = torch::stable::empty({static_cast<int64_t>(count), static_cast<int64_t>(weight.k)}, type);
@@ -114,7 +109,8 @@ Tensor exact_linear(const Checks& checks, const Tensor& input, size_t m, const W
     if (bias) part_bias = cut(*bias, 0, r0, count);
     const Tensor part = linear(input, panel, part_bias);
     note_exact_panel((bytes.size() + (count == weight.n ? 0 : m * count * word)) / threads.threads());
-    check_not_autocast(checks, part, type);
+    other_dtype = part.scalar_type() != type;
+    if (other_dtype) return;
     if (count == weight.n) {
       out = part;
       return;
@@ -123,7 +119,36 @@ Tensor exact_linear(const Checks& checks, const Tensor& input, size_t m, const W
     Tensor target = cut(*out, -1, r0, count);
     torch::stable::copy_(target, part);
   });
+  return other_dtype ? std::nullopt : out;
+}
+
+// Rows of a panel that matrix units are busy with: at least 512, unless that takes more than 8 MiB.
+constexpr size_t kMatrixRows = 512, kMatrixBytes = 8u << 20;
+
+[[noreturn]] void refuse_autocast(const Checks& checks) {
+  checks.refuse(
+      "mode=\"exact\" computes in the weight's dtype, but autocast is on with another one; "
+      "disable autocast around it");
+}
+
+}  // namespace
+
+void check_not_autocast(const Checks& checks, const Tensor& product, ScalarType type) {
+  if (product.scalar_type() != type) refuse_autocast(checks);
+}
+
+Tensor exact_linear(const Checks& checks, const Tensor& input, size_t m, const Words& weight,
+                    const std::optional<Tensor>& bias, rust::Slice<const uint8_t> delta, ScalarType type) {
+  const auto out = by_panels(input, m, weight, bias, delta, type, panel_rows(m, weight, type));
+  if (!out) refuse_autocast(checks);
   return *out;
+}
+
+std::optional<Tensor> panels_linear(const Tensor& input, size_t m, const Words& weight,
+                                    const std::optional<Tensor>& bias, rust::Slice<const uint8_t> delta) {
+  const size_t fit = kMatrixBytes / (4 * std::max<size_t>(weight.k, 1));
+  const size_t rows = std::clamp<size_t>(fit, 64, kMatrixRows);
+  return by_panels(input, m, weight, bias, delta, ScalarType::BFloat16, rows);
 }
 
 }  // namespace xorz

@@ -41,7 +41,7 @@ const Op kOps[] = {
      TORCH_BOX(&delta_restore_cuda)},
     {"delta_apply_", "delta_apply_(Tensor(a!) weight, Tensor delta) -> ()", TORCH_BOX(&delta_apply_cpu),
      TORCH_BOX(&delta_apply_cuda)},
-    {"delta_encode", "delta_encode(Tensor base, Tensor fine_tuned, *, str prefer=\"speed\") -> Tensor",
+    {"delta_encode", "delta_encode(Tensor base, Tensor fine_tuned, *, str prefer=\"auto\") -> Tensor",
      TORCH_BOX(&delta_encode_cpu), TORCH_BOX(&delta_encode_cuda)},
     {"delta_slice", "delta_slice(Tensor delta, Tensor base, int dim, int start, int end) -> Tensor",
      TORCH_BOX(&delta_slice_cpu), TORCH_BOX(&delta_slice_cuda)},

@@ -63,6 +63,11 @@ Tensor delta_linear_cpu(const Tensor& input, const Tensor& weight, const std::op
   if (mode == "exact")
     return core(checks,
                 [&] { return exact_linear(checks, input, m, w.weight, plain_bias, w.delta, w.type->torch); });
+  if (mode == "fast" && w.type->torch == ScalarType::BFloat16 && torch_multiplies(m)) {
+    const std::optional<Tensor> product =
+        core(checks, [&] { return panels_linear(input, m, w.weight, plain_bias, w.delta); });
+    if (product) return *product;
+  }
   const Tensor x = in_a_row(input);
   const Tensor out = torch::stable::empty(sizes_with_last(input, w.weight.n), w.type->torch);
   const Linear args{bytes_of(x, w.type->bytes),
@@ -114,8 +119,8 @@ void delta_apply_cpu(const Tensor& weight, const Tensor& delta) {
 
 Tensor delta_encode_cpu(const Tensor& base, const Tensor& fine_tuned, const std::string& prefer) {
   const Checks checks{"delta_encode"};
-  if (prefer != "speed" && prefer != "memory")
-    checks.refuse("prefer must be \"speed\" or \"memory\", but is \"" + prefer + "\"");
+  if (prefer != "auto" && prefer != "speed" && prefer != "memory")
+    checks.refuse("prefer must be \"auto\", \"speed\" or \"memory\", but is \"" + prefer + "\"");
   const Words from = checks.words("base", base), to = checks.words("fine_tuned", fine_tuned);
   if (base.scalar_type() != fine_tuned.scalar_type() || shape_text(base) != shape_text(fine_tuned))
     checks.refuse("base is " + text(base) + ", but fine_tuned is " + text(fine_tuned));

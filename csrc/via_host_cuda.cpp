@@ -52,7 +52,8 @@ Tensor delta_encode_cuda(const Tensor& base, const Tensor& fine_tuned, const std
   moving.check("base", base);
   moving.check("fine_tuned", fine_tuned);
   const NoGrad guard;
-  return moving.back(delta_encode_cpu(on_host(base), on_host(fine_tuned), prefer));
+  return moving.back(
+      delta_encode_cpu(on_host(base), on_host(fine_tuned), prefer == "auto" ? "speed" : prefer));
 }
 
 Tensor delta_slice_cuda(const Tensor& delta, const Tensor& base, int64_t dim, int64_t start, int64_t end) {

@@ -66,11 +66,13 @@ typedef enum xorz_encoding {
   XORZ_ENCODING_RAW = 3
 } xorz_encoding;
 
-/* What a resident delta is encoded for. XORZ_PREFER_STORED: as the package holds it. */
+/* What a resident delta is encoded for. XORZ_PREFER_STORED: as the package holds it. XORZ_PREFER_AUTO: MEMORY
+ * where this machine decodes it about as fast as memory is read (AVX-512 with VBMI2 and BF16), else SPEED. */
 typedef enum xorz_prefer {
   XORZ_PREFER_STORED = -1,
   XORZ_PREFER_SPEED = 0,
-  XORZ_PREFER_MEMORY = 1
+  XORZ_PREFER_MEMORY = 1,
+  XORZ_PREFER_AUTO = 2
 } xorz_prefer;
 
 /* Order of summation: fast, or one order for a row whatever the other rows are. */
@@ -113,6 +115,9 @@ typedef struct xorz_executor {
 } xorz_executor;
 
 uint32_t xorz_abi_version(void);
+
+/* What XORZ_PREFER_AUTO comes to on this machine: XORZ_PREFER_SPEED or XORZ_PREFER_MEMORY. */
+int32_t xorz_prefer_auto(void);
 const char* xorz_version(void); /* static */
 void xorz_buffer_free(xorz_buffer* buffer);
 
@@ -196,7 +201,7 @@ typedef struct xorz_tensor {
 } xorz_tensor;
 
 typedef struct xorz_options {
-  int32_t prefer;           /* XORZ_PREFER_SPEED or XORZ_PREFER_MEMORY */
+  int32_t prefer;           /* XORZ_PREFER_SPEED, _MEMORY or _AUTO */
   int32_t codec;            /* xorz_codec */
   int32_t level;            /* of zstd; 0 is the default */
   const char* strip_prefix; /* dropped from names on both sides before xorz_pack_files pairs them, or NULL */

@@ -64,7 +64,7 @@ class _Info(ctypes.Structure):
     ]
 
 
-_PREFER = {None: -1, "speed": 0, "memory": 1}
+_PREFER = {None: -1, "speed": 0, "memory": 1, "auto": 2}
 _CODECS = {None: -1, "xor": 0, "resident": 1, "resident-zstd": 2, "planes": 3}
 _ENCODINGS = ("unchanged", "sparse", "exponent", "raw")
 _IO = 6
@@ -99,6 +99,7 @@ def _declare(name: str, *arguments: Any, result: Any = c_int32) -> None:
 
 _E = POINTER(_Error)
 _declare("xorz_version", result=c_char_p)
+_declare("xorz_prefer_auto")
 _declare("xorz_buffer_free", POINTER(_Buffer), result=None)
 _declare("xorz_panels_restored", result=c_uint64)
 _declare("xorz_scratch_peak_bytes", result=c_uint64)
@@ -246,6 +247,11 @@ def _tensor(name: str, tensor: Tensor) -> _Tensor:
     dims = (c_size_t * max(1, tensor.dim()))(*tensor.shape)
     dtype = DTYPES[tensor.dtype][0].encode()
     return _Tensor(_name(name), dtype, dims, tensor.dim(), tensor.data_ptr(), tensor.nbytes)
+
+
+def resolved(prefer: str) -> str:
+    """What "auto" comes to on this machine, "speed" or "memory"; other words as they are."""
+    return ("speed", "memory")[_lib.xorz_prefer_auto()] if prefer == "auto" else prefer
 
 
 def options(

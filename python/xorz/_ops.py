@@ -115,7 +115,7 @@ def _bytes_of_unknown_length(op: str, like: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("xorz::delta_encode")
-def _(base, fine_tuned, *, prefer="speed"):
+def _(base, fine_tuned, *, prefer="auto"):
     _check_devices("delta_encode", base=base, fine_tuned=fine_tuned)
     torch._check(
         base.dtype == fine_tuned.dtype and base.dim() == fine_tuned.dim(),
@@ -196,8 +196,13 @@ def delta_apply_(weight: Tensor, delta: Tensor) -> Tensor:
     return weight
 
 
-def delta_encode(base: Tensor, fine_tuned: Tensor, *, prefer: str = "speed") -> Tensor:
-    """The resident delta (1-D uint8) from `base` to `fine_tuned`: same shape, any dtype. `prefer`: "speed", "memory"."""
+def delta_encode(base: Tensor, fine_tuned: Tensor, *, prefer: str = "auto") -> Tensor:
+    """The resident delta (1-D uint8) from `base` to `fine_tuned`: same shape, any dtype.
+
+    `prefer`: "memory" for the smallest form; "speed" for the one that few rows are multiplied with fastest on any machine;
+    "auto" for "memory" where this machine decodes it about as fast as memory is read (AVX-512 VBMI2 and BF16), else "speed".
+    CUDA tensors take "auto" for "speed".
+    """
     return _ops.delta_encode(base, fine_tuned, prefer=prefer)
 
 

@@ -146,7 +146,7 @@ def restore(base: StateDict, package: PathLike) -> dict[str, Tensor]:
 
 
 def load_deltas(
-    base: StateDict | PathLike, package: PathLike, *, prefer: str | None = "speed", jobs: int | None = None
+    base: StateDict | PathLike, package: PathLike, *, prefer: str | None = "auto", jobs: int | None = None
 ) -> dict[str, Tensor]:
     """Per tensor name its resident delta (1-D uint8), checked against `base`; tensors stored alone are given whole.
 

@@ -143,7 +143,7 @@ def diff(old: StateDict | nn.Module, new: StateDict | nn.Module, *, prefer: str 
     Args:
         old: state_dict (or module) before.
         new: state_dict (or module) after.
-        prefer: what the deltas are encoded for: "memory" (small, to be sent) or "speed".
+        prefer: what the deltas are encoded for: "memory" (small, to be sent), "speed", or "auto" for this machine.
 
     Returns:
         The delta; tensors that did not change are only named in it.
@@ -151,8 +151,8 @@ def diff(old: StateDict | nn.Module, new: StateDict | nn.Module, *, prefer: str 
     Raises:
         TypeError: neither state_dict nor module, or a value that is no dense tensor; ValueError: an unknown `prefer`.
     """
-    if prefer not in ("memory", "speed"):
-        raise ValueError(f'prefer must be "memory" or "speed", but is {prefer!r}')
+    if prefer not in ("auto", "memory", "speed"):
+        raise ValueError(f'prefer must be "auto", "memory" or "speed", but is {prefer!r}')
     before, after = _tensors("old", old), _tensors("new", new)
     places = [(_place(before[n]), _place(t)) for n, t in after.items() if n in before and t.numel()]
     if places and all(a == b for a, b in places):

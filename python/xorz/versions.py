@@ -176,7 +176,7 @@ class Versions:
 
     # Taking versions out.
 
-    def delta(self, number: int, since: int = 0, *, prefer: str = "speed") -> StateDelta:
+    def delta(self, number: int, since: int = 0, *, prefer: str = "auto") -> StateDelta:
         """What turns version `since` (the base) into version `number`, later or earlier: for `Tenants.load` and `apply_`.
 
         The same as `xorz.diff` of the two state_dicts gives; the tensors of both are checked against their digests.
@@ -184,8 +184,8 @@ class Versions:
         Raises:
             KeyError: no such version; ValueError: a package is damaged or the base has changed (the tensor is named); OSError.
         """
-        if prefer not in ("memory", "speed"):
-            raise ValueError(f'prefer must be "memory" or "speed", but is {prefer!r}')
+        if prefer not in ("auto", "memory", "speed"):
+            raise ValueError(f'prefer must be "auto", "memory" or "speed", but is {prefer!r}')
         out, unchanged, digests = StateDelta(), [], {}
         for name, old, new in self._pairs(number, since):
             before, after = self._digests[name] if since == 0 else _digest(old), _digest(new)

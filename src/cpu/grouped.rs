@@ -110,7 +110,7 @@ fn linear_groups<S: Simd, D: Float>(
     }
     let bias = |slot: Option<usize>| args.biases.map(|b| b.row(slot.unwrap_or(slots), n * D::BYTES));
     let (order, segments) =
-        segments(&args.base, &tenants, &groups, &deltas, Sums::of::<S, D>(args.mode), bias);
+        segments(&args.base, &tenants, &groups, &deltas, Sums::of::<S, D>(args.mode, args.m), bias);
     let (order, segments) = (Some(&order[..]), &segments[..]);
     let call = linear::ProductCall { x: args.x, base: args.base, order, segments, mode: args.mode };
     linear::run_linear::<S, D>(s, &call, out, exec)

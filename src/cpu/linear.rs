@@ -24,6 +24,7 @@ use crate::vector::dispatch::{Isa, on_isa};
 use crate::vector::exec::{Executor, try_run};
 use crate::vector::float::{Float, padded, with_float};
 use crate::vector::simd::{GROUP, Simd};
+use crate::vector::trace::traces;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -158,7 +159,8 @@ pub(super) fn run_linear<S: Simd, D: Float>(
     exec: &dyn Executor,
 ) -> Result<()> {
     static CALLS: AtomicU64 = AtomicU64::new(0);
-    let (shape, sums) = (call.base.shape(), Sums::of::<S, D>(call.mode));
+    let (shape, sums) =
+        (call.base.shape(), Sums::of::<S, D>(call.mode, call.segments.last().map_or(0, |s| s.rows.end)));
     let job = LinearJob::<D> {
         id: CALLS.fetch_add(1, Relaxed),
         x: call.x,
@@ -170,7 +172,7 @@ pub(super) fn run_linear<S: Simd, D: Float>(
         bf16: sums == Sums::Bf16,
     };
     let parts = job.parts(call, sums, exec.threads());
-    if plan::traces() {
+    if traces() {
         let chosen: Vec<_> = parts.iter().map(|part| (part.segments, part.sizes)).collect();
         eprintln!("{}", plan::describe::<S>((shape, D::DTYPE), sums, exec.threads(), &chosen));
     }

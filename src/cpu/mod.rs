@@ -7,7 +7,7 @@
 //! |---|---|
 //! | `linear` | products: which rows of x go where; `fused` few rows, of one tenant or many; `dot` base products, `sparse` entries, `exponent` decoding on the way |
 //! | `bf16` | the same in `mode = "fast"` with a bf16 dot product |
-//! | `plan` | the cost model: every choice of kernel and size; `XORZ_TRACE` |
+//! | `plan` | the cost model: every choice of kernel and size; `costs` what it knows of a machine; `XORZ_TRACE` |
 //! | `again_f64` | the decode path of outputs that are not finite |
 //! | `grad` | `delta_linear_grad_input`; `outer` its kernels |
 //! | `embedding` | `delta_embedding`: rows of the tenants' tables |
@@ -18,6 +18,7 @@
 mod again_f64;
 mod arena;
 mod bf16;
+mod costs;
 pub mod counters;
 mod dot;
 mod embedding;
@@ -35,6 +36,7 @@ mod sparse;
 mod weights;
 
 pub use arena::{ARENA_ALIGN, Arena, Tenants};
+pub use costs::torch_multiplies;
 pub use embedding::{EmbeddingArgs, delta_embedding, delta_embedding_on};
 pub use grad::{delta_linear_grad_input, delta_linear_grad_input_on};
 pub use grouped::{

@@ -1,5 +1,5 @@
 //! The cost model of the products: which kernel computes which rows of x, and how many rows of W a task takes. Every such
-//! choice is made here. But for `panel_above` and `decoded_above` in `mode = "fast"`, none changes a bit of the result.
+//! choice is made here. In `mode = "deterministic"` none changes a bit of the result.
 //!
 //! **Model**, 16-bit words on Zen 3 (AVX2, 3.3 GHz, two cores that read 20 GB/s): a product with few rows takes about
 //! `max(bytes / 20 GB/s, m * n * k / 16 per cycle and core) + entries`, where `bytes` are those of the base, read once for
@@ -8,12 +8,11 @@
 //! shares; restoring a panel costs the same once, and 0.1 ns per word as f32. Both are computed, not waited for, so the second
 //! core helps where memory does not.
 //!
-//! **Calibration.** The numbers are a [`Costs`]; `python benches/calibrate.py` times each of them beside other values of it on
-//! the machine at hand and says what the defaults lose. `XORZ_COSTS="panel_above=64,cached_bytes=4194304"` in the environment
-//! takes other values, in mode fast and beyond the caches the first thing to try on a machine unlike the one above.
+//! What it knows of a machine is in `costs`.
 //!
 //! `XORZ_TRACE=1` in the environment prints one line per call to stderr: what was chosen, and why.
 
+use super::costs::Costs;
 use super::job::Mode;
 use super::linear::Segment;
 use super::weights::Weights;
@@ -21,8 +20,8 @@ use crate::codec::{Encoding, Grid};
 use crate::matrix::{Dtype, Shape};
 use crate::vector::bf16dot;
 use crate::vector::float::Float;
+use crate::vector::processor::Processor;
 use crate::vector::simd::{SIMD_LANES, Simd};
-use std::sync::OnceLock;
 
 /// Rows of x of one block.
 pub(super) const BLOCK: usize = SIMD_LANES;
@@ -36,83 +35,6 @@ pub(super) const PANEL_SUMS: usize = 1 << 17;
 /// Rows of W of one small-m task, at most: their totals are scratch (64 KiB).
 const MOST_ROWS: usize = 1024;
 
-/// What the model knows of a machine. But for `panel_above` and `decoded_above` in `mode = "fast"`, no value changes a bit of a result.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Costs {
-    /// Rows of x of one tenant above which a restored panel pays in `mode = "fast"`. Below, restoring costs as much as
-    /// walking the entries once more for the second block of rows.
-    pub(super) panel_above: usize,
-    /// The same for `exponent`, where a second block of rows means decoding once more: 0.6 of the time at 24 rows.
-    pub(super) decoded_above: usize,
-    /// The same for panels that the bf16 dot product multiplies, of any encoding and of the base.
-    pub(super) packed_above: usize,
-    /// A record of sixteen entries and a row of x, gathered: ns.
-    pub(super) gathered_ns: f64,
-    /// A record of sixteen entries and up to sixteen rows of x, transposed: ns. More where changes are so rare that every
-    /// entry finds its row of x outside of the second cache: not for less than one word in `rare`.
-    pub(super) transposed_ns: f64,
-    /// See `transposed_ns`.
-    pub(super) rare: u64,
-    /// So many bytes of a base stay in the cache from one block of rows of x to the next.
-    pub(super) cached_bytes: usize,
-    /// Words of W that a small-m task takes at least: some 5 us. Waking another thread for less takes longer.
-    pub(super) least_words: usize,
-}
-
-impl Costs {
-    /// Measured on Zen 3 with AVX2. AVX-512 takes the same until it has been timed.
-    const DEFAULT: Self = Self {
-        panel_above: 2 * BLOCK,
-        decoded_above: BLOCK,
-        packed_above: BLOCK,
-        gathered_ns: 6.5,
-        transposed_ns: 25.0,
-        rare: 64,
-        cached_bytes: 8 << 20,
-        least_words: 1 << 15,
-    };
-
-    /// Those in force, read once.
-    pub(super) fn active() -> &'static Self {
-        static ACTIVE: OnceLock<Costs> = OnceLock::new();
-        ACTIVE.get_or_init(|| {
-            let asked = std::env::var("XORZ_COSTS").unwrap_or_default();
-            Self::parse(&asked).unwrap_or_else(|wrong| {
-                eprintln!("xorz: XORZ_COSTS is ignored: {wrong}");
-                Self::DEFAULT
-            })
-        })
-    }
-
-    /// The defaults, but for what `name=value,name=value` says.
-    fn parse(asked: &str) -> Result<Self, String> {
-        let mut costs = Self::DEFAULT;
-        for part in asked.split(',').map(str::trim).filter(|p| !p.is_empty()) {
-            let (name, value) =
-                part.split_once('=').ok_or_else(|| format!("\"{part}\" is not name=value"))?;
-            let wrong = |range| format!("{name} is \"{value}\", not {range}");
-            let count = |least: usize| {
-                value.parse().ok().filter(|v| *v >= least).ok_or_else(|| wrong("a count in range"))
-            };
-            let ns = || {
-                value.parse().ok().filter(|v: &f64| *v > 0.0 && v.is_finite()).ok_or_else(|| wrong("above 0"))
-            };
-            match name {
-                "panel_above" => costs.panel_above = count(0)?,
-                "decoded_above" => costs.decoded_above = count(0)?,
-                "packed_above" => costs.packed_above = count(0)?,
-                "gathered_ns" => costs.gathered_ns = ns()?,
-                "transposed_ns" => costs.transposed_ns = ns()?,
-                "rare" => costs.rare = count(1)? as u64,
-                "cached_bytes" => costs.cached_bytes = count(0)?,
-                "least_words" => costs.least_words = count(1)?,
-                _ => return Err(format!("there is no \"{name}\"")),
-            }
-        }
-        Ok(costs)
-    }
-}
-
 /// How a call sums: what its mode comes to on a dtype and a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Sums {
@@ -125,11 +47,12 @@ pub(super) enum Sums {
 }
 
 impl Sums {
-    /// Of a mode, on an instance and a dtype.
-    pub(super) fn of<S: Simd, D: Float>(mode: Mode) -> Self {
+    /// Of a mode and `rows` rows of x, on an instance and a dtype.
+    pub(super) fn of<S: Simd, D: Float>(mode: Mode, rows: usize) -> Self {
+        let dots = || rows < Costs::active().widen_from;
         match mode {
             Mode::Deterministic => Self::Deterministic,
-            Mode::Fast if S::BF16_DOT && D::DTYPE == Dtype::BF16 => Self::Bf16,
+            Mode::Fast if S::BF16_DOT && D::DTYPE == Dtype::BF16 && dots() => Self::Bf16,
             Mode::Fast => Self::Fast,
         }
     }
@@ -243,12 +166,6 @@ impl Sizes {
     }
 }
 
-/// Whether `XORZ_TRACE` asks for a line per call; it is read once.
-pub(super) fn traces() -> bool {
-    static ON: OnceLock<bool> = OnceLock::new();
-    *ON.get_or_init(|| std::env::var_os("XORZ_TRACE").is_some_and(|v| !v.is_empty() && v != "0"))
-}
-
 /// The choices of one call, for people: `(segments, sizes)` of each of its parts.
 pub(super) fn describe<S: Simd>(
     (base, dtype): (Shape, Dtype),
@@ -256,7 +173,8 @@ pub(super) fn describe<S: Simd>(
     threads: usize,
     parts: &[(&[Segment<'_>], Sizes)],
 ) -> String {
-    let mut out = format!("xorz: {base} {dtype}, {sums:?}, {}, {threads} threads", S::NAME);
+    let processor = Processor::here();
+    let mut out = format!("xorz: {base} {dtype}, {sums:?}, {}, {processor}, {threads} threads", S::NAME);
     for (segments, sizes) in parts {
         let rows: usize = segments.iter().map(|s| s.rows.len()).sum();
         let way = ProductWay::of(&segments[0].weights, segments[0].rows.len(), sums);
@@ -290,23 +208,6 @@ fn why(way: ProductWay, segments: &[Segment<'_>], sums: Sums) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn costs_are_read_by_name_and_refused_by_name() {
-        assert_eq!(Costs::parse(""), Ok(Costs::DEFAULT));
-        let two = Costs::parse("panel_above=64, rare=7").unwrap();
-        assert_eq!(two, Costs { panel_above: 64, rare: 7, ..Costs::DEFAULT });
-        for (asked, named) in [
-            ("rare", "\"rare\" is not name=value"),
-            ("rare=0", "rare is \"0\""),
-            ("gathered_ns=inf", "gathered_ns is \"inf\""),
-            ("transposed_ns=-1", "transposed_ns is \"-1\""),
-            ("least_words=x", "least_words is \"x\""),
-            ("speed=1", "no \"speed\""),
-        ] {
-            assert!(Costs::parse(asked).unwrap_err().contains(named), "{asked}");
-        }
-    }
 
     #[test]
     fn tasks_are_whole_tiles_within_scratch() {

@@ -5,7 +5,6 @@
 #![allow(missing_docs, unreachable_pub)]
 
 use super::{Task, ops};
-use crate::codec::Prefer;
 use crate::cpu;
 use crate::error::Result;
 use crate::vector;
@@ -143,6 +142,7 @@ pub mod door {
             out: &mut [u8],
             executor: &Executor,
         ) -> Result<()>;
+        fn torch_multiplies(rows: usize) -> bool;
         fn grouped_tenants(m: usize, weight: &Words<'_>, batch: &Batch<'_>) -> Result<Vec<Tenant>>;
         fn delta_embedding(
             indices: &[i64],
@@ -354,13 +354,18 @@ fn delta_apply(
     ops::delta_apply(u32::from(dtype), n, k, weight, delta, &Shim(executor))
 }
 
+/// See [`cpu::torch_multiplies`].
+fn torch_multiplies(rows: usize) -> bool {
+    cpu::torch_multiplies(rows)
+}
+
 fn delta_encode(
     base: &Words<'_>,
     fine_tuned: &Words<'_>,
     prefer: &str,
     executor: &Executor,
 ) -> Result<Vec<u8>> {
-    ops::delta_encode(base.into(), fine_tuned.into(), prefer.parse::<Prefer>()?, &Shim(executor))
+    ops::delta_encode(base.into(), fine_tuned.into(), vector::preference(prefer)?, &Shim(executor))
 }
 
 fn delta_slice(delta: &[u8], base: &Words<'_>, dim: usize, start: usize, end: usize) -> Result<Vec<u8>> {

@@ -12,6 +12,7 @@
 //! | `bf16dot` | dot products of bf16 words as they are, where the machine has them |
 //! | `encode` | words to tiles and whole deltas, and the estimates that choose how |
 //! | `restore` | fine-tuned words: restore, apply, patch; `tile` one tile of them, `packed` one in panels |
+//! | `processor`, `preference`, `trace` | what CPUID says, what `prefer="auto"` comes to, and whether people are told |
 //! | `exec` | how ops run their tasks |
 
 pub(crate) mod bf16dot;
@@ -22,16 +23,20 @@ pub(crate) mod float;
 pub(crate) mod lanes;
 pub(crate) mod packed;
 mod packer;
+mod preference;
+pub(crate) mod processor;
 mod restore;
 pub(crate) mod scalar;
 pub(crate) mod simd;
 pub(crate) mod tile;
+pub(crate) mod trace;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86_64;
 
 pub use dispatch::Isa;
 pub use encode::{encode, encode_on, encode_tiles, encode_tiles_on, estimate, estimate_exactly, estimate_on};
 pub use exec::{Executor, Serial};
+pub use preference::{preference, preference_of};
 pub use restore::{
     decode_exponent_on, delta_apply, delta_restore, delta_restore_rows, delta_restore_rows_on, patch,
     patch_on,

@@ -33,7 +33,7 @@ def attach(
     default: str | None = None,
     *,
     mode: str = "fast",
-    prefer: str | None = "speed",
+    prefer: str | None = "auto",
     budget: int | str | None = None,
     flattening: Iterable[str] = (),
     max_copies: int | str | None = None,
@@ -53,7 +53,8 @@ def attach(
             is refused when it is loaded.
         default: "base" computes with the base where no tenant is active; None raises there.
         mode: of every product; see `delta_linear`. "deterministic": a row's bits never depend on the others.
-        prefer: "speed" or "memory", what deltas are re-encoded for when loaded; None takes what the package holds.
+        prefer: what deltas are encoded for when loaded: "auto" ("memory" where this machine decodes it about as fast as it
+            reads memory, else "speed"), "speed", "memory", or None for what the package holds.
         budget: most bytes for all tenants, as a number or such as "8 GiB"; the least recently used that came from a
             file make room. None: no limit.
         max_copies: most bytes of small dense copies for each tenant, as `budget`; None: 1 % of the base's, or 64 KiB. What

@@ -161,7 +161,7 @@ def _preferred(delta: Any, base: Tensor | None, prefer: str | None) -> Any:
     if prefer is None or base is None or not isinstance(delta, Tensor):
         return delta
     try:
-        if _core.delta_info(delta).encoding != _OTHER[prefer]:
+        if _core.delta_info(delta).encoding != _OTHER[_core.resolved(prefer)]:
             return delta
         _core.delta_matches(delta, base)
         return _ops.delta_encode(base, _ops.delta_restore(base, delta), prefer=prefer)

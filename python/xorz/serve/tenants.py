@@ -70,8 +70,8 @@ class Tenants:
             raise ValueError(f'default must be "base" or None, but is {default!r}')
         if mode not in ("fast", "deterministic", "exact"):
             raise ValueError(f"mode must be one of fast, deterministic, exact, but is {mode!r}")
-        if prefer not in (None, "speed", "memory"):
-            raise ValueError(f'prefer must be "speed", "memory" or None, but is {prefer!r}')
+        if prefer not in (None, "auto", "speed", "memory"):
+            raise ValueError(f'prefer must be "auto", "speed", "memory" or None, but is {prefer!r}')
         self.model, self.default, self.mode, self.prefer = model, default, mode, prefer
         self.budget = _bytes(budget)
         self.max_copies = None if max_copies is None else _bytes(max_copies, "max_copies")

@@ -49,7 +49,7 @@ class Settings:
     """
 
     mode: str = "fast"
-    prefer: str | None = "speed"
+    prefer: str | None = "auto"
     memory: int | str | None = None
 
     @classmethod
@@ -65,8 +65,8 @@ class Settings:
         out = cls(**given)
         if out.mode not in ("fast", "deterministic", "exact"):
             raise ValueError(f"xorz: mode must be one of fast, deterministic, exact, but is {out.mode!r}")
-        if out.prefer not in (None, "speed", "memory"):
-            raise ValueError(f'xorz: prefer must be "speed", "memory" or null, but is {out.prefer!r}')
+        if out.prefer not in (None, "auto", "speed", "memory"):
+            raise ValueError(f'xorz: prefer must be "auto", "speed", "memory" or null, but is {out.prefer!r}')
         _bytes(out.memory)
         return out
 

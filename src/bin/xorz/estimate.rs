@@ -9,9 +9,9 @@ use xorz::report::{Better, Comparison, EstimateOptions, Footprint, Strategy, est
 /// Tell what fine-tunes would take on an accelerator, in each way of keeping them, and from how many tenants on xorz is the
 /// smaller one.
 ///
-/// Every form is made, counted and dropped; nothing is written. Deltas are shown both ways: `prefer=speed` is what `attach` keeps
-/// unless told otherwise, `prefer=memory` is smaller and slower, and what the verdict goes by. Weights only: no caches, no activations. A step's time is a
-/// bound: every byte that is kept, read once at the bandwidth. What was measured is in docs/results.md.
+/// Every form is made, counted and dropped; nothing is written. Deltas are shown both ways: `attach` keeps `prefer=memory` on
+/// CPUs with AVX-512 BF16 and `prefer=speed` on others unless told otherwise; the verdict goes by the smaller one. Weights only:
+/// no caches, no activations. A step's time is a bound: every byte that is kept, read once at the bandwidth. What was measured is in docs/results.md.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The base: a .safetensors file, or a folder of them; - for a file on standard input.

@@ -11,7 +11,7 @@ use super::{Task, guard};
 use crate::codec::Prefer;
 use crate::cpu;
 use crate::error::{Error, Result};
-use crate::vector::{Executor, Serial};
+use crate::vector::{self, Executor, Serial};
 use std::ffi::{CStr, c_char, c_void};
 
 pub use ops::*;
@@ -214,7 +214,8 @@ fn prefer(code: i32) -> Result<Prefer> {
     match code {
         0 => Ok(Prefer::Speed),
         1 => Ok(Prefer::Memory),
-        _ => Err(Error::invalid(format!("prefer must be 0 (speed) or 1 (memory), but is {code}"))),
+        2 => vector::preference("auto"),
+        _ => Err(Error::invalid(format!("prefer must be 0 (speed), 1 (memory) or 2 (auto), but is {code}"))),
     }
 }
 
@@ -230,6 +231,12 @@ fn mode(code: i32) -> Result<cpu::Mode> {
 #[unsafe(no_mangle)]
 pub extern "C" fn xorz_abi_version() -> u32 {
     2
+}
+
+/// What [`XORZ_PREFER_AUTO`](prefer) comes to on this machine: 0 (speed) or 1 (memory); speed where `XORZ_ISA` is refused.
+#[unsafe(no_mangle)]
+pub extern "C" fn xorz_prefer_auto() -> i32 {
+    i32::from(vector::preference("auto").is_ok_and(|p| p == Prefer::Memory))
 }
 
 /// The library's version, a static string.

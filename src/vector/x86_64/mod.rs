@@ -5,6 +5,7 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 pub(crate) mod avx512_more;
 mod bf16dot;
+pub(crate) mod cpuid;
 mod differ;
 mod lanes;
 mod lanes512;
