@@ -7,6 +7,7 @@
 //! what the known ones lose. `XORZ_COSTS="panel_above=64,cached_bytes=4194304"` in the environment takes other values, in mode fast
 //! and beyond the caches the first thing to try on a machine unlike those below.
 
+use crate::vector::exec::LEAST_WORDS;
 use crate::vector::processor::{Processor, Vendor};
 use crate::vector::simd::SIMD_LANES;
 use std::sync::OnceLock;
@@ -37,7 +38,7 @@ pub(super) struct Costs {
     pub(super) rare: u64,
     /// So many bytes of a base stay in the cache from one block of rows of x to the next.
     pub(super) cached_bytes: usize,
-    /// Words of W that a small-m task takes at least: some 5 us. Waking another thread for less takes longer.
+    /// Words of W that a task takes at least, once for each sixteen rows of x; see [`LEAST_WORDS`].
     pub(super) least_words: usize,
 }
 
@@ -53,7 +54,7 @@ impl Costs {
         transposed_ns: 25.0,
         rare: 64,
         cached_bytes: 8 << 20,
-        least_words: 1 << 15,
+        least_words: LEAST_WORDS,
     };
 
     /// Of a processor.

@@ -9,6 +9,7 @@
 //! row of a tile per thread, and 32 bytes per row of the batch to sort them.
 
 use super::arena::{Arena, Tenants};
+use super::costs::Costs;
 use super::job::check_words;
 use super::scratch;
 use crate::codec::word::{Word, with_word};
@@ -112,7 +113,9 @@ fn run_embedding<S: Simd>(s: S, args: &EmbeddingArgs<'_>, out: &mut [u8], exec: 
             None => tasks.extend(mine.chunks_mut((PIECE / base.row_bytes()).max(1)).map(task)),
         }
     }
-    try_run(exec, tasks.len(), |i| {
+    let words: Vec<_> =
+        tasks.iter_mut().map(|task| task.get_mut().map_or(0, |task| task.words(base.shape().k))).collect();
+    try_run(exec, Costs::active().least_words, words, |i| {
         let mut task = tasks[i].lock().unwrap_or_else(|p| p.into_inner());
         let slot = task.slot;
         task.run(s, base).map_err(|e| e.within(format_args!("slots[{slot}]")))
@@ -138,6 +141,17 @@ fn rows<'o>(args: &EmbeddingArgs<'_>, order: &[usize], out: &'o mut [u8]) -> Res
 }
 
 impl Task<'_, '_, '_> {
+    /// Words that are read for it.
+    fn words(&self, k: usize) -> usize {
+        let rows = match (self.delta, self.rows.last()) {
+            (Some(d), Some(last)) if d.header().encoding == Encoding::Exponent => {
+                last.index % d.grid().tile_rows + 1
+            }
+            _ => self.rows.len(),
+        };
+        rows * k
+    }
+
     fn run<S: Simd>(&mut self, s: S, base: &Matrix<'_>) -> Result<()> {
         let Some(delta) = self.delta else {
             self.rows

@@ -10,6 +10,7 @@
     reason = "arrays indexed in step are what the unrolled loops keep in registers"
 )]
 
+use super::costs::Costs;
 use super::dot::Rows;
 use super::exponent::{self, Stream};
 use super::job::check_words;
@@ -141,7 +142,9 @@ pub(super) fn run_grad<S: Simd, D: Float>(
     for segments in segments.chunk_by(|a, b| shared(a) && shared(b)) {
         parts.push(GradStrips::new(segments, k, parts.last().map_or(0, |part| part.tasks.end)));
     }
-    try_run(exec, parts.last().map_or(0, |part| part.tasks.end), |task| {
+    let words =
+        parts.iter().flat_map(|part| part.tasks.clone().map(|_| part.width.min(k) * job.base.shape().n));
+    try_run(exec, Costs::active().least_words, words, |task| {
         let part = &parts[parts.partition_point(|part| part.tasks.end <= task)];
         let (strips, task) = (k.div_ceil(part.width), task - part.tasks.start);
         let (c0, m0) = (task % strips * part.width, part.places().start + task / strips * SIMD_LANES);

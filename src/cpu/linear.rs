@@ -9,6 +9,7 @@
 //! bias; for `exponent` and `raw` the columns of their own tiles count. Large m: `1024 / 16 + 4` for a block of 1024
 //! columns, one per block, one for the bias.
 
+use super::costs::Costs;
 use super::counters;
 use super::dot::{PanelProduct, Rows, Split, Strides, ToSplit};
 use super::fused::Block;
@@ -21,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Shape};
 use crate::resident::Resident;
 use crate::vector::dispatch::{Isa, on_isa};
-use crate::vector::exec::{Executor, try_run};
+use crate::vector::exec::{Executor, task_ends, try_run};
 use crate::vector::float::{Float, padded, with_float};
 use crate::vector::simd::{GROUP, Simd};
 use crate::vector::trace::traces;
@@ -140,15 +141,23 @@ pub(super) struct LinearJob<'a, D: Float> {
     pub(super) bf16: bool,
 }
 
-/// Tasks of one kind: chunks of rows of W by blocks of rows of x.
+/// Pieces of work of one kind: chunks of rows of W by blocks of rows of x.
 struct LinearTasks<'a> {
     way: ProductWay,
     segments: &'a [Segment<'a>],
     sizes: Sizes,
     /// Places of rows of x.
     places: Range<usize>,
-    /// Which of all tasks are these.
+    /// Which of all pieces are these.
     tasks: Range<usize>,
+}
+
+impl LinearTasks<'_> {
+    /// Words of W of each piece of work, once for every block of rows of x: what its tasks are made up by.
+    fn words(&self, w: Shape) -> impl Iterator<Item = usize> + Clone {
+        let blocks = self.sizes.block.min(self.places.len()).div_ceil(BLOCK);
+        std::iter::repeat_n(self.sizes.rows.min(w.n) * w.k * blocks, self.tasks.len())
+    }
 }
 
 /// Run a checked call.
@@ -172,12 +181,13 @@ pub(super) fn run_linear<S: Simd, D: Float>(
         bf16: sums == Sums::Bf16,
     };
     let parts = job.parts(call, sums, exec.threads());
+    let (least, words) = (Costs::active().least_words, parts.iter().flat_map(|part| part.words(shape)));
     if traces() {
         let chosen: Vec<_> = parts.iter().map(|part| (part.segments, part.sizes)).collect();
-        eprintln!("{}", plan::describe::<S>((shape, D::DTYPE), sums, exec.threads(), &chosen));
+        let tasks = task_ends(least, words.clone()).len();
+        eprintln!("{}", plan::describe::<S>((shape, D::DTYPE), sums, (tasks, exec.threads()), &chosen));
     }
-    let tasks = parts.last().map_or(0, |part| part.tasks.end);
-    try_run(exec, tasks, |task| {
+    try_run(exec, least, words, |task| {
         let part = &parts[parts.partition_point(|part| part.tasks.end <= task)];
         scratch::with(|sc| job.task(s, part, task - part.tasks.start, sc))
     })

@@ -170,17 +170,18 @@ impl Sizes {
 pub(super) fn describe<S: Simd>(
     (base, dtype): (Shape, Dtype),
     sums: Sums,
-    threads: usize,
+    (tasks, threads): (usize, usize),
     parts: &[(&[Segment<'_>], Sizes)],
 ) -> String {
-    let processor = Processor::here();
-    let mut out = format!("xorz: {base} {dtype}, {sums:?}, {}, {processor}, {threads} threads", S::NAME);
+    let (machine, isa) = (Processor::here(), S::NAME);
+    let mut out =
+        format!("xorz: {base} {dtype}, {sums:?}, {isa}, {machine}, {tasks} tasks on {threads} threads");
     for (segments, sizes) in parts {
         let rows: usize = segments.iter().map(|s| s.rows.len()).sum();
         let way = ProductWay::of(&segments[0].weights, segments[0].rows.len(), sums);
-        let tasks = base.n.div_ceil(sizes.rows.max(1)) * rows.div_ceil(sizes.block.max(1));
+        let pieces = base.n.div_ceil(sizes.rows.max(1)) * rows.div_ceil(sizes.block.max(1));
         out += &format!("; rows {rows}, tenants {}, {}", segments.len(), why(way, segments, sums));
-        out += &format!(", {tasks} tasks of {} rows of W", sizes.rows);
+        out += &format!(", {pieces} pieces of {} rows of W", sizes.rows);
         out += if sizes.again_cached { ", each for all blocks of x in turn" } else { "" };
     }
     out

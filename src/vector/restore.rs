@@ -2,7 +2,7 @@
 //! `resident::restore` bit for bit.
 
 use super::dispatch::{Isa, on_isa};
-use super::exec::{Executor, try_run};
+use super::exec::{Executor, LEAST_WORDS, try_run};
 use super::simd::Simd;
 use super::tile::{self, Stripe, fill_tile};
 use crate::codec::{Encoding, ExponentTile};
@@ -141,7 +141,8 @@ fn rows_of<S: Simd>(
         rest = tail;
         parts.push(Mutex::new((from..to, part)));
     }
-    try_run(exec, parts.len(), |task| {
+    let words = parts.iter().map(|_| tile_rows * shape.k);
+    try_run(exec, LEAST_WORDS, words, |task| {
         let mut part = parts[task].lock().unwrap_or_else(|p| p.into_inner());
         let (rows, out) = &mut *part;
         let band = first + task;
@@ -175,7 +176,8 @@ fn apply<S: Simd>(
     }
     let band_bytes = delta.grid().tile_rows * shape.k * dtype.word_bytes();
     let bands: Vec<_> = weight.chunks_mut(band_bytes).map(Mutex::new).collect();
-    try_run(exec, bands.len(), |band| {
+    let words = bands.iter().map(|_| delta.grid().tile_rows * shape.k);
+    try_run(exec, LEAST_WORDS, words, |band| {
         let mut words = bands[band].lock().unwrap_or_else(|p| p.into_inner());
         apply_band(s, delta, band, &mut words, None)
     })

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::matrix::{Digest, Matrix};
 use crate::resident::{Assembler, DeltaPiece, Pair, Plan};
 use crate::vector::dispatch::Isa;
-use crate::vector::exec::{Executor, try_run};
+use crate::vector::exec::{Executor, LEAST_WORDS, try_run};
 use std::ops::Range;
 use std::sync::Mutex;
 
@@ -55,7 +55,8 @@ pub fn encode_on(
 fn digest(matrix: &Matrix<'_>, exec: &dyn Executor) -> Result<Digest> {
     let leaves: Vec<_> =
         (0..matrix.shape().n.div_ceil(Digest::LEAF_ROWS)).map(|_| Mutex::new([0; 16])).collect();
-    try_run(exec, leaves.len(), |i| {
+    let words = leaves.iter().map(|_| Digest::LEAF_ROWS * matrix.shape().k);
+    try_run(exec, LEAST_WORDS, words, |i| {
         *leaves[i].lock().unwrap_or_else(|p| p.into_inner()) = matrix.digest_leaf(i);
         Ok(())
     })?;
@@ -80,7 +81,8 @@ impl EncodeJob<'_> {
         let pieces: Vec<_> =
             (0..exec.threads().clamp(1, tasks.len().max(1))).map(|_| Mutex::default()).collect();
         for round in tasks.chunks(pieces.len()) {
-            try_run(exec, round.len(), |i| {
+            let words = round.iter().map(|tiles| tiles.clone().map(|i| plan.grid.rect(i).words()).sum());
+            try_run(exec, LEAST_WORDS, words, |i| {
                 let mut piece: std::sync::MutexGuard<'_, DeltaPiece> =
                     pieces[i].lock().unwrap_or_else(|p| p.into_inner());
                 piece.clear();

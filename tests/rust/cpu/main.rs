@@ -16,3 +16,4 @@ mod layouts;
 mod linear_exactness;
 mod scratch_limits;
 mod simd_parity;
+mod small_work;
