@@ -163,6 +163,13 @@ int32_t xorz_delta_restore_rows(const xorz_matrix* base, const void* delta, size
                                 size_t end, void* out, size_t out_bytes, const xorz_executor* executor,
                                 xorz_error* error);
 
+/* out := rows first_row .. end_row of columns first_column .. end_column (ends exclusive), row after row.
+ * Only the tiles that they touch are read. */
+int32_t xorz_delta_restore_region(const xorz_matrix* base, const void* delta, size_t delta_bytes,
+                                  size_t first_row, size_t end_row, size_t first_column, size_t end_column,
+                                  void* out, size_t out_bytes, const xorz_executor* executor,
+                                  xorz_error* error);
+
 /* weight, which must be the base (digest checked), becomes the fine-tune in place; its words must be
  * writable. */
 int32_t xorz_delta_apply(const xorz_matrix* weight, const void* delta, size_t delta_bytes,

@@ -5,6 +5,7 @@ use super::split::{narrow, split, widen};
 use super::word::Word;
 use crate::error::{Error, Result};
 use crate::matrix::Dtype;
+use std::ops::Range;
 
 /// Exact differences of single words of a tile, on top of what the compact code gives.
 ///
@@ -31,6 +32,12 @@ impl<'a> Entries<'a> {
     /// Entry `i`: its position in the tile and its difference. Panics if `i >= len()`.
     pub fn get(&self, i: usize) -> (usize, u64) {
         listed(self.positions, self.differences, i)
+    }
+
+    /// Those at positions within `places`.
+    pub(crate) fn within(&self, places: Range<usize>) -> Self {
+        let (positions, differences) = within(self.positions, self.differences, places);
+        Self { positions, differences }
     }
 
     /// All entries, word by word, in order. `W` is the word of the dtype.
@@ -145,7 +152,13 @@ pub struct Exceptions<'a> {
     pub words: &'a [u8],
 }
 
-impl Exceptions<'_> {
+impl<'a> Exceptions<'a> {
+    /// Those at positions within `places`.
+    pub(crate) fn within(&self, places: Range<usize>) -> Self {
+        let (positions, words) = within(self.positions, self.words, places);
+        Self { positions, words }
+    }
+
     /// How many there are.
     pub fn len(&self) -> usize {
         self.positions.len() / 2
@@ -179,6 +192,19 @@ impl Exceptions<'_> {
 #[cold]
 pub(crate) fn outside(what: &str, position: usize) -> Error {
     Error::corrupt(format!("an {what} lies outside its tile, at {position}"))
+}
+
+/// The part of a list whose positions lie within `places`, found by halving; any part of one that is out of order.
+fn within<'a>(positions: &'a [u8], words: &'a [u8], places: Range<usize>) -> (&'a [u8], &'a [u8]) {
+    let (list, _) = positions.as_chunks::<2>();
+    if list.is_empty() {
+        return (&[], &[]);
+    }
+    let w = words.len() / list.len();
+    let first = |place| list.partition_point(|p| usize::from(u16::from_le_bytes(*p)) < place);
+    let start = first(places.start);
+    let end = first(places.end).max(start);
+    (list[start..end].as_flattened(), &words[w * start..w * end])
 }
 
 fn listed(positions: &[u8], words: &[u8], i: usize) -> (usize, u64) {

@@ -13,18 +13,16 @@ use super::costs::Costs;
 use super::job::check_words;
 use super::scratch;
 use crate::codec::word::{Word, with_word};
-use crate::codec::{
-    Changes, Encoding, Exceptions, ExponentTile, GapKind, Grid, SparseTile, Tile, exponent, outside,
-};
+use crate::codec::{Encoding, ExponentTile, Grid, Tile, exponent};
 use crate::error::{Error, Kind, Result};
-use crate::matrix::{Dtype, Matrix, Shape};
+use crate::matrix::{Matrix, Shape};
 use crate::resident::Resident;
 use crate::vector::dispatch::{Isa, on_isa};
 use crate::vector::exec::{Executor, try_run};
-use crate::vector::float::{BF16, F16, F32};
 use crate::vector::lanes::{self, Lane};
+use crate::vector::region::{TilePart, patch_part};
 use crate::vector::simd::Simd;
-use crate::vector::tile::{Change, Sums, Xor};
+use crate::vector::tile::{Stripe, set_apart};
 use std::sync::Mutex;
 
 /// Bytes of looked-up rows that are worth a task, for encodings that patch row by row.
@@ -177,122 +175,16 @@ fn by_row(delta: &Resident<'_>, base: &Matrix<'_>, row: &mut Row<'_>) -> Result<
             Tile::Raw(raw) => out.copy_from_slice(raw.row(r)),
             Tile::Sparse(tile) => {
                 out.copy_from_slice(base.span(row.index, rect.c0, rect.cols()));
-                with_word!(dtype, W => patch::<W>(&tile, dtype, r, grid.tile_cols, out))
+                let (rows, columns) = (r..r + 1, 0..rect.cols());
+                let part = TilePart { rect, tile_cols: grid.tile_cols, rows, columns, dtype };
+                let stripe = Stripe { stride: out.len(), from: 0, to: out.len(), rows: 1 };
+                with_word!(dtype, W => patch_part::<W>(&tile, &part, stripe, out))
                     .map_err(|e| e.within(format_args!("delta, tile {index}")))?;
             }
             Tile::Unchanged | Tile::Exponent(_) => {
                 return Err(Error::internal(format!("tile {index} is not one of rows")));
             }
         }
-    }
-    Ok(())
-}
-
-/// Patch row `r` of a `sparse` tile: `words` holds its base words.
-fn patch<W: Word>(
-    tile: &SparseTile<'_>,
-    dtype: Dtype,
-    r: usize,
-    tile_cols: usize,
-    words: &mut [u8],
-) -> Result<()> {
-    match dtype {
-        Dtype::BF16 => walk(tile, r, words, &mut Sums::<BF16>::new())?,
-        Dtype::F16 => walk(tile, r, words, &mut Sums::<F16>::new())?,
-        Dtype::F32 => walk(tile, r, words, &mut Sums::<F32>::new())?,
-        _ => walk::<W, _>(tile, r, words, &mut Xor)?,
-    }
-    Overrides::new(tile.exceptions).row::<W>(r, tile_cols, words)
-}
-
-fn walk<W: Word, C: Change<W>>(
-    tile: &SparseTile<'_>,
-    lane: usize,
-    words: &mut [u8],
-    change: &mut C,
-) -> Result<()> {
-    match tile.gap {
-        GapKind::U8 => walk_gaps::<W, C, 1>(tile, lane, words, change),
-        GapKind::U16 => walk_gaps::<W, C, 2>(tile, lane, words, change),
-    }
-}
-
-/// The entries of one lane.
-fn walk_gaps<W: Word, C: Change<W>, const GAP: usize>(
-    tile: &SparseTile<'_>,
-    lane: usize,
-    words: &mut [u8],
-    change: &mut C,
-) -> Result<()> {
-    let nothing = W::from_u64(C::NOTHING);
-    let columns = words.len() / W::BYTES;
-    let mut c = 0usize;
-    let gaps = tile.gaps.chunks_exact(Grid::TILE_ROWS * GAP);
-    for (gaps, differences) in gaps.zip(tile.differences.chunks_exact(Grid::TILE_ROWS * W::BYTES)) {
-        let gap = usize::from(gaps[lane * GAP]);
-        c = if GAP == 1 { c + gap } else { gap | usize::from(gaps[lane * GAP + 1]) << 8 };
-        let difference = W::load(&differences[lane * W::BYTES..(lane + 1) * W::BYTES]);
-        if difference == nothing {
-            continue;
-        }
-        let Some(word) = words.get_mut(c * W::BYTES..(c + 1) * W::BYTES) else {
-            return Err(Error::corrupt(format!("lane {lane} names column {c} of {columns}")));
-        };
-        let now = change.change(lane, c, W::load(word), difference);
-        word.copy_from_slice(bytemuck::bytes_of(&now));
-    }
-    Ok(())
-}
-
-/// The exceptions of a tile, to be asked row after row, downwards.
-struct Overrides<'a> {
-    exceptions: Exceptions<'a>,
-    next: usize,
-    last: Option<usize>,
-}
-
-impl<'a> Overrides<'a> {
-    fn new(exceptions: Exceptions<'a>) -> Self {
-        Self { exceptions, next: 0, last: None }
-    }
-
-    /// Put those of row `r` in place: `words` holds the rest of the row.
-    fn row<W: Word>(&mut self, r: usize, tile_cols: usize, words: &mut [u8]) -> Result<()> {
-        let positions = &self.exceptions.positions.as_chunks::<2>().0[self.next..];
-        let overriding = self.exceptions.words[self.next * W::BYTES..].chunks_exact(W::BYTES);
-        for (position, word) in positions.iter().zip(overriding) {
-            let position = usize::from(u16::from_le_bytes(*position));
-            if position >= (r + 1) * tile_cols {
-                break;
-            }
-            let i = self.next;
-            if self.last >= Some(position) {
-                return Err(Error::corrupt(format!("exception {i}, at {position}, is out of order")));
-            }
-            (self.next, self.last) = (i + 1, Some(position));
-            let Some(c) = position.checked_sub(r * tile_cols) else { continue };
-            words
-                .get_mut(c * W::BYTES..(c + 1) * W::BYTES)
-                .ok_or_else(|| outside("exception", position))?
-                .copy_from_slice(word);
-        }
-        Ok(())
-    }
-}
-
-/// Add the entries of row `r` to its words: `changes` is asked row after row, downwards.
-fn add<W: Word>(
-    changes: &mut Changes<'_, W>,
-    dtype: Dtype,
-    (r, tile_cols): (usize, usize),
-    words: &mut [u8],
-) -> Result<()> {
-    while let Some(change) = changes.below((r + 1) * tile_cols)? {
-        let Some(c) = change.position.checked_sub(r * tile_cols) else { continue };
-        let word = words.get_mut(c * W::BYTES..(c + 1) * W::BYTES);
-        let word = word.ok_or_else(|| outside("entry", change.position))?;
-        let now = change.apply(dtype, W::load(word));
-        word.copy_from_slice(bytemuck::bytes_of(&now));
     }
     Ok(())
 }
@@ -344,8 +236,6 @@ impl BandTile<'_, '_> {
         mut advance: impl FnMut(&mut [W]) -> Result<()>,
     ) -> Result<()> {
         let rect = self.grid.rect(self.index);
-        let mut changes = self.tile.entries.changes::<W>();
-        let mut overrides = Overrides::new(self.tile.exceptions);
         let mut next = rect.r0;
         scratch::with(|sc| {
             for same in rows.chunk_by_mut(|a, b| a.index == b.index) {
@@ -356,9 +246,9 @@ impl BandTile<'_, '_> {
                     advance(bytemuck::cast_slice_mut(words))?;
                     next += 1;
                 }
-                let (r, tile_cols) = (asked - rect.r0, self.grid.tile_cols);
-                add(&mut changes, self.base.dtype(), (r, tile_cols), words)?;
-                overrides.row::<W>(r, tile_cols, words)?;
+                let first = (asked - rect.r0) * self.grid.tile_cols;
+                let (places, tile) = (first..first + self.grid.tile_cols, self.tile);
+                set_apart::<W>(&tile.entries, &tile.exceptions, self.base.dtype(), places, words)?;
                 same.iter_mut()
                     .for_each(|row| row.out[rect.c0 * W::BYTES..rect.c1 * W::BYTES].copy_from_slice(words));
             }

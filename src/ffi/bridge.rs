@@ -106,6 +106,14 @@ pub mod door {
         tenant_of_row: usize,
     }
 
+    /// Rows and columns of a matrix, the ends not among them.
+    struct Region {
+        first_row: usize,
+        end_row: usize,
+        first_column: usize,
+        end_column: usize,
+    }
+
     /// One part of `delta_concat`.
     struct Part<'a> {
         delta: &'a [u8],
@@ -157,6 +165,13 @@ pub mod door {
             delta: &[u8],
             first: usize,
             end: usize,
+            out: &mut [u8],
+            executor: &Executor,
+        ) -> Result<()>;
+        fn delta_restore_region(
+            base: &Words<'_>,
+            delta: &[u8],
+            region: &Region,
             out: &mut [u8],
             executor: &Executor,
         ) -> Result<()>;
@@ -224,7 +239,7 @@ pub mod door {
     }
 }
 
-use door::{Batch, Executor, Grouped, Info, Linear, Part, Tenant, Words};
+use door::{Batch, Executor, Grouped, Info, Linear, Part, Region, Tenant, Words};
 
 impl<'a> From<&Words<'a>> for ops::Words<'a> {
     fn from(w: &Words<'a>) -> Self {
@@ -341,6 +356,17 @@ fn delta_restore_rows(
     executor: &Executor,
 ) -> Result<()> {
     ops::delta_restore_rows(base.into(), delta, first..end, out, &Shim(executor))
+}
+
+fn delta_restore_region(
+    base: &Words<'_>,
+    delta: &[u8],
+    region: &Region,
+    out: &mut [u8],
+    executor: &Executor,
+) -> Result<()> {
+    let region = (region.first_row..region.end_row, region.first_column..region.end_column);
+    ops::delta_restore_region(base.into(), delta, region, out, &Shim(executor))
 }
 
 fn delta_apply(

@@ -281,13 +281,22 @@ pub fn delta_restore_rows(
     out: &mut [u8],
     exec: &dyn Executor,
 ) -> Result<()> {
+    guard(|| vector::delta_restore_rows(&Resident::parse(delta)?, &base.matrix()?, rows, out, exec))
+}
+
+/// Write the fine-tuned words of some rows and columns to `out`, row after row.
+///
+/// # Errors
+/// As [`delta_linear`]; `InvalidArgument` for rows or columns out of range.
+pub fn delta_restore_region(
+    base: Words<'_>,
+    delta: &[u8],
+    (rows, columns): (Range<usize>, Range<usize>),
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
     guard(|| {
-        let base = base.matrix()?;
-        if rows.start > rows.end || rows.end > base.shape().n {
-            let (r0, r1, n) = (rows.start, rows.end, base.shape().n);
-            return Err(Error::invalid(format!("rows {r0}..{r1} are outside of a base of {n} rows")));
-        }
-        vector::delta_restore_rows(&Resident::parse(delta)?, &base, rows, out, exec)
+        vector::delta_restore_region(&Resident::parse(delta)?, &base.matrix()?, rows, columns, out, exec)
     })
 }
 

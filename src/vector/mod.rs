@@ -11,8 +11,8 @@
 //! | `lanes` | the bit streams of `exponent`; `packer` what an instruction set gives to those who write them |
 //! | `bf16dot` | dot products of bf16 words as they are, where the machine has them |
 //! | `encode` | words to tiles and whole deltas, and the estimates that choose how |
-//! | `restore` | fine-tuned words: restore, apply, patch; `tile` one tile of them, `packed` one in panels |
 //! | `processor`, `preference`, `trace` | what CPUID says, what `prefer="auto"` comes to, and whether people are told |
+//! | `restore` | fine-tuned words: restore, apply, patch; `region` some rows and columns, `tile` one tile, `packed` one in panels |
 //! | `exec` | how ops run their tasks |
 
 pub(crate) mod bf16dot;
@@ -25,6 +25,7 @@ pub(crate) mod packed;
 mod packer;
 mod preference;
 pub(crate) mod processor;
+pub(crate) mod region;
 mod restore;
 pub(crate) mod scalar;
 pub(crate) mod simd;
@@ -38,6 +39,6 @@ pub use encode::{encode, encode_on, encode_tiles, encode_tiles_on, estimate, est
 pub use exec::{Executor, Serial};
 pub use preference::{preference, preference_of};
 pub use restore::{
-    decode_exponent_on, delta_apply, delta_restore, delta_restore_rows, delta_restore_rows_on, patch,
-    patch_on,
+    decode_exponent_on, delta_apply, delta_restore, delta_restore_region, delta_restore_region_on,
+    delta_restore_rows, delta_restore_rows_on, patch, patch_on,
 };

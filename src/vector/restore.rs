@@ -1,8 +1,9 @@
-//! Fine-tuned words: `delta_restore`, `delta_restore_rows`, `delta_apply`, `patch`. Every dtype; equal to
+//! Fine-tuned words: `delta_restore`, `delta_restore_rows`, `delta_restore_region`, `delta_apply`, `patch`. Every dtype; equal to
 //! `resident::restore` bit for bit.
 
 use super::dispatch::{Isa, on_isa};
 use super::exec::{Executor, LEAST_WORDS, try_run};
+use super::region::region_of;
 use super::simd::Simd;
 use super::tile::{self, Stripe, fill_tile};
 use crate::codec::{Encoding, ExponentTile};
@@ -52,7 +53,42 @@ pub fn delta_restore_rows_on(
     out: &mut [u8],
     exec: &dyn Executor,
 ) -> Result<()> {
-    on_isa!(isa, s => rows_of(s, delta, base, rows, out, exec))?
+    delta_restore_region_on(isa, delta, base, (rows, 0..base.shape().k), out, exec)
+}
+
+/// Restore the words of rows `rows` and columns `columns` of the fine-tuned matrix: `out` takes them row after row, without
+/// gaps. Of a tile that is not asked as a whole, `sparse` and `raw` read little more than what is asked, `exponent` all
+/// words before the last one asked.
+///
+/// Memory-safe on any bytes. What is not needed for the words asked is not looked at: `Resident::check` tells whether a
+/// delta is whole.
+///
+/// # Errors
+/// As [`delta_restore`]; `InvalidArgument` for rows or columns beyond the matrix.
+pub fn delta_restore_region(
+    delta: &Resident<'_>,
+    base: &Matrix<'_>,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    delta_restore_region_on(Isa::active()?, delta, base, (rows, columns), out, exec)
+}
+
+/// [`delta_restore_region`] on an instruction set of the caller's choice, for tests and benchmarks.
+///
+/// # Errors
+/// As [`delta_restore_region`]; `Unsupported` if the machine lacks `isa`.
+pub fn delta_restore_region_on(
+    isa: Isa,
+    delta: &Resident<'_>,
+    base: &Matrix<'_>,
+    (rows, columns): (Range<usize>, Range<usize>),
+    out: &mut [u8],
+    exec: &dyn Executor,
+) -> Result<()> {
+    on_isa!(isa, s => region_of(s, delta, base, (rows, columns), out, exec))?
 }
 
 /// `codec::decode_tile` of an `exponent` tile on an instruction set of the caller's choice, for tests and benchmarks:
@@ -106,57 +142,6 @@ pub fn patch(delta: &Resident<'_>, words: &mut [u8]) -> Result<()> {
 /// As [`patch`]; `Unsupported` if the machine lacks `isa`.
 pub fn patch_on(isa: Isa, delta: &Resident<'_>, words: &mut [u8]) -> Result<()> {
     on_isa!(isa, s => patch_all(s, delta, words))?
-}
-
-/// See [`delta_restore_rows`].
-fn rows_of<S: Simd>(
-    s: S,
-    delta: &Resident<'_>,
-    base: &Matrix<'_>,
-    rows: Range<usize>,
-    out: &mut [u8],
-    exec: &dyn Executor,
-) -> Result<()> {
-    delta.check_base(base)?;
-    let (shape, row_bytes) = (base.shape(), base.row_bytes());
-    if rows.start > rows.end || rows.end > shape.n {
-        return Err(Error::invalid(format!("rows {rows:?} of a matrix of {} rows", shape.n)));
-    }
-    let want = rows.len() * row_bytes;
-    if out.len() != want {
-        return Err(Error::mismatch(format!("out has {} bytes, but rows {rows:?} take {want}", out.len())));
-    }
-    if want == 0 {
-        return Ok(());
-    }
-    let tile_rows = delta.grid().tile_rows;
-    let (first, last) = (rows.start / tile_rows, rows.end.div_ceil(tile_rows));
-    // The rows of out that each band of tiles covers: the first and the last band may be cut.
-    let mut rest = out;
-    let mut parts = Vec::with_capacity(last - first);
-    for band in first..last {
-        let from = (band * tile_rows).max(rows.start);
-        let to = ((band + 1) * tile_rows).min(rows.end);
-        let (part, tail) = rest.split_at_mut((to - from) * row_bytes);
-        rest = tail;
-        parts.push(Mutex::new((from..to, part)));
-    }
-    let words = parts.iter().map(|_| tile_rows * shape.k);
-    try_run(exec, LEAST_WORDS, words, |task| {
-        let mut part = parts[task].lock().unwrap_or_else(|p| p.into_inner());
-        let (rows, out) = &mut *part;
-        let band = first + task;
-        let whole = band * tile_rows..((band + 1) * tile_rows).min(shape.n);
-        if *rows == whole {
-            return apply_band(s, delta, band, out, Some(base));
-        }
-        let mut words = vec![0; whole.len() * row_bytes];
-        apply_band(s, delta, band, &mut words, Some(base))?;
-        out.copy_from_slice(
-            &words[(rows.start - whole.start) * row_bytes..(rows.end - whole.start) * row_bytes],
-        );
-        Ok(())
-    })
 }
 
 /// See [`delta_apply`].

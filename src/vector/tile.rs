@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Matrix};
 use crate::resident::Resident;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// The fine-tuned words of tile `index`, row after row, into `words`.
 pub(crate) fn tile_words<S: Simd>(
@@ -30,15 +31,15 @@ pub(crate) fn tile_words<S: Simd>(
 
 /// Where a tile lies in a buffer of words: bytes `from..to` of each of `rows` rows of `stride` bytes.
 #[derive(Clone, Copy)]
-pub(super) struct Stripe {
-    pub(super) stride: usize,
-    pub(super) from: usize,
-    pub(super) to: usize,
-    pub(super) rows: usize,
+pub(crate) struct Stripe {
+    pub(crate) stride: usize,
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+    pub(crate) rows: usize,
 }
 
 impl Stripe {
-    fn row<'a>(&self, words: &'a mut [u8], r: usize) -> &'a mut [u8] {
+    pub(super) fn row<'a>(&self, words: &'a mut [u8], r: usize) -> &'a mut [u8] {
         &mut words[r * self.stride + self.from..r * self.stride + self.to]
     }
 }
@@ -209,6 +210,41 @@ pub(super) fn patch_sparse<W: Word, P: Places>(
     overwrite::<W, P>(&tile.exceptions, tile_cols, places, words)
 }
 
+/// What is stored apart of one row, or of a run of columns of it: the entries, then the exceptions at positions `places`.
+/// `words` holds the words from the first position on; a position beyond them is an error.
+pub(crate) fn set_apart<W: Word>(
+    entries: &Entries<'_>,
+    exceptions: &Exceptions<'_>,
+    dtype: Dtype,
+    places: Range<usize>,
+    words: &mut [u8],
+) -> Result<()> {
+    let count = words.len() / W::BYTES;
+    let place = |position: usize| {
+        let c = position.checked_sub(places.start)?;
+        (c < count).then_some(c * W::BYTES..(c + 1) * W::BYTES)
+    };
+    let mut changes = entries.within(places.clone()).changes::<W>();
+    while let Some(change) = changes.below(usize::MAX)? {
+        let at = place(change.position).ok_or_else(|| outside("entry", change.position))?;
+        let now = change.apply(dtype, W::load(&words[at.clone()]));
+        words[at].copy_from_slice(bytemuck::bytes_of(&now));
+    }
+    let exceptions = exceptions.within(places.clone());
+    let (positions, _) = exceptions.positions.as_chunks::<2>();
+    let mut last = None;
+    for (i, (position, word)) in positions.iter().zip(exceptions.words.chunks_exact(W::BYTES)).enumerate() {
+        let position = usize::from(u16::from_le_bytes(*position));
+        if last >= Some(position) {
+            return Err(Error::corrupt(format!("exception {i}, at {position}, is out of order")));
+        }
+        last = Some(position);
+        let at = place(position).ok_or_else(|| outside("exception", position))?;
+        words[at].copy_from_slice(word);
+    }
+    Ok(())
+}
+
 /// Add a tile's entries to the words that its stream gave.
 fn add<W: Word, P: Places>(
     entries: &Entries<'_>,
@@ -287,6 +323,8 @@ pub(crate) trait Change<W> {
     const NOTHING: u64;
     /// The word after the difference `difference` of lane `lane` at column `c`.
     fn change(&mut self, lane: usize, c: usize, word: W, difference: W) -> W;
+    /// The next difference of `lane` does not add to the one before.
+    fn forget(&mut self, lane: usize);
 }
 
 /// Dtypes that do not compute.
@@ -297,6 +335,7 @@ impl<W: Word> Change<W> for Xor {
     fn change(&mut self, _: usize, _: usize, word: W, difference: W) -> W {
         W::from_u64(word.to_u64() ^ difference.to_u64())
     }
+    fn forget(&mut self, _: usize) {}
 }
 
 /// Dtypes that compute. Per lane: the column of the last entry and its exact sum, since a second entry there adds to
@@ -323,6 +362,10 @@ impl<D: Float> Change<D::Word> for Sums<D> {
         let sum = from + D::value(difference);
         self.last[lane] = (c, sum);
         D::narrow(sum)
+    }
+
+    fn forget(&mut self, lane: usize) {
+        self.last[lane].0 = usize::MAX;
     }
 }
 

@@ -114,6 +114,10 @@ static void test_products(int step, int32_t prefer) {
   CHECK(xorz_delta_restore_rows(&w, delta.data, delta.length, 3, 20, restored, 17 * K * 4, NULL, &error) ==
         XORZ_OK);
   CHECK(memcmp(restored, fine_tuned + 3 * K, 17 * K * 4) == 0);
+  CHECK(xorz_delta_restore_region(&w, delta.data, delta.length, 3, 20, 5, 12, restored, 17 * 7 * 4, NULL,
+                                  &error) == XORZ_OK);
+  for (int row = 0; row < 17; ++row)
+    CHECK(memcmp(restored + row * 7, fine_tuned + (3 + row) * K + 5, 7 * 4) == 0);
 
   int calls = 0;
   xorz_executor two = {&calls, 2, run_two};
@@ -200,6 +204,10 @@ static void test_refusals(void) {
   REFUSED(xorz_delta_restore_rows(&w, d, len, 5, 4, restored, 0, NULL, &error), XORZ_INVALID_ARGUMENT, "5");
   REFUSED(xorz_delta_restore_rows(&w, d, len, 0, N + 1, restored, sizeof restored, NULL, &error),
           XORZ_INVALID_ARGUMENT, "38");
+  REFUSED(xorz_delta_restore_region(&w, d, len, 0, N, 7, K + 1, restored, sizeof restored, NULL, &error),
+          XORZ_INVALID_ARGUMENT, "columns 7..54 are not within 0..53");
+  REFUSED(xorz_delta_restore_region(&w, d, len, 0, 2, 0, 3, restored, 20, NULL, &error), XORZ_MISMATCH,
+          "take 24");
   REFUSED(xorz_delta_linear(&x, &w, bias, d, len, 9, out, sizeof out, NULL, &error), XORZ_INVALID_ARGUMENT,
           "9");
   REFUSED(xorz_delta_linear(&x, &w, bias, d, len, 0, out, 8, NULL, &error), XORZ_MISMATCH, "out_bytes is 8");

@@ -195,6 +195,34 @@ pub unsafe extern "C" fn xorz_delta_restore_rows(
     }
 }
 
+/// Restore rows `first_row .. end_row` of columns `first_column .. end_column`.
+///
+/// # Safety
+/// As `csrc/xorz.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xorz_delta_restore_region(
+    base: *const XorzMatrix,
+    delta: *const c_void,
+    delta_bytes: usize,
+    first_row: usize,
+    end_row: usize,
+    first_column: usize,
+    end_column: usize,
+    out: *mut c_void,
+    out_bytes: usize,
+    exec: *const XorzExecutor,
+    error: *mut XorzError,
+) -> i32 {
+    // SAFETY: the caller keeps the header's contract.
+    unsafe {
+        call(error, || {
+            let (base, delta) = (matrix(base, "base")?, bytes(delta, delta_bytes, "delta")?);
+            let region = (first_row..end_row, first_column..end_column);
+            ops::delta_restore_region(base, delta, region, bytes_mut(out, out_bytes, "out")?, executor(exec))
+        })
+    }
+}
+
 /// Turn the base at `weight` into the fine-tune, in place.
 ///
 /// # Safety

@@ -14,6 +14,7 @@ mod embedding_lookup;
 mod grouped_exactness;
 mod layouts;
 mod linear_exactness;
+mod parts;
 mod scratch_limits;
 mod simd_parity;
 mod small_work;
