@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -15,6 +16,52 @@ inline std::vector<int64_t> sizes_with_last(const Tensor& t, size_t last) {
   std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
   sizes.back() = static_cast<int64_t>(last);
   return sizes;
+}
+
+// Where a range of sizes begins and ends.
+struct Range {
+  size_t first;
+  size_t end;
+};
+
+using MaybeRange = std::optional<std::vector<int64_t>>;
+
+// `given` is (first, end) along dimension `dim` of `base`; none is all of it.
+inline Range check_range(const Checks& checks, const char* name, const MaybeRange& given, const Tensor& base,
+                         int64_t dim, size_t size) {
+  if (!given) return {0, size};
+  if (given->size() != 2)
+    checks.refuse(std::string(name) + " must be a pair (first, end), but holds " +
+                  std::to_string(given->size()) + " numbers");
+  const int64_t first = (*given)[0], end = (*given)[1];
+  if (first < 0 || end < first || end > static_cast<int64_t>(size))
+    checks.refuse(std::string(name) + " = (" + std::to_string(first) + ", " + std::to_string(end) +
+                  ") must lie within 0 to " + std::to_string(size) + ", the size of base " + text(base) +
+                  " along dim " + std::to_string(dim));
+  return {static_cast<size_t>(first), static_cast<size_t>(end)};
+}
+
+// The rows and columns of `base` that delta_restore gives, as the core counts them, and the sizes of the
+// result.
+struct Cut {
+  Region region;
+  std::vector<int64_t> sizes;
+};
+
+inline Cut check_cut(const Checks& checks, const Tensor& base, const Words& words, const MaybeRange& rows,
+                     const MaybeRange& columns) {
+  const int64_t dims = base.dim();
+  if (rows && dims < 2)
+    checks.refuse("rows are along dim 0 of a base of two dimensions or more, but base is " + text(base));
+  if (columns && dims != 1 && dims != 2)
+    checks.refuse("columns are along the last dim of a base of one dimension or two, but base is " +
+                  text(base));
+  const Range r = check_range(checks, "rows", rows, base, 0, words.n);
+  const Range c = check_range(checks, "columns", columns, base, dims - 1, words.k);
+  Cut cut{{r.first, r.end, c.first, c.end}, {base.sizes().begin(), base.sizes().end()}};
+  if (rows) cut.sizes.front() = static_cast<int64_t>(r.end - r.first);
+  if (columns) cut.sizes.back() = static_cast<int64_t>(c.end - c.first);
+  return cut;
 }
 
 inline void check_mode(const Checks& checks, const std::string& mode) {

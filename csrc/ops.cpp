@@ -37,8 +37,10 @@ const Op kOps[] = {
      "delta_embedding(Tensor indices, Tensor weight, Tensor arena, Tensor slots, Tensor tenant_of_row) -> "
      "Tensor",
      TORCH_BOX(&delta_embedding_cpu), TORCH_BOX(&delta_embedding_cuda)},
-    {"delta_restore", "delta_restore(Tensor base, Tensor delta) -> Tensor", TORCH_BOX(&delta_restore_cpu),
-     TORCH_BOX(&delta_restore_cuda)},
+    // Ranges of any length, checked by the kernel: with "[2]" torch would take the number 3 for (3, 3).
+    {"delta_restore",
+     "delta_restore(Tensor base, Tensor delta, *, SymInt[]? rows=None, SymInt[]? columns=None) -> Tensor",
+     TORCH_BOX(&delta_restore_cpu), TORCH_BOX(&delta_restore_cuda)},
     {"delta_apply_", "delta_apply_(Tensor(a!) weight, Tensor delta) -> ()", TORCH_BOX(&delta_apply_cpu),
      TORCH_BOX(&delta_apply_cuda)},
     {"delta_encode", "delta_encode(Tensor base, Tensor fine_tuned, *, str prefer=\"auto\") -> Tensor",

@@ -25,7 +25,9 @@ Tensor delta_linear_grouped_grad_input_cpu(const Tensor& grad, const Tensor& wei
                                            const Tensor& slots, const Tensor& tenant_of_row);
 Tensor delta_embedding_cpu(const Tensor& indices, const Tensor& weight, const Tensor& arena,
                            const Tensor& slots, const Tensor& tenant_of_row);
-Tensor delta_restore_cpu(const Tensor& base, const Tensor& delta);
+Tensor delta_restore_cpu(const Tensor& base, const Tensor& delta,
+                         const std::optional<std::vector<int64_t>>& rows,
+                         const std::optional<std::vector<int64_t>>& columns);
 void delta_apply_cpu(const Tensor& weight, const Tensor& delta);
 Tensor delta_encode_cpu(const Tensor& base, const Tensor& fine_tuned, const std::string& prefer);
 Tensor delta_slice_cpu(const Tensor& delta, const Tensor& base, int64_t dim, int64_t start, int64_t end);
@@ -40,7 +42,9 @@ Tensor delta_linear_grouped_cuda(const Tensor& input, const Tensor& weight,
                                  const Tensor& slots, const Tensor& tenant_of_row, const std::string& mode);
 Tensor delta_embedding_cuda(const Tensor& indices, const Tensor& weight, const Tensor& arena,
                             const Tensor& slots, const Tensor& tenant_of_row);
-Tensor delta_restore_cuda(const Tensor& base, const Tensor& delta);
+Tensor delta_restore_cuda(const Tensor& base, const Tensor& delta,
+                          const std::optional<std::vector<int64_t>>& rows,
+                          const std::optional<std::vector<int64_t>>& columns);
 void delta_apply_cuda(const Tensor& weight, const Tensor& delta);
 Tensor delta_encode_cuda(const Tensor& base, const Tensor& fine_tuned, const std::string& prefer);
 Tensor delta_slice_cuda(const Tensor& delta, const Tensor& base, int64_t dim, int64_t start, int64_t end);

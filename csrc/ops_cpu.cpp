@@ -94,15 +94,17 @@ Tensor delta_linear_grad_input_cpu(const Tensor& grad, const Tensor& weight, con
   return out;
 }
 
-Tensor delta_restore_cpu(const Tensor& base, const Tensor& delta) {
+Tensor delta_restore_cpu(const Tensor& base, const Tensor& delta, const MaybeRange& rows,
+                         const MaybeRange& columns) {
   const Checks checks{"delta_restore"};
   const auto bytes = checks.delta("delta", delta);
   const Info info = checks.info("delta", bytes);
   const Words words = checks.base("base", base, info);
+  const Cut cut = check_cut(checks, base, words, rows, columns);
   const NoGrad guard;
-  const Tensor out = torch::stable::empty(base.sizes(), base.scalar_type());
-  core(checks,
-       [&] { delta_restore(words, bytes, mutable_bytes_of(out, dtype_of_code(info.dtype).bytes), threads); });
+  const Tensor out = torch::stable::empty(cut.sizes, base.scalar_type());
+  const auto to = mutable_bytes_of(out, dtype_of_code(info.dtype).bytes);
+  core(checks, [&] { delta_restore_region(words, bytes, cut.region, to, threads); });
   return out;
 }
 

@@ -126,13 +126,21 @@ Tensor delta_linear_grouped_cuda(const Tensor& input, const Tensor& weight,
   return product(checks, device, args, input, g.out_sizes);
 }
 
-Tensor delta_restore_cuda(const Tensor& base, const Tensor& delta) {
+// Ranges are cut from the whole, which is restored first: a GPU is done with that sooner than a host can ask.
+Tensor delta_restore_cuda(const Tensor& base, const Tensor& delta, const MaybeRange& rows,
+                          const MaybeRange& columns) {
   const Checks checks{"delta_restore", cuda_device_of({&base, &delta})};
   checks.delta("delta", delta);
   const Words words = checks.words("base", base);
+  const Cut cut = check_cut(checks, base, words, rows, columns);
   const NoGrad guard;
   const OnDevice device(checks.cuda);
-  return restored(checks, device, device_words(words, are_bits(base)), base, base.scalar_type(), delta);
+  const CudaWords from = device_words(words, are_bits(base));
+  Tensor out = restored(checks, device, from, base, base.scalar_type(), delta);
+  if (rows) out = torch::stable::narrow(out, 0, (*rows)[0], cut.sizes.front());
+  if (columns) out = torch::stable::narrow(out, base.dim() - 1, (*columns)[0], cut.sizes.back());
+  // A part of its own memory, like every other result: the whole is given back.
+  return rows || columns ? torch::stable::clone(out) : out;
 }
 
 void delta_apply_cuda(const Tensor& weight, const Tensor& delta) {

@@ -86,11 +86,41 @@ def _(grad, weight, delta):
     return grad.new_empty((*grad.shape[:-1], weight.size(1)))
 
 
+def _length(name: str, span: Sequence[int] | None, size: int) -> int:
+    """Of a range of `size` rows or columns."""
+    if span is None:
+        return size
+    torch._check(
+        len(span) == 2,
+        lambda: f"xorz::delta_restore: {name} must be a pair (first, end), but holds {len(span)} numbers",
+    )
+    first, end = span
+    for fits in (first >= 0, end >= first, end <= size):
+        torch._check(
+            fits, lambda: f"xorz::delta_restore: {name} = ({first}, {end}) must lie within 0 to {size}"
+        )
+    return end - first
+
+
 @torch.library.register_fake("xorz::delta_restore")
-def _(base, delta):
+def _(base, delta, *, rows=None, columns=None):
     _check_devices("delta_restore", base=base, delta=delta)
     _check_delta("delta_restore", delta)
-    return torch.empty_like(base, memory_format=torch.contiguous_format)
+    dims = base.dim()
+    torch._check(
+        rows is None or dims >= 2,
+        lambda: f"xorz::delta_restore: rows are of a base of two dimensions or more, but base has {dims}",
+    )
+    torch._check(
+        columns is None or dims in (1, 2),
+        lambda: f"xorz::delta_restore: columns are of a base of one dimension or two, but base has {dims}",
+    )
+    sizes = list(base.shape)
+    if rows is not None:
+        sizes[0] = _length("rows", rows, sizes[0])
+    if columns is not None:
+        sizes[-1] = _length("columns", columns, sizes[-1])
+    return base.new_empty(sizes)
 
 
 @torch.library.register_fake("xorz::delta_apply_")
@@ -182,9 +212,21 @@ def delta_linear_grad_input(grad: Tensor, weight: Tensor, delta: Tensor) -> Tens
     return _ops.delta_linear_grad_input(grad, weight, delta)
 
 
-def delta_restore(base: Tensor, delta: Tensor) -> Tensor:
-    """The fine-tuned tensor, bit for bit; of `base`'s shape and dtype (bits for bits). No gradient flows through it."""
-    return _ops.delta_restore(base, delta)
+def delta_restore(
+    base: Tensor,
+    delta: Tensor,
+    *,
+    rows: tuple[int, int] | None = None,
+    columns: tuple[int, int] | None = None,
+) -> Tensor:
+    """The fine-tuned tensor, bit for bit; of `base`'s shape and dtype (bits for bits). No gradient flows through it.
+
+    With `rows=(a, b)` and `columns=(c, d)` the same as `[a:b, c:d]` of that, in memory of its own, without restoring the rest:
+    only the tiles that they touch are read. `sparse` and `raw` then cost little more than the words asked; `exponent` is a
+    stream, of which every tile is decoded from its start to the last word asked. `rows` are along dim 0 of two dimensions or
+    more, `columns` along the last of one or two. On CUDA the whole is restored and cut.
+    """
+    return _ops.delta_restore(base, delta, rows=rows, columns=columns)
 
 
 def delta_apply_(weight: Tensor, delta: Tensor) -> Tensor:

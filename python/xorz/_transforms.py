@@ -123,9 +123,9 @@ def _apply(keyset, weight, delta):
     _below(_ops.delta_apply_.default, keyset, weight, delta)
 
 
-def _restore(keyset, base, delta):
+def _restore(keyset, base, delta, *, rows=None, columns=None):
     # The result is as frozen as the weight: it does not require grad, since torch has no gradient for it.
-    return _below(_ops.delta_restore.default, keyset, base, delta)
+    return _below(_ops.delta_restore.default, keyset, base, delta, rows=rows, columns=columns)
 
 
 _registrations.impl("delta_apply_", _apply, "Autograd", with_keyset=True)

@@ -126,6 +126,23 @@ def test_compiled_modules_are_copied_whole():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_of_any_range_are_compiled_once(backend, encoding):
+    base = random_weight(20, 30, torch.float32)
+    tuned, delta = make_delta(base, encoding)
+    counter = CompileCounterWithBackend(backend)
+
+    def part(w, d, a, b):
+        return ops.delta_restore(w, d, rows=(a, b), columns=(a + 1, 2 * b)) + 1
+
+    compiled = torch.compile(part, fullgraph=True, dynamic=True, backend=counter)
+    for a, b in ((3, 9), (4, 15), (2, 11), (7, 7)):
+        assert same_bits(compiled(base, delta, a, b), tuned[a:b, a + 1 : 2 * b] + 1)
+    assert counter.frame_count == 1
+    with pytest.raises(RuntimeError, match=r"rows = \(\w+, \w+\) must lie within 0 to 20"):
+        compiled(base, delta, 5, 21)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_ops_that_write_check_and_make_deltas_keep_their_meaning(backend, encoding):
     base = random_weight(20, 30, torch.float32)
     tuned, delta = make_delta(base, encoding)

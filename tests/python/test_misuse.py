@@ -114,6 +114,30 @@ def misuses():
         r'prefer must be "speed" or "memory", but is "size"',
     )
     yield "restore", lambda: ops.delta_restore(base.float(), delta), r"base is float32.*delta is of bfloat16"
+    cut = ops.delta_restore
+    yield (
+        "rows beyond",
+        lambda: cut(base, delta, rows=(0, 9)),
+        r"delta_restore: rows = \(0, 9\) must lie within 0 to 8, the size of base bfloat16 \[8, 12\] along dim 0",
+    )
+    yield (
+        "columns beyond",
+        lambda: cut(base, delta, columns=(7, 13)),
+        r"columns = \(7, 13\) must lie within 0 to 12, the size of base bfloat16 \[8, 12\] along dim 1",
+    )
+    yield "rows backwards", lambda: cut(base, delta, rows=(5, 4)), r"rows = \(5, 4\) must lie within 0 to 8"
+    yield "rows negative", lambda: cut(base, delta, rows=(-2, 4)), r"rows = \(-2, 4\) must lie within 0 to 8"
+    yield "one row", lambda: cut(base, delta, rows=(3,)), r"rows must be a pair \(first, end\), but holds 1 num"
+    yield (
+        "rows of a vector",
+        lambda: cut(base[0], xorz.delta_encode(base[0], tuned[0]), rows=(0, 1)),
+        r"rows are along dim 0 of a base of two dimensions or more, but base is bfloat16 \[12\]",
+    )
+    yield (
+        "columns of a cube",
+        lambda: cut(base.view(8, 4, 3), delta, columns=(0, 1)),
+        r"columns are along the last dim of a base of one dimension or two, but base is bfloat16 \[8, 4, 3\]",
+    )
     yield (
         "apply base",
         lambda: ops.delta_apply_(tuned.clone(), delta),
@@ -178,7 +202,7 @@ def good(dtype=torch.float32):
         "delta_linear_grouped_grad_input": {"grad": g, **many},
         "delta_embedding": {"indices": torch.tensor([7, 0]), **many},
         "delta_linear_grad_input": {"grad": g, "weight": base, "delta": delta},
-        "delta_restore": {"base": base, "delta": delta},
+        "delta_restore": {"base": base, "delta": delta, "rows": [1, 7], "columns": [0, 5]},
         "delta_apply_": {"weight": base.clone(), "delta": delta},
         "delta_encode": {"base": base, "fine_tuned": tuned},
         "delta_slice": {"delta": delta, "base": base, "dim": 0, "start": 1, "end": 5},

@@ -166,6 +166,7 @@ def test_opcheck_of_every_op_on_odd_shapes(shape):
             passes(ops.delta_linear, (x.requires_grad_(), base, bias, delta), mode)
             passes(ops.delta_linear_grad_input, (g.requires_grad_(bool(j)), base, delta))
         passes(ops.delta_restore, (base, delta))
+        passes(ops.delta_restore, (base, delta), {"rows": (n // 3, n), "columns": (0, k // 2)})
         passes(ops.delta_apply_, (base.clone(), delta))
         passes(ops.delta_encode, (base, tuned), {"prefer": ("speed", "memory")[i % 2]})
         passes(ops.delta_slice, (delta, base, i % 2, 0, base.shape[i % 2]))
@@ -186,6 +187,7 @@ def test_opcheck_of_every_op(encoding, dtype):
     if DTYPES[ENCODINGS.index(encoding) % len(DTYPES)] != dtype:
         return  # what is left knows words, not numbers
     passes(ops.delta_restore, (base, delta))
+    passes(ops.delta_restore, (words, delta), {"columns": (7, 31)})
     passes(ops.delta_apply_, (words.clone(), delta))
     passes(ops.delta_encode, (base, tuned), {"prefer": "memory"})
     passes(ops.delta_slice, (delta, base, 0, 3, 9))

@@ -77,6 +77,38 @@ def test_restore_apply_slice_and_concat_keep_every_bit(encoding, dtype):
         assert same_bits(ops.delta_restore(base, joined), tuned)
 
 
+ROWS = (None, (0, 90), (0, 0), (90, 90), (16, 48), (31, 32), (3, 89))
+COLUMNS = (None, (0, 1100), (5, 5), (1100, 1100), (64, 128), (1099, 1100), (7, 1093))
+
+
+def test_parts_are_those_of_the_whole(encoding, dtype):
+    base = random_weight(90, 1100, dtype)
+    tuned, delta = make_delta(base, encoding)
+    for rows, columns in itertools.product(ROWS, COLUMNS):
+        want = tuned[slice(*rows or (None,)), slice(*columns or (None,))].contiguous()
+        part = ops.delta_restore(base, delta, rows=rows, columns=columns)
+        assert same_bits(part, want), (rows, columns)
+        assert part.is_contiguous() and part.untyped_storage().nbytes() == want.nbytes
+    words = base.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    part = xorz.delta_restore(words, delta, rows=[2, 20], columns=(3, 1000))
+    assert part.dtype == words.dtype and same_bits(part.view(dtype), tuned[2:20, 3:1000].contiguous())
+
+
+@pytest.mark.parametrize("other", [torch.float64, torch.int64, torch.uint8, torch.int16, torch.bool])
+def test_parts_of_other_dtypes_and_shapes(other):
+    for shape in ((300,), (9, 70), (40, 3, 8), (0, 3)):
+        base, tuned = ((torch.rand(shape) * 9).to(other) for _ in range(2))
+        for prefer in ("speed", "memory"):
+            delta = ops.delta_encode(base, tuned, prefer=prefer)
+            if len(shape) < 2:
+                assert torch.equal(ops.delta_restore(base, delta, columns=(17, 290)), tuned[17:290])
+                continue
+            n = shape[0]
+            assert torch.equal(ops.delta_restore(base, delta, rows=(n // 3, n)), tuned[n // 3 :])
+            if len(shape) == 2:
+                assert torch.equal(ops.delta_restore(base, delta, columns=(1, 3)), tuned[:, 1:3])
+
+
 @pytest.mark.parametrize(
     "other", [torch.float64, torch.int64, torch.uint8, torch.int16, torch.bool, torch.uint16]
 )
@@ -155,6 +187,7 @@ def test_a_weight_that_requires_grad_is_refused_and_none_leaks_through_kernels(m
         "AccumulateGrad"
     )
     assert not ops.delta_restore(trained, delta).requires_grad
+    assert not ops.delta_restore(trained, delta, rows=(1, 3)).requires_grad
     assert not ops.delta_encode(trained, tuned).requires_grad
 
 

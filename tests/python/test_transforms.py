@@ -133,6 +133,7 @@ def test_vmap_over_biases_weights_and_deltas_is_a_loop(encoding):
         (back, (g, weights, deltas)),
         (lambda w, d: back(g[0], w, d), (weights, deltas)),
         (ops.delta_restore, (weights, deltas)),
+        (lambda w, d: ops.delta_restore(w, d, rows=(1, 6), columns=(2, 11)), (weights, deltas)),
     ]
     for f, batches in filter(None, cases):
         want = loop(f, *batches)
