@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from xorz.bench import models, plot, products, restore, rivals, tunes
+from xorz.bench import models, plot, products, restore, rivals, tile, tunes
 from xorz.bench.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -52,8 +52,11 @@ def test_synthetic_matrices_give_rows_json_and_a_drawing(dtype, tmp_path, capsys
         assert row["csr"] == pytest.approx(row["ms"]["csr"] / row["ms"]["xorz"])
     assert [r["encoding"] for r in found["restore"]] == ["sparse"]
     assert set(found["restore"][0]["ms"]) == {"xorz", "copy", "notebook"}
+    (tiled,) = found["tile"]
+    assert tiled["tile"] == "48x64" and set(tiled["us"]) == {"xorz", "frame", "patched", "slice"}
+    assert tiled["frame"] == pytest.approx(tiled["us"]["frame"] / tiled["us"]["xorz"])
     printed = capsys.readouterr().out
-    assert printed.count("48x64") == len(rows) + 1
+    assert printed.count("48x64") == len(rows) + 3
     assert "48x64" in text and "notebook" in text and "tenants" in text
 
 
@@ -137,6 +140,8 @@ def test_a_wrong_product_or_matrix_of_ours_is_not_timed():
         case.measure(1, 1, 1, 1e9)
     with pytest.raises(AssertionError, match="other bits"):
         restore.measure(case, 1)
+    with pytest.raises(AssertionError, match="xorz gives back other bits than the fine-tune's tile"):
+        tile.measure(case, 1)
 
 
 def test_without_zstandard_the_notebook_is_left_out(monkeypatch, tmp_path, capsys):
@@ -144,6 +149,7 @@ def test_without_zstandard_the_notebook_is_left_out(monkeypatch, tmp_path, capsy
     code, found, _ = run("--shapes", "16x32", "--changed", "3", tmp_path=tmp_path)
     assert code == 0 and "pip install zstandard" in capsys.readouterr().out
     assert all("notebook" not in row["ms"] for row in found["rows"] + found["restore"])
+    assert set(found["tile"][0]["us"]) == {"xorz", "slice"}
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 With BASE and FT (safetensors files, or Hugging Face folders): the linear layers of that model, shape by shape, and their sum.
 Without: synthetic matrices. Each case gives three things: `delta_linear` and `delta_linear_grouped` with a row of x for each
-of T tenants, with m rows of one tenant, and `delta_restore`. Where there are fewer FTs than tenants they are served again,
-as copies in memory of their own.
+of T tenants, with m rows of one tenant, and `delta_restore`, of whole matrices and of tiles of 64x64. Where there are fewer FTs
+than tenants they are served again, as copies in memory of their own.
 
 Floor: few rows must read the base (n * k words) once, for all tenants, and each tenant's delta; "roof" is those bytes over the
 read bandwidth measured in the same run, as a share of the time taken. Opponents, on the same rows of x:
@@ -16,6 +16,9 @@ read bandwidth measured in the same run, as a share of the time taken. Opponents
   determ     ours with mode="deterministic", one tenant
   exact      ours with mode="exact": the bits of ``F.linear`` on the fine-tuned weights
   notebook   the XOR decompressed (zstd), applied to a copy of the base, ``F.linear``: per call, tenant after tenant
+
+and of a tile: `frame`, a zstd frame of that tile's XOR decompressed; `patched`, applied as well; `slice`, the delta cut by
+`delta_slice` and restored.
 
 Every result is checked before it is timed. Each variant takes a turn in every round over matrices that together exceed the
 caches; medians are reported. A number beside an opponent is its time over that of xorz: above 1 xorz is faster. Where the
@@ -39,7 +42,7 @@ from torch import Tensor
 
 import xorz  # noqa: F401  (registers the ops)
 
-from . import models, plot, report, restore, rivals
+from . import models, plot, report, restore, rivals, tile
 from .products import Case, bandwidth, overhead, synthetic
 from .tunes import INTS, KINDS
 
@@ -129,6 +132,7 @@ class Bench:
         self.calls = overhead()
         self.rows: list[dict[str, Any]] = []
         self.restores: list[dict[str, Any]] = []
+        self.tiles: list[dict[str, Any]] = []
         self.totals: list[dict[str, Any]] = []
         print(self.machine)
         for where, us in self.calls.items():
@@ -151,6 +155,7 @@ class Bench:
             if (m, 1) != (1, min(tenants)):
                 self.product(case, what, m, 1)
         self.restores.append({"what": what} | restore.measure(case, self.args.rounds))
+        self.tiles.append({"what": what} | tile.measure(case, self.args.rounds))
 
     def synthetic(self) -> None:
         """Matrices of every shape, dtype, kind and share that was asked for."""
@@ -208,9 +213,13 @@ class Bench:
             print(restore.HEADER)
             for row in self.restores:
                 print(restore.line(row))
+        if self.tiles:
+            print(tile.HEADER)
+            for row in self.tiles:
+                print(tile.line(row))
         if self.args.json:
             found = {"machine": self.machine, "bytes_per_second": self.speed, "call_us": self.calls}
-            found |= {"rows": self.rows, "restore": self.restores, "whole": self.totals}
+            found |= {"rows": self.rows, "restore": self.restores, "tile": self.tiles, "whole": self.totals}
             self.args.json.write_text(json.dumps(found, indent=1) + "\n")
         if self.args.plot:
             self.args.plot.write_text(self.drawing())
