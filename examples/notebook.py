@@ -279,13 +279,10 @@ show(
 #
 # The notebook's stub wanted: for each tile, decode only the bytes needed, patch a small buffer, multiply, and
 # time `t_partial_decompress`, `t_tile_xor_patch`, `t_forward_tile`. A whole tensor in one zstd frame cannot be
-# read in part, so there are two prototypes: a zstd frame for each tile, and xorz's resident delta, cut by
-# `delta_slice` (which restores nothing) and applied to the tile by `delta_restore`. The third row is what
-# became of the idea: `delta_linear`, which does all three in one pass over the base, with the timers
-# inseparable.
-#
-# Where they win and lose is in the table: `delta_slice` re-encodes what it cuts, so that small tiles are what
-# it is worst at.
+# read in part, so there are two prototypes: a zstd frame for each tile, and xorz's resident delta, of which
+# `delta_restore(rows=, columns=)` decodes only what a tile needs, and patches it on the way: the first two
+# timers are one. The third row is what became of the idea: `delta_linear`, which does all three in one pass
+# over the base.
 
 
 # %%
@@ -315,16 +312,13 @@ def e2e_forward_on_delta_no_full_reconstruct(
             t0 = perf_counter()
             if isinstance(tiles, torch.Tensor):
                 r1, c1 = min(r + tile_rows, n), min(c + tile_cols, k)
-                part = xorz.delta_slice(tiles, w_base, 0, r, r1)
-                part = xorz.delta_slice(part, w_base[r:r1], 1, c, c1)
+                buffer = xorz.delta_restore(w_base, tiles, rows=(r, r1), columns=(c, c1))
+                t1 = t2 = perf_counter()
             else:
                 part = torch.frombuffer(bytearray(decompressor.decompress(tiles[r, c])), dtype=torch.int32)
-            t1 = perf_counter()
-            if isinstance(tiles, torch.Tensor):
-                buffer = xorz.delta_restore(base_tile, part)
-            else:
+                t1 = perf_counter()
                 buffer = (base_tile.view(torch.int32) ^ part.view(base_tile.shape)).view(torch.float32)
-            t2 = perf_counter()
+                t2 = perf_counter()
             y[..., r : r + tile_rows] += F.linear(x[..., c : c + tile_cols], buffer)
             t3 = perf_counter()
             clocks = [t + dt for t, dt in zip(clocks, (t1 - t0, t2 - t1, t3 - t2), strict=True)]
@@ -335,7 +329,7 @@ def e2e_forward_on_delta_no_full_reconstruct(
 want = F.linear(x_bench, w_tuned)
 rows = []
 for tile in [(64, 64), (64, D_MODEL)] if D_MODEL > 64 else [(64, 64), (16, 64)]:
-    ways = {"zstd frame per tile": frames(*tile), "xorz, delta_slice": resident[WEIGHT]}
+    ways = {"zstd frame per tile": frames(*tile), "xorz, delta_restore": resident[WEIGHT]}
     for way, tiles in ways.items():
         _, y = e2e_forward_on_delta_no_full_reconstruct(x_bench, tiles, *tile)
         assert torch.allclose(y, want, rtol=1e-4, atol=1e-4)

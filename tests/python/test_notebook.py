@@ -51,7 +51,7 @@ def test_the_script_runs_and_measures_every_section(tmp_path):
     assert done.returncode == 0, done.stderr
     for word in (
         "t_load_pkg t_decompress t_xor_apply t_state_load t_forward t_end_to_end MEASURED bound tenants "
-        "COO RLE planes A: B: C32: C64: xorz delta_slice delta_linear 4 KiB 256 B hotspot exact"
+        "COO RLE planes A: B: C32: C64: xorz delta_restore delta_linear 4 KiB 256 B hotspot exact"
     ).split():
         assert word in done.stdout or word in ("hotspot",), word
     sparse = [line for line in done.stdout.splitlines() if line.startswith("COO, 32-bit indices")]
