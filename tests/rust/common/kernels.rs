@@ -43,7 +43,18 @@ pub fn assert_streams(blob: &[u8]) {
 pub fn on_tiles(case: &Case, tile_rows: usize, tile_cols: usize) -> Vec<u8> {
     let h = *Resident::parse(&case.blob).unwrap().header();
     let grid = Grid { shape: case.shape, tile_rows, tile_cols };
-    let plan = Plan { encoding: h.encoding, grid, gap: h.gap, widths: h.widths };
+    planned(case, Plan { encoding: h.encoding, grid, gap: h.gap, widths: h.widths })
+}
+
+/// An `exponent` delta of `case` whose changes are all stored apart.
+pub fn all_apart(case: &Case, tile_rows: usize, tile_cols: usize) -> Vec<u8> {
+    let h = *Resident::parse(&case.blob).unwrap().header();
+    let grid = Grid { shape: case.shape, tile_rows, tile_cols };
+    planned(case, Plan { encoding: Encoding::Exponent, grid, gap: h.gap, widths: [0; 32] })
+}
+
+fn planned(case: &Case, plan: Plan) -> Vec<u8> {
+    let grid = plan.grid;
     let (mut piece, mut assembler) = (DeltaPiece::default(), Assembler::new(case.dtype, &plan).unwrap());
     encode_tiles(&plan, case.dtype, 0..grid.tiles(), &case.base, &case.fine_tuned, &mut piece).unwrap();
     assembler.add(&piece).unwrap();

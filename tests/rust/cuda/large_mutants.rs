@@ -2,16 +2,17 @@
 //! barrier removed, a wait weakened, a fragment swapped, a change dropped, a gap off by one. Each mutant is compiled
 //! and must be caught: by wrong results, with copies that land early or late, or by the thread sanitizer.
 
-use crate::common::data::{Rng, adversarial, matrix, perturbed, value, word};
+use crate::common::data::{Rng, adversarial, perturbed, value, word};
 use crate::common::device::{Device, TSAN};
 use crate::common::kernels::{
-    Fleet, LINEAR_OUT, LINEAR_STATUS, Large, Linear, nudged, on_tiles, run_large, status,
+    Fleet, LINEAR_OUT, LINEAR_STATUS, Large, Linear, all_apart, nudged, on_tiles, run_large, status,
 };
 use crate::common::linear::{Case, first_difference, integers, values};
 use crate::common::mutants::{Mutant, all_caught};
 use xorz::codec::Encoding;
+use xorz::codec::split::split;
 use xorz::matrix::{Dtype, Shape};
-use xorz::resident::{Assembler, DeltaPiece, Plan, Resident, encode_tiles};
+use xorz::resident::Resident;
 
 const STAGES: [Mutant; 9] = [
     ("a wait weakened", "stages.cuh", "run_steps(", "<kLate - 2>", "<kLate - 1>"),
@@ -227,7 +228,7 @@ const RACES: [Mutant; 8] = [
     ("sums of the decode path", "wide_tile.cuh", "wide.sum[j] += sum;", "          block_sync();\n", ""),
 ];
 
-const FUSED: [Mutant; 2] = [
+const FUSED: [Mutant; 5] = [
     ("a column left out", "sums.cuh", "struct FusedSums", "c < 4", "c < 3"),
     (
         "rows of W swapped",
@@ -235,6 +236,39 @@ const FUSED: [Mutant; 2] = [
         "struct FusedSums",
         "w + S::piece_at(j0 + j * 16",
         "w + S::piece_at(j0 + (3 - j) * 16",
+    ),
+    ("the last exception of a row", "patch_marks.cuh", "mark_listed(", "= e + 1;", "= e;"),
+    (
+        "four exceptions a step",
+        "patch_exceptions.cuh",
+        "void step(",
+        "while (warp_ballot(leading_votes(votes) == kQuad) != 0)",
+        "while (false)",
+    ),
+    (
+        "exceptions of other words",
+        "patch_exceptions.cuh",
+        "void step(",
+        "words_ + at_ + quad",
+        "words_ + at_",
+    ),
+];
+
+/// As [`RACES`].
+const FUSED_RACES: [Mutant; 2] = [
+    (
+        "exceptions over entries",
+        "patch_entries.cuh",
+        "may have written what an exception",
+        "    warp_sync();\n",
+        "",
+    ),
+    (
+        "exceptions over differences",
+        "patch_streams.cuh",
+        "may have added to what an exception",
+        "    warp_sync();\n",
+        "",
     ),
 ];
 
@@ -318,6 +352,39 @@ fn of_overflows(dtype: Dtype) -> Wanted {
     Wanted { dtype, all, exact: true }
 }
 
+/// Columns of fine-tuned words of f32, many of which the sum of base word and differences, each rounded, is not.
+fn of_columns(rng: &mut Rng) -> Wanted {
+    let (dtype, shape) = (Dtype::F32, Shape { n: 40, k: 96 });
+    let k = shape.k;
+    let base = rng.weights(dtype, shape.n * k);
+    let bits = |word: &[u8]| u64::from(u32::from_le_bytes(word.try_into().unwrap()));
+    let rounded = |base: &[u8], word: &[u8]| split(dtype, bits(base), bits(word)).exception;
+    let mut fine_tuned = vec![];
+    for (i, base) in base.chunks(4).enumerate() {
+        let mut word = rng.weights(dtype, 1);
+        // One word in 25 is such a one by chance, but not of every base word.
+        for _ in 0..if i % 3 == 0 { 0 } else { 200 } {
+            if !rounded(base, &word) {
+                word = rng.weights(dtype, 1);
+            }
+        }
+        fine_tuned.extend(word);
+    }
+    let x: Vec<u8> = (0..k * k).flat_map(|i| word(dtype, f64::from(u8::from(i / k == i % k)))).collect();
+    let mut all = vec![];
+    for encoding in [Encoding::Sparse, Encoding::Exponent] {
+        let mut case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
+        if encoding == Encoding::Exponent {
+            case.blob = all_apart(&case, 32, 256);
+        }
+        assert!(Resident::parse(&case.blob).unwrap().header().exceptions > 1500, "{encoding}");
+        let want = case.reference(&x, k, None);
+        let launched = ways(|late, seed| alone(&case, &case.blob, &x, k, seed).large(None, late));
+        all.extend(launched.into_iter().map(|large| (large, want.clone())));
+    }
+    Wanted { dtype, all, exact: true }
+}
+
 /// Differences that one bf16 cannot hold, so many of all, side by side or alone; `m` rows of x.
 fn of_pairs(rng: &mut Rng, dtype: Dtype, encoding: Encoding, share: f64, m: usize) -> Wanted {
     let shape = Shape { n: 20, k: 96 };
@@ -331,24 +398,12 @@ fn of_pairs(rng: &mut Rng, dtype: Dtype, encoding: Encoding, share: f64, m: usiz
     let fine_tuned = rng.mix(dtype, &base, &near, 0.7);
     let mut case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
     if encoding == Encoding::Exponent {
-        case.blob = without_streams(&case);
+        case.blob = all_apart(&case, 32, 256);
     }
     let x = integers(rng, dtype, m * shape.k, 1);
     let want = case.reference(&x, m, None);
     let all = ways(|late, seed| alone(&case, &case.blob, &x, m, seed).large(Some(2), late));
     Wanted { dtype, all: all.into_iter().map(|large| (large, want.clone())).collect(), exact: true }
-}
-
-/// A delta of encoding `exponent` whose words are all stored apart: none has bits in a stream.
-fn without_streams(case: &Case) -> Vec<u8> {
-    let header = *Resident::parse(&case.blob).unwrap().header();
-    let plan = Plan { encoding: header.encoding, grid: header.grid(), gap: header.gap, widths: [0; 32] };
-    let (mut piece, mut assembler) = (DeltaPiece::default(), Assembler::new(case.dtype, &plan).unwrap());
-    let tiles = 0..plan.grid.tiles();
-    encode_tiles(&plan, case.dtype, tiles, &case.base, &case.fine_tuned, &mut piece).unwrap();
-    assembler.add(&piece).unwrap();
-    let finished = assembler.finish(matrix(case.dtype, case.shape, &case.base).digest()).unwrap();
-    [&finished.head[..], &piece.payload, &finished.tail].concat()
 }
 
 fn alone<'a>(case: &'a Case, blob: &'a [u8], x: &'a [u8], m: usize, seed: u64) -> Linear<'a> {
@@ -471,7 +526,7 @@ fn mutants_of_streams_and_of_the_rest_are_caught() {
 #[test]
 fn mutants_of_f32_are_caught() {
     let mut rng = Rng::new(163);
-    let wanted = [of_fleet(&mut rng, Dtype::F32, (33, 100, 13), 0.0)];
+    let wanted = [of_fleet(&mut rng, Dtype::F32, (33, 100, 13), 0.0), of_columns(&mut rng)];
     all_caught(&FUSED, FUSED_LIST, &[], |device| check(device, &wanted, &[]));
 }
 
@@ -484,4 +539,6 @@ fn races_that_the_order_of_threads_hides_are_caught() {
     let launches: Vec<_> =
         special.all.iter().chain(pairs.all.iter().take(1)).map(|(large, _)| large.clone()).collect();
     all_caught(&RACES, LIST, &[TSAN], |device| run_large(device, &launches).map(drop));
+    let columns: Vec<_> = of_columns(&mut rng).all.into_iter().map(|(large, _)| large).step_by(3).collect();
+    all_caught(&FUSED_RACES, FUSED_LIST, &[TSAN], |device| run_large(device, &columns).map(drop));
 }

@@ -3,7 +3,7 @@
 
 use crate::common::data::{Rng, adversarial, perturbed, word};
 use crate::common::device::{Device, Launch, TSAN};
-use crate::common::kernels::{Fleet, LINEAR_OUT, assert_streams, maps, nudged, on_tiles, restore};
+use crate::common::kernels::{Fleet, LINEAR_OUT, all_apart, assert_streams, maps, nudged, restore};
 use crate::common::linear::{Case, first_difference, integers, values};
 use crate::common::mutants::{Mutant, all_caught};
 use xorz::codec::Encoding;
@@ -65,7 +65,7 @@ const RESTORE: [Mutant; 15] = [
     ("an offset one bit wide", "exponent.cuh", "if (takes) {", "Bits(1) << (w - 1)", "Bits(1) << w"),
 ];
 
-const LINEAR: [Mutant; 17] = [
+const LINEAR: [Mutant; 18] = [
     ("halves added without a barrier", "product.cuh", "half == 1 && lane", "  block_sync();\n", ""),
     ("a lane left out of the butterfly", "product.cuh", "add_product(", "other = 16;", "other = 8;"),
     ("a column too many", "product.cuh", "load_columns(", "c + i < k", "c + i <= k"),
@@ -103,6 +103,7 @@ const LINEAR: [Mutant; 17] = [
         "next_ < position + 31",
     ),
     ("the window of differences", "streams.cuh", "bool step(", "++used_ == 32", "++used_ == 31"),
+    ("second differences left out", "streams.cuh", "add_streams(", "differences.count > 1", "false"),
     (
         "first differences of other words",
         "streams.cuh",
@@ -122,7 +123,7 @@ const LINEAR: [Mutant; 17] = [
 ];
 
 /// Caught by the thread sanitizer, whatever the order of threads.
-const RESTORE_RACES: [Mutant; 3] = [
+const RESTORE_RACES: [Mutant; 4] = [
     (
         "staged over what is being stored",
         "restore.cu",
@@ -131,6 +132,20 @@ const RESTORE_RACES: [Mutant; 3] = [
         "",
     ),
     ("a tile's last barrier", "restore.cu", "shared.corrupt) {", "  block_sync();\n}", "}"),
+    (
+        // The barrier after the tile's last words would do, as would the one before its differences: both are left out.
+        "differences before the stream's words",
+        "restore.cu",
+        "store(to + i, stage[i]);",
+        concat!(
+            "      warp_sync();\n      r = next_r;\n      c = next_c;\n    }\n",
+            "    sound = stream.sound(true);\n  }\n  warp_sync();\n"
+        ),
+        concat!(
+            "      r = next_r;\n      c = next_c;\n      if (r < rect.rows) warp_sync();\n    }\n",
+            "    sound = stream.sound(true);\n  }\n"
+        ),
+    ),
     ("exceptions before differences", "restore.cu", "add_differences<W>(", "  warp_sync();\n", ""),
 ];
 const LINEAR_RACES: [Mutant; 2] = [
@@ -189,12 +204,12 @@ fn products(device: &Device) -> Result<(), String> {
             r.mix(DTYPE, &plain, &special, odd)
         };
         let mut fleet = Fleet::new(&mut rng, DTYPE, shape, words, 0.1);
-        // A tenant whose exponent tiles hold more than 32 differences each.
+        // A tenant whose exponent tiles hold more than 32 differences each, two of some words (256 less a negative number).
         let many: Vec<u8> =
             (0..n * k).flat_map(|i| word(DTYPE, if i % 40 == 7 { 256.0 } else { 1.0 })).collect();
         if odd == 0.0 {
             let case = Case::new(DTYPE, shape, Encoding::Exponent, &fleet.cases[0].base, &many);
-            let blob = on_tiles(&case, 16, 512);
+            let blob = all_apart(&case, 16, 512);
             fleet.slots[10] = [fleet.arena.len() as i64, blob.len() as i64];
             fleet.arena.extend_from_slice(&blob);
             fleet.cases[10] = case;
