@@ -245,6 +245,58 @@ fn words_of_one_of_two_and_of_no_exact_difference_are_restored_and_multiplied_ex
     }
 }
 
+#[test]
+fn products_with_a_mutant_of_an_entry_are_noticed() {
+    let mut rng = Rng::new(67);
+    let shape = Shape { n: 20, k: 300 };
+    for dtype in [Dtype::BF16, Dtype::F16] {
+        let w = dtype.word_bytes();
+        let base = integers(&mut rng, dtype, shape.n * shape.k, 3);
+        let (mut fine_tuned, odd) = (base.clone(), misfits(dtype, true));
+        for (i, word) in fine_tuned.chunks_mut(w).enumerate().filter(|(i, _)| i % 7 == 0) {
+            word.copy_from_slice(&odd[i / 7 % 5].1);
+        }
+        let case = planned(dtype, shape, (32, 256), [0; 32], (&base, &fine_tuned));
+        let Tile::Exponent(tile) = Resident::parse(&case.blob).unwrap().tile(0).unwrap() else { panic!() };
+        let at = |part: &[u8]| part.as_ptr().addr() - case.blob.as_ptr().addr();
+        let (positions, differences) = (at(tile.entries.positions), at(tile.entries.differences));
+        let position = |i: usize| tile.entries.get(i).0;
+        let twos: Vec<usize> = (1..tile.entries.len()).filter(|i| position(*i) == position(i - 1)).collect();
+        let ones: Vec<usize> = (1..tile.entries.len() - 1)
+            .filter(|i| position(i - 1) + 1 < position(*i) && position(*i) + 1 < position(i + 1))
+            .collect();
+        for m in [1, 2, 5, 16, 40] {
+            // Never zero, and no two neighbours weigh the same.
+            let x: Vec<u8> =
+                (0..m * shape.k).flat_map(|i| word(dtype, [1.0, 3.0, -2.0, 0.5][i % 4])).collect();
+            let want = case.reference(&x, m, None);
+            let product = |blob: Vec<u8>, mode| {
+                let mutant = Case { blob, base: base.clone(), fine_tuned: vec![], ..case };
+                let got = mutant.linear(xorz::vector::Isa::active().unwrap(), &x, m, None, mode);
+                first_difference(dtype, &got, &want)
+            };
+            for mode in MODES {
+                assert_eq!(product(case.blob.clone(), mode), None, "{dtype} m {m} {mode:?}");
+                let mut any = |list: &[usize]| list[rng.next() as usize % list.len()];
+                let caught = |what: &str, change: &dyn Fn(&mut [u8])| {
+                    let mut blob = case.blob.clone();
+                    change(&mut blob);
+                    assert!(product(blob, mode).is_some(), "{what} went unnoticed, {dtype} m {m} {mode:?}");
+                };
+                let (one, two) = (any(&ones), any(&twos));
+                let no_op = word(dtype, -0.0);
+                let dropped = |i: usize| {
+                    let no_op = no_op.clone();
+                    move |blob: &mut [u8]| blob[differences + i * w..][..w].copy_from_slice(&no_op)
+                };
+                caught("a dropped entry", &dropped(one));
+                caught("a dropped second entry", &dropped(two));
+                caught("an entry of the next column", &|blob| blob[positions + 2 * one] ^= 1);
+            }
+        }
+    }
+}
+
 /// Everything that decodes the words or adds entries, on bytes that were not checked.
 fn every_use(case: &Case) -> Vec<(&'static str, Result<()>)> {
     let delta = Resident::parse(&case.blob).unwrap();
