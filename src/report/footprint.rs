@@ -30,9 +30,9 @@ pub struct Footprint {
     pub path: String,
     /// Tensors, but for those that are the same as another.
     pub tensors: usize,
-    /// Of them: no deltas.
+    /// How many of them are no deltas.
     pub alone: usize,
-    /// Of them: equal to the base's.
+    /// How many of them equal the base's.
     pub unchanged: usize,
     /// Words of all deltas.
     pub words: u64,
@@ -40,7 +40,7 @@ pub struct Footprint {
     pub changed: u64,
     /// Bytes of the fine-tune itself; of the XOR kept as it is, too.
     pub bytes: u64,
-    /// Of them: of tensors that are no deltas.
+    /// How many of these bytes belong to tensors that are no deltas.
     pub alone_bytes: u64,
     /// With resident deltas, as `delta_encode(prefer="memory")` makes them.
     pub memory_bytes: u64,
@@ -81,10 +81,10 @@ struct Sizes {
     words: u64,
     changed: u64,
     bytes: u64,
-    /// For memory, for speed.
+    /// Bytes of the resident delta, encoded for memory and for speed.
     resident: [u64; 2],
     zstd: u64,
-    /// Indices of 32 and of 64 bits.
+    /// Bytes as COO, with indices of 32 and of 64 bits.
     coo: [u64; 2],
 }
 
@@ -118,7 +118,7 @@ pub(crate) fn footprint(
             tensors.push(Tensor { file, info, delta, zstd, run });
         }
     }
-    // Large ones first, so that none is begun when the others are done.
+    // Large tensors first, so that no large one is begun when all others are done.
     tensors.sort_by_key(|t| std::cmp::Reverse(t.info.bytes()));
     run.begin("estimate", tensors.iter().map(|t| t.info.bytes()).sum());
     let path = path.display().to_string();

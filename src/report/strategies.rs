@@ -65,7 +65,7 @@ pub struct Comparison {
     pub base_bytes: u64,
     /// Tenants asked for.
     pub tenants: u64,
-    /// Bytes a second that were asked for.
+    /// The bandwidth that was asked for, in bytes per second.
     pub bandwidth: Option<f64>,
     /// What was measured.
     pub fine_tunes: Vec<Footprint>,

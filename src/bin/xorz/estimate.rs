@@ -129,14 +129,14 @@ fn tenants(c: &Comparison) -> String {
     format!("{} tenant{}", c.tenants, if c.tenants == 1 { "" } else { "s" })
 }
 
-/// Three digits that say something.
+/// A number with three significant digits.
 fn milliseconds(seconds: f64) -> String {
     let ms = 1e3 * seconds;
     let digits = if ms > 0.0 { (2.0 - ms.log10().floor()).clamp(0.0, 6.0) as usize } else { 0 };
     format!("{ms:.digits$}")
 }
 
-/// From how many tenants on xorz does something.
+/// The words for: from how many tenants on xorz is the better one.
 fn from(c: &Comparison, what: &str) -> String {
     let one = |n: Option<u64>| n.map_or("never".to_owned(), |n| format!("from {n} tenants on"));
     let (memory, speed) = (one(c.break_even.memory), one(c.break_even.speed));

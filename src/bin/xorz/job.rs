@@ -28,7 +28,7 @@ pub(crate) struct Sha256 {
     no: bool,
 }
 
-/// What a verb has to say, to whom.
+/// Where the report of a verb goes.
 pub(crate) enum Said {
     /// On standard output.
     Out(String),

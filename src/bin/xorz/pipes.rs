@@ -117,7 +117,7 @@ impl<'a> Output<'a> {
         Ok(Self::Stdout(own.map_err(|e| Error::from(e).within("standard output"))?.into()))
     }
 
-    /// For the library.
+    /// The destination as the library takes it.
     pub(crate) fn destination(&mut self) -> Destination<'_> {
         match self {
             Self::Path(path) => Destination::Path(path),

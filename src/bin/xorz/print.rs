@@ -3,7 +3,7 @@
 use std::path::Path;
 use xorz::package::Report;
 
-/// `label     text`
+/// One line of a report: `label     text`.
 pub(crate) fn row(label: &str, text: &str) -> String {
     format!("{label:<10}{text}\n")
 }

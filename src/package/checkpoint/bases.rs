@@ -1,4 +1,4 @@
-//! What is known of a base's digests before its bytes are read, and keeping what reading them taught.
+//! The digests of a base: those that are known before its bytes are read, and keeping those that reading gives.
 
 use super::cache::{DigestCache, Identity};
 use super::digests::digest_files;
@@ -64,7 +64,7 @@ impl Base {
     /// Open a base, a safetensors file or a folder. Its digests come from the user's cache, or are computed and kept there.
     ///
     /// # Errors
-    /// As [`Checkpoint::open_base`] and [`digest_files`].
+    /// `Io`, `Corrupt`, `Truncated` or `Unsupported`, naming the file; `InvalidArgument` for a folder without weights.
     pub fn open(path: &Path, run: &Run<'_>) -> Result<Self> {
         let checkpoint = Checkpoint::open_base(path)?;
         let digests = digest_files(path, &DigestCache::user(), run)?.into_iter().collect();

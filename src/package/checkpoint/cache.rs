@@ -20,15 +20,15 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use xxhash_rust::xxh3::xxh3_128;
 
-/// Entries kept; beyond it those go first that were used longest ago.
+/// How many entries are kept. Beyond that, those that were used longest ago are removed.
 const MAX_ENTRIES: usize = 1000;
 /// The longest entry that is read or written, in bytes: some 200,000 tensors.
 const MAX_ENTRY_BYTES: u64 = 16 << 20;
 /// A file that changed less than this before it was read may change again without its times telling.
 const RACY: Duration = Duration::from_secs(2);
-/// Temporary files of killed runs go after this.
+/// Temporary files of killed runs are removed when they are older than this.
 const STALE: Duration = Duration::from_secs(3600);
-/// Of the entries; another version's are ignored.
+/// Version of the entries; those of another version are ignored.
 const VERSION: u32 = 1;
 
 /// What tells one state of a file from another without reading it. Taken before a file is read, and again after.
@@ -141,7 +141,7 @@ impl DigestCache {
         if kept.check != check(&body)? {
             return None;
         }
-        // Used now: the last to go. A folder that may only be read is no reason to fail.
+        // The entry was used now, so that it is removed last. A folder that may only be read is no reason to fail.
         let _ = entry.set_modified(SystemTime::now());
         body.digests.into_iter().map(|(name, hex)| Some((name, Digest::from_hex(&hex)?))).collect()
     }
@@ -149,7 +149,7 @@ impl DigestCache {
     /// Keep the digests of `file`, opened at `path`, whose identity was `before` when its reading began. Nothing is kept if
     /// the file is another by now, if it had changed less than two seconds before, or if the folder cannot be written to.
     pub fn store(&self, path: &Path, file: &File, before: &Identity, digests: &BTreeMap<String, Digest>) {
-        // A cache that cannot be written is no cache; the job has what it needs.
+        // A cache that cannot be written keeps nothing; the job has what it needs all the same.
         let _ = self.try_store(path, file, before, digests);
     }
 

@@ -1,6 +1,6 @@
 //! The digests of a checkpoint's tensors: from the cache, or computed by all threads, over tensors and inside them.
 //!
-//! Reads by position into one buffer a thread; never holds a tensor.
+//! Reads by position into one buffer per thread; never holds a tensor.
 
 use super::cache::{DigestCache, Identity};
 use super::files::{Checkpoint, TensorFile};

@@ -16,7 +16,7 @@ const SKIPPED: [&str; 2] = [".git", ".cache"];
 const PICKLED: [&str; 5] = ["bin", "pt", "pth", "ckpt", "pkl"];
 /// Pickled files up to here are taken for settings (`training_args.bin`) and carried along, never opened.
 const SMALL_PICKLE: u64 = 1 << 20;
-/// Folders within folders, at most.
+/// How deep folders within folders are followed.
 const MAX_DEPTH: usize = 32;
 const INDEX_ENDING: &str = ".safetensors.index.json";
 
@@ -47,7 +47,7 @@ impl TensorFile {
         Ok(Self { path, place, tensors, executable, identity })
     }
 
-    /// Refuse a file that somebody has written to since it was opened: what was read of it may be of two minds.
+    /// Refuse a file that somebody has written to since it was opened: what was read of it may be partly old, partly new.
     ///
     /// # Errors
     /// `Io`, naming the file.
@@ -97,7 +97,8 @@ impl Checkpoint {
     /// [`Checkpoint::open`] of a base: only its tensors matter, so that nothing is carried and little refused.
     ///
     /// # Errors
-    /// As [`Checkpoint::open`].
+    /// `Io`, `Corrupt` or `Truncated`, naming the file; `Mismatch` for an index that does not fit its shards; `Unsupported` for
+    /// pickled weights; `InvalidArgument` for a folder without weights.
     pub fn open_base(path: &Path) -> Result<Self> {
         Self::open_as(path, false)
     }
@@ -205,7 +206,7 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// A file that is small by nature, whole.
+/// The whole text of a file that is small by nature, such as an index.
 fn read_small(place: &Path) -> Result<Vec<u8>> {
     let bytes = std::fs::metadata(place)?.len();
     if bytes > MAX_HEADER_BYTES {
@@ -236,7 +237,7 @@ fn pickle_error(place: &Path) -> Error {
     .within(place.display())
 }
 
-/// A name such as `meta-llama/Llama-3.2-1B` is tried by those who know tools that fetch models.
+/// What to say about a name such as `meta-llama/Llama-3.2-1B`: users of tools that fetch models try it.
 fn on_a_hub(path: &Path, e: Error) -> Error {
     let name = path.to_str().unwrap_or_default();
     let plain = |p: &str| !p.is_empty() && !p.starts_with('.') && !p.contains(char::is_whitespace);

@@ -2,7 +2,7 @@
 
 use crate::package::format::container::TensorInfo;
 
-/// What was met of tensors that no base tensor belongs to.
+/// Counts tensors to which no base tensor belongs.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Lonely {
     bytes: u64,

@@ -31,7 +31,7 @@ pub(crate) struct Pairs<'a> {
     /// For every fine-tuned tensor the name of an earlier one with the same bytes.
     pub(crate) same: Vec<Vec<Option<&'a str>>>,
     pub(crate) removed: Vec<&'a str>,
-    /// What is known of tensors without a base.
+    /// The tensors to which no base tensor belongs.
     pub(crate) lonely: Lonely,
 }
 

@@ -45,7 +45,7 @@ pub(crate) struct Blob<'a> {
     range: Range<u64>,
     /// `None` where the stored bytes are those bytes.
     table: Option<Table>,
-    /// Of frames that go before what belongs before them: how many bytes that is.
+    /// How many bytes of the blob (header and directory) precede the payload, although their frames are stored after it.
     head: u64,
 }
 
@@ -73,7 +73,7 @@ impl<'a> Blob<'a> {
         Ok(Self { container, range, table: Some(table), head: 0 })
     }
 
-    /// Of entry `e`, whose tensor has `e.bytes` bytes.
+    /// The blob of entry `e`, whose tensor has `e.bytes` bytes.
     pub(crate) fn of(container: &'a SafeTensors, e: &Entry) -> Result<Self> {
         let (framed, limit) = match e.codec {
             Codec::Resident => (false, resident_limit(e.bytes)),
@@ -122,7 +122,7 @@ impl<'a> Blob<'a> {
         let Some(table) = &self.table else {
             return self.container.read_at(self.range.start + at, out);
         };
-        // Where the parts before, in and behind the frames that go first lie in what all frames give.
+        // The blob's three parts (before, in and behind the payload) as ranges of what the frames give, one after the other.
         let (first, head) = (table.first_bytes(), self.head);
         let parts = [(0..head, first), (head..head + first, 0), (head + first..u64::MAX, head + first)];
         let mut done = 0usize;

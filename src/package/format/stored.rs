@@ -43,7 +43,7 @@ impl StoredBody {
             (Choice::Resident { estimate, zstd }, Some(dtype)) => {
                 let assembler = Assembler::new(dtype, &estimate.plan)?;
                 if !zstd {
-                    // Its place; what belongs there is known at the end.
+                    // Leave its place; the head is known only at the end.
                     spool.append(&vec![0; assembler.head_bytes()])?;
                 }
                 let framer = if zstd { Some(Framer::new(level)?) } else { None };
@@ -53,7 +53,7 @@ impl StoredBody {
         })
     }
 
-    /// Close; gives codec, digest of the stored bytes, and encoding.
+    /// Finish the stored bytes; returns their codec, their digest, and the encoding of a resident delta.
     pub(crate) fn finish(
         self,
         to: &mut Spool,

@@ -33,12 +33,12 @@ pub(crate) struct XorStream<'a> {
 }
 
 impl<'a> XorStream<'a> {
-    /// Of the frame in `range`, which gives `total` bytes.
+    /// A stream over the frame in `range`, which gives `total` bytes.
     pub(crate) fn new(container: &'a SafeTensors, range: Range<u64>, total: u64) -> Result<Self> {
         let fail = |e: io::Error| Error::corrupt(format!("zstd: {e}"));
         let bytes = BufReader::new(Bytes { container, range });
         let mut decoder = zstd::stream::read::Decoder::with_buffer(bytes).map_err(fail)?.single_frame();
-        // A window no larger than the bytes need: an announced one is not memory that the input has earned.
+        // The window is no larger than the bytes need. A frame may announce a larger one, but has not earned that memory.
         let log = 64 - total.saturating_sub(1).leading_zeros();
         decoder.window_log_max(log.clamp(20, 27)).map_err(fail)?;
         Ok(Self { decoder, buffer: Vec::new(), left: total })

@@ -31,12 +31,12 @@ impl Aligned {
         &mut self.bytes[self.start..self.start + len]
     }
 
-    /// What was put into the room given last.
+    /// The bytes that were read into the room given last.
     pub(crate) fn get(&self) -> &[u8] {
         &self.bytes[self.start..self.start + self.len]
     }
 
-    /// The same, to be changed in place.
+    /// The same bytes, to be changed in place.
     pub(crate) fn get_mut(&mut self) -> &mut [u8] {
         &mut self.bytes[self.start..self.start + self.len]
     }

@@ -23,7 +23,7 @@ pub(crate) struct Chunks {
 }
 
 impl Chunks {
-    /// Of a tensor of `bytes` bytes that may become a delta.
+    /// The pieces of a tensor of `bytes` bytes that may become a delta.
     pub(crate) fn new(dtype: Dtype, shape: Shape, bytes: usize) -> Self {
         let word_bytes = dtype.word_bytes();
         let row = shape.k * word_bytes;
@@ -41,7 +41,7 @@ impl Chunks {
         }
     }
 
-    /// Of bytes without a dtype that deltas know.
+    /// The pieces of bytes whose dtype deltas do not know.
     pub(crate) fn flat(bytes: usize) -> Self {
         Self { shape: Shape { n: 1, k: bytes }, word_bytes: 1, bytes, step: PIECE_BYTES, tiled: false }
     }
@@ -51,7 +51,7 @@ impl Chunks {
         self.tiled
     }
 
-    /// How many: at least one, which is empty for an empty tensor.
+    /// How many pieces there are: at least one, which is empty for an empty tensor.
     pub(crate) fn count(&self) -> usize {
         self.bytes.div_ceil(self.step.max(1)).max(1)
     }

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-/// Threads meant by `jobs`: itself, or one per core for 0.
+/// The number of threads that `jobs` asks for: `jobs` itself, or one per core if it is 0.
 pub(crate) fn threads(jobs: usize) -> usize {
     match jobs {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -24,7 +24,7 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Wakes everybody and stops them if the thread that holds it unwinds.
+/// If the thread that holds it panics, wakes all other threads and stops them.
 struct OnPanic<'a>(&'a Mutex<Turn>, &'a Condvar);
 
 impl Drop for OnPanic<'_> {

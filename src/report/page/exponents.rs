@@ -69,7 +69,7 @@ fn tally<const W: usize>(dtype: Dtype, base: &[u8], fine_tuned: &[u8], counts: &
 /// Restore every floating tensor of `package` on `base`, comparing digests, and count.
 ///
 /// # Errors
-/// As [`verify_files`](crate::package::verify_files).
+/// `Mismatch` for a base of another digest; `Corrupt` or `Truncated` for bad stored bytes; `Io`. Messages name the tensor.
 pub(super) fn shares(base: &Checkpoint, package: &Package, run: &Run<'_>) -> Result<Shares> {
     let deltas = package.entries().iter().filter(|e| e.codec.delta() && e.codec != Codec::Same);
     let mut entries: Vec<_> =

@@ -79,7 +79,7 @@ pub(super) fn bits(bytes: u64, words: u64) -> String {
     if words == 0 { "\u{2013}".into() } else { format!("{:.3}", 8.0 * bytes as f64 / words as f64) }
 }
 
-/// A share as wide as it is.
+/// A bar whose width is the share.
 pub(super) fn bar(part: u64, whole: u64) -> String {
     let share = if whole == 0 { 0.0 } else { 100.0 * part as f64 / whole as f64 };
     if share == 0.0 {

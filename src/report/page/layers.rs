@@ -137,7 +137,7 @@ fn short(percent: f64) -> String {
     }
 }
 
-/// What the colours mean.
+/// The line that says what the colours mean.
 pub(super) fn legend() -> String {
     let steps = ["0", "&lt;0.1", "0.1", "0.3", "1", "3", "10", "30", "60&nbsp;%"];
     let steps: String =
