@@ -47,13 +47,13 @@ const SHIFT: u32 = 7;
 
 /// One tenant of a block, and which of the block's rows of x are its.
 #[derive(Clone, Copy)]
-struct Tenant<'s, 'a> {
+struct StreamTenant<'s, 'a> {
     segment: &'s Segment<'a>,
     j: usize,
     m: usize,
 }
 
-impl Tenant<'_, '_> {
+impl StreamTenant<'_, '_> {
     fn grid(&self) -> Grid {
         self.segment.weights.grid()
     }
@@ -97,11 +97,11 @@ impl<D: Float> Bf16Task for Decoded<'_, '_, D> {
     fn run<S: Bf16Dot>(mut self, s: S) -> Result<()> {
         let tenant = |segment| {
             let part = self.block.part(segment);
-            Tenant { segment, j: part.start, m: part.len() }
+            StreamTenant { segment, j: part.start, m: part.len() }
         };
         let mut tenants: Vec<_> = self.segments.iter().map(tenant).collect();
         // Alike side by side: of one grid, one table, and a row of x each.
-        let key = |t: &Tenant<'_, '_>| {
+        let key = |t: &StreamTenant<'_, '_>| {
             (t.m > 1, t.grid().tile_rows, t.grid().tile_cols, t.segment.weights.widths())
         };
         tenants.sort_by_cached_key(key);
@@ -109,7 +109,7 @@ impl<D: Float> Bf16Task for Decoded<'_, '_, D> {
         for r0 in (self.block.r0..self.block.r1).step_by(height) {
             let rows = r0..(r0 + height).min(self.block.r1);
             let mut rest = &tenants[..];
-            let mut own: Option<Tenant<'_, '_>> = None;
+            let mut own: Option<StreamTenant<'_, '_>> = None;
             while let Some(first) = rest.first() {
                 let alike = rest.iter().take(8).take_while(|t| first.m == 1 && key(t) == key(first)).count();
                 let taken = match alike {
@@ -152,7 +152,7 @@ impl<'t, D: Float> Decoded<'t, '_, D> {
     fn alike<S: Bf16Dot, const T: usize>(
         &mut self,
         s: S,
-        tenants: &[Tenant<'_, '_>],
+        tenants: &[StreamTenant<'_, '_>],
         rows: &Range<usize>,
     ) -> Result<usize> {
         let Some(these) = tenants.first_chunk::<T>() else { return Err(Error::internal("too few tenants")) };
@@ -162,7 +162,12 @@ impl<'t, D: Float> Decoded<'t, '_, D> {
 
     /// One tenant with any rows of x. Gives one.
     #[inline(always)]
-    fn alone<S: Bf16Dot>(&mut self, s: S, tenant: Tenant<'_, '_>, rows: &Range<usize>) -> Result<usize> {
+    fn alone<S: Bf16Dot>(
+        &mut self,
+        s: S,
+        tenant: StreamTenant<'_, '_>,
+        rows: &Range<usize>,
+    ) -> Result<usize> {
         match tenant.m {
             1 => self.pass::<S, 1, 1>(s, &[tenant], rows)?,
             2 => self.pass::<S, 1, 2>(s, &[tenant], rows)?,
@@ -181,7 +186,7 @@ impl<'t, D: Float> Decoded<'t, '_, D> {
     fn pass<S: Bf16Dot, const T: usize, const M: usize>(
         &mut self,
         s: S,
-        tenants: &[Tenant<'_, '_>; T],
+        tenants: &[StreamTenant<'_, '_>; T],
         rows: &Range<usize>,
     ) -> Result<()> {
         let grid = tenants[0].grid();
@@ -230,7 +235,12 @@ impl<'t, D: Float> Decoded<'t, '_, D> {
 
     /// Two tenants of one grid with tables of their own and a row of x each. Gives one: the other was passed before.
     #[inline(always)]
-    fn two<S: Bf16Dot>(&mut self, s: S, tenants: [Tenant<'_, '_>; 2], rows: &Range<usize>) -> Result<usize> {
+    fn two<S: Bf16Dot>(
+        &mut self,
+        s: S,
+        tenants: [StreamTenant<'_, '_>; 2],
+        rows: &Range<usize>,
+    ) -> Result<usize> {
         let grid = tenants[0].grid();
         let across = grid.tile_cols_count();
         for band in tiles(&grid, rows).step_by(across.max(1)) {
@@ -272,7 +282,7 @@ impl<'t, D: Float> Decoded<'t, '_, D> {
     fn columns<'a, S: Bf16Dot, const T: usize, const M: usize>(
         &self,
         s: S,
-        tenants: &[Tenant<'_, 'a>; T],
+        tenants: &[StreamTenant<'_, 'a>; T],
         indices: Range<usize>,
     ) -> Result<Option<Vec<Column<'t, 'a, S, T, M>>>> {
         let grid = tenants[0].grid();
@@ -302,7 +312,7 @@ impl<'t, D: Float> Decoded<'t, '_, D> {
 
     /// A tile's own words in scratch, exceptions and all, times the tenant's rows of x.
     #[inline(always)]
-    fn through_memory<S: Bf16Dot>(&mut self, s: S, tenant: Tenant<'_, '_>, index: usize) -> Result<()> {
+    fn through_memory<S: Bf16Dot>(&mut self, s: S, tenant: StreamTenant<'_, '_>, index: usize) -> Result<()> {
         let rect = tenant.grid().rect(index);
         let len = rect.cols() * D::BYTES;
         let mut x: [&[u8]; BLOCK] = [&[]; BLOCK];
@@ -340,7 +350,7 @@ impl<'t, D: Float> Decoded<'t, '_, D> {
         tile: &ExponentTile<'_>,
         grid: &Grid,
         rect: &Rect,
-        tenant: &Tenant<'_, '_>,
+        tenant: &StreamTenant<'_, '_>,
     ) -> Result<()> {
         if tile.entries.is_empty() {
             return Ok(());
@@ -414,7 +424,7 @@ fn tiles(grid: &Grid, rows: &Range<usize>) -> Range<usize> {
 }
 
 /// A tenant's tile.
-fn tile<'a>(tenant: &Tenant<'_, 'a>, index: usize) -> Result<ExponentTile<'a>> {
+fn tile<'a>(tenant: &StreamTenant<'_, 'a>, index: usize) -> Result<ExponentTile<'a>> {
     match tenant.segment.weights.tile(index) {
         Ok(Tile::Exponent(tile)) => Ok(tile),
         Ok(_) => Err(Error::internal(format!("not a tile of {}", Encoding::Exponent))),
@@ -428,6 +438,6 @@ fn in_registers(tile: &ExponentTile<'_>) -> bool {
 }
 
 #[cold]
-fn named(e: Error, tenant: &Tenant<'_, '_>, index: usize) -> Error {
+fn named(e: Error, tenant: &StreamTenant<'_, '_>, index: usize) -> Error {
     e.within(format_args!("{}, tile {index}", tenant.segment.name()))
 }
