@@ -8,8 +8,8 @@ use crate::package::checkpoint::pairing::{Pairs, pair};
 use crate::package::format::planes;
 use crate::package::format::words::{PairSource, TensorWords};
 use crate::package::io::aligned::Aligned;
-use crate::package::io::chunks::Chunks;
 use crate::package::io::ordered;
+use crate::package::io::pieces::Pieces;
 use crate::package::jobs::encode::count_changed;
 use crate::package::{Checkpoint, Run, TensorFile, TensorInfo};
 use crate::resident::{self, Assembler, DeltaPiece, Estimate};
@@ -175,7 +175,7 @@ impl Tensor<'_> {
         let fine_tuned = TensorWords::File(&self.file.tensors, self.info);
         let source = PairSource { dtype, shape, base, fine_tuned };
         let job =
-            CountJob { source, chunks: Chunks::new(dtype, shape, fine_tuned.len()?), threads, tensor: self };
+            CountJob { source, pieces: Pieces::new(dtype, shape, fine_tuned.len()?), threads, tensor: self };
         let (resident, changed, zstd) = job.resident()?;
         let coo = [4, 8].map(|index| changed * (dtype.word_bytes() as u64 + 2 * index));
         let words = shape.words()? as u64;
@@ -188,7 +188,7 @@ const PREFERENCES: [Prefer; 2] = [Prefer::Memory, Prefer::Speed];
 /// One delta being counted.
 struct CountJob<'a> {
     source: PairSource<'a>,
-    chunks: Chunks,
+    pieces: Pieces,
     threads: usize,
     tensor: &'a Tensor<'a>,
 }
@@ -201,7 +201,7 @@ impl<'a> CountJob<'a> {
 
     /// Bytes of the resident delta for each preference, words changed, bytes of the XOR's zstd frame.
     fn resident(&self) -> Result<([u64; 2], u64, u64)> {
-        if !self.chunks.tiled() {
+        if !self.pieces.tiled() {
             return self.in_memory();
         }
         let [memory, speed] = PREFERENCES;
@@ -240,9 +240,9 @@ impl<'a> CountJob<'a> {
         let mut changed = 0;
         ordered::in_order::<CountScratch>(
             self.threads,
-            self.chunks.count(),
-            |chunk, s| {
-                let range = self.chunks.bytes(chunk);
+            self.pieces.count(),
+            |index, s| {
+                let range = self.pieces.bytes(index);
                 let (b, f) =
                     (base.get(range.clone(), &mut s.base)?, fine_tuned.get(range, &mut s.fine_tuned)?);
                 s.pieces.resize_with(plans.len(), DeltaPiece::default);
@@ -251,7 +251,7 @@ impl<'a> CountJob<'a> {
                     vector::encode_tiles(
                         &e.plan,
                         dtype,
-                        self.chunks.tiles(&e.plan.grid, chunk),
+                        self.pieces.tiles(&e.plan.grid, index),
                         b,
                         f,
                         piece,
@@ -262,8 +262,8 @@ impl<'a> CountJob<'a> {
                 }
                 Ok(())
             },
-            |chunk, s| {
-                let range = self.chunks.bytes(chunk);
+            |index, s| {
+                let range = self.pieces.bytes(index);
                 let (b, f) = (base.kept(range.clone(), &s.base), fine_tuned.kept(range, &s.fine_tuned));
                 changed += match s.pieces.first() {
                     Some(piece) => piece.changed,

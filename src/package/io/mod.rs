@@ -3,6 +3,6 @@
 //! checkpoints or of deltas.
 
 pub(crate) mod aligned;
-pub(crate) mod chunks;
 pub(crate) mod ordered;
+pub(crate) mod pieces;
 pub(crate) mod temp;

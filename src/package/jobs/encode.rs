@@ -9,7 +9,7 @@ use crate::package::format::record::{self, BaseTensor, Entry};
 use crate::package::format::stored::{Choice, StoredBody};
 use crate::package::format::words::{PairSource, TensorWords};
 use crate::package::io::aligned::Aligned;
-use crate::package::io::chunks::Chunks;
+use crate::package::io::pieces::Pieces;
 use crate::package::io::temp::Spool;
 use crate::package::options::{Codec, PackOptions};
 use crate::resident::{DeltaPiece, Estimate};
@@ -43,7 +43,7 @@ pub(super) struct TensorJob<'a> {
     pub(super) delta: Option<(Dtype, Shape, BaseWords<'a>)>,
     /// Another tensor of the fine-tune that has the same bytes.
     pub(super) same: Option<String>,
-    pub(super) chunks: Chunks,
+    pub(super) pieces: Pieces,
     bytes: usize,
     choice: OnceLock<Result<Choice>>,
 }
@@ -79,13 +79,13 @@ impl<'a> TensorJob<'a> {
         delta: Option<(Dtype, Shape, BaseWords<'a>)>,
     ) -> Result<Self> {
         let bytes = words.len()?;
-        let chunks = match (&delta, Dtype::from_name(dtype)) {
-            (Some((dtype, shape, _)), _) => Chunks::new(*dtype, *shape, bytes),
-            (None, Some(dtype)) => Chunks::new(dtype, Shape::of_dims(dims)?, bytes),
-            (None, None) => Chunks::flat(bytes),
+        let pieces = match (&delta, Dtype::from_name(dtype)) {
+            (Some((dtype, shape, _)), _) => Pieces::new(*dtype, *shape, bytes),
+            (None, Some(dtype)) => Pieces::new(dtype, Shape::of_dims(dims)?, bytes),
+            (None, None) => Pieces::flat(bytes),
         };
         let (key, choice) = (name.to_owned(), OnceLock::new());
-        Ok(Self { name, key, dtype, dims, words, delta, same: None, chunks, bytes, choice })
+        Ok(Self { name, key, dtype, dims, words, delta, same: None, pieces, bytes, choice })
     }
 
     fn named(&self, e: Error) -> Error {
@@ -107,7 +107,7 @@ impl<'a> TensorJob<'a> {
             Some(c) if !c.delta() => {
                 return Err(Error::invalid(format!("codec `{}` is not one for deltas", c.name())));
             }
-            _ if !self.chunks.tiled() => return Ok(Choice::Planes),
+            _ if !self.pieces.tiled() => return Ok(Choice::Planes),
             _ => {}
         }
         let mut source = PairSource { dtype, shape, base: base.words, fine_tuned: self.words };
@@ -125,32 +125,32 @@ impl<'a> TensorJob<'a> {
 
     /// What the planes would take, from a few pieces of the tensor.
     fn sample_planes(&self, options: &PackOptions) -> Result<f64> {
-        let (count, mut scratch) = (self.chunks.count(), EncodeScratch::default());
+        let (count, mut scratch) = (self.pieces.count(), EncodeScratch::default());
         let step = count.div_ceil(PLANES_SAMPLE);
         let (mut stored, mut raw) = (0usize, 0usize);
-        for chunk in (0..count).skip(step / 2).step_by(step) {
-            self.make_as(Choice::Planes, chunk, options, &mut scratch)?;
+        for index in (0..count).skip(step / 2).step_by(step) {
+            self.make_as(Choice::Planes, index, options, &mut scratch)?;
             stored += scratch.frames.len();
-            raw += self.chunks.bytes(chunk).len();
+            raw += self.pieces.bytes(index).len();
         }
         Ok(stored as f64 * self.bytes as f64 / raw.max(1) as f64)
     }
 
-    /// Make piece `chunk`: read it, encode it, hash its base.
-    pub(super) fn make(&self, chunk: usize, options: &PackOptions, s: &mut EncodeScratch) -> Result<()> {
+    /// Make piece `index`: read it, encode it, hash its base.
+    pub(super) fn make(&self, index: usize, options: &PackOptions, s: &mut EncodeScratch) -> Result<()> {
         self.choice(options)
-            .and_then(|choice| self.make_as(choice, chunk, options, s))
+            .and_then(|choice| self.make_as(choice, index, options, s))
             .map_err(|e| self.named(e))
     }
 
     fn make_as(
         &self,
         choice: Choice,
-        chunk: usize,
+        index: usize,
         options: &PackOptions,
         s: &mut EncodeScratch,
     ) -> Result<()> {
-        let range = self.chunks.bytes(chunk);
+        let range = self.pieces.bytes(index);
         s.piece.clear();
         s.frames.clear();
         s.lengths.clear();
@@ -173,14 +173,14 @@ impl<'a> TensorJob<'a> {
             };
         };
         let words = base.words.get(range, &mut s.base)?;
-        if base.digest.is_none() && self.chunks.whole_leaves() {
-            let part = Matrix::new(dtype, self.chunks.shape(chunk), words)?;
+        if base.digest.is_none() && self.pieces.whole_leaves() {
+            let part = Matrix::new(dtype, self.pieces.shape(index), words)?;
             let leaves = part.shape().n.div_ceil(Digest::LEAF_ROWS);
             s.leaves.extend((0..leaves).map(|i| part.digest_leaf(i)));
         }
         match choice {
             Choice::Resident { estimate: Estimate { plan, .. }, .. } => {
-                let tiles = self.chunks.tiles(&plan.grid, chunk);
+                let tiles = self.pieces.tiles(&plan.grid, index);
                 vector::encode_tiles(&plan, dtype, tiles, words, fine_tuned, &mut s.piece)?;
                 s.changed = s.piece.changed;
                 Ok(())
@@ -273,11 +273,11 @@ impl OpenTensor<'_> {
         StoredBody::new(choice, dtype, self.job.bytes, level, spool)
     }
 
-    /// Append piece `chunk`, which is in `s`: the next one in order.
-    pub(super) fn take(&mut self, chunk: usize, spool: &mut Spool, s: &mut EncodeScratch) -> Result<()> {
+    /// Append piece `index`, which is in `s`: the next one in order.
+    pub(super) fn take(&mut self, index: usize, spool: &mut Spool, s: &mut EncodeScratch) -> Result<()> {
         if let (Some(stream), Some((_, _, base))) = (&mut self.digest, &self.job.delta) {
             if s.leaves.is_empty() {
-                stream.update(base.words.kept(self.job.chunks.bytes(chunk), &s.base));
+                stream.update(base.words.kept(self.job.pieces.bytes(index), &s.base));
             } else {
                 stream.leaves(&s.leaves);
             }
@@ -346,8 +346,8 @@ impl OpenTensor<'_> {
         self.changed = 0;
         self.body = self.body(self.choice, spool)?;
         let mut scratch = EncodeScratch::default();
-        for chunk in 0..self.job.chunks.count() {
-            self.job.make_as(self.choice, chunk, self.options, &mut scratch)?;
+        for index in 0..self.job.pieces.count() {
+            self.job.make_as(self.choice, index, self.options, &mut scratch)?;
             self.append(spool, &mut scratch)?;
         }
         Ok(())

@@ -127,7 +127,7 @@ impl Pack<'_> {
         let items: Vec<(usize, usize)> = jobs
             .iter()
             .enumerate()
-            .flat_map(|(j, job)| (0..job.chunks.count()).map(move |c| (j, c)))
+            .flat_map(|(j, job)| (0..job.pieces.count()).map(move |c| (j, c)))
             .collect();
         let text = file.tensors.header_text().as_bytes();
         let mut sha = Sha256::new();
@@ -148,7 +148,7 @@ impl Pack<'_> {
                 if let Some(o) = &mut open {
                     o.take(c, &mut spool, s)?;
                 }
-                if let Some(o) = open.take_if(|_| c + 1 == jobs[j].chunks.count()) {
+                if let Some(o) = open.take_if(|_| c + 1 == jobs[j].pieces.count()) {
                     entries.push(o.finish(&mut spool)?);
                 }
                 Ok(())

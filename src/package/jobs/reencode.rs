@@ -12,7 +12,7 @@ use std::ops::Range;
 /// The resident delta for `prefer`. The base's digest has been compared.
 pub(crate) fn resident(restore: &Restore<'_>, prefer: Prefer) -> Result<Vec<u8>> {
     let mut source = Restored::new(restore)?;
-    if !restore.chunks.tiled() {
+    if !restore.pieces.tiled() {
         return resident::encode(&mut source, prefer);
     }
     let estimate = vector::estimate(&mut source, prefer)?;
@@ -30,15 +30,15 @@ fn encode_restored(source: &mut Restored<'_, '_>, estimate: &Estimate) -> Result
     let mut assembler = Assembler::new(dtype, plan)?;
     let head = assembler.head_bytes();
     let (mut out, mut piece) = (vec![0; head], DeltaPiece::default());
-    let chunks = source.restore.chunks;
+    let pieces = source.restore.pieces;
     let mut base = Aligned::default();
-    for chunk in 0..chunks.count() {
-        let range = chunks.bytes(chunk);
+    for index in 0..pieces.count() {
+        let range = pieces.bytes(index);
         let words = source.restore.base_words()?;
         let base = words.get(range, &mut base)?;
-        source.load(chunk)?;
+        source.load(index)?;
         piece.clear();
-        let tiles = chunks.tiles(&plan.grid, chunk);
+        let tiles = pieces.tiles(&plan.grid, index);
         vector::encode_tiles(plan, dtype, tiles, base, source.loaded(), &mut piece)?;
         assembler.add(&piece)?;
         out.extend_from_slice(&piece.payload);
@@ -82,30 +82,30 @@ impl<'r, 'a> Restored<'r, 'a> {
         })
     }
 
-    /// Have piece `chunk` at the end of those kept.
-    fn load(&mut self, chunk: usize) -> Result<()> {
-        if let Some(i) = self.kept.iter().position(|(c, _)| *c == chunk) {
+    /// Have piece `index` at the end of those kept.
+    fn load(&mut self, index: usize) -> Result<()> {
+        if let Some(i) = self.kept.iter().position(|(c, _)| *c == index) {
             self.kept[i..].rotate_left(1);
             return Ok(());
         }
         if self.restore.forwards()? {
-            if chunk < self.next {
+            if index < self.next {
                 self.restore.rewind()?;
                 self.next = 0;
             }
-            while self.next <= chunk {
+            while self.next <= index {
                 self.restore.make(self.next, &mut self.scratch)?;
                 self.restore.complete(&mut self.scratch)?;
                 self.next += 1;
             }
         } else {
-            self.restore.make(chunk, &mut self.scratch)?;
+            self.restore.make(index, &mut self.scratch)?;
         }
-        let most = Self::KEPT[usize::from(!self.restore.chunks.tiled())];
+        let most = Self::KEPT[usize::from(!self.restore.pieces.tiled())];
         let mut room = if self.kept.len() < most { Vec::new() } else { self.kept.remove(0).1 };
         room.clear();
         room.extend_from_slice(self.scratch.words());
-        self.kept.push((chunk, room));
+        self.kept.push((index, room));
         Ok(())
     }
 
@@ -116,9 +116,9 @@ impl<'r, 'a> Restored<'r, 'a> {
     /// Fill `out` with the restored bytes from `at` on.
     fn fill(&mut self, mut at: usize, mut out: &mut [u8]) -> Result<()> {
         while !out.is_empty() {
-            let chunk = self.restore.chunks.find(at);
-            let range = self.restore.chunks.bytes(chunk);
-            self.load(chunk)?;
+            let index = self.restore.pieces.find(at);
+            let range = self.restore.pieces.bytes(index);
+            self.load(index)?;
             let from = at - range.start;
             let n = (range.len() - from).min(out.len());
             if n == 0 {

@@ -12,7 +12,7 @@ use crate::package::format::refusals::{another_base, stored_alone};
 use crate::package::format::words::TensorWords;
 use crate::package::format::xor::XorStream;
 use crate::package::io::aligned::Aligned;
-use crate::package::io::chunks::Chunks;
+use crate::package::io::pieces::Pieces;
 use crate::package::options::Codec;
 use crate::resident::{Outline, Resident};
 use crate::vector;
@@ -24,7 +24,7 @@ pub(crate) struct Restore<'a> {
     /// What is stored: the entry itself, or the one whose bytes it shares.
     entry: &'a Entry,
     base: Option<RestoreBase<'a>>,
-    pub(crate) chunks: Chunks,
+    pub(crate) pieces: Pieces,
     way: OnceLock<Result<StoredWay<'a>>>,
 }
 
@@ -74,7 +74,7 @@ impl<'a> Restore<'a> {
         let bytes =
             usize::try_from(entry.bytes).map_err(|_| Error::unsupported("too large for this machine"))?;
         let dtype = entry.word_dtype();
-        let (base, chunks) = match (&entry.base, dtype) {
+        let (base, pieces) = match (&entry.base, dtype) {
             (Some(wanted), Some(dtype)) => {
                 let (words, known) =
                     base.ok_or_else(|| Error::mismatch("is a delta, but no base was given"))?;
@@ -86,7 +86,7 @@ impl<'a> Restore<'a> {
                     )));
                 }
                 let base = RestoreBase { dtype, shape, words, want: wanted.digest, known };
-                (Some(base), Chunks::new(dtype, shape, bytes))
+                (Some(base), Pieces::new(dtype, shape, bytes))
             }
             // Without a base nothing but the stored bytes earns the size.
             _ if entry.bytes / frames::MAX_RATIO > entry.stored_bytes => {
@@ -95,10 +95,10 @@ impl<'a> Restore<'a> {
                     entry.stored_bytes
                 )));
             }
-            (_, Some(dtype)) => (None, Chunks::new(dtype, entry.shape()?, bytes)),
-            _ => (None, Chunks::flat(bytes)),
+            (_, Some(dtype)) => (None, Pieces::new(dtype, entry.shape()?, bytes)),
+            _ => (None, Pieces::flat(bytes)),
         };
-        Ok(Self { container, entry, base, chunks, way: OnceLock::new() })
+        Ok(Self { container, entry, base, pieces, way: OnceLock::new() })
     }
 
     fn named(&self, e: Error) -> Error {
@@ -138,7 +138,7 @@ impl<'a> Restore<'a> {
         check_delta(self.entry, outline.header())?;
         Ok(match outline.header().encoding {
             Encoding::Unchanged => StoredWay::Unchanged,
-            _ if !self.chunks.tiled() => {
+            _ if !self.pieces.tiled() => {
                 return Err(Error::corrupt("a resident delta of a matrix whose rows are too long for one"));
             }
             _ => StoredWay::Resident(blob, Box::new(outline)),
@@ -164,9 +164,9 @@ impl<'a> Restore<'a> {
         }
     }
 
-    /// Make piece `chunk`: the fine-tuned words, but for codec `xor`, which [`Open::take`] completes.
-    pub(crate) fn make(&self, chunk: usize, s: &mut RestoreScratch) -> Result<()> {
-        self.make_words(chunk, s).map_err(|e| self.named(self.blame(e)))
+    /// Make piece `index`: the fine-tuned words, but for codec `xor`, which [`Open::take`] completes.
+    pub(crate) fn make(&self, index: usize, s: &mut RestoreScratch) -> Result<()> {
+        self.make_words(index, s).map_err(|e| self.named(self.blame(e)))
     }
 
     /// A wrong base makes nonsense of a delta: say that, not what the nonsense looked like.
@@ -183,9 +183,9 @@ impl<'a> Restore<'a> {
         }
     }
 
-    fn make_words(&self, chunk: usize, s: &mut RestoreScratch) -> Result<()> {
+    fn make_words(&self, index: usize, s: &mut RestoreScratch) -> Result<()> {
         let way = self.way()?;
-        let range = self.chunks.bytes(chunk);
+        let range = self.pieces.bytes(index);
         let (at, len) = (range.start as u64, range.len());
         s.leaves.clear();
         let Some(base) = self.base else {
@@ -197,7 +197,7 @@ impl<'a> Restore<'a> {
         };
         base.words.read(range.start, s.words.room(len, base.words.file_offset(range.start)))?;
         if base.known.is_none() {
-            self.hash(chunk, &base, s)?;
+            self.hash(index, &base, s)?;
         }
         match way {
             StoredWay::Unchanged | StoredWay::Xor(_) => Ok(()),
@@ -205,19 +205,19 @@ impl<'a> Restore<'a> {
                 blob.apply_planes(at, s.words.get_mut(), base.dtype.word_bytes(), &mut s.inflater)
             }
             StoredWay::Resident(blob, outline) => {
-                let tiles = self.chunks.tiles(&outline.header().grid(), chunk);
+                let tiles = self.pieces.tiles(&outline.header().grid(), index);
                 let inflater = &mut s.inflater;
                 let read = &mut |at: u64, out: &mut [u8]| blob.read(at, out, inflater);
-                outline.cut(tiles, self.chunks.shape(chunk), read, &mut s.band)?;
+                outline.cut(tiles, self.pieces.shape(index), read, &mut s.band)?;
                 vector::patch(&Resident::parse(&s.band)?, s.words.get_mut())
             }
         }
     }
 
     /// Leaves of the base's digest, or the base itself to be hashed in order.
-    fn hash(&self, chunk: usize, base: &RestoreBase<'_>, s: &mut RestoreScratch) -> Result<()> {
-        if self.chunks.whole_leaves() {
-            let part = Matrix::new(base.dtype, self.chunks.shape(chunk), s.words.get())?;
+    fn hash(&self, index: usize, base: &RestoreBase<'_>, s: &mut RestoreScratch) -> Result<()> {
+        if self.pieces.whole_leaves() {
+            let part = Matrix::new(base.dtype, self.pieces.shape(index), s.words.get())?;
             let leaves = part.shape().n.div_ceil(Digest::LEAF_ROWS);
             s.leaves.extend((0..leaves).map(|i| part.digest_leaf(i)));
         } else {
@@ -290,7 +290,7 @@ impl Taken<'_, '_> {
     pub(crate) fn take(&mut self, s: &mut RestoreScratch) -> Result<()> {
         let r = self.restore;
         if let Some(stream) = &mut self.digest {
-            if r.chunks.whole_leaves() {
+            if r.pieces.whole_leaves() {
                 stream.leaves(&s.leaves);
             } else {
                 stream.update(&s.base);

@@ -47,10 +47,10 @@ impl Package {
             let base = base.map(|base| in_memory(entry, base)).transpose()?;
             let job = Restore::new(self.container(), entry, base)?;
             let (mut taken, mut scratch) = (job.begin(), RestoreScratch::default());
-            for chunk in 0..job.chunks.count() {
-                job.make(chunk, &mut scratch)?;
+            for index in 0..job.pieces.count() {
+                job.make(index, &mut scratch)?;
                 taken.take(&mut scratch)?;
-                out[job.chunks.bytes(chunk)].copy_from_slice(scratch.words());
+                out[job.pieces.bytes(index)].copy_from_slice(scratch.words());
             }
             taken.finish()
         })

@@ -178,7 +178,7 @@ impl<'a> Unpack<'a> {
         let items: Vec<(usize, usize)> = jobs
             .iter()
             .enumerate()
-            .flat_map(|(j, job)| (0..job.chunks.count()).map(move |c| (j, c)))
+            .flat_map(|(j, job)| (0..job.pieces.count()).map(move |c| (j, c)))
             .collect();
         let data = LENGTH_BYTES + header.len() as u64;
         let mut sha = self.run.sha256.then(Sha256::new);
@@ -199,7 +199,7 @@ impl<'a> Unpack<'a> {
             self.wrote(file.write_all_at(&start, 0))?;
         }
         let put = |(j, c): (usize, usize), s: &RestoreScratch| -> Result<()> {
-            let at = jobs[j].chunks.bytes(c).start;
+            let at = jobs[j].pieces.bytes(c).start;
             self.compare(order[j].0, at, s)?;
             let at = data + order[j].1 + at as u64;
             file.map_or(Ok(()), |f| self.wrote(f.write_all_at(s.words(), at)))
@@ -225,7 +225,7 @@ impl<'a> Unpack<'a> {
                     stream.write_all(s.words())?;
                 }
                 self.run.advance(s.words().len() as u64);
-                match taken.take_if(|_| c + 1 == jobs[j].chunks.count()) {
+                match taken.take_if(|_| c + 1 == jobs[j].pieces.count()) {
                     Some(done) => done.finish().map(|()| self.note(order[j].0)),
                     None => Ok(()),
                 }

@@ -147,11 +147,11 @@ fn job<'a>(ft: &Tensor<'a>, base: Option<&Tensor<'a>>) -> Result<TensorJob<'a>> 
 
 /// Encode one tensor onto the spool with several threads.
 fn store(job: &TensorJob<'_>, options: &PackOptions, jobs: usize, spool: &mut Spool) -> Result<Entry> {
-    let chunks = job.chunks;
+    let pieces = job.pieces;
     let mut open = None;
     ordered::in_order::<EncodeScratch>(
         ordered::threads(jobs),
-        chunks.count(),
+        pieces.count(),
         |i, s| job.make(i, options, s),
         |i, s| {
             if i == 0 {

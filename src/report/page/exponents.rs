@@ -85,10 +85,10 @@ pub(super) fn shares(base: &Checkpoint, package: &Package, run: &Run<'_>) -> Res
         let mut counts = vec![[0u64; 2]; 1 << fields(dtype).map_or(0, |f| f.1)];
         ordered::in_order::<PageScratch>(
             threads,
-            job.chunks.count(),
-            |chunk, s| {
-                job.make(chunk, &mut s.restore)?;
-                words.get(job.chunks.bytes(chunk), &mut s.base)?;
+            job.pieces.count(),
+            |index, s| {
+                job.make(index, &mut s.restore)?;
+                words.get(job.pieces.bytes(index), &mut s.base)?;
                 if !job.forwards()? {
                     s.count(dtype);
                 }

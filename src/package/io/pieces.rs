@@ -12,7 +12,7 @@ const MAX_PIECE_BYTES: usize = 16 << 20;
 
 /// The pieces of one tensor. They depend on dtype and dimensions alone.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Chunks {
+pub(crate) struct Pieces {
     shape: Shape,
     word_bytes: usize,
     bytes: usize,
@@ -22,7 +22,7 @@ pub(crate) struct Chunks {
     tiled: bool,
 }
 
-impl Chunks {
+impl Pieces {
     /// The pieces of a tensor of `bytes` bytes that may become a delta.
     pub(crate) fn new(dtype: Dtype, shape: Shape, bytes: usize) -> Self {
         let word_bytes = dtype.word_bytes();
@@ -119,7 +119,7 @@ mod tests {
             let shape = Shape { n, k };
             for dtype in [Dtype::U8, Dtype::BF16, Dtype::F32, Dtype::F64] {
                 let bytes = shape.bytes(dtype).unwrap();
-                let c = Chunks::new(dtype, shape, bytes);
+                let c = Pieces::new(dtype, shape, bytes);
                 let mut at = 0;
                 (0..c.count()).for_each(|i| {
                     assert_eq!(c.bytes(i).start, at);
