@@ -1,5 +1,5 @@
-//! Promise: the documents speak of this tree. Every file that one of them names or links exists, `docs/README.md` lists
-//! every page, and the lists of files in `docs/architecture.md` are complete.
+//! Promise: the documents speak of this tree. Every file that one of them names or links exists,
+//! `docs/README.md` lists every page, and the lists of files in `docs/architecture.md` are complete.
 
 use std::path::{Path, PathBuf};
 
@@ -138,7 +138,8 @@ fn files_with(dirs: &[&str], ends: &[&str], words: &[&str]) -> Vec<String> {
     found
 }
 
-/// Each of `files` is named in the section of `docs/architecture.md` with this title, or the folder that it is in.
+/// Each of `files` is named in the section of `docs/architecture.md` with this title, or the folder that it
+/// is in.
 fn assert_listed(title: &str, files: &[String]) {
     let text = read("docs/architecture.md");
     let section = text.split("\n## ").find(|s| s.starts_with(title)).expect(title);

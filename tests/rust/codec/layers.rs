@@ -1,5 +1,6 @@
-//! Promise: the tree is as the design draws it. Modules, and the rooms of `package`, know only what lies below them;
-//! `unsafe` stays in its rooms, torch in csrc, cxx in one file, intrinsics in vector/<arch>.
+//! Promise: the tree is as `docs/architecture.md` draws it. Modules, and the rooms of `package`, know only
+//! what lies below them; `unsafe` stays in its rooms, torch in csrc, cxx in one file, intrinsics in
+//! vector/<arch>.
 
 use std::path::{Path, PathBuf};
 
@@ -79,7 +80,8 @@ fn modules_use_only_what_lies_below_them() {
     hold("src/", "crate::", below);
 }
 
-/// A room names what it uses of another by that room's name, and never by a way around it, so that this test sees it.
+/// A room names what it uses of another by that room's name, and never by a way around it, so that this test
+/// sees it.
 #[test]
 fn rooms_of_package_use_only_what_lies_below_them() {
     let below: &[(&str, &[&str])] = &[
@@ -103,7 +105,8 @@ fn rooms_of_package_use_only_what_lies_below_them() {
     }
 }
 
-/// No two files of a room use each other, straight or in a circle: what is below can be read without what is above.
+/// No two files of a room use each other, straight or in a circle: what is below can be read without what is
+/// above.
 #[test]
 fn files_of_a_room_form_no_circle() {
     for room in ["package/io", "package/format", "package/checkpoint", "package/jobs"] {
@@ -188,7 +191,8 @@ fn foreign_worlds_stay_behind_their_doors() {
     }
 }
 
-/// Whoever depends on the library compiles nothing of the command line's: what only the binary uses is optional.
+/// Whoever depends on the library compiles nothing of the command line's: what only the binary uses is
+/// optional.
 #[test]
 fn the_library_needs_no_crate_of_the_command_line() {
     let manifest = std::fs::read_to_string(root().join("Cargo.toml")).unwrap();

@@ -1,5 +1,6 @@
-//! Promise: one word, one thing. On each floor of `src/` a type has a name that no other type there has, and so has a
-//! function that is no method. So grep finds what somebody reads about in another file. `docs/words.md` is the glossary.
+//! Promise: one word, one thing. On each floor of `src/` a type has a name that no other type there has, and
+//! so has a function that is no method. So grep finds what somebody reads about in another file.
+//! `docs/words.md` is the glossary.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -25,7 +26,8 @@ fn declared<'t>(line: &'t str, keywords: &[&str]) -> Option<&'t str> {
     keywords.contains(&keyword).then_some(name).filter(|name| !name.is_empty())
 }
 
-/// Where each name is declared outside of any other item. One file counts once: twins under `cfg` are one thing.
+/// Where each name is declared outside of any other item. One file counts once: twins under `cfg` are one
+/// thing.
 fn names(floor: &str, keywords: &[&str]) -> BTreeMap<String, BTreeSet<PathBuf>> {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src").join(floor);
     let mut found = BTreeMap::<String, BTreeSet<PathBuf>>::new();
