@@ -7,8 +7,8 @@
 //!
 //! **Floor** (16-bit words, Zen 5): 17 instructions for a step, 22 with its load, store and loop; the chain from one step to
 //! the next is compare, expand, blend. 5.1 cycles measured in the cache, 0.04 ns per word, where memory takes 9.3 for the
-//! base's words with two cores at 56 GB/s. **Tried**: expanding into the old units (6.5 cycles: the merge lies in the chain),
-//! expanding from memory (6.5), two or four groups for a refill (4.2, 3.7, but 2 to 15 % of size, and 2 times it).
+//! base's words with two cores at 56 GB/s. **Tried**: expanding into the old units, from a register or from memory (6.5 cycles:
+//! the merge lies in the chain), two or four groups for a refill (4.2, 3.7, but 2 to 15 % of size, and 2 times it).
 
 use super::avx512_more::Avx512Vbmi2;
 use crate::codec::exponent::CLASSES;
@@ -23,12 +23,11 @@ fn table16(of: impl Fn(u32) -> u32, widths: &[u8; CLASSES]) -> __m512i {
     unsafe { std::mem::transmute(values) }
 }
 
-/// What a tile's widths say of 16-bit words, by class: the width, its mask, and half of its range.
+/// What a tile's widths say of 16-bit words, by class: the width and its mask.
 #[derive(Clone, Copy)]
 pub(crate) struct Table16 {
     pub(super) widths: __m512i,
     pub(super) masks: __m512i,
-    pub(super) halves: __m512i,
     pub(super) shift: __m128i,
 }
 
@@ -40,7 +39,6 @@ impl Table16 {
         Self {
             widths: table16(|w| w, code.widths),
             masks: table16(|w| (1 << w) - 1, code.widths),
-            halves: table16(|w| (1 << w) >> 1, code.widths),
             shift: _mm_cvtsi32_si128(code.shift as i32),
         }
     }
@@ -98,14 +96,17 @@ impl Lanes16 {
             w = _mm512_maskz_mov_epi16(there, w);
         }
         let takes = _mm512_cmplt_epu16_mask(self.held, w);
-        // Expanded to zeros and blended: merging into `last` would put the expansion's latency into the chain.
-        let next = _mm512_mask_blend_epi16(takes, self.last, _mm512_maskz_expand_epi16(takes, units));
-        let value = _mm512_shldv_epi16(next, self.last, self.held);
-        self.last = next;
+        // Expanded to zeros and blended: merging into `last` would put the expansion's latency into the chain. The value needs
+        // no blend: where no unit is taken, all its bits are held.
+        let unit = _mm512_maskz_expand_epi16(takes, units);
+        let value = _mm512_shldv_epi16(unit, self.last, self.held);
+        self.last = _mm512_mask_blend_epi16(takes, self.last, unit);
         self.held = _mm512_and_si512(_mm512_sub_epi16(self.held, w), _mm512_set1_epi16(15));
-        let from = _mm512_sub_epi16(base, _mm512_permutexvar_epi16(class, t.halves));
-        let value = _mm512_and_si512(value, _mm512_permutexvar_epi16(class, t.masks));
-        let word = _mm512_add_epi16(from, value);
+        // Half of the range is the mask less its half: base - (mask - mask / 2) + (value & mask). The mask less what the value
+        // has of it is what it lacks.
+        let mask = _mm512_permutexvar_epi16(class, t.masks);
+        let most = _mm512_add_epi16(base, _mm512_srli_epi16::<1>(mask));
+        let word = _mm512_sub_epi16(most, _mm512_andnot_si512(value, mask));
         (if WHOLE { word } else { _mm512_maskz_mov_epi16(there, word) }, takes.count_ones() as usize)
     }
 }
@@ -193,7 +194,8 @@ fn inner16(
             // `units` from where they begin. What was read is written, or something else, at once.
             unsafe {
                 let word = _mm512_loadu_si512(base.add(64 * step).cast());
-                let (word, taken) = now.step::<true>(&table, word, 0, apart(units.as_ptr().add(at)));
+                let (word, taken) =
+                    now.step::<true>(&table, word, 0, _mm512_loadu_si512(units.as_ptr().add(at).cast()));
                 _mm512_storeu_si512(to.as_mut_ptr().add(STEP * step).cast(), word);
                 at += 2 * taken;
             }
@@ -215,25 +217,4 @@ fn inner16(
     }
     now.save(lanes);
     done
-}
-
-/// 64 bytes, loaded by an instruction of its own: a compiler would make it an operand of `vpexpandw`, which takes it from
-/// memory more slowly than from a register.
-///
-/// # Safety
-/// 64 bytes lie at `from`.
-#[target_feature(enable = "avx512f")]
-#[inline]
-pub(super) unsafe fn apart(from: *const u8) -> __m512i {
-    let to;
-    // SAFETY: the instruction reads the 64 bytes that the caller promises, at any alignment, and changes nothing else.
-    unsafe {
-        std::arch::asm!(
-            "vmovdqu64 {to}, [{from}]",
-            to = lateout(zmm_reg) to,
-            from = in(reg) from,
-            options(pure, readonly, nostack, preserves_flags),
-        );
-    }
-    to
 }

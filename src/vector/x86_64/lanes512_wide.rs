@@ -6,7 +6,7 @@
 #![allow(clippy::needless_range_loop, reason = "arrays indexed in step are what stays in registers")]
 
 use super::avx512_more::Avx512Vbmi2;
-use super::lanes512::{From, apart, store, words};
+use super::lanes512::{From, store, words};
 use crate::codec::exponent::CLASSES;
 use crate::vector::lanes::{Code, LaneBits, Progress, STEP};
 use std::arch::x86_64::*;
@@ -83,14 +83,14 @@ impl Lanes32 {
         }
         let (last, held) = (self.last[i], self.held[i]);
         let takes = _mm512_cmplt_epu32_mask(held, w);
-        let next = _mm512_mask_blend_epi32(takes, last, _mm512_maskz_expand_epi32(takes, units));
-        let value = _mm512_shldv_epi32(next, last, held);
-        self.last[i] = next;
+        let unit = _mm512_maskz_expand_epi32(takes, units);
+        let value = _mm512_shldv_epi32(unit, last, held);
+        self.last[i] = _mm512_mask_blend_epi32(takes, last, unit);
         self.held[i] = _mm512_and_si512(_mm512_sub_epi32(held, w), _mm512_set1_epi32(31));
-        // All ones shifted down by 32 - w are the mask; of it and its half, the difference is half of the range.
+        // All ones shifted down by 32 - w are the mask; then as with 16 bits.
         let mask = _mm512_srlv_epi32(_mm512_set1_epi32(-1), _mm512_sub_epi32(_mm512_set1_epi32(32), w));
-        let half = _mm512_sub_epi32(mask, _mm512_srli_epi32::<1>(mask));
-        let word = _mm512_add_epi32(_mm512_sub_epi32(base, half), _mm512_and_si512(value, mask));
+        let most = _mm512_add_epi32(base, _mm512_srli_epi32::<1>(mask));
+        let word = _mm512_sub_epi32(most, _mm512_andnot_si512(value, mask));
         (word, takes.count_ones() as usize)
     }
 }
@@ -132,7 +132,7 @@ fn inner32(
                 // within `units` from where they begin, half of them for each half.
                 unsafe {
                     let word = _mm512_loadu_si512(base.add(128 * step + 64 * i).cast());
-                    let from = apart(units.as_ptr().add(at));
+                    let from = _mm512_loadu_si512(units.as_ptr().add(at).cast());
                     let (word, taken) = now.half::<true>(i, &table, word, 0, from);
                     _mm512_storeu_si512(to.as_mut_ptr().add(STEP * step + 16 * i).cast(), word);
                     at += 4 * taken;
@@ -208,7 +208,7 @@ fn inner_dots<const M: usize>(
                 // `units` from where they begin, half of them for each half.
                 let (word, taken) = unsafe {
                     let word = _mm512_loadu_si512(from.cast());
-                    now.half::<true>(i, &table, word, 0, apart(units.as_ptr().add(at)))
+                    now.half::<true>(i, &table, word, 0, _mm512_loadu_si512(units.as_ptr().add(at).cast()))
                 };
                 at += 4 * taken;
                 for j in 0..M {

@@ -10,7 +10,7 @@
 )]
 
 use super::bf16dot::{STEP, Steps, dot};
-use super::lanes512::{Table16, apart};
+use super::lanes512::Table16;
 use std::arch::x86_64::*;
 
 /// Units are asked for so many bytes ahead of their use.
@@ -29,7 +29,8 @@ pub(crate) struct Streams<'a, const T: usize> {
 
 impl<const T: usize> Streams<'_, T> {
     /// One step of 32 words from byte `at` of `base` on: decoded for each tenant, and multiplied. With `SURE`, the units of
-    /// a whole step are there; without, what is missing is zero, which `Bf16Dot::finish` notices.
+    /// a whole step are there; without, what is missing is zero, which `Bf16Dot::finish` notices. No other tenants are decoded
+    /// meanwhile, if `alone`.
     ///
     /// # Safety
     /// `base` and every row of x hold the words of the step (`rest`, if not `WHOLE`) from byte `at` on. With `SURE`, each
@@ -38,6 +39,7 @@ impl<const T: usize> Streams<'_, T> {
     #[inline]
     unsafe fn step<const M: usize, const SURE: bool, const WHOLE: bool>(
         &mut self,
+        alone: bool,
         base: *const u8,
         at: usize,
         rest: __mmask32,
@@ -56,23 +58,32 @@ impl<const T: usize> Streams<'_, T> {
             width = _mm512_maskz_mov_epi16(rest, width);
         }
         let mask = _mm512_permutexvar_epi16(class, self.table.masks);
-        let from = _mm512_sub_epi16(base, _mm512_permutexvar_epi16(class, self.table.halves));
+        // As in `Lanes16::step`, but for the blend, which is there for one tenant alone: others' chains hide the latency.
+        let most = _mm512_add_epi16(base, _mm512_srli_epi16::<1>(mask));
         let takes = _mm512_cmplt_epu16_mask(self.held, width);
         for t in 0..T {
             // SAFETY: as the caller promises; without `SURE` only bytes before the stream's end are read.
             let units = unsafe {
-                let units = self.units[t].as_ptr().wrapping_add(self.at);
+                let units = self.units[t].as_ptr();
                 if SURE {
-                    apart(units)
+                    _mm512_loadu_si512(units.add(self.at).cast())
                 } else {
                     let left = self.end.saturating_sub(self.at).min(STEP) as u32;
-                    _mm512_maskz_loadu_epi8(_bzhi_u64(u64::MAX, left), units.cast())
+                    _mm512_maskz_loadu_epi8(_bzhi_u64(u64::MAX, left), units.wrapping_add(self.at).cast())
                 }
             };
-            let next = _mm512_mask_blend_epi16(takes, self.last[t], _mm512_maskz_expand_epi16(takes, units));
-            let value = _mm512_shldv_epi16(next, self.last[t], self.held);
-            self.last[t] = next;
-            let mut word = _mm512_add_epi16(from, _mm512_and_si512(value, mask));
+            let value = if alone {
+                let unit = _mm512_maskz_expand_epi16(takes, units);
+                let value = _mm512_shldv_epi16(unit, self.last[t], self.held);
+                self.last[t] = _mm512_mask_blend_epi16(takes, self.last[t], unit);
+                value
+            } else {
+                let next = _mm512_mask_expand_epi16(self.last[t], takes, units);
+                let value = _mm512_shldv_epi16(next, self.last[t], self.held);
+                self.last[t] = next;
+                value
+            };
+            let mut word = _mm512_sub_epi16(most, _mm512_andnot_si512(value, mask));
             if !WHOLE {
                 word = _mm512_maskz_mov_epi16(rest, word);
             }
@@ -82,17 +93,6 @@ impl<const T: usize> Streams<'_, T> {
         }
         self.held = _mm512_and_si512(_mm512_sub_epi16(self.held, width), _mm512_set1_epi16(15));
         self.at += 2 * takes.count_ones() as usize;
-    }
-
-    /// Prefetch units to come: those of one tenant in each step, in turn.
-    #[target_feature(enable = "avx512f")]
-    #[inline]
-    fn ask(&self, step: usize) {
-        let units = self.units[step % T].as_ptr().wrapping_add(self.at + UNITS_AHEAD);
-        _mm_prefetch::<_MM_HINT_T0>(units.cast());
-        if T > 1 {
-            _mm_prefetch::<_MM_HINT_T0>(units.wrapping_add(STEP).cast());
-        }
     }
 
     /// Steps that find all their units, whatever they take.
@@ -106,6 +106,14 @@ impl<const T: usize> Streams<'_, T> {
 fn ask(from: *const u8, at: usize) {
     // SAFETY: a prefetch never faults, whatever the address, and `wrapping_add` computes any.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at).cast()) }
+}
+
+/// The same number, of which the compiler then knows nothing: else it would step a pointer for each row, in place of this one.
+#[inline(always)]
+fn opaque(mut at: usize) -> usize {
+    // SAFETY: no instruction at all.
+    unsafe { std::arch::asm!("/* {0} */", inout(reg) at, options(pure, nomem, nostack, preserves_flags)) };
+    at
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,avx512bf16,popcnt,bmi2")]
@@ -122,25 +130,31 @@ pub(super) fn decode_dots<const T: usize, const M: usize>(
     let (base, x) = (base.as_ptr(), x.map(|x| x.map(<[u8]>::as_ptr)));
     // In registers, not in memory that something else might see.
     let mut now = Streams { ..*streams };
-    let mut i = 0;
-    while i < steps.whole {
-        let sure = now.sure().min(steps.whole - i);
-        for _ in 0..sure {
-            ask(base, i * STEP + ahead);
-            now.ask(i);
-            // SAFETY: `whole` steps lie within base and x; `sure` of them, of at most 64 bytes each, within the streams.
-            unsafe { now.step::<M, true, true>(base, i * STEP, 0, &x, &mut sums) };
-            i += 1;
+    let units = streams.units.map(<[u8]>::as_ptr);
+    let (mut at, mut turn, end) = (0, 0, steps.whole * STEP);
+    while at < end {
+        let sure = at + now.sure().min((end - at) / STEP) * STEP;
+        while at < sure {
+            ask(base, at + ahead);
+            // Of one tenant a step, a line for each one of up to two.
+            ask(units[turn], now.at + UNITS_AHEAD);
+            if T > 1 {
+                ask(units[turn], now.at + UNITS_AHEAD + STEP);
+            }
+            turn = (turn + 1) % T;
+            // SAFETY: `whole` steps lie within base and x; up to `sure`, of at most 64 bytes each, within the streams.
+            unsafe { now.step::<M, true, true>(T == 1, base, at, 0, &x, &mut sums) };
+            at = opaque(at + STEP);
         }
-        if i < steps.whole {
+        if at < end {
             // SAFETY: `whole` steps lie within base and x.
-            unsafe { now.step::<M, false, true>(base, i * STEP, 0, &x, &mut sums) };
-            i += 1;
+            unsafe { now.step::<M, false, true>(T == 1, base, at, 0, &x, &mut sums) };
+            at += STEP;
         }
     }
     if steps.rest != 0 {
         // SAFETY: the words of `rest` follow the whole steps.
-        unsafe { now.step::<M, false, false>(base, i * STEP, steps.rest, &x, &mut sums) };
+        unsafe { now.step::<M, false, false>(T == 1, base, at, steps.rest, &x, &mut sums) };
     }
     (streams.last, streams.held, streams.at) = (now.last, now.held, now.at);
     sums
@@ -161,34 +175,34 @@ pub(super) fn decode_dots_two(
     let (base, x) = (base.as_ptr(), x.map(|x| [[x.as_ptr()]]));
     let mut sums = [[[sums[0]]], [[sums[1]]]];
     let (mut p, mut q) = (Streams { ..*a }, Streams { ..*b });
-    let mut i = 0;
-    while i < steps.whole {
-        let sure = p.sure().min(q.sure()).min(steps.whole - i);
-        for _ in 0..sure {
-            ask(base, i * STEP + ahead);
-            p.ask(i);
-            q.ask(i);
-            // SAFETY: `whole` steps lie within base and x; `sure` of them, of at most 64 bytes each, within the streams.
+    let (mut at, end) = (0, steps.whole * STEP);
+    while at < end {
+        let sure = at + p.sure().min(q.sure()).min((end - at) / STEP) * STEP;
+        while at < sure {
+            ask(base, at + ahead);
+            ask(p.units[0].as_ptr(), p.at + UNITS_AHEAD);
+            ask(q.units[0].as_ptr(), q.at + UNITS_AHEAD);
+            // SAFETY: `whole` steps lie within base and x; up to `sure`, of at most 64 bytes each, within the streams.
             unsafe {
-                p.step::<1, true, true>(base, i * STEP, 0, &x[0], &mut sums[0]);
-                q.step::<1, true, true>(base, i * STEP, 0, &x[1], &mut sums[1]);
+                p.step::<1, true, true>(false, base, at, 0, &x[0], &mut sums[0]);
+                q.step::<1, true, true>(false, base, at, 0, &x[1], &mut sums[1]);
             }
-            i += 1;
+            at = opaque(at + STEP);
         }
-        if i < steps.whole {
+        if at < end {
             // SAFETY: `whole` steps lie within base and x.
             unsafe {
-                p.step::<1, false, true>(base, i * STEP, 0, &x[0], &mut sums[0]);
-                q.step::<1, false, true>(base, i * STEP, 0, &x[1], &mut sums[1]);
+                p.step::<1, false, true>(false, base, at, 0, &x[0], &mut sums[0]);
+                q.step::<1, false, true>(false, base, at, 0, &x[1], &mut sums[1]);
             }
-            i += 1;
+            at += STEP;
         }
     }
     if steps.rest != 0 {
         // SAFETY: the words of `rest` follow the whole steps.
         unsafe {
-            p.step::<1, false, false>(base, i * STEP, steps.rest, &x[0], &mut sums[0]);
-            q.step::<1, false, false>(base, i * STEP, steps.rest, &x[1], &mut sums[1]);
+            p.step::<1, false, false>(false, base, at, steps.rest, &x[0], &mut sums[0]);
+            q.step::<1, false, false>(false, base, at, steps.rest, &x[1], &mut sums[1]);
         }
     }
     (a.last, a.held, a.at) = (p.last, p.held, p.at);
