@@ -109,7 +109,7 @@ def forward(
     top_k_weights: Tensor,
 ) -> Tensor:
     """[tokens, k] to [tokens, k], as the module's own `forward`."""
-    slots = rows.rows(hidden_states.shape[:-1], True, site.name)
+    slots = rows.rows(hidden_states.shape[:-1], True, site.name, site)
     gate_up, down = (site.base[name] for name in ("gate_up_proj", "down_proj"))
     count, gated = gate_up.size(0), _loop(site.original) == "gated"
     out = torch.zeros_like(hidden_states)

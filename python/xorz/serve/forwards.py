@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import experts, split
 from .known_ops import embedding_rows
-from .rows import RowMap
+from .rows import TABLE, RowMap, Table
 from .site import Site
-from .weight import Refused, Weight, derive, with_dense
+from .weight import Refused, Weight, derive, plain, with_dense
 
 _is_grad_enabled = torch.is_grad_enabled
 _in_backward = torch._C._current_graph_task_id
@@ -30,10 +30,15 @@ def call(site: Site, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # The base is served by default: make it the active one, for children and for readers of weights.
         with site.owner.active.set(site.owner.of_base):
             return _base(site, module, args, kwargs)
+    if rows.probe is not None:
+        return _try(site, module, rows, args, kwargs)
     rows.begin()
     try:
         if site.serves(rows):
-            return _serve(site, module, rows, args, kwargs)
+            try:
+                return _serve(site, module, rows, args, kwargs)
+            except Table:
+                return _of_table(site, module, rows, args, kwargs)
         return _base(site, module, args, kwargs)
     finally:
         rows.end()
@@ -60,7 +65,7 @@ def linear(site: Site, module: nn.Module, input: Tensor) -> Tensor:
         or _is_autocast("cpu")
     ):
         out = call(site, module, input)
-        if plan is None and rows.only is not None:
+        if plan is None and rows.only is not None and rows.probe is None:
             _plan(site, rows)
         return out
     root = rows.root
@@ -118,8 +123,10 @@ def _serve(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) 
     if site.kind == "conv1d":
         return _conv1d(site, rows, *args, **kwargs)
     if site.original is nn.Embedding:
-        return embedding_rows(site, rows, *args, **kwargs)
-    # The module has a forward of its own; reading a parameter there gives a `Weight`.
+        return embedding_rows(site, rows, *args, **kwargs, place=site)
+    if site.kind == "attention" and rows.only is None:
+        _check_attention(site, module, rows, args, kwargs)
+    # A forward of its own: whoever reads its parameters there meets weights.
     if site.plain:
         return site.original.forward(module, *args, **kwargs)
     if site.derived:
@@ -134,6 +141,37 @@ def _serve(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) 
     return out
 
 
+def _try(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) -> Any:
+    """On the base, where what the module is given is noted; as in a mixed batch, what is of no row is each tenant's, whole."""
+    given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)][:3]
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if args and isinstance(args[0], Weight):
+        rows.probe.table(site, args[0].base)
+        if all(isinstance(t, Weight) for t in tensors):
+            return _of_weights(site, module, rows, args, kwargs)
+    noted = [
+        rows.probe.note((site, i) if i else site, t) for i, t in enumerate(given) if not isinstance(t, Weight)
+    ]
+    if noted and all(layout == TABLE for layout in noted):
+        return _of_table(site, module, rows, args, kwargs)
+    args, kwargs = tree_map(plain, (args, kwargs))
+    out = _base(site, module, args, kwargs)
+    if site.kind == "split":
+        for i, leaf in enumerate(tree_leaves(out)):
+            rows.probe.note((site, "out", i), leaf)
+    return out
+
+
+def _of_table(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) -> Any:
+    """A module that is given what belongs to no row (positions, learned queries): what it gives is as each tenant has it."""
+
+    def values(slot: int) -> Any:
+        with site.owner.active.set(rows.uniform(slot)):
+            return call(site, module, *args, **kwargs)
+
+    return derive(values, list(site.weights.values()), site.name)
+
+
 def _is_eager(module: nn.Module) -> bool:
     config = getattr(module, "config", None)
     return getattr(config, "_experts_implementation", None) in (None, "eager")
@@ -141,7 +179,7 @@ def _is_eager(module: nn.Module) -> bool:
 
 def _of_weights(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) -> Any:
     """A module that is given another one's weights (a table of relative positions): what it gives is as each tenant has it."""
-    if rows.only is not None:
+    if rows.only is not None and rows.probe is None:
         args, kwargs = with_dense(args, kwargs, rows.only)
         return _serve(site, module, rows, args, kwargs)
     leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -154,13 +192,20 @@ def _of_weights(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: 
         with site.owner.active.set(rows.uniform(slot)):
             return call(site, module, *mine, **more)
 
-    return derive(values, weights, site.name)
+    return derive(values, [*site.weights.values(), *weights], site.name)
+
+
+def _check_attention(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) -> None:
+    """torch's layer itself says where the batch is in what it is given; whether it is there must be known."""
+    given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)][:3]
+    dim = 0 if module.batch_first else 1
+    rows.aligned([((site, i) if i else site, t, dim) for i, t in enumerate(given)], site.name)
 
 
 def _conv1d(site: Site, rows: RowMap, x: Tensor) -> Tensor:
     """transformers' Conv1D, x @ W + b: the product that is the gradient of a linear layer."""
     weight = site.base["weight"]
-    slots = rows.rows(x.shape[:-1], site.flattens, site.name)
+    slots = rows.rows(x.shape[:-1], site.flattens, site.name, site)
     biases = site.biases("bias")
     if site.owner.mode == "exact":
         return _conv1d_exact(site, x, weight, biases, slots)

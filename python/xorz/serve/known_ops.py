@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import attention
-from .rows import RowMap
+from .rows import TABLE, RowMap, Table, lead_of
 from .site import Site
 from .weight import Refused, Weight, derive, known
 
@@ -28,10 +28,14 @@ def groups(slots: Tensor, used: Any, one_by_one: bool) -> list[tuple[int, Tensor
     return [(slot, index) for slot, index in found if index.numel()]
 
 
-def by_tokens(site: Site, rows: RowMap, x: Tensor, op: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """`op(x's rows of a tenant, its slot)` of what depends on the last dimension of `x` alone, put together."""
+def by_tokens(
+    site: Site, rows: RowMap, x: Tensor, op: Callable[[Tensor, int], Tensor], index: int = 0
+) -> Tensor:
+    """`op(x's rows of a tenant, its slot)` of what depends on the last dimension of `x` alone, put together. `index`: which of
+    the op's arguments x is.
+    """
     lead = x.shape[:-1]
-    slots = rows.rows(lead, site.flattens, site.name)
+    slots = rows.rows(lead, site.flattens, site.name, (site, index))
     flat, out = x.reshape(-1, x.size(-1)), None
     # By token, each product has the same sums in the same order whatever is beside it.
     for slot, index in groups(slots, rows.used, site.owner.mode == "deterministic"):
@@ -53,8 +57,8 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         return _grouped(site, rows, input, weight, bias)
     own = isinstance(bias, Weight) and bias.matrix == (site, "bias", False)
     if site.kind == "linear" and param == "weight" and (own or (bias is None and "bias" not in site.base)):
-        return site.linear(rows, input)
-    slots = rows.rows(input.shape[:-1], site.flattens, site.name)
+        return site.linear(rows, input, (site, 0))
+    slots = rows.rows(input.shape[:-1], site.flattens, site.name, (site, 0))
     out = site.product(input, site.base[param], None, param, slots, rows.only)
     return out if bias is None else out + bias
 
@@ -66,8 +70,8 @@ def _grouped(site: Site, rows: RowMap, input: Tensor, weight: Weight, bias: Any)
     return by_tokens(site, rows, input, one)
 
 
-def matmul(left: Any, right: Any, **more: Any) -> Any:
-    """`left @ right`, where one of them is a weight."""
+def matmul(left: Any, right: Any, is_second: bool = False, **more: Any) -> Any:
+    """`left @ right`, where one of them is a weight; `is_second`: an argument comes before them."""
     if more:
         return NotImplemented
     if isinstance(left, Weight) or not isinstance(right, Weight) or right.dim() != 2 or left.dim() < 1:
@@ -77,9 +81,10 @@ def matmul(left: Any, right: Any, **more: Any) -> Any:
     rows = right.rows()
     if rows is None or not right.changed():
         return NotImplemented
+    index = int(is_second)
     if right.matrix is not None and right.matrix[0].multiplies(right.matrix[1]):
         site, param, turned = right.matrix
-        slots = rows.rows(left.shape[:-1], site.flattens, site.name)
+        slots = rows.rows(left.shape[:-1], site.flattens, site.name, (site, index))
         if turned:
             return site.product(left, site.base[param], None, param, slots, rows.only)
         if site.owner.mode != "exact":
@@ -89,14 +94,14 @@ def matmul(left: Any, right: Any, **more: Any) -> Any:
             )
     if rows.only is not None:
         return NotImplemented
-    return by_tokens(right.places[0][0], rows, left, lambda part, slot: part @ right.dense(slot))
+    return by_tokens(right.places[0][0], rows, left, lambda part, slot: part @ right.dense(slot), index)
 
 
 def addmm(bias: Any, left: Any, right: Any, **more: Any) -> Any:
     """`bias + left @ right`."""
     if more:
         return NotImplemented
-    out = matmul(left, right)
+    out = matmul(left, right, is_second=True)
     return out if out is NotImplemented else out + bias
 
 
@@ -114,7 +119,7 @@ def embedding(
         or any(param in own for own in list(site.values.values()))
     ):
         return NotImplemented if weight.rows().only is not None else _look_up(weight, input, max_norm)
-    return embedding_rows(site, weight.rows(), input, param)
+    return embedding_rows(site, weight.rows(), input, param, place=(site, 0))
 
 
 def _look_up(weight: Weight, ids: Tensor, max_norm: Any) -> Any:
@@ -122,20 +127,18 @@ def _look_up(weight: Weight, ids: Tensor, max_norm: Any) -> Any:
         return NotImplemented
     found = by_tokens(
         weight.places[0][0], weight.rows(), ids[..., None], lambda part, slot: weight.dense(slot)[part[:, 0]]
-    )
+    )  # the place of ids is that of `ids[..., None]`
     return found
 
 
-def embedding_rows(site: Site, rows: RowMap, ids: Tensor, param: str = "weight") -> Tensor:
-    """Rows of an embedding table, each its tenant's."""
-    if rows.only is None and not rows.tokens and rows.dim == 0 and ids.dim() > 1 and ids.size(0) == 1:
-        # Positions, the same for the whole batch: one copy for each batch row.
-        ids = ids.expand(len(rows.slots), *ids.shape[1:])
-    if rows.only is None and not rows.tokens and ids.dim() == 1 and not site.flattens:
+def embedding_rows(site: Site, rows: RowMap, ids: Tensor, param: str = "weight", place: Any = None) -> Tensor:
+    """Rows of an embedding table, each its tenant's. `place`: see `RowMap.rows`."""
+    one_row = ids.dim() == 1 or (rows.dim == 0 and ids.dim() > 1 and ids.size(0) == 1)
+    if rows.only is None and rows.proof is None and not rows.tokens and one_row and not site.flattens:
         # Positions, or one number for each row: no size tells which. What every tenant has there is kept, and rows are taken
         # where it meets the batch.
         return derive(lambda slot: _look_up_one(site, ids, param, slot), [site.weights[param]], site.name)
-    slots = rows.rows(ids.shape, site.flattens, site.name)
+    slots = rows.rows(ids.shape, site.flattens, site.name, place)
     weight = site.base[param]
     return torch.ops.xorz.delta_embedding(ids, weight, site.owner.arena.tensor, site.slots(param), slots)
 
@@ -251,14 +254,15 @@ def _rowwise(func: Any, args: Any, kwargs: Any, weight: Weight, width: int | Non
         """Where the batch is in a tensor that broadcasts; negative if it is before the tensor's first dimension."""
         return dim if width is None else dim - (width - tensor.dim())
 
+    leaves = tree_leaves((args, kwargs))
+    plain = [(i, t) for i, t in enumerate(leaves) if isinstance(t, Tensor) and not isinstance(t, Weight)]
     if width is None:
         vast = [first]
     else:
-        plain = [
-            t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not isinstance(t, Weight)
-        ]
-        vast = [t for t in plain if at(t) >= 0 and t.size(at(t)) != 1]
+        vast = [t for _, t in plain if at(t) >= 0 and t.size(at(t)) != 1]
     flat = all(t.dim() == 2 for t in vast) and (rows.tokens or site.flattens)
+    if rows.only is None and rows.proof is not None:
+        flat = _known_rows(rows, site, plain, vast, at, flat)
     if flat and vast:
         slots = rows.rows(vast[0].shape[:1], site.flattens, site.name)
     elif not vast or any(t.size(at(t)) != batch for t in vast) or rows.tokens:
@@ -295,6 +299,24 @@ def _rowwise(func: Any, args: Any, kwargs: Any, weight: Weight, width: int | Non
         result = part.new_empty(shape) if result is None else result
         result = result.index_copy(dim, index, part)
     return result
+
+
+def _known_rows(rows: RowMap, site: Site, plain: Any, vast: list[Tensor], at: Any, flat: bool) -> bool:
+    """Whether rows are flattened tokens here; raises `Table` if none of these tensors belongs to any row, and an error unless
+    one is proven to be the batch's, and the others to be nothing else.
+    """
+    raws = {id(raw) for raw in site.raws.values()}
+    places = [(i, t, TABLE if id(t) in raws else rows.where((site, i), t)) for i, t in plain]
+    if places and all(layout == TABLE for _, _, layout in places):
+        raise Table
+    found = [(t, layout) for _, t, layout in places if any(t is v for v in vast)]
+    own = {layout for _, layout in found if layout != TABLE}
+    if own == {("flat", 0)} and flat:
+        return True
+    for t, layout in found:
+        if layout != TABLE and layout != ("dim", at(t)):
+            raise Refused(str(rows.unproven(lead_of(t), site.name)))
+    return False
 
 
 _ELEMENTWISE = "add sub mul div true_divide multiply subtract divide maximum minimum where addcmul lerp pow rsub copysign"

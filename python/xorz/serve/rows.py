@@ -18,6 +18,28 @@ from torch import Tensor
 BASE = -1
 """The slot of the base."""
 
+Layout = tuple[str, int]
+"""Where the batch's rows are in a tensor: ("dim", d), a dimension; ("flat", 0), dimension 0, so many positions for each row;
+("inner", 0), dimension 0, all rows so many times over; or `TABLE`.
+"""
+
+TABLE: Layout = ("table", 0)
+"""It belongs to no row: what is made of it is as each tenant has it, whole."""
+
+
+class Table(Exception):
+    """What a layer was given belongs to no row."""
+
+
+def pattern(shape: Sequence[int], batch: int) -> tuple[int, ...]:
+    """Which sizes are 1 (0), the batch's (2), and others (1)."""
+    return tuple(0 if n == 1 else 2 if n == batch else 1 for n in shape)
+
+
+def lead_of(x: Tensor) -> Sequence[int]:
+    """The dimensions in which a tensor's rows are looked for: all but the last of what is computed with, all of numbers."""
+    return x.shape[:-1] if x.dim() > 1 and x.is_floating_point() else x.shape
+
 
 def lasting() -> AbstractContextManager[Any]:
     """For tensors that outlive a forward: made in inference mode, they would be of no use to a later one that trains."""
@@ -36,6 +58,9 @@ class RowMap:
         touching: module -> whether a row's tenant changes anything there.
         closed: whether the `use` has ended; running: as many entries as there are calls of modules that run.
         frame: of the generator that opened the `use`, if one did.
+        proof: where the rows are in what each layer is given, inside of the model; None where a module is called on its own,
+            whose inputs have the batch in `dim`, as `use` says. together: what is known of the model by now, for those and for
+            compiled code. probe: what notes that, in a run that finds it out.
     """
 
     def __init__(
@@ -66,6 +91,10 @@ class RowMap:
         self.touching: dict[Any, bool] = {}
         # What linear layers compute with for these slots.
         self.plans: dict[Any, tuple[Any, ...]] = {}
+        self.proof: Any = None if parent is None or tokens else parent.proof
+        self.together: Any = None if parent is None or tokens else parent.together
+        self.probe: Any = None
+        self._known: tuple[Any, RowMap] | None = None
         self.closed = False
         # One entry for each call of a module that runs: appending is one step for all threads.
         self.running: list[None] = []
@@ -113,28 +142,45 @@ class RowMap:
         if release is not None:
             release()
 
-    def rows(self, lead: Sequence[int], flattens: bool, who: str) -> Tensor:
+    def rows(self, lead: Sequence[int], flattens: bool, who: str, place: Any = None) -> Tensor:
         """Slot of each row of an input whose shape but for its last dimension is `lead`, int32, flattened.
 
-        `flattens`: whether two-dimensional inputs of this module are the batch's tokens, flattened batch first.
+        `flattens`: whether two-dimensional inputs of this module are the batch's tokens, flattened batch first. `place`: of
+        whose input that is proven (`Proof`); None where an op says itself where its batch is.
+
+        Raises:
+            Table: it belongs to no row; RuntimeError: where the rows are is not known.
         """
-        key = (*lead, flattens)
+        key = (place, flattens, *lead)
         found = self._expanded.get(key)
         if found is None:
             with lasting():
-                found = self._expand(tuple(lead), flattens, who)
-            if len(self._expanded) > 64:
+                found = self._expand(tuple(lead), flattens, who, place)
+            if len(self._expanded) > 2048:
                 self._expanded.clear()
             self._expanded[key] = found
         return found
 
-    def _expand(self, lead: tuple[int, ...], flattens: bool, who: str) -> Tensor:
+    def _expand(self, lead: tuple[int, ...], flattens: bool, who: str, place: Any) -> Tensor:
         count = 1
         for size in lead:
             count *= size
         if self.only is not None:
             return torch.full((count,), self.only, dtype=torch.int32)
         batch = len(self.slots)
+        known = self._layouts()
+        at = (place, pattern(lead, batch))
+        if place is not None and known is not None and (self.proof is not None or at in known):
+            layout = known.get(at)
+            if layout == TABLE:
+                raise Table
+            if layout is not None and (layout[0] == "dim" or lead[0] % batch == 0):
+                # Layers that are given the same share one tensor.
+                key = (layout, *lead)
+                if key not in self._expanded:
+                    self._expanded[key] = self._tensor[self.index(layout, lead).reshape(-1)]
+                return self._expanded[key]
+            raise self.unproven(lead, who)
         if self.tokens:
             if lead == (batch,):
                 return self._tensor
@@ -143,11 +189,73 @@ class RowMap:
             return self._tensor.reshape(shape).expand(lead).reshape(-1)
         elif len(lead) == 1 and flattens and lead[0] % batch == 0 and self.dim == 0:
             return self._tensor.repeat_interleave(lead[0] // batch)
+        raise self.unproven(lead, who)
+
+    def unproven(self, lead: Sequence[int], who: str) -> RuntimeError:
+        """The error of whoever cannot know whose the rows of this shape are."""
+        batch = len(self.slots)
+        if self.proof is not None and not self.tokens and len(lead) > self.dim and lead[self.dim] == batch:
+            why = f" ({self.proof.why})" if self.proof.why else ""
+            return RuntimeError(
+                f"xorz: {who} was given rows of shape {list(lead)}, and it could not be proven that those are the rows of the "
+                f"batch{why}; use one tenant at a time"
+            )
         what = "tokens" if self.tokens else "batch rows"
-        raise RuntimeError(
+        return RuntimeError(
             f"xorz: {who} was given rows of shape {list(lead)}, but the active tenants map {batch} {what} "
             f"(dimension {self.dim}); give one name for each row of the batch, or regroup the map with them (tenants.regroup)"
         )
+
+    def index(self, layout: Layout, lead: Sequence[int]) -> Tensor:
+        """The number of the batch row at each position of this shape, int64."""
+        (kind, dim), batch = layout, len(self.slots)
+        numbers, shape = torch.arange(batch), [1] * len(lead)
+        shape[dim] = lead[dim]
+        if kind == "flat":
+            numbers = numbers.repeat_interleave(lead[0] // batch)
+        elif kind == "inner":
+            numbers = numbers.repeat(lead[0] // batch)
+        return numbers.reshape(shape).expand(tuple(lead))
+
+    def _layouts(self) -> Any:
+        """What is known of the model."""
+        known = self.together if self.proof is None else self.proof
+        return None if known is None or self.tokens else known.layouts
+
+    def where(self, place: Any, x: Tensor) -> Layout | None:
+        """Where the rows of a tensor are; None if that is not known."""
+        known, at = self._layouts(), (place, pattern(lead_of(x), len(self.slots)))
+        if known is None or (self.proof is None and at not in known):
+            return ("dim", self.dim) if x.dim() > self.dim and x.size(self.dim) == len(self.slots) else None
+        return known.get(at)
+
+    def aligned(self, given: Sequence[tuple[Any, Tensor, int]], who: str) -> None:
+        """Of tensors that an op takes for the batch's in these dimensions, (place, tensor, dimension): one must be proven to be
+        it, the others at least not to be anything else. Raises `Table` if none belongs to any row.
+        """
+        known, batch = self._layouts(), len(self.slots)
+        places = [(place, pattern(lead_of(x), batch)) for place, x, _ in given]
+        if known is None or (self.proof is None and not any(place in known for place in places)):
+            return
+        found = [(self.where(place, x), dim, x) for place, x, dim in given]
+        if all(layout == TABLE for layout, _, _ in found):
+            raise Table
+        for layout, dim, x in found:
+            if layout != TABLE and layout != ("dim", dim):
+                raise self.unproven(lead_of(x), who)
+
+    def known(self, proof: Any) -> "RowMap":
+        """The same rows, inside of a model of which this is proven."""
+        if self._known is None or self._known[0] is not proof:
+            found = RowMap(self.slots, self.names, dim=self.dim, tokens=self.tokens, parent=self)
+            found.proof, self._known = proof, (proof, found)
+        return self._known[1]
+
+    def trial(self, probe: Any) -> "RowMap":
+        """The base alone, where `probe` notes what layers are given."""
+        out = RowMap((BASE,), self.names, dim=self.dim, parent=self)
+        out.probe = probe
+        return out
 
     def along(self, dim: int) -> "RowMap":
         """The same rows where the batch is dimension `dim`."""

@@ -152,6 +152,8 @@ class Site:
 
     def changes(self, param: str, rows: RowMap) -> bool:
         """Whether readers of `param` may not have the base's tensor; of computing modules, all parameters are alike."""
+        if rows.probe is not None:
+            return True
         key = (self, param)
         found = rows.touching.get(key)
         if found is None:
@@ -182,6 +184,8 @@ class Site:
         """What a reader of the module's attribute is given in a forward."""
         if not self.changes(param, rows):
             return self.raws[param]
+        if rows.probe is not None:
+            return self.weights[param]
         if rows.only is not None and self.kind not in COMPUTING and not self.row_by_row:
             value = self.values.get(rows.only, {}).get(param)
             if value is not None:
@@ -274,14 +278,14 @@ class Site:
         """A slot's resident delta of `param`, in the arena; None if it has the base's words."""
         return self.deltas.get((param, slot))
 
-    def linear(self, rows: RowMap, input: Tensor) -> Tensor:
-        """`input @ W^T + b`, row by row with its tenant's W and b. Differentiable in `input`."""
+    def linear(self, rows: RowMap, input: Tensor, place: Any = None) -> Tensor:
+        """`input @ W^T + b`, row by row with its tenant's W and b. Differentiable in `input`. `place`: see `RowMap.rows`."""
         delta = None if rows.only is None else self.deltas.get(("weight", rows.only))
         if delta is not None and not (
             self.owner.mode == "exact" or torch.is_autocast_enabled(input.device.type)
         ):
             return self._linear_of_one(rows.only, input, delta)
-        slots = rows.rows(input.shape[:-1], self.flattens, self.name)
+        slots = rows.rows(input.shape[:-1], self.flattens, self.name, place or self)
         return self.product(input, self.base["weight"], self.biases("bias"), "weight", slots, rows.only)
 
     def _linear_of_one(self, slot: int, input: Tensor, delta: Tensor) -> Tensor:

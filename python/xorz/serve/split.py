@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .known_ops import groups
-from .rows import BASE, RowMap
+from .rows import BASE, TABLE, RowMap, Table, lead_of
 from .site import Site
 from .weight import Refused, Weight, with_dense
 
@@ -135,7 +135,7 @@ def clone(site: Site, module: nn.Module, slot: int) -> nn.Module:
 def _rows(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) -> Any:
     """A norm that ends in `weight * x`: its weight becomes [..., k], one for each row of x."""
     (x,) = args if not kwargs else (*args, *kwargs.values())
-    slots = rows.rows(x.shape[:-1], site.flattens, site.name)
+    slots = rows.rows(x.shape[:-1], site.flattens, site.name, site)
     weight = site.stack("weight")[slots.long()].view(*x.shape[:-1], -1)
     return shallow(module, site.original, {"weight": weight}).forward(x)
 
@@ -165,6 +165,8 @@ def _recurrent(site: Site, module: Any, rows: RowMap, input: Tensor, hx: Any = N
             f"xorz: {site.name} was given {count} sequences in dimension {dim}, but the active tenants map {len(rows.slots)} "
             "batch rows; give one name for each row of the batch"
         )
+    if rows.only is None:
+        rows.aligned([(site, input, dim)], site.name)
     slots = torch.full((count,), rows.only) if rows.only is not None else torch.tensor(rows.slots)
     outputs, states, order = [], [], []
     for slot, index in groups(slots, rows.used, site.row_by_row):
@@ -199,6 +201,11 @@ def block(owner: Any, name: str, rows: RowMap, run: Callable[..., Any], args: An
         raise RuntimeError(
             f"xorz: {name} was given {shape} for {len(rows.slots)} batch rows; use one tenant at a time"
         )
+    if rows.only is None:
+        try:
+            rows.aligned([(("block", name), x, 0)], name)
+        except Table:
+            raise rows.unproven(lead_of(x), name) from None
     slots = rows.slots if rows.only is None else (rows.only,) * x.size(0)
     found: dict[int, list[Any]] = {}
     one_by_one, outputs, spec = owner.mode == "deterministic", [], None
@@ -235,48 +242,137 @@ def _of_row(name: str, leaf: Any, x: Tensor, row: int) -> Any:
 def apart(
     owner: Any, rows: RowMap, run: Callable[..., Any], args: Any, kwargs: Any, why: RuntimeError
 ) -> Any:
-    """The whole model, once per tenant on that tenant's rows, since something in it cannot be served row by row. What a model
-    is given has the batch where `use` says; what could be cut in two ways is refused, as are caches.
+    """The whole model, once per tenant, since something in it cannot be served row by row; never with a cache, which each run
+    would add to. Rows are taken of what it gives where it is proven to have them.
+
+    Once it is seen to give a tenant the same on that tenant's rows alone, it is run on those.
     """
     leaves, spec = tree_flatten((args, kwargs))
-    dim, batch = rows.dim, len(rows.slots)
-    tensors = [t for t in leaves if isinstance(t, Tensor)]
-    places = [[i for i, size in enumerate(t.shape) if size == batch] for t in tensors]
-    cuts = [dim] in places and all(p in ([], [dim]) for p in places)
-    if rows.tokens or not cuts or any(not isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
+    if rows.tokens or rows.proof is None or any(not isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
         raise why
-    parts, order = [], []
-    for slot, index in groups(torch.tensor(rows.slots), rows.used, owner.mode == "deterministic"):
+    found = groups(torch.tensor(rows.slots), rows.used, owner.mode == "deterministic")
+    fits = [
+        isinstance(t, Tensor) and t.dim() > rows.dim and t.size(rows.dim) == len(rows.slots) for t in leaves
+    ]
+    kind = (tuple(_shape(leaf) for leaf in leaves), rows.dim, len(found), rows.used)
 
-        def cut(leaf: Any, index: Tensor = index) -> Any:
-            whole = not isinstance(leaf, Tensor) or leaf.dim() <= dim or leaf.size(dim) != batch
-            return leaf if whole else leaf.index_select(dim, index)
+    def cut(which: list[bool]) -> Any:
+        parts = []
+        for slot, index in found:
+            mine = [
+                leaf.index_select(rows.dim, index) if w else leaf
+                for leaf, w in zip(leaves, which, strict=True)
+            ]
+            mine, more = tree_unflatten(mine, spec)
+            with owner.active.set(rows.uniform(slot)):
+                parts.append(opened(run(*mine, **more)))
+        return _together(parts, [index for _, index in found], rows.dim, why)
 
-        mine, more = tree_unflatten([cut(leaf) for leaf in leaves], spec)
+    known = owner.cut.get(kind)
+    if known is not None and any(known):
+        return cut(known)
+    whole = _picked(owner, rows, run, args, kwargs, why)
+    if known is None:
+        owner.cut[kind] = _cuts(cut, fits, whole)
+    if owner.mode == "deterministic":
+        # Bits are not to depend on who else is in the batch.
+        if not any(owner.cut[kind]):
+            raise why
+        return cut(owner.cut[kind])
+    return whole
+
+
+def _cuts(cut: Callable[[list[bool]], Any], fits: list[bool], whole: Any) -> list[bool]:
+    """Which inputs may be cut into tenants' rows, so that it gives what it gives on the whole batch; none if that is not so."""
+    first = [fit and i == fits.index(True) for i, fit in enumerate(fits)]
+    for which in (fits, first):
+        try:
+            if any(which) and _alike(opened(cut(which))[1], opened(whole)[1]):
+                return which
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            continue
+    return [False] * len(fits)
+
+
+def _picked(
+    owner: Any, rows: RowMap, run: Callable[..., Any], args: Any, kwargs: Any, why: RuntimeError
+) -> Any:
+    """Each tenant's rows of what the model gives with that tenant on the whole batch."""
+    slots, merged = torch.tensor(rows.slots), []
+    each = []
+    for slot in rows.used:
         with owner.active.set(rows.uniform(slot)):
-            parts.append(_opened(run(*mine, **more)))
-        order.append(index)
+            each.append(opened(run(*args, **kwargs)))
+    for i, values in enumerate(zip(*(leaves for _, leaves in each), strict=True)):
+        first = values[0]
+        if not isinstance(first, Tensor) or all(
+            t.shape == first.shape and torch.equal(t, first) for t in values[1:]
+        ):
+            if not isinstance(first, (Tensor, *_PLAIN)):
+                raise why
+            merged.append(first)
+            continue
+        layout = rows.where(("output", i), first)
+        if layout is None or layout == TABLE or any(t.shape != first.shape for t in values):
+            raise why
+        merged.append(_by_rows(rows, slots, layout, values))
+    return each[0][0](merged)
+
+
+def _by_rows(rows: RowMap, slots: Tensor, layout: Any, values: Any) -> Tensor:
+    """Each tenant's rows of its own value, one for each of `rows.used`."""
+    out, lead = values[0], lead_of(values[0])
+    whose = slots[rows.index(layout, lead)]
+    whose = whose.reshape(*whose.shape, *[1] * (out.dim() - whose.dim()))
+    for slot, mine in zip(rows.used, values, strict=True):
+        out = torch.where(whose == slot, mine, out)
+    return out
+
+
+def _shape(leaf: Any) -> Any:
+    return tuple(leaf.shape) if isinstance(leaf, Tensor) else None
+
+
+def _together(parts: list[Any], order: list[Tensor], dim: int, why: RuntimeError) -> Any:
+    """Outputs of parts of a batch as the whole one's."""
     back, merged = torch.cat(order).argsort(), []
     for each in zip(*(found for _, found in parts), strict=True):
-        counts = [index.numel() for index in order]
         if all(isinstance(t, _PLAIN) for t in each):
             merged.append(each[0])
-        elif all(_has(t, dim, n) for t, n in zip(each, counts, strict=True)):
+        elif all(_has(t, dim, index.numel()) for t, index in zip(each, order, strict=True)):
             merged.append(torch.cat(each, dim).index_select(dim, back))
         else:
             raise why
     return parts[0][0](merged)
 
 
+def _alike(ones: list[Any], others: list[Any]) -> bool:
+    """Whether two outputs are the same but for what the order of sums does."""
+    if len(ones) != len(others):
+        return False
+    for a, b in zip(ones, others, strict=True):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if a.shape != b.shape or a.dtype != b.dtype:
+                return False
+            near = 1e-3 if a.dtype in (torch.float32, torch.float64) else 5e-2
+            scale = float(b[b.isfinite()].abs().max()) if bool(b.isfinite().any()) else 0.0
+            off = (a.double() - b.double()).abs()
+            if a.is_floating_point() and bool(((off > near * scale) & b.isfinite()).any()):
+                return False
+        elif isinstance(a, Tensor) or isinstance(b, Tensor):
+            return False
+    return True
+
+
 def settled(out: Any, rows: RowMap) -> Any:
     """What a model gives, with rows taken of what is each tenant's still."""
-    if not any(isinstance(leaf, Weight) for leaf in _opened(out)[1]):
+    if not any(isinstance(leaf, Weight) for leaf in tree_leaves(opened(out)[1])):
         return out
-    build, leaves = _opened(out)
+    build, leaves = opened(out)
     slots, done = torch.tensor(rows.slots), []
     for leaf in leaves:
         if isinstance(leaf, Weight):
-            if rows.tokens or not _has(leaf, rows.dim, len(rows.slots)):
+            if rows.tokens or rows.proof is not None or not _has(leaf, rows.dim, len(rows.slots)):
                 raise Refused(
                     f"xorz: an output {list(leaf.shape)} is made of `{leaf.full()}` alone; use one tenant at a time"
                 )
@@ -293,12 +389,12 @@ def _has(value: Any, dim: int, count: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > dim and value.size(dim) == count
 
 
-def _opened(out: Any) -> tuple[Callable[[list[Any]], Any], list[Any]]:
+def opened(out: Any) -> tuple[Callable[[list[Any]], Any], list[Any]]:
     """How an output is put together again, and its parts."""
     if isinstance(out, Mapping) and hasattr(out, "to_tuple"):
-        keys, nested = list(out.keys()), [_opened(v) for v in out.values()]
+        keys, nested = list(out.keys()), [opened(v) for v in out.values()]
     elif isinstance(out, (tuple, list)):
-        keys, nested = None, [_opened(v) for v in out]
+        keys, nested = None, [opened(v) for v in out]
     else:
         return (lambda flat: flat[0]), [out]
     sizes = [len(parts) for _, parts in nested]
@@ -332,9 +428,9 @@ def _whole(
             f"it was given a {type(strange[0]).__name__}; use one tenant at a time"
             + (f" ({why})" if why else "")
         )
-    dim = rows.dim
     inputs = [t for t in leaves if isinstance(t, Tensor) and t.dim() > 1]
-    _sure(site, rows, inputs, "was given")
+    if rows.proof is None:
+        _sure(site, rows, inputs, "was given")
     outputs = []
     for slot in rows.used:
         with site.owner.active.set(rows.uniform(slot)):
@@ -349,12 +445,12 @@ def _whole(
         if all(t.shape == first.shape and torch.equal(t, first) for t in each[1:]):
             merged.append(first)
             continue
-        _sure(site, rows, [first], "gave")
-        out = first.clone()
-        for slot, mine in zip(rows.used, each, strict=True):
-            index = (slots == slot).nonzero()[:, 0]
-            out = out.index_copy(dim, index, mine.index_select(dim, index))
-        merged.append(out)
+        if rows.proof is None:
+            _sure(site, rows, [first], "gave")
+        layout = rows.where((site, "out", i), first)
+        if layout is None or layout == TABLE:
+            raise rows.unproven(lead_of(first), f"whoever takes what {site.name} gives")
+        merged.append(_by_rows(rows, slots, layout, each))
     return tree_unflatten(merged, spec)
 
 

@@ -243,6 +243,9 @@ def swap_block(module: nn.Module, owner: Owner, name: str) -> None:
 def _block(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
     owner = module._xorz_owner
     rows = owner.now()
+    if rows is not None and rows.probe is not None:
+        rows.probe.note(("block", module._xorz_block), args[0] if args else kwargs.get("hidden_states"))
+        return plain(module, *args, **kwargs)
     if rows is None or (rows.only is not None and owner.mode != "deterministic"):
         return plain(module, *args, **kwargs)
     if rows.only is None and not any(site.serves(rows) for site in _inside(module)):
@@ -259,10 +262,10 @@ def swap_root(module: nn.Module, owner: Owner) -> None:
         @functools.wraps(plain)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
-                return plain(self, *args, **kwargs)
+                return compiled.root(self, plain, args, kwargs)
             return _root(self, plain, args, kwargs)
 
-        body = {"forward": forward, "__module__": type(module).__module__}
+        body = {"forward": forward, "__module__": type(module).__module__, "_xorz_plain": plain}
         if hasattr(type(module), "_expand_inputs_for_generation"):
             body |= {
                 "generate": _generate(type(module)),
@@ -270,6 +273,7 @@ def swap_root(module: nn.Module, owner: Owner) -> None:
             }
         _classes[key] = type(type(module).__name__, (type(module),), body)
     module.__dict__["_xorz_owner"] = owner
+    module.__dict__["_xorz_root"] = compiled.register(module)
     module.__class__ = _classes[key]
 
 
@@ -280,9 +284,14 @@ def _root(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
         return plain(module, *args, **kwargs)
     run = functools.partial(plain, module)
     why = owner.apart
+    # torch's own layers say themselves where their batch is.
+    if not rows.tokens and not isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+        main = getattr(module, "main_input_name", "")
+        rows = rows.known(owner.proofs.of(owner, run, rows, args, kwargs, main))
     if why is None:
         try:
-            return split.settled(run(*args, **kwargs), rows)
+            with owner.active.set(rows):
+                return split.settled(run(*args, **kwargs), rows)
         except RuntimeError as error:
             why = error
     out = split.apart(owner, rows, run, args, kwargs, why)
@@ -392,5 +401,5 @@ def restore_class(module: nn.Module) -> None:
     own = module.__dict__.get("forward")
     if hasattr(own, "_xorz_inner"):
         module.__dict__["forward"] = own._xorz_inner
-    for name in ("_xorz", "_xorz_number", "_xorz_width", "_xorz_owner", "_xorz_block"):
+    for name in ("_xorz", "_xorz_number", "_xorz_width", "_xorz_owner", "_xorz_block", "_xorz_root"):
         module.__dict__.pop(name, None)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import swap
 from .arena import Arena
 from .prepare import Prepared, prepare
+from .proof import Proofs
 from .rows import BASE, Active, RowMap, Use, lasting, stepping
 from .site import Site
 from .verify import verify
@@ -89,6 +90,8 @@ class Tenants:
         self._detached = False
         self.example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.apart: RuntimeError | None = None
+        self.cut: dict[Any, list[bool]] = {}
+        self.proofs = Proofs()
         self.of_base = RowMap((BASE,), (None,))
         self.generators: dict[int, RowMap] = {}
         self._shrouded: list[Tensor] = []
@@ -214,6 +217,8 @@ class Tenants:
         slot = next(i for i in itertools.count() if i not in self._slots)
         while slot >= self.capacity:
             self.capacity *= 2
+        # What was seen of the tenant that had the slot before is not this one's.
+        self.cut.clear()
         tenant.slot, tenant.alone, tenant.last = slot, prepared.alone, next(self._clock)
         self._slots[slot] = tenant
         try:
@@ -337,7 +342,9 @@ class Tenants:
                 )
             slots = [BASE if name is None else held[name].slot for name in names]
             tenants = tuple(held.values())
-            return RowMap(slots, names, dim=dim, release=lambda: self._release(tenants))
+            out = RowMap(slots, names, dim=dim, release=lambda: self._release(tenants))
+            out.together = self.proofs.together
+            return out
         except BaseException:
             self._release(tuple(held.values()))
             raise

@@ -20,6 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .rows import TABLE, Table
+
+trials: list[None] = []
+"""As many entries as there are runs that find out where rows are, in any thread."""
+
 Place = tuple[Any, str]
 """A site and its own name of a tensor."""
 
@@ -74,9 +79,16 @@ class Weight(Tensor):
         if func in _ASKED:
             args, kwargs = tree_map(plain, (args, kwargs))
             return func(*args, **kwargs)
+        if trials:
+            rows = _tried(args, kwargs)
+            if rows is not None:
+                return _try(func, args, kwargs, rows)
         served = known.get(func)
         if served is not None:
-            out = served(*args, **kwargs)
+            try:
+                out = served(*args, **kwargs)
+            except Table:
+                return _of_tables(func, args, kwargs)
             if out is not NotImplemented:
                 return out
         return _compute(func, args, kwargs)
@@ -183,6 +195,45 @@ def _compute(func: Any, args: Any, kwargs: Any) -> Any:
         )
     args, kwargs = with_dense(args, kwargs, rows.only)
     return func(*args, **kwargs)
+
+
+def _tried(args: Any, kwargs: Any) -> Any:
+    """The map of the run that finds out where rows are, if this is one."""
+    weight = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Weight)), None)
+    rows = None if weight is None else weight.owner.active.get()
+    return None if rows is None or rows.probe is None else rows
+
+
+def _try(func: Any, args: Any, kwargs: Any, rows: Any) -> Any:
+    """On the base; what is given beside weights is noted. What is made of weights alone is a weight, as in a mixed batch."""
+    leaves = tree_leaves((args, kwargs))
+    weights = [leaf for leaf in leaves if isinstance(leaf, Weight)]
+    _refuse_changes(func, _called(func), args, kwargs)
+    others = [(i, t) for i, t in enumerate(leaves) if isinstance(t, Tensor) and not isinstance(t, Weight)]
+    if not others or _picks(func, args):
+        served = known.get(func)
+        out = NotImplemented if served is None else served(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+        if _called(func) not in _TELLING:
+            return derive(lambda slot: _on_dense(func, args, kwargs, slot), weights, _called(func))
+    else:
+        noted = [rows.probe.note((site, i), t) for site in sites_of(weights) for i, t in others]
+        if all(layout == TABLE for layout in noted):
+            return _of_tables(func, args, kwargs)
+    args, kwargs = tree_map(plain, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def sites_of(weights: list[Weight]) -> list[Any]:
+    """The modules whose tensors they are made of."""
+    return list(dict.fromkeys(site for w in weights for site, _ in w.places))
+
+
+def _of_tables(func: Any, args: Any, kwargs: Any) -> Any:
+    """An op on weights and tensors that belong to no row: what it gives is as each tenant has it, whole."""
+    weights = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Weight)]
+    return derive(lambda slot: _on_dense(func, args, kwargs, slot), weights, _called(func))
 
 
 def _on_dense(func: Any, args: Any, kwargs: Any, slot: int) -> Any:

@@ -1,0 +1,183 @@
+"""Promise: no row of a batch is computed with another row's tenant, whatever sizes happen to be alike: tables, learned queries,
+prompts and masks as long as the batch has rows, rows that change places. Every expectation is the plain fine-tuned model's.
+"""
+
+import copy
+
+import pytest
+import torch
+import xorz
+from test_readers import Case
+from torch import nn
+
+F = nn.functional
+
+
+class Tabled(nn.Module):
+    """[batch, length, 6] beside a table [n, 6] that belongs to no row; `how` says where the table goes."""
+
+    def __init__(self, n, how, own):
+        super().__init__()
+        self.how, self.n, self.first, self.proj = how, n, nn.Linear(6, 6), nn.Linear(6, 6)
+        self.norm, self.embed = nn.LayerNorm(6), nn.Embedding(n, 6)
+        self.attend = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.own = nn.Parameter(torch.randn(n, 6)) if own else None
+
+    def table(self):
+        return self.own if self.own is not None else torch.arange(self.n * 6.0).view(self.n, 6).sin()
+
+    def forward(self, x):
+        return HOW[self.how](self, self.first(x), self.table())
+
+
+def prompts(m, h, table):
+    """Learned prompts before the tokens, through a layer of their own."""
+    own = m.proj(table)
+    return torch.cat([own[None].expand(h.size(0), -1, -1), h], 1)
+
+
+def queries(m, h, table):
+    """Learned queries, as Perceiver has them."""
+    return m.attend(m.proj(table)[None].expand(h.size(0), -1, -1), h, h, need_weights=False)[0]
+
+
+HOW = {
+    "linear": lambda m, h, t: h + torch.softmax(h @ m.proj(t).T, -1) @ t,
+    "two layers": lambda m, h, t: h + torch.softmax(h @ m.proj(F.gelu(m.proj(t))).T, -1) @ t,
+    "norm": lambda m, h, t: torch.softmax(h @ m.norm(t).T, -1) @ t,
+    "meets a weight": lambda m, h, t: torch.softmax(h @ (t * m.norm.weight).T, -1) @ t,
+    "positions": lambda m, h, t: h @ m.embed(torch.arange(m.n)).T + h @ (m.embed(torch.arange(m.n)) + t).T,
+    "one row of them": lambda m, h, t: torch.softmax(h @ m.embed(torch.arange(m.n)[None])[0].T, -1) @ t,
+    "mean of them": lambda m, h, t: h + m.embed(torch.arange(m.n)[None]).mean(0).sum(0),
+    "prompts": prompts,
+    "queries": queries,
+}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["made", "learned"])
+@pytest.mark.parametrize("how", HOW)
+def test_a_table_as_long_as_the_batch_is_a_table(how, own):
+    torch.manual_seed(0)
+    for n in (4, 3):
+        case = Case(Tabled(n, how, own))
+        case.check_alone(torch.randn(2, 5, 6))
+        for length in (5, 4, n):
+            assert case.check_mixed(torch.randn(4, length, 6)) == "right", (n, length)
+
+
+def test_a_table_is_a_table_whichever_tensors_a_tenant_changes():
+    """Of the table's own layer, of the table, or of what comes before: each alone."""
+    torch.manual_seed(0)
+    base, x = Tabled(4, "linear", True).eval(), torch.randn(4, 4, 6)
+    plain = {None: base}
+    tenants = xorz.attach(copy.deepcopy(base))
+    for name, changed in {"layer": "proj.weight", "table": "own", "before": "first.bias"}.items():
+        plain[name] = copy.deepcopy(base)
+        with torch.no_grad():
+            plain[name].get_parameter(changed).add_(0.5)
+        tenants.load(name, xorz.diff(base, plain[name]))
+    with torch.no_grad():
+        for names in (
+            ["layer", None, "table", "before"],
+            ["layer", None, None, "layer"],
+            [None, "table", None, "table"],
+        ):
+            with tenants.use(names):
+                got = tenants.model(x)
+            for row, name in enumerate(names):
+                torch.testing.assert_close(got[row], plain[name](x)[row], rtol=1e-4, atol=1e-5)
+
+
+class Moves(nn.Module):
+    """Rows that do not stay where they were."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.second, self.how = nn.Linear(6, 6), nn.Linear(6, 6), how
+
+    def forward(self, x):
+        h = self.first(x)
+        if self.how == "turned":
+            return self.second(h.flip(0)).flip(0)
+        if self.how == "sequence first":
+            return self.second(h.transpose(0, 1)).transpose(0, 1)
+        if self.how == "tokens":
+            return self.second(h.reshape(-1, 6)).view(h.shape)
+        if self.how == "tokens by place":
+            return self.second(h.transpose(0, 1).reshape(-1, 6)).view(h.size(1), h.size(0), 6).transpose(0, 1)
+        return h + self.second(h.mean(0, keepdim=True) + h)  # rows that see each other
+
+
+@pytest.mark.parametrize("how", ["turned", "sequence first", "tokens", "tokens by place", "mixed"])
+def test_rows_that_change_places_are_followed_or_refused(how):
+    torch.manual_seed(0)
+    case = Case(Moves(how))
+    for length in (4, 5, 1):
+        said = case.check_mixed(torch.randn(4, length, 6))
+        assert said == ("refused" if how == "mixed" else "right")
+
+
+def test_an_input_that_is_no_rows_is_not_cut():
+    """A table that is given to the model, as long as the batch, through a layer, or beside what runs tenant by tenant."""
+
+    class Given(nn.Module):
+        def __init__(self, strange):
+            super().__init__()
+            self.first, self.proj, self.strange = nn.Linear(6, 6), nn.Linear(6, 6), strange
+
+        def forward(self, x, table):
+            h = self.first(x)
+            if self.strange:
+                h = h + torch.einsum("btk,k->bt", h, self.proj.bias)[..., None]
+            return h + torch.softmax(h @ self.proj(table).T, -1) @ table
+
+    torch.manual_seed(0)
+    for strange in (False, True):
+        case, table = Case(Given(strange)), torch.randn(4, 6)
+        said = case.check_mixed(torch.randn(4, 5, 6), call=lambda m, x, table=table: m(x, table))
+        assert strange or said == "right"
+
+
+def test_a_row_has_its_tenant_in_code_that_was_compiled_first():
+    torch.manual_seed(0)
+    for n in (4, 3):
+        case, x = Case(Tabled(n, "linear", False)), torch.randn(4, 5, 6)
+        names = ["a", None, "b", "a"]
+        torch._dynamo.reset()
+        compiled = torch.compile(case.model, backend="eager")
+        with torch.no_grad():
+            try:
+                with case.tenants.use(names):
+                    got = compiled(x)
+            except Exception as error:
+                assert "xorz" in str(error), error
+                continue
+        for row, name in enumerate(names):
+            torch.testing.assert_close(got[row], case.plain[name](x)[row], rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_nothing_is_left_of_the_runs_that_find_rows():
+    """Caches, random numbers and the model's own counts are as if it had run once."""
+
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.drop = nn.Linear(6, 6), nn.Dropout(0.5)
+
+        def forward(self, x, cache):
+            cache.append(x)
+            return self.drop(self.layer(x)) * len(cache)
+
+    torch.manual_seed(0)
+    case, x, names = Case(Counts()), torch.randn(4, 5, 6), ["a", None, "b", "a"]
+    for model in (*case.plain.values(), case.model):
+        model.train()
+    cache = [1]
+    with torch.no_grad(), case.tenants.use(names):
+        torch.manual_seed(3)
+        got = case.model(x, cache)
+    assert len(cache) == 2
+    for row, name in enumerate(names):
+        torch.manual_seed(3)
+        torch.testing.assert_close(got[row], case.plain[name](x, [1])[row], rtol=1e-4, atol=1e-5)
