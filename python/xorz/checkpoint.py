@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -146,24 +146,35 @@ def restore(base: StateDict, package: PathLike) -> dict[str, Tensor]:
 
 
 def load_deltas(
-    base: StateDict | PathLike, package: PathLike, *, prefer: str | None = "auto", jobs: int | None = None
+    base: StateDict | PathLike,
+    package: PathLike,
+    *,
+    prefer: str | None = "auto",
+    jobs: int | None = None,
+    skip: Container[str] = (),
 ) -> dict[str, Tensor]:
     """Per tensor name its resident delta (1-D uint8), checked against `base`; tensors stored alone are given whole.
 
     No dense matrix is made on the way. `prefer` re-encodes for "speed" or "memory" where the package holds the other;
     None takes what it holds, which is the fastest. A base given by its path is read only for what must be encoded anew,
-    and once for its digests, which the user's cache keeps. `jobs` threads; None is one per core. Errors as `restore`.
+    and once for its digests, which the user's cache keeps. `jobs` threads; None is one per core. Tensors named in `skip` are
+    left out. Errors as `restore`.
     """
     if _is_path("base", base):
         with _core.Base(base, _core.run(jobs)) as old:
-            return _load_each(package, jobs, lambda opened, name, _: opened.resident_from(name, old, prefer))
+            return _load_each(
+                package, jobs, lambda opened, name, _: opened.resident_from(name, old, prefer), skip
+            )
     return _load_each(
-        package, jobs, lambda opened, name, entry: opened.resident(name, _base_of(entry, base), prefer)
+        package, jobs, lambda opened, name, entry: opened.resident(name, _base_of(entry, base), prefer), skip
     )
 
 
 def _load_each(
-    package: PathLike, jobs: int | None, resident: Callable[[_core.Package, str, dict[str, Any]], Tensor]
+    package: PathLike,
+    jobs: int | None,
+    resident: Callable[[_core.Package, str, dict[str, Any]], Tensor],
+    skip: Container[str],
 ) -> dict[str, Tensor]:
     """Every tensor of the package, several at a time; of several errors, that of the first tensor."""
 
@@ -172,7 +183,7 @@ def _load_each(
 
     workers = _core.run(jobs).jobs or len(os.sched_getaffinity(0))
     with _core.Package(package) as opened, ThreadPoolExecutor(workers) as pool:
-        mine = {name: entry for name, entry in opened.entries.items() if not entry["same"]}
+        mine = {n: e for n, e in opened.entries.items() if not e["same"] and n not in skip}
         # Large tensors first, so that no large one is begun when all others are done.
         order = sorted(mine, key=lambda name: -mine[name]["bytes"])
         waiting = {name: pool.submit(load, name, mine[name]) for name in order}
@@ -181,7 +192,8 @@ def _load_each(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-        return {name: out[entry["same"] or name] for name, entry in opened.entries.items()}
+        kept = {name: entry["same"] or name for name, entry in opened.entries.items() if name not in skip}
+        return {name: out[first] for name, first in kept.items() if first in out}
 
 
 def inspect(package: PathLike) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import _core, _ops, checkpoint
 from ..diff import StateDelta
+from . import names
 from .site import FLOATS, Site
 from .stored import Experts, stored
 from .weight import plain
@@ -109,6 +110,11 @@ def _entries(
                 if any(d is not None for d in experts):
                     out[name] = ("experts", experts)
                 continue
+            if kind == "alone" and tensor.shape == base[name].shape and tensor.dtype == base[name].dtype:
+                # A head that the packed base lacked, and the model has: the difference to the model's own.
+                tensor = _ops.delta_encode(base[name].contiguous(), tensor.contiguous())
+                out[name] = ("delta", tensor)
+                continue
             if kind == "delta" and _core.delta_info(tensor).changed == 0:
                 continue
             out[name] = (kind, tensor)
@@ -125,6 +131,11 @@ def _read(
     """Deltas, each checked against its base, tensors stored alone, and missing ones, by their names in the model."""
     if isinstance(source, (StateDelta, Mapping)):
         deltas, alone, removed = _in_memory(source)
+        found, ignored = names.matched(model, base, (*deltas, *alone, *removed))
+        if found or ignored:
+            renamed = [_renamed(kind, found, ignored) for kind in (deltas, alone, dict.fromkeys(removed))]
+            deltas, alone, removed = renamed[0], renamed[1], list(renamed[2])
+            names.report(ignored)
         deltas = {name: _preferred(delta, base.get(name), prefer) for name, delta in deltas.items()}
         files = None if base.keys() >= {*deltas, *alone} else stored(model, base)
         words = base if files is None else files.base
@@ -132,23 +143,37 @@ def _read(
     else:
         description = checkpoint.inspect(source)
         entries = description["entries"]
+        given = {n for e in entries for n in (e["name"], e["base_name"]) if n} | set(
+            description["removed_names"]
+        )
         files = None if base.keys() >= {e["name"] for e in entries} else stored(model, base)
         words = base if files is None else files.base
-        loaded = checkpoint.load_deltas(words, source, prefer=prefer)
+        found, ignored = names.matched(model, words, given)
+        words = {**words, **{name: words[own] for name, own in found.items()}}
+        loaded = checkpoint.load_deltas(words, source, prefer=prefer, skip=frozenset(ignored))
         apart = {e["name"] for e in entries if e["base"] is None and not e["same"]}
         apart |= {e["name"] for e in entries if e["same"] in apart}
         deltas = {n: t for n, t in loaded.items() if n not in apart}
         alone = {n: t for n, t in loaded.items() if n in apart}
-        removed = description["removed_names"]
+        removed = [name for name in description["removed_names"] if name not in ignored]
         # Loading has checked a delta against the tensor that it was made of, which need not be the one of its own name.
         unchecked = {e["name"] for e in entries if e["same"] or e["base_name"] not in (None, e["name"])}
+        names.report([n for n in ignored if n in {e["name"] for e in entries}])
     for name, delta in deltas.items():
         if name in unchecked and name in words:
             _check(name, words[name], delta)
+    if not isinstance(source, (StateDelta, Mapping)):
+        deltas, alone = _renamed(deltas, found, ()), _renamed(alone, found, ())
+        removed = [found.get(name, name) for name in removed]
     if files is None:
         return deltas, alone, removed
     lost = [files.whole(name) for name in removed if name in files.base]
     return files.deltas(deltas), {files.whole(name): t for name, t in alone.items()}, lost
+
+
+def _renamed(tensors: Mapping[str, Any], found: Mapping[str, str], ignored: Any) -> dict[str, Any]:
+    """By the model's names, without what it ignores."""
+    return {found.get(name, name): t for name, t in tensors.items() if name not in ignored}
 
 
 _OTHER = {"speed": "exponent", "memory": "sparse"}
