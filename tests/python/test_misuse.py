@@ -127,7 +127,11 @@ def misuses():
     )
     yield "rows backwards", lambda: cut(base, delta, rows=(5, 4)), r"rows = \(5, 4\) must lie within 0 to 8"
     yield "rows negative", lambda: cut(base, delta, rows=(-2, 4)), r"rows = \(-2, 4\) must lie within 0 to 8"
-    yield "one row", lambda: cut(base, delta, rows=(3,)), r"rows must be a pair \(first, end\), but holds 1 num"
+    yield (
+        "one row",
+        lambda: cut(base, delta, rows=(3,)),
+        r"rows must be a pair \(first, end\), but holds 1 num",
+    )
     yield (
         "rows of a vector",
         lambda: cut(base[0], xorz.delta_encode(base[0], tuned[0]), rows=(0, 1)),
@@ -202,7 +206,7 @@ def good(dtype=torch.float32):
         "delta_linear_grouped_grad_input": {"grad": g, **many},
         "delta_embedding": {"indices": torch.tensor([7, 0]), **many},
         "delta_linear_grad_input": {"grad": g, "weight": base, "delta": delta},
-        "delta_restore": {"base": base, "delta": delta, "rows": [1, 7], "columns": [0, 5]},
+        "delta_restore": {"base": base, "delta": delta, "rows": (1, 7), "columns": (0, 5)},
         "delta_apply_": {"weight": base.clone(), "delta": delta},
         "delta_encode": {"base": base, "fine_tuned": tuned},
         "delta_slice": {"delta": delta, "base": base, "dim": 0, "start": 1, "end": 5},
