@@ -265,33 +265,46 @@ fn products_with_a_mutant_of_an_entry_are_noticed() {
         let ones: Vec<usize> = (1..tile.entries.len() - 1)
             .filter(|i| position(i - 1) + 1 < position(*i) && position(*i) + 1 < position(i + 1))
             .collect();
+        // The word that an entry changes, and one of the same size in its row, with what cancels the first one in a sum.
+        let value = |at: usize| value(dtype, &fine_tuned[at * w..(at + 1) * w]);
+        let place = |i: usize| (position(i) / 256, position(i) % 256);
+        let against = |i: usize| {
+            let (r, c) = place(i);
+            let word = |c: usize| value(r * shape.k + c);
+            let alike = |other: &usize| *other != c && word(*other).abs() == word(c).abs();
+            let other = (0..shape.k).find(alike).unwrap();
+            (other, -word(c) / word(other))
+        };
         for m in [1, 2, 5, 16, 40] {
-            // Never zero, and no two neighbours weigh the same.
-            let x: Vec<u8> =
-                (0..m * shape.k).flat_map(|i| word(dtype, [1.0, 3.0, -2.0, 0.5][i % 4])).collect();
-            let want = case.reference(&x, m, None);
-            let product = |blob: Vec<u8>, mode| {
-                let mutant = Case { blob, base: base.clone(), fine_tuned: vec![], ..case };
-                let got = mutant.linear(xorz::vector::Isa::active().unwrap(), &x, m, None, mode);
-                first_difference(dtype, &got, &want)
+            let x_of = |weights: &[(usize, f64)]| -> Vec<u8> {
+                let weight = |c: usize| weights.iter().find(|at| at.0 == c).map_or(0.0, |at| at.1);
+                (0..m * shape.k).flat_map(|i| word(dtype, weight(i % shape.k))).collect()
             };
             for mode in MODES {
-                assert_eq!(product(case.blob.clone(), mode), None, "{dtype} m {m} {mode:?}");
-                let mut any = |list: &[usize]| list[rng.next() as usize % list.len()];
-                let caught = |what: &str, change: &dyn Fn(&mut [u8])| {
+                let caught = |what: &str, x: Vec<u8>, change: &dyn Fn(&mut [u8])| {
+                    let want = case.reference(&x, m, None);
                     let mut blob = case.blob.clone();
-                    change(&mut blob);
-                    assert!(product(blob, mode).is_some(), "{what} went unnoticed, {dtype} m {m} {mode:?}");
+                    for mutant in [false, true] {
+                        let of = Case { blob: blob.clone(), base: base.clone(), fine_tuned: vec![], ..case };
+                        let got = of.linear(xorz::vector::Isa::active().unwrap(), &x, m, None, mode);
+                        let noticed = first_difference(dtype, &got, &want);
+                        assert_eq!(noticed.is_some(), mutant, "{what}, {dtype} m {m} {mode:?}: {noticed:?}");
+                        change(&mut blob);
+                    }
                 };
+                let mut any = |list: &[usize]| list[rng.next() as usize % list.len()];
                 let (one, two) = (any(&ones), any(&twos));
                 let no_op = word(dtype, -0.0);
                 let dropped = |i: usize| {
                     let no_op = no_op.clone();
                     move |blob: &mut [u8]| blob[differences + i * w..][..w].copy_from_slice(&no_op)
                 };
-                caught("a dropped entry", &dropped(one));
-                caught("a dropped second entry", &dropped(two));
-                caught("an entry of the next column", &|blob| blob[positions + 2 * one] ^= 1);
+                // One word alone, or two whose sum is what the second difference of the first one leaves.
+                let alone = x_of(&[(place(one).1, 1.0)]);
+                let both = x_of(&[(place(two).1, 1.0), against(two)]);
+                caught("a dropped entry", alone.clone(), &dropped(one));
+                caught("a dropped second entry", both, &dropped(two));
+                caught("an entry of the next column", alone, &|blob| blob[positions + 2 * one] ^= 1);
             }
         }
     }
