@@ -79,7 +79,7 @@ pub(crate) struct Change<'a, W> {
     /// The first difference.
     pub(crate) first: W,
     /// The second one's bytes, or none. Not an `Option<W>`: a compiler writes two bytes of that to the stack and reads four
-    /// back, which waits for the store, 20 cycles an entry.
+    /// back, which waits for the store, 20 cycles per entry.
     second: &'a [u8],
 }
 

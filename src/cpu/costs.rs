@@ -64,7 +64,7 @@ impl Costs {
             // Zen 5: a record of sixteen entries takes 20 cycles.
             (Vendor::Amd, 26..) => Self { gathered_ns: 5.0, ..default },
             // Sapphire Rapids: a record takes 8.7 cycles, so that transposing never pays; four rows of W by four of x take
-            // 35 cycles a step by the bf16 dot product.
+            // 35 cycles per step by the bf16 dot product.
             (Vendor::Intel, _) => {
                 let (widen_from, torch_panels) = (4, processor.amx_bf16);
                 Self { gathered_ns: 2.9, transposed_ns: 50.0, widen_from, torch_panels, ..default }
