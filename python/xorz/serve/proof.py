@@ -1,7 +1,7 @@
-"""Whose the rows of a tensor are: found by trying, never by a size that fits.
+"""Where the rows of a batch are in a tensor: found by trying, never by a size that fits.
 
 Before the first batch of several tenants of a kind (the ranks of its inputs, and which of their sizes are the batch's), the
-model is run some times on the base, on copies of what it is given. In each run the words of some batch rows are other ones, so
+model is run some times on the base, on copies of what it is given. In each run the words of some batch rows are changed, so
 that every row has its own pattern of runs in which it changes. What reaches a layer, or meets a weight, must then change by
 the same pattern, which tells where its rows lie. What never changes belongs to no row (positions, learned queries, masks).
 Anything else is not served row by row.
@@ -25,7 +25,7 @@ _ROUNDS = 4
 
 
 class Proof:
-    """Of one kind of batch: where the rows are in what each layer is given.
+    """For one kind of batch: where the rows are in what each layer is given.
 
     Attributes:
         layouts: (place, pattern of sizes) -> where; None if that is not known, or not always the same.
@@ -33,12 +33,12 @@ class Proof:
     """
 
     def __init__(self) -> None:
-        """Nothing is known."""
+        """Begin with no layout at all."""
         self.layouts: dict[Any, Layout | None] = {}
         self.why: str | None = None
 
     def add(self, key: Any, layout: Layout | None) -> None:
-        """One observation."""
+        """Take one observation: where the rows were; two that differ leave `key` unknown."""
         self.layouts[key] = layout if self.layouts.get(key, layout) == layout else None
 
 
@@ -50,7 +50,7 @@ class Recorder:
     """
 
     def __init__(self, batch: int, layouts: Mapping[Any, Layout | None]) -> None:
-        """Nothing yet."""
+        """A recorder that has seen nothing yet, for a batch of `batch` rows."""
         self.batch, self.layouts = batch, layouts
         self.seen: dict[Any, Tensor] = {}
         self._times: dict[Any, int] = {}
@@ -89,7 +89,7 @@ class Proofs:
     """What is known of an attached model, by the kind of batch."""
 
     def __init__(self) -> None:
-        """Nothing is known."""
+        """Begin without a proof for any kind of batch."""
         self._found: dict[Any, Proof] = {}
         self._lock = threading.RLock()
         self.together = Proof()
@@ -161,7 +161,7 @@ class _Trial:
         return out[:_MOST_INPUTS]
 
     def proof(self) -> Proof:
-        """Try it."""
+        """Run the model on the base some times, and return where its rows were found."""
         out = Proof()
         if not self._inputs:
             out.why = "none of its inputs has a row for each name, and words to tell them by"
