@@ -153,7 +153,7 @@ def test_errors_are_of_the_expected_class(tmp_path):
     package = tmp_path / "t.xorz"
     with pytest.raises(OSError, match="no such"):
         xorz.pack(base, tuned, tmp_path / "no such" / "t.xorz")
-    with pytest.raises(ValueError, match="prefer must be one of 'speed', 'memory', but is 'size'"):
+    with pytest.raises(ValueError, match="prefer must be one of 'speed', 'memory', 'auto', but is 'size'"):
         xorz.pack(base, tuned, package, prefer="size")
     with pytest.raises(ValueError, match=r"codec must be one of .* but is 'zip'"):
         xorz.pack(base, tuned, package, codec="zip")

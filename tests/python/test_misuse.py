@@ -111,7 +111,7 @@ def misuses():
     yield (
         "encode prefer",
         lambda: ops.delta_encode(base, tuned, prefer="size"),
-        r'prefer must be "speed" or "memory", but is "size"',
+        r'prefer must be "auto", "speed" or "memory", but is "size"',
     )
     yield "restore", lambda: ops.delta_restore(base.float(), delta), r"base is float32.*delta is of bfloat16"
     cut = ops.delta_restore

@@ -208,8 +208,9 @@ impl NextRows {
     /// The next share, to the end of its row.
     fn next(&mut self) -> Range<usize> {
         let (row, at) = (self.at / self.run.max(1), self.at % self.run.max(1));
-        self.at += self.share;
+        let share = self.share.min(self.run - at.min(self.run));
+        self.at += share;
         let from = self.start + row * self.stride;
-        from + at..from + (at + self.share).min(self.run)
+        from + at..from + at + share
     }
 }
