@@ -300,6 +300,7 @@ def frames(tile_rows: int, tile_cols: int) -> dict[tuple[int, int], bytes]:
     }
 
 
+@torch.inference_mode()
 def e2e_forward_on_delta_no_full_reconstruct(
     x: torch.Tensor, tiles: dict[tuple[int, int], bytes] | torch.Tensor, tile_rows: int, tile_cols: int
 ) -> tuple[dict[str, float], torch.Tensor]:
