@@ -45,6 +45,14 @@ pub(super) fn dot(acc: __m512, a: __m512i, b: __m512i) -> __m512 {
     }
 }
 
+/// The same number, of which the compiler then knows nothing: else it steps a pointer for each row in place of this one.
+#[inline(always)]
+pub(super) fn opaque(mut at: usize) -> usize {
+    // SAFETY: no instruction at all.
+    unsafe { std::arch::asm!("/* {0} */", inout(reg) at, options(pure, nomem, nostack, preserves_flags)) };
+    at
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 #[inline]
 fn dots<const R: usize, const M: usize, const E: usize>(
@@ -58,27 +66,27 @@ fn dots<const R: usize, const M: usize, const E: usize>(
     let steps = Steps::of(bytes);
     let (words, x) = (words.map(<[u8]>::as_ptr), x.map(<[u8]>::as_ptr));
     let mut sums = [[_mm512_setzero_ps(); M]; R];
-    let mut next = words[0].wrapping_add(ahead);
-    for i in 0..steps.whole {
-        for _ in 0..E {
-            _mm_prefetch::<_MM_HINT_T1>(next.cast());
-            next = next.wrapping_add(STEP);
+    let next = words[0].wrapping_add(ahead);
+    let (mut at, end) = (0, steps.whole * STEP);
+    while at < end {
+        for i in 0..E {
+            _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(E * at + i * STEP).cast());
         }
         let mut loaded = [_mm512_setzero_si512(); R];
         for r in 0..R {
             // SAFETY: `whole` steps lie within every row.
-            loaded[r] = unsafe { _mm512_loadu_si512(words[r].add(i * STEP).cast()) };
+            loaded[r] = unsafe { _mm512_loadu_si512(words[r].add(at).cast()) };
         }
         for j in 0..M {
             // SAFETY: as above.
-            let x = unsafe { _mm512_loadu_si512(x[j].add(i * STEP).cast()) };
+            let x = unsafe { _mm512_loadu_si512(x[j].add(at).cast()) };
             for r in 0..R {
                 sums[r][j] = dot(sums[r][j], loaded[r], x);
             }
         }
+        at = opaque(at + STEP);
     }
     if steps.rest != 0 {
-        let at = steps.whole * STEP;
         // SAFETY: the words of `rest` follow the whole steps of every row, and only they are read.
         let load = |from: *const u8| unsafe { _mm512_maskz_loadu_epi16(steps.rest, from.add(at).cast()) };
         for j in 0..M {

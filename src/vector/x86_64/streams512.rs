@@ -9,7 +9,7 @@
     reason = "arrays indexed in step are what stays in registers; `array::map` is a call, with vectors in memory"
 )]
 
-use super::bf16dot::{STEP, Steps, dot};
+use super::bf16dot::{STEP, Steps, dot, opaque};
 use super::lanes512::Table16;
 use std::arch::x86_64::*;
 
@@ -106,14 +106,6 @@ impl<const T: usize> Streams<'_, T> {
 fn ask(from: *const u8, at: usize) {
     // SAFETY: a prefetch never faults, whatever the address, and `wrapping_add` computes any.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at).cast()) }
-}
-
-/// The same number, of which the compiler then knows nothing: else it would step a pointer for each row, in place of this one.
-#[inline(always)]
-fn opaque(mut at: usize) -> usize {
-    // SAFETY: no instruction at all.
-    unsafe { std::arch::asm!("/* {0} */", inout(reg) at, options(pure, nomem, nostack, preserves_flags)) };
-    at
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,avx512bf16,popcnt,bmi2")]
