@@ -21,7 +21,7 @@ SHIM_SOURCES   := $(wildcard csrc/*) CMakeLists.txt
 PYTHON_SOURCES := $(shell find python -name '*.py' -o -name py.typed) pyproject.toml README.md
 PYTHON_LINTED  := $(wildcard python tests benches examples)
 
-.PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-vllm test-wheel test-models stress test-smollm cuda-gate lint \
+.PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-vllm test-wheel test-models stress test-smollm cuda-gate cpu-gate lint \
   format bench bench-checkpoint bench-serving bench-vllm notebook changes clean
 .DELETE_ON_ERROR:
 
@@ -72,9 +72,10 @@ build/serve/serve: examples/serve.cpp examples/CMakeLists.txt $(wildcard $(VENV)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(NICE) cmake --build build/serve -- --quiet
 	@touch $@
 
-# Not part of test: minutes of emulation, and Debian's packages. For machines without AVX-512.
+# Not part of test: half an hour of emulation, and 90 MB of Debian's packages in the user's cache ($XORZ_BOCHS). For machines
+# without AVX-512. `make test-avx512 ARGS="avx512bf16 cpu simd_parity::every_address"` for some of it.
 test-avx512:
-	NICE="$(NICE)" CARGO="$(CARGO)" tests/avx512/run.sh
+	NICE="$(NICE)" CARGO="$(CARGO)" tests/avx512/run.sh $(ARGS)
 
 # Not part of test: each other torch takes 5 to 7 GB, kept in the user's cache ($XORZ_ABI_VENVS), and minutes of tests.
 # `make test-abi ARGS="--only 2.10"` for one of them.
@@ -95,6 +96,12 @@ bench-vllm: build
 # `make cuda-gate ARGS="--only 80"` for one architecture, `ARGS=--write` after a change of cuda/.
 cuda-gate:
 	$(NICE) $(PYTHON) tests/cuda_gate/gate.py $(ARGS)
+
+# Part of CI, not of test: what the hot loops of the AVX-512 kernels cost, in the library as it was built; seconds. No AVX-512 is
+# needed, but llvm-mca of LLVM 19 (Debian's llvm-19, which it installs when it runs as root). `make cpu-gate ARGS=--write` after
+# a change of the kernels, `ARGS="--show exponent_1"` to read a loop.
+cpu-gate: build
+	$(NICE) $(PY) tests/cpu_gate/gate.py $(ARGS)
 
 # Not part of test: fetches torch twice, and compiles everything in a clean folder.
 test-wheel: build
