@@ -5,7 +5,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ._ops import _check_devices, _check_rows, _ops
+from ._ops import check_devices, check_rows
+
+_ops = torch.ops.xorz
 
 
 def _check_grouped(
@@ -18,7 +20,7 @@ def _check_grouped(
     tenant_of_row: Tensor,
     dim: int,
 ) -> None:
-    _check_rows(op, name, rows, weight, dim)
+    check_rows(op, name, rows, weight, dim)
     count = 1
     for size in rows.shape[:-1]:
         count = count * size
@@ -57,7 +59,7 @@ def _check_tenants(op: str, arena: Tensor, slots: Tensor, tenant_of_row: Tensor,
 @torch.library.register_fake("xorz::delta_linear_grouped")
 def _(input, weight, biases, arena, slots, tenant_of_row, *, mode="fast"):
     op = "delta_linear_grouped"
-    _check_devices(
+    check_devices(
         op,
         input=input,
         weight=weight,
@@ -93,7 +95,7 @@ def _(input, weight, biases, arena, slots, tenant_of_row, *, mode="fast"):
 @torch.library.register_fake("xorz::delta_linear_grouped_grad_input")
 def _(grad, weight, arena, slots, tenant_of_row):
     op = "delta_linear_grouped_grad_input"
-    _check_devices(op, grad=grad, weight=weight, arena=arena, slots=slots, tenant_of_row=tenant_of_row)
+    check_devices(op, grad=grad, weight=weight, arena=arena, slots=slots, tenant_of_row=tenant_of_row)
     _check_grouped(op, "grad", grad, weight, arena, slots, tenant_of_row, 0)
     return grad.new_empty((*grad.shape[:-1], weight.size(1)))
 
@@ -101,7 +103,7 @@ def _(grad, weight, arena, slots, tenant_of_row):
 @torch.library.register_fake("xorz::delta_embedding")
 def _(indices, weight, arena, slots, tenant_of_row):
     op = "delta_embedding"
-    _check_devices(op, indices=indices, weight=weight, arena=arena, slots=slots, tenant_of_row=tenant_of_row)
+    check_devices(op, indices=indices, weight=weight, arena=arena, slots=slots, tenant_of_row=tenant_of_row)
     torch._check(
         indices.dtype in (torch.int64, torch.int32),
         lambda: f"xorz::{op}: indices must be int64 or int32, but is {indices.dtype}",

@@ -18,7 +18,7 @@ _BITS = {torch.int32: (torch.float32,), torch.int16: (torch.bfloat16, torch.floa
 _MODES = ("fast", "deterministic", "exact")
 
 
-def _check_rows(op: str, name: str, rows: Tensor, weight: Tensor, dim: int) -> None:
+def check_rows(op: str, name: str, rows: Tensor, weight: Tensor, dim: int) -> None:
     """The left operand of a product beside the weight, or its bits."""
     torch._check(
         weight.dim() == 2, lambda: f"xorz::{op}: weight must be 2-D [n, k], but has {weight.dim()} dimensions"
@@ -37,11 +37,11 @@ def _check_rows(op: str, name: str, rows: Tensor, weight: Tensor, dim: int) -> N
 
 
 def _check_linear(op: str, name: str, rows: Tensor, weight: Tensor, delta: Tensor, dim: int) -> None:
-    _check_rows(op, name, rows, weight, dim)
+    check_rows(op, name, rows, weight, dim)
     _check_delta(op, delta)
 
 
-def _check_devices(op: str, **tensors: Tensor | None) -> None:
+def check_devices(op: str, **tensors: Tensor | None) -> None:
     """A fake that takes tensors of several devices would answer with memory that nobody wrote."""
     given = {name: t.device for name, t in tensors.items() if t is not None}
     first, device = next(iter(given.items()))
@@ -65,7 +65,7 @@ def _check_delta(op: str, delta: Tensor, name: str = "delta") -> None:
 
 @torch.library.register_fake("xorz::delta_linear")
 def _(input, weight, bias, delta, *, mode="fast"):
-    _check_devices("delta_linear", input=input, weight=weight, bias=bias, delta=delta)
+    check_devices("delta_linear", input=input, weight=weight, bias=bias, delta=delta)
     _check_linear("delta_linear", "input", input, weight, delta, 1)
     torch._check(
         mode in _MODES,
@@ -81,7 +81,7 @@ def _(input, weight, bias, delta, *, mode="fast"):
 
 @torch.library.register_fake("xorz::delta_linear_grad_input")
 def _(grad, weight, delta):
-    _check_devices("delta_linear_grad_input", grad=grad, weight=weight, delta=delta)
+    check_devices("delta_linear_grad_input", grad=grad, weight=weight, delta=delta)
     _check_linear("delta_linear_grad_input", "grad", grad, weight, delta, 0)
     return grad.new_empty((*grad.shape[:-1], weight.size(1)))
 
@@ -104,7 +104,7 @@ def _length(name: str, span: Sequence[int] | None, size: int) -> int:
 
 @torch.library.register_fake("xorz::delta_restore")
 def _(base, delta, *, rows=None, columns=None):
-    _check_devices("delta_restore", base=base, delta=delta)
+    check_devices("delta_restore", base=base, delta=delta)
     _check_delta("delta_restore", delta)
     dims = base.dim()
     torch._check(
@@ -125,13 +125,13 @@ def _(base, delta, *, rows=None, columns=None):
 
 @torch.library.register_fake("xorz::delta_apply_")
 def _(weight, delta):
-    _check_devices("delta_apply_", weight=weight, delta=delta)
+    check_devices("delta_apply_", weight=weight, delta=delta)
     _check_delta("delta_apply_", delta)
 
 
 @torch.library.register_fake("xorz::delta_check")
 def _(delta, base):
-    _check_devices("delta_check", delta=delta, base=base)
+    check_devices("delta_check", delta=delta, base=base)
     _check_delta("delta_check", delta)
 
 
@@ -146,7 +146,7 @@ def _bytes_of_unknown_length(op: str, like: Tensor) -> Tensor:
 
 @torch.library.register_fake("xorz::delta_encode")
 def _(base, fine_tuned, *, prefer="auto"):
-    _check_devices("delta_encode", base=base, fine_tuned=fine_tuned)
+    check_devices("delta_encode", base=base, fine_tuned=fine_tuned)
     torch._check(
         base.dtype == fine_tuned.dtype and base.dim() == fine_tuned.dim(),
         lambda: (
@@ -159,7 +159,7 @@ def _(base, fine_tuned, *, prefer="auto"):
 
 @torch.library.register_fake("xorz::delta_slice")
 def _(delta, base, dim, start, end):
-    _check_devices("delta_slice", delta=delta, base=base)
+    check_devices("delta_slice", delta=delta, base=base)
     _check_delta("delta_slice", delta)
     return _bytes_of_unknown_length("delta_slice", delta)
 
@@ -173,7 +173,7 @@ def _(deltas, bases, dim):
     numbered = {
         f"{name}[{i}]": t for name, ts in (("deltas", deltas), ("bases", bases)) for i, t in enumerate(ts)
     }
-    _check_devices("delta_concat", **numbered)
+    check_devices("delta_concat", **numbered)
     for i, delta in enumerate(deltas):
         _check_delta("delta_concat", delta, f"deltas[{i}]")
     return _bytes_of_unknown_length("delta_concat", deltas[0])

@@ -67,7 +67,7 @@ class StateDelta:
 torch.serialization.add_safe_globals([StateDelta])
 
 
-def _tensors(what: str, value: Any) -> dict[str, Tensor]:
+def tensors_of(what: str, value: Any) -> dict[str, Tensor]:
     """Name -> tensor of a state_dict or a module, everything checked that can be without looking at words."""
     if isinstance(value, nn.Module):
         value = value.state_dict(keep_vars=True)
@@ -92,7 +92,7 @@ def _tensors(what: str, value: Any) -> dict[str, Tensor]:
     return dict(value)
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
+def place(tensor: Tensor) -> tuple[Any, ...]:
     """Equal for tensors that are the same words in the same memory, and for no others."""
     if tensor.numel() == 0:
         return (id(tensor),)
@@ -103,7 +103,8 @@ def _same_kind(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape
 
 
-def _text(tensor: Tensor) -> str:
+def text_of(tensor: Tensor) -> str:
+    """Dtype and shape, for messages."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
@@ -153,8 +154,8 @@ def diff(old: StateDict | nn.Module, new: StateDict | nn.Module, *, prefer: str 
     """
     if prefer not in ("auto", "memory", "speed"):
         raise ValueError(f'prefer must be "auto", "memory" or "speed", but is {prefer!r}')
-    before, after = _tensors("old", old), _tensors("new", new)
-    places = [(_place(before[n]), _place(t)) for n, t in after.items() if n in before and t.numel()]
+    before, after = tensors_of("old", old), tensors_of("new", new)
+    places = [(place(before[n]), place(t)) for n, t in after.items() if n in before and t.numel()]
     if places and all(a == b for a, b in places):
         warnings.warn(
             "old and new are the same memory, so nothing differs; clone the old state_dict before training",
@@ -162,7 +163,7 @@ def diff(old: StateDict | nn.Module, new: StateDict | nn.Module, *, prefer: str 
         )
     out, firsts, unchanged = StateDelta(), {}, []
     for name, tensor in after.items():
-        first = firsts.setdefault(_place(tensor), name)
+        first = firsts.setdefault(place(tensor), name)
         if first != name and _tied_before(before, first, name, out):
             out.ties[name] = first
             continue
@@ -196,12 +197,12 @@ def _tied_before(before: dict[str, Tensor], first: str, name: str, out: StateDel
     if name not in before or not _same_kind(before[first], before[name]):
         return False
     a, b = before[first], before[name]
-    return _place(a) == _place(b) or _equal(_core.on_host(first, a), _core.on_host(name, b))
+    return place(a) == place(b) or _equal(_core.on_host(first, a), _core.on_host(name, b))
 
 
 def _encode(name: str, base: Tensor, tensor: Tensor, prefer: str) -> Tensor | None:
     """The delta; None if nothing changed."""
-    if _place(base) == _place(tensor):
+    if place(base) == place(tensor):
         return None
     a, b = _core.on_host(name, base), _core.on_host(name, tensor)
     if _equal(a, b):
@@ -234,7 +235,7 @@ def apply_(target: nn.Module | MutableMapping[str, Tensor], delta: StateDelta) -
     is_module = isinstance(target, nn.Module)
     if is_module and any("_xorz" in module.__dict__ for module in target.modules()):
         raise ValueError("target is attached to tenants, of whom it is the base; call tenants.detach() first")
-    tensors = _tensors("target", target)
+    tensors = tensors_of("target", target)
     if not is_module and not isinstance(target, MutableMapping):
         raise TypeError(f"target must be a module or a dict, but is {type(target).__name__}")
     jobs = _jobs(tensors, delta)
@@ -267,7 +268,7 @@ def _jobs(tensors: dict[str, Tensor], delta: StateDelta) -> dict[str, Tensor]:
         raise KeyError(f"the target has no tensor `{missing[0]}`{more}, which the delta was made for")
     jobs = dict(delta.deltas)
     for name, first in delta.ties.items():
-        if first in delta.deltas and _place(tensors[name]) != _place(tensors[first]):
+        if first in delta.deltas and place(tensors[name]) != place(tensors[first]):
             jobs[name] = delta.deltas[first]
     return jobs
 
@@ -288,16 +289,16 @@ def _new_tensors(
         elif not is_module:
             fresh[name] = value
         else:
-            has = "no such tensor" if there is None else _text(there)
+            has = "no such tensor" if there is None else text_of(there)
             raise ValueError(
-                f"tensor `{name}`: the delta brings {_text(value)}, but the module has {has}; "
+                f"tensor `{name}`: the delta brings {text_of(value)}, but the module has {has}; "
                 "apply it to a state_dict, and load that into a module that fits"
             )
     if is_module and delta.removed:
         here = [n for n in delta.removed if n in tensors]
         if here:
             raise ValueError(
-                f"tensor `{here[0]}`: the delta removes it, but a module cannot lose its {_text(tensors[here[0]])}; "
+                f"tensor `{here[0]}`: the delta removes it, but a module cannot lose its {text_of(tensors[here[0]])}; "
                 "apply it to a state_dict, and load that into a module that fits"
             )
     return placed, fresh
@@ -313,7 +314,7 @@ def _check(name: str, tensor: Tensor, blob: Tensor) -> None:
     except ValueError as error:
         raise ValueError(f"tensor `{name}`: {error}") from error
     if _known(tensor.detach()).dtype != info.dtype:
-        raise ValueError(f"tensor `{name}` is {_text(tensor)}, but its delta is of {info.dtype}")
+        raise ValueError(f"tensor `{name}` is {text_of(tensor)}, but its delta is of {info.dtype}")
 
 
 def _match(name: str, tensor: Tensor, blob: Tensor) -> None:
@@ -386,7 +387,7 @@ def _check_memory(
     new: dict[str, Tensor | None] = {**dict.fromkeys(same), **jobs, **placed}
     owners: dict[tuple[Any, ...], str] = {}
     for name in new:
-        first = owners.setdefault(_place(tensors[name]), name)
+        first = owners.setdefault(place(tensors[name]), name)
         if first == name:
             continue
         if not _agree(new[first], new[name]):
@@ -426,6 +427,6 @@ def _refuse_overlap(tensors: dict[str, Tensor], group: list[str], new: dict[str,
         if shared:
             others = ", ".join(f"`{n}`" for n in group if n != name) or "itself"
             raise ValueError(
-                f"tensor `{name}` {_text(tensors[name])} shares words with {others} in the target; "
+                f"tensor `{name}` {text_of(tensors[name])} shares words with {others} in the target; "
                 "such tensors cannot be changed one by one: clone them first"
             )

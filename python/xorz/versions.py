@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import _core, _ops
 from .checkpoint import PathLike
-from .diff import StateDelta, StateDict, _place, _tensors, _text
+from .diff import StateDelta, StateDict, place, tensors_of, text_of
 
 _LIST, _LOCK = "versions.json", "versions.lock"
 _FORMAT, _FORMAT_VERSION = "xorz-versions", 1
@@ -61,12 +61,12 @@ class Versions:
             raise TypeError(f"keyframe must be an int, but is {type(keyframe).__name__}")
         if keyframe < 1:
             raise ValueError(f"keyframe must be at least 1, but is {keyframe}")
-        self._base = {name: tensor.detach() for name, tensor in _tensors("base", base).items()}
+        self._base = {name: tensor.detach() for name, tensor in tensors_of("base", base).items()}
         for name, tensor in self._base.items():
             if tensor.dtype not in _core.DTYPES:
                 raise TypeError(f"base: `{name}` has dtype {tensor.dtype}, which a package cannot hold")
         firsts: dict[Any, str] = {}
-        self._first = {name: firsts.setdefault(_place(tensor), name) for name, tensor in self._base.items()}
+        self._first = {name: firsts.setdefault(place(tensor), name) for name, tensor in self._base.items()}
         self._digests = {name: _digest(_core.on_host(name, t)) for name, t in self._base.items()}
         self.folder, self.keyframe = Path(folder), keyframe
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ class Versions:
             TypeError, KeyError, ValueError: `new` is no state_dict, lacks a tensor or has another one, or one of another dtype
                 or shape (named); OSError. The chain is as before then.
         """
-        tensors = _tensors("new", new)
+        tensors = tensors_of("new", new)
         self._check_names("new", {n: (_core.dtype_name(t.dtype), list(t.shape)) for n, t in tensors.items()})
         with self._locked() as versions, ExitStack() as stack:
             number = len(versions) + 1
@@ -332,7 +332,7 @@ class Versions:
             want = self._base[name]
             if (dtype, shape) != (_core.dtype_name(want.dtype), list(want.shape)):
                 raise ValueError(
-                    f"{what}: tensor `{name}` is {dtype} {shape}, but the base's is {_text(want)}"
+                    f"{what}: tensor `{name}` is {dtype} {shape}, but the base's is {text_of(want)}"
                 )
         present = {self._first[name] for name in kinds}
         for name in self._base:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import experts, swap
 from .site import FLOATS, Site
@@ -75,6 +76,11 @@ def attach(
         if tensor.device.type != "cpu":
             raise ValueError(
                 f"model must be on the CPU, but `{name}` is on {tensor.device}; whole models are not served on CUDA yet"
+            )
+        if is_traceable_wrapper_subclass(tensor):
+            raise ValueError(
+                f"`{name}` is a {type(tensor).__name__}, which holds no plain words that a delta could be of (a quantized "
+                "weight); attach the model before it is quantized"
             )
     if any("_xorz" in module.__dict__ for module in model.modules()):
         raise ValueError("model is attached already; call detach() on its tenants first")

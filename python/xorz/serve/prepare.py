@@ -2,6 +2,7 @@
 tenant exists. No dense fine-tuned matrix is made, but one expert of a stack at a time and tensors that are small.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -141,7 +142,7 @@ def _read(
         words = base if files is None else files.base
         unchecked = set(deltas)
     else:
-        description = checkpoint.inspect(source)
+        description = _described(source)
         entries = description["entries"]
         given = {n for e in entries for n in (e["name"], e["base_name"]) if n} | set(
             description["removed_names"]
@@ -150,6 +151,10 @@ def _read(
         words = base if files is None else files.base
         found, ignored = names.matched(model, words, given)
         words = {**words, **{name: words[own] for name, own in found.items()}}
+        for entry in entries:
+            name = entry["base_name"] or entry["name"]
+            if entry["base"] is not None and name in words and list(words[name].shape) == entry["shape"]:
+                _same_dtype(name, entry["dtype"], words[name])
         loaded = checkpoint.load_deltas(words, source, prefer=prefer, skip=frozenset(ignored))
         apart = {e["name"] for e in entries if e["base"] is None and not e["same"]}
         apart |= {e["name"] for e in entries if e["same"] in apart}
@@ -169,6 +174,30 @@ def _read(
         return deltas, alone, removed
     lost = [files.whole(name) for name in removed if name in files.base]
     return files.deltas(deltas), {files.whole(name): t for name, t in alone.items()}, lost
+
+
+def _described(source: Any) -> dict[str, Any]:
+    """What a package holds; TypeError or ValueError, with what to do, where it is none."""
+    if isinstance(source, nn.Module) or not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"a fine-tune must be a package's path, what xorz.diff gives, or a mapping of names to deltas, but is "
+            f"{type(source).__name__}"
+        )
+    if os.path.isdir(source):
+        raise ValueError(
+            f"{source} is a folder, and a tenant is loaded from a package: make one with `xorz pack BASE {source} NAME.xorz`"
+        )
+    return checkpoint.inspect(source)
+
+
+def _same_dtype(name: str, found: str, base: Tensor) -> None:
+    """ValueError if a tensor of the model is of another dtype than the fine-tune was made of."""
+    own = _core.dtype_name(base.dtype)
+    if found != own:
+        raise ValueError(
+            f"tensor `{name}` is {own} in the model, and the fine-tune was made of it in {found}; load the model in the dtype "
+            'of its checkpoint (transformers: from_pretrained(..., dtype="auto"))'
+        )
 
 
 def _renamed(tensors: Mapping[str, Any], found: Mapping[str, str], ignored: Any) -> dict[str, Any]:
@@ -210,10 +239,19 @@ def _in_memory(
 def _check(name: str, base: Tensor, delta: Any) -> None:
     if not isinstance(delta, Tensor):
         raise TypeError(f"tensor `{name}`: a delta must be a tensor, but is {type(delta).__name__}")
+    if delta.dtype != torch.uint8:
+        raise TypeError(
+            f"tensor `{name}`: a delta is a 1-D uint8 tensor, as xorz.diff and xorz.delta_encode make it, but this is "
+            f"{delta.dtype} {list(delta.shape)}: a fine-tune's own tensors are loaded by xorz.diff(base, fine_tuned)"
+        )
     try:
+        info = _core.delta_info(delta)
+        if info.shape == tuple(base.shape) or info.shape == (base.numel(),):
+            _same_dtype(name, _core.dtype_name(info.dtype), base)
         _core.delta_matches(delta, base)
     except ValueError as error:
-        raise ValueError(f"tensor `{name}`: {error}") from None
+        text = str(error)
+        raise ValueError(text if text.startswith("tensor `") else f"tensor `{name}`: {text}") from None
 
 
 def _ties(base: dict[str, Tensor]) -> dict[str, list[str]]:

@@ -118,6 +118,18 @@ class _Classes(dict[Any, type]):
         _made.add(cls)
 
 
+def _made_of(cls: type, body: dict[str, Any]) -> type:
+    """A class that does what `body` says, and cannot be pickled: its name finds the plain one."""
+    return type(cls.__name__, (cls,), {"__reduce_ex__": _refuse_copy, **body})
+
+
+def _refuse_copy(self: nn.Module, protocol: Any) -> Any:
+    raise TypeError(
+        f"xorz: this {type(self).__name__} is attached to tenants; call tenants.detach() before copying or saving the model "
+        "itself (its state_dict can be saved)"
+    )
+
+
 _made: set[type] = set()
 _classes = _Classes()
 
@@ -136,7 +148,7 @@ def swap(module: nn.Module, site: Site) -> None:
         if hasattr(type(module), "compute_bias"):
             body["compute_bias"] = _compute_bias
         body["__module__"] = type(module).__module__
-        _classes[key] = type(type(module).__name__, (type(module),), body)
+        _classes[key] = _made_of(type(module), body)
     split.pristine(site, module)
     module.__dict__["_xorz"] = site
     module.__dict__["_xorz_number"] = compiled.register(module)
@@ -191,7 +203,7 @@ def swap_method(module: nn.Module, owner: Owner) -> None:
     key = (type(module), "compute_bias")
     if key not in _classes:
         body = {"compute_bias": _compute_bias, "__module__": type(module).__module__}
-        _classes[key] = type(type(module).__name__, (type(module),), body)
+        _classes[key] = _made_of(type(module), body)
     module.__dict__["_xorz_owner"] = owner
     module.__class__ = _classes[key]
 
@@ -215,9 +227,7 @@ def swap_encoder(module: nn.Module, owner: Owner) -> None:
     key = (type(module), "encoder")
     if key not in _classes:
         forward = _encoder if isinstance(module, nn.TransformerEncoder) else _encoder_layer
-        _classes[key] = type(
-            type(module).__name__, (type(module),), {"forward": forward, "__module__": "torch.nn"}
-        )
+        _classes[key] = _made_of(type(module), {"forward": forward, "__module__": "torch.nn"})
     module.__dict__["_xorz_owner"] = owner
     module.__class__ = _classes[key]
 
@@ -233,7 +243,7 @@ def swap_block(module: nn.Module, owner: Owner, name: str) -> None:
             return _block(self, plain, args, kwargs)
 
         body = {"forward": forward, "__module__": type(module).__module__}
-        _classes[key] = type(type(module).__name__, (type(module),), body)
+        _classes[key] = _made_of(type(module), body)
     module.__dict__["_xorz_block"] = name
     module.__dict__["_xorz_owner"] = owner
     module.__class__ = _classes[key]
@@ -271,7 +281,7 @@ def swap_root(module: nn.Module, owner: Owner) -> None:
                 "generate": _generate(type(module)),
                 "_expand_inputs_for_generation": _expand(type(module)),
             }
-        _classes[key] = type(type(module).__name__, (type(module),), body)
+        _classes[key] = _made_of(type(module), body)
     module.__dict__["_xorz_owner"] = owner
     module.__dict__["_xorz_root"] = compiled.register(module)
     module.__class__ = _classes[key]

@@ -6,7 +6,6 @@ else while a `use` or a forward holds it, and tables that forwards read are repl
 
 import itertools
 import os
-import re
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from . import swap
-from .arena import Arena
 from .prepare import Prepared, prepare
 from .proof import Proofs
+from .residency import Piece, Residency, padded, size_of
 from .rows import BASE, Active, RowMap, Use, lasting, stepping
 from .site import Site
 from .verify import verify
@@ -27,7 +26,6 @@ from .watch import Watch
 from .weight import plain
 
 Source = Any  # a package's path, a StateDelta, or name -> resident delta
-_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 class _Tenant:
@@ -35,10 +33,11 @@ class _Tenant:
 
     def __init__(self, name: str, source: Source) -> None:
         self.name, self.source = name, source
-        self.path = Path(source) if isinstance(source, (str, os.PathLike)) else None
+        # Read again wherever the process has gone to by then.
+        self.path = Path(source).absolute() if isinstance(source, (str, os.PathLike)) else None
         self.identity: Any = None
         self.slot: int | None = None
-        self.pieces: list[tuple[Site, int, int]] = []
+        self.pieces: list[Piece] = []
         self.bytes = 0
         self.alone = False
         self.copies = 0
@@ -74,18 +73,18 @@ class Tenants:
         if prefer not in (None, "auto", "speed", "memory"):
             raise ValueError(f'prefer must be "auto", "speed", "memory" or None, but is {prefer!r}')
         self.model, self.default, self.mode, self.prefer = model, default, mode, prefer
-        self.budget = _bytes(budget)
-        self.max_copies = None if max_copies is None else _bytes(max_copies, "max_copies")
+        self.budget = size_of(budget)
+        self.max_copies = size_of(max_copies, "max_copies")
         self.lock = threading.RLock()
         self.active = Active()
         self.capacity = 4
         self.sites: dict[str, Site] = {}
         self.modules: dict[str, nn.Module] = {}
         self.methods: list[nn.Module] = []
-        self.arena = Arena(self.budget or _address_space())
+        self.residency = Residency(self.budget)
+        self.arena = self.residency.arena
         self._tenants: dict[str, _Tenant] = {}
         self._slots: dict[int, _Tenant] = {}
-        self._copies = 0
         self._clock = itertools.count(1)
         self._detached = False
         self.example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -205,7 +204,8 @@ class Tenants:
                 f"tenant {tenant.name!r}: {tenant.path} has changed since it was loaded; swap or unload it"
             )
         with lasting():
-            prepared = prepare(self.model, tenant.source, self.prefer, self.max_copies)
+            source = tenant.source if tenant.path is None else tenant.path
+            prepared = prepare(self.model, source, self.prefer, self.max_copies)
         if tenant.path is not None and _identity(tenant.path) != before:
             raise ValueError(f"tenant {tenant.name!r}: {tenant.path} was changed while it was read")
         tenant.identity = before
@@ -222,14 +222,11 @@ class Tenants:
         tenant.slot, tenant.alone, tenant.last = slot, prepared.alone, next(self._clock)
         self._slots[slot] = tenant
         try:
-            placed: dict[int, tuple[int, int]] = {}
+            # Tied parameters have one delta.
+            once = {id(delta): delta for _, _, delta in prepared.deltas}
+            tenant.pieces = self.residency.place(once.values(), lambda: self._evict_one(tenant))
+            placed = dict(zip(once, tenant.pieces, strict=True))
             for site, param, delta in prepared.deltas:
-                # Tied parameters have one delta.
-                if id(delta) not in placed:
-                    offset = self.arena.allocate(delta.numel())
-                    tenant.pieces.append((site, offset, delta.numel()))
-                    self.arena.write(offset, delta)
-                    placed[id(delta)] = (offset, delta.numel())
                 site.add_piece(param, slot, *placed[id(delta)])
             for site, param, value in prepared.values:
                 site.add_value(param, slot, value)
@@ -240,28 +237,27 @@ class Tenants:
             # The delta is in the arena now and is never evicted. A second copy would not be counted by memory().
             tenant.source = None
         copies = prepared.copies
-        tenant.bytes = sum(-(-length // 64) * 64 for _, _, length in tenant.pieces) + copies
+        tenant.bytes = sum(padded(length) for _, length in tenant.pieces) + copies
         tenant.copies = copies
-        self._copies += copies
+        self.residency.copies += copies
 
     def _make_room(self, tenant: _Tenant, need: int) -> None:
-        if self.budget is None:
-            return
-        while self._used() + need > self.budget:
-            idle = [
-                t
-                for t in list(self._slots.values())  # a collected graph may release one meanwhile
-                if t.pins == 0 and t.path is not None and not t.gone and t is not tenant
-            ]
-            if not idle:
-                raise MemoryError(
-                    f"tenant {tenant.name!r} takes {need:,} bytes, but of the budget's {self.budget:,} only "
-                    f"{max(0, self.budget - self._used()):,} are free, and no other tenant is idle and in a file"
-                )
-            self._evict(min(idle, key=lambda t: t.last))
+        if not self.residency.make_room(need, lambda: self._evict_one(tenant)):
+            raise MemoryError(
+                f"tenant {tenant.name!r} takes {need:,} bytes, but of the budget's {self.budget:,} only "
+                f"{self.residency.free:,} are free, and no other tenant is idle and in a file"
+            )
 
-    def _used(self) -> int:
-        return self.arena.used + self._copies
+    def _evict_one(self, tenant: _Tenant) -> bool:
+        """Evict the least recently used tenant that is idle and in a file; False if there is none beside this one."""
+        idle = [
+            t
+            for t in list(self._slots.values())  # a collected graph may release one meanwhile
+            if t.pins == 0 and t.path is not None and not t.gone and t is not tenant
+        ]
+        if idle:
+            self._evict(min(idle, key=lambda t: t.last))
+        return bool(idle)
 
     def _forget(self, tenant: _Tenant) -> None:
         tenant.gone = True
@@ -273,9 +269,8 @@ class Tenants:
             return
         for site in self.sites.values():
             site.drop(tenant.slot)
-        for _, offset, length in tenant.pieces:
-            self.arena.free(offset, length)
-        self._copies -= tenant.copies
+        self.residency.release(tenant.pieces)
+        self.residency.copies -= tenant.copies
         tenant.copies = 0
         del self._slots[tenant.slot]
         tenant.slot, tenant.pieces = None, []
@@ -299,7 +294,12 @@ class Tenants:
         """
         if names is None or isinstance(names, str):
             names = (names,)
-        names = tuple(names)
+        try:
+            names = tuple(names)
+        except TypeError:
+            raise TypeError(
+                f"names must be a tenant's name, None, or a list of those, one for each row, but is {names!r}"
+            ) from None
         if not names:
             raise ValueError("names is empty; give one name for each row of the batch")
         for name in names:
@@ -433,12 +433,7 @@ class Tenants:
     def memory(self) -> dict[str, int]:
         """Bytes: "base" (the model's own tensors), "deltas", "copies" (small dense tensors of tenants), and their "total"."""
         with self.lock:
-            storages = {}
-            for tensor in map(plain, (*self.model.parameters(), *self.model.buffers())):
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            base = sum(storages.values())
-            out = {"base": base, "deltas": self.arena.used, "copies": self._copies}
-            return {**out, "total": sum(out.values())}
+            return self.residency.memory(map(plain, (*self.model.parameters(), *self.model.buffers())))
 
     def sizes(self) -> dict[str, int]:
         """Name -> bytes of every resident tenant."""
@@ -463,7 +458,11 @@ class Tenants:
 
     def __repr__(self) -> str:
         """How many tenants are loaded and resident, and the bytes of base, deltas and copies."""
-        memory = self.memory()
+        try:
+            memory = self.memory()
+        except (AttributeError, RuntimeError):
+            # The model is no longer what was attached: whoever debugs that is not to be stopped here.
+            return f"Tenants({len(self._tenants)} loaded, {len(self._slots)} in memory, {len(self.sites)} modules)"
         return (
             f"Tenants({len(self._tenants)} loaded, {len(self._slots)} in memory, {len(self.sites)} modules; "
             f"base {memory['base']:,} bytes, deltas {memory['deltas']:,}, copies {memory['copies']:,})"
@@ -572,26 +571,8 @@ _SERVED_AS = {
 }
 
 
-def _bytes(budget: int | str | None, what: str = "budget") -> int | None:
-    if budget is None:
-        return None
-    if isinstance(budget, str):
-        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?b|b)?\s*", budget.lower())
-        if match is None:
-            raise ValueError(f'{what} must be bytes, or such as "8 GiB", but is {budget!r}')
-        return int(float(match[1]) * _UNITS[match[2] or ""])
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget <= 0:
-        raise ValueError(f"{what} must be a positive number of bytes, but is {budget!r}")
-    return budget
-
-
 _in_backward = torch._C._current_graph_task_id
 _tracing = torch._C._get_tracing_state
-
-
-def _address_space() -> int:
-    """As much as the machine has memory: the arena reserves addresses, not memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _identity(path: Path) -> tuple[int, ...]:

@@ -23,8 +23,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-from ..serve.arena import Arena
-from ..serve.tenants import _address_space, _bytes
+from ..serve.residency import Piece, Residency, size_of
 from .layers import Rows, Site, XorzConfig, XorzEmbeddingMethod, XorzLinearMethod, XorzRMSNorm
 from .packages import Checkpoint, Loader, Prepared, is_package, split_name
 from .plan import plan
@@ -67,7 +66,7 @@ class Settings:
             raise ValueError(f"xorz: mode must be one of fast, deterministic, exact, but is {out.mode!r}")
         if out.prefer not in (None, "auto", "speed", "memory"):
             raise ValueError(f'xorz: prefer must be "auto", "speed", "memory" or null, but is {out.prefer!r}')
-        _bytes(out.memory)
+        size_of(out.memory)
         return out
 
 
@@ -79,7 +78,7 @@ class Adapter(LoRAModel):
         super().__init__(number, 1, {})
         self.name, self.prepared = name, prepared
         self.places: Tensor | None = None
-        self.pieces: list[tuple[int, int]] = []
+        self.pieces: list[Piece] = []
         self.values: dict[str, Tensor] = {}
 
     def clone(self, lora_model_id: int) -> "Adapter":
@@ -115,7 +114,8 @@ class XorzManager(LRUCacheLoRAModelManager):
     def _create_lora_modules(self) -> None:
         """Instead of wrapping modules: a site for each parameter that can be served by rows."""
         self._registered_adapters = _Resident(self.capacity, self.deactivate_adapter, self._free)
-        self.arena = Arena(_bytes(self.settings.memory) or _address_space())
+        self.residency = Residency(size_of(self.settings.memory))
+        self.arena = self.residency.arena
         rows = max(self.max_num_batched_tokens, self.max_num_seqs)
         self.row_map = Rows(rows, self.lora_slots, self.device)
         self.matrices: list[str] = []
@@ -170,34 +170,28 @@ class XorzManager(LRUCacheLoRAModelManager):
         prepared = lora.prepared or Prepared()
         places = torch.zeros(len(self.matrices), 2, dtype=torch.int64)
         index = {name: i for i, name in enumerate(self.matrices)}
-        try:
-            for name, delta in prepared.deltas.items():
-                offset = self._allocate(delta.numel(), lora, prepared)
-                lora.pieces.append((offset, delta.numel()))
-                self.arena.write(offset, delta)
-                places[index[name]] = torch.tensor((offset, delta.numel()))
-        except BaseException:
-            self._free(lora)
-            raise
+        lora.pieces = self._place(lora, prepared)
+        for name, piece in zip(prepared.deltas, lora.pieces, strict=True):
+            places[index[name]] = torch.tensor(piece)
         lora.places, lora.values, lora.prepared = places.to(self.device), prepared.values, None
         self._registered_adapters[lora.id] = lora
 
-    def _allocate(self, length: int, lora: Adapter, prepared: Prepared) -> int:
-        """Memory for a delta; the least recently used adapters make room, but not for what can never fit."""
-        while True:
-            try:
-                return self.arena.allocate(length)
-            except MemoryError as error:
-                if prepared.bytes > self.arena.capacity or not self.remove_oldest_adapter():
-                    name = split_name(lora.name)[0]
-                    raise ValueError(
-                        f"xorz: {name!r} takes {prepared.bytes:,} bytes of the {self.arena.capacity:,} that xorz.memory "
-                        f"gives all: {error}"
-                    ) from None
+    def _place(self, lora: Adapter, prepared: Prepared) -> list[Piece]:
+        """Memory for its deltas; the least recently used adapters make room, but not for what can never fit."""
+        fits = prepared.bytes <= self.arena.capacity
+        try:
+            return self.residency.place(
+                prepared.deltas.values(), lambda: fits and self.remove_oldest_adapter()
+            )
+        except MemoryError as error:
+            name = split_name(lora.name)[0]
+            raise ValueError(
+                f"xorz: {name!r} takes {prepared.bytes:,} bytes of the {self.arena.capacity:,} that xorz.memory gives all: "
+                f"{error}"
+            ) from None
 
     def _free(self, lora: Adapter) -> None:
-        for offset, length in lora.pieces:
-            self.arena.free(offset, length)
+        self.residency.release(lora.pieces)
         lora.pieces = []
 
     def _deactivate_adapter(self, lora_id: int) -> None:
@@ -250,11 +244,9 @@ class XorzManager(LRUCacheLoRAModelManager):
 
     def memory(self) -> dict[str, int]:
         """Bytes: "base" (this process's parameters), "deltas" (of resident adapters), "copies" (vectors), and their "total"."""
-        base = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.params.values()}
         tables = sum(site.table.nbytes for site in self.vectors.values())
         own = sum(v.nbytes for lora in self._registered_adapters.cache.values() for v in lora.values.values())
-        out = {"base": sum(base.values()), "deltas": self.arena.used, "copies": tables + own}
-        return {**out, "total": sum(out.values())}
+        return self.residency.memory(self.params.values(), tables + own)
 
 
 def _served(module: nn.Module) -> list[str]:

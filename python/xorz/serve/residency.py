@@ -1,0 +1,109 @@
+"""What tenants take in memory: one arena for all deltas, a limit, and room that whoever is not needed makes. For `Tenants` and
+for vLLM's adapters, which decide themselves who that is.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from .arena import ALIGN, Arena
+
+Piece = tuple[int, int]
+"""Offset and length in the arena."""
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def size_of(given: int | str | None, what: str = "budget") -> int | None:
+    """Bytes, from a number or such as "8 GiB"; ValueError, in which `what` is named, for anything else but None."""
+    if given is None:
+        return None
+    if isinstance(given, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?b|b)?\s*", given.lower())
+        if match is None:
+            raise ValueError(f'{what} must be bytes, or such as "8 GiB", but is {given!r}')
+        return int(float(match[1]) * _UNITS[match[2] or ""])
+    if isinstance(given, bool) or not isinstance(given, int) or given <= 0:
+        raise ValueError(f"{what} must be a positive number of bytes, but is {given!r}")
+    return given
+
+
+def machine() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def padded(length: int) -> int:
+    """Bytes that a piece of this length takes."""
+    return -(-length // ALIGN) * ALIGN
+
+
+class Residency:
+    """Not thread-safe: its owner locks.
+
+    Attributes:
+        arena: where deltas lie; limit: most bytes of deltas and copies together, None if only the machine's memory is one.
+        copies: bytes of dense tensors beside the arena, which the owner counts.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        """Reserves addresses, no memory; MemoryError if there are not so many."""
+        self.limit, self.copies = limit, 0
+        try:
+            self.arena = Arena(limit or machine())
+        except OSError as error:
+            raise MemoryError(
+                f"the addresses of {limit or machine():,} bytes cannot be reserved for tenants ({error}): the process may not "
+                'have so many (ulimit -v); give attach a budget, such as budget="1 GiB"'
+            ) from error
+
+    @property
+    def used(self) -> int:
+        """Bytes of all deltas and copies."""
+        return self.arena.used + self.copies
+
+    @property
+    def free(self) -> int:
+        """Bytes below the limit."""
+        return max(0, (self.limit or self.arena.capacity) - self.used)
+
+    def make_room(self, need: int, evict: Callable[[], bool]) -> bool:
+        """Whether `need` bytes are free, or have become so: `evict` drops whoever is needed least, or says that it cannot."""
+        while self.limit is not None and self.used + need > self.limit:
+            if not evict():
+                return False
+        return True
+
+    def place(self, deltas: Iterable[Tensor], evict: Callable[[], bool]) -> list[Piece]:
+        """Copy deltas into the arena, all or none; MemoryError if there is no gap for one and nobody can be dropped."""
+        pieces: list[Piece] = []
+        try:
+            for delta in deltas:
+                offset = self._allocate(delta.numel(), evict)
+                pieces.append((offset, delta.numel()))
+                self.arena.write(offset, delta)
+        except BaseException:
+            self.release(pieces)
+            raise
+        return pieces
+
+    def _allocate(self, length: int, evict: Callable[[], bool]) -> int:
+        while True:
+            try:
+                return self.arena.allocate(length)
+            except MemoryError:
+                if not evict():
+                    raise
+
+    def release(self, pieces: Iterable[Piece]) -> None:
+        """Take pieces back."""
+        for offset, length in pieces:
+            self.arena.free(offset, length)
+
+    def memory(self, base: Iterable[Tensor], copies: int = 0) -> dict[str, int]:
+        """Bytes: "base" (these tensors' memory, once), "deltas", "copies" (`copies` more than are counted here), "total"."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in base}
+        out = {"base": sum(storages.values()), "deltas": self.arena.used, "copies": self.copies + copies}
+        return {**out, "total": sum(out.values())}
