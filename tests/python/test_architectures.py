@@ -17,7 +17,7 @@ RIGHT = [
     "causal/mamba", "causal/gemma2", "causal/phi3", "causal/gpt_neox", "causal/blenderbot", "seq2seq/bart", "seq2seq/t5",
     "encoder/distilbert", "encoder/electra", "vision/vit", "vision/resnet", "speech/whisper",
 ]  # fmt: skip
-OTHERS = {"encoder/deberta": "right, not bits", "causal/xlnet": "right alone"}
+OTHERS = {"encoder/deberta": "right, not bits", "causal/xlnet": "right"}
 
 
 @pytest.fixture(autouse=True)

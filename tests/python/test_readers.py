@@ -220,12 +220,14 @@ OTHERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("read", OTHERS.values(), ids=OTHERS)
-def test_a_weight_read_in_compiled_code_is_the_tenants_or_refused(read):
+def test_a_weight_read_in_compiled_code_is_the_tenants_or_refused(read, backend):
     torch.manual_seed(0)
     case, x = Case(Parent(read)), torch.randn(3, 4)
     torch._dynamo.reset()
-    compiled = torch.compile(case.model, backend="eager")
+    compiled = torch.compile(case.model, backend=backend)
     with torch.no_grad():
         for name in ("a", None, "b", "a"):
             try:

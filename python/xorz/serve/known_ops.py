@@ -173,6 +173,12 @@ def keep(weight: Any, *more: Any, **kwargs: Any) -> Any:
     )
 
 
+def contiguous(weight: Any, *more: Any, **kwargs: Any) -> Any:
+    """`contiguous`, of what is already."""
+    is_so = isinstance(weight, Weight) and weight.is_contiguous()
+    return keep(weight, *more, **kwargs) if is_so else NotImplemented
+
+
 def data(weight: Any) -> Any:
     """`.data`, by which the base could be changed unnoticed: the object itself."""
     return weight
@@ -336,7 +342,7 @@ known.update(
         Tensor.detach: keep,
         torch.detach: keep,
         Tensor.data.__get__: data,
-        Tensor.contiguous: keep,
+        Tensor.contiguous: contiguous,
         Tensor.to: to,
         Tensor.type: _same(None),
         Tensor.float: _same(torch.float32),

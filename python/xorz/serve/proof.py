@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .rows import TABLE, Layout, RowMap, lead_of, pattern
@@ -126,6 +126,56 @@ def _kind(rows: RowMap, args: Any, kwargs: Any, training: bool) -> Any:
     kinds = tuple(type(value) for value in (*args, *kwargs.values()))
     leaves = tuple(of(leaf) for leaf in tree_leaves((args, kwargs)))
     return rows.dim, tuple(kwargs), kinds, leaves, torch.is_autocast_enabled("cpu"), training
+
+
+class _Kept:
+    """What modules hold beside parameters and saved buffers, so that a run leaves nothing there: attributes, what is in their
+    lists and dicts, and tensors that are written to (caches, counts).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._attributes: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        self._tensors: list[tuple[Tensor, int, Tensor]] = []
+        for module in model.modules():
+            state = module.__dict__
+            lists = {n: v for n, v in state.items() if type(v) in (dict, list, set)}
+            inside = {n: copy.copy(v) for n, v in lists.items() if n not in ("_parameters", "_modules")}
+            self._attributes.append((state, dict(state), inside))
+            held = [v for n, v in state.items() if n not in _SAVED] + list(module._buffers.values())
+            for leaf in tree_leaves(held):
+                if isinstance(leaf, Tensor) and not isinstance(leaf, Weight) and not leaf.is_inference():
+                    self._tensors.append((leaf, leaf._version, leaf.detach().clone()))
+
+    def restore(self) -> None:
+        """As it was."""
+        for state, before, inside in self._attributes:
+            for name in [n for n in state if n not in before]:
+                del state[name]
+            for name, value in before.items():
+                if state.get(name, self) is not value:
+                    state[name] = value
+            for name, content in inside.items():
+                value = before[name]
+                if value == content if isinstance(value, set) else _same(value, content):
+                    continue
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(content)
+        with torch.no_grad():
+            for tensor, version, words in self._tensors:
+                if tensor._version != version:
+                    tensor.copy_(words)
+
+
+_SAVED = ("_parameters", "_buffers", "_modules")
+
+
+def _same(value: Any, content: Any) -> bool:
+    """Whether a list or dict holds the same objects in the same places."""
+    if len(value) != len(content):
+        return False
+    if isinstance(value, list):
+        return all(a is b for a, b in zip(value, content, strict=True))
+    return all(content.get(key, value) is item for key, item in value.items())
 
 
 class _Trial:
@@ -267,6 +317,7 @@ class _Trial:
             leaves.append(leaf)
         args, kwargs = tree_unflatten(leaves, self._spec)
         recorder, rows = Recorder(self._batch, layouts), self._rows
+        kept = _Kept(self._owner.model)
         trials.append(None)
         try:
             with (
@@ -278,6 +329,7 @@ class _Trial:
                 out = self._run(*args, **kwargs)
         finally:
             trials.pop()
+            kept.restore()
         for i, leaf in enumerate(opened(out)[1]):
             recorder.note(("output", i), leaf)
         return recorder.seen

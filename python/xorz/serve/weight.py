@@ -355,7 +355,9 @@ _ADDRESSES = {
     if hasattr(Tensor, name)
 }
 _HARMLESS = {"requires_grad_", "retain_grad_", "share_memory_"}
+# Rows of a weight taken by number, or a weight brought into another tensor's shape or dtype: every tenant's own has that.
 _PICKING = {Tensor.__getitem__, torch.index_select, Tensor.index_select, torch.select, Tensor.select}
+_PICKING |= {Tensor.expand_as, Tensor.view_as, Tensor.reshape_as, Tensor.type_as}
 # Functions whose result is no tensor, but depends on the words.
 _TELLING = {
     "item",
