@@ -52,6 +52,15 @@ impl Dtype {
         Self::ALL.into_iter().find(|d| *d as u8 == code)
     }
 
+    /// The dtype of a format code that a caller gives.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an unknown one.
+    pub fn of_code(code: u32) -> Result<Self> {
+        let known = u8::try_from(code).ok().and_then(Self::from_code);
+        known.ok_or_else(|| Error::invalid(format!("no dtype has the code {code}")))
+    }
+
     /// The dtype of a safetensors name such as `BF16`, or `None` for an unknown one.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|d| d.name() == name)

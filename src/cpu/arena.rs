@@ -1,8 +1,9 @@
-//! Many tenants' deltas in one piece of memory, and which row of a batch belongs to which. Everything here comes from a
-//! caller who may be wrong: what is used is checked, what is not used is not read. Must hold no arithmetic on words.
+//! Many tenants' deltas in one piece of memory, and which row of a batch belongs to which. Everything here
+//! comes from a caller who may be wrong: what is used is checked, what is not used is not read. Must hold no
+//! arithmetic on words.
 
 use crate::error::{Error, Result};
-use crate::matrix::Matrix;
+use crate::matrix::{Dtype, Matrix};
 use crate::resident::Resident;
 use std::ops::Range;
 
@@ -56,6 +57,54 @@ impl<'a> Arena<'a> {
             Resident::parse(&self.bytes[place]).and_then(|delta| delta.check_base(base).map(|()| delta));
         delta.map(Some).map_err(|e| e.within(format_args!("slots[{slot}]")))
     }
+
+    /// The base as the deltas of a batch see it: int16 and int32 words stand for the bits of any dtype of
+    /// their size, so the first delta in use tells which. Only of use to ops that compute nothing, such as
+    /// lookups.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, `Truncated`, `Corrupt` or `Unsupported` as [`Arena::delta`], for the first slot in use.
+    pub fn base_of_bits<'b>(&self, base: Matrix<'b>, tenant_of_row: &[i32]) -> Result<Matrix<'b>> {
+        if !matches!(base.dtype(), Dtype::I16 | Dtype::I32) {
+            return Ok(base);
+        }
+        let used = tenant_of_row.iter().filter_map(|&tenant| usize::try_from(tenant).ok());
+        for slot in used.filter(|&slot| slot < self.slots.len()) {
+            let Some(place) = self.place(slot)? else { continue };
+            let delta =
+                Resident::parse(&self.bytes[place]).map_err(|e| e.within(format_args!("slots[{slot}]")))?;
+            let dtype = delta.header().dtype;
+            let same = dtype.word_bytes() == base.dtype().word_bytes();
+            return if same { Matrix::new(dtype, base.shape(), base.bytes()) } else { Ok(base) };
+        }
+        Ok(base)
+    }
+
+    /// The tenants of a batch of `m` rows on `base`, for a front end that computes them one by one. All that
+    /// [`delta_linear_grouped`](super::delta_linear_grouped) checks of arena and rows is checked.
+    ///
+    /// # Errors
+    /// As [`Tenants::new`] and [`Arena::delta`].
+    pub fn tenants(&self, base: &Matrix<'_>, tenant_of_row: &[i32], m: usize) -> Result<Vec<Tenant>> {
+        let tenants = Tenants::new(tenant_of_row, m, self.slots.len())?;
+        let tenant = |(slot, rows): (Option<usize>, Range<usize>)| {
+            slot.map_or(Ok(None), |slot| self.delta(slot, base))?;
+            let delta = slot.map_or(Ok(None), |slot| self.place(slot))?;
+            Ok(Tenant { slot, rows: tenants.order()[rows].to_vec(), delta })
+        };
+        tenants.groups().map(tenant).collect()
+    }
+}
+
+/// One tenant of a batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tenant {
+    /// Its slot; none is the base.
+    pub slot: Option<usize>,
+    /// Its rows, in the order of the batch.
+    pub rows: Vec<usize>,
+    /// Where in the arena its delta is; none for the base and for an empty slot.
+    pub delta: Option<Range<usize>>,
 }
 
 /// The rows of a batch, tenant by tenant.

@@ -1,13 +1,13 @@
-//! Counts that prove promises: how many panels were restored, how much scratch a thread took. Process-wide; tests and
-//! the front ends read them, no op does.
+//! Counts that prove promises: how many panels were restored, how much scratch a thread took. Process-wide;
+//! tests and the front ends read them, no op does.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 static PANELS_RESTORED: AtomicU64 = AtomicU64::new(0);
 static SCRATCH_PEAK_BYTES: AtomicU64 = AtomicU64::new(0);
 
-/// Panels of fine-tuned weights that products have restored into scratch since the last [`reset`]. Products of at
-/// most 16 rows, and `mode = "deterministic"`, restore none while their results are finite.
+/// Panels of fine-tuned weights that products have restored into scratch since the last [`reset`]. Products
+/// of at most 16 rows, and `mode = "deterministic"`, restore none while their results are finite.
 pub fn panels_restored() -> u64 {
     PANELS_RESTORED.load(Relaxed)
 }
@@ -21,6 +21,13 @@ pub fn scratch_peak_bytes() -> u64 {
 pub fn reset() {
     PANELS_RESTORED.store(0, Relaxed);
     SCRATCH_PEAK_BYTES.store(0, Relaxed);
+}
+
+/// Count a panel that was restored outside of this crate, with its `bytes` of scratch: mode "exact"
+/// multiplies with the front end's own product.
+pub fn note_foreign_panel(bytes: usize) {
+    count_panel();
+    note_scratch(bytes);
 }
 
 pub(crate) fn count_panel() {

@@ -1,7 +1,8 @@
 //! The doors: everything that leaves this crate for C or C++, and nothing that computes.
 //!
-//! [`ops`] holds every op once, guarded, and [`cuda`] those that a device has kernels for; [`capi`] is the plain C ABI (`csrc/xorz.h`) and `bridge` the typed door of
-//! our own shim. No panic passes a door, no pointer is kept after a call returns, and neither torch nor Python is known.
+//! [`capi`] is the plain C ABI (`csrc/xorz.h`) and `bridge` the typed door of our own shim. Each makes its
+//! callers' arguments into those of the ops below, and guards each of its functions once: no panic passes a
+//! door. No pointer is kept after a call returns, and neither torch nor Python is known.
 
 use crate::error::{Error, Result};
 use std::any::Any;
@@ -12,9 +13,6 @@ use std::sync::{Mutex, PoisonError};
 #[cfg(feature = "bridge")]
 mod bridge;
 pub mod capi;
-pub mod cuda;
-pub mod ops;
-pub mod packages;
 
 /// Run `f`; a panic becomes an error of kind `Internal`.
 ///
@@ -33,7 +31,8 @@ fn panic_error(panic: &(dyn Any + Send)) -> Error {
     Error::internal(format!("xorz has a defect, please report it (panic: {text})"))
 }
 
-/// Tasks handed to a foreign executor: whatever it does, each runs at most once, and no panic leaves a worker.
+/// Tasks handed to a foreign executor: whatever it does, each runs at most once, and no panic leaves a
+/// worker.
 pub struct Task<'a> {
     run: &'a (dyn Fn(usize) + Sync),
     started: Vec<AtomicBool>,

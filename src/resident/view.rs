@@ -253,14 +253,23 @@ impl<'a> Resident<'a> {
         .with_hint(Hint::OtherBase))
     }
 
+    /// What is checked before a word of the base may be changed in place: the delta's bytes ([`Self::check`]) and the
+    /// base's digest ([`Self::check_digest`]). Cheaper than [`Self::check_full`]: nothing is decoded.
+    ///
+    /// # Errors
+    /// `Corrupt`, `Truncated` or `Mismatch`.
+    pub fn check_match(&self, base: &Matrix<'_>) -> Result<()> {
+        self.check()?;
+        self.check_digest(base)
+    }
+
     /// Full validation against its base: [`Self::check`], [`Self::check_digest`], and a decode of every tile whose
     /// changed words are counted.
     ///
     /// # Errors
     /// `Corrupt`, `Truncated` or `Mismatch`.
     pub fn check_full(&self, base: &Matrix<'_>) -> Result<()> {
-        self.check()?;
-        self.check_digest(base)?;
+        self.check_match(base)?;
         let grid = self.grid();
         let (mut before, mut words, mut changed) = (Vec::new(), Vec::new(), 0u64);
         for index in 0..grid.tiles() {

@@ -109,12 +109,12 @@ pub fn decode_exponent_on(
 
 /// Turn the base into the fine-tuned matrix in place: `weight` holds the words of a `shape` matrix of `dtype`.
 ///
-/// The delta's bytes are checked before a word changes ([`Resident::check`]); that `weight` is the delta's own base
-/// is for the caller to check ([`Resident::check_digest`]).
+/// The delta's bytes and the digest of `weight` are checked before the first word changes
+/// ([`Resident::check_match`]). So another base is refused untouched, and so is a weight that the delta was applied
+/// to before, which is no longer the base.
 ///
 /// # Errors
-/// `Mismatch` where they do not fit, `Corrupt` or `Truncated` for bad delta bytes. An `exponent` delta of another base
-/// may be found out only on the way; `weight` then holds unspecified words.
+/// `Mismatch` for another base, `Corrupt` or `Truncated` for bad delta bytes.
 pub fn delta_apply(
     delta: &Resident<'_>,
     dtype: Dtype,
@@ -153,9 +153,7 @@ fn apply<S: Simd>(
     weight: &mut [u8],
     exec: &dyn Executor,
 ) -> Result<()> {
-    delta.check_base(&Matrix::new(dtype, shape, weight)?)?;
-    // All that can be refused without decoding is refused before the first word changes.
-    delta.check()?;
+    delta.check_match(&Matrix::new(dtype, shape, weight)?)?;
     if weight.is_empty() {
         return Ok(());
     }

@@ -1,8 +1,10 @@
 //! The doors to [`crate::cuda`]: addresses of device memory, as the shim has them.
 
 use super::door::{CudaLinear, CudaLookup, CudaPlace, CudaWords};
+use crate::cuda;
 use crate::error::Result;
-use crate::ffi::cuda;
+use crate::ffi::guard;
+use crate::matrix::{Dtype, Shape};
 
 impl From<&CudaPlace> for cuda::Place {
     fn from(p: &CudaPlace) -> Self {
@@ -10,8 +12,9 @@ impl From<&CudaPlace> for cuda::Place {
     }
 }
 
-fn device_words(w: &CudaWords) -> Result<crate::cuda::DeviceMatrix> {
-    cuda::words(w.dtype, w.bits, w.n, w.k, w.address as u64)
+fn device_words(w: &CudaWords) -> Result<cuda::DeviceMatrix> {
+    let (dtype, shape) = (Dtype::of_code(w.dtype.into())?, Shape { n: w.n, k: w.k });
+    Ok(cuda::DeviceMatrix { dtype, bits: w.bits, shape, address: w.address as u64 })
 }
 
 pub(super) unsafe fn cuda_delta_restore(
@@ -21,8 +24,11 @@ pub(super) unsafe fn cuda_delta_restore(
     delta: usize,
     delta_bytes: usize,
 ) -> Result<()> {
-    // SAFETY: the shim's promise.
-    unsafe { cuda::delta_restore(place.into(), device_words(base)?, out as u64, (delta as u64, delta_bytes)) }
+    guard(|| {
+        let base = device_words(base)?;
+        // SAFETY: the shim's promise.
+        unsafe { cuda::delta_restore(place.into(), base, out as u64, delta as u64, delta_bytes) }
+    })
 }
 
 pub(super) unsafe fn cuda_delta_apply(
@@ -31,8 +37,11 @@ pub(super) unsafe fn cuda_delta_apply(
     delta: usize,
     delta_bytes: usize,
 ) -> Result<()> {
-    // SAFETY: the shim's promise.
-    unsafe { cuda::delta_apply(place.into(), device_words(weight)?, (delta as u64, delta_bytes)) }
+    guard(|| {
+        let weight = device_words(weight)?;
+        // SAFETY: the shim's promise.
+        unsafe { cuda::delta_apply(place.into(), weight, delta as u64, delta_bytes) }
+    })
 }
 
 fn device_linear(args: &CudaLinear) -> Result<cuda::Linear> {
@@ -60,28 +69,37 @@ pub(super) unsafe fn cuda_delta_linear(
     workspace: usize,
     out: usize,
 ) -> Result<()> {
-    // SAFETY: the shim's promise.
-    unsafe { cuda::delta_linear(place.into(), &device_linear(args)?, workspace as u64, out as u64) }
+    guard(|| {
+        let product = device_linear(args)?;
+        // SAFETY: the shim's promise.
+        unsafe { cuda::delta_linear(place.into(), &product, workspace as u64, out as u64) }
+    })
 }
 
 pub(super) fn cuda_linear_workspace(args: &CudaLinear) -> Result<usize> {
-    cuda::workspace_bytes(&device_linear(args)?)
+    guard(|| device_linear(args)?.workspace_bytes())
 }
 
 pub(super) unsafe fn cuda_delta_embedding(place: &CudaPlace, args: &CudaLookup, out: usize) -> Result<()> {
+    guard(|| {
+        let lookup = device_embedding(args)?;
+        // SAFETY: the shim's promise.
+        unsafe { cuda::delta_embedding(place.into(), &lookup, out as u64) }
+    })
+}
+
+fn device_embedding(args: &CudaLookup) -> Result<cuda::Embedding> {
     let rows = cuda::BatchRows {
         slots: args.slots as u64,
         slot_count: args.slot_count,
         tenant_of_row: args.tenant_of_row as u64,
     };
-    let lookup = cuda::Embedding {
+    Ok(cuda::Embedding {
         indices: args.indices as u64,
         m: args.m,
         weight: device_words(&args.weight)?,
         arena: args.arena as u64,
         arena_bytes: args.arena_bytes,
         rows,
-    };
-    // SAFETY: the shim's promise.
-    unsafe { cuda::delta_embedding(place.into(), &lookup, out as u64) }
+    })
 }

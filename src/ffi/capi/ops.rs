@@ -1,11 +1,14 @@
 //! The ops of the C ABI.
 
-use super::{
+use super::pointers::{
     XorzBuffer, XorzError, XorzExecutor, XorzMatrix, bytes, bytes_mut, call, executor, give, give_bytes,
-    matrix, mode, null, prefer, reference,
+    matrix, mode, null, parse, prefer, reference,
 };
+use crate::cpu;
 use crate::error::{Error, Result};
-use crate::ffi::ops;
+use crate::matrix::{Dtype, Shape};
+use crate::resident::{self, Resident};
+use crate::vector;
 use std::ffi::c_void;
 
 /// `xorz_delta_info`: what the header of a resident delta says.
@@ -54,16 +57,17 @@ pub unsafe extern "C" fn xorz_delta_info(
     // SAFETY: the caller keeps the header's contract.
     unsafe {
         call(error, || {
-            let i = ops::delta_info(bytes(delta, delta_bytes, "delta")?)?;
+            let delta = parse(delta, delta_bytes)?;
+            let header = delta.header();
             let out = XorzDeltaInfo {
-                encoding: i.encoding as u32,
-                dtype: i.dtype as u32,
-                n: i.shape.n as u64,
-                k: i.shape.k as u64,
-                tile_rows: i.tile_rows as u64,
-                tile_cols: i.tile_cols as u64,
-                changed: i.changed,
-                base_digest: i.base_digest.0,
+                encoding: header.encoding as u32,
+                dtype: header.dtype as u32,
+                n: header.shape.n as u64,
+                k: header.shape.k as u64,
+                tile_rows: header.tile_rows as u64,
+                tile_cols: header.tile_cols as u64,
+                changed: header.changed,
+                base_digest: header.base_digest.0,
             };
             give(info, out, "info")
         })
@@ -90,22 +94,16 @@ pub unsafe extern "C" fn xorz_delta_linear(
     // SAFETY: the caller keeps the header's contract.
     unsafe {
         call(error, || {
-            let (x, weight) = (matrix(input, "input")?, matrix(weight, "weight")?);
-            same("input.k", x.k, "weight.k", weight.k)?;
-            same("input.dtype", x.dtype as usize, "weight.dtype", weight.dtype as usize)?;
-            x.matrix()?;
-            let word = weight.matrix()?.dtype().word_bytes();
-            let bias = if bias.is_null() { None } else { Some(bytes(bias, times(weight.n, word)?, "bias")?) };
-            let args = ops::Linear {
-                input: x.bytes,
-                m: x.n,
-                weight,
-                bias,
-                delta: bytes(delta, delta_bytes, "delta")?,
-                mode: mode(mode_code)?,
-            };
-            same("out_bytes", out_bytes, "input.n * weight.n words", times(x.n, times(weight.n, word)?)?)?;
-            ops::delta_linear(&args, bytes_mut(out, out_bytes, "out")?, executor(exec))
+            let (x, base) = (matrix(input, "input")?, matrix(weight, "weight")?);
+            let (Shape { n: m, k }, weight) = (x.shape(), base.shape());
+            same("input.k", k, "weight.k", weight.k)?;
+            same("input.dtype", x.dtype() as usize, "weight.dtype", base.dtype() as usize)?;
+            let row = times(weight.n, base.dtype().word_bytes())?;
+            same("out_bytes", out_bytes, "input.n * weight.n words", times(m, row)?)?;
+            let bias = if bias.is_null() { None } else { Some(bytes(bias, row, "bias")?) };
+            let (delta, mode) = (parse(delta, delta_bytes)?, mode(mode_code)?);
+            let product = cpu::LinearArgs { x: x.bytes(), m, base, delta, bias, mode };
+            cpu::delta_linear(&product, bytes_mut(out, out_bytes, "out")?, executor(exec))
         })
     }
 }
@@ -128,14 +126,14 @@ pub unsafe extern "C" fn xorz_delta_linear_grad_input(
     // SAFETY: the caller keeps the header's contract.
     unsafe {
         call(error, || {
-            let (g, weight) = (matrix(grad, "grad")?, matrix(weight, "weight")?);
-            same("grad.k", g.k, "weight.n", weight.n)?;
-            same("grad.dtype", g.dtype as usize, "weight.dtype", weight.dtype as usize)?;
-            g.matrix()?;
-            let word = weight.matrix()?.dtype().word_bytes();
-            same("out_bytes", out_bytes, "grad.n * weight.k words", times(g.n, times(weight.k, word)?)?)?;
-            let (delta, out) = (bytes(delta, delta_bytes, "delta")?, bytes_mut(out, out_bytes, "out")?);
-            ops::delta_linear_grad_input(g.bytes, g.n, weight, delta, out, executor(exec))
+            let (grad, base) = (matrix(grad, "grad")?, matrix(weight, "weight")?);
+            let (Shape { n: m, k }, weight) = (grad.shape(), base.shape());
+            same("grad.k", k, "weight.n", weight.n)?;
+            same("grad.dtype", grad.dtype() as usize, "weight.dtype", base.dtype() as usize)?;
+            let row = times(weight.k, base.dtype().word_bytes())?;
+            same("out_bytes", out_bytes, "grad.n * weight.k words", times(m, row)?)?;
+            let (delta, out) = (parse(delta, delta_bytes)?, bytes_mut(out, out_bytes, "out")?);
+            cpu::delta_linear_grad_input(grad.bytes(), m, &base, &delta, out, executor(exec))
         })
     }
 }
@@ -158,8 +156,9 @@ pub unsafe extern "C" fn xorz_delta_restore(
     unsafe {
         call(error, || {
             let (base, delta) = (matrix(base, "base")?, bytes(delta, delta_bytes, "delta")?);
-            same("out_bytes", out_bytes, "base.bytes", base.bytes.len())?;
-            ops::delta_restore(base, delta, bytes_mut(out, out_bytes, "out")?, executor(exec))
+            same("out_bytes", out_bytes, "base.bytes", base.bytes().len())?;
+            let (delta, out) = (Resident::parse(delta)?, bytes_mut(out, out_bytes, "out")?);
+            vector::delta_restore(&delta, &base, out, executor(exec))
         })
     }
 }
@@ -183,14 +182,9 @@ pub unsafe extern "C" fn xorz_delta_restore_rows(
     // SAFETY: the caller keeps the header's contract.
     unsafe {
         call(error, || {
-            let (base, delta) = (matrix(base, "base")?, bytes(delta, delta_bytes, "delta")?);
-            ops::delta_restore_rows(
-                base,
-                delta,
-                first..end,
-                bytes_mut(out, out_bytes, "out")?,
-                executor(exec),
-            )
+            let (base, delta) = (matrix(base, "base")?, parse(delta, delta_bytes)?);
+            let out = bytes_mut(out, out_bytes, "out")?;
+            vector::delta_restore_rows(&delta, &base, first..end, out, executor(exec))
         })
     }
 }
@@ -216,9 +210,10 @@ pub unsafe extern "C" fn xorz_delta_restore_region(
     // SAFETY: the caller keeps the header's contract.
     unsafe {
         call(error, || {
-            let (base, delta) = (matrix(base, "base")?, bytes(delta, delta_bytes, "delta")?);
-            let region = (first_row..end_row, first_column..end_column);
-            ops::delta_restore_region(base, delta, region, bytes_mut(out, out_bytes, "out")?, executor(exec))
+            let (base, delta) = (matrix(base, "base")?, parse(delta, delta_bytes)?);
+            let (rows, columns, out) =
+                (first_row..end_row, first_column..end_column, bytes_mut(out, out_bytes, "out")?);
+            vector::delta_restore_region(&delta, &base, rows, columns, out, executor(exec))
         })
     }
 }
@@ -238,9 +233,10 @@ pub unsafe extern "C" fn xorz_delta_apply(
     // SAFETY: the caller keeps the header's contract.
     unsafe {
         call(error, || {
-            let (w, delta) = (reference(weight, "weight")?, bytes(delta, delta_bytes, "delta")?);
+            let (w, delta) = (reference(weight, "weight")?, parse(delta, delta_bytes)?);
             let words = bytes_mut(w.words.cast_mut(), w.bytes, "weight.words")?;
-            ops::delta_apply(w.dtype, w.n, w.k, words, delta, executor(exec))
+            let (dtype, shape) = (Dtype::of_code(w.dtype)?, Shape { n: w.n, k: w.k });
+            vector::delta_apply(&delta, dtype, shape, words, executor(exec))
         })
     }
 }
@@ -262,7 +258,7 @@ pub unsafe extern "C" fn xorz_delta_encode(
     unsafe {
         call(error, || {
             let (base, fine_tuned) = (matrix(base, "base")?, matrix(fine_tuned, "fine_tuned")?);
-            let encoded = ops::delta_encode(base, fine_tuned, prefer(prefer_code)?, executor(exec))?;
+            let encoded = vector::encode(&base, &fine_tuned, prefer(prefer_code)?, executor(exec))?;
             give_bytes(delta, encoded, "delta")
         })
     }
@@ -286,8 +282,8 @@ pub unsafe extern "C" fn xorz_delta_slice(
     // SAFETY: the caller keeps the header's contract.
     unsafe {
         call(error, || {
-            let (delta, base) = (bytes(delta, delta_bytes, "delta")?, matrix(base, "base")?);
-            give_bytes(out, ops::delta_slice(delta, base, dim, start..end)?, "out")
+            let (delta, base) = (parse(delta, delta_bytes)?, matrix(base, "base")?);
+            give_bytes(out, resident::slice(&delta, &base, dim, start..end)?, "out")
         })
     }
 }
@@ -312,12 +308,12 @@ pub unsafe extern "C" fn xorz_delta_concat(
             }
             let part = |i: usize| {
                 let p = reference(parts.add(i), "parts")?;
-                Ok((bytes(p.delta, p.delta_bytes, "delta")?, matrix(&raw const p.base, "base")?))
+                Ok((parse(p.delta, p.delta_bytes)?, matrix(&raw const p.base, "base")?))
             };
             let parts = (0..count)
                 .map(|i| part(i).map_err(|e: Error| e.within(format_args!("parts[{i}]"))))
                 .collect::<Result<Vec<_>>>()?;
-            give_bytes(out, ops::delta_concat(&parts, dim)?, "out")
+            give_bytes(out, resident::concat(&parts, dim)?, "out")
         })
     }
 }
@@ -334,7 +330,7 @@ pub unsafe extern "C" fn xorz_delta_check(
     error: *mut XorzError,
 ) -> i32 {
     // SAFETY: the caller keeps the header's contract.
-    unsafe { call(error, || ops::delta_check(bytes(delta, delta_bytes, "delta")?, matrix(base, "base")?)) }
+    unsafe { call(error, || parse(delta, delta_bytes)?.check_full(&matrix(base, "base")?)) }
 }
 
 /// What `xorz_delta_apply` checks before the first word changes.
@@ -349,7 +345,7 @@ pub unsafe extern "C" fn xorz_delta_matches(
     error: *mut XorzError,
 ) -> i32 {
     // SAFETY: the caller keeps the header's contract.
-    unsafe { call(error, || ops::delta_matches(bytes(delta, delta_bytes, "delta")?, matrix(base, "base")?)) }
+    unsafe { call(error, || parse(delta, delta_bytes)?.check_match(&matrix(base, "base")?)) }
 }
 
 fn same(what: &str, a: usize, other: &str, b: usize) -> Result<()> {

@@ -1,16 +1,14 @@
-//! Packages of the C ABI.
+//! Packages of the C ABI: written and read tensor by tensor.
 
-use super::{
-    XorzBuffer, XorzError, XorzMatrix, bytes, bytes_mut, call, give, give_bytes, matrix, null, prefer,
+use super::files::{XorzOptions, XorzRun, options, path, run};
+use super::pointers::{
+    XorzBuffer, XorzError, XorzMatrix, bytes, bytes_mut, call, free, give, give_bytes, matrix, null, prefer,
     reference, text,
 };
 use crate::codec::Prefer;
 use crate::error::Result;
-use crate::ffi::packages;
-use crate::package::{Base, PackOptions, Package, Run, Tensor, Writer};
-use std::ffi::{CStr, OsStr, c_char, c_void};
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use crate::package::{Base, Package, Tensor, Writer, describe_json};
+use std::ffi::{c_char, c_void};
 
 /// `xorz_tensor`: a tensor of a checkpoint.
 #[repr(C)]
@@ -29,28 +27,6 @@ pub struct XorzTensor {
     pub bytes: usize,
 }
 
-/// `xorz_options`: how to pack.
-#[repr(C)]
-pub struct XorzOptions {
-    /// 0 speed, 1 memory.
-    pub prefer: i32,
-    /// -1 the smallest, or a codec's code.
-    pub codec: i32,
-    /// zstd level; 0 is the default.
-    pub level: i32,
-    /// Dropped from names on both sides before they are paired, or null.
-    pub strip_prefix: *const c_char,
-}
-
-/// `xorz_run`: how a job over files runs.
-#[repr(C)]
-pub struct XorzRun {
-    /// Threads; 0 takes one per core.
-    pub jobs: u32,
-    /// 0 or [`packages::NO_SHA256`].
-    pub flags: u32,
-}
-
 /// `xorz_writer`: a package being written.
 pub struct XorzWriter(Writer);
 
@@ -59,37 +35,6 @@ pub struct XorzPackage(Package);
 
 /// `xorz_base`: an open base on disk.
 pub struct XorzBase(Base);
-
-/// # Safety
-/// `p` is null or a zero-terminated string for `'a`.
-unsafe fn path<'a>(p: *const c_char, what: &str) -> Result<&'a Path> {
-    if p.is_null() {
-        return Err(null(what));
-    }
-    // SAFETY: not null and the caller's promise.
-    Ok(Path::new(OsStr::from_bytes(unsafe { CStr::from_ptr(p) }.to_bytes())))
-}
-
-/// # Safety
-/// `p` is null or options whose strings are valid.
-unsafe fn options(p: *const XorzOptions) -> Result<PackOptions> {
-    // SAFETY: the caller's promise.
-    unsafe {
-        let o = reference(p, "options")?;
-        let strip = if o.strip_prefix.is_null() { None } else { Some(text(o.strip_prefix, "strip_prefix")?) };
-        packages::options(prefer(o.prefer)?, o.codec, o.level, strip)
-    }
-}
-
-/// # Safety
-/// `p` is null, for the defaults, or valid.
-unsafe fn run(p: *const XorzRun) -> Result<Run<'static>> {
-    // SAFETY: the caller's promise.
-    match unsafe { p.as_ref() } {
-        Some(r) => packages::run(r.jobs, r.flags),
-        None => Ok(Run::default()),
-    }
-}
 
 /// # Safety
 /// `p` is null or a tensor whose pointers are valid for `'a`.
@@ -126,7 +71,7 @@ pub unsafe extern "C" fn xorz_writer_new(
     // SAFETY: the caller keeps the header's contract.
     unsafe {
         call(error, || {
-            let new = packages::create(path(file, "path")?, options(how)?)?;
+            let new = Writer::create(path(file, "path")?, options(how)?)?;
             give(writer, Box::into_raw(Box::new(XorzWriter(new))), "writer")
         })
     }
@@ -148,7 +93,7 @@ pub unsafe extern "C" fn xorz_writer_add(
         call(error, || {
             let writer = writer.as_mut().ok_or_else(|| null("writer"))?;
             let base = if base.is_null() { None } else { Some(tensor(base, "base")?) };
-            packages::add(&mut writer.0, &tensor(fine_tuned, "fine_tuned")?, base.as_ref())
+            writer.0.add(&tensor(fine_tuned, "fine_tuned")?, base.as_ref())
         })
     }
 }
@@ -188,7 +133,7 @@ pub unsafe extern "C" fn xorz_writer_finish(
             if writer.is_null() {
                 return Err(null("writer"));
             }
-            let json = packages::finish(Box::from_raw(writer).0)?;
+            let json = Box::from_raw(writer).0.finish()?.to_json()?;
             if report.is_null() { Ok(()) } else { give_bytes(report, json.into_bytes(), "report") }
         })
     }
@@ -200,10 +145,8 @@ pub unsafe extern "C" fn xorz_writer_finish(
 /// `writer` is null or came from `xorz_writer_new` and was neither finished nor freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xorz_writer_free(writer: *mut XorzWriter) {
-    if !writer.is_null() {
-        // SAFETY: the caller's promise.
-        drop(unsafe { Box::from_raw(writer) });
-    }
+    // SAFETY: the caller's promise.
+    unsafe { free(writer) }
 }
 
 /// Open a package.
@@ -219,7 +162,7 @@ pub unsafe extern "C" fn xorz_package_open(
     // SAFETY: the caller keeps the header's contract.
     unsafe {
         call(error, || {
-            let opened = packages::open(path(file, "path")?)?;
+            let opened = Package::open(path(file, "path")?)?;
             give(package, Box::into_raw(Box::new(XorzPackage(opened))), "package")
         })
     }
@@ -231,10 +174,8 @@ pub unsafe extern "C" fn xorz_package_open(
 /// `package` is null or came from `xorz_package_open` and was not closed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xorz_package_close(package: *mut XorzPackage) {
-    if !package.is_null() {
-        // SAFETY: the caller's promise.
-        drop(unsafe { Box::from_raw(package) });
-    }
+    // SAFETY: the caller's promise.
+    unsafe { free(package) }
 }
 
 /// What a package holds, as JSON.
@@ -250,7 +191,7 @@ pub unsafe extern "C" fn xorz_package_describe(
     // SAFETY: the caller keeps the header's contract.
     unsafe {
         call(error, || {
-            let text = packages::describe(&reference(package, "package")?.0)?;
+            let text = describe_json(&reference(package, "package")?.0)?;
             give_bytes(json, text.into_bytes(), "json")
         })
     }
@@ -274,7 +215,7 @@ pub unsafe extern "C" fn xorz_package_resident(
         call(error, || {
             let package = &reference(package, "package")?.0;
             let (name, base) = (text(name, "name")?, matrix(base, "base")?);
-            let made = packages::resident(package, name, base, prefer_or_stored(prefer_code)?)?;
+            let made = package.resident(name, &base, prefer_or_stored(prefer_code)?)?;
             give_bytes(delta, made, "delta")
         })
     }
@@ -294,7 +235,7 @@ pub unsafe extern "C" fn xorz_base_open(
     // SAFETY: the caller keeps the header's contract.
     unsafe {
         call(error, || {
-            let opened = packages::base(path(file, "path")?, &run(job)?)?;
+            let opened = Base::open(path(file, "path")?, &run(job)?)?;
             give(base, Box::into_raw(Box::new(XorzBase(opened))), "base")
         })
     }
@@ -306,10 +247,8 @@ pub unsafe extern "C" fn xorz_base_open(
 /// `base` is null or came from `xorz_base_open` and was not closed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xorz_base_close(base: *mut XorzBase) {
-    if !base.is_null() {
-        // SAFETY: the caller's promise.
-        drop(unsafe { Box::from_raw(base) });
-    }
+    // SAFETY: the caller's promise.
+    unsafe { free(base) }
 }
 
 /// One tensor's resident delta against a base on disk.
@@ -330,7 +269,7 @@ pub unsafe extern "C" fn xorz_package_resident_from(
         call(error, || {
             let (package, base) = (&reference(package, "package")?.0, &reference(base, "base")?.0);
             let prefer = prefer_or_stored(prefer_code)?;
-            let made = packages::resident_from(package, text(name, "name")?, base, prefer)?;
+            let made = base.resident(package, text(name, "name")?, prefer)?;
             give_bytes(delta, made, "delta")
         })
     }
@@ -354,90 +293,7 @@ pub unsafe extern "C" fn xorz_package_restore(
         call(error, || {
             let package = &reference(package, "package")?.0;
             let base = if base.is_null() { None } else { Some(matrix(base, "base")?) };
-            packages::restore(package, text(name, "name")?, base, bytes_mut(out, out_bytes, "out")?)
-        })
-    }
-}
-
-/// Pack a checkpoint.
-///
-/// # Safety
-/// As `csrc/xorz.h` says.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn xorz_pack_files(
-    base: *const c_char,
-    fine_tuned: *const c_char,
-    package: *const c_char,
-    how: *const XorzOptions,
-    job: *const XorzRun,
-    report: *mut XorzBuffer,
-    error: *mut XorzError,
-) -> i32 {
-    // SAFETY: the caller keeps the header's contract.
-    unsafe {
-        call(error, || {
-            let (base, fine_tuned) = (path(base, "base")?, path(fine_tuned, "fine_tuned")?);
-            let json = packages::pack_files(
-                base,
-                fine_tuned,
-                path(package, "package")?,
-                &options(how)?,
-                &run(job)?,
-            )?;
-            give_bytes(report, json.into_bytes(), "report")
-        })
-    }
-}
-
-/// Unpack a checkpoint.
-///
-/// # Safety
-/// As `csrc/xorz.h` says.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn xorz_unpack_files(
-    base: *const c_char,
-    package: *const c_char,
-    out: *const c_char,
-    job: *const XorzRun,
-    report: *mut XorzBuffer,
-    error: *mut XorzError,
-) -> i32 {
-    // SAFETY: the caller keeps the header's contract.
-    unsafe {
-        call(error, || {
-            let (base, package) = (path(base, "base")?, path(package, "package")?);
-            give_bytes(
-                report,
-                packages::unpack_files(base, package, path(out, "out")?, &run(job)?)?.into_bytes(),
-                "report",
-            )
-        })
-    }
-}
-
-/// Check a package against its base, and against the fine-tuned checkpoint if one is given.
-///
-/// # Safety
-/// As `csrc/xorz.h` says.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn xorz_verify_files(
-    base: *const c_char,
-    package: *const c_char,
-    fine_tuned: *const c_char,
-    job: *const XorzRun,
-    report: *mut XorzBuffer,
-    error: *mut XorzError,
-) -> i32 {
-    // SAFETY: the caller keeps the header's contract.
-    unsafe {
-        call(error, || {
-            let fine_tuned = if fine_tuned.is_null() { None } else { Some(path(fine_tuned, "fine_tuned")?) };
-            let (base, package) = (path(base, "base")?, path(package, "package")?);
-            give_bytes(
-                report,
-                packages::verify_files(base, package, fine_tuned, &run(job)?)?.into_bytes(),
-                "report",
-            )
+            package.restore(text(name, "name")?, base.as_ref(), bytes_mut(out, out_bytes, "out")?)
         })
     }
 }

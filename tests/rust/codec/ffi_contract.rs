@@ -11,11 +11,18 @@ use xorz::matrix::Dtype;
 use xorz::package::Codec;
 use xorz::vector::Executor;
 
+const BRIDGE: [&str; 3] = [
+    include_str!("../../../src/ffi/bridge.rs"),
+    include_str!("../../../src/ffi/bridge/arguments.rs"),
+    include_str!("../../../src/ffi/bridge/device.rs"),
+];
 const HEADER: &str = include_str!("../../../csrc/xorz.h");
-const RUST: [&str; 3] = [
+const RUST: [&str; 5] = [
     include_str!("../../../src/ffi/capi/mod.rs"),
+    include_str!("../../../src/ffi/capi/files.rs"),
     include_str!("../../../src/ffi/capi/ops.rs"),
     include_str!("../../../src/ffi/capi/packages.rs"),
+    include_str!("../../../src/ffi/capi/pointers.rs"),
 ];
 
 fn without_comments(c: &str) -> String {
@@ -55,6 +62,68 @@ fn every_function_is_declared_and_defined() {
     assert_eq!(header, rust);
     let exported = RUST.concat().matches("#[unsafe(no_mangle)]").count();
     assert_eq!(exported, rust.len(), "an export is not called xorz_*");
+}
+
+/// What follows `start` in `text` up to the end of its block.
+fn block<'t>(text: &'t str, start: &str) -> &'t str {
+    let from = text.find(start).unwrap_or_else(|| panic!("`{start}` is not there"));
+    let open = from + text[from..].find('{').expect("a block");
+    let mut depth = 0usize;
+    let closes = |c: char| {
+        depth = if c == '{' { depth + 1 } else { depth - usize::from(c == '}') };
+        depth == 0
+    };
+    let end = open + text[open..].find(closes).expect("the block is closed");
+    &text[open..=end]
+}
+
+/// No panic passes a door, and none is caught twice on the way: each function that leaves the crate guards once, itself or
+/// through the one helper that does it for C, and nothing that they call guards again.
+#[test]
+fn every_exported_function_guards_exactly_once() {
+    // Constants and counters: nothing in them can panic.
+    let cannot_panic = [
+        "xorz_abi_version",
+        "xorz_version",
+        "xorz_panels_restored",
+        "xorz_scratch_peak_bytes",
+        "xorz_reset_counters",
+        "note_exact_panel",
+    ];
+    let guards = |body: &str| {
+        let ways = ["guard(", "call(error, ", "free("];
+        ways.iter().map(|way| body.matches(way).count()).sum::<usize>()
+    };
+    let mut doors: Vec<(String, usize)> = Vec::new();
+    let rust = RUST.concat();
+    for name in functions(&rust, |before| before.ends_with("extern \"C\" fn ")).into_keys() {
+        doors.push((name.clone(), guards(block(&rust, &format!("fn {name}(")))));
+    }
+    let bridge = BRIDGE.concat();
+    let (declared, defined) = bridge.split_once("unsafe extern \"C++\"").expect("the shim's own functions");
+    for declaration in block(declared, "extern \"Rust\"").split(" fn ").skip(1) {
+        let name = declaration.split('(').next().expect("a name");
+        // A task is run by the caller's threads, and catches what happens there itself.
+        if name != "call" {
+            doors.push((name.into(), guards(block(defined, &format!("fn {name}(")))));
+        }
+    }
+    assert!(doors.len() > 45, "only {} doors were found", doors.len());
+    for (name, guarded) in &doors {
+        let want = usize::from(!cannot_panic.contains(&name.as_str()));
+        assert_eq!(*guarded, want, "{name} guards {guarded} times");
+    }
+    // The two helpers of the C ABI guard, and else nobody but the doors.
+    let direct = |text: &str| text.matches("guard(").count();
+    let alone = |c: bool| {
+        let names = doors.iter().filter(|(name, _)| name.starts_with("xorz_") == c).map(|(name, _)| name);
+        names.map(|n| direct(block(if c { &rust } else { defined }, &format!("fn {n}(")))).sum::<usize>()
+    };
+    assert_eq!(
+        (direct(&rust), direct(&bridge)),
+        (2 + alone(true), alone(false)),
+        "a guard outside of a door"
+    );
 }
 
 /// What the C compiler says of `expressions`.
@@ -107,7 +176,7 @@ fn constants_are_equal() {
     ];
     pairs.extend(kinds.map(|(n, k)| (format!("XORZ_{n}"), k as i64)));
     pairs.push(("XORZ_OK".into(), 0));
-    pairs.push(("XORZ_RUN_NO_SHA256".into(), i64::from(xorz::ffi::packages::NO_SHA256)));
+    pairs.push(("XORZ_RUN_NO_SHA256".into(), i64::from(capi::NO_SHA256)));
     pairs.push(("XORZ_ABI_VERSION".into(), i64::from(capi::xorz_abi_version())));
     pairs.push(("XORZ_MESSAGE_BYTES".into(), capi::MESSAGE_BYTES as i64));
     compare(pairs);

@@ -5,7 +5,7 @@ use crate::common::linear::{Case, DTYPES, ENCODINGS, MODES, Shuffled, isas};
 use xorz::codec::exponent::mantissa_bits;
 use xorz::codec::{Encoding, Entries, Exceptions, ExponentTile, Tile, decode_tile};
 use xorz::cpu::{LinearArgs, Mode, delta_linear};
-use xorz::error::{Kind, Result};
+use xorz::error::{Hint, Kind, Result};
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::{Resident, restore};
 use xorz::vector::{
@@ -146,6 +146,31 @@ fn apply_changes_nothing_when_the_delta_is_corrupt() {
         let mut weight = case.base.clone();
         assert!(delta_apply(&delta, dtype, shape, &mut weight, &Serial).is_err());
         assert!(weight == case.base, "{}", case.name());
+    }
+}
+
+#[test]
+fn apply_refuses_another_base_untouched() {
+    let mut rng = Rng::new(27);
+    let (dtype, shape) = (Dtype::BF16, Shape { n: 64, k: 300 });
+    let base = rng.weights(dtype, shape.n * shape.k);
+    let fine_tuned = perturbed(&mut rng, dtype, &base, 0.1);
+    for encoding in ENCODINGS {
+        let case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
+        let delta = Resident::parse(&case.blob).unwrap();
+        let refused = |weight: &[u8]| {
+            let mut after = weight.to_vec();
+            let e = delta_apply(&delta, dtype, shape, &mut after, &Serial).unwrap_err();
+            assert_eq!((e.kind(), e.hint()), (Kind::Mismatch, Some(Hint::OtherBase)), "{}", case.name());
+            assert!(after == weight, "{} was changed", case.name());
+        };
+        let mut other = case.base.clone();
+        *other.last_mut().unwrap() ^= 1;
+        refused(&other);
+        // What the delta was applied to is its base no more.
+        if case.fine_tuned != case.base {
+            refused(&case.fine_tuned);
+        }
     }
 }
 

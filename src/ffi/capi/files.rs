@@ -1,0 +1,151 @@
+//! Jobs over files of the C ABI, and what a caller says of them: paths, options, how they run.
+
+use super::pointers::{XorzBuffer, XorzError, call, give_bytes, null, prefer, reference, text};
+use crate::error::{Error, Result};
+use crate::package::{Codec, Destination, PackOptions, Run, pack_files, unpack_files, verify_files};
+use std::ffi::{CStr, OsStr, c_char};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+/// `xorz_options`: how to pack.
+#[repr(C)]
+pub struct XorzOptions {
+    /// 0 speed, 1 memory.
+    pub prefer: i32,
+    /// -1 the smallest, or a codec's code.
+    pub codec: i32,
+    /// zstd level; 0 is the default.
+    pub level: i32,
+    /// Dropped from names on both sides before they are paired, or null.
+    pub strip_prefix: *const c_char,
+}
+
+/// `xorz_run`: how a job over files runs.
+#[repr(C)]
+pub struct XorzRun {
+    /// Threads; 0 takes one per core.
+    pub jobs: u32,
+    /// 0 or [`NO_SHA256`].
+    pub flags: u32,
+}
+
+/// Flag of [`XorzRun`]: unpack and verify do not compare the sha256 of restored files.
+pub const NO_SHA256: u32 = 1;
+
+/// # Safety
+/// `p` is null or a zero-terminated string for `'a`.
+pub(super) unsafe fn path<'a>(p: *const c_char, what: &str) -> Result<&'a Path> {
+    if p.is_null() {
+        return Err(null(what));
+    }
+    // SAFETY: not null and the caller's promise.
+    Ok(Path::new(OsStr::from_bytes(unsafe { CStr::from_ptr(p) }.to_bytes())))
+}
+
+/// # Safety
+/// `p` is null or options whose strings are valid.
+pub(super) unsafe fn options(p: *const XorzOptions) -> Result<PackOptions> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let o = reference(p, "options")?;
+        let strip = if o.strip_prefix.is_null() { None } else { Some(text(o.strip_prefix, "strip_prefix")?) };
+        let (codec, level) = (codec(o.codec)?, (o.level != 0).then_some(o.level));
+        Ok(PackOptions { prefer: prefer(o.prefer)?, codec, level, strip_prefix: strip.map(str::to_owned) })
+    }
+}
+
+fn codec(code: i32) -> Result<Option<Codec>> {
+    if code == -1 {
+        return Ok(None);
+    }
+    let known = Codec::ALL.into_iter().find(|c| *c as i32 == code && c.delta());
+    let unknown = || Error::invalid(format!("codec must be -1 (smallest) or 0 to 3, but is {code}"));
+    known.map(Some).ok_or_else(unknown)
+}
+
+/// # Safety
+/// `p` is null, for the defaults, or valid.
+pub(super) unsafe fn run(p: *const XorzRun) -> Result<Run<'static>> {
+    // SAFETY: the caller's promise.
+    let Some(&XorzRun { jobs, flags }) = (unsafe { p.as_ref() }) else { return Ok(Run::default()) };
+    if flags & !NO_SHA256 != 0 {
+        return Err(Error::invalid(format!(
+            "run.flags is {flags}, but only 0 and {NO_SHA256} have a meaning"
+        )));
+    }
+    let jobs = usize::try_from(jobs).map_err(|_| Error::invalid(format!("run.jobs is {jobs}")))?;
+    Ok(Run { jobs, progress: None, sha256: flags & NO_SHA256 == 0 })
+}
+
+/// Pack a checkpoint.
+///
+/// # Safety
+/// As `csrc/xorz.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xorz_pack_files(
+    base: *const c_char,
+    fine_tuned: *const c_char,
+    package: *const c_char,
+    how: *const XorzOptions,
+    job: *const XorzRun,
+    report: *mut XorzBuffer,
+    error: *mut XorzError,
+) -> i32 {
+    // SAFETY: the caller keeps the header's contract.
+    unsafe {
+        call(error, || {
+            let (base, fine_tuned) = (path(base, "base")?, path(fine_tuned, "fine_tuned")?);
+            let out = Destination::Path(path(package, "package")?);
+            let done = pack_files(base, fine_tuned, out, &options(how)?, &run(job)?)?;
+            give_bytes(report, done.to_json()?.into_bytes(), "report")
+        })
+    }
+}
+
+/// Unpack a checkpoint.
+///
+/// # Safety
+/// As `csrc/xorz.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xorz_unpack_files(
+    base: *const c_char,
+    package: *const c_char,
+    out: *const c_char,
+    job: *const XorzRun,
+    report: *mut XorzBuffer,
+    error: *mut XorzError,
+) -> i32 {
+    // SAFETY: the caller keeps the header's contract.
+    unsafe {
+        call(error, || {
+            let (base, package) = (path(base, "base")?, path(package, "package")?);
+            let out = Destination::Path(path(out, "out")?);
+            let done = unpack_files(base, package, out, &run(job)?)?;
+            give_bytes(report, done.to_json()?.into_bytes(), "report")
+        })
+    }
+}
+
+/// Check a package against its base, and against the fine-tuned checkpoint if one is given.
+///
+/// # Safety
+/// As `csrc/xorz.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xorz_verify_files(
+    base: *const c_char,
+    package: *const c_char,
+    fine_tuned: *const c_char,
+    job: *const XorzRun,
+    report: *mut XorzBuffer,
+    error: *mut XorzError,
+) -> i32 {
+    // SAFETY: the caller keeps the header's contract.
+    unsafe {
+        call(error, || {
+            let fine_tuned = if fine_tuned.is_null() { None } else { Some(path(fine_tuned, "fine_tuned")?) };
+            let (base, package) = (path(base, "base")?, path(package, "package")?);
+            let done = verify_files(base, package, fine_tuned, &run(job)?)?;
+            give_bytes(report, done.to_json()?.into_bytes(), "report")
+        })
+    }
+}
