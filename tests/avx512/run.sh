@@ -22,7 +22,12 @@ fail() { echo "avx512: $*" >&2; exit 1; }
 
 work=$(mktemp -d)
 guest=
-end_guest() { [ -z "$guest" ] || kill -KILL -- "-$guest" 2>/dev/null || true; }
+end_guest() {
+  [ -n "$guest" ] || return 0
+  kill -KILL -- "-$guest" 2>/dev/null || true
+  wait "$guest" 2>/dev/null || true
+  guest=
+}
 trap 'end_guest; rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM
 mkdir -p "$work"/{root/{bin,dev,proc,tmp,tests},iso}
