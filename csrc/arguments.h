@@ -48,8 +48,8 @@ struct Cut {
   std::vector<int64_t> sizes;
 };
 
-inline Cut check_cut(const Checks& checks, const Tensor& base, const Words& words, const MaybeRange& rows,
-                     const MaybeRange& columns) {
+inline Cut check_cut(const Checks& checks, const Tensor& base, const HostMatrix& words,
+                     const MaybeRange& rows, const MaybeRange& columns) {
   const int64_t dims = base.dim();
   if (rows && dims < 2)
     checks.refuse("rows are along dim 0 of a base of two dimensions or more, but base is " + text(base));

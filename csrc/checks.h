@@ -163,22 +163,22 @@ struct Checks {
   }
 
   // A matrix of its own dtype: the first dimension is the rows, 1-D and 0-D tensors are one row.
-  Words words(const char* name, const Tensor& t) const {
+  HostMatrix words(const char* name, const Tensor& t) const {
     const DtypeRow& row = known(name, t);
     contiguous(name, t);
     const int64_t n = t.dim() < 2 ? 1 : t.size(0);
     int64_t k = 1;
     for (int64_t i = t.dim() < 2 ? 0 : 1; i < t.dim(); ++i) k *= t.size(i);
     const size_t bytes = static_cast<size_t>(n * k) * row.bytes;
-    return Words{row.code,
-                 static_cast<size_t>(n),
-                 static_cast<size_t>(k),
-                 {static_cast<const uint8_t*>(t.const_data_ptr()), bytes}};
+    return HostMatrix{row.code,
+                      static_cast<size_t>(n),
+                      static_cast<size_t>(k),
+                      {static_cast<const uint8_t*>(t.const_data_ptr()), bytes}};
   }
 
   // The base of a delta: of the delta's dtype and shape, or its integer bits (int16, int32).
-  Words base(const char* name, const Tensor& t, const Info& info) const {
-    Words words = this->words(name, t);
+  HostMatrix base(const char* name, const Tensor& t, const Info& info) const {
+    HostMatrix words = this->words(name, t);
     const DtypeRow& want = dtype_of_code(info.dtype);
     const DtypeRow& have = dtype_of_code(words.dtype);
     const bool bits = have.torch == ScalarType::Short || have.torch == ScalarType::Int;

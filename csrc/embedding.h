@@ -13,7 +13,7 @@ namespace xorz {
 // `indices` are int64 and contiguous. The tensors keep alive what `tenancy` points to, except for the arena.
 struct EmbeddingOperands {
   Tensor indices;
-  Words weight;
+  HostMatrix weight;
   size_t m;
   Tenancy tenancy;
   std::vector<int64_t> out_sizes;
@@ -27,7 +27,7 @@ inline EmbeddingOperands embedding_operands(const Checks& checks, const Tensor& 
     checks.refuse("indices must be int64 or int32, but is " + text(indices));
   checks.known("weight", weight);
   if (weight.dim() != 2) checks.refuse("weight must be 2-D [V, k], but is " + text(weight));
-  const Words words = checks.words("weight", weight);
+  const HostMatrix words = checks.words("weight", weight);
   const auto m = static_cast<size_t>(indices.numel());
   Tenancy t =
       tenancy(checks, arena, slots, tenant_of_row, m, "element of indices, which is " + text(indices));

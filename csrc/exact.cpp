@@ -73,7 +73,7 @@ bool panels_equal_whole(ScalarType type) {
 }
 
 // Rows of the smallest panel that is used, or `n` for one panel.
-size_t panel_rows(size_t m, const Words& weight, ScalarType type) {
+size_t panel_rows(size_t m, const HostMatrix& weight, ScalarType type) {
   if (type == ScalarType::Float || m == 0 || weight.k == 0) return weight.n;
   static const bool bf16 = panels_equal_whole(ScalarType::BFloat16),
                     f16 = panels_equal_whole(ScalarType::Half);
@@ -86,7 +86,7 @@ size_t panel_rows(size_t m, const Words& weight, ScalarType type) {
 
 // aten::linear on panels of at least `rows` restored rows, or nothing where autocast makes the product
 // another dtype's.
-std::optional<Tensor> by_panels(const Tensor& input, size_t m, const Words& weight,
+std::optional<Tensor> by_panels(const Tensor& input, size_t m, const HostMatrix& weight,
                                 const std::optional<Tensor>& bias, rust::Slice<const uint8_t> delta,
                                 ScalarType type, size_t rows) {
   const NoGrad guard;
@@ -137,14 +137,14 @@ void check_not_autocast(const Checks& checks, const Tensor& product, ScalarType 
   if (product.scalar_type() != type) refuse_autocast(checks);
 }
 
-Tensor exact_linear(const Checks& checks, const Tensor& input, size_t m, const Words& weight,
+Tensor exact_linear(const Checks& checks, const Tensor& input, size_t m, const HostMatrix& weight,
                     const std::optional<Tensor>& bias, rust::Slice<const uint8_t> delta, ScalarType type) {
   const auto out = by_panels(input, m, weight, bias, delta, type, panel_rows(m, weight, type));
   if (!out) refuse_autocast(checks);
   return *out;
 }
 
-std::optional<Tensor> panels_linear(const Tensor& input, size_t m, const Words& weight,
+std::optional<Tensor> panels_linear(const Tensor& input, size_t m, const HostMatrix& weight,
                                     const std::optional<Tensor>& bias, rust::Slice<const uint8_t> delta) {
   const size_t fit = kMatrixBytes / (4 * std::max<size_t>(weight.k, 1));
   const size_t rows = std::clamp<size_t>(fit, 64, kMatrixRows);

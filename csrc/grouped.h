@@ -56,7 +56,7 @@ inline Tenancy tenancy(const Checks& checks, const Tensor& arena, const Tensor& 
 struct GroupedOperands {
   Tensor rows;
   const DtypeRow* type;
-  Words weight;
+  HostMatrix weight;
   size_t m, s;
   Tenancy tenancy;
   std::vector<int64_t> out_sizes;

@@ -53,14 +53,14 @@ void delta_check_cuda(const Tensor& delta, const Tensor& base);
 
 // mode="exact" of delta_linear: `input` [..., k] as the caller gave it, `m` its rows, `weight` the base of
 // `delta`.
-Tensor exact_linear(const Checks& checks, const Tensor& input, size_t m, const Words& weight,
+Tensor exact_linear(const Checks& checks, const Tensor& input, size_t m, const HostMatrix& weight,
                     const std::optional<Tensor>& bias, rust::Slice<const uint8_t> delta,
                     torch::headeronly::ScalarType type);
 
 // mode="fast" on processors whose matrix units torch uses: aten::linear on panels of 512 to 1023 restored
 // rows of bf16, fewer where k is above 4096. Arguments as of exact_linear. Nothing under an autocast to
 // another dtype.
-std::optional<Tensor> panels_linear(const Tensor& input, size_t m, const Words& weight,
+std::optional<Tensor> panels_linear(const Tensor& input, size_t m, const HostMatrix& weight,
                                     const std::optional<Tensor>& bias, rust::Slice<const uint8_t> delta);
 
 // Refuses the result of aten::linear if autocast gave it another dtype.

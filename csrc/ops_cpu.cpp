@@ -31,7 +31,7 @@ Tensor as_tensor(const rust::Vec<uint8_t>& bytes) {
 // weight, delta and the dtype they compute in: what delta_linear and its gradient share.
 struct LinearWeight {
   rust::Slice<const uint8_t> delta;
-  Words weight;
+  HostMatrix weight;
   const DtypeRow* type;
 };
 
@@ -99,7 +99,7 @@ Tensor delta_restore_cpu(const Tensor& base, const Tensor& delta, const MaybeRan
   const Checks checks{"delta_restore"};
   const auto bytes = checks.delta("delta", delta);
   const Info info = checks.info("delta", bytes);
-  const Words words = checks.base("base", base, info);
+  const HostMatrix words = checks.base("base", base, info);
   const Cut cut = check_cut(checks, base, words, rows, columns);
   const NoGrad guard;
   const Tensor out = torch::stable::empty(cut.sizes, base.scalar_type());
@@ -112,7 +112,7 @@ void delta_apply_cpu(const Tensor& weight, const Tensor& delta) {
   const Checks checks{"delta_apply_"};
   const auto bytes = checks.delta("delta", delta);
   const Info info = checks.info("delta", bytes);
-  const Words words = checks.base("weight", weight, info);
+  const HostMatrix words = checks.base("weight", weight, info);
   check_apart(checks, words.bytes, bytes);
   mark_written(checks, weight);
   const auto target = mutable_bytes_of(weight, dtype_of_code(info.dtype).bytes);
@@ -123,7 +123,7 @@ Tensor delta_encode_cpu(const Tensor& base, const Tensor& fine_tuned, const std:
   const Checks checks{"delta_encode"};
   if (prefer != "auto" && prefer != "speed" && prefer != "memory")
     checks.refuse("prefer must be \"auto\", \"speed\" or \"memory\", but is \"" + prefer + "\"");
-  const Words from = checks.words("base", base), to = checks.words("fine_tuned", fine_tuned);
+  const HostMatrix from = checks.words("base", base), to = checks.words("fine_tuned", fine_tuned);
   if (base.scalar_type() != fine_tuned.scalar_type() || shape_text(base) != shape_text(fine_tuned))
     checks.refuse("base is " + text(base) + ", but fine_tuned is " + text(fine_tuned));
   return core(checks, [&] { return as_tensor(delta_encode(from, to, rust::Str(prefer), threads)); });
@@ -132,7 +132,7 @@ Tensor delta_encode_cpu(const Tensor& base, const Tensor& fine_tuned, const std:
 Tensor delta_slice_cpu(const Tensor& delta, const Tensor& base, int64_t dim, int64_t start, int64_t end) {
   const Checks checks{"delta_slice"};
   const auto bytes = checks.delta("delta", delta);
-  const Words words = checks.base("base", base, checks.info("delta", bytes));
+  const HostMatrix words = checks.base("base", base, checks.info("delta", bytes));
   if (dim != 0 && dim != 1)
     checks.refuse("dim must be 0 (rows) or 1 (columns), but is " + std::to_string(dim));
   const int64_t size = static_cast<int64_t>(dim == 0 ? words.n : words.k);
@@ -164,7 +164,7 @@ Tensor delta_concat_cpu(const std::vector<Tensor>& deltas, const std::vector<Ten
 void delta_check_cpu(const Tensor& delta, const Tensor& base) {
   const Checks checks{"delta_check"};
   const auto bytes = checks.delta("delta", delta);
-  const Words words = checks.base("base", base, checks.info("delta", bytes));
+  const HostMatrix words = checks.base("base", base, checks.info("delta", bytes));
   core(checks, [&] { delta_check(bytes, words); });
 }
 

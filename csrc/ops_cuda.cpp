@@ -21,7 +21,7 @@ Tensor aligned(const Tensor& delta) {
   return address(delta) % kDeltaAlign == 0 ? delta : torch::stable::clone(delta);
 }
 
-CudaWords device_words(const Words& w, bool bits = false) {
+CudaMatrix device_words(const HostMatrix& w, bool bits = false) {
   return {w.dtype, bits, w.n, w.k, reinterpret_cast<size_t>(w.bytes.data())};
 }
 
@@ -30,7 +30,7 @@ bool are_bits(const Tensor& t) {
   return t.scalar_type() == ScalarType::Short || t.scalar_type() == ScalarType::Int;
 }
 
-Tensor restored(const Checks& checks, const OnDevice& device, const CudaWords& base, const Tensor& like,
+Tensor restored(const Checks& checks, const OnDevice& device, const CudaMatrix& base, const Tensor& like,
                 ScalarType type, const Tensor& delta) {
   const Tensor plain = aligned(delta), out = torch::stable::new_empty(like, like.sizes(), type);
   const size_t to = mutable_address(out), from = address(plain), bytes = static_cast<size_t>(plain.numel());
@@ -51,8 +51,8 @@ Tensor product(const Checks& checks, const OnDevice& device, const CudaLinear& a
 }
 
 // The weight of a product, of the input's dtype or its bits.
-Words weight_of(const Checks& checks, const Tensor& weight, const DtypeRow& type, const Tensor& input) {
-  Words words = checks.words("weight", weight);
+HostMatrix weight_of(const Checks& checks, const Tensor& weight, const DtypeRow& type, const Tensor& input) {
+  HostMatrix words = checks.words("weight", weight);
   if (weight.dim() != 2) checks.refuse("weight must be 2-D [n, k], but is " + text(weight));
   if (are_bits(weight) && static_cast<uint8_t>(weight.element_size()) == type.bytes) words.dtype = type.code;
   if (words.dtype != type.code) checks.refuse("input is " + text(input) + ", but weight is " + text(weight));
@@ -69,7 +69,7 @@ Tensor delta_linear_cuda(const Tensor& input, const Tensor& weight, const std::o
   const DtypeRow& type = checks.known("input", input);
   if (type.code > 3)
     checks.refuse("input is " + text(input) + "; only float32, bfloat16 and float16 compute");
-  const Words words = weight_of(checks, weight, type, input);
+  const HostMatrix words = weight_of(checks, weight, type, input);
   const size_t m = check_rows(checks, "input", input, type, words.k, "weight.shape[1]");
   if (bias) check_bias(checks, *bias, type, words.n);
   const NoGrad guard;
@@ -131,11 +131,11 @@ Tensor delta_restore_cuda(const Tensor& base, const Tensor& delta, const MaybeRa
                           const MaybeRange& columns) {
   const Checks checks{"delta_restore", cuda_device_of({&base, &delta})};
   checks.delta("delta", delta);
-  const Words words = checks.words("base", base);
+  const HostMatrix words = checks.words("base", base);
   const Cut cut = check_cut(checks, base, words, rows, columns);
   const NoGrad guard;
   const OnDevice device(checks.cuda);
-  const CudaWords from = device_words(words, are_bits(base));
+  const CudaMatrix from = device_words(words, are_bits(base));
   Tensor out = restored(checks, device, from, base, base.scalar_type(), delta);
   if (rows) out = torch::stable::narrow(out, 0, (*rows)[0], cut.sizes.front());
   if (columns) out = torch::stable::narrow(out, base.dim() - 1, (*columns)[0], cut.sizes.back());
@@ -146,12 +146,12 @@ Tensor delta_restore_cuda(const Tensor& base, const Tensor& delta, const MaybeRa
 void delta_apply_cuda(const Tensor& weight, const Tensor& delta) {
   const Checks checks{"delta_apply_", cuda_device_of({&weight, &delta})};
   const auto bytes = checks.delta("delta", delta);
-  const Words words = checks.words("weight", weight);
+  const HostMatrix words = checks.words("weight", weight);
   check_apart(checks, words.bytes, bytes);
   const OnDevice device(checks.cuda);
   mark_written(checks, weight);
   const Tensor plain = aligned(delta);
-  const CudaWords target = device_words(words, are_bits(weight));
+  const CudaMatrix target = device_words(words, are_bits(weight));
   core(checks,
        [&] { cuda_delta_apply(device.place(), target, address(plain), static_cast<size_t>(plain.numel())); });
 }

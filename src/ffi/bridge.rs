@@ -22,7 +22,7 @@ mod device;
 #[cxx::bridge(namespace = "xorz")]
 pub mod door {
     /// A row-major matrix: dtype code, rows, columns, words.
-    struct Words<'a> {
+    struct HostMatrix<'a> {
         dtype: u8,
         n: usize,
         k: usize,
@@ -33,7 +33,7 @@ pub mod door {
     struct Linear<'a> {
         input: &'a [u8],
         m: usize,
-        weight: Words<'a>,
+        weight: HostMatrix<'a>,
         has_bias: bool,
         bias: &'a [u8],
         delta: &'a [u8],
@@ -52,7 +52,7 @@ pub mod door {
     struct Grouped<'a> {
         input: &'a [u8],
         m: usize,
-        weight: Words<'a>,
+        weight: HostMatrix<'a>,
         has_biases: bool,
         biases: &'a [u8],
         bias_stride: usize,
@@ -75,8 +75,8 @@ pub mod door {
         stream: usize,
     }
 
-    /// [`Words`] in device memory. `bits`: a delta of any dtype of that size will do.
-    struct CudaWords {
+    /// [`HostMatrix`] in device memory. `bits`: a delta of any dtype of that size will do.
+    struct CudaMatrix {
         dtype: u8,
         bits: bool,
         n: usize,
@@ -89,7 +89,7 @@ pub mod door {
     struct CudaLinear {
         input: usize,
         m: usize,
-        weight: CudaWords,
+        weight: CudaMatrix,
         biases: usize,
         bias_stride: usize,
         arena: usize,
@@ -105,7 +105,7 @@ pub mod door {
     struct CudaLookup {
         indices: usize,
         m: usize,
-        weight: CudaWords,
+        weight: CudaMatrix,
         arena: usize,
         arena_bytes: usize,
         slots: usize,
@@ -124,7 +124,7 @@ pub mod door {
     /// One part of `delta_concat`.
     struct Part<'a> {
         delta: &'a [u8],
-        base: Words<'a>,
+        base: HostMatrix<'a>,
     }
 
     /// What a resident delta says of itself.
@@ -143,7 +143,7 @@ pub mod door {
         fn delta_linear_grad_input(
             grad: &[u8],
             m: usize,
-            weight: &Words<'_>,
+            weight: &HostMatrix<'_>,
             delta: &[u8],
             out: &mut [u8],
             executor: &Executor,
@@ -152,23 +152,28 @@ pub mod door {
         fn delta_linear_grouped_grad_input(
             grad: &[u8],
             m: usize,
-            weight: &Words<'_>,
+            weight: &HostMatrix<'_>,
             batch: &Batch<'_>,
             out: &mut [u8],
             executor: &Executor,
         ) -> Result<()>;
         fn torch_multiplies(rows: usize) -> bool;
-        fn grouped_tenants(m: usize, weight: &Words<'_>, batch: &Batch<'_>) -> Result<Vec<Tenant>>;
+        fn grouped_tenants(m: usize, weight: &HostMatrix<'_>, batch: &Batch<'_>) -> Result<Vec<Tenant>>;
         fn delta_embedding(
             indices: &[i64],
-            weight: &Words<'_>,
+            weight: &HostMatrix<'_>,
             batch: &Batch<'_>,
             out: &mut [u8],
             executor: &Executor,
         ) -> Result<()>;
-        fn delta_restore(base: &Words<'_>, delta: &[u8], out: &mut [u8], executor: &Executor) -> Result<()>;
+        fn delta_restore(
+            base: &HostMatrix<'_>,
+            delta: &[u8],
+            out: &mut [u8],
+            executor: &Executor,
+        ) -> Result<()>;
         fn delta_restore_rows(
-            base: &Words<'_>,
+            base: &HostMatrix<'_>,
             delta: &[u8],
             first: usize,
             end: usize,
@@ -176,7 +181,7 @@ pub mod door {
             executor: &Executor,
         ) -> Result<()>;
         fn delta_restore_region(
-            base: &Words<'_>,
+            base: &HostMatrix<'_>,
             delta: &[u8],
             region: &Region,
             out: &mut [u8],
@@ -191,27 +196,27 @@ pub mod door {
             executor: &Executor,
         ) -> Result<()>;
         fn delta_encode(
-            base: &Words<'_>,
-            fine_tuned: &Words<'_>,
+            base: &HostMatrix<'_>,
+            fine_tuned: &HostMatrix<'_>,
             prefer: &str,
             executor: &Executor,
         ) -> Result<Vec<u8>>;
         fn delta_slice(
             delta: &[u8],
-            base: &Words<'_>,
+            base: &HostMatrix<'_>,
             dim: usize,
             start: usize,
             end: usize,
         ) -> Result<Vec<u8>>;
         fn delta_concat(parts: &[Part<'_>], dim: usize) -> Result<Vec<u8>>;
-        fn delta_check(delta: &[u8], base: &Words<'_>) -> Result<()>;
+        fn delta_check(delta: &[u8], base: &HostMatrix<'_>) -> Result<()>;
         fn note_exact_panel(bytes: usize);
 
         /// # Safety
         /// As [`crate::cuda::delta_restore`].
         unsafe fn cuda_delta_restore(
             place: &CudaPlace,
-            base: &CudaWords,
+            base: &CudaMatrix,
             out: usize,
             delta: usize,
             delta_bytes: usize,
@@ -220,7 +225,7 @@ pub mod door {
         /// As [`crate::cuda::delta_apply`].
         unsafe fn cuda_delta_apply(
             place: &CudaPlace,
-            weight: &CudaWords,
+            weight: &CudaMatrix,
             delta: usize,
             delta_bytes: usize,
         ) -> Result<()>;
@@ -246,7 +251,7 @@ pub mod door {
     }
 }
 
-use door::{Batch, Executor, Grouped, Info, Linear, Part, Region, Tenant, Words};
+use door::{Batch, Executor, Grouped, HostMatrix, Info, Linear, Part, Region, Tenant};
 
 fn delta_info(delta: &[u8]) -> Result<Info> {
     guard(|| {
@@ -273,7 +278,7 @@ fn delta_linear(args: &Linear<'_>, out: &mut [u8], executor: &Executor) -> Resul
 fn delta_linear_grad_input(
     grad: &[u8],
     m: usize,
-    weight: &Words<'_>,
+    weight: &HostMatrix<'_>,
     delta: &[u8],
     out: &mut [u8],
     executor: &Executor,
@@ -303,7 +308,7 @@ fn delta_linear_grouped(args: &Grouped<'_>, out: &mut [u8], executor: &Executor)
 fn delta_linear_grouped_grad_input(
     grad: &[u8],
     m: usize,
-    weight: &Words<'_>,
+    weight: &HostMatrix<'_>,
     batch: &Batch<'_>,
     out: &mut [u8],
     executor: &Executor,
@@ -315,7 +320,7 @@ fn delta_linear_grouped_grad_input(
     })
 }
 
-fn grouped_tenants(m: usize, weight: &Words<'_>, batch: &Batch<'_>) -> Result<Vec<Tenant>> {
+fn grouped_tenants(m: usize, weight: &HostMatrix<'_>, batch: &Batch<'_>) -> Result<Vec<Tenant>> {
     let base_bias = batch.slots.len() / 2;
     let tenant = |t: cpu::Tenant| {
         let (bias, delta) = (t.slot.unwrap_or(base_bias), t.delta.unwrap_or_default());
@@ -330,7 +335,7 @@ fn grouped_tenants(m: usize, weight: &Words<'_>, batch: &Batch<'_>) -> Result<Ve
 
 fn delta_embedding(
     indices: &[i64],
-    weight: &Words<'_>,
+    weight: &HostMatrix<'_>,
     batch: &Batch<'_>,
     out: &mut [u8],
     executor: &Executor,
@@ -343,12 +348,12 @@ fn delta_embedding(
     })
 }
 
-fn delta_restore(base: &Words<'_>, delta: &[u8], out: &mut [u8], executor: &Executor) -> Result<()> {
+fn delta_restore(base: &HostMatrix<'_>, delta: &[u8], out: &mut [u8], executor: &Executor) -> Result<()> {
     guard(|| vector::delta_restore(&Resident::parse(delta)?, &base.matrix()?, out, &Shim(executor)))
 }
 
 fn delta_restore_rows(
-    base: &Words<'_>,
+    base: &HostMatrix<'_>,
     delta: &[u8],
     first: usize,
     end: usize,
@@ -362,7 +367,7 @@ fn delta_restore_rows(
 }
 
 fn delta_restore_region(
-    base: &Words<'_>,
+    base: &HostMatrix<'_>,
     delta: &[u8],
     region: &Region,
     out: &mut [u8],
@@ -395,8 +400,8 @@ fn torch_multiplies(rows: usize) -> bool {
 }
 
 fn delta_encode(
-    base: &Words<'_>,
-    fine_tuned: &Words<'_>,
+    base: &HostMatrix<'_>,
+    fine_tuned: &HostMatrix<'_>,
     prefer: &str,
     executor: &Executor,
 ) -> Result<Vec<u8>> {
@@ -406,7 +411,7 @@ fn delta_encode(
     })
 }
 
-fn delta_slice(delta: &[u8], base: &Words<'_>, dim: usize, start: usize, end: usize) -> Result<Vec<u8>> {
+fn delta_slice(delta: &[u8], base: &HostMatrix<'_>, dim: usize, start: usize, end: usize) -> Result<Vec<u8>> {
     guard(|| resident::slice(&Resident::parse(delta)?, &base.matrix()?, dim, start..end))
 }
 
@@ -420,7 +425,7 @@ fn delta_concat(parts: &[Part<'_>], dim: usize) -> Result<Vec<u8>> {
     })
 }
 
-fn delta_check(delta: &[u8], base: &Words<'_>) -> Result<()> {
+fn delta_check(delta: &[u8], base: &HostMatrix<'_>) -> Result<()> {
     guard(|| {
         let base = base.matrix()?;
         Resident::parse(delta)?.check_full(&base)

@@ -1,6 +1,6 @@
 //! What the shim says, made into what the core asks for.
 
-use super::door::{Batch, Executor, Part, Words};
+use super::door::{Batch, Executor, HostMatrix, Part};
 use crate::cpu;
 use crate::error::{Error, Result};
 use crate::ffi::Task;
@@ -8,7 +8,7 @@ use crate::matrix::{Dtype, Matrix, Shape};
 use crate::resident::Resident;
 use crate::vector;
 
-impl<'a> Words<'a> {
+impl<'a> HostMatrix<'a> {
     pub(super) fn matrix(&self) -> Result<Matrix<'a>> {
         Matrix::new(Dtype::of_code(self.dtype.into())?, Shape { n: self.n, k: self.k }, self.bytes)
     }

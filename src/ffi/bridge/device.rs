@@ -1,6 +1,6 @@
 //! The doors to [`crate::cuda`]: addresses of device memory, as the shim has them.
 
-use super::door::{CudaLinear, CudaLookup, CudaPlace, CudaWords};
+use super::door::{CudaLinear, CudaLookup, CudaMatrix, CudaPlace};
 use crate::cuda;
 use crate::error::Result;
 use crate::ffi::guard;
@@ -12,14 +12,14 @@ impl From<&CudaPlace> for cuda::Place {
     }
 }
 
-fn device_words(w: &CudaWords) -> Result<cuda::DeviceMatrix> {
+fn device_words(w: &CudaMatrix) -> Result<cuda::DeviceMatrix> {
     let (dtype, shape) = (Dtype::of_code(w.dtype.into())?, Shape { n: w.n, k: w.k });
     Ok(cuda::DeviceMatrix { dtype, bits: w.bits, shape, address: w.address as u64 })
 }
 
 pub(super) unsafe fn cuda_delta_restore(
     place: &CudaPlace,
-    base: &CudaWords,
+    base: &CudaMatrix,
     out: usize,
     delta: usize,
     delta_bytes: usize,
@@ -33,7 +33,7 @@ pub(super) unsafe fn cuda_delta_restore(
 
 pub(super) unsafe fn cuda_delta_apply(
     place: &CudaPlace,
-    weight: &CudaWords,
+    weight: &CudaMatrix,
     delta: usize,
     delta_bytes: usize,
 ) -> Result<()> {
