@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-const FLOORS: [&str; 7] = ["codec", "resident", "vector", "cpu", "cuda", "package", "report"];
+const FLOORS: [&str; 8] = ["ffi", "codec", "resident", "vector", "cpu", "cuda", "package", "report"];
 
 /// Floor and name of what may be there twice, and why.
 const ALIKE: [(&str, &str, &str); 0] = [];
