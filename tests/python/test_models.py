@@ -143,6 +143,10 @@ def test_exact_linear_layers_give_what_the_plain_fine_tuned_ones_give(family):
             module.register_forward_hook(lambda _, args, out, name=name: seen[name].append((args, out)))
         with tenants.use(ROWS):
             model(**inputs)
+            # The first one has found out where rows are, by runs that hooks see, too.
+            for calls in seen.values():
+                calls.clear()
+            model(**inputs)
         for name, calls in seen.items():
             for tenant, args, out in by_tenant(calls):
                 want = family.tuned[tenant].get_submodule(name)(*args)
