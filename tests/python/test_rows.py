@@ -41,7 +41,15 @@ def queries(m, h, table):
     return m.attend(m.proj(table)[None].expand(h.size(0), -1, -1), h, h, need_weights=False)[0]
 
 
+def written(m, h, table):
+    """As BERT's embeddings are summed: in place, positions and all."""
+    h = h + 0
+    h += m.embed(torch.arange(h.size(1))[None] % m.n)
+    return h.mul_(m.norm.weight)
+
+
 HOW = {
+    "in place": written,
     "linear": lambda m, h, t: h + torch.softmax(h @ m.proj(t).T, -1) @ t,
     "two layers": lambda m, h, t: h + torch.softmax(h @ m.proj(F.gelu(m.proj(t))).T, -1) @ t,
     "norm": lambda m, h, t: torch.softmax(h @ m.norm(t).T, -1) @ t,

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import attention
 from .rows import TABLE, RowMap, Table, lead_of
 from .site import Site
-from .weight import Refused, Weight, derive, known
+from .weight import Refused, Weight, derive, known, op_of
 
 F = torch.nn.functional
 
@@ -29,13 +29,13 @@ def groups(slots: Tensor, used: Any, one_by_one: bool) -> list[tuple[int, Tensor
 
 
 def by_tokens(
-    site: Site, rows: RowMap, x: Tensor, op: Callable[[Tensor, int], Tensor], index: int = 0
+    site: Site, rows: RowMap, x: Tensor, op: Callable[[Tensor, int], Tensor], place: tuple[str, int]
 ) -> Tensor:
-    """`op(x's rows of a tenant, its slot)` of what depends on the last dimension of `x` alone, put together. `index`: which of
-    the op's arguments x is.
+    """`op(x's rows of a tenant, its slot)` of what depends on the last dimension of `x` alone, put together. `place`: the op's
+    name, and which of its arguments x is.
     """
     lead = x.shape[:-1]
-    slots = rows.rows(lead, site.flattens, site.name, (site, index))
+    slots = rows.rows(lead, site.flattens, site.name, (site, *place))
     flat, out = x.reshape(-1, x.size(-1)), None
     # By token, each product has the same sums in the same order whatever is beside it.
     for slot, index in groups(slots, rows.used, site.owner.mode == "deterministic"):
@@ -57,8 +57,8 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         return _grouped(site, rows, input, weight, bias)
     own = isinstance(bias, Weight) and bias.matrix == (site, "bias", False)
     if site.kind == "linear" and param == "weight" and (own or (bias is None and "bias" not in site.base)):
-        return site.linear(rows, input, (site, 0))
-    slots = rows.rows(input.shape[:-1], site.flattens, site.name, (site, 0))
+        return site.linear(rows, input, (site, "linear", 0))
+    slots = rows.rows(input.shape[:-1], site.flattens, site.name, (site, "linear", 0))
     out = site.product(input, site.base[param], None, param, slots, rows.only)
     return out if bias is None else out + bias
 
@@ -67,7 +67,7 @@ def _grouped(site: Site, rows: RowMap, input: Tensor, weight: Weight, bias: Any)
     def one(part: Tensor, slot: int) -> Tensor:
         return F.linear(part, weight.dense(slot), bias.dense(slot) if isinstance(bias, Weight) else bias)
 
-    return by_tokens(site, rows, input, one)
+    return by_tokens(site, rows, input, one, ("linear", 0))
 
 
 def matmul(left: Any, right: Any, is_second: bool = False, **more: Any) -> Any:
@@ -81,10 +81,10 @@ def matmul(left: Any, right: Any, is_second: bool = False, **more: Any) -> Any:
     rows = right.rows()
     if rows is None or not right.changed():
         return NotImplemented
-    index = int(is_second)
+    place = ("addmm", 1) if is_second else ("matmul", 0)
     if right.matrix is not None and right.matrix[0].multiplies(right.matrix[1]):
         site, param, turned = right.matrix
-        slots = rows.rows(left.shape[:-1], site.flattens, site.name, (site, index))
+        slots = rows.rows(left.shape[:-1], site.flattens, site.name, (site, *place))
         if turned:
             return site.product(left, site.base[param], None, param, slots, rows.only)
         if site.owner.mode != "exact":
@@ -94,7 +94,7 @@ def matmul(left: Any, right: Any, is_second: bool = False, **more: Any) -> Any:
             )
     if rows.only is not None:
         return NotImplemented
-    return by_tokens(right.places[0][0], rows, left, lambda part, slot: part @ right.dense(slot), index)
+    return by_tokens(right.places[0][0], rows, left, lambda part, slot: part @ right.dense(slot), place)
 
 
 def addmm(bias: Any, left: Any, right: Any, **more: Any) -> Any:
@@ -119,16 +119,15 @@ def embedding(
         or any(param in own for own in list(site.values.values()))
     ):
         return NotImplemented if weight.rows().only is not None else _look_up(weight, input, max_norm)
-    return embedding_rows(site, weight.rows(), input, param, place=(site, 0))
+    return embedding_rows(site, weight.rows(), input, param, place=(site, "embedding", 0))
 
 
 def _look_up(weight: Weight, ids: Tensor, max_norm: Any) -> Any:
     if max_norm is not None:
         return NotImplemented
-    found = by_tokens(
-        weight.places[0][0], weight.rows(), ids[..., None], lambda part, slot: weight.dense(slot)[part[:, 0]]
-    )  # the place of ids is that of `ids[..., None]`
-    return found
+    # The place of ids is that of `ids[..., None]`.
+    site, rows, place = weight.places[0][0], weight.rows(), ("embedding", 0)
+    return by_tokens(site, rows, ids[..., None], lambda part, slot: weight.dense(slot)[part[:, 0]], place)
 
 
 def embedding_rows(site: Site, rows: RowMap, ids: Tensor, param: str = "weight", place: Any = None) -> Tensor:
@@ -222,6 +221,28 @@ def elementwise(func: Any) -> Callable[..., Any]:
     return served
 
 
+def in_place(func: Any) -> Callable[..., Any]:
+    """An elementwise op that is written into its first tensor, whose rows must be the batch's."""
+    plainly = elementwise(func)
+
+    def served(first: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(first, Weight) or not isinstance(first, Tensor):
+            return NotImplemented
+        try:
+            out = plainly(first, *args, **kwargs)
+        except Table:
+            return NotImplemented
+        if out is NotImplemented:
+            return out
+        if out.shape != first.shape:
+            raise Refused(
+                f"xorz: {list(out.shape)} cannot be written into {list(first.shape)}; use one tenant at a time"
+            )
+        return first.copy_(out)
+
+    return served
+
+
 def own_rows(func: Any, dims: int | None = None) -> Callable[..., Any]:
     """An op whose first tensor has the batch, and that keeps its rows apart; `dims`: only if it has that many dimensions."""
 
@@ -268,7 +289,7 @@ def _rowwise(func: Any, args: Any, kwargs: Any, weight: Weight, width: int | Non
         vast = [t for _, t in plain if at(t) >= 0 and t.size(at(t)) != 1]
     flat = all(t.dim() == 2 for t in vast) and (rows.tokens or site.flattens)
     if rows.only is None and rows.proof is not None:
-        flat = _known_rows(rows, site, plain, vast, at, flat)
+        flat = _known_rows(rows, (site, op_of(func)), plain, vast, at, flat)
     if flat and vast:
         slots = rows.rows(vast[0].shape[:1], site.flattens, site.name)
     elif not vast or any(t.size(at(t)) != batch for t in vast) or rows.tokens:
@@ -307,12 +328,15 @@ def _rowwise(func: Any, args: Any, kwargs: Any, weight: Weight, width: int | Non
     return result
 
 
-def _known_rows(rows: RowMap, site: Site, plain: Any, vast: list[Tensor], at: Any, flat: bool) -> bool:
+def _known_rows(
+    rows: RowMap, op: tuple[Site, str], plain: Any, vast: list[Tensor], at: Any, flat: bool
+) -> bool:
     """Whether rows are flattened tokens here; raises `Table` if none of these tensors belongs to any row, and an error unless
     one is proven to be the batch's, and the others to be nothing else.
     """
+    site = op[0]
     raws = {id(raw) for raw in site.raws.values()}
-    places = [(i, t, TABLE if id(t) in raws else rows.where((site, i), t)) for i, t in plain]
+    places = [(i, t, TABLE if id(t) in raws else rows.where((*op, i), t)) for i, t in plain]
     if places and all(layout == TABLE for _, _, layout in places):
         raise Table
     found = [(t, layout) for _, t, layout in places if any(t is v for v in vast)]
@@ -377,6 +401,10 @@ for _name in _ELEMENTWISE.split():
 for _name in _TENSOR.split():
     if hasattr(Tensor, _name):
         known[getattr(Tensor, _name)] = elementwise(getattr(Tensor, _name))
+for _name in ("add", "sub", "mul", "div"):
+    known[getattr(Tensor, f"{_name}_")] = in_place(getattr(torch, _name))
+for _name in ("add", "sub", "mul", "truediv"):
+    known[getattr(Tensor, f"__i{_name}__")] = in_place(getattr(torch, _name.replace("true", "")))
 # Each element is computed alone: its bits do not depend on how many there are.
 _ALIKE = {
     f

@@ -147,7 +147,7 @@ class _Kept:
                     self._tensors.append((leaf, leaf._version, leaf.detach().clone()))
 
     def restore(self) -> None:
-        """As it was."""
+        """Set every tensor and flag back to what it was before the run."""
         for state, before, inside in self._attributes:
             for name in [n for n in state if n not in before]:
                 del state[name]

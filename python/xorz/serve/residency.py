@@ -98,7 +98,7 @@ class Residency:
                     raise
 
     def release(self, pieces: Iterable[Piece]) -> None:
-        """Take pieces back."""
+        """Give the pieces of a tenant back to the arena."""
         for offset, length in pieces:
             self.arena.free(offset, length)
 

@@ -218,8 +218,8 @@ def _try(func: Any, args: Any, kwargs: Any, rows: Any) -> Any:
         if _called(func) not in _TELLING:
             return derive(lambda slot: _on_dense(func, args, kwargs, slot), weights, _called(func))
     else:
-        noted = [rows.probe.note((site, i), t) for site in sites_of(weights) for i, t in others]
-        if all(layout == TABLE for layout in noted):
+        noted = [rows.probe.note((site, op_of(func), i), t) for site in sites_of(weights) for i, t in others]
+        if all(layout == TABLE for layout in noted) and not _writes(_called(func)):
             return _of_tables(func, args, kwargs)
     args, kwargs = tree_map(plain, (args, kwargs))
     return func(*args, **kwargs)
@@ -284,19 +284,15 @@ def derive(values: Callable[[int], Any], weights: list[Weight], what: str) -> An
     )
 
 
+def _writes(name: str) -> bool:
+    """Whether an op of this name changes its first argument."""
+    in_place = name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
+    return in_place or name == "__setitem__" or (name.startswith("__i") and name in _IN_PLACE)
+
+
 def _refuse_changes(func: Any, name: str, args: Any, kwargs: Any) -> None:
     """RuntimeError for what would write to a weight."""
-    writes = name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
-    writes |= name in (
-        "__setitem__",
-        "__iadd__",
-        "__isub__",
-        "__imul__",
-        "__idiv__",
-        "__itruediv__",
-        "__ipow__",
-        "__iand__",
-    )
+    writes = _writes(name)
     if writes:
         # torch.nn.init passes by name.
         for leaf in tree_leaves(args[0] if args else kwargs.get("tensor")):
@@ -316,6 +312,17 @@ def _called(func: Any) -> str:
     if isinstance(func, torch._ops.OpOverload):
         return func._schema.name.split("::")[-1]
     return name
+
+
+def op_of(func: Any) -> str:
+    """One name for whatever calls an op has: methods, operators, in place or not."""
+    name = _called(func).strip("_")
+    if f"__{name}__" in _IN_PLACE:
+        name = name[1:]
+    return _SAME.get(name, name)
+
+
+_SAME = {"mm": "matmul", "truediv": "div", "true_divide": "div", "concat": "cat", "concatenate": "cat"}
 
 
 def _get(name: str) -> Any:
@@ -354,6 +361,7 @@ _ADDRESSES = {
     for name in "data_ptr untyped_storage storage _typed_storage share_memory_".split()
     if hasattr(Tensor, name)
 }
+_IN_PLACE = {f"__i{name}__" for name in "add sub mul div truediv pow and or xor".split()}
 _HARMLESS = {"requires_grad_", "retain_grad_", "share_memory_"}
 # Rows of a weight taken by number, or a weight brought into another tensor's shape or dtype: every tenant's own has that.
 _PICKING = {Tensor.__getitem__, torch.index_select, Tensor.index_select, torch.select, Tensor.select}
