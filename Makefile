@@ -101,7 +101,7 @@ cuda-gate:
 # needed, but llvm-mca of LLVM 19 (Debian's llvm-19, which it installs when it runs as root). `make cpu-gate ARGS=--write` after
 # a change of the kernels, `ARGS="--show exponent_1"` to read a loop.
 cpu-gate: build
-	$(NICE) $(PY) tests/cpu_gate/gate.py $(ARGS)
+	$(NICE) $(PY) tests/cpu_gate/cpu_gate.py $(ARGS)
 
 # Not part of test: fetches torch twice, and compiles everything in a clean folder.
 test-wheel: build

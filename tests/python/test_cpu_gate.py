@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "cpu_gate"))
-import gate  # noqa: E402
+import cpu_gate as gate  # noqa: E402
 
 DECODER = """
     prefetcht0 (%r8,%rax,1)

@@ -54,6 +54,9 @@ class Names:
             return True
         # Of a module that the model does not have (a head for values, from training).
         first = _bare(name).partition(".")[0]
+        if first == self._model.base_model_prefix:
+            # The model itself is never something to leave out.
+            return False
         return bool(first) and not any(n == first or n.startswith(f"{first}.") for n in self._plain)
 
 

@@ -4,7 +4,7 @@
 llvm-mca for the cycles of its model, and compares both with two tables: our own, and that of the prototypes which reached
 memory's speed (`prototype.txt`). More than 10 % above either is a failure. Nothing is executed, so no AVX-512 is needed.
 
-    gate.py [--write] [--counts] [--library ARCHIVE] [--show LOOP]
+    cpu_gate.py [--write] [--counts] [--library ARCHIVE] [--show LOOP]
 
 `--write` replaces loops.txt: say in the commit why it changed. `--counts` leaves the model out, and needs no llvm-mca. `--show`
 prints the worst copy of a loop.
