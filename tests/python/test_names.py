@@ -84,6 +84,27 @@ def test_names_that_nothing_explains_are_refused():
         )
 
 
+@pytest.mark.parametrize("wrapper", ["language_model.", "policy.actor.", "bert.bert.", "student.bert."])
+def test_a_model_under_a_wrapper_that_nobody_knows_is_refused_and_never_left_out(wrapper):
+    """Though a head that is the model's own is beside it: the rest would be the base's."""
+    base, tuned = bert(), tuned_of(bert(), 1)
+
+    def wrapped(model):
+        state = model.state_dict()
+        return {n if n.startswith("classifier") else wrapper + n: t for n, t in state.items()}
+
+    tenants = xorz.attach(copy.deepcopy(base))
+    with pytest.raises(KeyError, match=f"no tensor `{wrapper}"):
+        tenants.load("a", xorz.diff(wrapped(base), wrapped(tuned)))
+    assert tenants.names() == []
+
+
+def test_a_fine_tune_of_another_model_is_refused_and_never_left_out():
+    old = {"transducer.one.kernel": torch.zeros(4, 4), "v_head.summary.scale": torch.zeros(2)}
+    with pytest.raises(KeyError, match=r"no tensor `(transducer|v_head)\."):
+        xorz.attach(bert()).load("a", xorz.diff(old, {n: t + 1 for n, t in old.items()}))
+
+
 def test_heads_that_are_new_for_each_tenant_are_mixed():
     """`score.weight` is in no base that they were packed against."""
     base, ids = bert(), torch.randint(1, 40, (4, 5))

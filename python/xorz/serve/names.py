@@ -45,6 +45,15 @@ class Names:
             tried += [f"{prefix}.{t}" for t in tried]
         return next((self._plain[t] for t in tried if self._plain.get(t) is not None), None)
 
+    def _holds_end(self, name: str) -> bool:
+        """Whether what follows some dot of `name`, two words at least, is a name in the model, with its prefix or without."""
+        prefix = f"{self._model.base_model_prefix}."
+        while "." in name:
+            if name in self._plain or prefix + name in self._plain:
+                return True
+            name = name.partition(".")[2]
+        return False
+
     def ignores(self, name: str) -> bool:
         """Whether transformers, which knows this class, would load a checkpoint without this tensor."""
         if not hasattr(self._model, "base_model_prefix") or not hasattr(self._model, "config"):
@@ -53,9 +62,10 @@ class Names:
         if _NOT_KEPT.search(name) or any(re.search(pattern, name) for pattern in patterns):
             return True
         # Of a module that the model does not have (a head for values, from training).
-        first = _bare(name).partition(".")[0]
-        if first == self._model.base_model_prefix:
-            # The model itself is never something to leave out.
+        first, _, rest = _bare(name).partition(".")
+        if first == self._model.base_model_prefix or self._holds_end(rest):
+            # The model itself, under a wrapper that nobody knows (`language_model.`, `policy.`), is never left out: its base
+            # would answer in the fine-tune's name.
             return False
         return bool(first) and not any(n == first or n.startswith(f"{first}.") for n in self._plain)
 
@@ -64,8 +74,9 @@ def matched(
     model: nn.Module, base: Mapping[str, Tensor], wanted: Iterable[str]
 ) -> tuple[dict[str, str], list[str]]:
     """(name in the fine-tune -> name in the model, what is ignored), of the names that the model does not have so itself."""
-    names, found, ignored = Names(model, base), {}, []
+    names, found, ignored, held = Names(model, base), {}, [], False
     for name in wanted:
+        held |= name in base
         if name in base:
             continue
         own = names.match(name)
@@ -73,7 +84,8 @@ def matched(
             found[name] = own
         elif names.ignores(name):
             ignored.append(name)
-    return found, ignored
+    # A fine-tune of which nothing is the model's is another model's: whoever loads it hears which names are not known.
+    return found, ignored if found or held else []
 
 
 def report(ignored: list[str]) -> None:
