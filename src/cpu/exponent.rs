@@ -1,8 +1,9 @@
 //! Products with `exponent` tiles: words are decoded in step order, at most [`MICRO`] at a time on the stack, and
 //! multiplied at once. No panel is made.
 //!
-//! **Order** of one output: the products of a tile's words are summed apart and added to the total (`dot`); then the tile's
-//! entries, if any, in the order of their positions, each by one FMA onto the total.
+//! **Order** of one output: the products of a tile's words are summed apart and added to the total (`dot`). Entries are added to
+//! words of 16 bits before those are multiplied, which costs the same however many rows of x there are; words of f32 may be
+//! multiplied in registers, so their tile's entries follow, in the order of their positions, each by one FMA onto the total.
 //!
 //! **Tried**, with AVX2: tiles of up to four tenants decoded in one pass where their width tables are the same (classes, widths
 //! and masks found once). 4096 x 4096 bf16, eight tenants: 45 -> 35 ms at 30 % changed at random (3.0 bits, one table), but 55 ->
@@ -15,12 +16,13 @@
 
 use super::dot::{Ahead, Rows, Split, Strides, dot_block};
 use crate::codec::word::Word;
-use crate::codec::{Exceptions, ExponentTile, Grid, Rect, outside};
+use crate::codec::{Changes, Entries, Exceptions, ExponentTile, Grid, Rect, outside};
 use crate::error::{Error, Result};
 use crate::matrix::Dtype;
 use crate::vector::float::{Float, padded};
 use crate::vector::lanes::{Decoder, MICRO};
 use crate::vector::simd::{GROUP, Kernel, SIMD_LANES, Simd};
+use crate::vector::tile::with_entry;
 use std::marker::PhantomData;
 
 /// Bytes of a cache line. The next words' lines are asked for while these are decoded: decoding computes too long at a
@@ -28,18 +30,26 @@ use std::marker::PhantomData;
 const LINE: usize = 64;
 
 /// Decodes a tile row after row, some columns at a time: the words that products multiply. In layout 0 exceptions are among
-/// them; since layout 1 entries make up for them.
+/// them; since layout 1 entries make up for them, which are NaN where no exact difference exists.
 pub(super) struct Stream<'a, D: Float> {
     decoder: Decoder<'a, D::Word>,
     exceptions: Exceptions<'a>,
     next: usize,
+    /// Those that are not added to words yet.
+    entries: Changes<'a, D::Word>,
     tile_cols: usize,
 }
 
 impl<'a, D: Float> Stream<'a, D> {
     pub(super) fn new(tile: &ExponentTile<'a>, tile_cols: usize) -> Self {
         let exceptions = if tile.additive { Exceptions::default() } else { tile.exceptions };
-        Self { decoder: Decoder::new(tile, D::DTYPE), exceptions, next: 0, tile_cols }
+        let (decoder, entries) = (Decoder::new(tile, D::DTYPE), tile.entries.changes());
+        Self { decoder, exceptions, next: 0, entries, tile_cols }
+    }
+
+    /// Words without the entries, which the caller adds to its sums.
+    fn without_entries(tile: &ExponentTile<'a>, tile_cols: usize) -> Self {
+        Self { entries: Entries::default().changes(), ..Self::new(tile, tile_cols) }
     }
 
     /// Decode columns `c..c + words.len()` of row `r` of the tile from their base words; in step order.
@@ -63,6 +73,10 @@ impl<'a, D: Float> Stream<'a, D> {
             let at = position.checked_sub(start).ok_or_else(|| misplaced(position))?;
             words[at] = D::Word::load(word);
             self.next += 1;
+        }
+        while let Some(change) = self.entries.below(start + words.len())? {
+            let at = change.position.checked_sub(start).ok_or_else(|| outside("entry", change.position))?;
+            words[at] = with_entry::<D, _>(&change, words[at]);
         }
         Ok(())
     }
@@ -106,8 +120,11 @@ impl<'a, D: Float> Stream<'a, D> {
         done
     }
 
-    /// To be called after the last word: checks that the stream ends there.
-    pub(super) fn finish(self) -> Result<()> {
+    /// To be called after the last word: checks that the stream, exceptions and entries end there.
+    pub(super) fn finish(mut self) -> Result<()> {
+        if let Some(left) = self.entries.below(usize::MAX)? {
+            return Err(outside("entry", left.position));
+        }
         if self.next < self.exceptions.len() {
             return Err(misplaced(self.exceptions.get(self.next).0));
         }
@@ -124,7 +141,7 @@ fn misplaced(position: usize) -> Error {
 ///
 /// # Errors
 /// `Corrupt` for positions out of order or out of the tile; what was given out before is right.
-pub(super) fn entry_values<D: Float>(
+fn entry_values<D: Float>(
     tile: &ExponentTile<'_>,
     tile_cols: usize,
     rect: &Rect,
@@ -158,7 +175,11 @@ pub(super) fn product<S: Simd, D: Float>(
     partial: &mut [[f32; SIMD_LANES]],
     (sums, strides): (&mut [f32], Strides),
 ) -> Result<()> {
-    let mut stream = Stream::<D>::new(tile, grid.tile_cols);
+    let after = D::DTYPE == Dtype::F32;
+    let mut stream = match after {
+        true => Stream::<D>::without_entries(tile, grid.tile_cols),
+        false => Stream::<D>::new(tile, grid.tile_cols),
+    };
     let groups = padded(rect.cols()) / GROUP;
     let mut words = [D::Word::default(); MICRO];
     for r in 0..rect.rows() {
@@ -180,6 +201,9 @@ pub(super) fn product<S: Simd, D: Float>(
         }
     }
     stream.finish()?;
+    if !after {
+        return Ok(());
+    }
     entry_values::<D>(tile, grid.tile_cols, rect, |r, c, difference| {
         let (group, at) = (c / GROUP, D::split_place(c % GROUP));
         let sums = &mut sums[r * strides.row..];

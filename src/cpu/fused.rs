@@ -80,7 +80,7 @@ impl<D: Float> LinearJob<'_, D> {
         }
         for c0 in (0..if self.bf16 { 0 } else { self.k }).step_by(BASE_COLUMNS) {
             let columns = c0..(c0 + BASE_COLUMNS).min(self.k);
-            self.split(s, block, &columns, sc);
+            self.split(s, block, &columns, BASE_COLUMNS, sc);
             for r0 in (block.r0..block.r1).step_by(SIMD_LANES) {
                 let rect =
                     Rect { r0, r1: (r0 + SIMD_LANES).min(block.r1), c0: columns.start, c1: columns.end };
@@ -109,10 +109,12 @@ impl<D: Float> LinearJob<'_, D> {
         let rows = (block.r1 - block.r0).next_multiple_of(SIMD_LANES);
         let strides = Strides { row: 1, column: rows };
         sc.sums.zeroed(rows * block.m);
+        let columns = |tc: usize| tc * grid.tile_cols..self.k.min((tc + 1) * grid.tile_cols);
         for tc in 0..across {
-            let rect = grid.rect(tc);
             if !self.bf16 {
-                self.split(s, block, &(rect.c0..rect.c1), sc);
+                // Of as many tiles as the base's products take columns, so that x is still there for the next rows of W.
+                let c0 = columns(tc).start / BASE_COLUMNS * BASE_COLUMNS;
+                self.split(s, block, &(c0..self.k.min(c0 + BASE_COLUMNS)), grid.tile_cols, sc);
             }
             for tr in block.r0 / grid.tile_rows..block.r1.div_ceil(grid.tile_rows) {
                 let index = tr * across + tc;
@@ -139,20 +141,31 @@ impl<D: Float> LinearJob<'_, D> {
         Rows { bytes: &self.base.bytes()[at..], stride: self.k * D::BYTES, len: rect.cols() * D::BYTES }
     }
 
-    /// Columns of the block's rows of x as f32 in split order, unless this thread has them from its last task.
-    fn split<S: Simd>(&self, s: S, block: Block, columns: &Range<usize>, sc: &mut Scratch) {
+    /// Columns of the block's rows of x as f32 in split order, unless this thread has them from its last task: all rows for
+    /// `tile_cols` of them, then for the next. They begin at a multiple of [`BASE_COLUMNS`].
+    fn split<S: Simd>(&self, s: S, block: Block, columns: &Range<usize>, tile_cols: usize, sc: &mut Scratch) {
         let key = Some((self.id, block.m0, columns.start, columns.end));
         if sc.split_holds == key {
             return;
         }
-        let width = padded(columns.len());
-        let split = sc.split.get(block.m * width).as_chunks_mut::<GROUP>().0;
-        let groups = width / GROUP;
-        for (j, to) in split.chunks_exact_mut(groups.max(1)).enumerate() {
-            let words = self.x_row(block.m0 + j, columns);
-            s.run(ToSplit::<D> { words, rows: 1, to, groups, dtype: PhantomData });
+        let mut left = sc.split.get(block.m * padded(columns.len())).as_chunks_mut::<GROUP>().0;
+        for c0 in columns.clone().step_by(tile_cols) {
+            let tile = c0..(c0 + tile_cols).min(columns.end);
+            let groups = padded(tile.len()) / GROUP;
+            for j in 0..block.m {
+                let to;
+                (to, left) = left.split_at_mut(groups);
+                let words = self.x_row(block.m0 + j, &tile);
+                s.run(ToSplit::<D> { words, rows: 1, to, groups, dtype: PhantomData });
+            }
         }
         sc.split_holds = key;
+    }
+
+    /// Where `split` has the values of some columns, of whole tiles.
+    fn split_at(block: Block, rect: &Rect) -> Range<usize> {
+        let from = block.m * (rect.c0 % BASE_COLUMNS);
+        from..from + block.m * padded(rect.cols())
     }
 
     /// Columns of a tenant's rows of x as f32 in natural order, or transposed, unless this thread has them.
@@ -195,7 +208,7 @@ impl<D: Float> LinearJob<'_, D> {
         match tile {
             Tile::Exponent(t) => {
                 let (x, partial) =
-                    (sc.split.get(block.m * padded(rect.cols())), &mut [[0.0; SIMD_LANES]; BLOCK]);
+                    (&sc.split.all()[Self::split_at(block, &rect)], &mut [[0.0; SIMD_LANES]; BLOCK]);
                 let x = x.as_chunks::<GROUP>().0;
                 let sums = &mut sc.sums.all_mut()[(rect.r0 - block.r0) * strides.row..];
                 exponent::product::<S, D>(
@@ -250,9 +263,8 @@ impl<D: Float> LinearJob<'_, D> {
         strides: Strides,
         sc: &mut Scratch,
     ) {
-        let width = padded(rect.cols());
-        let x = sc.split.get(block.m * width).as_chunks::<GROUP>().0;
-        let groups = width / GROUP;
+        let x = sc.split.all()[Self::split_at(block, rect)].as_chunks::<GROUP>().0;
+        let groups = padded(rect.cols()) / GROUP;
         let partial = sc.vectors.get(SIMD_LANES * SIMD_LANES * BLOCK).as_chunks_mut::<SIMD_LANES>().0;
         for r in (0..rect.rows()).step_by(SIMD_LANES) {
             // The rows of W that follow are this thread's next ones, most often.

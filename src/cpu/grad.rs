@@ -12,10 +12,10 @@
 
 use super::costs::Costs;
 use super::dot::Rows;
-use super::exponent::{self, Stream};
+use super::exponent::Stream;
 use super::job::check_words;
 use super::linear::Segment;
-use super::outer::{Outer, OuterEntries, OuterEntry, STEP};
+use super::outer::{Outer, OuterEntries, STEP};
 use super::plan::{ProductWay, Sums};
 use super::scratch::{self, Scratch};
 use super::weights::Weights;
@@ -237,15 +237,7 @@ impl<D: Float> GradJob<'_, D> {
                         s.run(Outer::<D> { words: rows, rows: 1, g: &g, sums, dtype: PhantomData });
                     }
                 }
-                stream.finish()?;
-                // Every lane, since the grid's strip is of one tenant; those beyond its rows are zero.
-                let mut held = None;
-                exponent::entry_values::<D>(t, grid.tile_cols, rect, |r, c, difference| {
-                    if held.replace(r) != Some(r) {
-                        self.grads(strip, rect.r0 + r, 1, &mut g);
-                    }
-                    s.run(OuterEntry { difference, g: &g[0], sums: &mut sums[c] });
-                })
+                stream.finish()
             }
             Tile::Raw(raw) => {
                 let offset = (strip.columns.start - rect.c0) * D::BYTES;

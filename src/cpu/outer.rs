@@ -69,22 +69,6 @@ impl<D: Float> Outer<'_, D> {
     }
 }
 
-/// `sums += difference * g`, lane by lane.
-pub(super) struct OuterEntry<'a> {
-    pub(super) difference: f32,
-    pub(super) g: &'a [f32; SIMD_LANES],
-    pub(super) sums: &'a mut [f32; SIMD_LANES],
-}
-
-impl Kernel for OuterEntry<'_> {
-    type Out = ();
-
-    #[inline(always)]
-    fn call<S: Simd>(self, s: S) {
-        s.store(s.fma(s.splat(self.difference), s.load(self.g), s.load(self.sums)), self.sums);
-    }
-}
-
 /// `sums[column - from] += difference * g[lane]` for the entries of a tile. Gives the largest column named.
 pub(super) struct OuterEntries<'a, D> {
     pub(super) tile: &'a SparseTile<'a>,

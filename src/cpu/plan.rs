@@ -133,8 +133,8 @@ impl Sizes {
                 let rows = n.div_ceil(2 * threads.max(1)).min(cached).clamp(SIMD_LANES, MOST_ROWS);
                 Self { rows: rows.next_multiple_of(SIMD_LANES), block: BLOCK, again_cached: true }
             }
-            ProductWay::Shared => Self::chunks(base, tenants, BASE_COLUMNS, SIMD_LANES),
-            ProductWay::Own => Self::chunks(base, 1, grid.tile_cols, grid.tile_rows),
+            ProductWay::Shared => Self::chunks(base, tenants, SIMD_LANES),
+            ProductWay::Own => Self::chunks(base, 1, grid.tile_rows),
         }
     }
 
@@ -153,9 +153,9 @@ impl Sizes {
     }
 
     /// Enough rows of W to pay for converting x, few enough for every thread to have some.
-    fn chunks(base: Shape, tenants: usize, columns: usize, tile_rows: usize) -> Self {
+    fn chunks(base: Shape, tenants: usize, tile_rows: usize) -> Self {
         // A thread keeps x as f32 from task to task only if nothing else takes its place.
-        let most = match (base.k <= columns, tenants) {
+        let most = match (base.k <= BASE_COLUMNS, tenants) {
             (true, 1) => 64,
             (true, _) => 128,
             _ => 256,

@@ -267,16 +267,16 @@ pub(super) fn add_some<W: Word, P: Places>(
     words: &mut [u8],
 ) -> Result<()> {
     match dtype {
-        Dtype::BF16 => each(changes, tile_cols, places, words, sum::<BF16, W>),
-        Dtype::F16 => each(changes, tile_cols, places, words, sum::<F16, W>),
-        Dtype::F32 => each(changes, tile_cols, places, words, sum::<F32, W>),
+        Dtype::BF16 => each(changes, tile_cols, places, words, with_entry::<BF16, W>),
+        Dtype::F16 => each(changes, tile_cols, places, words, with_entry::<F16, W>),
+        Dtype::F32 => each(changes, tile_cols, places, words, with_entry::<F32, W>),
         _ => each(changes, tile_cols, places, words, |change, word| change.apply(dtype, word)),
     }
 }
 
 /// [`WordChange::apply`] for a dtype that is known when this is compiled; `W` is its word.
 #[inline(always)]
-fn sum<D: Float, W: Word>(change: &WordChange<'_, W>, word: W) -> W {
+pub(crate) fn with_entry<D: Float, W: Word>(change: &WordChange<'_, W>, word: W) -> W {
     let value = |w: W| D::value(D::Word::from_u64(w.to_u64()));
     let sum = value(word) + value(change.first);
     W::from_u64(D::narrow(change.second().map_or(sum, |second| sum + value(second))).to_u64())
