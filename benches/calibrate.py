@@ -1,4 +1,4 @@
-"""What the cost model's numbers (src/cpu/plan.rs) lose on this machine: ``python benches/calibrate.py``, some minutes.
+"""What the cost model's numbers (src/cpu/costs.rs) lose on this machine: ``python benches/calibrate.py``, some minutes.
 
 For each number of ``XORZ_COSTS``, a process for each of some values of it; the processes take turns on the same products
 (cells), on matrices beyond the caches. A process's time is its best turn's, a turn's the median over the matrices. Printed are
@@ -23,6 +23,8 @@ NEVER, ALWAYS = 1 << 40, 0
 DEFAULTS = {
     "panel_above": 32,
     "decoded_above": 16,
+    "packed_above": 16,
+    "widen_from": 1 << 40,
     "gathered_ns": 6.5,
     "transposed_ns": 25.0,
     "rare": 64,
@@ -46,6 +48,16 @@ TABLE: dict[str, tuple[list[float], list[dict[str, Any]]]] = {
         [cell(m, p) for p in (0.5, 3, 30) for m in (24, 48, 96)]
         + [cell(m, 3, dtype="float32") for m in (24, 48, 96)],
     ),
+    # With a bf16 dot product, in place of the two above and below.
+    "packed_above": (
+        [8, 24, 32],
+        [cell(m, p) for p in (0.5, 3) for m in (12, 20, 28)]
+        + [cell(m, 30, prefer="memory") for m in (12, 20, 28)],
+    ),
+    "widen_from": (
+        [1, 4, 9],
+        [cell(m, p, t) for p, t in ((3, 1), (3, 8)) for m in (8, 16)] + [cell(1, 3), cell(4, 3)],
+    ),
     "decoded_above": ([8, 32, 64], [cell(m, 30, prefer="memory") for m in (12, 24, 48)]),
     # 2 * transposed <= m * gathered: from 8 rows on with the defaults; here from 4, 6, 12 and never.
     "transposed_ns": ([13, 19, 39, 1e9], [cell(m, p) for p in (3, 10, 30) for m in (4, 6, 8, 12)]),
@@ -65,7 +77,7 @@ def serve() -> None:
     """A process with its own `XORZ_COSTS`: a cell a line in; its seconds, or \"ready\" after a new one, out."""
     import torch
     import xorz  # noqa: F401
-    from tunes import at_random
+    from xorz.bench.tunes import at_random
 
     products: dict[str, Any] = {}
 

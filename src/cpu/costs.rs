@@ -10,6 +10,7 @@
 use crate::vector::exec::LEAST_WORDS;
 use crate::vector::processor::{Processor, Vendor};
 use crate::vector::simd::SIMD_LANES;
+use crate::vector::trace::traces;
 use std::sync::OnceLock;
 
 /// What the model knows of a machine. In `mode = "fast"`, `panel_above`, `decoded_above`, `packed_above`, `widen_from` and
@@ -130,7 +131,14 @@ impl Costs {
 /// many rows, on a processor whose matrix units torch uses (AMX).
 pub fn torch_multiplies(rows: usize) -> bool {
     let costs = Costs::active();
-    costs.torch_panels && rows > costs.packed_above
+    let torchs = costs.torch_panels && rows > costs.packed_above;
+    if torchs && traces() {
+        eprintln!(
+            "xorz: BF16, {rows} rows of one tenant: torch's product on restored panels, {}",
+            Processor::here()
+        );
+    }
+    torchs
 }
 
 #[cfg(test)]

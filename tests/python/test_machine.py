@@ -91,7 +91,8 @@ LINEAR = """
 
 
 def test_many_rows_are_torchs_to_multiply_where_it_has_matrix_units():
-    same, _ = run(LINEAR, XORZ_COSTS="torch_panels=1")
+    same, said = run(LINEAR, XORZ_COSTS="torch_panels=1", XORZ_TRACE="1")
+    assert "17 rows of one tenant: torch's product on restored panels" in said
     assert len(same) == 8 and set(same) == {"True"}
     # Without them the product is xorz's own, where it has one of its own for bf16.
     run(LINEAR, XORZ_COSTS="torch_panels=0")
