@@ -5,6 +5,7 @@ use super::split::{narrow, split, widen};
 use super::word::Word;
 use crate::error::{Error, Result};
 use crate::matrix::Dtype;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Exact differences of single words of a tile, on top of what the compact code gives.
@@ -42,14 +43,7 @@ impl<'a> Entries<'a> {
 
     /// All entries, word by word, in order. `W` is the word of the dtype.
     pub(crate) fn changes<W: Word>(&self) -> Changes<'a, W> {
-        let (positions, _) = self.positions.as_chunks::<2>();
-        Changes {
-            positions,
-            differences: self.differences,
-            next: 0,
-            last: None,
-            word: std::marker::PhantomData,
-        }
+        Changes { places: Ascending::new(self.positions), differences: self.differences, word: PhantomData }
     }
 
     pub(super) fn apply<W: Word>(
@@ -102,18 +96,12 @@ impl<W: Word> Change<'_, W> {
 /// A walk along the entries of a tile that stops wherever it is asked to.
 #[derive(Clone, Copy)]
 pub(crate) struct Changes<'a, W> {
-    positions: &'a [[u8; 2]],
+    places: Ascending<'a>,
     differences: &'a [u8],
-    next: usize,
-    last: Option<usize>,
-    word: std::marker::PhantomData<W>,
+    word: PhantomData<W>,
 }
 
 impl<'a, W: Word> Changes<'a, W> {
-    fn position(&self, i: usize) -> Option<usize> {
-        self.positions.get(i).map(|p| usize::from(u16::from_le_bytes(*p)))
-    }
-
     #[inline(always)]
     fn difference(&self, i: usize) -> &'a [u8] {
         &self.differences[i * W::BYTES..(i + 1) * W::BYTES]
@@ -125,22 +113,56 @@ impl<'a, W: Word> Changes<'a, W> {
     /// `Corrupt` where positions do not ascend.
     #[inline]
     pub(crate) fn below(&mut self, end: usize) -> Result<Option<Change<'a, W>>> {
-        let i = self.next;
-        let Some(position) = self.position(i).filter(|p| *p < end) else { return Ok(None) };
-        if self.last >= Some(position) {
-            return Err(disorder(i, position));
-        }
-        let two = self.position(i + 1) == Some(position);
+        let Some((i, position)) = self.places.below("entry", end)? else { return Ok(None) };
+        let two = self.places.twice();
         let (first, second) = (W::load(self.difference(i)), if two { self.difference(i + 1) } else { &[] });
-        (self.next, self.last) = (i + 1 + usize::from(two), Some(position));
         Ok(Some(Change { position, first, second }))
     }
 }
 
-/// An entry that does not follow the one before it.
+/// The positions of what is stored apart, one after the other: what both walks have in common.
+#[derive(Clone, Copy)]
+struct Ascending<'a> {
+    positions: &'a [[u8; 2]],
+    next: usize,
+    last: Option<usize>,
+}
+
+impl<'a> Ascending<'a> {
+    fn new(positions: &'a [u8]) -> Self {
+        Self { positions: positions.as_chunks().0, next: 0, last: None }
+    }
+
+    #[inline(always)]
+    fn position(&self) -> Option<usize> {
+        self.positions.get(self.next).map(|p| usize::from(u16::from_le_bytes(*p)))
+    }
+
+    /// The next one, and which of the list it is, if it is below `end`.
+    #[inline(always)]
+    fn below(&mut self, what: &str, end: usize) -> Result<Option<(usize, usize)>> {
+        let i = self.next;
+        let Some(position) = self.position().filter(|p| *p < end) else { return Ok(None) };
+        if self.last >= Some(position) {
+            return Err(disorder(what, i, position));
+        }
+        (self.next, self.last) = (i + 1, Some(position));
+        Ok(Some((i, position)))
+    }
+
+    /// Step over the position that comes next, if it is once more the last one. Says whether it was.
+    #[inline(always)]
+    fn twice(&mut self) -> bool {
+        let two = self.position() == self.last;
+        self.next += usize::from(two);
+        two
+    }
+}
+
+/// Something stored apart that does not follow the one before it.
 #[cold]
-pub(crate) fn disorder(i: usize, position: usize) -> Error {
-    Error::corrupt(format!("entry {i}, at {position}, is out of order"))
+pub(crate) fn disorder(what: &str, i: usize, position: usize) -> Error {
+    Error::corrupt(format!("{what} {i}, at {position}, is out of order"))
 }
 
 /// Words stored apart because the compact code cannot hold them; they override what it gives.
@@ -174,17 +196,47 @@ impl<'a> Exceptions<'a> {
         listed(self.positions, self.words, i)
     }
 
+    /// All exceptions, in order. `W` is the word of the dtype.
+    pub(crate) fn overrides<W: Word>(&self) -> Overrides<'a, W> {
+        Overrides { places: Ascending::new(self.positions), words: self.words, word: PhantomData }
+    }
+
     pub(super) fn apply<W: Word>(&self, (cols, tile_cols): (usize, usize), words: &mut [W]) -> Result<()> {
-        for i in 0..self.len() {
-            let (position, word) = self.get(i);
+        let mut overrides = self.overrides::<W>();
+        while let Some((position, word)) = overrides.below(usize::MAX)? {
             let (r, c) = (position / tile_cols, position % tile_cols);
             let at = words
                 .get_mut(r * cols + c)
                 .filter(|_| c < cols)
                 .ok_or_else(|| outside("exception", position))?;
-            *at = W::from_u64(word);
+            *at = W::load(word);
         }
         Ok(())
+    }
+}
+
+/// A walk along the exceptions of a tile that stops wherever it is asked to.
+#[derive(Clone, Copy)]
+pub(crate) struct Overrides<'a, W> {
+    places: Ascending<'a>,
+    words: &'a [u8],
+    word: PhantomData<W>,
+}
+
+impl<'a, W: Word> Overrides<'a, W> {
+    /// Whether the tile has none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.places.positions.is_empty()
+    }
+
+    /// The next one, its position and the bytes of its word, if it lies at a position below `end`.
+    ///
+    /// # Errors
+    /// `Corrupt` where positions do not ascend.
+    #[inline]
+    pub(crate) fn below(&mut self, end: usize) -> Result<Option<(usize, &'a [u8])>> {
+        let Some((i, position)) = self.places.below("exception", end)? else { return Ok(None) };
+        Ok(Some((position, &self.words[i * W::BYTES..(i + 1) * W::BYTES])))
     }
 }
 

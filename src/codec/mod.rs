@@ -12,7 +12,7 @@ pub mod sparse;
 pub mod split;
 pub mod word;
 
-pub(crate) use apart::{Apart, Change, Changes, disorder, outside};
+pub(crate) use apart::{Apart, Change, Changes, Overrides, disorder, outside};
 pub use apart::{Entries, Exceptions};
 pub use exponent::ExponentTile;
 pub use grid::{Grid, Rect};

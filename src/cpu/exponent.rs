@@ -16,8 +16,8 @@
 
 use super::dot::{Ahead, Rows, Split, Strides, dot_block};
 use crate::codec::word::Word;
-use crate::codec::{Changes, Entries, Exceptions, ExponentTile, Grid, Rect, outside};
-use crate::error::{Error, Result};
+use crate::codec::{Changes, Entries, Exceptions, ExponentTile, Grid, Overrides, Rect, outside};
+use crate::error::Result;
 use crate::matrix::Dtype;
 use crate::vector::float::{Float, padded};
 use crate::vector::lanes::{Decoder, MICRO};
@@ -33,8 +33,7 @@ const LINE: usize = 64;
 /// them; since layout 1 entries make up for them, which are NaN where no exact difference exists.
 pub(super) struct Stream<'a, D: Float> {
     decoder: Decoder<'a, D::Word>,
-    exceptions: Exceptions<'a>,
-    next: usize,
+    exceptions: Overrides<'a, D::Word>,
     /// Those that are not added to words yet.
     entries: Changes<'a, D::Word>,
     tile_cols: usize,
@@ -43,8 +42,8 @@ pub(super) struct Stream<'a, D: Float> {
 impl<'a, D: Float> Stream<'a, D> {
     pub(super) fn new(tile: &ExponentTile<'a>, tile_cols: usize) -> Self {
         let exceptions = if tile.additive { Exceptions::default() } else { tile.exceptions };
-        let (decoder, entries) = (Decoder::new(tile, D::DTYPE), tile.entries.changes());
-        Self { decoder, exceptions, next: 0, entries, tile_cols }
+        let decoder = Decoder::new(tile, D::DTYPE);
+        Self { decoder, exceptions: exceptions.overrides(), entries: tile.entries.changes(), tile_cols }
     }
 
     /// Words without the entries, which the caller adds to its sums.
@@ -62,17 +61,9 @@ impl<'a, D: Float> Stream<'a, D> {
     ) -> Result<()> {
         self.decoder.advance(s, Some(base), words)?;
         let start = r * self.tile_cols + c;
-        // `Exceptions::get` divides to learn the size of a word; here it is known.
-        let (positions, _) = self.exceptions.positions.as_chunks::<2>();
-        let overriding = self.exceptions.words.chunks_exact(D::BYTES);
-        for (position, word) in positions.iter().zip(overriding).skip(self.next) {
-            let position = usize::from(u16::from_le_bytes(*position));
-            if position >= start + words.len() {
-                break;
-            }
-            let at = position.checked_sub(start).ok_or_else(|| misplaced(position))?;
+        while let Some((position, word)) = self.exceptions.below(start + words.len())? {
+            let at = position.checked_sub(start).ok_or_else(|| outside("exception", position))?;
             words[at] = D::Word::load(word);
-            self.next += 1;
         }
         while let Some(change) = self.entries.below(start + words.len())? {
             let at = change.position.checked_sub(start).ok_or_else(|| outside("entry", change.position))?;
@@ -125,16 +116,11 @@ impl<'a, D: Float> Stream<'a, D> {
         if let Some(left) = self.entries.below(usize::MAX)? {
             return Err(outside("entry", left.position));
         }
-        if self.next < self.exceptions.len() {
-            return Err(misplaced(self.exceptions.get(self.next).0));
+        if let Some((position, _)) = self.exceptions.below(usize::MAX)? {
+            return Err(outside("exception", position));
         }
         self.decoder.finish()
     }
-}
-
-#[cold]
-fn misplaced(position: usize) -> Error {
-    Error::corrupt(format!("exception at position {position} is out of order or out of its tile"))
 }
 
 /// The differences of a tile's entries in order: row, column, value.

@@ -19,6 +19,7 @@ use super::sparse::{Gathered, Natural, Transposed};
 use crate::codec::{Encoding, Grid, Rect, SparseTile, Tile};
 use crate::error::{Error, Result};
 use crate::vector::float::{Float, padded};
+use crate::vector::records::within_tile;
 use crate::vector::simd::{GROUP, SIMD_LANES, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -335,34 +336,26 @@ struct Entries<'a, D> {
 impl<D: Float> Entries<'_, D> {
     fn add<S: Simd>(&self, s: S, x: &mut Buffer<f32>, sums: &mut [f32], strides: Strides) -> Result<()> {
         let (tile, width, m) = (&self.tile, self.width, self.m);
-        // So that sixteen one-byte gaps each cannot wrap a column.
-        if tile.records > 1 << 24 {
-            return Err(Error::corrupt(format!("{} records in one tile", tile.records)));
-        }
         let dtype = PhantomData;
-        let largest = if !self.transposed {
-            let stride = strides.column;
-            s.run(Gathered::<D> { tile, x: x.get(width * m), width, m, sums, stride, dtype })
-        } else {
+        within_tile(tile, width, || {
+            if !self.transposed {
+                let stride = strides.column;
+                return s.run(Gathered::<D> { tile, x: x.get(width * m), width, m, sums, stride, dtype });
+            }
             let x = x.get(width * SIMD_LANES).as_chunks().0;
             if strides.column == 1 {
-                s.run(Transposed::<D> { tile, x, sums: sums.as_chunks_mut().0, dtype })
-            } else {
-                // Among other tenants' rows, totals lie by row of x.
-                let mut lanes = [[0.0; SIMD_LANES]; SIMD_LANES];
-                for (r, lanes) in lanes.iter_mut().enumerate() {
-                    (0..m).for_each(|j| lanes[j] = sums[j * strides.column + r]);
-                }
-                let largest = s.run(Transposed::<D> { tile, x, sums: &mut lanes, dtype });
-                for (r, lanes) in lanes.iter().enumerate() {
-                    (0..m).for_each(|j| sums[j * strides.column + r] = lanes[j]);
-                }
-                largest
+                return s.run(Transposed::<D> { tile, x, sums: sums.as_chunks_mut().0, dtype });
             }
-        };
-        if tile.records > 0 && largest as usize >= width {
-            return Err(Error::corrupt(format!("an entry names column {largest} of {width}")));
-        }
-        Ok(())
+            // Among other tenants' rows, totals lie by row of x.
+            let mut lanes = [[0.0; SIMD_LANES]; SIMD_LANES];
+            for (r, lanes) in lanes.iter_mut().enumerate() {
+                (0..m).for_each(|j| lanes[j] = sums[j * strides.column + r]);
+            }
+            let largest = s.run(Transposed::<D> { tile, x, sums: &mut lanes, dtype });
+            for (r, lanes) in lanes.iter().enumerate() {
+                (0..m).for_each(|j| sums[j * strides.column + r] = lanes[j]);
+            }
+            largest
+        })
     }
 }

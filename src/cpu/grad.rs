@@ -27,6 +27,7 @@ use crate::vector::dispatch::{Isa, on_isa};
 use crate::vector::exec::{Executor, try_run};
 use crate::vector::float::{Float, with_float};
 use crate::vector::lanes::MICRO;
+use crate::vector::records::within_tile;
 use crate::vector::simd::{SIMD_LANES, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -337,16 +338,9 @@ fn add_entries<S: Simd, D: Float>(
     g: &[[f32; SIMD_LANES]; STEP],
     sums: &mut [[f32; SIMD_LANES]],
 ) -> Result<()> {
-    if tile.records > 1 << 24 {
-        return Err(Error::corrupt(format!("{} records in one tile", tile.records)));
-    }
     let from = (strip.columns.start - rect.c0) as u32;
     // Lanes beyond the strip's rows are not used.
     let lanes = if lanes.len() == strip.m { 0..SIMD_LANES } else { lanes };
     let entries = OuterEntries::<D> { tile, g, sums, from, rows: rect.rows(), lanes, dtype: PhantomData };
-    let largest = s.run(entries);
-    if largest as usize >= rect.cols() {
-        return Err(Error::corrupt(format!("an entry names column {largest} of {}", rect.cols())));
-    }
-    Ok(())
+    within_tile(tile, rect.cols(), || s.run(entries))
 }

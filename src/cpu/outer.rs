@@ -8,6 +8,7 @@
 use super::dot::Rows;
 use crate::codec::{GapKind, SparseTile};
 use crate::vector::float::Float;
+use crate::vector::records::{Records, VectorColumns};
 use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -86,18 +87,20 @@ impl<D: Float> Kernel for OuterEntries<'_, D> {
 
     #[inline(always)]
     fn call<S: Simd>(self, s: S) -> u32 {
-        let mut columns = s.columns();
-        let mut largest = columns;
-        let gap = SIMD_LANES * self.tile.gap.bytes();
-        let differences = self.tile.differences.chunks_exact(SIMD_LANES * D::BYTES);
-        let (mut at, mut difference) = ([0u32; SIMD_LANES], [0f32; SIMD_LANES]);
-        for (gaps, differences) in self.tile.gaps.chunks_exact(gap).zip(differences) {
-            columns = match self.tile.gap {
-                GapKind::U8 => gaps.first_chunk().map_or(columns, |g| s.add_gaps(columns, g)),
-                GapKind::U16 => gaps.first_chunk().map_or(columns, |g| s.load_columns(g)),
-            };
-            largest = s.max_columns(largest, columns);
-            s.store_columns(columns, &mut at);
+        match self.tile.gap {
+            GapKind::U8 => self.entries::<S, 1>(s),
+            GapKind::U16 => self.entries::<S, 2>(s),
+        }
+    }
+}
+
+impl<D: Float> OuterEntries<'_, D> {
+    #[inline(always)]
+    fn entries<S: Simd, const GAP: usize>(self, s: S) -> u32 {
+        let mut records = Records::<_, GAP>::new(self.tile, D::BYTES, VectorColumns::new(s));
+        let mut difference = [0f32; SIMD_LANES];
+        while let Some((columns, differences)) = records.advance() {
+            let at = columns.array();
             s.store(D::widen(s, differences), &mut difference);
             for lane in 0..self.rows.min(SIMD_LANES) {
                 let column = at[lane].wrapping_sub(self.from) as usize;
@@ -112,7 +115,6 @@ impl<D: Float> Kernel for OuterEntries<'_, D> {
                 }
             }
         }
-        s.store_columns(largest, &mut at);
-        at.into_iter().fold(0, u32::max)
+        records.largest().greatest()
     }
 }

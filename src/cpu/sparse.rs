@@ -11,6 +11,7 @@
 
 use crate::codec::{GapKind, SparseTile};
 use crate::vector::float::Float;
+use crate::vector::records::{Records, VectorColumns};
 use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
 use std::marker::PhantomData;
 
@@ -37,10 +38,10 @@ impl<D: Float> Kernel for Gathered<'_, D> {
         let mut largest = 0;
         for j in 0..self.m {
             largest = match (self.tile.gap, j) {
-                (GapKind::U8, 0) => self.row::<S, false, true>(s, j),
-                (GapKind::U8, _) => self.row::<S, false, false>(s, j),
-                (GapKind::U16, 0) => self.row::<S, true, true>(s, j),
-                (GapKind::U16, _) => self.row::<S, true, false>(s, j),
+                (GapKind::U8, 0) => self.row::<S, 1, true>(s, j),
+                (GapKind::U8, _) => self.row::<S, 1, false>(s, j),
+                (GapKind::U16, 0) => self.row::<S, 2, true>(s, j),
+                (GapKind::U16, _) => self.row::<S, 2, false>(s, j),
             };
         }
         largest
@@ -51,46 +52,22 @@ impl<D: Float> Gathered<'_, D> {
     /// One row of x; the first asks for the next tile's records, which lie behind this one's, as far on as they are long. (A
     /// tile is a few pages, and the processor's own look-ahead ends with each.)
     #[inline(always)]
-    fn row<S: Simd, const GAP16: bool, const FIRST: bool>(&mut self, s: S, j: usize) -> u32 {
+    fn row<S: Simd, const GAP: usize, const FIRST: bool>(&mut self, s: S, j: usize) -> u32 {
         let x = &self.x[j * self.width..(j + 1) * self.width];
         let Some(sums) = self.sums[j * self.stride..].first_chunk_mut::<SIMD_LANES>() else { return 0 };
         let mut total = s.load(sums);
-        let mut columns = s.columns();
-        let mut largest = columns;
-        let differences = self.tile.differences.chunks_exact(SIMD_LANES * D::BYTES);
         let mut next = self.tile.gaps.len() + self.tile.differences.len();
-        let mut ask = |bytes: usize| {
+        let mut records = Records::<_, GAP>::new(self.tile, D::BYTES, VectorColumns::new(s));
+        while let Some((columns, differences)) = records.advance() {
             if FIRST {
                 s.prefetch(self.tile.gaps, next);
-                next += bytes;
+                next += SIMD_LANES * (GAP + D::BYTES);
             }
-        };
-        if GAP16 {
-            for (gaps, differences) in self.tile.gaps.as_chunks::<32>().0.iter().zip(differences) {
-                ask(SIMD_LANES * (2 + D::BYTES));
-                columns = s.load_columns(gaps);
-                largest = s.max_columns(largest, columns);
-                total = s.fma(D::widen(s, differences), s.gather(x, columns), total);
-            }
-        } else {
-            for (gaps, differences) in self.tile.gaps.as_chunks::<SIMD_LANES>().0.iter().zip(differences) {
-                ask(SIMD_LANES * (1 + D::BYTES));
-                columns = s.add_gaps(columns, gaps);
-                total = s.fma(D::widen(s, differences), s.gather(x, columns), total);
-            }
-            largest = columns;
+            total = s.fma(D::widen(s, differences), s.gather(x, columns.lanes), total);
         }
         s.store(total, sums);
-        greatest(s, largest)
+        records.largest().greatest()
     }
-}
-
-/// The greatest of the lanes.
-#[inline(always)]
-fn greatest<S: Simd>(s: S, columns: S::C) -> u32 {
-    let mut lanes = [0; SIMD_LANES];
-    s.store_columns(columns, &mut lanes);
-    lanes.into_iter().fold(0, u32::max)
 }
 
 /// Many rows of x, at most sixteen: a lane is a row of x, x is transposed. Gives the largest column named.
@@ -107,42 +84,29 @@ impl<D: Float> Kernel for Transposed<'_, D> {
     type Out = u32;
 
     #[inline(always)]
-    fn call<S: Simd>(mut self, s: S) -> u32 {
-        let mut columns = s.columns();
-        let mut largest = columns;
-        let differences = self.tile.differences.chunks_exact(SIMD_LANES * D::BYTES);
+    fn call<S: Simd>(self, s: S) -> u32 {
         match self.tile.gap {
-            GapKind::U8 => {
-                for (gaps, differences) in self.tile.gaps.as_chunks::<SIMD_LANES>().0.iter().zip(differences)
-                {
-                    columns = s.add_gaps(columns, gaps);
-                    largest = s.max_columns(largest, columns);
-                    self.record(s, columns, differences);
-                }
-            }
-            GapKind::U16 => {
-                for (gaps, differences) in self.tile.gaps.as_chunks::<32>().0.iter().zip(differences) {
-                    columns = s.load_columns(gaps);
-                    largest = s.max_columns(largest, columns);
-                    self.record(s, columns, differences);
-                }
-            }
+            GapKind::U8 => self.entries::<S, 1>(s),
+            GapKind::U16 => self.entries::<S, 2>(s),
         }
-        greatest(s, largest)
     }
 }
 
 impl<D: Float> Transposed<'_, D> {
     #[inline(always)]
-    fn record<S: Simd>(&mut self, s: S, columns: S::C, differences: &[u8]) {
-        let (mut at, mut difference) = ([0u32; SIMD_LANES], [0f32; SIMD_LANES]);
-        s.store_columns(columns, &mut at);
-        s.store(D::widen(s, differences), &mut difference);
-        for (lane, sums) in self.sums.iter_mut().enumerate().take(SIMD_LANES) {
-            // A column beyond the tile: the caller refuses the tile, by the largest column.
-            let Some(x) = self.x.get(at[lane] as usize) else { continue };
-            s.store(s.fma(s.splat(difference[lane]), s.load(x), s.load(sums)), sums);
+    fn entries<S: Simd, const GAP: usize>(self, s: S) -> u32 {
+        let mut records = Records::<_, GAP>::new(self.tile, D::BYTES, VectorColumns::new(s));
+        let mut difference = [0f32; SIMD_LANES];
+        while let Some((columns, differences)) = records.advance() {
+            let at = columns.array();
+            s.store(D::widen(s, differences), &mut difference);
+            for (lane, sums) in self.sums.iter_mut().enumerate().take(SIMD_LANES) {
+                // A column beyond the tile: the caller refuses the tile, by the largest column.
+                let Some(x) = self.x.get(at[lane] as usize) else { continue };
+                s.store(s.fma(s.splat(difference[lane]), s.load(x), s.load(sums)), sums);
+            }
         }
+        records.largest().greatest()
     }
 }
 

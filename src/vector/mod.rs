@@ -13,6 +13,7 @@
 //! | `encode` | words to tiles and whole deltas, and the estimates that choose how |
 //! | `processor`, `preference`, `trace` | what CPUID says, what `prefer="auto"` comes to, and whether people are told |
 //! | `restore` | fine-tuned words: restore, apply, patch; `region` some rows and columns, `tile` one tile, `packed` one in panels |
+//! | `records` | the walk along the records of a `sparse` tile |
 //! | `exec` | how ops run their tasks |
 
 pub(crate) mod bf16dot;
@@ -25,6 +26,7 @@ pub(crate) mod packed;
 mod packer;
 mod preference;
 pub(crate) mod processor;
+pub(crate) mod records;
 pub(crate) mod region;
 mod restore;
 pub(crate) mod scalar;

@@ -9,6 +9,7 @@
 use super::exec::{Executor, LEAST_WORDS, try_run};
 use super::float::{BF16, F16, F32};
 use super::lanes::{self, Lane, MICRO};
+use super::records::Records;
 use super::simd::Simd;
 use super::tile::{Change, Stripe, Sums, Xor, fill_tile, set_apart};
 use crate::codec::word::{Word, with_word};
@@ -270,18 +271,11 @@ fn walk_part_gaps<W: Word, C: Change<W>, const GAP: usize>(
         std::array::from_fn(
             |lane| if part.rows.contains(&lane) { part.rect.cols() as u16 } else { u16::MAX },
         );
-    let mut at = [0u16; Grid::TILE_ROWS];
-    let gaps = tile.gaps.chunks_exact(Grid::TILE_ROWS * GAP);
-    for (j, (gaps, differences)) in
-        gaps.zip(tile.differences.chunks_exact(Grid::TILE_ROWS * W::BYTES)).enumerate()
-    {
+    let mut records = Records::<_, GAP>::new(tile, W::BYTES, [0u16; Grid::TILE_ROWS]);
+    for j in 0.. {
+        let Some((at, differences)) = records.advance() else { break };
         let (mut hit, mut before) = (false, false);
         for lane in 0..Grid::TILE_ROWS {
-            at[lane] = if GAP == 1 {
-                at[lane].saturating_add(u16::from(gaps[lane]))
-            } else {
-                u16::from_le_bytes([gaps[2 * lane], gaps[2 * lane + 1]])
-            };
             hit |= at[lane].wrapping_sub(first) < width[lane] || at[lane] >= beyond[lane];
             before |= at[lane] < end[lane];
         }

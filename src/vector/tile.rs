@@ -3,6 +3,7 @@
 
 use super::float::{BF16, F16, F32, Float};
 use super::lanes::{Decoder, Lane, MICRO};
+use super::records::Records;
 use super::simd::Simd;
 use crate::codec::word::{Word, with_word};
 use crate::codec::{
@@ -230,15 +231,8 @@ pub(crate) fn set_apart<W: Word>(
         let now = change.apply(dtype, W::load(&words[at.clone()]));
         words[at].copy_from_slice(bytemuck::bytes_of(&now));
     }
-    let exceptions = exceptions.within(places.clone());
-    let (positions, _) = exceptions.positions.as_chunks::<2>();
-    let mut last = None;
-    for (i, (position, word)) in positions.iter().zip(exceptions.words.chunks_exact(W::BYTES)).enumerate() {
-        let position = usize::from(u16::from_le_bytes(*position));
-        if last >= Some(position) {
-            return Err(Error::corrupt(format!("exception {i}, at {position}, is out of order")));
-        }
-        last = Some(position);
+    let mut overrides = exceptions.within(places.clone()).overrides::<W>();
+    while let Some((position, word)) = overrides.below(usize::MAX)? {
         let at = place(position).ok_or_else(|| outside("exception", position))?;
         words[at].copy_from_slice(word);
     }
@@ -307,10 +301,8 @@ pub(super) fn overwrite<W: Word, P: Places>(
     places: P,
     words: &mut [u8],
 ) -> Result<()> {
-    // `Exceptions::get` divides to learn the size of a word; here it is known.
-    let (positions, _) = exceptions.positions.as_chunks::<2>();
-    for (position, word) in positions.iter().zip(exceptions.words.chunks_exact(W::BYTES)) {
-        let position = usize::from(u16::from_le_bytes(*position));
+    let mut overrides = exceptions.overrides::<W>();
+    while let Some((position, word)) = overrides.below(usize::MAX)? {
         let place = places.word::<W>(tile_cols, position, words);
         place.ok_or_else(|| outside("exception", position))?.copy_from_slice(word);
     }
@@ -390,17 +382,14 @@ fn walk_gaps<W: Word, C: Change<W>, P: Places, const GAP: usize>(
 ) -> Result<()> {
     let nothing = W::from_u64(C::NOTHING);
     let (rows, columns) = (places.rows(), places.columns::<W>());
-    let mut at = [0usize; Grid::TILE_ROWS];
-    let gaps = tile.gaps.chunks_exact(Grid::TILE_ROWS * GAP);
-    for (gaps, differences) in gaps.zip(tile.differences.chunks_exact(Grid::TILE_ROWS * W::BYTES)) {
+    let mut records = Records::<_, GAP>::new(tile, W::BYTES, [0u16; Grid::TILE_ROWS]);
+    while let Some((at, differences)) = records.advance() {
         for lane in 0..Grid::TILE_ROWS {
-            let gap = usize::from(gaps[lane * GAP]);
-            at[lane] = if GAP == 1 { at[lane] + gap } else { gap | usize::from(gaps[lane * GAP + 1]) << 8 };
             let difference = W::load(&differences[lane * W::BYTES..(lane + 1) * W::BYTES]);
             if difference == nothing || lane >= rows {
                 continue;
             }
-            let c = at[lane];
+            let c = usize::from(at[lane]);
             if c >= columns {
                 return Err(Error::corrupt(format!("lane {lane} names column {c} of {columns}")));
             }

@@ -389,7 +389,7 @@ impl Kernel for AddEntries<'_> {
         for (i, (position, difference)) in positions.iter().zip(differences).enumerate() {
             let position = usize::from(u16::from_le_bytes(*position));
             if last[1] != usize::MAX && (position < last[1] || position == last[0]) {
-                return Err(disorder(i, position));
+                return Err(disorder("entry", i, position));
             }
             last = [last[1], position];
             let (r, c) = (position >> shift, position & mask);
