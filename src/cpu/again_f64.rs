@@ -2,7 +2,7 @@
 //! f64, where products of two f32 are exact and do not overflow. So NaN and infinities are those of the fine-tuned
 //! weights, whatever the base, the differences and the order of f32 sums made of them. Slow and plain on purpose.
 
-use super::linear::{LinearJob, Segment};
+use super::job::{LinearJob, Segment};
 use super::scratch::Scratch;
 use crate::error::Result;
 use crate::vector::float::Float;

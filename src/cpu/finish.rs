@@ -4,8 +4,7 @@
 
 use super::again_f64;
 use super::dot::Strides;
-use super::fused::Block;
-use super::linear::{LinearJob, Segment};
+use super::job::{Block, LinearJob, Segment};
 use super::scratch::Scratch;
 use crate::error::Result;
 use crate::vector::float::Float;

@@ -12,7 +12,7 @@
 use super::bf16::Few;
 use super::dot::{Rows, Strides, TileProduct, ToSplit};
 use super::exponent;
-use super::linear::{LinearJob, Segment};
+use super::job::{Block, LinearJob, Segment};
 use super::plan::{BASE_COLUMNS, BLOCK, transposed};
 use super::scratch::{Buffer, Scratch};
 use super::sparse::{Gathered, Natural, Transposed};
@@ -23,23 +23,6 @@ use crate::vector::records::within_tile;
 use crate::vector::simd::{GROUP, SIMD_LANES, Simd};
 use std::marker::PhantomData;
 use std::ops::Range;
-
-/// Rows of W and rows of x (by their places in the order of the call) of one task.
-#[derive(Clone, Copy)]
-pub(super) struct Block {
-    pub(super) r0: usize,
-    pub(super) r1: usize,
-    pub(super) m0: usize,
-    pub(super) m: usize,
-}
-
-impl Block {
-    /// Which of the block's rows of x belong to `segment`, counted from the block's first.
-    pub(super) fn part(&self, segment: &Segment<'_>) -> Range<usize> {
-        let from = segment.rows.start.max(self.m0) - self.m0;
-        from..segment.rows.end.min(self.m0 + self.m) - self.m0
-    }
-}
 
 impl<D: Float> LinearJob<'_, D> {
     /// A block of rows of x on the base's words, of the tenants `segments`.
@@ -128,13 +111,6 @@ impl<D: Float> LinearJob<'_, D> {
         let done = self.finish(s, block, std::slice::from_ref(segment), (sums.all(), strides), sc);
         sc.sums = sums;
         done
-    }
-
-    /// Columns of the row of x at place `at`.
-    pub(super) fn x_row(&self, at: usize, columns: &Range<usize>) -> Rows<'_> {
-        let from = (self.row(at) * self.k + columns.start) * D::BYTES;
-        let len = columns.len() * D::BYTES;
-        Rows { bytes: &self.x[from..from + len], stride: len, len }
     }
 
     fn base_rows(&self, rect: &Rect) -> Rows<'_> {

@@ -13,8 +13,7 @@
 use super::costs::Costs;
 use super::dot::Rows;
 use super::exponent::Stream;
-use super::job::check_words;
-use super::linear::Segment;
+use super::job::{Segment, check_words};
 use super::outer::{Outer, OuterEntries, STEP};
 use super::plan::{ProductWay, Sums};
 use super::scratch::{self, Scratch};

@@ -1,11 +1,11 @@
 //! `delta_linear_grouped` and its gradient: one batch, many tenants on one base.
 
 use super::arena::{Arena, Tenants};
-use super::job::{Mode, check_words};
-use super::linear::Segment;
+use super::grad;
+use super::job::{Mode, Segment, check_words};
+use super::linear;
 use super::plan::{ProductWay, Sums};
 use super::weights::Weights;
-use super::{grad, linear};
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, Shape};
 use crate::resident::Resident;

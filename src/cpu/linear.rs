@@ -12,13 +12,12 @@
 use super::costs::Costs;
 use super::counters;
 use super::dot::{PanelProduct, Rows, Split, Strides, ToSplit};
-use super::fused::Block;
-use super::job::{Mode, check_words};
+use super::job::{Block, LinearJob, Mode, Segment, check_words};
 use super::plan::{self, BLOCK, ProductWay, Sizes, Sums};
 use super::scratch::{self, Scratch};
 use super::weights::Weights;
 use crate::codec::Encoding;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::matrix::{Matrix, Shape};
 use crate::resident::Resident;
 use crate::vector::dispatch::{Isa, on_isa};
@@ -86,36 +85,6 @@ pub fn delta_linear_on(isa: Isa, args: &LinearArgs<'_>, out: &mut [u8], exec: &d
     }))?
 }
 
-/// The rows of x of one tenant.
-pub(super) struct Segment<'a> {
-    pub(super) weights: Weights<'a>,
-    pub(super) bias: Option<&'a [u8]>,
-    /// Their places in the order of the call.
-    pub(super) rows: Range<usize>,
-    /// The slot that the delta comes from, if it is one of many.
-    pub(super) slot: Option<usize>,
-}
-
-impl Segment<'_> {
-    /// What errors call the delta.
-    pub(super) fn name(&self) -> String {
-        self.slot.map_or_else(|| "delta".into(), |slot| format!("slots[{slot}]"))
-    }
-
-    /// The fine-tuned words of tile `index`, row after row.
-    pub(super) fn restore<S: Simd>(&self, s: S, index: usize, words: &mut [u8]) -> Result<()> {
-        self.weights.words(s, index, words).map_err(|e| self.within(e))
-    }
-
-    /// An error of the delta, with the name of its slot.
-    pub(super) fn within(&self, e: Error) -> Error {
-        match self.slot {
-            Some(slot) => e.within(format_args!("slots[{slot}]")),
-            None => e,
-        }
-    }
-}
-
 /// What one call multiplies.
 pub(super) struct ProductCall<'a> {
     pub(super) x: &'a [u8],
@@ -125,20 +94,6 @@ pub(super) struct ProductCall<'a> {
     /// Place after place, one [`ProductWay`] after the other.
     pub(super) segments: &'a [Segment<'a>],
     pub(super) mode: Mode,
-}
-
-/// One call, in the dtype of its words.
-pub(super) struct LinearJob<'a, D: Float> {
-    /// No other call's.
-    pub(super) id: u64,
-    pub(super) x: &'a [u8],
-    pub(super) base: Matrix<'a>,
-    order: Option<&'a [usize]>,
-    pub(super) out: &'a [D::Shared],
-    pub(super) n: usize,
-    pub(super) k: usize,
-    /// Whether words are multiplied by the machine's bf16 dot product.
-    pub(super) bf16: bool,
 }
 
 /// Pieces of work of one kind: chunks of rows of W by blocks of rows of x.
@@ -194,11 +149,6 @@ pub(super) fn run_linear<S: Simd, D: Float>(
 }
 
 impl<D: Float> LinearJob<'_, D> {
-    /// The row of x at place `at`.
-    pub(super) fn row(&self, at: usize) -> usize {
-        self.order.map_or(at, |order| order[at])
-    }
-
     fn parts<'a>(&self, call: &ProductCall<'a>, sums: Sums, threads: usize) -> Vec<LinearTasks<'a>> {
         let mut parts: Vec<LinearTasks<'a>> = Vec::new();
         let way = |s: &Segment<'_>| ProductWay::of(&s.weights, s.rows.len(), sums);

@@ -12,7 +12,7 @@
 //! | `grad` | `delta_linear_grad_input`; `outer` its kernels |
 //! | `embedding` | `delta_embedding`: rows of the tenants' tables |
 //! | `grouped` | `delta_linear_grouped` and its gradient; `arena` the deltas of many tenants, `weights` a base with one or none |
-//! | `job`, `scratch`, `counters` | what a product is asked; its memory; what it counts |
+//! | `job`, `scratch`, `counters` | what a product is asked, and what a call of it comes to; its memory; what it counts |
 #![forbid(unsafe_code)]
 
 mod again_f64;

@@ -13,8 +13,7 @@
 //! `XORZ_TRACE=1` in the environment prints one line per call to stderr: what was chosen, and why.
 
 use super::costs::Costs;
-use super::job::Mode;
-use super::linear::Segment;
+use super::job::{Mode, Segment};
 use super::weights::Weights;
 use crate::codec::{Encoding, Grid};
 use crate::matrix::{Dtype, Shape};

@@ -29,8 +29,7 @@
 use super::few::Few;
 use crate::codec::{Encoding, Entries, ExponentTile, Grid, Rect, Tile, disorder, outside};
 use crate::cpu::dot::{Rows, Strides};
-use crate::cpu::fused::Block;
-use crate::cpu::linear::{LinearJob, Segment};
+use crate::cpu::job::{Block, LinearJob, Segment};
 use crate::cpu::plan::BLOCK;
 use crate::cpu::scratch::Scratch;
 use crate::error::{Error, Result};

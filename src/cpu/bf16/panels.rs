@@ -20,8 +20,7 @@
 
 use crate::cpu::counters;
 use crate::cpu::dot::Strides;
-use crate::cpu::fused::Block;
-use crate::cpu::linear::{LinearJob, Segment};
+use crate::cpu::job::{Block, LinearJob, Segment};
 use crate::cpu::plan::{BLOCK, PANEL_SUMS};
 use crate::cpu::scratch::Scratch;
 use crate::error::{Error, Result};
