@@ -4,7 +4,7 @@
 use super::avx2::Avx2;
 use super::avx512::Avx512;
 use super::lanes512::{self, From};
-use super::lanes512_wide;
+use super::lanes512_four_byte;
 use crate::vector::bf16dot::Bf16Task;
 use crate::vector::lanes::{Code, LaneBits, Progress};
 use crate::vector::packer::Packer;
@@ -115,7 +115,7 @@ macro_rules! instance {
 
             #[inline(always)]
             fn lanes32(self, lanes: &mut LaneBits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
-                lanes512_wide::words32(self.into(), lanes, code, units, From::There, words)
+                lanes512_four_byte::words32(self.into(), lanes, code, units, From::There, words)
             }
 
             #[inline(always)]
@@ -127,7 +127,7 @@ macro_rules! instance {
                 base: &[u8],
                 words: &mut [u32],
             ) -> Progress {
-                lanes512_wide::words32(self.into(), lanes, code, units, From::Base(base), words)
+                lanes512_four_byte::words32(self.into(), lanes, code, units, From::Base(base), words)
             }
 
             #[inline(always)]
@@ -140,7 +140,7 @@ macro_rules! instance {
                 x: [&[[f32; GROUP]]; M],
                 acc: &mut [__m512; M],
             ) -> Progress {
-                lanes512_wide::decode_dots32(self.into(), lanes, code, units, base, x, acc)
+                lanes512_four_byte::decode_dots32(self.into(), lanes, code, units, base, x, acc)
             }
 
             fn packer(self) -> Option<impl Packer> {

@@ -9,7 +9,7 @@ pub(crate) mod cpuid;
 mod differ;
 mod lanes;
 mod lanes512;
-mod lanes512_wide;
+mod lanes512_four_byte;
 mod pack;
 mod right;
 mod streams512;

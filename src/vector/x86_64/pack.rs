@@ -73,8 +73,8 @@ fn present(words: usize) -> [__m256i; 4] {
     let mut bytes = [0u8; STEP];
     store_half(active(words), &mut bytes);
     let (bytes, _) = bytes.as_chunks::<8>();
-    let wide = |i: usize| _mm256_cvtepi8_epi32(eight(&bytes[i]));
-    [wide(0), wide(1), wide(2), wide(3)]
+    let quarter = |i: usize| _mm256_cvtepi8_epi32(eight(&bytes[i]));
+    [quarter(0), quarter(1), quarter(2), quarter(3)]
 }
 
 #[target_feature(enable = "avx2,popcnt")]
