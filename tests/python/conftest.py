@@ -71,6 +71,15 @@ def close(y: torch.Tensor, x: torch.Tensor, tuned: torch.Tensor, bias: torch.Ten
     return y.shape == want.shape and bool(((y.double() - want).abs() <= bound(x, tuned, bias)).all())
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small gain nothing from more, and threads that wait for each other take minutes on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=ENCODINGS)
 def encoding(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -12,20 +12,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import survey
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RIGHT = [
     "causal/falcon", "causal/gpt_oss", "causal/granitemoe", "causal/glm4_moe", "causal/deepseek_v3", "causal/llama4_text",
     "causal/mamba", "causal/gemma2", "causal/phi3", "causal/gpt_neox", "causal/blenderbot", "seq2seq/bart", "seq2seq/t5",
     "encoder/distilbert", "encoder/electra", "vision/vit", "vision/resnet", "speech/whisper",
 ]  # fmt: skip
 OTHERS = {"encoder/deberta": "right, not bits", "causal/xlnet": "right"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.filterwarnings("ignore")

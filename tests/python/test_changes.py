@@ -17,15 +17,9 @@ import changes  # noqa: E402
 import recipes  # noqa: E402
 from recipes import Recipe  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

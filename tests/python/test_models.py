@@ -21,18 +21,11 @@ from models import Family, generate
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COMMAND = Path(sysconfig.get_path("scripts")) / "xorz"
 ROWS = ["ann", None, "bob", "cid", "ann", "bob"]
 DECODERS = [name for name in models.MODELS if name != "bert"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small gain nothing from more, and threads that wait for each other take minutes on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=models.MODELS)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import xorz
-from test_readers import tuned_of
+from cases import tuned_of
 from torch import nn
 
 

@@ -1,5 +1,6 @@
-"""Promise: no row of a batch is computed with another row's tenant, whatever sizes happen to be alike: tables, learned queries,
-prompts and masks as long as the batch has rows, rows that change places. Every expectation is the plain fine-tuned model's.
+"""Promise: no row of a batch is computed with another row's tenant, whatever sizes happen to be alike: tables, learned
+queries, prompts and masks as long as the batch has rows, rows that change places or multiply, states of recurrent layers.
+Every expectation is the plain fine-tuned model's.
 """
 
 import copy
@@ -7,7 +8,7 @@ import copy
 import pytest
 import torch
 import xorz
-from test_readers import Case
+from cases import Case, tensors
 from torch import nn
 
 F = nn.functional
@@ -197,3 +198,102 @@ def test_nothing_is_left_of_the_runs_that_find_rows():
         torch.manual_seed(3)
         want = copy.deepcopy(case.plain[name])(x, [1])[row]
         torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["batch_first", "sequence_first"])
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_recurrent_layers_give_each_row_its_outputs_and_states(kind, first):
+    torch.manual_seed(0)
+    names = ["a", None, "b"]
+    # As many layers and steps as rows, where sizes tell nothing.
+    case = Case(kind(8, 6, num_layers=3, batch_first=first))
+    x, state = torch.randn(3, 3, 8), torch.randn(3, 3, 6)
+    state = (state, state + 1) if kind is nn.LSTM else state
+    with torch.no_grad():
+        for given in (None, state):
+            case.check_alone(call=lambda m, given=given: m(x, given))
+            with case.tenants.use(names):
+                out, last = case.model(x, given)
+            for row, name in enumerate(names):
+                want, end = case.plain[name](x, given)
+                take = (lambda t, row=row: t[row]) if first else (lambda t, row=row: t[:, row])
+                torch.testing.assert_close(take(out), take(want), rtol=1e-4, atol=1e-5)
+                for mine, theirs in zip(tensors(last), tensors(end), strict=True):
+                    assert mine.shape == theirs.shape
+                    torch.testing.assert_close(mine[:, row], theirs[:, row], rtol=1e-4, atol=1e-5)
+        with case.tenants.use(names), pytest.raises(RuntimeError, match="4 sequences"):
+            case.model(torch.randn(4, 4, 8))
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x, mask):
+        y = x * self.scale
+        return torch.softmax(y @ y.transpose(1, 2) + mask, -1) @ y
+
+
+class Strange(Masked):
+    """Nothing that is known row by row."""
+
+    def forward(self, x, mask):
+        weights = torch.softmax(torch.einsum("btk,k,bsk->bts", x, self.scale, x) + mask, -1)
+        return weights @ x
+
+
+@pytest.mark.parametrize("kind", [Masked, Strange])
+def test_a_mask_whose_size_is_the_batchs_is_never_cut(kind):
+    torch.manual_seed(0)
+    case, mask = Case(kind()), torch.full((4, 4), float("-inf")).triu(1)
+    x = torch.randn(4, 4, 6)
+    case.check_alone(x, mask)
+    said = case.check_mixed(x, call=lambda m, x: m(x, mask))
+    # Where sizes tell, it is served.
+    other = torch.full((5, 5), float("-inf")).triu(1)
+    assert case.check_mixed(torch.randn(4, 5, 6), call=lambda m, x: m(x, other)) == "right"
+    assert said == "right"
+
+
+def test_positions_as_many_as_rows_are_positions():
+    """[T] position numbers where T is the batch: their embeddings are not one for each row."""
+
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.place = nn.Embedding(9, 6), nn.Embedding(9, 6)
+
+        def forward(self, ids):
+            return self.embed(ids) + self.place(torch.arange(ids.size(1)))
+
+    class Labels(Positions):
+        def forward(self, ids):
+            return self.place(ids[:, 0])
+
+    case = Case(Positions())
+    for length in (4, 3):
+        assert case.check_mixed(torch.randint(0, 9, (4, length))) == "right"
+    assert Case(Labels()).check_mixed(torch.randint(0, 9, (4, 2))) == "right"
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2, "temperature": 1e-4}],
+                         ids=["beams", "returned"])  # fmt: skip
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_generate_expands_the_names_of_prompts(family, options):
+    from models import Family
+
+    made = Family(family, torch.float32)
+    ids = made.tokens(2, 6)
+    with made.attached("deterministic") as (model, tenants), torch.no_grad():
+        run = {"max_new_tokens": 5, "attention_mask": torch.ones_like(ids), **options}
+        each = options.get("num_return_sequences", 1)
+        with tenants.use(["ann", "bob"]):
+            together = model.generate(ids, **run)
+            # Afterwards they are the prompts' again.
+            assert model(**made.inputs(ids)).logits.size(0) == 2
+        for row, name in enumerate(("ann", "bob")):
+            want = made.tuned[name].generate(
+                ids[row : row + 1], **{**run, "attention_mask": torch.ones(1, 6, dtype=torch.int64)}
+            )
+            assert torch.equal(together[row * each : (row + 1) * each], want), name

@@ -53,15 +53,6 @@ def answer(model, ids, tokens):
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    """Products this small only wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
 def world(tmp_path_factory, one_thread):
     """(folder, prompts with each tenant's answers)."""
     folder = tmp_path_factory.mktemp("server")

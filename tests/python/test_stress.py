@@ -1,94 +1,27 @@
-"""Promise: under threads, tasks, graphs and tenants that come and go, every row is computed with its own tenant's weights, or
-there is an error.
+"""Promise: while tenants are loaded, unloaded, swapped and evicted under it, every row is computed with its own tenant's
+weights, or there is an error; and of many that ask at once, each gets its due.
 
 `python tests/python/test_stress.py 100000` (`make stress`) runs the long form of the first test and prints what happened.
 """
 
-import asyncio
 import collections
-import contextvars
 import copy
-import ctypes
-import gc
 import os
 import random
 import sys
 import tempfile
 import threading
 import time
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import xorz
-from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
+from small import LENGTH, VOCAB, differ_everywhere, fine_tuned, make_base, use_and_call
 
-F = nn.functional
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FORWARDS = int(os.environ.get("XORZ_STRESS_FORWARDS", "2500"))
-VOCAB, WIDTH, LENGTH = 48, 32, 4
-
-
-class Block(nn.Module):
-    def __init__(self, width, heads=2):
-        super().__init__()
-        self.heads = heads
-        self.before, self.between = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width, bias=False)
-        self.gate, self.up = nn.Linear(width, 2 * width, bias=False), nn.Linear(width, 2 * width, bias=False)
-        self.down = nn.Linear(2 * width, width)
-
-    def forward(self, x):
-        q, k, v = self.qkv(self.before(x)).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        x = x + self.out(mixed)
-        y = self.between(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
-
-
-class Small(nn.Module):
-    """A Llama in little, of torch's own modules."""
-
-    def __init__(self, vocab=VOCAB, width=WIDTH, blocks=1):
-        super().__init__()
-        self.embed = nn.Embedding(vocab, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
-        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, vocab)
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-def make_base(**options):
-    torch.manual_seed(0)
-    return Small(**options).eval()
-
-
-def fine_tuned(base, seed):
-    out, g = copy.deepcopy(base), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in out.parameters():
-            p += (
-                0.2
-                * p.std().clamp(0.1)
-                * torch.randn(p.shape, generator=g)
-                * (torch.rand(p.shape, generator=g) < 0.3)
-            )
-    return out
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products this small only wait for a second one; the threads here are the tests' own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def alone(base, source, ids):
@@ -98,10 +31,6 @@ def alone(base, source, ids):
         tenants.load("only", source)
     with torch.no_grad(), tenants.use(None if source is None else "only"):
         return torch.cat([tenants.model(row[None]) for row in ids])
-
-
-def differ_everywhere(outputs):
-    return all(bool((a != b).all()) for i, a in enumerate(outputs) for b in outputs[:i])
 
 
 class Stress:
@@ -253,271 +182,6 @@ def test_under_load_unload_swap_and_evict_every_row_is_its_tenants(tmp_path):
     assert min(counts[c] for c in ("loads", "unloads", "swaps", "evictions")) > 10, counts
 
 
-def served(**options):
-    """(base, tenants with a and b, ids, {name: what plain fine-tunes give})."""
-    base = make_base()
-    tuned = {"a": fine_tuned(base, 1), "b": fine_tuned(base, 2), None: copy.deepcopy(base)}
-    tenants = xorz.attach(base, **options)
-    for name in "ab":
-        tenants.load(name, xorz.diff(base, tuned[name]))
-    ids = torch.randint(0, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        want = {name: model(ids) for name, model in tuned.items()}
-    assert differ_everywhere(list(want.values()))
-    return base, tenants, ids, want
-
-
-def close(a, b):
-    return torch.allclose(a, b, atol=1e-4, rtol=1e-4)
-
-
-def test_another_load_in_the_midst_of_a_forward_changes_nothing_in_it():
-    """Two threads, made one: the second one's load happens exactly between two steps of the first one's forward."""
-    base, tenants, ids, want = served()
-    plain = make_base()
-    others = {f"n{i}": fine_tuned(plain, 10 + i) for i in range(12)}
-    deltas = {name: xorz.diff(plain, model) for name, model in others.items()}
-    left = list(deltas)
-
-    class Interrupted(dict):
-        def items(self):
-            found = list(super().items())
-            count = 1 if len(left) > 8 else len(left)
-            # One at first; then so many that the tables of slots must grow.
-            for name in [left.pop(0) for _ in range(count)]:
-                tenants.load(name, deltas[name])
-            return found
-
-    sites = [
-        s for s in tenants.sites.values() if s.kind == "linear" and s.name.endswith(("qkv", "down", "head"))
-    ]
-    for site in sites:
-        site.values = Interrupted(site.values)
-    while left:
-        for site in sites:
-            site._biases = None
-        with torch.no_grad(), tenants.use(["a", None, "b"]):
-            y = base(ids)
-        assert all(close(y[i], want[n][i]) for i, n in enumerate(["a", None, "b"]))
-    for name, model in others.items():
-        with torch.no_grad(), tenants.use([None, name, "a"]):
-            y = base(ids)
-        with torch.no_grad():
-            assert close(y[1], model(ids)[1]) and close(y[0], want[None][0]) and close(y[2], want["a"][2]), (
-                name
-            )
-
-
-def test_tasks_of_asyncio_have_each_their_own_tenants():
-    base, tenants, ids, want = served()
-
-    async def task(i):
-        name = ("a", "b", None)[i % 3]
-        for _ in range(4):
-            with tenants.use(name):
-                await asyncio.sleep(0.001 * (i % 4))
-                with torch.no_grad():
-                    y = base(ids)
-                # A task started inside has them, too.
-                z = await asyncio.create_task(child())
-                await asyncio.sleep(0)
-            assert close(y, want[name]) and torch.equal(y, z)
-            with pytest.raises(RuntimeError, match="no tenant is active"):
-                base(ids)
-        return name
-
-    async def child():
-        await asyncio.sleep(0.001)
-        with torch.no_grad():
-            return base(ids)
-
-    async def outlive():
-        with tenants.use("a"):
-            late = asyncio.create_task(child())
-        with pytest.raises(RuntimeError, match="the use of 'a' has ended"):
-            await late
-
-    async def main():
-        done = await asyncio.gather(*(task(i) for i in range(12)))
-        assert len(done) == 12
-        await outlive()
-
-    asyncio.run(main())
-
-
-def in_thread(call):
-    """What `call` gives or raises in a thread of its own."""
-    out = []
-
-    def run():
-        try:
-            out.append(call())
-        except BaseException as error:
-            out.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return out[0]
-
-
-def test_threads_have_the_tenants_they_are_given_and_no_others():
-    base, tenants, ids, want = served()
-    with torch.no_grad(), tenants.use("a"):
-        lost = in_thread(lambda: base(ids))
-        assert isinstance(lost, RuntimeError) and "no tenant is active" in str(lost)
-        context = contextvars.copy_context()
-        got = in_thread(lambda: context.run(base, ids))
-        assert close(got, want["a"])
-        with tenants.use("b"):
-            inner = contextvars.copy_context()
-            # The thread's own `use` does not reach anybody else.
-            both = in_thread(lambda: inner.run(lambda: (base(ids), use_and_call(tenants, None, ids))))
-            assert close(both[0], want["b"]) and close(both[1], want[None])
-        assert close(base(ids), want["a"])
-
-
-def use_and_call(tenants, names, ids):
-    with tenants.use(names):
-        return tenants.model(ids)
-
-
-def test_a_use_that_ends_under_a_running_thread_is_an_error_there_and_never_another_tenant():
-    base, tenants, ids, _ = served()
-    inside, go = threading.Event(), threading.Event()
-
-    def stop(*_):
-        inside.set()
-        assert go.wait(30)
-
-    hook = base.blocks[0].gate.register_forward_pre_hook(stop)
-    out = []
-    with torch.no_grad(), tenants.use(["a", "b", "a"]):
-        context = contextvars.copy_context()
-        thread = threading.Thread(target=lambda: out.append(in_thread(lambda: context.run(base, ids))))
-        thread.start()
-        assert inside.wait(30)
-    for name in "ab":
-        tenants.unload(name)
-    assert tenants.memory()["deltas"] == 0
-    # Their places go to others at once.
-    tenants.load("c", xorz.diff(base, fine_tuned(make_base(), 3)))
-    go.set()
-    thread.join()
-    hook.remove()
-    assert isinstance(out[0], RuntimeError) and "the use of 'a', 'b' has ended" in str(out[0]), out
-
-
-def test_what_a_running_product_reads_is_not_given_away():
-    _, tenants, _, _ = served()
-    with tenants.use(["a", "b"]):
-        rows = tenants.active.get()
-        rows.begin()  # as a module does when it is called
-    for name in "ab":
-        tenants.unload(name)
-    assert tenants.memory()["deltas"] > 0 and len(tenants._slots) == 2
-    rows.end()
-    assert tenants.memory()["deltas"] == 0 and not tenants._slots
-    with pytest.raises(RuntimeError, match="has ended"):
-        rows.begin()
-
-
-def checkpointed(model, ids, **options):
-    """Small.forward with each block recomputed in the backward pass; gives the gradient at the blocks' input."""
-    x = model.embed(ids).detach().requires_grad_()
-    y = x
-    for block in model.blocks:
-        y = checkpoint(block, y, use_reentrant=False, **options) if options.pop("on", True) else block(y)
-    return x, model.head(model.norm(y)).square().sum()
-
-
-def test_gradient_checkpointing_carries_its_tenants_or_raises():
-    base, tenants, ids, _ = served()
-    names = ["a", None, "b"]
-    with tenants.use(names):
-        x, loss = checkpointed(base, ids, on=False)
-        loss.backward()
-        plain = x.grad
-        x, loss = checkpointed(base, ids, context_fn=tenants.carry)
-    # After the `use`, and with another one open.
-    with tenants.use("b"):
-        loss.backward()
-    assert torch.equal(x.grad, plain)
-    for i, name in enumerate(names):
-        with tenants.use(name):
-            x, loss = checkpointed(base, ids[i : i + 1], context_fn=tenants.carry)
-        loss.backward()
-        assert close(x.grad, plain[i : i + 1])
-    assert not close(plain[0], plain[2])
-    with tenants.use(names):
-        x, loss = checkpointed(base, ids)
-        with pytest.raises(RuntimeError, match=r"context_fn=tenants\.carry"):
-            loss.backward()
-    del loss, x
-    # What a graph carries stays until the graph is gone.
-    with tenants.use("a"):
-        x, loss = checkpointed(base, ids, context_fn=tenants.carry)
-    tenants.unload("a")
-    assert len(tenants._slots) == 2
-    loss.backward()
-    del loss, x
-    gc.collect()
-    assert len(tenants._slots) == 1
-
-
-def test_a_backward_pass_whose_tenant_is_gone_is_an_error():
-    base, tenants, ids, _ = served()
-    with tenants.use(["a", None, "b"]):
-        _, loss = checkpointed(base, ids, on=False)
-    loss.backward(retain_graph=True)
-    tenants.unload("a")
-    with pytest.raises(RuntimeError, match="resident delta"):
-        loss.backward(retain_graph=True)
-    tenants.load("c", xorz.diff(base, fine_tuned(make_base(), 3)))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward(retain_graph=True)
-
-
-def test_compiled_once_whatever_the_tenants():
-    base, tenants, ids, want = served()
-    count = CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
-    compiled = torch.compile(base, backend=count, fullgraph=True, dynamic=False)
-
-    def check(names):
-        with torch.no_grad(), tenants.use(names):
-            y = compiled(ids)
-        each = names if isinstance(names, list) else [names] * 3
-        assert all(close(y[i], want[n][i]) for i, n in enumerate(each)), names
-
-    check("a")
-    for names in (["a", "b", None], ["b", "b", "a"], None, "b"):
-        check(names)
-    for i in range(6):  # more than there were slots
-        tuned = fine_tuned(make_base(), 20 + i)
-        tenants.load(f"n{i}", xorz.diff(base, tuned))
-        with torch.no_grad():
-            want[f"n{i}"] = tuned(ids)
-        check([f"n{i}", "a", None])
-    tenants.unload("n0")
-    tenants.swap("b", xorz.diff(base, fine_tuned(make_base(), 1)))
-    want["b"] = want["a"]
-    check(["n5", "b", "a"])
-    assert count.frame_count == 1, count.frame_count
-    with pytest.raises(RuntimeError, match="no tenant is active"), torch.no_grad():
-        compiled(ids)
-    # Another thread compiles nothing either, and has its own tenants.
-    with torch.no_grad():
-        got = in_thread(lambda: use_compiled(tenants, compiled, ids))
-    assert close(got, want["n3"]) and count.frame_count == 1
-    torch._dynamo.reset()
-
-
-def use_compiled(tenants, compiled, ids):
-    with torch.no_grad(), tenants.use("n3"):
-        return compiled(ids)
-
-
 def test_of_many_that_load_unload_or_use_at_once_each_gets_its_due(tmp_path):
     base = make_base()
     path = tmp_path / "a.xorz"
@@ -569,51 +233,6 @@ def test_of_many_that_load_unload_or_use_at_once_each_gets_its_due(tmp_path):
     assert at_once([lambda: use_and_call(tenants, "x5", ids)] * 6) == {None: 6}
     assert len(tenants.sizes()) == 2 and tenants.memory()["deltas"] + tenants.memory()["copies"] == 2 * size
     assert all(t.pins == 0 for t in tenants._slots.values())
-
-
-def resident_bytes():
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def test_memory_is_what_it_says_and_returns_to_where_it_was():
-    base = nn.Sequential(nn.Linear(2048, 4096))
-    tuned = {
-        n: torch.where(torch.rand(p.shape) < 0.3, p.detach() * 1.01, p.detach())
-        for n, p in base.named_parameters()
-    }
-    delta = xorz.diff(base.state_dict(), tuned)
-    del tuned
-    kept = [weakref.ref(t) for t in delta.deltas.values()]
-    tenants = xorz.attach(base)
-    x = torch.randn(1, 2048)
-    tenants.load("warm", delta)
-    use_and_call(tenants, "warm", x)
-    tenants.unload("warm")
-    before = resident_bytes()
-    for cycle in range(3):
-        for i in range(10):
-            tenants.load(f"{cycle}.{i}", delta)
-        with torch.no_grad(), tenants.use(f"{cycle}.1"):
-            base(x)
-        memory, now = tenants.memory(), resident_bytes()
-        grown = memory["deltas"] + memory["copies"]
-        # Against what the tenants take, never against the process: that is as large as the tests before this one left it.
-        assert grown > 100 << 20 and abs(now - before - grown) < 0.05 * grown + (4 << 20), (
-            before,
-            now,
-            grown,
-        )
-        if cycle == 2:
-            # A tenant keeps its deltas once, in the arena, not what it was loaded from.
-            del delta
-            gc.collect()
-            assert not any(ref() is not None for ref in kept)
-        for name in tenants.names():
-            tenants.unload(name)
-        after = resident_bytes()
-        assert after < before + 0.05 * grown + (4 << 20), (cycle, before, after, grown)
 
 
 if __name__ == "__main__":

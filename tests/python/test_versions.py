@@ -19,17 +19,10 @@ from test_diff import all_equal, random_words
 from torch import nn
 from xorz import _core
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 F = nn.functional
 KINDS = (torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.int64, torch.bool, torch.uint8)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small only wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def step_of(state, seed, share=0.05):
