@@ -1,11 +1,11 @@
 //! The digests of a base: those that are known before its bytes are read, and keeping those that reading gives.
 
 use super::cache::{DigestCache, Identity};
-use super::digests::digest_files;
-use super::files::Checkpoint;
+use super::digests::digest_checkpoint;
+use super::files::{Checkpoint, TensorFile};
 use crate::error::Result;
 use crate::matrix::{Digest, Dtype};
-use crate::package::format::container::{SafeTensors, TensorInfo};
+use crate::package::format::container::TensorInfo;
 use crate::package::format::refusals::missing_in_base;
 use crate::package::options::Run;
 use std::collections::{BTreeMap, HashMap};
@@ -24,7 +24,11 @@ impl BaseDigests {
     pub(crate) fn cached(base: &Checkpoint) -> Self {
         let cache = DigestCache::user();
         let files = base.files().iter().map(|f| match f.tensors.file() {
-            Some(file) => (f.identity, cache.load(&f.place, file).unwrap_or_default()),
+            Some(file) => match cache.load(&f.place, file) {
+                Some(kept) => (f.identity, kept),
+                // Taken before any word is read, so that what is found may be kept.
+                None => (cache.watched(file), BTreeMap::new()),
+            },
             None => (None, BTreeMap::new()),
         });
         Self { files: files.collect(), cache }
@@ -67,14 +71,14 @@ impl Base {
     /// `Io`, `Corrupt`, `Truncated` or `Unsupported`, naming the file; `InvalidArgument` for a folder without weights.
     pub fn open(path: &Path, run: &Run<'_>) -> Result<Self> {
         let checkpoint = Checkpoint::open_base(path)?;
-        let digests = digest_files(path, &DigestCache::user(), run)?.into_iter().collect();
+        let digests = digest_checkpoint(&checkpoint, &DigestCache::user(), run)?.into_iter().collect();
         Ok(Self { checkpoint, digests })
     }
 
     /// Where tensor `name` is, and its digest.
-    pub(crate) fn find(&self, name: &str) -> Result<(&SafeTensors, &TensorInfo, Digest)> {
+    pub(crate) fn find(&self, name: &str) -> Result<(&TensorFile, &TensorInfo, Digest)> {
         let found = self.checkpoint.find(name).zip(self.digests.get(name));
         let ((file, info), digest) = found.ok_or_else(|| missing_in_base(name))?;
-        Ok((&self.checkpoint.files()[file].tensors, info, *digest))
+        Ok((&self.checkpoint.files()[file], info, *digest))
     }
 }

@@ -1,9 +1,13 @@
 //! Digests of base tensors, kept between runs in the user's cache folder, one small JSON file for each checkpoint file.
 //!
 //! A base is gigabytes and rarely changes; its digests are kilobytes. What is kept counts only while the file is the same
-//! one: path, device, inode, length and both times. A cache never makes a job fail: entries that are missing, broken, huge
-//! or not the user's own are ignored and made again, and where nothing can be written nothing is kept. It must not be
-//! relied on against attackers: whoever may write to the folder may choose the digests.
+//! one: path, device, inode, length and both times. So it is kept only where each change moves the times: on file systems
+//! that are known to move them for writes through a shared mapping, too, and after what was written through one has
+//! reached the disk ([`Identity::watched`]). Everywhere else bases are read each time.
+//!
+//! A cache never makes a job fail: entries that are missing, broken, huge or not the user's own are ignored and made again,
+//! and where nothing can be written nothing is kept. Whoever may write to the folder may choose the digests: it counts
+//! only if nobody but the user and root may write to it, or put another one in its place.
 
 use crate::error::{Error, Result};
 use crate::matrix::Digest;
@@ -31,10 +35,16 @@ const STALE: Duration = Duration::from_secs(3600);
 /// Version of the entries; those of another version are ignored.
 const VERSION: u32 = 1;
 
+/// File systems, by the number that `fstatfs` gives, where the first store to a page through a shared mapping moves the
+/// file's times, and the first one after each time that the page was written to disk: ext2 to ext4, XFS, btrfs, F2FS.
+/// tmpfs never moves them, and of files that lie elsewhere (NFS, FUSE, overlays) nobody here can know.
+const WATCHED: [u64; 4] = [0xEF53, 0x5846_5342, 0x9123_683E, 0xF2F5_2010];
+
 /// What tells one state of a file from another without reading it. Taken before a file is read, and again after.
 #[derive(Clone, Copy, Debug)]
 pub struct Identity {
     key: Key,
+    /// Whether each change from now on gives another identity.
     settled: bool,
 }
 
@@ -65,19 +75,41 @@ impl Identity {
     /// # Errors
     /// `Io` if the system does not tell.
     pub fn of(file: &File) -> Result<Self> {
-        let meta = file.metadata().map_err(Error::from)?;
-        // The time of change, unlike that of modification, cannot be set back. One in the future has not settled either.
-        let nanoseconds = u32::try_from(meta.ctime_nsec()).unwrap_or(0);
-        let changed = u64::try_from(meta.ctime()).ok().map(|s| UNIX_EPOCH + Duration::new(s, nanoseconds));
-        let age = changed.and_then(|c| SystemTime::now().duration_since(c).ok());
-        let settled = age.is_some_and(|age| age >= RACY);
-        Ok(Self { key: Key::of(&meta), settled: settled && meta.is_file() })
+        Ok(Self { key: Key::of(&file.metadata().map_err(Error::from)?), settled: false })
+    }
+
+    /// The identity of an open file from now on, by which digests of what is read after this may be kept: `None` where a
+    /// change need not be seen in it, because the file changed less than two seconds ago, or lies on a file system that
+    /// does not tell, or its pages cannot be written to disk.
+    pub fn watched(file: &File) -> Option<Self> {
+        if !known(file) || !old_enough(&file.metadata().ok()?) {
+            return None;
+        }
+        // A page that is still to be written to disk may be changed through a mapping without a trace. Once it has been,
+        // the next store to it is noticed.
+        file.sync_data().ok()?;
+        Some(Self { settled: true, ..Self::of(file).ok()? })
     }
 
     /// Whether this is the same state of the same file.
     pub fn same(&self, other: &Self) -> bool {
         self.key == other.key
     }
+}
+
+/// Whether the times of a file tell of each change to it.
+fn known(file: &File) -> bool {
+    let number = rustix::fs::fstatfs(file).ok().and_then(|found| u64::try_from(found.f_type).ok());
+    number.is_some_and(|number| WATCHED.contains(&number))
+}
+
+/// Whether a file has not changed for so long that a change from now on moves its times.
+fn old_enough(meta: &Metadata) -> bool {
+    // The time of change, unlike that of modification, cannot be set back. One in the future has not settled either.
+    let nanoseconds = u32::try_from(meta.ctime_nsec()).unwrap_or(0);
+    let changed = u64::try_from(meta.ctime()).ok().map(|s| UNIX_EPOCH + Duration::new(s, nanoseconds));
+    let age = changed.and_then(|c| SystemTime::now().duration_since(c).ok());
+    meta.is_file() && age.is_some_and(|age| age >= RACY)
 }
 
 #[derive(Serialize, Deserialize)]
@@ -126,10 +158,15 @@ impl DigestCache {
         Self::default()
     }
 
+    /// [`Identity::watched`], where there is a cache to keep anything in.
+    pub fn watched(&self, file: &File) -> Option<Identity> {
+        self.folder.as_ref().and_then(|_| Identity::watched(file))
+    }
+
     /// The digests kept for `file`, opened at `path`: `None` unless path, device, inode, length, time of modification and
-    /// time of change are all as they were.
+    /// time of change are all as they were, and each change would have moved one of them.
     pub fn load(&self, path: &Path, file: &File) -> Option<BTreeMap<String, Digest>> {
-        let folder = self.folder.as_deref()?;
+        let folder = self.folder.as_deref().filter(|_| known(file))?;
         let path = path.canonicalize().ok()?;
         let wanted = Key::of(&file.metadata().ok()?);
         let (entry, text) = read_entry(folder, &entry_name(&path))?;
@@ -147,7 +184,8 @@ impl DigestCache {
     }
 
     /// Keep the digests of `file`, opened at `path`, whose identity was `before` when its reading began. Nothing is kept if
-    /// the file is another by now, if it had changed less than two seconds before, or if the folder cannot be written to.
+    /// the file is another by now, if `before` is none of [`Identity::watched`], or if the folder is not the user's own or
+    /// cannot be written to.
     pub fn store(&self, path: &Path, file: &File, before: &Identity, digests: &BTreeMap<String, Digest>) {
         // A cache that cannot be written keeps nothing; the job has what it needs all the same.
         let _ = self.try_store(path, file, before, digests);
@@ -177,6 +215,9 @@ impl DigestCache {
             return Ok(());
         }
         DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+        if own_folder(folder).is_none() {
+            return Ok(());
+        }
         write_entry(folder, &entry_name(&path), text.as_bytes())?;
         prune(folder)?;
         Ok(())
@@ -191,14 +232,30 @@ fn check(body: &CacheBody) -> Option<String> {
     Some(format!("{:032x}", xxh3_128(to_json(body).ok()?.as_bytes())))
 }
 
-/// An entry that is a file of ordinary length, in a folder that nobody else may write to, of that folder's owner.
+/// The user's number, if the folder is theirs, and neither it nor a folder above it may be written to by anyone but them and
+/// root: who may write to one above could put another in its place. (In a folder with the sticky bit, such as `/tmp`, only
+/// the owner of what lies there may do that.)
+fn own_folder(folder: &Path) -> Option<u32> {
+    let user = rustix::process::geteuid().as_raw();
+    let real = folder.canonicalize().ok()?;
+    let owned = |at: &Path, sticky: bool| {
+        let meta = std::fs::metadata(at).ok()?;
+        let private = meta.mode() & 0o022 == 0 || (sticky && meta.mode() & 0o1000 != 0);
+        Some(private && [user, 0].contains(&meta.uid()) && meta.is_dir())
+    };
+    let mine = std::fs::metadata(&real).ok()?.uid() == user && owned(&real, false)?;
+    let above = real.ancestors().skip(1).all(|at| owned(at, true) == Some(true));
+    (mine && above).then_some(user)
+}
+
+/// An entry that is a file of ordinary length of the user's own, in a folder of the user's own.
 fn read_entry(folder: &Path, name: &str) -> Option<(File, Vec<u8>)> {
-    let home = std::fs::metadata(folder).ok()?;
+    let user = own_folder(folder)?;
     // A link would lead elsewhere, a pipe would block.
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let file = OpenOptions::new().read(true).custom_flags(flags).open(folder.join(name)).ok()?;
     let meta = file.metadata().ok()?;
-    let private = home.mode() & 0o022 == 0 && meta.mode() & 0o022 == 0 && home.uid() == meta.uid();
+    let private = meta.mode() & 0o022 == 0 && meta.uid() == user && meta.nlink() == 1;
     if !private || !meta.is_file() || meta.len() > MAX_ENTRY_BYTES {
         return None;
     }

@@ -2,7 +2,7 @@
 //!
 //! Reads by position into one buffer per thread; never holds a tensor.
 
-use super::cache::{DigestCache, Identity};
+use super::cache::DigestCache;
 use super::files::{Checkpoint, TensorFile};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Shape};
@@ -26,10 +26,20 @@ const PIECE_BYTES: u64 = 8 << 20;
 /// # Errors
 /// As [`Checkpoint::open_base`]; `Io` or `Truncated` for a file that is cut while it is read. Messages name the file.
 pub fn digest_files(base: &Path, cache: &DigestCache, run: &Run<'_>) -> Result<Vec<(String, Digest)>> {
-    let checkpoint = Checkpoint::open_base(base)?;
+    digest_checkpoint(&Checkpoint::open_base(base)?, cache, run)
+}
+
+/// [`digest_files`] of a base that is open: the digests are those of the very files that it reads.
+pub(super) fn digest_checkpoint(
+    checkpoint: &Checkpoint,
+    cache: &DigestCache,
+    run: &Run<'_>,
+) -> Result<Vec<(String, Digest)>> {
     let mut all = BTreeMap::new();
     for (i, file) in checkpoint.files().iter().enumerate() {
         let digests = digest_file(file, cache, run).map_err(|e| e.within(file.place.display()))?;
+        // Words of two states of a file would have the digest of neither.
+        file.check_unchanged()?;
         // Of two tensors of one name, the one that packing would take.
         all.extend(
             digests.into_iter().filter(|(name, _)| checkpoint.find(name).is_some_and(|(f, _)| f == i)),
@@ -48,9 +58,11 @@ fn digest_file(t: &TensorFile, cache: &DigestCache, run: &Run<'_>) -> Result<BTr
     {
         return Ok(kept);
     }
-    let before = Identity::of(file)?;
+    let before = cache.watched(file);
     let digests = compute(&t.tensors, &known, run)?;
-    cache.store(&t.place, file, &before, &digests);
+    if let Some(before) = before {
+        cache.store(&t.place, file, &before, &digests);
+    }
     Ok(digests)
 }
 

@@ -23,13 +23,11 @@ const PLANES_FROM: f64 = 0.25;
 /// Pieces of a tensor that are compressed to learn what its planes would take.
 const PLANES_SAMPLE: usize = 4;
 
-/// The base tensor of a delta.
+/// The base tensor of a delta. Its digest is that of the words which are encoded, whatever was known of it before.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BaseWords<'a> {
     pub(super) name: &'a str,
     pub(super) words: TensorWords<'a>,
-    /// Its digest, where it is known already.
-    pub(super) digest: Option<Digest>,
 }
 
 /// One fine-tuned tensor to be stored.
@@ -173,7 +171,7 @@ impl<'a> TensorJob<'a> {
             };
         };
         let words = base.words.get(range, &mut s.base)?;
-        if base.digest.is_none() && self.pieces.whole_leaves() {
+        if self.pieces.whole_leaves() {
             let part = Matrix::new(dtype, self.pieces.shape(index), words)?;
             let leaves = part.shape().n.div_ceil(Digest::LEAF_ROWS);
             s.leaves.extend((0..leaves).map(|i| part.digest_leaf(i)));
@@ -200,10 +198,7 @@ impl<'a> TensorJob<'a> {
     /// Begin to append what `make` makes.
     pub(super) fn open<'j>(&'j self, options: &'j PackOptions, spool: &mut Spool) -> Result<OpenTensor<'j>> {
         let choice = self.choice(options).map_err(|e| self.named(e))?;
-        let digest = match self.delta {
-            Some((dtype, shape, BaseWords { digest: None, .. })) => Some(Digest::stream(dtype, shape)),
-            _ => None,
-        };
+        let digest = self.delta.map(|(dtype, shape, _)| Digest::stream(dtype, shape));
         let mut open = OpenTensor {
             job: self,
             options,
@@ -298,7 +293,6 @@ impl OpenTensor<'_> {
     /// Close the stored bytes; the entry's range is that of the spool.
     pub(super) fn finish(mut self, spool: &mut Spool) -> Result<Entry> {
         let digest = self.digest.take().map(DigestStream::finish);
-        let digest = digest.or(self.job.delta.and_then(|(_, _, base)| base.digest));
         self.close(spool, digest).map_err(|e| self.job.named(e))
     }
 

@@ -105,7 +105,7 @@ impl Pack<'_> {
             let delta = match (self.bases[f][i], Dtype::from_name(&t.dtype)) {
                 (Some((at, b)), Some(dtype)) if same.is_none() => {
                     let words = TensorWords::File(&self.base.files()[at].tensors, b);
-                    let base = BaseWords { name: &b.name, words, digest: self.digests.get(at, &b.name) };
+                    let base = BaseWords { name: &b.name, words };
                     Some((dtype, Shape::of_dims(&t.dims)?, base))
                 }
                 _ => None,

@@ -1,4 +1,8 @@
 //! A stored delta as a resident delta for another preference: restored and encoded again piece by piece, never as a whole.
+//!
+//! The words of a base on disk are read several times, and somebody may write to it meanwhile. So its pieces are hashed once,
+//! together, and compared with the digest that the base must have; and each time a piece is read it must hash as it did.
+//! What is encoded is what was hashed.
 
 use super::restore::{Restore, RestoreScratch};
 use crate::codec::Prefer;
@@ -8,8 +12,12 @@ use crate::package::io::aligned::Aligned;
 use crate::resident::{self, Assembler, DeltaPiece, Estimate, Source};
 use crate::vector;
 use std::ops::Range;
+use xxhash_rust::xxh3::xxh3_128;
 
-/// The resident delta for `prefer`. The base's digest has been compared.
+/// The resident delta for `prefer`.
+///
+/// # Errors
+/// `Mismatch` for another base; `Io` for one on disk that is changed meanwhile.
 pub(crate) fn resident(restore: &Restore<'_>, prefer: Prefer) -> Result<Vec<u8>> {
     let mut source = Restored::new(restore)?;
     if !restore.pieces.tiled() {
@@ -31,15 +39,12 @@ fn encode_restored(source: &mut Restored<'_, '_>, estimate: &Estimate) -> Result
     let head = assembler.head_bytes();
     let (mut out, mut piece) = (vec![0; head], DeltaPiece::default());
     let pieces = source.restore.pieces;
-    let mut base = Aligned::default();
     for index in 0..pieces.count() {
-        let range = pieces.bytes(index);
-        let words = source.restore.base_words()?;
-        let base = words.get(range, &mut base)?;
         source.load(index)?;
         piece.clear();
         let tiles = pieces.tiles(&plan.grid, index);
-        vector::encode_tiles(plan, dtype, tiles, base, source.loaded(), &mut piece)?;
+        let (base, words) = source.loaded();
+        vector::encode_tiles(plan, dtype, tiles, base, words, &mut piece)?;
         assembler.add(&piece)?;
         out.extend_from_slice(&piece.payload);
     }
@@ -53,13 +58,37 @@ fn encode_restored(source: &mut Restored<'_, '_>, estimate: &Estimate) -> Result
     Ok((out, size))
 }
 
+/// The hash of each piece of the base as it is now, whose digest is the one that it must have.
+fn hash_pieces(restore: &Restore<'_>) -> Result<Vec<u128>> {
+    let (dtype, shape, want) = restore.matrix()?;
+    let (words, mut room) = (restore.base_words()?, Aligned::default());
+    let (mut stream, mut out) = (Digest::stream(dtype, shape), Vec::new());
+    for index in 0..restore.pieces.count() {
+        let piece = words.get(restore.pieces.bytes(index), &mut room)?;
+        stream.update(piece);
+        out.push(xxh3_128(piece));
+    }
+    let found = stream.finish();
+    if found == want { Ok(out) } else { Err(restore.another_base(found)) }
+}
+
+/// A piece of both matrices.
+#[derive(Default)]
+struct RestoredPiece {
+    index: usize,
+    words: Vec<u8>,
+    base: Vec<u8>,
+}
+
 /// Base and restored words, by rectangles; keeps the pieces restored last.
 struct Restored<'r, 'a> {
     restore: &'r Restore<'a>,
     dtype: Dtype,
     shape: Shape,
     digest: Digest,
-    kept: Vec<(usize, Vec<u8>)>,
+    kept: Vec<RestoredPiece>,
+    /// The hash of each piece of a base whose words may change, all of which were compared with `digest` together.
+    pieces: Vec<u128>,
     scratch: RestoreScratch,
     /// The next piece of a stream that is only read forwards.
     next: usize,
@@ -71,20 +100,14 @@ impl<'r, 'a> Restored<'r, 'a> {
 
     fn new(restore: &'r Restore<'a>) -> Result<Self> {
         let (dtype, shape, digest) = restore.matrix()?;
-        Ok(Self {
-            restore,
-            dtype,
-            shape,
-            digest,
-            kept: Vec::new(),
-            scratch: RestoreScratch::default(),
-            next: 0,
-        })
+        let scratch = RestoreScratch::keeping_base();
+        let pieces = if restore.hashed() { hash_pieces(restore)? } else { Vec::new() };
+        Ok(Self { restore, dtype, shape, digest, kept: Vec::new(), pieces, scratch, next: 0 })
     }
 
     /// Have piece `index` at the end of those kept.
     fn load(&mut self, index: usize) -> Result<()> {
-        if let Some(i) = self.kept.iter().position(|(c, _)| *c == index) {
+        if let Some(i) = self.kept.iter().position(|p| p.index == index) {
             self.kept[i..].rotate_left(1);
             return Ok(());
         }
@@ -95,26 +118,48 @@ impl<'r, 'a> Restored<'r, 'a> {
             }
             while self.next <= index {
                 self.restore.make(self.next, &mut self.scratch)?;
+                self.compare(self.next)?;
                 self.restore.complete(&mut self.scratch)?;
                 self.next += 1;
             }
         } else {
             self.restore.make(index, &mut self.scratch)?;
+            self.compare(index)?;
         }
         let most = Self::KEPT[usize::from(!self.restore.pieces.tiled())];
-        let mut room = if self.kept.len() < most { Vec::new() } else { self.kept.remove(0).1 };
-        room.clear();
-        room.extend_from_slice(self.scratch.words());
-        self.kept.push((index, room));
+        let mut piece = if self.kept.len() < most { RestoredPiece::default() } else { self.kept.remove(0) };
+        piece.index = index;
+        piece.words.clear();
+        piece.words.extend_from_slice(self.scratch.words());
+        piece.base.clear();
+        match self.restore.hashed() {
+            true => piece.base.extend_from_slice(self.scratch.base()),
+            false => {
+                let (words, mut room) = (self.restore.base_words()?, Aligned::default());
+                piece.base.extend_from_slice(words.get(self.restore.pieces.bytes(index), &mut room)?);
+            }
+        }
+        self.kept.push(piece);
         Ok(())
     }
 
-    fn loaded(&self) -> &[u8] {
-        self.kept.last().map_or(&[], |(_, words)| words)
+    /// The words of the base that piece `index` was made from just now are those that were compared with its digest.
+    fn compare(&self, index: usize) -> Result<()> {
+        match self.pieces.get(index) {
+            Some(hash) if *hash != xxh3_128(self.scratch.base()) => {
+                Err(Error::io("the base was changed while it was read; try again when it is at rest"))
+            }
+            _ => Ok(()),
+        }
     }
 
-    /// Fill `out` with the restored bytes from `at` on.
-    fn fill(&mut self, mut at: usize, mut out: &mut [u8]) -> Result<()> {
+    /// Base and restored words of the piece loaded last.
+    fn loaded(&self) -> (&[u8], &[u8]) {
+        self.kept.last().map_or((&[], &[]), |p| (&p.base, &p.words))
+    }
+
+    /// Fill `base` and `out` with the bytes of both from `at` on.
+    fn fill(&mut self, mut at: usize, mut base: &mut [u8], mut out: &mut [u8]) -> Result<()> {
         while !out.is_empty() {
             let index = self.restore.pieces.find(at);
             let range = self.restore.pieces.bytes(index);
@@ -124,8 +169,10 @@ impl<'r, 'a> Restored<'r, 'a> {
             if n == 0 {
                 return Err(Error::internal("bytes beyond the last piece"));
             }
-            out[..n].copy_from_slice(&self.loaded()[from..from + n]);
-            out = &mut out[n..];
+            let (old, new) = self.loaded();
+            base[..n].copy_from_slice(&old[from..from + n]);
+            out[..n].copy_from_slice(&new[from..from + n]);
+            (base, out) = (&mut base[n..], &mut out[n..]);
             at += n;
         }
         Ok(())
@@ -152,13 +199,11 @@ impl Source for Restored<'_, '_> {
         base: &mut [u8],
         fine_tuned: &mut [u8],
     ) -> Result<()> {
-        let (w, words) = (self.dtype.word_bytes(), self.restore.base_words()?);
+        let w = self.dtype.word_bytes();
         let len = cols.len() * w;
         let lines = base.chunks_exact_mut(len.max(1)).zip(fine_tuned.chunks_exact_mut(len.max(1)));
         for (r, (base, fine_tuned)) in rows.zip(lines) {
-            let at = (r * self.shape.k + cols.start) * w;
-            words.read(at, base)?;
-            self.fill(at, fine_tuned)?;
+            self.fill((r * self.shape.k + cols.start) * w, base, fine_tuned)?;
         }
         Ok(())
     }

@@ -35,8 +35,11 @@ struct RestoreBase<'a> {
     words: TensorWords<'a>,
     /// The digest that the base must have.
     want: Digest,
-    /// The digest it has, where that is known already.
+    /// The digest it is said to have: of words in memory, or from the cache. A base of another one is refused at once.
     known: Option<Digest>,
+    /// Whether the words are hashed as they are read. Nothing that was known before vouches for bytes of a file: it may
+    /// have been written to since, and not every way of writing moves its times.
+    hashed: bool,
 }
 
 enum StoredWay<'a> {
@@ -50,6 +53,8 @@ enum StoredWay<'a> {
 #[derive(Default)]
 pub(crate) struct RestoreScratch {
     words: Aligned,
+    /// Whether the words of the base are kept in place of the leaves of their digest.
+    keep_base: bool,
     base: Vec<u8>,
     band: Vec<u8>,
     inflater: Inflater,
@@ -61,11 +66,22 @@ impl RestoreScratch {
     pub(crate) fn words(&self) -> &[u8] {
         self.words.get()
     }
+
+    /// One that keeps the words of the base, to be hashed by its owner.
+    pub(super) fn keeping_base() -> Self {
+        Self { keep_base: true, ..Self::default() }
+    }
+
+    /// The very words of the base that this piece was made from, where the base is [`Restore::hashed`].
+    pub(super) fn base(&self) -> &[u8] {
+        &self.base
+    }
 }
 
 impl<'a> Restore<'a> {
     /// Of `entry` (never of codec `same`: name the entry that it stands for). `base` holds the base tensor's words and, where
-    /// it is known, its digest; its dtype and shape have been compared with the entry's.
+    /// it is known, its digest; its dtype and shape have been compared with the entry's. Words in a file are hashed all the
+    /// same, as they are read.
     pub(crate) fn new(
         container: &'a SafeTensors,
         entry: &'a Entry,
@@ -85,7 +101,8 @@ impl<'a> Restore<'a> {
                         words.len()?
                     )));
                 }
-                let base = RestoreBase { dtype, shape, words, want: wanted.digest, known };
+                let hashed = known.is_none() || matches!(words, TensorWords::File(..));
+                let base = RestoreBase { dtype, shape, words, want: wanted.digest, known, hashed };
                 (Some(base), Pieces::new(dtype, shape, bytes))
             }
             // Without a base nothing but the stored bytes earns the size.
@@ -111,11 +128,15 @@ impl<'a> Restore<'a> {
     }
 
     fn open(&self) -> Result<StoredWay<'a>> {
-        if let (Some(RestoreBase { want, known: Some(known), .. }), Some(wanted)) =
+        if let (Some(base @ RestoreBase { want, known: Some(known), .. }), Some(wanted)) =
             (self.base, &self.entry.base)
             && want != known
         {
-            return Err(another_base(&wanted.name, want, known));
+            // What was known may be out of date: a right base is not refused for it.
+            let found = if base.hashed { base_digest(&base)? } else { known };
+            if want != found {
+                return Err(another_base(&wanted.name, want, found));
+            }
         }
         let e = self.entry;
         match e.codec {
@@ -173,7 +194,7 @@ impl<'a> Restore<'a> {
     fn blame(&self, e: Error) -> Error {
         let nonsense = matches!(e.kind(), Kind::Corrupt | Kind::Truncated);
         match (self.base, &self.entry.base) {
-            (Some(base @ RestoreBase { known: None, .. }), Some(wanted)) if nonsense => {
+            (Some(base @ RestoreBase { hashed: true, .. }), Some(wanted)) if nonsense => {
                 match base_digest(&base) {
                     Ok(found) if found != base.want => another_base(&wanted.name, base.want, found),
                     _ => e,
@@ -196,7 +217,7 @@ impl<'a> Restore<'a> {
             return blob.apply_planes(at, words, w, &mut s.inflater);
         };
         base.words.read(range.start, s.words.room(len, base.words.file_offset(range.start)))?;
-        if base.known.is_none() {
+        if base.hashed {
             self.hash(index, &base, s)?;
         }
         match way {
@@ -216,13 +237,14 @@ impl<'a> Restore<'a> {
 
     /// Leaves of the base's digest, or the base itself to be hashed in order.
     fn hash(&self, index: usize, base: &RestoreBase<'_>, s: &mut RestoreScratch) -> Result<()> {
-        if self.pieces.whole_leaves() {
+        if s.keep_base || !self.pieces.whole_leaves() {
+            s.base.clear();
+            s.base.extend_from_slice(s.words.get());
+        }
+        if !s.keep_base && self.pieces.whole_leaves() {
             let part = Matrix::new(base.dtype, self.pieces.shape(index), s.words.get())?;
             let leaves = part.shape().n.div_ceil(Digest::LEAF_ROWS);
             s.leaves.extend((0..leaves).map(|i| part.digest_leaf(i)));
-        } else {
-            s.base.clear();
-            s.base.extend_from_slice(s.words.get());
         }
         Ok(())
     }
@@ -255,6 +277,19 @@ impl<'a> Restore<'a> {
         self.base.map(|b| (b.dtype, b.shape, b.want)).ok_or_else(stored_alone)
     }
 
+    /// Whether the base's words are in a file, or its digest is not known yet: what is read of them must be hashed.
+    pub(super) fn hashed(&self) -> bool {
+        self.base.is_some_and(|b| b.hashed)
+    }
+
+    /// The error for a base whose words have the digest `found`.
+    pub(super) fn another_base(&self, found: Digest) -> Error {
+        match (self.base, &self.entry.base) {
+            (Some(base), Some(wanted)) => another_base(&wanted.name, base.want, found),
+            _ => stored_alone(),
+        }
+    }
+
     /// The base's words.
     pub(crate) fn base_words(&self) -> Result<TensorWords<'a>> {
         self.base.map(|b| b.words).ok_or_else(stored_alone)
@@ -263,7 +298,7 @@ impl<'a> Restore<'a> {
     /// Begin to take what `make` makes.
     pub(crate) fn begin(&self) -> Taken<'_, 'a> {
         let digest = match self.base {
-            Some(RestoreBase { known: None, dtype, shape, .. }) => Some(Digest::stream(dtype, shape)),
+            Some(RestoreBase { hashed: true, dtype, shape, .. }) => Some(Digest::stream(dtype, shape)),
             _ => None,
         };
         Taken { restore: self, digest }

@@ -95,9 +95,17 @@ impl Base {
     /// the delta must be encoded anew: if none is stored, or one for another preference than is asked for.
     ///
     /// # Errors
-    /// As [`Package::resident`]; `Mismatch` for a base without the tensor.
+    /// As [`Package::resident`]; `Mismatch` for a base without the tensor; `Io` for one that was written to since it was
+    /// opened.
     pub fn resident(&self, package: &Package, name: &str, prefer: Option<Prefer>) -> Result<Vec<u8>> {
-        package.of_tensor(name, |entry| package.delta(entry, on_disk(entry, self)?, prefer))
+        package.of_tensor(name, |entry| {
+            let made = package.delta(entry, on_disk(entry, self)?, prefer)?;
+            // A delta that was taken as it is stored belongs to the base as it was when its digests were computed.
+            if let Some(wanted) = &entry.base {
+                self.find(&wanted.name)?.0.check_unchanged()?;
+            }
+            Ok(made)
+        })
     }
 }
 
@@ -122,6 +130,7 @@ fn in_memory<'a>(entry: &Entry, base: &Matrix<'a>) -> Result<Compared<'a>> {
 fn on_disk<'a>(entry: &Entry, base: &'a Base) -> Result<Compared<'a>> {
     let wanted = entry.base.as_ref().ok_or_else(stored_alone)?;
     let (file, info, digest) = base.find(&wanted.name)?;
+    let file = &file.tensors;
     if (&info.dtype, &info.dims) != (&entry.dtype, &entry.dims) {
         return Err(other_kind(entry, info));
     }

@@ -137,7 +137,7 @@ fn check_tensor(t: &Tensor<'_>) -> Result<()> {
 fn job<'a>(ft: &Tensor<'a>, base: Option<&Tensor<'a>>) -> Result<TensorJob<'a>> {
     let delta = match (base, Dtype::from_name(ft.dtype)) {
         (Some(b), Some(dtype)) => {
-            let words = BaseWords { name: b.name, words: TensorWords::Memory(b.bytes), digest: None };
+            let words = BaseWords { name: b.name, words: TensorWords::Memory(b.bytes) };
             Some((dtype, Shape::of_dims(ft.dims)?, words))
         }
         _ => None,

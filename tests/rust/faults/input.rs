@@ -3,6 +3,7 @@
 
 use crate::common::data::Rng;
 use crate::common::disk::{command, complaint, done, matrices, model, names, safetensors, tree, xorz};
+use crate::common::mapping::Mapping;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
@@ -10,8 +11,13 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
+use xorz::codec::Prefer;
 use xorz::error::Kind;
-use xorz::package::{Destination, PackOptions, Progress, Run, pack_files, unpack_files, verify_files};
+use xorz::matrix::{Dtype, Matrix, Shape};
+use xorz::package::{
+    Base, Codec, Destination, PackOptions, Package, Progress, Run, pack_files, unpack_files, verify_files,
+};
+use xorz::resident::{Resident, restore};
 
 /// What happens to a file while it is read.
 #[derive(Clone, Copy, Debug)]
@@ -270,4 +276,148 @@ fn inputs_written_to_while_they_are_read_are_refused_where_nothing_else_would_te
         assert_eq!(restored.exists(), sha256);
         let _ = fs::remove_file(&restored);
     }
+}
+
+/// A base, and packages of one fine-tune of it by every codec.
+struct Loading {
+    dir: tempfile::TempDir,
+    tensors: Vec<(String, Vec<u8>, Vec<u8>)>,
+    packages: Vec<(Codec, Package)>,
+}
+
+const SIDE: usize = 300;
+
+impl Loading {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let (base, ft) = matrices(29, 3, SIDE, SIDE);
+        fs::write(path("base"), safetensors(&base)).unwrap();
+        fs::write(path("ft"), safetensors(&ft)).unwrap();
+        let packages = Codec::ALL.into_iter().filter(|c| c.delta()).map(|codec| {
+            let options = PackOptions { codec: Some(codec), ..PackOptions::default() };
+            let to = path(codec.name());
+            let out = Destination::Path(&to);
+            pack_files(&path("base"), &path("ft"), out, &options, &Run::default()).unwrap();
+            (codec, Package::open(&to).unwrap())
+        });
+        let packages = packages.collect();
+        let tensors = base.into_iter().zip(ft).map(|(b, f)| (b.0, b.3, f.3)).collect();
+        Self { tensors, packages, dir }
+    }
+
+    fn base(&self) -> std::path::PathBuf {
+        self.dir.path().join("base")
+    }
+
+    /// Every delta of every package: right, or refused in words; how many are refused.
+    fn load(&self, base: &Base, what: &str) -> usize {
+        let (mut refused, shape) = (0, Shape { n: SIDE, k: SIDE });
+        for (codec, package) in &self.packages {
+            for prefer in [None, Some(Prefer::Speed), Some(Prefer::Memory)] {
+                for (name, old, new) in &self.tensors {
+                    let delta = match base.resident(package, name, prefer) {
+                        Ok(delta) => delta,
+                        Err(e) => {
+                            assert!(matches!(e.kind(), Kind::Io | Kind::Mismatch), "{e}");
+                            assert!(e.message().contains(name), "{e}");
+                            refused += 1;
+                            continue;
+                        }
+                    };
+                    let old = Matrix::new(Dtype::BF16, shape, old).unwrap();
+                    let mut out = vec![0; new.len()];
+                    restore(&Resident::parse(&delta).unwrap(), &old, &mut out).unwrap();
+                    assert!(out == *new, "{what}: {codec:?} for {prefer:?} gave a wrong delta of {name}");
+                }
+            }
+        }
+        refused
+    }
+}
+
+/// Does something to a base when it begins to be read for its digests.
+struct Meanwhile<F: Fn() + Sync>(F);
+
+impl<F: Fn() + Sync> Progress for Meanwhile<F> {
+    fn begin(&self, _: &str, _: u64) {
+        (self.0)();
+    }
+
+    fn advance(&self, _: u64) {}
+}
+
+#[test]
+fn a_base_that_changes_between_its_opening_and_a_load_gives_no_wrong_delta() {
+    let stage = Loading::new();
+    let (path, kept) = (stage.base(), fs::read(stage.base()).unwrap());
+    // Other words at the same places, in one file and in another of the same name.
+    let other: Vec<u8> = kept.iter().enumerate().map(|(i, b)| if i > 4096 { b ^ 2 } else { *b }).collect();
+    let aside = stage.dir.path().join("aside");
+    let in_place = |bytes: &[u8]| {
+        let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(bytes, 0).unwrap();
+    };
+    let replaced = |bytes: &[u8]| {
+        fs::write(&aside, bytes).unwrap();
+        fs::rename(&aside, &path).unwrap();
+    };
+    let open = |run: &Run<'_>| Base::open(&path, run).unwrap();
+    assert_eq!(stage.load(&open(&Run::default()), "at rest"), 0);
+
+    // After it was opened: in place, which times tell, and through a mapping, which they need not.
+    let base = open(&Run::default());
+    in_place(&other);
+    assert!(stage.load(&base, "in place") > 0);
+    in_place(&kept);
+    let mut mapping = Mapping::of(&path);
+    let bytes = kept.len();
+    (4096..bytes).step_by(2048).for_each(|at| mapping.flip(at));
+    (4096..bytes).step_by(2048).for_each(|at| mapping.flip(at));
+    let base = open(&Run::default());
+    (4096..bytes).step_by(2048).for_each(|at| mapping.flip(at));
+    assert!(stage.load(&base, "through a mapping") > 0);
+    (4096..bytes).step_by(2048).for_each(|at| mapping.flip(at));
+
+    // While it is opened: replaced by another file, whose words must not be read with this one's digests or the reverse.
+    for (first, then) in [(&kept, &other), (&other, &kept)] {
+        replaced(first);
+        let swap = Meanwhile(|| replaced(then));
+        match Base::open(&path, &Run { progress: Some(&swap), ..Run::default() }) {
+            Ok(base) => drop(stage.load(&base, "replaced while it was opened")),
+            Err(e) => assert!(e.message().contains("was changed while it was read"), "{e}"),
+        }
+    }
+}
+
+#[test]
+fn a_base_that_somebody_writes_to_all_the_time_gives_no_wrong_delta() {
+    let stage = Loading::new();
+    let (path, kept) = (stage.base(), fs::read(stage.base()).unwrap());
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let (mut refused, mut opened) = (0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut mapping = Mapping::of(&path);
+            let mut rng = Rng::new(31);
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                let places: Vec<usize> =
+                    (0..20).map(|_| 4096 + (rng.unit() * (kept.len() - 4096) as f64) as usize).collect();
+                places.iter().for_each(|at| mapping.flip(*at));
+                std::thread::sleep(Duration::from_micros(300));
+                places.iter().for_each(|at| mapping.flip(*at));
+                std::thread::sleep(Duration::from_micros(300));
+            }
+        });
+        for _ in 0..60 {
+            // Its digests may be those of words that were there for a moment only: then every load is refused.
+            if let Ok(base) = Base::open(&path, &Run { jobs: 1, ..Run::default() }) {
+                opened += 1;
+                refused += stage.load(&base, "beside a writer");
+            }
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    println!("{opened} of 60 opened, {refused} loads refused");
+    assert!(opened < 60 || refused > 0);
 }

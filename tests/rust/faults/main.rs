@@ -6,6 +6,7 @@
 pub mod common {
     pub mod data;
     pub mod disk;
+    pub mod mapping;
 }
 
 mod input;

@@ -2,6 +2,7 @@
 //! file is the same; a cache that is broken, hostile, racy, full or not writable never makes anything fail or wrong.
 
 use crate::common::data::Rng;
+use crate::common::mapping::Mapping;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
@@ -62,7 +63,8 @@ fn load(cache: &DigestCache, path: &Path) -> Option<Digests> {
 
 fn store(cache: &DigestCache, path: &Path, digests: &Digests) {
     let file = File::open(path).unwrap();
-    cache.store(path, &file, &Identity::of(&file).unwrap(), digests);
+    let before = Identity::watched(&file).unwrap_or(Identity::of(&file).unwrap());
+    cache.store(path, &file, &before, digests);
 }
 
 /// Until a file that was just written may be trusted not to change unseen.
@@ -178,7 +180,7 @@ fn a_file_that_changes_while_it_is_read_is_never_kept() {
     let want = checkpoint(&path, 1, &[("w", "F32", &[100])]);
     settle();
     let file = File::options().read(true).write(true).open(&path).unwrap();
-    let before = Identity::of(&file).unwrap();
+    let before = Identity::watched(&file).unwrap();
     std::os::unix::fs::FileExt::write_at(&file, &[1], fs::metadata(&path).unwrap().len() - 1).unwrap();
     assert!(!before.same(&Identity::of(&file).unwrap()));
     cache.store(&path, &file, &before, &want);
@@ -283,4 +285,95 @@ fn a_thousand_entries_are_kept_and_the_oldest_go() {
         !folder.join(format!("{:032x}.json", 10)).exists()
             && folder.join(format!("{:032x}.json", 11)).exists()
     );
+}
+
+#[test]
+fn a_base_written_through_a_mapping_is_read_again_though_its_times_stand_still() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, cache) = (dir.path().join("m"), DigestCache::at(dir.path().join("cache")));
+    let first = checkpoint(&path, 1, &[("w", "F32", &[100])]);
+    // A page that was stored to, and is still to be written to disk: further stores to it move no times.
+    let last = fs::metadata(&path).unwrap().len() as usize - 1;
+    let mut mapping = Mapping::of(&path);
+    mapping.flip(last);
+    mapping.flip(last);
+    settle();
+    let digests = || digest_files(&path, &cache, &run(1)).unwrap().into_iter().collect::<Digests>();
+    assert_eq!(digests(), first);
+    if entries(&dir.path().join("cache")).is_empty() {
+        println!("skipped: the file system of {} is none whose times tell", dir.path().display());
+        return;
+    }
+    assert_eq!(load(&cache, &path), Some(first.clone()));
+    mapping.flip(last);
+    let bytes = fs::read(&path).unwrap();
+    let shape = Shape { n: 1, k: 100 };
+    let want = Matrix::new(Dtype::F32, shape, &bytes[bytes.len() - 400..]).unwrap().digest();
+    assert_ne!(want, first["w"]);
+    assert_eq!(digests()["w"], want, "the digest of words that are there no more was believed");
+}
+
+#[test]
+fn where_times_do_not_tell_bases_are_read_every_time() {
+    // tmpfs moves no times for stores through a mapping, however long ago the last one was.
+    let shared = Path::new("/dev/shm");
+    let Ok(dir) = tempfile::tempdir_in(shared) else { return println!("skipped: no {}", shared.display()) };
+    let home = tempfile::tempdir().unwrap();
+    let (path, cache) = (dir.path().join("m"), DigestCache::at(home.path().join("cache")));
+    let first = checkpoint(&path, 1, &[("w", "F32", &[100])]);
+    settle();
+    let digests = || digest_files(&path, &cache, &run(1)).unwrap().into_iter().collect::<Digests>();
+    assert_eq!(digests(), first);
+    Mapping::of(&path).flip(fs::metadata(&path).unwrap().len() as usize - 1);
+    assert_ne!(digests(), first, "the digest of words that are there no more was believed");
+    assert!(entries(&home.path().join("cache")).is_empty());
+}
+
+#[test]
+fn a_folder_that_another_user_made_or_could_replace_is_no_cache() {
+    let dir = tempfile::tempdir().unwrap();
+    let above = dir.path().join("above");
+    let folder = above.join("cache");
+    let (path, cache) = (dir.path().join("m"), DigestCache::at(&folder));
+    let want = checkpoint(&path, 1, &[("w", "F32", &[100])]);
+    settle();
+    store(&cache, &path, &want);
+    if entries(&folder).is_empty() {
+        return println!("skipped: the file system of {} is none whose times tell", dir.path().display());
+    }
+    let entry = entries(&folder).pop().unwrap();
+    assert_eq!(load(&cache, &path), Some(want.clone()));
+    let mode = |at: &Path, mode: u32| fs::set_permissions(at, fs::Permissions::from_mode(mode)).unwrap();
+
+    // Whoever may write to a folder above may put another one in its place, but where the sticky bit forbids that.
+    mode(&above, 0o777);
+    assert_eq!(load(&cache, &path), None, "believed in a folder that anybody may replace");
+    fs::remove_file(&entry).unwrap();
+    store(&cache, &path, &want);
+    assert!(entries(&folder).is_empty(), "kept in a folder that anybody may replace");
+    mode(&above, 0o1777);
+    store(&cache, &path, &want);
+    assert_eq!(load(&cache, &path), Some(want.clone()));
+    mode(&above, 0o755);
+
+    // An entry with a second name may be written to elsewhere.
+    fs::hard_link(&entry, dir.path().join("elsewhere")).unwrap();
+    assert_eq!(load(&cache, &path), None);
+    fs::remove_file(dir.path().join("elsewhere")).unwrap();
+    assert_eq!(load(&cache, &path), Some(want.clone()));
+
+    // Another user's folder, entry, or folder above.
+    let give = |at: &Path, user: u32| std::os::unix::fs::chown(at, Some(user), None).is_ok();
+    if !give(&folder, 12_345) {
+        return println!("skipped: only root may give files away");
+    }
+    assert_eq!(load(&cache, &path), None, "another user's folder");
+    assert!(give(&entry, 12_345));
+    assert_eq!(load(&cache, &path), None, "another user's folder and entry");
+    assert!(give(&folder, 0));
+    assert_eq!(load(&cache, &path), None, "another user's entry");
+    assert!(give(&entry, 0) && give(&above, 12_345));
+    assert_eq!(load(&cache, &path), None, "another user's folder above");
+    assert!(give(&above, 0));
+    assert_eq!(load(&cache, &path), Some(want));
 }

@@ -7,6 +7,7 @@ pub mod common {
     pub mod data;
     pub mod disk;
     pub mod forge;
+    pub mod mapping;
 }
 
 mod checkpoint_golden;
