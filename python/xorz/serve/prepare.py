@@ -342,10 +342,7 @@ def _experts(delta: Tensor, base: Tensor) -> Experts:
     rows = base.reshape(base.size(0), -1)
     out: Experts = []
     for expert in range(base.size(0)):
-        part = _ops.delta_slice(delta, rows, 0, expert, expert + 1)
-        if _core.delta_info(part).changed == 0:
-            out.append(None)
-            continue
-        tuned = _ops.delta_restore(rows[expert : expert + 1], part).view(base.shape[1:])
-        out.append(_ops.delta_encode(base[expert], tuned))
+        tuned = _ops.delta_restore(rows, delta, rows=(expert, expert + 1)).view(base.shape[1:])
+        part = _ops.delta_encode(base[expert], tuned)
+        out.append(part if _core.delta_info(part).changed else None)
     return out

@@ -40,24 +40,42 @@ def padded(length: int) -> int:
     return -(-length // ALIGN) * ALIGN
 
 
+_ADDRESSES = (16, 8, 4, 2, 1)
+"""How many times the bytes that may be used are reserved as addresses, the most that is to be had.
+
+What is lent cannot be moved, since forwards read it. With as many addresses as bytes, a few small pieces that are in use
+would split them so that no gap takes a large one, however much is free. Pages that hold nothing take no memory, and first fit
+needs at most log2(largest piece / smallest) times the bytes in use (Robson): sixteen are enough for pieces of 64 bytes to
+4 MiB in the worst order there is, and for every size in orders that are met."""
+
+
+def _reserved(size: int) -> Arena:
+    for times in _ADDRESSES:
+        try:
+            return Arena(times * size)
+        except (OSError, OverflowError, ValueError) as error:
+            refused = error
+    raise MemoryError(
+        f"the addresses of {size:,} bytes cannot be reserved for tenants ({refused}): the process may not have so many "
+        '(ulimit -v); give attach a budget, such as budget="1 GiB"'
+    ) from refused
+
+
 class Residency:
     """Not thread-safe: its owner locks.
 
     Attributes:
-        arena: where deltas lie; limit: most bytes of deltas and copies together, None if only the machine's memory is one.
+        arena: where deltas lie; it has more addresses than bytes may be used.
+        limit: most bytes of deltas and copies together, None if only the machine's memory is one.
+        capacity: the limit, or the machine's memory.
         copies: bytes of dense tensors beside the arena, which the owner counts.
     """
 
     def __init__(self, limit: int | None) -> None:
         """Reserves addresses, no memory; MemoryError if there are not so many."""
         self.limit, self.copies = limit, 0
-        try:
-            self.arena = Arena(limit or machine())
-        except OSError as error:
-            raise MemoryError(
-                f"the addresses of {limit or machine():,} bytes cannot be reserved for tenants ({error}): the process may not "
-                'have so many (ulimit -v); give attach a budget, such as budget="1 GiB"'
-            ) from error
+        self.capacity = limit or machine()
+        self.arena = _reserved(self.capacity)
 
     @property
     def used(self) -> int:
@@ -67,7 +85,7 @@ class Residency:
     @property
     def free(self) -> int:
         """Bytes below the limit."""
-        return max(0, (self.limit or self.arena.capacity) - self.used)
+        return max(0, self.capacity - self.used)
 
     def make_room(self, need: int, evict: Callable[[], bool]) -> bool:
         """Whether `need` bytes are free, or have become so: `evict` drops whoever is needed least, or says that it cannot."""
@@ -77,7 +95,7 @@ class Residency:
         return True
 
     def place(self, deltas: Iterable[Tensor], evict: Callable[[], bool]) -> list[Piece]:
-        """Copy deltas into the arena, all or none; MemoryError if there is no gap for one and nobody can be dropped."""
+        """Copy deltas into the arena, all or none; MemoryError if one would not fit in the capacity and nobody can be dropped."""
         pieces: list[Piece] = []
         try:
             for delta in deltas:
@@ -92,6 +110,10 @@ class Residency:
     def _allocate(self, length: int, evict: Callable[[], bool]) -> int:
         while True:
             try:
+                if padded(length) > self.free:
+                    raise MemoryError(
+                        f"xorz: {padded(length):,} bytes are needed, but only {self.free:,} are free"
+                    )
                 return self.arena.allocate(length)
             except MemoryError:
                 if not evict():

@@ -176,7 +176,7 @@ class Tenants:
         prepared = self._prepare(fresh)
         with self.lock:
             old = self._find(name)
-            self._place(fresh, prepared)
+            self._place(fresh, prepared, old)
             self._tenants[name] = fresh
             self._forget(old)
 
@@ -211,9 +211,9 @@ class Tenants:
         tenant.identity = before
         return prepared
 
-    def _place(self, tenant: _Tenant, prepared: Prepared) -> None:
-        """Make a prepared tenant resident; nothing is left behind if that fails."""
-        self._make_room(tenant, prepared.bytes)
+    def _place(self, tenant: _Tenant, prepared: Prepared, old: _Tenant | None = None) -> None:
+        """Make a prepared tenant resident, in the place of `old`; nothing is left behind if that fails."""
+        self._make_room(tenant, prepared.bytes, old)
         slot = next(i for i in itertools.count() if i not in self._slots)
         while slot >= self.capacity:
             self.capacity *= 2
@@ -241,8 +241,18 @@ class Tenants:
         tenant.copies = copies
         self.residency.copies += copies
 
-    def _make_room(self, tenant: _Tenant, need: int) -> None:
-        if not self.residency.make_room(need, lambda: self._evict_one(tenant)):
+    def _make_room(self, tenant: _Tenant, need: int, old: _Tenant | None) -> None:
+        def evict() -> bool:
+            if self._evict_one(tenant):
+                return True
+            # The one that is replaced goes last: in memory alone, it cannot come back, so only if that is enough.
+            goes = old is not None and old.pins == 0 and old.slot is not None
+            if goes and need <= self.residency.free + old.bytes:
+                self._evict(old)
+                return True
+            return False
+
+        if not self.residency.make_room(need, evict):
             raise MemoryError(
                 f"tenant {tenant.name!r} takes {need:,} bytes, but of the budget's {self.budget:,} only "
                 f"{self.residency.free:,} are free, and no other tenant is idle and in a file"

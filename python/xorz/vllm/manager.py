@@ -178,7 +178,7 @@ class XorzManager(LRUCacheLoRAModelManager):
 
     def _place(self, lora: Adapter, prepared: Prepared) -> list[Piece]:
         """Memory for its deltas; the least recently used adapters make room, but not for what can never fit."""
-        fits = prepared.bytes <= self.arena.capacity
+        fits = prepared.bytes <= self.residency.capacity
         try:
             return self.residency.place(
                 prepared.deltas.values(), lambda: fits and self.remove_oldest_adapter()
@@ -186,7 +186,7 @@ class XorzManager(LRUCacheLoRAModelManager):
         except MemoryError as error:
             name = split_name(lora.name)[0]
             raise ValueError(
-                f"xorz: {name!r} takes {prepared.bytes:,} bytes of the {self.arena.capacity:,} that xorz.memory gives all: "
+                f"xorz: {name!r} takes {prepared.bytes:,} bytes of the {self.residency.capacity:,} that xorz.memory gives all: "
                 f"{error}"
             ) from None
 
