@@ -119,10 +119,27 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// The most rows of a matrix without columns, and columns of one without rows. It has no bytes that would have to be
+    /// there, but work goes by its rows all the same: leaves of the digest, loops over rows. So hardly any bytes could
+    /// ask for years of it.
+    pub const MAX_EMPTY: usize = 1 << 24;
+
+    /// Refuse a shape without words that says to have very many rows or columns.
+    fn check_empty(self) -> Result<Self> {
+        if self.n > 0 && self.k > 0 || self.n.max(self.k) <= Self::MAX_EMPTY {
+            return Ok(self);
+        }
+        Err(Error::invalid(format!(
+            "shape {self} has no words, but {} rows or columns, more than the {} of an empty matrix",
+            self.n.max(self.k),
+            Self::MAX_EMPTY
+        )))
+    }
+
     /// The matrix shape of a tensor's dimensions.
     ///
     /// # Errors
-    /// `InvalidArgument` if the number of elements overflows.
+    /// `InvalidArgument` if the number of elements overflows, or there are none and more than [`Shape::MAX_EMPTY`] rows.
     pub fn of_dims(dims: &[usize]) -> Result<Self> {
         let product = |d: &[usize]| {
             d.iter()
@@ -134,7 +151,7 @@ impl Shape {
             [k] => Ok(Self { n: 1, k: *k }),
             [n, rest @ ..] => {
                 product(dims)?;
-                Ok(Self { n: *n, k: product(rest)? })
+                Self { n: *n, k: product(rest)? }.check_empty()
             }
         }
     }
@@ -152,9 +169,10 @@ impl Shape {
     /// Number of bytes at `dtype`, at most `isize::MAX`.
     ///
     /// # Errors
-    /// `InvalidArgument` on overflow.
+    /// `InvalidArgument` on overflow, and for a matrix without words of more than [`Shape::MAX_EMPTY`] rows or columns.
     pub fn bytes(self, dtype: Dtype) -> Result<usize> {
-        self.words()?
+        self.check_empty()?
+            .words()?
             .checked_mul(dtype.word_bytes())
             .filter(|&b| isize::try_from(b).is_ok())
             .ok_or_else(|| Error::invalid(format!("shape {self} of {dtype} has too many bytes")))

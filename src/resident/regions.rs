@@ -14,10 +14,13 @@ use xxhash_rust::xxh3::Xxh3;
 /// A delta of rows (`dim` 0) or columns (`dim` 1) `range` of the matrix that `delta` and `base` describe; its base
 /// digest is that of the base's slice. For tensor parallelism.
 ///
+/// The result has digests of its own, which are right whatever went in. So what goes in is checked first, against its own
+/// digests: else a damaged delta, or one of another base, would come out as a sound one.
+///
 /// # Errors
 /// `InvalidArgument` for a dim or range out of bounds, `Mismatch` for another base, `Corrupt` for bad bytes.
 pub fn slice(delta: &Resident<'_>, base: &Matrix<'_>, dim: usize, range: Range<usize>) -> Result<Vec<u8>> {
-    delta.check_base(base)?;
+    delta.check_match(base)?;
     let shape = base.shape();
     let size = match dim {
         0 => shape.n,
@@ -34,10 +37,11 @@ pub fn slice(delta: &Resident<'_>, base: &Matrix<'_>, dim: usize, range: Range<u
 }
 
 /// One delta of matrices joined along rows (`dim` 0) or columns (`dim` 1), as in a fused qkv or gate_up projection; each
-/// part is a delta with its base.
+/// part is a delta with its base. Parts are checked as by [`slice`], for the same reason.
 ///
 /// # Errors
-/// `InvalidArgument` without parts or for a bad dim, `Mismatch` where dtypes or the other dimension differ.
+/// `InvalidArgument` without parts or for a bad dim; `Mismatch` where dtypes or the other dimension differ, or for another
+/// base; `Corrupt` for bad bytes. Messages name the part.
 pub fn concat(parts: &[(Resident<'_>, Matrix<'_>)], dim: usize) -> Result<Vec<u8>> {
     let [(_, first), ..] = parts else {
         return Err(Error::invalid("nothing to concatenate"));
@@ -47,7 +51,7 @@ pub fn concat(parts: &[(Resident<'_>, Matrix<'_>)], dim: usize) -> Result<Vec<u8
     }
     let mut joined = Regions { dtype: first.dtype(), shape: Shape { n: 0, k: 0 }, parts: Vec::new() };
     for (i, (delta, base)) in parts.iter().enumerate() {
-        delta.check_base(base).map_err(|e| e.within(format!("part {i}")))?;
+        delta.check_match(base).map_err(|e| e.within(format!("part {i}")))?;
         let (shape, other) = (base.shape(), first.shape());
         let fits = if dim == 0 { shape.k == other.k } else { shape.n == other.n };
         if !fits || base.dtype() != first.dtype() {

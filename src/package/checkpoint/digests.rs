@@ -76,7 +76,7 @@ struct DigestedTensor<'a> {
 impl<'a> DigestedTensor<'a> {
     fn of(info: &'a TensorInfo) -> Option<Result<Self>> {
         let dtype = Dtype::from_name(&info.dtype)?;
-        Some(Shape::of_dims(&info.dims).map(|shape| {
+        Some(Shape::of_dims(&info.dims).map_err(|e| e.of_tensor(&info.name)).map(|shape| {
             let row = (shape.k as u64).saturating_mul(dtype.word_bytes() as u64);
             Self { info, dtype, shape, leaf_bytes: row.saturating_mul(Digest::LEAF_ROWS as u64) }
         }))

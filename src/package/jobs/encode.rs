@@ -77,9 +77,10 @@ impl<'a> TensorJob<'a> {
         delta: Option<(Dtype, Shape, BaseWords<'a>)>,
     ) -> Result<Self> {
         let bytes = words.len()?;
+        let shape = || Shape::of_dims(dims).map_err(|e| e.of_tensor(name));
         let pieces = match (&delta, Dtype::from_name(dtype)) {
             (Some((dtype, shape, _)), _) => Pieces::new(*dtype, *shape, bytes),
-            (None, Some(dtype)) => Pieces::new(dtype, Shape::of_dims(dims)?, bytes),
+            (None, Some(dtype)) => Pieces::new(dtype, shape()?, bytes),
             (None, None) => Pieces::flat(bytes),
         };
         let (key, choice) = (name.to_owned(), OnceLock::new());

@@ -106,7 +106,7 @@ impl Pack<'_> {
                 (Some((at, b)), Some(dtype)) if same.is_none() => {
                     let words = TensorWords::File(&self.base.files()[at].tensors, b);
                     let base = BaseWords { name: &b.name, words };
-                    Some((dtype, Shape::of_dims(&t.dims)?, base))
+                    Some((dtype, Shape::of_dims(&t.dims).map_err(|e| e.of_tensor(&t.name))?, base))
                 }
                 _ => None,
             };

@@ -138,7 +138,7 @@ fn job<'a>(ft: &Tensor<'a>, base: Option<&Tensor<'a>>) -> Result<TensorJob<'a>> 
     let delta = match (base, Dtype::from_name(ft.dtype)) {
         (Some(b), Some(dtype)) => {
             let words = BaseWords { name: b.name, words: TensorWords::Memory(b.bytes) };
-            Some((dtype, Shape::of_dims(ft.dims)?, words))
+            Some((dtype, Shape::of_dims(ft.dims).map_err(|e| e.of_tensor(ft.name))?, words))
         }
         _ => None,
     };

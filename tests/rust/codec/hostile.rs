@@ -3,7 +3,7 @@
 
 use crate::common::counting::held_by;
 use crate::common::data::{Rng, adversarial, matrix, perturbed, stepped};
-use xorz::codec::Encoding;
+use xorz::codec::{Encoding, Prefer};
 use xorz::matrix::{Dtype, Matrix, Shape};
 use xorz::resident::{Pair, Resident, encode_as, restore, slice};
 use xxhash_rust::xxh3::xxh3_128;
@@ -76,6 +76,44 @@ fn every_flipped_byte_is_found_by_a_check_and_harms_no_one_without() {
         let largest = held.largest;
         assert!(largest <= 16 * (case.blob.len() + case.base.len()) + (1 << 16), "{largest} bytes at once");
     }
+}
+
+/// Shapes that hold no word, and would take hours if work went by their rows or columns.
+const HOLLOW: [(usize, usize); 6] =
+    [(1 << 44, 0), (0, 1 << 44), (1 << 62, 0), (0, isize::MAX as usize), (1 << 25, 0), (usize::MAX, 0)];
+
+#[test]
+fn a_matrix_without_words_and_very_many_rows_is_refused_at_once() {
+    let start = std::time::Instant::now();
+    let case = cases().into_iter().find(|c| Resident::parse(&c.blob).unwrap().header().changed == 0).unwrap();
+    for (n, k) in HOLLOW {
+        let shape = Shape { n, k };
+        let ((), held) = held_by(|| {
+            for dtype in Dtype::ALL {
+                let e = Matrix::new(dtype, shape, &[]).unwrap_err();
+                let (found, most) = (shape.to_string(), Shape::MAX_EMPTY.to_string());
+                assert!(e.message().contains(&found) && e.message().contains(&most), "{e}");
+            }
+            assert!(Shape::of_dims(&[n, k]).is_err() && Shape::of_dims(&[n, 1, k]).is_err());
+            let mut bad = case.blob.clone();
+            bad[16..24].copy_from_slice(&(n as u64).to_le_bytes());
+            bad[24..32].copy_from_slice(&(k as u64).to_le_bytes());
+            reseal(&mut bad);
+            assert!(Resident::parse(&bad).is_err(), "{n} x {k}");
+        });
+        assert!(held.largest < 1 << 16, "{n} x {k}: {}", held.largest);
+    }
+    // The largest that is taken is one that all of it takes at once, too.
+    for (n, k) in [(Shape::MAX_EMPTY, 0), (0, Shape::MAX_EMPTY), (130, 0), (0, 0)] {
+        let hollow = matrix(Dtype::F64, Shape { n, k }, &[]);
+        let (blob, held) = held_by(|| xorz::resident::encode_pair(&hollow, &hollow, Prefer::Memory).unwrap());
+        let delta = Resident::parse(&blob).unwrap();
+        delta.check_full(&hollow).unwrap();
+        restore(&delta, &hollow, &mut []).unwrap();
+        slice(&delta, &hollow, 0, 0..n).unwrap();
+        assert!(held.largest < 1 << 24, "{n} x {k}: {}", held.largest);
+    }
+    assert!(start.elapsed().as_secs() < 10, "{:?}", start.elapsed());
 }
 
 /// Make the content's digest good again, as SPEC.md says, where the header leads to a payload at all.

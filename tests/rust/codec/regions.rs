@@ -2,6 +2,7 @@
 
 use crate::common::data::{Rng, adversarial, matrix, perturbed, stepped};
 use xorz::codec::{Encoding, Prefer};
+use xorz::error::Kind;
 use xorz::matrix::{Dtype, Matrix, Shape};
 use xorz::resident::{Pair, Resident, concat, encode_as, encode_pair, restore, slice};
 
@@ -149,4 +150,48 @@ fn ranges_and_shapes_that_do_not_fit_are_refused() {
     let parts = [(delta, b), (Resident::parse(&other).unwrap(), narrow)];
     let e = concat(&parts, 0).unwrap_err();
     assert!(e.message().contains("[20, 300]") && e.message().contains("[30, 200]"), "{e}");
+}
+
+#[test]
+fn damaged_deltas_and_those_of_another_base_are_not_made_sound_by_cutting_or_joining() {
+    let (dtype, n, k) = (Dtype::BF16, 40, 300);
+    let shape = Shape { n, k };
+    for (base, fine_tuned) in pairs(dtype, n, k) {
+        let (b, f) = (matrix(dtype, shape, &base), matrix(dtype, shape, &fine_tuned));
+        for encoding in Encoding::ALL {
+            if encoding == Encoding::Unchanged && base != fine_tuned {
+                continue;
+            }
+            let blob = encode_as(&mut Pair::new(b, f).unwrap(), encoding).unwrap();
+            let refused = |blob: &[u8], base: &Matrix<'_>, kind: Kind, what: &str| {
+                let delta = Resident::parse(blob).unwrap();
+                let (good, sound) = (delta.clone(), matrix(dtype, shape, &fine_tuned));
+                let spare = encode_pair(&sound, &sound, Prefer::Memory).unwrap();
+                let spare = Resident::parse(&spare).unwrap();
+                for dim in [0, 1] {
+                    let cut = slice(&delta, base, dim, 3..20).expect_err(what);
+                    let joined =
+                        concat(&[(spare.clone(), sound), (good.clone(), *base)], dim).expect_err(what);
+                    assert_eq!((cut.kind(), joined.kind()), (kind, kind), "{what}: {cut}, {joined}");
+                    assert!(joined.message().contains("part 1"), "{joined}");
+                }
+            };
+            // Each byte whose change leaves a header that can be read: words, positions, digests, counts.
+            for at in (0..blob.len()).step_by(if blob.len() > 2000 { 37 } else { 1 }) {
+                let mut bad = blob.clone();
+                bad[at] ^= 1;
+                if Resident::parse(&bad).is_ok() {
+                    refused(&bad, &b, Kind::Corrupt, &format!("{encoding}, byte {at}"));
+                }
+            }
+            let mut other = base.clone();
+            other[n * k] ^= 1;
+            refused(
+                &blob,
+                &matrix(dtype, shape, &other),
+                Kind::Mismatch,
+                &format!("{encoding}, another base"),
+            );
+        }
+    }
 }
