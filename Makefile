@@ -111,6 +111,10 @@ test-wheel: build
 stress: build
 	$(PY) tests/python/test_stress.py 100000
 
+# Two minutes of libFuzzer on the stable toolchain, or as many as MINUTES says; tests/fuzz/README.md.
+fuzz:
+	$(NICE) tests/fuzz/run.sh $(or $(MINUTES),2)
+
 # Not part of test, which runs twenty of them: half an hour or more, for docs/models.md. `make test-models ARGS="--only falcon"`
 # for some, without the table.
 test-models: build

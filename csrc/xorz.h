@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-#define XORZ_ABI_VERSION 2
+#define XORZ_ABI_VERSION 3
 
 /* What went wrong, and on whose side. */
 typedef enum xorz_kind {
@@ -217,8 +217,9 @@ typedef struct xorz_options {
 /* How a job over files runs; NULL, and all zeros, are the defaults. Nothing in it changes the bytes written.
  */
 typedef struct xorz_run {
-  uint32_t jobs;  /* threads; 0 takes one per core */
-  uint32_t flags; /* XORZ_RUN_NO_SHA256 or 0 */
+  uint32_t jobs;        /* threads; 0 takes one per core */
+  uint32_t flags;       /* XORZ_RUN_NO_SHA256 or 0 */
+  const uint32_t* stop; /* ends the job, soon, when it is no longer 0: store atomically; or NULL */
 } xorz_run;
 
 /* Unpack and verify do not compare the sha256 of each restored file; tensors are still compared by the

@@ -10,6 +10,17 @@ use std::fmt;
 /// Result of every fallible function of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// Whether a terminal shows this character as it is: it is no control, turns no line's direction, and is not invisible.
+pub fn is_harmless(c: char) -> bool {
+    let turns = matches!(c, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+    !c.is_control() && !turns
+}
+
+/// Text that may hold names from files, made harmless for terminals: what is not ([`is_harmless`]) is replaced by U+FFFD.
+pub fn harmless(text: &str) -> String {
+    text.chars().map(|c| if is_harmless(c) { c } else { '\u{fffd}' }).collect()
+}
+
 /// What went wrong, and on whose side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -55,7 +66,8 @@ macro_rules! constructors {
         $(
             #[doc = concat!("An error of kind [`Kind::", stringify!($kind), "`].")]
             pub fn $name(message: impl Into<String>) -> Self {
-                Self { kind: Kind::$kind, message: message.into(), subject: None, hint: None }
+                let message = harmless(&message.into());
+                Self { kind: Kind::$kind, message, subject: None, hint: None }
             }
         )*
     };
@@ -78,7 +90,7 @@ impl Error {
         self.kind
     }
 
-    /// The sentence, without the kind.
+    /// The sentence, without the kind: one line, which terminals may be given whatever names are in it.
     pub fn message(&self) -> &str {
         &self.message
     }
@@ -113,7 +125,7 @@ impl Error {
     /// The same error with `what: ` in front, for instance the path of the file.
     #[must_use]
     pub fn within(mut self, what: impl fmt::Display) -> Self {
-        self.message = format!("{what}: {}", self.message);
+        self.message = format!("{}: {}", harmless(&what.to_string()), self.message);
         self
     }
 }

@@ -3,8 +3,10 @@
 import ctypes
 import json
 import os
+import threading
+from collections.abc import Callable
 from ctypes import POINTER, byref, c_char, c_char_p, c_int32, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from . import _library
 
 _lib = _library.load()
+_T = TypeVar("_T")
 
 
 class _Error(ctypes.Structure):
@@ -48,7 +51,7 @@ class _Options(ctypes.Structure):
 
 
 class _Run(ctypes.Structure):
-    _fields_ = [("jobs", c_uint32), ("flags", c_uint32)]
+    _fields_ = [("jobs", c_uint32), ("flags", c_uint32), ("stop", POINTER(c_uint32))]
 
 
 class _Info(ctypes.Structure):
@@ -131,6 +134,40 @@ def _call(name: str, *arguments: Any) -> None:
     if getattr(_lib, name)(*arguments, byref(error)) != 0:
         text = error.message.decode("utf-8", "replace")
         raise (OSError if error.kind == _IO else RuntimeError if error.kind >= 7 else ValueError)(text)
+
+
+def _job(call: Callable[["_Run"], _T], run: "_Run") -> _T:
+    """What `call` gives for a job over files, which Ctrl-C and other signals end: soon, and nothing is left behind.
+
+    Python sees a signal only between two steps of the main thread, and the whole job would be one. So another thread does it
+    while the main thread waits.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return call(run)
+    stop, done = c_uint32(0), []
+    watched = _Run(run.jobs, run.flags, ctypes.pointer(stop))
+
+    def work() -> None:
+        try:
+            done.append((call(watched), None))
+        except BaseException as error:
+            done.append((None, error))
+
+    thread = threading.Thread(target=work, name="xorz job")
+    try:
+        thread.start()
+    except RuntimeError:
+        return call(run)  # no more threads are to be had
+    try:
+        thread.join()
+    except BaseException:
+        stop.value = 1
+        thread.join()
+        raise
+    result, error = done[0]
+    if error is not None:
+        raise error
+    return result
 
 
 def _take(buffer: _Buffer) -> bytes:
@@ -316,8 +353,8 @@ class Base:
 
     def __init__(self, path: Any, run: "_Run") -> None:
         """Open `path`, a safetensors file or a folder."""
-        self.handle = c_void_p()
-        _call("xorz_base_open", _path(path), byref(run), byref(self.handle))
+        self.handle, encoded = c_void_p(), _path(path)
+        _job(lambda run: _call("xorz_base_open", encoded, byref(run), byref(self.handle)), run)
 
     def __enter__(self) -> "Base":
         """Use as a context, which closes it."""
@@ -386,18 +423,19 @@ def run(jobs: int | None = None, sha256: bool = True) -> _Run:
 def pack_files(base: Any, fine_tuned: Any, package: Any, options: _Options, run: _Run) -> dict[str, Any]:
     """Pack a checkpoint; gives the totals."""
     paths = (_path(base), _path(fine_tuned), _path(package))
-    return _json("xorz_pack_files", *paths, byref(options), byref(run))
+    return _job(lambda run: _json("xorz_pack_files", *paths, byref(options), byref(run)), run)
 
 
 def unpack_files(base: Any, package: Any, out: Any, run: _Run) -> dict[str, Any]:
     """Give the fine-tuned checkpoint back; gives the totals."""
-    return _json("xorz_unpack_files", _path(base), _path(package), _path(out), byref(run))
+    paths = (_path(base), _path(package), _path(out))
+    return _job(lambda run: _json("xorz_unpack_files", *paths, byref(run)), run)
 
 
 def verify_files(base: Any, package: Any, fine_tuned: Any, run: _Run) -> dict[str, Any]:
     """Restore everything without writing it, and compare; gives the totals."""
-    other = None if fine_tuned is None else _path(fine_tuned)
-    return _json("xorz_verify_files", _path(base), _path(package), other, byref(run))
+    paths = (_path(base), _path(package), None if fine_tuned is None else _path(fine_tuned))
+    return _job(lambda run: _json("xorz_verify_files", *paths, byref(run)), run)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -69,11 +69,13 @@ class Versions:
         self._first = {name: firsts.setdefault(place(tensor), name) for name, tensor in self._base.items()}
         self._digests = {name: _digest(_core.on_host(name, t)) for name, t in self._base.items()}
         self.folder, self.keyframe = Path(folder), keyframe
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._locked():
-            if not (self.folder / _LIST).exists():
-                self._begin()
-            self._read()
+        # A chain that is there is only read: whoever serves it need not be allowed to change it.
+        if not (self.folder / _LIST).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                if not (self.folder / _LIST).exists():
+                    self._begin()
+        self._read()
 
     # Asking which versions there are.
 
@@ -372,7 +374,9 @@ class Versions:
     @contextmanager
     def _locked(self) -> Iterator[list[dict[str, Any]]]:
         """The list, which nobody else changes inside; what no list names is deleted at the end."""
-        with open(self.folder / _LOCK, "ab") as lock:
+        # Without blocking: a pipe of that name would wait for its reader.
+        lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        with open(lock, "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             exists = (self.folder / _LIST).exists()
             try:
@@ -416,6 +420,8 @@ class Versions:
     def _read(self) -> list[dict[str, Any]]:
         path = self.folder / _LIST
         try:
+            if path.exists() and not path.is_file():
+                raise ValueError("it is no regular file")
             content = json.loads(path.read_bytes())
             _check_list(content)
         except (ValueError, RecursionError) as error:

@@ -3,6 +3,7 @@
 
 use crate::codec::Prefer;
 use crate::error::{Error, Result};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// How one tensor is stored. SPEC.md says what the bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -108,11 +109,13 @@ pub struct Run<'a> {
     /// Whether `unpack` and `verify` compare the sha256 of each restored file; without, tensors are still
     /// compared by the digests of base and delta.
     pub sha256: bool,
+    /// Ends the job, with an error and nothing left behind, soon after it is no longer 0.
+    pub stop: Option<&'a AtomicU32>,
 }
 
 impl Default for Run<'_> {
     fn default() -> Self {
-        Self { jobs: 0, progress: None, sha256: true }
+        Self { jobs: 0, progress: None, sha256: true, stop: None }
     }
 }
 
@@ -123,9 +126,19 @@ impl Run<'_> {
         }
     }
 
-    pub(crate) fn advance(&self, bytes: u64) {
+    /// `bytes` more are done; an error where the caller has had enough.
+    pub(crate) fn advance(&self, bytes: u64) -> Result<()> {
         if let Some(progress) = self.progress {
             progress.advance(bytes);
+        }
+        self.go_on()
+    }
+
+    /// An error where the caller has had enough.
+    pub(crate) fn go_on(&self) -> Result<()> {
+        match self.stop {
+            Some(stop) if stop.load(Ordering::Relaxed) != 0 => Err(Error::io("stopped, as was asked")),
+            _ => Ok(()),
         }
     }
 }

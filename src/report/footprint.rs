@@ -168,7 +168,7 @@ impl Tensor<'_> {
     fn measure(&self, threads: usize) -> Result<Sizes> {
         let bytes = self.info.bytes();
         let Some((dtype, base)) = self.delta else {
-            self.run.advance(bytes);
+            self.run.advance(bytes)?;
             return Ok(Sizes::alone(bytes));
         };
         let shape = Shape::of_dims(&self.info.dims)?;
@@ -202,7 +202,7 @@ impl<'a> CountJob<'a> {
     /// Bytes of the resident delta for each preference, words changed, bytes of the XOR's zstd frame.
     fn resident(&self) -> Result<([u64; 2], u64, u64)> {
         if !self.pieces.tiled() {
-            return self.in_memory();
+            return self.by_tiles();
         }
         let [memory, speed] = PREFERENCES;
         let sampled =
@@ -219,12 +219,12 @@ impl<'a> CountJob<'a> {
         Ok((sizes, changed, zstd))
     }
 
-    /// Where rows are too long for pieces of whole tiles, as `delta_encode` does it.
-    fn in_memory(&self) -> Result<([u64; 2], u64, u64)> {
+    /// Where rows are too long for pieces of whole tiles, as `delta_encode` does it, but that the payload is not kept.
+    fn by_tiles(&self) -> Result<([u64; 2], u64, u64)> {
         let (_, changed, zstd) = self.pass(&[], false)?;
         let mut sizes = [0; 2];
         for (size, prefer) in sizes.iter_mut().zip(PREFERENCES) {
-            *size = resident::encode(&mut self.source(), prefer)?.len() as u64;
+            *size = resident::encoded_bytes(&mut self.source(), prefer)?;
         }
         Ok((sizes, changed, zstd))
     }
@@ -274,7 +274,7 @@ impl<'a> CountJob<'a> {
                     frame.zstd.write_all(&s.difference)?;
                 }
                 if !again {
-                    self.tensor.run.advance(f.len() as u64);
+                    self.tensor.run.advance(f.len() as u64)?;
                 }
                 Ok(())
             },

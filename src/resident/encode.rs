@@ -128,21 +128,32 @@ pub(crate) fn planned(source: &mut dyn Source, prefer: Prefer, write: Write<'_>)
     write(source, &exact.plan)
 }
 
+/// How many bytes [`encode`] would give, which are made and dropped.
+///
+/// # Errors
+/// Those of the source.
+pub(crate) fn encoded_bytes(source: &mut dyn Source, prefer: Prefer) -> Result<u64> {
+    let count = |source: &mut dyn Source, plan: &Plan| -> Result<u64> {
+        let mut writer = Writer { keep: false, ..Writer::new(source.dtype(), plan)? };
+        writer.read(source, &|_| Ok(None))?;
+        Ok(writer.assembler.bytes())
+    };
+    let sampled = estimate::estimate(source, prefer)?;
+    let bytes = count(source, &sampled.plan)?;
+    if !sampled.is_off(bytes) {
+        return Ok(bytes);
+    }
+    let exact = estimate::estimate_exactly(source, prefer)?;
+    count(source, &exact.plan)
+}
+
 /// A tile that is already encoded as the plan asks, if there is one for a rectangle.
 pub(crate) type Copied<'f, 'a> = &'f dyn Fn(&Rect) -> Result<Option<Tile<'a>>>;
 
 /// Write `source` as `plan` says, taking encoded tiles from `copied` where it has them.
 pub(crate) fn write(source: &mut dyn Source, plan: &Plan, copied: Copied<'_, '_>) -> Result<Vec<u8>> {
-    let dtype = source.dtype();
-    let mut writer = Writer::new(dtype, plan)?;
-    match plan.encoding {
-        // Whoever planned this has read every word.
-        Encoding::Unchanged => {}
-        Encoding::Raw => writer.raw(source)?,
-        Encoding::Sparse | Encoding::Exponent => {
-            with_word!(dtype, W => writer.tiles::<W>(source, copied))?;
-        }
-    }
+    let mut writer = Writer::new(source.dtype(), plan)?;
+    writer.read(source, copied)?;
     writer.finish(source.base_digest())
 }
 
@@ -153,13 +164,27 @@ struct Writer {
     assembler: Assembler,
     out: Vec<u8>,
     piece: DeltaPiece,
+    /// Whether what is written is wanted, or only how much.
+    keep: bool,
 }
 
 impl Writer {
     fn new(dtype: Dtype, plan: &Plan) -> Result<Self> {
         let assembler = Assembler::new(dtype, plan)?;
         let out = vec![0; assembler.head_bytes()];
-        Ok(Self { dtype, plan: *plan, assembler, out, piece: DeltaPiece::default() })
+        Ok(Self { dtype, plan: *plan, assembler, out, piece: DeltaPiece::default(), keep: true })
+    }
+
+    /// Every word, as the plan says.
+    fn read(&mut self, source: &mut dyn Source, copied: Copied<'_, '_>) -> Result<()> {
+        match self.plan.encoding {
+            // Whoever planned this has read every word.
+            Encoding::Unchanged => Ok(()),
+            Encoding::Raw => self.raw(source),
+            Encoding::Sparse | Encoding::Exponent => {
+                with_word!(self.dtype, W => self.tiles::<W>(source, copied))
+            }
+        }
     }
 
     /// Rows, as many as a tile has words, or parts of one.
@@ -210,7 +235,9 @@ impl Writer {
 
     fn take(&mut self) -> Result<()> {
         self.assembler.add(&self.piece)?;
-        self.out.extend_from_slice(&self.piece.payload);
+        if self.keep {
+            self.out.extend_from_slice(&self.piece.payload);
+        }
         self.piece.clear();
         Ok(())
     }

@@ -14,6 +14,7 @@ mod view;
 mod widths;
 
 pub use assemble::{Assembler, Finished};
+pub(crate) use encode::encoded_bytes;
 pub use encode::{Pair, Source, encode, encode_as, encode_pair};
 pub use estimate::{Estimate, estimate, estimate_exactly};
 pub use header::{HEADER_BYTES, Header, MAGIC, VERSION};

@@ -5,10 +5,9 @@ import random
 
 import pytest
 import torch
+import xorz
 from torch import nn
 from xorz.serve.residency import Residency, padded
-
-import xorz
 
 
 def test_free_bytes_are_room_however_they_are_split():

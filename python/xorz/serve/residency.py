@@ -95,7 +95,7 @@ class Residency:
         return True
 
     def place(self, deltas: Iterable[Tensor], evict: Callable[[], bool]) -> list[Piece]:
-        """Copy deltas into the arena, all or none; MemoryError if one would not fit in the capacity and nobody can be dropped."""
+        """Copy deltas into the arena, all or none; MemoryError if one does not fit and nobody can be dropped."""
         pieces: list[Piece] = []
         try:
             for delta in deltas:

@@ -31,7 +31,7 @@ pub(crate) fn run(args: &Args) -> Outcome {
             digests.iter().map(|(n, d)| (n.as_str(), d.to_string())).collect();
         let json = serde_json::to_string(&BTreeMap::from([("digests", named)]))
             .map_err(|e| Error::internal(format!("json: {e}")))?;
-        return Ok(Said::Out(json + "\n"));
+        return Ok(Said::Out(print::json(&json) + "\n"));
     }
     let lines = digests.iter().map(|(name, digest)| format!("{digest}  {}\n", print::name(name)));
     Ok(Said::Out(lines.collect()))

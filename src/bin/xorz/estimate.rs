@@ -55,7 +55,7 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let mut found = found.map_err(|e| inputs.told(e))?;
     found.fine_tunes.iter_mut().zip(&args.fine_tuned).for_each(|(f, path)| f.path = inputs.name(path));
     if args.job.json {
-        return Ok(Said::Out(found.to_json()? + "\n"));
+        return Ok(Said::Out(print::json(&found.to_json()?) + "\n"));
     }
     Ok(Said::Out(describe(&inputs.name(&args.base), &found)))
 }

@@ -33,7 +33,9 @@ pub(crate) fn run(args: &Args) -> Outcome {
         page(args, &inputs, to)?;
     }
     match (&args.html, args.job.json) {
-        (_, true) => json(args, &inputs).map(Said::Out).map_err(|e| inputs.told(e)),
+        (_, true) => {
+            json(args, &inputs).map(|text| Said::Out(print::json(&text))).map_err(|e| inputs.told(e))
+        }
         (Some(to), false) if to.as_os_str() != "-" => {
             Ok(args.job.unless_quiet(print::row("page", &print::path(to))))
         }

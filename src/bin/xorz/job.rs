@@ -84,7 +84,7 @@ impl Job {
         let bar = if self.quiet { None } else { Bar::on_terminal() };
         let progress = bar.as_ref().map(|b| b as &dyn Progress);
         let jobs = self.jobs.map_or(0, usize::from);
-        work(&Run { jobs, progress, sha256: sha256.is_none_or(|s| !s.no) })
+        work(&Run { jobs, progress, sha256: sha256.is_none_or(|s| !s.no), ..Run::default() })
     }
 
     /// What is said only to those who want to hear it.
@@ -95,7 +95,7 @@ impl Job {
     /// The report: as JSON, or `first` and the totals; beside the result if that went to standard output.
     pub(crate) fn said(&self, aside: bool, first: &str, report: &Report) -> Outcome {
         if self.json {
-            return Ok(Said::Out(report.to_json()? + "\n"));
+            return Ok(Said::Out(print::json(&report.to_json()?) + "\n"));
         }
         let text = || first.to_owned() + &print::report(report, true);
         Ok(match (self.quiet, aside) {

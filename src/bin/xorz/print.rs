@@ -42,7 +42,21 @@ pub(crate) fn path(path: &Path) -> String {
 
 /// A name from a file, made harmless for a terminal.
 pub(crate) fn name(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+    xorz::error::harmless(text)
+}
+
+/// JSON, which is made for programs, made harmless for the terminal of whoever looks at it: the same values, with such
+/// characters written as JSON's escapes.
+pub(crate) fn json(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c == '\n' || xorz::error::is_harmless(c) {
+            out.push(c);
+        } else {
+            c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| out += &format!("\\u{unit:04x}"));
+        }
+    }
+    out
 }
 
 /// `1.5 MiB`

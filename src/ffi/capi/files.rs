@@ -6,6 +6,7 @@ use crate::package::{Codec, Destination, PackOptions, Run, pack_files, unpack_fi
 use std::ffi::{CStr, OsStr, c_char};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::atomic::AtomicU32;
 
 /// `xorz_options`: how to pack.
 #[repr(C)]
@@ -27,6 +28,8 @@ pub struct XorzRun {
     pub jobs: u32,
     /// 0 or [`NO_SHA256`].
     pub flags: u32,
+    /// Ends the job when it is no longer 0, or null.
+    pub stop: *const u32,
 }
 
 /// Flag of [`XorzRun`]: unpack and verify do not compare the sha256 of restored files.
@@ -64,17 +67,22 @@ fn codec(code: i32) -> Result<Option<Codec>> {
 }
 
 /// # Safety
-/// `p` is null, for the defaults, or valid.
-pub(super) unsafe fn run(p: *const XorzRun) -> Result<Run<'static>> {
+/// `p` is null, for the defaults, or valid, and so is its `stop` for `'a`, written to by atomic stores alone.
+pub(super) unsafe fn run<'a>(p: *const XorzRun) -> Result<Run<'a>> {
     // SAFETY: the caller's promise.
-    let Some(&XorzRun { jobs, flags }) = (unsafe { p.as_ref() }) else { return Ok(Run::default()) };
+    let Some(&XorzRun { jobs, flags, stop }) = (unsafe { p.as_ref() }) else { return Ok(Run::default()) };
+    if !stop.is_aligned() {
+        return Err(Error::invalid("run.stop is not aligned to its 4 bytes"));
+    }
+    // SAFETY: null or valid and aligned; an atomic is laid out as its integer, and is only loaded here.
+    let stop = unsafe { stop.cast::<AtomicU32>().as_ref() };
     if flags & !NO_SHA256 != 0 {
         return Err(Error::invalid(format!(
             "run.flags is {flags}, but only 0 and {NO_SHA256} have a meaning"
         )));
     }
     let jobs = usize::try_from(jobs).map_err(|_| Error::invalid(format!("run.jobs is {jobs}")))?;
-    Ok(Run { jobs, progress: None, sha256: flags & NO_SHA256 == 0 })
+    Ok(Run { jobs, stop, sha256: flags & NO_SHA256 == 0, ..Run::default() })
 }
 
 /// Pack a checkpoint.

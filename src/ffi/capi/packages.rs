@@ -2,8 +2,8 @@
 
 use super::files::{XorzOptions, XorzRun, options, path, run};
 use super::pointers::{
-    XorzBuffer, XorzError, XorzMatrix, bytes, bytes_mut, call, free, give, give_bytes, matrix, null, prefer,
-    reference, text,
+    XorzBuffer, XorzError, XorzMatrix, bytes, bytes_mut, call, free, give_box, give_bytes, matrix, null,
+    prefer, reference, text,
 };
 use crate::codec::Prefer;
 use crate::error::Result;
@@ -72,7 +72,7 @@ pub unsafe extern "C" fn xorz_writer_new(
     unsafe {
         call(error, || {
             let new = Writer::create(path(file, "path")?, options(how)?)?;
-            give(writer, Box::into_raw(Box::new(XorzWriter(new))), "writer")
+            give_box(writer, XorzWriter(new), "writer")
         })
     }
 }
@@ -163,7 +163,7 @@ pub unsafe extern "C" fn xorz_package_open(
     unsafe {
         call(error, || {
             let opened = Package::open(path(file, "path")?)?;
-            give(package, Box::into_raw(Box::new(XorzPackage(opened))), "package")
+            give_box(package, XorzPackage(opened), "package")
         })
     }
 }
@@ -236,7 +236,7 @@ pub unsafe extern "C" fn xorz_base_open(
     unsafe {
         call(error, || {
             let opened = Base::open(path(file, "path")?, &run(job)?)?;
-            give(base, Box::into_raw(Box::new(XorzBase(opened))), "base")
+            give_box(base, XorzBase(opened), "base")
         })
     }
 }

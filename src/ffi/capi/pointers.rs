@@ -164,11 +164,27 @@ pub(super) unsafe fn give<T>(p: *mut T, value: T, what: &str) -> Result<()> {
 /// # Safety
 /// `p` is null or writable.
 pub(super) unsafe fn give_bytes(p: *mut XorzBuffer, value: Vec<u8>, what: &str) -> Result<()> {
+    // Looked at first: what is made into a pointer has no owner who would free it.
+    if p.is_null() {
+        return Err(null(what));
+    }
     let boxed = value.into_boxed_slice();
     let length = boxed.len();
     let buffer = XorzBuffer { data: Box::into_raw(boxed).cast(), length };
-    // SAFETY: the caller's promise. On failure the bytes leak, which is safe.
+    // SAFETY: the caller's promise.
     unsafe { give(p, buffer, what) }
+}
+
+/// Hand `value` to the caller, who frees it with [`free`]. Dropped if there is nowhere to put the pointer.
+///
+/// # Safety
+/// `p` is null or writable.
+pub(super) unsafe fn give_box<T>(p: *mut *mut T, value: T, what: &str) -> Result<()> {
+    if p.is_null() {
+        return Err(null(what));
+    }
+    // SAFETY: the caller's promise.
+    unsafe { give(p, Box::into_raw(Box::new(value)), what) }
 }
 
 /// # Safety

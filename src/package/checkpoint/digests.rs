@@ -135,7 +135,7 @@ fn compute(
         |i, (_, made)| {
             let (piece, t) = (&pieces[i], &tensors[pieces[i].tensor]);
             of_tensor[piece.tensor].append(made);
-            run.advance(t.at(piece.first + piece.count) - t.at(piece.first));
+            run.advance(t.at(piece.first + piece.count) - t.at(piece.first))?;
             Ok(())
         },
     )?;

@@ -4,9 +4,12 @@
 use super::cache::Identity;
 use crate::error::{Error, Result};
 use crate::package::format::container::{MAX_HEADER_BYTES, SafeTensors, TensorInfo};
+use crate::package::format::paths::objection;
 use crate::package::format::record;
+use crate::package::io::regular::open_regular;
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashMap};
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -117,6 +120,15 @@ impl Checkpoint {
         if weights.is_empty() {
             return Err(no_weights(&rest).within(path.display()));
         }
+        if whole {
+            weights.iter().chain(&rest).try_for_each(|(path, place)| match objection(path) {
+                Some(what) => {
+                    Err(Error::unsupported(format!("{what}; move it away, or rename it"))
+                        .within(place.display()))
+                }
+                None => Ok(()),
+            })?;
+        }
         let files = weights.into_iter().map(|(path, place)| TensorFile::open(path, place));
         let mut checkpoint = Self::new(files.collect::<Result<_>>()?, Vec::new(), true);
         for (path, place) in rest {
@@ -208,14 +220,17 @@ struct Index {
 
 /// The whole text of a file that is small by nature, such as an index.
 fn read_small(place: &Path) -> Result<Vec<u8>> {
-    let bytes = std::fs::metadata(place)?.len();
+    let file = open_regular(place)?;
+    let bytes = file.metadata()?.len();
     if bytes > MAX_HEADER_BYTES {
         return Err(Error::corrupt(format!(
             "has {bytes} bytes, more than the {} of the longest index",
             MAX_HEADER_BYTES
         )));
     }
-    Ok(std::fs::read(place)?)
+    let mut text = Vec::new();
+    file.take(MAX_HEADER_BYTES).read_to_end(&mut text)?;
+    Ok(text)
 }
 
 fn executable(place: &Path) -> bool {

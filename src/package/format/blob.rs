@@ -2,7 +2,7 @@
 //! tensor of any size is restored in the memory of a few frames.
 
 use super::container::SafeTensors;
-use super::frames::{Inflater, Table, check_frame};
+use super::frames::{Inflater, Table, check_frame, most_of_small};
 use super::planes;
 use super::record::Entry;
 use crate::error::{Error, Result};
@@ -207,6 +207,10 @@ pub(super) fn small_frame(
     check: Option<Digest>,
 ) -> Result<Vec<u8>> {
     compare_check(container, range.clone(), check)?;
+    let (taken, most) = (range.end - range.start, most_of_small(range.end - range.start));
+    if raw > most {
+        return Err(Error::corrupt(format!("{taken} stored bytes may hold {most}, but {raw} are announced")));
+    }
     let mut stored = vec![0u8; (range.end - range.start) as usize];
     container.read_at(range.start, &mut stored)?;
     check_frame(&stored, raw)?;

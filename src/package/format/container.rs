@@ -4,6 +4,7 @@
 //! nothing that the file's own length has not earned.
 
 use crate::error::{Error, Result};
+use crate::package::io::regular::open_regular;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, de};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -233,7 +234,7 @@ impl SafeTensors {
         if !meta.is_file() {
             return Err(within(Error::invalid("is not a regular file")));
         }
-        let file = File::open(path).map_err(|e| within(e.into()))?;
+        let file = open_regular(path).map_err(within)?;
         let bytes = file.metadata().map_err(|e| within(e.into()))?.len();
         Self::new(Store::File(file), bytes).map_err(within)
     }

@@ -2,9 +2,10 @@
 //! header that goes first holds their sizes; the whole then appears under its name at once.
 
 use super::container::{LENGTH_BYTES, MAX_HEADER_BYTES, TensorInfo};
-use super::record::{self, Entry, SourceFile};
+use super::record::{self, BaseTensor, Entry, SourceFile};
 use super::totals::Report;
 use crate::error::{Error, Result};
+use crate::matrix::Digest;
 use crate::package::io::temp::{Output, Sequential, Spool};
 use crate::package::options::{Codec, Destination};
 use std::collections::BTreeMap;
@@ -130,6 +131,58 @@ impl Contents {
         report.package_bytes =
             LENGTH_BYTES + header.len() as u64 + order.iter().map(|(_, r, _)| r.end - r.start).sum::<u64>();
         report
+    }
+}
+
+/// How long a package's header becomes, tensor by tensor, at least.
+#[derive(Debug, Default)]
+pub(crate) struct HeaderLength(u64, usize);
+
+impl HeaderLength {
+    /// A tensor as it is stored.
+    ///
+    /// # Errors
+    /// `Unsupported` when the header is too long by now.
+    pub(crate) fn add(&mut self, entry: &Entry) -> Result<()> {
+        let key = record::to_json(&entry.key)?.len();
+        // The record is a string in JSON: its quotes are escaped.
+        let text = record::to_json(&record::encode(entry)?)?.len();
+        let record = record::tensor_key("").len() + key + text + r#":,"#.len();
+        let info = key + r#":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"#.len();
+        (self.0, self.1) = (self.0 + (record + info) as u64, self.1 + 1);
+        if self.0 <= MAX_HEADER_BYTES {
+            return Ok(());
+        }
+        Err(Error::unsupported(format!(
+            "{} tensors or more take a header of more than the {MAX_HEADER_BYTES} bytes that safetensors allows; pack it in parts",
+            self.1
+        )))
+    }
+
+    /// A tensor that is still to be stored, by the shortest record that it can have.
+    ///
+    /// # Errors
+    /// As [`HeaderLength::add`].
+    pub(crate) fn add_least(&mut self, t: &TensorInfo, base: Option<&str>, same: Option<&str>) -> Result<()> {
+        let digest = Digest([0; 16]);
+        let codec = if base.is_some() { Codec::Xor } else { Codec::Alone };
+        self.add(&Entry {
+            name: t.name.clone(),
+            key: t.name.clone(),
+            dtype: t.dtype.clone(),
+            dims: t.dims.clone(),
+            bytes: 0,
+            codec: if same.is_some() { Codec::Same } else { codec },
+            base: base.map(|name| BaseTensor { name: name.into(), digest }),
+            encoding: None,
+            prefer: None,
+            changed: None,
+            same: same.map(str::to_owned),
+            stored_bytes: 0,
+            range: 0..0,
+            check: digest,
+            version: record::VERSION,
+        })
     }
 }
 

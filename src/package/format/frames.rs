@@ -27,6 +27,32 @@ pub(crate) fn compress(bytes: &[u8], level: i32) -> Result<Vec<u8>> {
     zstd::bulk::Compressor::new(level).and_then(|mut c| c.compress(bytes)).map_err(zstd_error)
 }
 
+/// Bytes that a small frame may hold, by what it takes: no text of people or tools is compressed further, but for padding, and
+/// a few stored bytes must not ask for a hundred million in memory.
+pub(super) fn most_of_small(stored: u64) -> u64 {
+    (1 << 20) + 256 * stored
+}
+
+/// A small text, such as a source file's header, as one zstd frame that [`most_of_small`] allows: of a text that compresses
+/// better than that, as it is.
+pub(crate) fn compress_small(text: &[u8]) -> Result<Vec<u8>> {
+    let frame = compress(text, 19)?;
+    if text.len() as u64 <= most_of_small(frame.len() as u64) {
+        return Ok(frame);
+    }
+    // zstd's magic number; one segment, four bytes of content size, no checksum; blocks of up to 128 KiB as they are.
+    let size = u32::try_from(text.len()).map_err(|_| Error::unsupported("too long for a small frame"))?;
+    let mut out = [&0xFD2F_B528u32.to_le_bytes()[..], &[0xA0], &size.to_le_bytes()].concat();
+    let blocks = text.chunks(128 << 10);
+    let count = blocks.len();
+    for (i, block) in blocks.enumerate() {
+        let head = (block.len() as u32) << 3 | u32::from(i + 1 == count);
+        out.extend_from_slice(&head.to_le_bytes()[..3]);
+        out.extend_from_slice(block);
+    }
+    Ok(out)
+}
+
 /// Refuse a frame that does not announce exactly `raw` bytes, or that could not hold them.
 pub(super) fn check_frame(frame: &[u8], raw: u64) -> Result<()> {
     let announced = zstd::zstd_safe::get_frame_content_size(frame)

@@ -14,6 +14,7 @@ pub(crate) mod blob;
 pub(crate) mod container;
 pub(crate) mod contents;
 pub(crate) mod frames;
+pub(crate) mod paths;
 pub(crate) mod planes;
 pub(crate) mod reader;
 pub(crate) mod record;

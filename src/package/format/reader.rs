@@ -2,6 +2,7 @@
 
 use super::blob::{Blob, small_frame};
 use super::container::{Header, LENGTH_BYTES, MAX_HEADER_BYTES, SafeTensors, TensorInfo};
+use super::paths::{leads_elsewhere, objection};
 use super::record::{self, Entry, SourceFile};
 use super::refusals::stored_alone;
 use crate::error::{Error, Result};
@@ -214,16 +215,15 @@ fn check_header(tensors: &[TensorInfo], metadata: &BTreeMap<String, String>) -> 
     Ok(version)
 }
 
-/// Paths stay inside the folder that they are unpacked to, and none is in the way of another.
+/// Paths stay inside the folder that they are unpacked to, do no harm there, and none is in the way of another.
 fn check_files(files: &[SourceFile], folder: bool) -> Result<()> {
     let bad = |path: &str, what: &str| Err(Error::corrupt(format!("the source file `{path}` {what}")));
     let mut paths = HashSet::new();
     for file in files {
         let path = file.path.as_str();
-        let part_is_bad =
-            |p: &str| p.is_empty() || p == "." || p == ".." || p.len() > 255 || p.contains('\0');
-        if path.split('/').any(part_is_bad) || path.len() > 4096 {
-            return bad(path, "has a path that leads elsewhere");
+        // The name of a single file says where it came from, not where it goes.
+        if let Some(what) = if folder { objection(path) } else { leads_elsewhere(path) } {
+            return bad(path, what);
         }
         if !folder && path.contains('/') {
             return bad(path, "lies in a folder, but the package was made from a file");

@@ -5,4 +5,5 @@
 pub(crate) mod aligned;
 pub(crate) mod ordered;
 pub(crate) mod pieces;
+pub(crate) mod regular;
 pub(crate) mod temp;

@@ -36,6 +36,12 @@ impl Drop for OnPanic<'_> {
     }
 }
 
+/// Start a thread that helps with `work`, or do without: where the system gives no more threads, those that are there do all
+/// of it.
+fn help<'scope>(scope: &'scope std::thread::Scope<'scope, '_>, work: impl FnOnce() + Send + 'scope) -> bool {
+    std::thread::Builder::new().spawn_scoped(scope, work).is_ok()
+}
+
 /// Call `make(i)` for every `i < items` on `jobs` threads, then `take(i)` one after the other in order of `i`; both get the
 /// scratch of the thread that made the piece.
 ///
@@ -79,9 +85,8 @@ pub(crate) fn in_order<S: Default>(
         }
     };
     std::thread::scope(|scope| {
-        (1..jobs.min(items)).for_each(|_| {
-            scope.spawn(work);
-        });
+        // Neither is there one for the next where there was none for one.
+        let _ = (1..jobs.min(items)).all(|_| help(scope, work));
         work();
     });
     lock(&turn).error.take().map_or(Ok(()), Err)
@@ -118,9 +123,7 @@ pub(crate) fn side_by_side(
     };
     std::thread::scope(|scope| {
         let lane = &lane;
-        (1..lanes).for_each(|l| {
-            scope.spawn(move || lane(jobs / lanes + usize::from(l < jobs % lanes)));
-        });
+        let _ = (1..lanes).all(|l| help(scope, move || lane(jobs / lanes + usize::from(l < jobs % lanes))));
         lane(jobs / lanes + usize::from(!jobs.is_multiple_of(lanes)));
     });
     lock(&failed).take().map_or(Ok(()), |(_, e)| Err(e))

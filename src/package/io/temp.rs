@@ -62,6 +62,12 @@ fn temporary<T>(path: &Path, mut make: impl FnMut(&Path) -> io::Result<T>) -> Re
     Err(within(path)(last))
 }
 
+/// Open what is there, but no link, and wait for nobody: what was a file may have become a pipe since it was looked at.
+fn open_at_once(path: &Path) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(File::from(open(path, flags, Mode::empty())?))
+}
+
 /// Remove what killed processes left under temporary names of `path`: not locked, and of a process that is no more.
 fn sweep(path: &Path) {
     let Ok(prefix) = prefix(path) else { return };
@@ -75,10 +81,15 @@ fn sweep(path: &Path) {
         if !ours || alive || !Path::new("/proc/self").exists() {
             continue;
         }
+        // Killed runs leave files and folders. Anything else is somebody else's, and a pipe would wait for its writer.
+        let Ok(kind) = entry.file_type() else { continue };
+        if !kind.is_file() && !kind.is_dir() {
+            continue;
+        }
         let unlocked = |f: &File| flock(f, FlockOperation::NonBlockingLockExclusive).is_ok();
-        if File::open(entry.path()).is_ok_and(|f| unlocked(&f)) {
+        if open_at_once(&entry.path()).is_ok_and(|f| unlocked(&f)) {
             // What cannot be removed stays; it is in nobody's way.
-            let _ = match entry.file_type().is_ok_and(|t| t.is_dir()) {
+            let _ = match kind.is_dir() {
                 true => std::fs::remove_dir_all(entry.path()),
                 false => std::fs::remove_file(entry.path()),
             };
@@ -139,6 +150,8 @@ impl Output {
     /// Sync the file, give it its name, sync the folder.
     pub(crate) fn commit(mut self) -> Result<()> {
         self.file.sync_all().map_err(within(&self.path))?;
+        // Opened first: once the file has its name, nothing may fail for want of a file descriptor.
+        let home = File::open(folder(&self.path)).map_err(within(&self.path))?;
         let temp = match self.temp.take() {
             Some(temp) => temp,
             None => {
@@ -147,7 +160,7 @@ impl Output {
                     linkat(CWD, &nameless, CWD, to, AtFlags::SYMLINK_FOLLOW).map_err(io::Error::from)
                 };
                 match link(&self.path) {
-                    Ok(()) => return sync_folder(folder(&self.path)).map_err(within(&self.path)),
+                    Ok(()) => return home.sync_all().map_err(within(&self.path)),
                     Err(e) if e.kind() == ErrorKind::AlreadyExists => {
                         temporary(&self.path, |temp| link(temp))?.1
                     }
@@ -159,7 +172,7 @@ impl Output {
         if renamed.is_err() {
             self.temp = Some(temp);
         }
-        renamed.and_then(|()| sync_folder(folder(&self.path))).map_err(within(&self.path))
+        renamed.and_then(|()| home.sync_all()).map_err(within(&self.path))
     }
 }
 
@@ -177,8 +190,8 @@ impl Drop for Output {
 pub(crate) struct OutputFolder {
     path: PathBuf,
     temp: PathBuf,
-    /// Held for its lock.
-    _lock: File,
+    /// Held for its lock, and as the one file descriptor that is needed to remove the folder.
+    lock: Option<File>,
     committed: bool,
 }
 
@@ -208,11 +221,12 @@ impl OutputFolder {
         sweep(&path);
         let (lock, temp) = temporary(&path, |temp| {
             std::fs::create_dir(temp)?;
-            let lock = File::open(temp)?;
+            // Too many open files, perhaps: a folder that is nobody's must not stay.
+            let lock = open_at_once(temp).inspect_err(|_| drop(std::fs::remove_dir(temp)))?;
             let _ = flock(&lock, FlockOperation::NonBlockingLockExclusive);
             Ok(lock)
         })?;
-        Ok(Self { path, temp, _lock: lock, committed: false })
+        Ok(Self { path, temp, lock: Some(lock), committed: false })
     }
 
     /// A new file in it; `relative` has been checked to stay inside.
@@ -229,8 +243,9 @@ impl OutputFolder {
     pub(crate) fn commit(mut self) -> Result<()> {
         let rename = || {
             sync_tree(&self.temp)?;
+            let home = File::open(folder(&self.path))?;
             std::fs::rename(&self.temp, &self.path)?;
-            sync_folder(folder(&self.path))
+            home.sync_all()
         };
         rename().map_err(within(&self.path))?;
         self.committed = true;
@@ -248,10 +263,25 @@ fn sync_tree(dir: &Path) -> io::Result<()> {
     sync_folder(dir)
 }
 
+/// Remove a folder that this process made, with one file open at a time: `remove_dir_all` holds one for each level, and may
+/// be called because no more are to be had.
+fn remove_tree(dir: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(dir)?.collect::<io::Result<Vec<_>>>()? {
+        match entry.file_type()?.is_dir() {
+            true => remove_tree(&entry.path())?,
+            false => std::fs::remove_file(entry.path())?,
+        }
+    }
+    std::fs::remove_dir(dir)
+}
+
 impl Drop for OutputFolder {
     fn drop(&mut self) {
         if !self.committed {
-            let _ = std::fs::remove_dir_all(&self.temp);
+            drop(self.lock.take());
+            if std::fs::remove_dir_all(&self.temp).is_err() {
+                let _ = remove_tree(&self.temp);
+            }
         }
     }
 }

@@ -7,19 +7,21 @@ use crate::matrix::{Dtype, Shape};
 use crate::package::checkpoint::bases::BaseDigests;
 use crate::package::checkpoint::files::{CarriedFile, Checkpoint, TensorFile};
 use crate::package::checkpoint::pairing::{Found, Pairs, pair};
-use crate::package::format::contents::{Contents, ContentsPart, check_name};
-use crate::package::format::frames::{Deflater, FRAME_BYTES, compress};
+use crate::package::format::contents::{Contents, ContentsPart, HeaderLength, check_name};
+use crate::package::format::frames::{Deflater, FRAME_BYTES, compress_small};
 use crate::package::format::record::{self, SourceFile};
 use crate::package::format::stored::FramesBody;
 use crate::package::format::totals::Report;
 use crate::package::format::words::TensorWords;
+use crate::package::io::aligned::Aligned;
 use crate::package::io::ordered;
+use crate::package::io::regular::open_regular;
 use crate::package::io::temp::{Spool, check_target};
 use crate::package::options::{Destination, PackOptions, Run};
 use sha2::{Digest as _, Sha256};
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
@@ -45,7 +47,9 @@ pub fn pack_files(
         refuse_overwrite(path, &base)?;
         refuse_overwrite(path, &ft)?;
     }
+    refuse_long_header(&ft, &[], &[])?;
     let Pairs { bases, same, removed, lonely } = pair(&base, &ft, options.strip_prefix.as_deref())?;
+    refuse_long_header(&ft, &bases, &same)?;
     let digests = BaseDigests::cached(&base);
     let job = Pack { base: &base, ft: &ft, digests: &digests, bases, same, options, run, beside };
     let parts = job.parts()?;
@@ -54,6 +58,25 @@ pub fn pack_files(
     let removed = removed.into_iter().map(str::to_owned).collect();
     let report = Contents { parts, removed, folder: ft.is_folder() }.write(out)?;
     Ok(Report { advice: lonely.advice(), ..report })
+}
+
+/// Refuse a checkpoint of so many tensors that the package's header would be longer than any reader takes, before hours of
+/// work: by what is known of their bases, and of which are the same as others.
+fn refuse_long_header(
+    ft: &Checkpoint,
+    bases: &[Vec<Option<Found<'_>>>],
+    same: &[Vec<Option<&str>>],
+) -> Result<()> {
+    let mut least = HeaderLength::default();
+    for (f, file) in ft.files().iter().enumerate() {
+        for (i, t) in file.tensors.header().tensors.iter().enumerate() {
+            check_name(&t.name)?;
+            let same = same.get(f).and_then(|list| list[i]);
+            let base = bases.get(f).and_then(|list| list[i]).filter(|_| same.is_none());
+            least.add_least(t, base.map(|(_, b)| b.name.as_str()), same)?;
+        }
+    }
+    Ok(())
 }
 
 /// An output must not replace what it is made from.
@@ -144,7 +167,7 @@ impl Pack<'_> {
                     open = Some(jobs[j].open(self.options, &mut spool)?);
                 }
                 sha.update(s.fine_tuned());
-                self.run.advance(s.fine_tuned().len() as u64);
+                self.run.advance(s.fine_tuned().len() as u64)?;
                 if let Some(o) = &mut open {
                     o.take(c, &mut spool, s)?;
                 }
@@ -154,7 +177,7 @@ impl Pack<'_> {
                 Ok(())
             },
         )?;
-        let stored = compress(text, 19)?;
+        let stored = compress_small(text)?;
         let start = spool.len();
         spool.append(&stored)?;
         let source = SourceFile {
@@ -173,7 +196,7 @@ impl Pack<'_> {
             let (mut sha, mut spool, mut body) =
                 (Sha256::new(), Spool::create(self.beside)?, FramesBody::default());
             let mut deflater = Deflater::new(self.options.level())?;
-            let (mut input, mut bytes) = (File::open(&file.place)?, 0u64);
+            let (mut input, mut bytes) = (open_regular(&file.place)?, 0u64);
             let (mut raw, mut frame) = (Vec::new(), Vec::new());
             loop {
                 raw.clear();
@@ -186,7 +209,7 @@ impl Pack<'_> {
                 frame.clear();
                 deflater.frame(&raw, true, &mut frame)?;
                 body.push(&mut spool, &frame, &[(frame.len(), raw.len())])?;
-                self.run.advance(raw.len() as u64);
+                self.run.advance(raw.len() as u64)?;
             }
             let check = body.finish(&mut spool, 0)?.to_string();
             let (path, executable) = (file.path.clone(), file.executable);
@@ -212,4 +235,23 @@ impl Pack<'_> {
 /// Lower-case hexadecimal digits.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// sha256 of a file, 64 hexadecimal digits.
+pub(crate) fn sha256_file(path: &Path) -> Result<String> {
+    let hash = || -> Result<String> {
+        let (file, mut sha) = (open_regular(path)?, Sha256::new());
+        let (mut room, mut at) = (Aligned::default(), 0u64);
+        loop {
+            let buffer = room.room(256 << 10, at);
+            match file.read_at(buffer, at)? {
+                0 => return Ok(hex(&sha.finalize())),
+                n => {
+                    sha.update(&buffer[..n]);
+                    at += n as u64;
+                }
+            }
+        }
+    };
+    hash().map_err(|e| e.within(path.display()))
 }

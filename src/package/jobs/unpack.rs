@@ -1,7 +1,7 @@
 //! `unpack` and `verify`: base and package into the files that were packed, or into nothing but a comparison. Files side by
 //! side, each in order on several threads; memory holds a piece of a tensor per thread.
 
-use super::pack::{hex, refuse_overwrite};
+use super::pack::{hex, refuse_overwrite, sha256_file};
 use super::restore::{Restore, RestoreScratch};
 use crate::error::{Error, Result};
 use crate::matrix::Digest;
@@ -224,7 +224,7 @@ impl<'a> Unpack<'a> {
                 if let Sink::Stream(stream) = &mut sink {
                     stream.write_all(s.words())?;
                 }
-                self.run.advance(s.words().len() as u64);
+                self.run.advance(s.words().len() as u64)?;
                 match taken.take_if(|_| c + 1 == jobs[j].pieces.count()) {
                     Some(done) => done.finish().map(|()| self.note(order[j].0)),
                     None => Ok(()),
@@ -268,7 +268,7 @@ impl<'a> Unpack<'a> {
             blob.read(at, &mut buffer[..n], &mut inflater)?;
             sha.iter_mut().for_each(|s| s.update(&buffer[..n]));
             file.map_or(Ok(()), |f| self.wrote(f.write_all_at(&buffer[..n], at)))?;
-            self.run.advance(n as u64);
+            self.run.advance(n as u64)?;
             at += n as u64;
         }
         self.compare_sha(i, sha)
@@ -428,22 +428,4 @@ fn compare_files(package: &Package, ft: &Checkpoint, run: &Run<'_>) -> Result<()
             file.sha256
         )))
     })
-}
-
-/// sha256 of a file, 64 hexadecimal digits.
-fn sha256_file(path: &Path) -> Result<String> {
-    let hash = || -> std::io::Result<String> {
-        let (file, mut sha, mut room, mut at) = (File::open(path)?, Sha256::new(), Aligned::default(), 0u64);
-        loop {
-            let buffer = room.room(256 << 10, at);
-            match file.read_at(buffer, at)? {
-                0 => return Ok(hex(&sha.finalize())),
-                n => {
-                    sha.update(&buffer[..n]);
-                    at += n as u64;
-                }
-            }
-        }
-    };
-    hash().map_err(|e| Error::from(e).within(path.display()))
 }

@@ -5,14 +5,14 @@ use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Shape};
 use crate::package::checkpoint::lonely::Lonely;
 use crate::package::format::container::dtype_bits;
-use crate::package::format::contents::{Contents, ContentsPart, check_name};
+use crate::package::format::contents::{Contents, ContentsPart, HeaderLength, check_name};
 use crate::package::format::record::Entry;
 use crate::package::format::totals::Report;
 use crate::package::format::words::TensorWords;
 use crate::package::io::ordered;
 use crate::package::io::temp::{Spool, check_target};
 use crate::package::options::{Destination, PackOptions};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -40,6 +40,8 @@ pub struct Writer {
     path: PathBuf,
     part: ContentsPart,
     removed: Vec<String>,
+    names: HashSet<String>,
+    header: HeaderLength,
     /// Tensors that may be met again, by digest, dtype and dimensions; and the digest of the base each had.
     seen: HashMap<Content, (String, Option<u128>)>,
     lonely: Lonely,
@@ -53,8 +55,9 @@ impl Writer {
     pub fn create(path: &Path, options: PackOptions) -> Result<Self> {
         check_target(path)?;
         let part = ContentsPart { spool: Spool::create(Some(path))?, entries: Vec::new(), file: None };
-        let (removed, seen) = (Vec::new(), HashMap::new());
-        Ok(Self { options, jobs: 0, path: path.into(), part, removed, seen, lonely: Lonely::default() })
+        let (removed, seen, lonely) = (Vec::new(), HashMap::new(), Lonely::default());
+        let (names, header) = (HashSet::new(), HeaderLength::default());
+        Ok(Self { options, jobs: 0, path: path.into(), part, removed, names, header, seen, lonely })
     }
 
     /// Threads that encode a tensor; 0, the default, takes one per core.
@@ -68,7 +71,8 @@ impl Writer {
     /// stored alone; one that equals an earlier one (a tied weight) is stored once.
     ///
     /// # Errors
-    /// `InvalidArgument` for a name used twice or reserved, or bytes that do not fit dtype and dimensions; `Io`.
+    /// `InvalidArgument` for a name used twice or reserved, or bytes that do not fit dtype and dimensions; `Unsupported` for
+    /// more tensors than a header holds; `Io`.
     pub fn add(&mut self, fine_tuned: &Tensor<'_>, base: Option<&Tensor<'_>>) -> Result<()> {
         check_name(fine_tuned.name)?;
         let given = base.map(|b| (b.dtype, b.dims));
@@ -77,7 +81,7 @@ impl Writer {
             .into_iter()
             .flatten()
             .try_for_each(|t| check_tensor(t).map_err(|e| e.of_tensor(t.name)))?;
-        if self.part.entries.iter().any(|e| e.name == fine_tuned.name) {
+        if self.names.contains(fine_tuned.name) {
             return Err(Error::invalid(format!("tensor `{}` was added twice", fine_tuned.name)));
         }
         let mut job = job(fine_tuned, base)?;
@@ -86,6 +90,8 @@ impl Writer {
             job.delta = None;
         }
         let entry = store(&job, &self.options, self.jobs, &mut self.part.spool)?;
+        self.header.add(&entry)?;
+        self.names.insert(fine_tuned.name.to_owned());
         let kind = (fine_tuned.dtype, fine_tuned.dims);
         self.lonely.count(fine_tuned.name, kind, fine_tuned.bytes.len() as u64, given);
         self.part.entries.push(entry);

@@ -99,7 +99,7 @@ pub(super) fn shares(base: &Checkpoint, package: &Package, run: &Run<'_>) -> Res
                 if job.forwards()? {
                     s.count(dtype);
                 }
-                run.advance(s.base.get().len() as u64);
+                run.advance(s.base.get().len() as u64)?;
                 counts.iter_mut().zip(&s.counts).for_each(|(a, b)| *a = [a[0] + b[0], a[1] + b[1]]);
                 Ok(())
             },

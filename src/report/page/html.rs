@@ -1,5 +1,7 @@
 //! The little HTML that a page is made of: text made harmless, numbers, tables. Knows no package.
 
+use crate::error::is_harmless;
+
 /// Text from a package, for any place in a page: markup escaped; controls, and what turns the direction of a line, replaced.
 pub(super) fn text(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
@@ -10,10 +12,7 @@ pub(super) fn text(text: &str) -> String {
             '>' => out += "&gt;",
             '"' => out += "&quot;",
             '\'' => out += "&#39;",
-            '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}' => {
-                out.push('\u{fffd}');
-            }
-            c if c.is_control() => out.push('\u{fffd}'),
+            c if !is_harmless(c) => out.push('\u{fffd}'),
             c => out.push(c),
         }
     }

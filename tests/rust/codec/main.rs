@@ -7,6 +7,7 @@ pub mod common {
     pub mod counting;
     pub mod data;
     pub mod linear;
+    pub mod seal;
 }
 
 mod documents;

@@ -11,5 +11,6 @@ pub mod common {
 
 mod input;
 mod kill;
+mod limits;
 mod memory_bound;
 mod system;

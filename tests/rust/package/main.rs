@@ -18,6 +18,8 @@ mod digest_cache;
 mod estimate;
 mod golden;
 mod hostile;
+mod hostile_names;
 mod messages;
 mod page;
 mod roundtrip;
+mod small_inputs;

@@ -1,0 +1,39 @@
+#!/bin/sh
+# Runs the fuzz targets for MINUTES (2) in all, on the stable toolchain: what cargo-fuzz asks of a nightly one is coverage, which
+# LLVM's pass gives without. Seeds are the golden files; what was found before is in corpus/, which is kept. Fails where a
+# target fails: input that crashes it, takes ten seconds, or half a GiB of memory.
+set -eu
+cd "$(dirname "$0")"
+minutes=${1:-${MINUTES:-2}}
+targets="package resident"
+host=$(rustc -vV | sed -n 's/^host: //p')
+coverage="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+ -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+ -Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions -Coverflow-checks -Ccodegen-units=1"
+RUSTFLAGS="--cfg fuzzing $coverage" cargo build --release --locked --target "$host"
+seconds=$(awk "BEGIN { n = split(\"$targets\", t, \" \"); print int(60 * $minutes / n) }")
+for target in $targets; do
+  mkdir -p "corpus/$target" "artifacts/$target" "target/seeds/$target"
+  # `package` takes a byte that says what follows: 7 is a package as it is.
+  for file in ../golden/*; do
+    test -f "$file" || continue
+    case $target in
+      package) { printf '\007'; cat "$file"; } > "target/seeds/$target/$(basename "$file")" ;;
+    esac
+  done
+  # `resident` takes deltas as they are: those in golden safetensors files, which begin with XORZDLT.
+  test "$target" = package || python3 - "target/seeds/$target" ../golden/layout*.safetensors <<'END'
+import json, pathlib, sys
+for path in map(pathlib.Path, sys.argv[2:]):
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for i, info in enumerate(json.loads(data[8:start]).values()):
+        first, end = info.get("data_offsets", (0, 0))
+        if data[start + first : start + end].startswith(b"XORZDLT"):
+            pathlib.Path(sys.argv[1], f"{path.stem}-{i}").write_bytes(data[start + first : start + end])
+END
+  "target/$host/release/$target" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=512 -max_len=65536 \
+    -artifact_prefix="artifacts/$target/" -print_final_stats=1 -verbosity=1 "corpus/$target" "target/seeds/$target" \
+    2> "target/$target.log" || { tail -40 "target/$target.log" >&2; echo "fuzz: $target failed" >&2; exit 1; }
+  grep -E '^(Done|stat::number_of_executed_units|stat::peak_rss_mb)' "target/$target.log" | sed "s/^/$target: /"
+done
