@@ -4,18 +4,98 @@
 
 use crate::error::is_harmless;
 
-/// Hidden files and folders that tools of model hubs put into models. Nothing runs any of them.
-const HIDDEN: [&str; 9] = [
-    ".gitattributes",
-    ".gitignore",
-    ".gitkeep",
-    ".eval_results",
-    ".huggingface",
-    ".mdl",
-    ".msc",
-    ".mv",
-    ".DS_Store",
+/// Hidden files that tools of model hubs put into models, though others that begin so are refused.
+const HARMLESS: [&str; 3] = [".gitattributes", ".gitignore", ".gitkeep"];
+
+/// How hidden files begin that shells, git and editors run, or read commands from, by themselves.
+const STARTS: [&str; 24] = [
+    ".git",
+    ".hg",
+    ".svn",
+    ".bzr",
+    ".jj",
+    ".bash",
+    ".zsh",
+    ".zlog",
+    ".vim",
+    ".nvim",
+    ".emacs",
+    ".dir-locals",
+    ".xsession",
+    ".xinit",
+    ".env",
+    ".gdb",
+    ".lldb",
+    ".pnp",
+    ".yarnrc",
+    ".eslintrc",
+    ".babelrc",
+    ".mise",
+    ".autoenv",
+    ".pre-commit",
 ];
+
+/// How they end: `.npmrc`, `.profile`, `.Renviron`, `.gdbinit`, `.login`.
+const ENDS: [&str; 9] =
+    ["rc", "profile", "environ", "environment", "init", "login", "logout", "aliases", ".conf"];
+
+/// And their whole names, and those of folders that hold such files.
+const NAMES: [&str; 44] = [
+    ".config",
+    ".local",
+    ".ssh",
+    ".gnupg",
+    ".pki",
+    ".forward",
+    ".rhosts",
+    ".shosts",
+    ".vscode",
+    ".idea",
+    ".vs",
+    ".fleet",
+    ".zed",
+    ".cursor",
+    ".claude",
+    ".devcontainer",
+    ".direnv",
+    ".husky",
+    ".circleci",
+    ".travis.yml",
+    ".cargo",
+    ".docker",
+    ".kube",
+    ".aws",
+    ".azure",
+    ".jupyter",
+    ".ipython",
+    ".mvn",
+    ".m2",
+    ".gradle",
+    ".terraform",
+    ".vagrant",
+    ".my.cnf",
+    ".ghci",
+    ".iex.exs",
+    ".mailcap",
+    ".htaccess",
+    ".user.ini",
+    ".pip",
+    ".bundle",
+    ".stack",
+    ".julia",
+    ".mozilla",
+    ".wine",
+];
+
+/// Whether a hidden file or folder of this name may be one that something runs by itself, or takes commands or keys from.
+fn runs(name: &str) -> bool {
+    let name = name.to_lowercase();
+    name.starts_with('.')
+        && !HARMLESS.contains(&name.as_str())
+        && (NAMES.contains(&name.as_str())
+            || STARTS.iter().any(|start| name.starts_with(start))
+            || ENDS.iter().any(|end| name.ends_with(end)))
+}
 
 /// The longest name of a file, and the longest path, in bytes.
 const MAX_NAME: usize = 255;
@@ -37,9 +117,9 @@ pub(crate) fn objection(path: &str) -> Option<&'static str> {
         Some(
             "has a character in its path that terminals do not show as it is (a control, or a turn of direction)",
         )
-    } else if path.split('/').any(|p| p.starts_with('.') && !HIDDEN.contains(&p)) {
+    } else if path.split('/').any(runs) {
         Some(
-            "is hidden, as what shells and tools run by themselves is (.git, .bashrc), which no package may hold",
+            "has the name of what shells, git and editors run by themselves (as .git and .bashrc), which no package holds",
         )
     } else if path.split('/').any(|p| p.starts_with('-')) {
         Some("has a path that commands take for an option")
@@ -58,6 +138,13 @@ mod tests {
             "model.safetensors",
             "onnx/model_quantized.onnx",
             ".gitattributes",
+            "a/.gitkeep",
+            ".hidden",
+            "...",
+            ".DS_Store",
+            ".mdl",
+            ".huggingface/x",
+            ".eval_results/a.yaml",
             "a b/Modell für Öl (2).txt",
             "模型/تجربه\u{200c}ها.json",
             "a..b",
@@ -79,6 +166,14 @@ mod tests {
             ".git/hooks/post-checkout",
             "a/.GIT/config",
             ".bashrc",
+            ".npmrc",
+            ".Rprofile",
+            ".zshenv",
+            ".ZSHENV",
+            ".gitmodules",
+            ".github/workflows/x.yml",
+            ".gdbinit",
+            ".tmux.conf",
             "a/.envrc",
             ".vscode/tasks.json",
             "a\x1b[2J",

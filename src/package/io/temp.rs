@@ -266,11 +266,13 @@ fn sync_tree(dir: &Path) -> io::Result<()> {
 /// Remove a folder that this process made, with one file open at a time: `remove_dir_all` holds one for each level, and may
 /// be called because no more are to be had.
 fn remove_tree(dir: &Path) -> io::Result<()> {
-    for entry in std::fs::read_dir(dir)?.collect::<io::Result<Vec<_>>>()? {
-        match entry.file_type()?.is_dir() {
-            true => remove_tree(&entry.path())?,
-            false => std::fs::remove_file(entry.path())?,
-        }
+    // Entries hold the folder open that they are of.
+    let named = |entry: io::Result<std::fs::DirEntry>| {
+        entry.and_then(|entry| Ok((entry.path(), entry.file_type()?.is_dir())))
+    };
+    let inside = std::fs::read_dir(dir)?.map(named).collect::<io::Result<Vec<_>>>()?;
+    for (path, folder) in inside {
+        if folder { remove_tree(&path) } else { std::fs::remove_file(&path) }?;
     }
     std::fs::remove_dir(dir)
 }

@@ -105,3 +105,11 @@ fn one_long_row() {
     let one = |bytes| vec![("w".to_owned(), "BF16", vec![48 << 20], bytes)];
     bounded("one long row", &one(base), &one(ft), 0);
 }
+
+#[test]
+fn many_long_rows() {
+    // 64 rows take more than a piece may: no delta of these is made of pieces of whole tiles.
+    let (base, ft) = repeated(96 << 20, 1e-4);
+    let one = |bytes| vec![("w".to_owned(), "BF16", vec![256, 196_608], bytes)];
+    bounded("many long rows", &one(base), &one(ft), 0);
+}

@@ -208,10 +208,11 @@ fn what_is_only_strange_comes_back() {
     let dir = folder();
     let d = dir.path();
     let ft = d.join("ft");
-    // Links to files, as caches lay them out, come back as the files they lead to; so do names that a terminal would obey.
+    // Links to files, as caches lay them out, come back as the files they lead to. (Names that a terminal would obey are refused:
+    // `hostile_names.rs`.)
     fs::rename(ft.join(SHARD), d.join("blob")).unwrap();
     symlink("../blob", ft.join(SHARD)).unwrap();
-    fs::write(ft.join("two\nlines \u{1b}[31m"), b"x").unwrap();
+    fs::write(ft.join(" two  words; $(x) "), b"x").unwrap();
     fs::write(ft.join("..."), b"dots").unwrap();
     fs::write(ft.join("xorz:file:0"), b"reserved?").unwrap();
     // The same tensor in two shards: both are weights, both come back.
@@ -221,8 +222,6 @@ fn what_is_only_strange_comes_back() {
     done(d, &["unpack", "base", "p", "-o", "out"]);
     assert!(tree(&d.join("out")) == tree(&ft));
     assert!(!fs::symlink_metadata(d.join("out").join(SHARD)).unwrap().is_symlink());
-    let shown = done(d, &["inspect", "p"]);
-    assert!(!shown.contains('\u{1b}') && !shown.contains("two\nlines"), "{shown}");
 }
 
 #[test]

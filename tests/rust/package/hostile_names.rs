@@ -94,7 +94,9 @@ fn what_could_not_be_unpacked_is_not_packed() {
     }
     assert!(tree(&d.join("ft")) == kept);
     // Files of model hubs, names in any script, and git's own folder, which is no part of a model, are no trouble.
-    for path in [".gitattributes", "Über uns/模型 (2).txt", ".git/config", "onnx/تجربه\u{200c}ها"] {
+    for path in
+        [".gitattributes", ".hidden", "...", "Über uns/模型 (2).txt", ".git/config", "onnx/تجربه\u{200c}ها"]
+    {
         let place = d.join("ft").join(path);
         fs::create_dir_all(place.parent().unwrap()).unwrap();
         fs::write(place, path).unwrap();
