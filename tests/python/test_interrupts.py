@@ -142,20 +142,20 @@ def test_pipes_in_the_place_of_a_chain_s_files_keep_nobody_waiting(tmp_path):
 def test_tensors_without_words_ask_for_no_work(shape):
     ops = torch.ops.xorz
     hollow = torch.empty(shape, dtype=torch.float32)
-    delta = ops.delta_encode(torch.zeros(3, 0), torch.zeros(3, 0), "speed")
+    delta = ops.delta_encode(torch.zeros(3, 0), torch.zeros(3, 0))
     calls = [
-        lambda: ops.delta_encode(hollow, hollow, "speed"),
+        lambda: ops.delta_encode(hollow, hollow),
         lambda: ops.delta_restore(hollow, delta),
         lambda: ops.delta_linear(torch.empty(0, shape[1]), hollow, None, delta),
         lambda: ops.delta_slice(delta, hollow, 0, 0, 1),
         lambda: ops.delta_concat([delta], [hollow], 0),
         lambda: ops.delta_check(delta, hollow),
         lambda: ops.delta_apply_(hollow, delta),
-        lambda: xorz.diff({"w": hollow}, {"w": hollow.clone()}),
     ]
     start = time.monotonic()
-    for i, call in enumerate(calls):
-        with pytest.raises((RuntimeError, ValueError), match=r"1759|has no words|\[3, 0\]|3355"):
+    for call in calls:
+        # The rule itself, or the shapes that do not fit; both name the shape.
+        with pytest.raises((RuntimeError, ValueError), match=r"has no words|but .* is|\[3, 0\]") as refused:
             call()
-            pytest.fail(f"call {i} took a tensor of {shape}")
+        assert str(max(shape)) in str(refused.value)
     assert time.monotonic() - start < 5
