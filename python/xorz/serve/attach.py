@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import experts, swap
@@ -82,15 +83,22 @@ def attach(
                 f"`{name}` is a {type(tensor).__name__}, which holds no plain words that a delta could be of (a quantized "
                 "weight); attach the model before it is quantized"
             )
+        if is_lazy(tensor):
+            raise ValueError(f"`{name}` has no shape yet; run the model once before it is attached")
     if any("_xorz" in module.__dict__ for module in model.modules()):
         raise ValueError("model is attached already; call detach() on its tenants first")
     if example is not None and not isinstance(example, (tuple, dict)):
         example = (example,)
+    chosen = [(n, m) for n, m in model.named_modules() if filter_fn is None or filter_fn(m, n)]
+    for name, module in chosen:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"`{name}` is TorchScript, whose code reads its weights past Python and would compute with the base's for "
+                "every tenant; attach the model before it is scripted or traced, or leave this part out with filter_fn"
+            )
     owner = Tenants(model, default, mode, prefer, budget, max_copies)
     flat = FLATTENING | set(flattening)
-    for name, module in model.named_modules():
-        if filter_fn is not None and not filter_fn(module, name):
-            continue
+    for name, module in chosen:
         _attach(owner, name, module)
     for name, module in model.named_modules():
         if any(cls.__name__ in flat for cls in type(module).__mro__):

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import experts, split
 from .known_ops import embedding_rows
-from .rows import TABLE, RowMap, Table
+from .rows import BASE, TABLE, RowMap, Table
 from .site import Site
 from .weight import Refused, Weight, derive, plain, with_dense
 
@@ -98,6 +98,8 @@ def _plan(site: Site, rows: RowMap) -> None:
 
 
 def _base(site: Site, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    if site.kind == "split" and site.plain and split.writes(site, module):
+        return split.one(site, module, BASE, args, kwargs)
     if site.kind in ("split", "linear", "embedding") and not site.plain:
         return split.noticed(site, module, lambda: site.original.forward(module, *args, **kwargs))
     return site.original.forward(module, *args, **kwargs)
@@ -106,9 +108,10 @@ def _base(site: Site, module: nn.Module, args: Any, kwargs: Any) -> Any:
 def _serve(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) -> Any:
     if args and isinstance(args[0], Weight):
         return _of_weights(site, module, rows, args, kwargs)
-    if site.original is nn.Linear and not site.alone(rows):
+    if site.original is nn.Linear and site.kind == "linear" and not site.alone(rows):
         return site.linear(rows, *args, **kwargs)
-    if site.kind in ("rows", "split") or site.alone(rows):
+    # What a forward was seen to keep may be made from weights: each tenant then has an object of its own, and dense weights.
+    if site.kind in ("rows", "split") or site.alone(rows) or (site.derived and _may_be_dense(site)):
         return split.forward(site, module, rows, args, kwargs)
     if (
         site.kind == "experts"
@@ -132,13 +135,18 @@ def _serve(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) 
     if site.derived:
         raise RuntimeError(
             f"xorz: {site.name} keeps values in `{min(site.derived)}` that may be made from its weights, and {rows.describe()} "
-            "would be given another tenant's; it cannot be served"
+            'would be given another tenant\'s; it is served on dense weights, whose bits depend on the batch: use mode="fast"'
         )
     out = split.noticed(site, module, lambda: site.original.forward(module, *args, **kwargs))
     for name in site.derived:
         # Put back what was there before, so that no other tenant meets what this forward left.
         module.__dict__[name] = site.known.get(name)
     return out
+
+
+def _may_be_dense(site: Site) -> bool:
+    """Whether torch's own product will do, whose bits depend on the number of rows."""
+    return site.owner.mode != "deterministic"
 
 
 def _try(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) -> Any:

@@ -4,6 +4,7 @@ tenant exists. No dense fine-tuned matrix is made, but one expert of a stack at 
 
 import os
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .. import _core, _ops, checkpoint
 from ..diff import StateDelta
 from . import names
-from .site import FLOATS, Site
+from .site import COMPUTING, FLOATS, Site
 from .stored import Experts, stored
 from .weight import plain
 
@@ -44,8 +45,16 @@ class Prepared:
         return sum(deltas.values()) + self.copies
 
 
-def prepare(model: nn.Module, source: Any, prefer: str | None, max_copies: int | None = None) -> Prepared:
-    """Read, check against the model's own tensors, and say who serves what; errors as `Tenants.load`."""
+def prepare(
+    model: nn.Module,
+    source: Any,
+    prefer: str | None,
+    max_copies: int | None = None,
+    kept: Mapping[str, str] = MappingProxyType({}),
+) -> Prepared:
+    """Read, check against the model's own tensors, and say who serves what; errors as `Tenants.load`. `kept`: what modules made
+    of the base's weights before it was attached; see `kept.kept`.
+    """
     base = {
         name: plain(tensor).detach()
         for name, tensor in model.state_dict(keep_vars=True).items()
@@ -57,6 +66,11 @@ def prepare(model: nn.Module, source: Any, prefer: str | None, max_copies: int |
     base_bytes = sum({t.untyped_storage().data_ptr(): t.nbytes for t in base.values()}.values())
     small: dict[str, list[tuple[Site, str, Tensor]]] = {}
     for name, (kind, tensor) in entries.items():
+        if name in kept:
+            raise ValueError(
+                f"tensor `{name}` is changed, and {kept[name]} was made of the base's words of it before the model was "
+                "attached, so that it would be used for all tenants; clear it before attach"
+            )
         for site, param in where.get(name, ()):
             _one(out, site, param, name, kind, tensor, base[name], small)
         if not where.get(name):
@@ -248,7 +262,7 @@ def _check(name: str, base: Tensor, delta: Any) -> None:
         info = _core.delta_info(delta)
         if info.shape == tuple(base.shape) or info.shape == (base.numel(),):
             _same_dtype(name, _core.dtype_name(info.dtype), base)
-        _core.delta_matches(delta, base)
+        _core.delta_matches(delta, base.contiguous())
     except ValueError as error:
         text = str(error)
         raise ValueError(text if text.startswith("tensor `") else f"tensor `{name}`: {text}") from None
@@ -284,10 +298,15 @@ def _one(
     base: Tensor,
     small: dict[str, list[tuple[Site, str, Tensor]]],
 ) -> None:
-    if site.keeps and site.kind == "split" and not site.plain:
+    if site.keeps and not site.plain:
         raise ValueError(
             f"tensor `{name}` is changed, and {site.name} keeps tensors in `{site.keeps[0]}` that are neither parameters nor "
             "buffers: made of the base's weights, they would be used for all tenants; clear it before attach"
+        )
+    if site.derived and site.kind in COMPUTING and site.owner.mode == "deterministic":
+        raise ValueError(
+            f"tensor `{name}` is changed, and {site.name} has kept values in `{min(site.derived)}` that may be made from its "
+            'weights: it is served on dense weights, whose bits depend on the batch; attach with mode="fast"'
         )
     if kind == "alone":
         _alone(out, site, param, name, tensor, base)

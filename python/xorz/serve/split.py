@@ -33,6 +33,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def forward(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) -> Any:
     """`module(*args, **kwargs)`, each batch row with its tenant's own values."""
+    if site.plain:
+        writes(site, module)
     mixed = rows.only is None or site.row_by_row
     if isinstance(module, nn.RNNBase) and mixed:
         return _recurrent(site, module, rows, *args, **kwargs)
@@ -53,9 +55,29 @@ def forward(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any)
 
 def one(site: Site, module: nn.Module, slot: int, args: Any, kwargs: Any) -> Any:
     """With the tensors of one tenant."""
+    if slot == BASE and site.plain and writes(site, module):
+        own = {name: raw.clone() for name, raw in site.base.items()}
+        return shallow(module, site.original, own).forward(*args, **kwargs)
     if slot == BASE:
         return noticed(site, module, lambda: site.original.forward(module, *args, **kwargs))
     return clone(site, module, slot).forward(*args, **kwargs)
+
+
+def writes(site: Site, module: nn.Module) -> bool:
+    """Whether a layer of torch changes its own weights where it is run: then the base's run has a copy of them. RuntimeError
+    where it would count what it is given in training.
+    """
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return module.max_norm is not None
+    if isinstance(module, _COUNTING) and module.training and module.running_mean is not None:
+        raise RuntimeError(
+            f"xorz: {site.name} is in training and would change `{site.full('running_mean')}`, which is the base of all "
+            "tenants; call its eval() first"
+        )
+    return False
+
+
+_COUNTING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 def pristine(site: Site, module: nn.Module) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import swap
+from .kept import kept
 from .prepare import Prepared, prepare
 from .proof import Proofs
 from .residency import Piece, Residency, padded, size_of
@@ -94,11 +95,13 @@ class Tenants:
         self.of_base = RowMap((BASE,), (None,))
         self.generators: dict[int, RowMap] = {}
         self._shrouded: list[Tensor] = []
+        self._kept: dict[str, str] = {}
         self._watch = Watch(model)
         self._dense: dict[str, list[int]] = {}
 
     def begin(self) -> None:
         """For `attach`, once every module is: from now on nobody reads the base past the tenants."""
+        self._kept = kept(self.model)
         self._shrouded = swap.shroud([(site, self.modules[name]) for name, site in self.sites.items()])
         self._watch.begin(self.sites, self.modules)
 
@@ -205,7 +208,7 @@ class Tenants:
             )
         with lasting():
             source = tenant.source if tenant.path is None else tenant.path
-            prepared = prepare(self.model, source, self.prefer, self.max_copies)
+            prepared = prepare(self.model, source, self.prefer, self.max_copies, self._kept)
         if tenant.path is not None and _identity(tenant.path) != before:
             raise ValueError(f"tenant {tenant.name!r}: {tenant.path} was changed while it was read")
         tenant.identity = before
