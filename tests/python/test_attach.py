@@ -378,11 +378,13 @@ def test_what_nothing_can_serve_is_refused_by_name():
 
 @pytest.mark.parametrize("max_copies", [None, "1 MiB"])
 def test_large_tensors_that_no_op_serves_stay_deltas_unless_copies_are_allowed(max_copies):
-    model = nn.Sequential(nn.Linear(64, 64), nn.Conv1d(1, 512, 64), nn.Linear(1, 512, bias=False)).eval()
+    model = nn.Sequential(
+        nn.Linear(64, 64), nn.Conv1d(2, 512, 64, groups=2), nn.Linear(1, 512, bias=False)
+    ).eval()
     tuned = tune(model, 1)
     tenants = xorz.attach(copy.deepcopy(model), max_copies=max_copies)
     tenants.load("t", xorz.diff(model, tuned))
-    x = torch.randn(3, 1, 64)
+    x = torch.randn(3, 2, 64)
     with torch.no_grad():
         with tenants.use("t"):
             torch.testing.assert_close(tenants.model(x), tuned(x), rtol=1e-4, atol=1e-4)

@@ -5,14 +5,14 @@ Where the batch is, is never guessed from a size: it is the dimension that `use`
 A size that does not fit raises.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import attention
+from . import attention, convolutions
 from .rows import TABLE, RowMap, Table, lead_of
 from .site import Site
 from .weight import Refused, Weight, derive, known, op_of
@@ -263,6 +263,61 @@ def own_rows(func: Any, dims: int | None = None) -> Callable[..., Any]:
     return served
 
 
+def convolution(func: Any, dims: int) -> Callable[..., Any]:
+    """`F.conv1d` and the like: on base + delta where that is the faster way, else tenant by tenant."""
+    apart = own_rows(func, dims + 2)
+
+    def served(
+        input: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: Any = 1,
+    ) -> Any:
+        rest = (stride, padding, dilation, groups)
+        found = convolutions.of(dims, input, weight, bias, *rest) if _changed(weight) else None
+        rows = None if found is None else weight.rows()
+        if rows is None or (rows.only is None and rows.dim != 0) or not found.is_worth_it(rows):
+            return apart(input, weight, bias, *rest)
+        if rows.only is not None:
+            whose = torch.full((input.size(0),), rows.only, dtype=torch.int32)
+            return found(input, whose, rows.only)
+        whose, _ = _whose(weight, func, [(0, input)], [input], lambda tensor: 0)
+        has = torch.tensor([found.site.delta(found.param, slot) is not None for slot in whose.tolist()])
+        if bool(has.all()):
+            return found(input, whose, None)
+        # Rows of the base, and of tenants with copies.
+        index, others = has.nonzero()[:, 0], (~has).nonzero()[:, 0]
+        mine = found(input[index], whose[index], None)
+        out = mine.new_empty(input.size(0), *mine.shape[1:]).index_copy(0, index, mine)
+        return _on_others(func, out, others, whose, input, weight, bias, *rest)
+
+    return served
+
+
+def _on_others(
+    func: Any,
+    out: Tensor,
+    others: Tensor,
+    whose: Tensor,
+    input: Tensor,
+    weight: Weight,
+    bias: Any,
+    *rest: Any,
+) -> Tensor:
+    """`out` with the rows `others` of a convolution on dense weights."""
+    for slot, part in groups(whose[others], weight.rows().used, _row_by_row(weight, func)):
+        own = [w.dense(slot) if isinstance(w, Weight) else w for w in (weight, bias)]
+        out = out.index_copy(0, others[part], func(input[others[part]], *own, *rest))
+    return out
+
+
+def _changed(weight: Any) -> bool:
+    return isinstance(weight, Weight) and weight.changed()
+
+
 def _row_by_row(weight: Weight, func: Any) -> bool:
     """Whether rows are to be computed one by one, since their bits may depend on how many there are."""
     return weight.owner.mode == "deterministic" and func not in _ALIKE
@@ -270,12 +325,11 @@ def _row_by_row(weight: Weight, func: Any) -> bool:
 
 def _rowwise(func: Any, args: Any, kwargs: Any, weight: Weight, width: int | None) -> Any:
     """Tenant by tenant; `width`: dimensions of the result if the op broadcasts, None if its first argument has the batch."""
-    rows, site = weight.rows(), weight.places[0][0]
+    rows = weight.rows()
     first = next(
         t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not isinstance(t, Weight)
     )
     dim = rows.dim
-    batch = len(rows.slots) if rows.only is None else first.size(dim)
 
     def at(tensor: Tensor) -> int:
         """Where the batch is in a tensor that broadcasts; negative if it is before the tensor's first dimension."""
@@ -287,23 +341,7 @@ def _rowwise(func: Any, args: Any, kwargs: Any, weight: Weight, width: int | Non
         vast = [first]
     else:
         vast = [t for _, t in plain if at(t) >= 0 and t.size(at(t)) != 1]
-    flat = all(t.dim() == 2 for t in vast) and (rows.tokens or site.flattens)
-    if rows.only is None and rows.proof is not None:
-        flat = _known_rows(rows, (site, op_of(func)), plain, vast, at, flat)
-    if flat and vast:
-        slots = rows.rows(vast[0].shape[:1], site.flattens, site.name)
-    elif not vast or any(t.size(at(t)) != batch for t in vast) or rows.tokens:
-        shapes = [list(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        raise Refused(
-            f"xorz: `{weight.full()}` meets tensors of shapes {shapes}, but the active tenants map {batch} batch rows "
-            f"(dimension {dim}); use one tenant at a time"
-        )
-    else:
-        slots = (
-            rows.rows((batch,), False, site.name)
-            if dim == 0
-            else rows.along(0).rows((batch,), False, site.name)
-        )
+    slots, flat = _whose(weight, func, plain, vast, at, leaves)
     one_by_one = _row_by_row(weight, func)
     result = None
     for slot, index in groups(slots, rows.used, one_by_one):
@@ -326,6 +364,29 @@ def _rowwise(func: Any, args: Any, kwargs: Any, weight: Weight, width: int | Non
         result = part.new_empty(shape) if result is None else result
         result = result.index_copy(dim, index, part)
     return result
+
+
+def _whose(
+    weight: Weight, func: Any, plain: Any, vast: list[Tensor], at: Any, leaves: Sequence[Any] = ()
+) -> tuple[Tensor, bool]:
+    """The slot of each row of these tensors, and whether rows are flattened tokens. `plain`: (number of the argument, tensor);
+    `vast`: those that have the batch, `at` what dimension.
+    """
+    rows, site = weight.rows(), weight.places[0][0]
+    dim, first = rows.dim, plain[0][1]
+    batch = len(rows.slots) if rows.only is None else first.size(dim)
+    flat = all(t.dim() == 2 for t in vast) and (rows.tokens or site.flattens)
+    if rows.only is None and rows.proof is not None:
+        flat = _known_rows(rows, (site, op_of(func)), plain, vast, at, flat)
+    if flat and vast:
+        return rows.rows(vast[0].shape[:1], site.flattens, site.name), flat
+    if not vast or any(t.size(at(t)) != batch for t in vast) or rows.tokens:
+        shapes = [list(t.shape) for t in leaves or vast if isinstance(t, Tensor)]
+        raise Refused(
+            f"xorz: `{weight.full()}` meets tensors of shapes {shapes}, but the active tenants map {batch} batch rows "
+            f"(dimension {dim}); use one tenant at a time"
+        )
+    return (rows if dim == 0 else rows.along(0)).rows((batch,), False, site.name), flat
 
 
 def _known_rows(
@@ -386,9 +447,9 @@ known.update(
         F.group_norm: own_rows(F.group_norm),
         F.prelu: own_rows(F.prelu),
         torch.prelu: own_rows(torch.prelu),
-        F.conv1d: own_rows(F.conv1d, 3),
-        F.conv2d: own_rows(F.conv2d, 4),
-        F.conv3d: own_rows(F.conv3d, 5),
+        F.conv1d: convolution(F.conv1d, 1),
+        F.conv2d: convolution(F.conv2d, 2),
+        F.conv3d: convolution(F.conv3d, 3),
         F.conv_transpose1d: own_rows(F.conv_transpose1d, 3),
         F.conv_transpose2d: own_rows(F.conv_transpose2d, 4),
         F.conv_transpose3d: own_rows(F.conv_transpose3d, 5),

@@ -38,6 +38,9 @@ def forward(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any)
     mixed = rows.only is None or site.row_by_row
     if isinstance(module, nn.RNNBase) and mixed:
         return _recurrent(site, module, rows, *args, **kwargs)
+    if not mixed and _convolves(site) and site.delta("weight", rows.only) is not None:
+        # Whether on the delta or on a dense weight is decided where the weight meets its input.
+        return site.original.forward(module, *args, **kwargs)
     if not mixed:
         return one(site, module, rows.only, args, kwargs)
     if site.kind == "rows":
@@ -51,6 +54,19 @@ def forward(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any)
     if rows.only is not None:
         return one(site, module, rows.only, args, kwargs)
     return _whole(site, module, rows, args, kwargs, why)
+
+
+def _convolves(site: Site) -> bool:
+    """Whether its forward is that of torch's convolutions, of whatever class."""
+    cls = site.original
+    return (
+        issubclass(cls, _CONVOLUTIONS)
+        and cls.forward in [c.forward for c in _CONVOLUTIONS]
+        and cls._conv_forward in [c._conv_forward for c in _CONVOLUTIONS]
+    )
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def one(site: Site, module: nn.Module, slot: int, args: Any, kwargs: Any) -> Any:
