@@ -8,7 +8,7 @@ import pytest
 import torch
 import xorz
 from conftest import same_bits
-from test_readers import Case
+from cases import Case
 from torch import nn
 
 F = nn.functional

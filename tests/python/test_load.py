@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 import xorz
-from test_readers import Case, tuned_of
+from cases import Case, tuned_of
 from torch import nn
 
 F = nn.functional

@@ -123,6 +123,8 @@ def test_heads_that_are_new_for_each_tenant_are_mixed():
         torch.testing.assert_close(got[row], logits(model, ids)[row], rtol=1e-4, atol=1e-5)
 
 
+# What PEFT asks of transformers.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("order", ["attach first", "PEFT first"])
 def test_models_that_peft_wraps_are_served(order):
     peft = pytest.importorskip("peft")

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 import xorz
-from cases import Case, tensors
+from cases import Case, tensors, tuned_of
 from torch import nn
 
 F = nn.functional
@@ -95,6 +95,56 @@ def test_a_table_is_a_table_whichever_tensors_a_tenant_changes():
                 got = tenants.model(x)
             for row, name in enumerate(names):
                 torch.testing.assert_close(got[row], plain[name](x)[row], rtol=1e-4, atol=1e-5)
+
+
+def forward_replaced(model):
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    return model
+
+
+def hook_of_accelerate(model):
+    accelerate = pytest.importorskip("accelerate")
+    return accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
+
+
+def compiled(model):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="eager")
+
+
+def compiled_in_place(model):
+    torch._dynamo.reset()
+    model.compile(backend="eager")
+    return model
+
+
+AROUND = {f.__name__: f for f in (forward_replaced, hook_of_accelerate, compiled, compiled_in_place)}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["made", "learned"])
+@pytest.mark.parametrize("how", ["linear", "positions", "prompts"])
+@pytest.mark.parametrize("around", AROUND)
+def test_a_table_is_a_table_whatever_was_put_around_the_model_before_attach(around, how, own):
+    torch.manual_seed(0)
+    for n in (4, 3):
+        base = Tabled(n, how, own).eval()
+        plain = {None: base, "a": tuned_of(base, 1), "b": tuned_of(base, 2)}
+        model = AROUND[around](copy.deepcopy(base))
+        tenants = xorz.attach(model)
+        for name in "ab":
+            tenants.load(name, xorz.diff(base, plain[name]))
+        x, names = torch.randn(4, 5, 6), ["a", None, "b", "a"]
+        with torch.no_grad():
+            try:
+                with tenants.use(names):
+                    got = model(x)
+            except Exception as error:
+                assert "compiled" in around and "run it without torch.compile" in str(error), error
+                continue
+            for row, name in enumerate(names):
+                torch.testing.assert_close(got[row], plain[name](x)[row], rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
 
 
 class Moves(nn.Module):

@@ -74,6 +74,11 @@ def attach(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, but is {type(model).__name__}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"`{name}` is on the meta device, where it has no words: load the model whole on the CPU, without offload to "
+                "CPU or disk (accelerate), before it is attached"
+            )
         if tensor.device.type != "cpu":
             raise ValueError(
                 f"model must be on the CPU, but `{name}` is on {tensor.device}; whole models are not served on CUDA yet"
@@ -112,8 +117,12 @@ def attach(
                 _around(owner, name.rpartition(".")[0], parent, owner.sites[name].kind == "experts")
         if type(module).__name__ in BLOCKS and module is not model:
             _block(owner, name, module)
-    swap.swap_root(model, owner)
-    owner.methods.append(model)
+    # Compiled code is that of the module inside.
+    root = model
+    while "_orig_mod" in root._modules:
+        root = root._orig_mod
+    swap.swap_root(root, owner)
+    owner.methods.append(root)
     try:
         owner.begin()
     except BaseException:

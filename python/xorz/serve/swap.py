@@ -5,6 +5,7 @@ become `Weight`s in place, and `restore` undoes both.
 import functools
 import inspect
 import sys
+import types
 from contextlib import nullcontext
 from typing import Any
 
@@ -44,34 +45,53 @@ def _read_apart(module: nn.Module, name: str) -> Any:
     """Of what a compiler makes, nobody knows whose words it will see: it is to run this as it stands."""
     site = module.__dict__["_xorz"]
     rows = site.owner.now()
-    return module._parameters.get(name, module._buffers.get(name)) if rows is None else site.read(name, rows)
+    if rows is None or name not in site.weights:
+        return module._parameters.get(name, module._buffers.get(name))
+    return site.read(name, rows)
 
 
 def _forward(self: nn.Module, input: Tensor) -> Any:
     # One input, and one output whose width is known: compilers get one opaque op.
     if torch.compiler.is_compiling():
         return compiled.call(self, input, self._xorz_width)
-    return forwards.call(self._xorz, self, input)
+    try:
+        site = self._xorz
+    except AttributeError:
+        return _detached(self, input)
+    return forwards.call(site, self, input)
 
 
 def _forward_linear(self: nn.Module, input: Tensor) -> Any:
     if torch.compiler.is_compiling():
         return compiled.call(self, input, self._xorz_width)
-    return forwards.linear(self._xorz, self, input)
+    try:
+        site = self._xorz
+    except AttributeError:
+        return _detached(self, input)
+    return forwards.linear(site, self, input)
+
+
+def _detached(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Whoever wrapped the forward while the model was attached (accelerate's hooks) still calls this one."""
+    return _plain(module).forward(module, *args, **kwargs)
 
 
 def _disabled() -> Any:
     @torch.compiler.disable
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forwards.call(self._xorz, self, *args, **kwargs)
+        site = self.__dict__.get("_xorz")
+        if site is None:
+            return _detached(self, *args, **kwargs)
+        return forwards.call(site, self, *args, **kwargs)
 
     return forward
 
 
 def _compute_bias(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """T5's relative positions: [1, heads, q, k] for all; one for each batch row where tenants differ."""
-    owner: Owner = self._xorz_owner if "_xorz" not in self.__dict__ else self._xorz.owner
-    rows, plain = owner.now(), _plain(self).compute_bias
+    plain, site = _plain(self).compute_bias, self.__dict__.get("_xorz")
+    owner: Owner | None = self.__dict__.get("_xorz_owner") if site is None else site.owner
+    rows = None if owner is None else owner.now()
     if rows is None or rows.only is not None:
         return plain(self, *args, **kwargs)
     each = {}
@@ -154,8 +174,21 @@ def swap(module: nn.Module, site: Site) -> None:
     module.__dict__["_xorz_number"] = compiled.register(module)
     module.__dict__["_xorz_width"] = width
     module.__class__ = _classes[key]
+    _rebind(module, type(module))
     if "forward" in module.__dict__:
         guard(module, site)
+
+
+def _rebind(module: nn.Module, cls: type) -> None:
+    """Forwards of the module that accelerate has put aside, to call them and to put them back, are those of this class."""
+    for name in ("_old_forward", "forward"):
+        aside = module.__dict__.get(name)
+        if (
+            isinstance(aside, types.MethodType)
+            and aside.__self__ is module
+            and aside.__func__ in (c.__dict__.get("forward") for c in (*type(module).__mro__, *_made))
+        ):
+            module.__dict__[name] = types.MethodType(cls.forward, module)
 
 
 def _persistent(module: nn.Module) -> list[str]:
@@ -214,6 +247,8 @@ def guard(module: nn.Module, site: Site) -> None:
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if "_xorz" not in module.__dict__:
+            return inner(*args, **kwargs)
         rows = site.owner.rows(site)
         with nullcontext() if site.owner.active.get() is not None else site.owner.active.set(rows):
             return inner(*args, **kwargs)
@@ -251,8 +286,8 @@ def swap_block(module: nn.Module, owner: Owner, name: str) -> None:
 
 @torch.compiler.disable
 def _block(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
-    owner = module._xorz_owner
-    rows = owner.now()
+    owner = module.__dict__.get("_xorz_owner")
+    rows = None if owner is None else owner.now()
     if rows is not None and rows.probe is not None:
         rows.probe.note(("block", module._xorz_block), args[0] if args else kwargs.get("hidden_states"))
         return plain(module, *args, **kwargs)
@@ -285,11 +320,30 @@ def swap_root(module: nn.Module, owner: Owner) -> None:
     module.__dict__["_xorz_owner"] = owner
     module.__dict__["_xorz_root"] = compiled.register(module)
     module.__class__ = _classes[key]
+    _rebind(module, type(module))
+    if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], types.MethodType):
+        _guard_root(module)
+
+
+def _guard_root(module: nn.Module) -> None:
+    """For a model whose forward was replaced on the instance before it was attached (accelerate's hooks, wrappers of one's
+    own): where its rows are is found there, too.
+    """
+    inner = module.__dict__["forward"]
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return inner(*args, **kwargs)
+        return _root(module, lambda _, *given, **named: inner(*given, **named), args, kwargs)
+
+    forward._xorz_inner = getattr(inner, "_xorz_inner", inner)
+    module.__dict__["forward"] = forward
 
 
 def _root(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
-    owner = module._xorz_owner
-    rows = owner.now()
+    owner = module.__dict__.get("_xorz_owner")
+    rows = None if owner is None else owner.now()
     if rows is None or rows.only is not None:
         return plain(module, *args, **kwargs)
     run = functools.partial(plain, module)
@@ -315,7 +369,9 @@ def _generate(cls: type) -> Any:
 
     @functools.wraps(plain)
     def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        owner = self._xorz_owner
+        owner = self.__dict__.get("_xorz_owner")
+        if owner is None:
+            return plain(self, *args, **kwargs)
         with owner.active.set(owner.active.get()):
             return plain(self, *args, **kwargs)
 
@@ -329,8 +385,8 @@ def _expand(cls: type) -> Any:
 
     @functools.wraps(cls._expand_inputs_for_generation)
     def expand(self: nn.Module, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
-        owner = self._xorz_owner
-        rows, given = owner.active.get(), kwargs.get("input_ids")
+        owner = self.__dict__.get("_xorz_owner")
+        rows, given = None if owner is None else owner.active.get(), kwargs.get("input_ids")
         out = plain.__get__(self, cls)(expand_size, *args, **kwargs)
         if rows is not None and rows.only is None and expand_size > 1 and given is not None:
             if given.size(0) == len(rows.slots):
@@ -345,7 +401,7 @@ def _inside(module: nn.Module) -> list[Site]:
 
 
 def _encoder_layer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and "_xorz_owner" in self.__dict__:
         for site in _inside(self)[:1]:
             self._xorz_owner.rows(site)
     return _plain(self).forward(self, *args, **kwargs)
@@ -362,7 +418,7 @@ def _encoder(
     plain = _plain(self).forward
     if torch.compiler.is_compiling():
         return plain(self, src, mask, src_key_padding_mask, is_causal)
-    sites = _inside(self)
+    sites = _inside(self) if "_xorz_owner" in self.__dict__ else []
     rows = [self._xorz_owner.rows(site) for site in sites[:1]]
     serves = rows and rows[0] is not None and any(site.serves(rows[0]) for site in sites)
     if not serves or is_causal or not _drops_padding(self, sites, src, mask, src_key_padding_mask):
@@ -408,6 +464,7 @@ def _width(module: nn.Module, site: Site) -> int | None:
 def restore_class(module: nn.Module) -> None:
     """Undo `swap` and `swap_method`: the module has its own class and forward again."""
     module.__class__ = _plain(module)
+    _rebind(module, type(module))
     own = module.__dict__.get("forward")
     if hasattr(own, "_xorz_inner"):
         module.__dict__["forward"] = own._xorz_inner

@@ -49,6 +49,13 @@ class Weight(Tensor):
     matrix: tuple[Any, str, bool] | None
     _values: Callable[[int], Tensor]
 
+    def __new__(cls, *given: Any, **options: Any) -> "Weight":
+        """Whoever makes a tensor anew of a weight's own class would put it in the weight's place."""
+        raise RuntimeError(
+            "xorz: a weight of an attached model cannot be made anew, moved or offloaded (accelerate does so); call "
+            "tenants.detach() first"
+        )
+
     @staticmethod
     def of(raw: Tensor, places: tuple[Place, ...]) -> "Weight":
         """A tensor of the base; `places`: every site that calls it its own."""
