@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 import xorz
-from conftest import same_bits
 from cases import Case
+from conftest import same_bits
 from torch import nn
 
 F = nn.functional
