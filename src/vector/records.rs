@@ -1,14 +1,17 @@
-//! The records of a `sparse` tile, one after the other: the walk that restores, embeddings, products and gradients share. What
-//! they do with a record is theirs, and so is how the columns of its sixteen lanes are kept: in an array of 16 bits each, where
-//! lanes are looked at one by one, or in a vector. The oracle (`codec::sparse`) walks lane by lane, on purpose in another way.
-//! Must hold no word, no product and no intrinsic.
+//! The records of a `sparse` tile, one after the other: the walk that restores, embeddings, products and
+//! gradients share. What they do with a record is theirs, and so is how the columns of its sixteen lanes are
+//! kept: in an array of 16 bits each, where lanes are looked at one by one, or in a vector. The oracle
+//! (`codec::sparse`) walks lane by lane, on purpose in another way. Must hold no word, no product and no
+//! intrinsic.
 
 use super::simd::{SIMD_LANES, Simd};
 use crate::codec::SparseTile;
 use crate::error::{Error, Result};
+use std::iter::Zip;
 use std::slice::ChunksExact;
 
-/// Most records of a tile that [`within_tile`] lets through: sixteen million gaps of one byte stay below 2^32 columns.
+/// Most records of a tile that [`within_tile`] lets through: sixteen million gaps of one byte stay below 2^32
+/// columns.
 const MOST: usize = 1 << 24;
 
 /// The columns that the sixteen lanes of a tile have come to.
@@ -21,7 +24,8 @@ pub(crate) trait LaneColumns: Copy {
     fn larger(self, other: Self) -> Self;
 }
 
-/// In 16 bits. A tile has at most 4096 columns, and a lane that comes to 65535 stays there, which is beyond any tile.
+/// In 16 bits. A tile has at most 4096 columns, and a lane that comes to 65535 stays there, which is beyond
+/// any tile.
 impl LaneColumns for [u16; SIMD_LANES] {
     #[inline(always)]
     fn after(mut self, gaps: &[u8; SIMD_LANES]) -> Self {
@@ -87,12 +91,15 @@ impl<S: Simd> LaneColumns for VectorColumns<S> {
     }
 }
 
-/// A walk along the records of a tile whose gaps are of `GAP` bytes ([`GapKind::bytes`](crate::codec::GapKind::bytes)).
+/// A walk along the records of a tile whose gaps are of `GAP` bytes
+/// ([`GapKind::bytes`](crate::codec::GapKind::bytes)).
 ///
-/// Not an `Iterator`: its methods must be inlined into the kernel that walks, and those of adapters need not be.
+/// Not an `Iterator`: its methods must be inlined into the kernel that walks, and those of adapters need not
+/// be.
 pub(crate) struct Records<'t, C, const GAP: usize> {
-    gaps: ChunksExact<'t, u8>,
-    differences: ChunksExact<'t, u8>,
+    /// Gaps and differences. Zipped they share one counter, where two would cost the gathered product 5 % of its
+    /// instructions.
+    records: Zip<ChunksExact<'t, u8>, ChunksExact<'t, u8>>,
     columns: C,
     largest: C,
 }
@@ -102,8 +109,10 @@ impl<'t, C: LaneColumns, const GAP: usize> Records<'t, C, GAP> {
     #[inline(always)]
     pub(crate) fn new(tile: &SparseTile<'t>, word: usize, start: C) -> Self {
         Self {
-            gaps: tile.gaps.chunks_exact(SIMD_LANES * GAP),
-            differences: tile.differences.chunks_exact(SIMD_LANES * word),
+            records: tile
+                .gaps
+                .chunks_exact(SIMD_LANES * GAP)
+                .zip(tile.differences.chunks_exact(SIMD_LANES * word)),
             columns: start,
             largest: start,
         }
@@ -112,7 +121,7 @@ impl<'t, C: LaneColumns, const GAP: usize> Records<'t, C, GAP> {
     /// The next record: the column of each lane, and sixteen differences.
     #[inline(always)]
     pub(crate) fn advance(&mut self) -> Option<(C, &'t [u8])> {
-        let (gaps, differences) = (self.gaps.next()?, self.differences.next()?);
+        let (gaps, differences) = self.records.next()?;
         self.columns = if GAP == 1 {
             self.columns.after(gaps.first_chunk()?)
         } else {
@@ -131,11 +140,12 @@ impl<'t, C: LaneColumns, const GAP: usize> Records<'t, C, GAP> {
     }
 }
 
-/// Run a kernel that walks `tile`, of `columns` columns, with [`VectorColumns`], and gives the largest one it came to.
+/// Run a kernel that walks `tile`, of `columns` columns, with [`VectorColumns`], and gives the largest one it
+/// came to.
 ///
 /// # Errors
-/// `Corrupt` where there are so many records that columns could wrap, before the kernel runs, and where one lies outside the
-/// tile.
+/// `Corrupt` where there are so many records that columns could wrap, before the kernel runs, and where one
+/// lies outside the tile.
 pub(crate) fn within_tile(tile: &SparseTile<'_>, columns: usize, walk: impl FnOnce() -> u32) -> Result<()> {
     if tile.records > MOST {
         return Err(Error::corrupt(format!("{} records in one tile", tile.records)));
