@@ -68,9 +68,9 @@ class Stream {
   // The fine-tuned word of the lane's base word, exceptions apart; `live` where the lane has a column. The
   // whole warp calls. Where the stream has ended, its units are zeros (see `spent`).
   XORZ_DEVICE W step(W base, bool live) {
-    const uint32_t wide =
+    const uint32_t of_class =
         warp_shuffle(width_of_class_, static_cast<uint32_t>(base >> shift_) & (kClasses - 1));
-    const uint32_t w = live ? wide : 0;
+    const uint32_t w = live ? of_class : 0;
     const bool takes = held_ < w;
     const uint32_t takers = warp_ballot(takes);
     const uint32_t mine = at_ + bit_count(takers & ((1u << lane_) - 1));

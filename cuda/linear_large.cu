@@ -8,7 +8,7 @@
 //       for each 32 columns (stages.cuh): x and W by cp.async, 2 steps ahead (f32: 1)
 //         W of the next step: base words -> fine-tuned words, each warp its 8 rows   (`raw`: the payload is W)
 //         x . W of this step: ldmatrix and mma.m16n8k16, f32 sums; f32: FMAs         (sums.cuh)
-//     sum + bias: finite -> round once -> y;  else again from the fine-tuned words in f64 (wide_tile.cuh)
+//     sum + bias: finite -> round once -> y;  else again from the fine-tuned words in f64 (again_f64_tile.cuh)
 //
 // One barrier a step. Pairs go to blocks with the row tiles of a panel side by side, so that a panel's words and
 // deltas are read from DRAM once and from L2 for the others.
@@ -20,10 +20,10 @@
 // the deltas decoded, ceil(rows of the tenant / 128) times; `exponent` reads base words twice a pair), x once a panel,
 // from L2. Threads 256, two blocks a multiprocessor: 128 registers. Shared memory: 40 KiB of stages, which hold the marks
 // of rows before the steps and the decode path after them; 2 KiB.
+#include "again_f64_tile.cuh"
 #include "patch_entries.cuh"
 #include "patch_streams.cuh"
 #include "sums.cuh"
-#include "wide_tile.cuh"
 
 namespace xorz {
 namespace {
@@ -41,7 +41,7 @@ struct LargeShared {
   union {
     Stages<W> stages;
     Marks marks;
-    WideTile<W> wide;
+    AgainF64Tile<W> f64;
   };
   TenantRows tenant;
   AgainBits<W> again;
@@ -125,7 +125,7 @@ XORZ_DEVICE void linear_pair(LargeShared<typename D::Word>& shared, const Produc
         k != 0, k, sums);
   block_sync();
   if (block_any(write_sums<D>(shared, p, sums)))
-    compute_tile_again<D>(shared.wide, shared.again, shared.tenant, p, shared.rows, shared.pair.r0);
+    compute_tile_again<D>(shared.f64, shared.again, shared.tenant, p, shared.rows, shared.pair.r0);
   if (thread_index_anew() == 0 && shared.corrupt != 0)
     report(p.status, kTileCorrupt, p.slots == nullptr ? 0 : static_cast<uint32_t>(shared.tenant.slot));
 }

@@ -8,7 +8,7 @@
 //     each tenant with words of its own (`raw`): the same on its payload
 //     `sparse` tenants: their entries (entries.cuh)
 //     `exponent` tenants: decode and multiply, a warp a tenant (streams.cuh)
-//     total + bias: finite -> round once -> y;  else again from the fine-tuned words in f64 (wide.cuh)
+//     total + bias: finite -> round once -> y;  else again from the fine-tuned words in f64 (again_f64.cuh)
 //
 // The order of one output is that of the parts above, each documented in its file: total = 0; + base (or own)
 // product; + entries; or + streams, tile column after tile column; + bias; one rounding to the dtype. Same
@@ -19,9 +19,9 @@
 // L2), each tenant's tiles of the panel once (gaps of one byte again, from L1), x once a panel for each part,
 // from L2. Threads 256. Shared memory: see gate.txt: 32 KiB of staged words, 6 KiB of runs, 2 KiB of totals,
 // up to 16 open deltas.
+#include "again_f64.cuh"
 #include "entries.cuh"
 #include "product.cuh"
-#include "wide.cuh"
 
 namespace xorz {
 namespace {
@@ -41,7 +41,7 @@ struct LinearShared {
     StagedRows<W> staged;
     struct {
       W words[kMaxTileCols];
-      Wide<M> wide;
+      AgainF64<M> f64;
     } again;
   };
 };
@@ -86,8 +86,8 @@ XORZ_DEVICE void linear_small(LinearShared<typename D::Word, M>& shared, const P
   block_sync();
   add_streams<D, M>(shared.total, shared.staged, batch, p.weight, x, r0);
 
-  Wide<M>& wide = shared.again.wide;
-  if (thread < kPanel) wide.again[thread] = 0;
+  AgainF64<M>& f64 = shared.again.f64;
+  if (thread < kPanel) f64.again[thread] = 0;
   block_sync();
   bool again = false;
   XORZ_NO_UNROLL
@@ -108,12 +108,12 @@ XORZ_DEVICE void linear_small(LinearShared<typename D::Word, M>& shared, const P
       else if (finite(value))
         store(to, D::round(value));
       else {
-        shared_or(&wide.again[r], 1u << j);
+        shared_or(&f64.again[r], 1u << j);
         again = true;
       }
     }
   }
-  if (block_any(again)) compute_again<D, M>(wide, shared.again.words, batch, p, m0, r0);
+  if (block_any(again)) compute_again<D, M>(f64, shared.again.words, batch, p, m0, r0);
 }
 
 }  // namespace

@@ -79,9 +79,9 @@ XORZ_DEVICE bool walk_tile(Marks& marks, const View& v, uint32_t tile, const W* 
       }
       XORZ_UNROLL
       for (uint32_t i = 0; i < kAhead; i++) {
-        const uint32_t wide =
+        const uint32_t of_class =
             warp_shuffle(width_of_class, static_cast<uint32_t>(now[i] >> shift) & (kClasses - 1));
-        walk.step(c + i * 32 + lane < rect.cols ? wide : 0);
+        walk.step(c + i * 32 + lane < rect.cols ? of_class : 0);
       }
     }
   }
@@ -160,9 +160,9 @@ class PatchStreams {
       if (i >= rows_) continue;
       W* word = &w[Stages<W>::word_at(row + i, lane)];
       const W base = live ? *word : W(0);
-      const uint32_t wide =
+      const uint32_t of_class =
           warp_shuffle(width_of_class_, static_cast<uint32_t>(base >> shift_) & (kClasses - 1));
-      const uint32_t width = live ? wide : 0;
+      const uint32_t width = live ? of_class : 0;
       uint32_t held = at_[i] & kHeld;
       const uint32_t at = at_[i] >> kHeldBits;
       const bool takes = held < width;

@@ -81,7 +81,7 @@ XORZ_DEVICE W narrow_to(uint32_t dtype, float value) {
 
 // f64 to a word, rounded once: to odd at f32 first, then to nearest (rounding twice to nearest may differ).
 template <class D>
-XORZ_DEVICE typename D::Word round_wide(double value) {
+XORZ_DEVICE typename D::Word round_f64(double value) {
   const float near = static_cast<float>(value);
   if (sizeof(typename D::Word) == 4 || !finite(near) || static_cast<double>(near) == value)
     return D::round(near);

@@ -194,10 +194,10 @@ const REST: [Mutant; 8] = [
         "place = from;",
     ),
     ("a scan's lane", "linear_segments.cu", "Counts scan(", "if (lane >= by)", "if (lane > by)"),
-    ("a decode path's other rows", "wide_tile.cuh", "dot_wide<D>", "rows[j]", "rows[0]"),
+    ("a decode path's other rows", "again_f64_tile.cuh", "dot_f64<D>", "rows[j]", "rows[0]"),
     (
         "decode path without differences",
-        "wide.cuh",
+        "again_f64.cuh",
         "fetch_row(",
         "if (way == kOnStream) add",
         "if (false) add",
@@ -225,7 +225,7 @@ const RACES: [Mutant; 8] = [
         "",
     ),
     ("a pair before it is there", "linear_large.cu", "pair.count = count;", "  block_sync();\n", ""),
-    ("sums of the decode path", "wide_tile.cuh", "wide.sum[j] += sum;", "          block_sync();\n", ""),
+    ("sums of the decode path", "again_f64_tile.cuh", "f64.sum[j] += sum;", "          block_sync();\n", ""),
 ];
 
 const FUSED: [Mutant; 5] = [

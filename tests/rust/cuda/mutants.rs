@@ -114,7 +114,7 @@ const LINEAR: [Mutant; 18] = [
     ("no decode path", "linear_small.cu", "const bool refused", "finite(value)", "true"),
     (
         "decode path without exceptions",
-        "wide.cuh",
+        "again_f64.cuh",
         "fetch_row(",
         "    override_row(v, tile, r, cols, words);\n",
         "",
@@ -156,7 +156,7 @@ const LINEAR_RACES: [Mutant; 2] = [
         "      block_sync();\n",
         "",
     ),
-    ("sums of the decode path", "wide.cuh", "wide.sum[j] += ", "          block_sync();\n", ""),
+    ("sums of the decode path", "again_f64.cuh", "f64.sum[j] += ", "          block_sync();\n", ""),
 ];
 
 fn restores(device: &Device) -> Result<(), String> {

@@ -51,7 +51,7 @@ XORZ_DEVICE void walk_row(const View& v, uint32_t tile, uint32_t lane, uint32_t 
 }
 
 template <uint32_t M>
-struct Wide {
+struct AgainF64 {
   uint32_t again[kTileLanes];  // bit j: row j of x
   double sum[M];
   double part[kWarps * 32];
@@ -89,8 +89,8 @@ XORZ_DEVICE void fetch_row(const View& v, uint32_t way, const Product<typename D
 // words . x, in thread 0; `part` holds a number a thread. The block calls, and must meet before it calls
 // again.
 template <class D>
-XORZ_DEVICE double dot_wide(double* part, const typename D::Word* words, const typename D::Word* x,
-                            uint32_t cols) {
+XORZ_DEVICE double dot_f64(double* part, const typename D::Word* words, const typename D::Word* x,
+                           uint32_t cols) {
   double sum = 0;
   for (uint32_t c = thread_index(); c < cols; c += kWarps * 32)
     sum += static_cast<double>(D::value(words[c])) * static_cast<double>(D::value(load_once(x + c)));
@@ -103,10 +103,10 @@ XORZ_DEVICE double dot_wide(double* part, const typename D::Word* words, const t
   return thread_index() == 0 ? part[0] : 0;
 }
 
-// Compute and write the outputs that `wide.again` asks for, of the panel at row `r0` and the rows of x from
+// Compute and write the outputs that `f64.again` asks for, of the panel at row `r0` and the rows of x from
 // `m0` on. The block calls.
 template <class D, uint32_t M>
-XORZ_DEVICE void compute_again(Wide<M>& wide, typename D::Word* words, const Batch<M>& batch,
+XORZ_DEVICE void compute_again(AgainF64<M>& f64, typename D::Word* words, const Batch<M>& batch,
                                const Product<typename D::Word>& p, uint64_t m0, uint64_t r0) {
   XORZ_NO_UNROLL
   for (uint32_t t = 0; t < batch.tenants; t++) {
@@ -116,9 +116,9 @@ XORZ_DEVICE void compute_again(Wide<M>& wide, typename D::Word* words, const Bat
     const uint32_t width = tiled ? batch.view[t].tile_cols() : kMaxTileCols;
     XORZ_NO_UNROLL
     for (uint32_t r = 0; r < kTileLanes; r++) {
-      const uint32_t again = wide.again[r] & rows_of_x;
+      const uint32_t again = f64.again[r] & rows_of_x;
       if (again == 0) continue;
-      if (thread_index() < M) wide.sum[thread_index()] = 0;
+      if (thread_index() < M) f64.sum[thread_index()] = 0;
       XORZ_NO_UNROLL
       for (uint64_t c0 = 0; c0 < p.k; c0 += width) {
         const uint32_t cols = p.k - c0 < width ? static_cast<uint32_t>(p.k - c0) : width;
@@ -128,18 +128,18 @@ XORZ_DEVICE void compute_again(Wide<M>& wide, typename D::Word* words, const Bat
         for (uint32_t left = again; left != 0; left &= left - 1) {
           const uint32_t j = first_bit(left);
           const auto* x = p.x + (m0 + j) * p.k + c0;
-          const double sum = dot_wide<D>(wide.part, words, x, cols);
-          if (thread_index() == 0) wide.sum[j] += sum;
+          const double sum = dot_f64<D>(f64.part, words, x, cols);
+          if (thread_index() == 0) f64.sum[j] += sum;
           block_sync();
         }
       }
       block_sync();
       if (thread_index() < M && (again >> thread_index() & 1)) {
         const uint32_t j = thread_index();
-        double value = wide.sum[j];
+        double value = f64.sum[j];
         if (p.biases != nullptr)
           value += static_cast<double>(D::value(load_once(p.biases + bias_row(p, batch.slot[t]) + r0 + r)));
-        store(p.out + (m0 + j) * p.n + r0 + r, round_wide<D>(value));
+        store(p.out + (m0 + j) * p.n + r0 + r, round_f64<D>(value));
       }
       block_sync();
     }
