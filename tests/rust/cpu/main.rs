@@ -1,4 +1,5 @@
-//! Ops on the CPU: products, lookups and gradients are those of the fine-tuned weights, alike on every instruction set.
+//! Ops on the CPU: products, lookups and gradients are those of the fine-tuned weights, alike on every
+//! instruction set.
 
 #[path = "../common"]
 #[allow(missing_docs, reason = "public only to the tests of this binary")]
@@ -14,6 +15,7 @@ mod embedding_lookup;
 mod grouped_exactness;
 mod layouts;
 mod linear_exactness;
+mod order_apart;
 mod parts;
 mod scratch_limits;
 mod simd_parity;
