@@ -216,6 +216,71 @@ def test_a_row_has_its_tenant_in_code_that_was_compiled_first():
     torch._dynamo.reset()
 
 
+def test_a_step_that_is_given_all_words_and_cuts_them_by_its_cache_is_another_kind_of_batch():
+    """As CPM-Ant generates: the same inputs, and [batch, 1] inside where there was [batch, length]."""
+
+    class Cache:
+        def __init__(self):
+            self.sums = None
+
+        def get_seq_length(self):
+            return 0 if self.sums is None else self.length
+
+    class Cuts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.layer, self.norm = nn.Embedding(50, 6), nn.Linear(6, 6), nn.LayerNorm(6)
+
+        def forward(self, ids, cache):
+            h = self.norm(self.layer(self.embed(ids)[:, cache.get_seq_length() :]))
+            cache.sums = h.sum(1) if cache.sums is None else cache.sums + h.sum(1)
+            cache.length = ids.size(1)
+            return cache.sums
+
+    torch.manual_seed(0)
+    case, ids, names = Case(Cuts()), torch.randint(0, 50, (4, 8)), ["a", None, "b", "a"]
+    cache = Cache()
+    for length in (5, 6, 7, 8):
+        with torch.no_grad(), case.tenants.use(names):
+            got = case.model(ids[:, :length], cache)
+        for row, name in enumerate(names):
+            with torch.no_grad():
+                want = case.plain[name](ids[row : row + 1, :length], Cache())
+            torch.testing.assert_close(got[row : row + 1], want, rtol=1e-4, atol=1e-4)
+
+
+WINDOWS = {
+    "swin": ("SwinConfig", "SwinForImageClassification"),
+    "swin v2": ("Swinv2Config", "Swinv2ForImageClassification"),
+}
+
+
+@pytest.mark.parametrize("mode", ["fast", "deterministic"])
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_windows_over_images_are_their_images_tenants(kind, mode):
+    """Shifted windows [batch * windows, ...], padded ones too, as many windows as rows, and tables of relative positions."""
+    transformers = pytest.importorskip("transformers")
+    config, model = (getattr(transformers, name) for name in WINDOWS[kind])
+    for size, window in ((16, 2), (28, 3)):
+        torch.manual_seed(0)
+        sizes = {"image_size": size, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
+        base = model(config(**sizes, window_size=window, num_labels=5)).eval()
+        plain = {None: base, "a": tuned_of(base, 1, 0.1), "b": tuned_of(base, 2, 0.1)}
+        tenants = xorz.attach(copy.deepcopy(base), mode=mode)
+        for name in "ab":
+            tenants.load(name, xorz.diff(base, plain[name]))
+        x = torch.randn(4, 3, size, size)
+        with torch.no_grad():
+            for names in (["a", None, "b", "b"], ["b", "a", None, "a"]):
+                with tenants.use(names):
+                    got = tenants.model(x).logits
+                for row, name in enumerate(names):
+                    want = plain[name](x).logits
+                    assert float((got - want)[row].abs().max()) <= 1e-4 * float(want.abs().max())
+            each = [plain[n](x).logits for n in plain]
+            assert not torch.allclose(each[1], each[2], rtol=1e-2)
+
+
 def test_nothing_is_left_of_the_runs_that_find_rows():
     """Caches, random numbers and the model's own counts are as if it had run once."""
 

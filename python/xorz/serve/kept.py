@@ -122,7 +122,8 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _inside(value: Any) -> Iterable[Any]:
-    if isinstance(value, Mapping):
+    # Not of any mapping: there are some that read a file for each value.
+    if isinstance(value, dict):
         return list(value.values())
     if isinstance(value, (list, tuple, set, frozenset)):
         return list(value)

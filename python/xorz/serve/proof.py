@@ -121,11 +121,22 @@ def _kind(rows: RowMap, args: Any, kwargs: Any, training: bool) -> Any:
                 leaf.is_floating_point(),
                 leaf.size(0) % batch == 0 if leaf.dim() else None,
             )
-        return leaf if leaf is None or isinstance(leaf, (bool, int, str)) else type(leaf)
+        if leaf is None or isinstance(leaf, (bool, int, str)):
+            return leaf
+        return type(leaf), _holds_something(leaf)
 
     kinds = tuple(type(value) for value in (*args, *kwargs.values()))
     leaves = tuple(of(leaf) for leaf in tree_leaves((args, kwargs)))
     return rows.dim, tuple(kwargs), kinds, leaves, torch.is_autocast_enabled("cpu"), training
+
+
+def _holds_something(leaf: Any) -> bool:
+    """Whether a cache of transformers has positions in it: what a model makes of the same inputs then has other sizes."""
+    length = getattr(leaf, "get_seq_length", None)
+    try:
+        return length is not None and bool(length() > 0)
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
 
 
 class _Kept:
