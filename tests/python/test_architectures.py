@@ -36,10 +36,10 @@ def test_the_survey_would_notice_another_models_numbers(monkeypatch):
 
     right = Site.linear
 
-    def wrong(self, rows, input):
+    def wrong(self, rows, input, *place):
         if self.name.endswith("layers.0.mlp.gate_proj"):
             return torch.nn.functional.linear(input, self.base["weight"], self.base.get("bias"))
-        return right(self, rows, input)
+        return right(self, rows, input, *place)
 
     monkeypatch.setattr(Site, "linear", wrong)
     monkeypatch.setattr("xorz.serve.forwards._plan", lambda site, rows: None)

@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,6 +43,18 @@ def test_pieces_in_use_never_keep_out_what_fits():
         held[step] = residency.place([torch.zeros(n, dtype=torch.uint8) for n in sizes], lambda: False)
         assert residency.used == sum(padded(n) for pieces in held.values() for _, n in pieces)
         assert residency.used <= 1 << 20
+
+
+def test_where_addresses_are_counted_one_model_leaves_some_for_others():
+    code = (
+        "import resource, xorz\n"
+        "from xorz.serve.residency import Residency\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (20 << 30, 20 << 30))\n"
+        "held = [Residency(1 << 30) for _ in range(8)]\n"
+        "print(sum(r.arena.tensor.numel() >= 1 << 30 for r in held))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("8", 0), done.stderr
 
 
 SIZES = (48, 256, 96, 320, 64)

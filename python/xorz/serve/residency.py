@@ -4,6 +4,7 @@ for vLLM's adapters, which decide themselves who that is.
 
 import os
 import re
+import resource
 from collections.abc import Callable, Iterable
 
 from torch import Tensor
@@ -48,9 +49,23 @@ would split them so that no gap takes a large one, however much is free. Pages t
 needs at most log2(largest piece / smallest) times the bytes in use (Robson): sixteen are enough for pieces of 64 bytes to
 4 MiB in the worst order there is, and for every size in orders that are met."""
 
+_SCARCE = (2, 1)
+"""The same where addresses are counted (ulimit -v, ulimit -d): what one model takes, the next one and everybody else lack."""
 
-def _reserved(size: int) -> Arena:
-    for times in _ADDRESSES:
+_MOST_ADDRESSES = 1 << 44
+"""An eighth of what a process has, for one model."""
+
+
+def _addresses(size: int, budgeted: bool) -> Iterable[int]:
+    """How many times `size` to try. Whoever gave no budget has the machine's memory, which is never filled to the last byte."""
+    limits = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    counted = any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits)
+    times = _ADDRESSES if budgeted and not counted else _SCARCE
+    return [t for t in times if t == 1 or t * size <= _MOST_ADDRESSES]
+
+
+def _reserved(size: int, budgeted: bool) -> Arena:
+    for times in _addresses(size, budgeted):
         try:
             return Arena(times * size)
         except (OSError, OverflowError, ValueError) as error:
@@ -75,7 +90,7 @@ class Residency:
         """Reserves addresses, no memory; MemoryError if there are not so many."""
         self.limit, self.copies = limit, 0
         self.capacity = limit or machine()
-        self.arena = _reserved(self.capacity)
+        self.arena = _reserved(self.capacity, limit is not None)
 
     @property
     def used(self) -> int:
