@@ -271,6 +271,10 @@ int32_t xorz_package_resident_from(const xorz_package* package, const char* name
 int32_t xorz_package_restore(const xorz_package* package, const char* name, const xorz_matrix* base,
                              void* out, size_t out_bytes, xorz_error* error);
 
+/* The same from a base on disk, for tensors stored alone, too. */
+int32_t xorz_package_restore_from(const xorz_package* package, const char* name, const xorz_base* base,
+                                  void* out, size_t out_bytes, xorz_error* error);
+
 /* Whole checkpoints: safetensors files, or folders of them. report: JSON. */
 int32_t xorz_pack_files(const char* base, const char* fine_tuned, const char* package,
                         const xorz_options* options, const xorz_run* run, xorz_buffer* report,

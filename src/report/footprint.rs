@@ -109,12 +109,9 @@ pub(crate) fn footprint(
         for (i, info) in
             file.tensors.header().tensors.iter().enumerate().filter(|(i, _)| same[f][*i].is_none())
         {
-            let delta = match (bases[f][i], Dtype::from_name(&info.dtype)) {
-                (Some((at, b)), Some(dtype)) => {
-                    Some((dtype, TensorWords::File(&base.files()[at].tensors, b)))
-                }
-                _ => None,
-            };
+            let delta = bases[f][i].as_ref().zip(info.matrix());
+            let delta =
+                delta.map(|(base_of, (dtype, shape))| (dtype, shape, base_of.words(base, info.bytes())));
             tensors.push(Tensor { file, info, delta, zstd, run });
         }
     }
@@ -145,8 +142,8 @@ pub(crate) fn weight_bytes(base: &Checkpoint) -> Result<u64> {
 struct Tensor<'a> {
     file: &'a TensorFile,
     info: &'a TensorInfo,
-    /// Dtype and base, where it is a delta.
-    delta: Option<(Dtype, TensorWords<'a>)>,
+    /// Words, matrix and base, where it is a delta.
+    delta: Option<(Dtype, Shape, TensorWords<'a>)>,
     zstd: bool,
     run: &'a Run<'a>,
 }
@@ -167,11 +164,10 @@ impl Tensor<'_> {
 
     fn measure(&self, threads: usize) -> Result<Sizes> {
         let bytes = self.info.bytes();
-        let Some((dtype, base)) = self.delta else {
+        let Some((dtype, shape, base)) = self.delta else {
             self.run.advance(bytes)?;
             return Ok(Sizes::alone(bytes));
         };
-        let shape = Shape::of_dims(&self.info.dims)?;
         let fine_tuned = TensorWords::File(&self.file.tensors, self.info);
         let source = PairSource { dtype, shape, base, fine_tuned };
         let job =

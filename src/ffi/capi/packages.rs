@@ -275,6 +275,28 @@ pub unsafe extern "C" fn xorz_package_resident_from(
     }
 }
 
+/// One tensor's fine-tuned bytes, from a base on disk.
+///
+/// # Safety
+/// As `csrc/xorz.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xorz_package_restore_from(
+    package: *const XorzPackage,
+    name: *const c_char,
+    base: *const XorzBase,
+    out: *mut c_void,
+    out_bytes: usize,
+    error: *mut XorzError,
+) -> i32 {
+    // SAFETY: the caller keeps the header's contract.
+    unsafe {
+        call(error, || {
+            let (package, base) = (&reference(package, "package")?.0, &reference(base, "base")?.0);
+            base.restore(package, text(name, "name")?, bytes_mut(out, out_bytes, "out")?)
+        })
+    }
+}
+
 /// One tensor's fine-tuned bytes.
 ///
 /// # Safety

@@ -1,11 +1,12 @@
 //! The digests of a base: those that are known before its bytes are read, and keeping those that reading gives.
 
 use super::cache::{DigestCache, Identity};
-use super::digests::digest_checkpoint;
+use super::digests::digests_of;
 use super::files::{Checkpoint, TensorFile};
 use crate::error::Result;
-use crate::matrix::{Digest, Dtype};
+use crate::matrix::Digest;
 use crate::package::format::container::TensorInfo;
+use crate::package::format::record::{BaseTensor, Entry};
 use crate::package::format::refusals::missing_in_base;
 use crate::package::options::Run;
 use std::collections::{BTreeMap, HashMap};
@@ -47,9 +48,8 @@ impl BaseDigests {
             };
             let mut all = kept.clone();
             all.extend(list);
-            let tensors = f.tensors.header().tensors.iter();
-            let complete =
-                tensors.filter(|t| Dtype::from_name(&t.dtype).is_some()).all(|t| all.contains_key(&t.name));
+            let mut tensors = f.tensors.header().tensors.iter();
+            let complete = tensors.all(|t| all.contains_key(&t.name));
             if let (true, Some(file)) = (complete && all.len() > kept.len(), f.tensors.file()) {
                 self.cache.store(&f.place, file, before, &all);
             }
@@ -57,11 +57,21 @@ impl BaseDigests {
     }
 }
 
+impl Checkpoint {
+    /// The base tensor that `entry` was packed against, as far as names tell.
+    pub(crate) fn find_base(&self, entry: &Entry, base: &BaseTensor) -> Option<(usize, &TensorInfo)> {
+        let fits =
+            |t: &TensorInfo| (&t.dtype, &t.dims, t.bytes()) == (&entry.dtype, &entry.dims, entry.bytes);
+        self.find_near(&base.name, base.file.as_deref(), fits)
+    }
+}
+
 /// A base on disk and the digests of its tensors, so that packages are loaded against it without reading it.
 #[derive(Debug)]
 pub struct Base {
     checkpoint: Checkpoint,
-    digests: HashMap<String, Digest>,
+    /// File by file.
+    digests: Vec<BTreeMap<String, Digest>>,
 }
 
 impl Base {
@@ -71,14 +81,25 @@ impl Base {
     /// `Io`, `Corrupt`, `Truncated` or `Unsupported`, naming the file; `InvalidArgument` for a folder without weights.
     pub fn open(path: &Path, run: &Run<'_>) -> Result<Self> {
         let checkpoint = Checkpoint::open_base(path)?;
-        let digests = digest_checkpoint(&checkpoint, &DigestCache::user(), run)?.into_iter().collect();
+        let digests = digests_of(&checkpoint, &DigestCache::user(), run)?;
         Ok(Self { checkpoint, digests })
     }
 
-    /// Where tensor `name` is, and its digest.
-    pub(crate) fn find(&self, name: &str) -> Result<(&TensorFile, &TensorInfo, Digest)> {
-        let found = self.checkpoint.find(name).zip(self.digests.get(name));
-        let ((file, info), digest) = found.ok_or_else(|| missing_in_base(name))?;
+    /// Where the base tensor of `entry` is, and its digest.
+    pub(crate) fn find(
+        &self,
+        entry: &Entry,
+        base: &BaseTensor,
+    ) -> Result<(&TensorFile, &TensorInfo, Digest)> {
+        let name = base.name.as_str();
+        let found = self.checkpoint.find_base(entry, base);
+        let found = found.and_then(|(f, info)| Some((f, info, self.digests[f].get(name)?)));
+        let (file, info, digest) = found.ok_or_else(|| missing_in_base(name))?;
         Ok((&self.checkpoint.files()[file], info, *digest))
+    }
+
+    /// What it is made of.
+    pub(crate) fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
     }
 }

@@ -20,8 +20,7 @@ const BUFFER_BYTES: usize = 1 << 20;
 const PIECE_BYTES: u64 = 8 << 20;
 
 /// The digest of every tensor of a base, a .safetensors file or a folder of them, in order of their names. Files whose digests
-/// `cache` knows are not read; what is computed is kept there. Tensors of dtypes that cannot be a base (such as `F4`) have no
-/// digest and are left out.
+/// `cache` knows are not read; what is computed is kept there.
 ///
 /// # Errors
 /// As [`Checkpoint::open_base`]; `Io` or `Truncated` for a file that is cut while it is read. Messages name the file.
@@ -36,11 +35,8 @@ pub(super) fn digest_checkpoint(
     run: &Run<'_>,
 ) -> Result<Vec<(String, Digest)>> {
     let mut all = BTreeMap::new();
-    for (i, file) in checkpoint.files().iter().enumerate() {
-        let digests = digest_file(file, cache, run).map_err(|e| e.within(file.place.display()))?;
-        // Words of two states of a file would have the digest of neither.
-        file.check_unchanged()?;
-        // Of two tensors of one name, the one that packing would take.
+    for (i, digests) in digests_of(checkpoint, cache, run)?.into_iter().enumerate() {
+        // Of two tensors of one name, the one that is meant where no file is named.
         all.extend(
             digests.into_iter().filter(|(name, _)| checkpoint.find(name).is_some_and(|(f, _)| f == i)),
         );
@@ -48,10 +44,24 @@ pub(super) fn digest_checkpoint(
     Ok(all.into_iter().collect())
 }
 
+/// The digests of every file of `checkpoint`.
+pub(super) fn digests_of(
+    checkpoint: &Checkpoint,
+    cache: &DigestCache,
+    run: &Run<'_>,
+) -> Result<Vec<BTreeMap<String, Digest>>> {
+    let of = |file: &TensorFile| {
+        let digests = digest_file(file, cache, run).map_err(|e| e.within(file.place.display()))?;
+        // Words of two states of a file would have the digest of neither.
+        file.check_unchanged()?;
+        Ok(digests)
+    };
+    checkpoint.files().iter().map(of).collect()
+}
+
 fn digest_file(t: &TensorFile, cache: &DigestCache, run: &Run<'_>) -> Result<BTreeMap<String, Digest>> {
     let file = t.tensors.file().ok_or_else(|| Error::internal("a checkpoint of no file"))?;
-    let known =
-        t.tensors.header().tensors.iter().filter_map(DigestedTensor::of).collect::<Result<Vec<_>>>()?;
+    let known: Vec<_> = t.tensors.header().tensors.iter().filter_map(DigestedTensor::of).collect();
     if let Some(kept) = cache.load(&t.place, file)
         && kept.len() == known.len()
         && known.iter().all(|t| kept.contains_key(&t.info.name))
@@ -74,12 +84,10 @@ struct DigestedTensor<'a> {
 }
 
 impl<'a> DigestedTensor<'a> {
-    fn of(info: &'a TensorInfo) -> Option<Result<Self>> {
-        let dtype = Dtype::from_name(&info.dtype)?;
-        Some(Shape::of_dims(&info.dims).map_err(|e| e.of_tensor(&info.name)).map(|shape| {
-            let row = (shape.k as u64).saturating_mul(dtype.word_bytes() as u64);
-            Self { info, dtype, shape, leaf_bytes: row.saturating_mul(Digest::LEAF_ROWS as u64) }
-        }))
+    fn of(info: &'a TensorInfo) -> Option<Self> {
+        let (dtype, shape) = info.matrix()?;
+        let row = (shape.k as u64).saturating_mul(dtype.word_bytes() as u64);
+        Some(Self { info, dtype, shape, leaf_bytes: row.saturating_mul(Digest::LEAF_ROWS as u64) })
     }
 
     fn leaves(&self) -> usize {

@@ -2,10 +2,14 @@
 //! files beside them. Reads names, headers and indexes; no tensor.
 
 use super::cache::Identity;
+use super::folders::{self, pickled};
 use crate::error::{Error, Result};
 use crate::package::format::container::{MAX_HEADER_BYTES, SafeTensors, TensorInfo};
+use crate::package::format::parts::{BasePart, PartSource};
 use crate::package::format::paths::objection;
 use crate::package::format::record;
+use crate::package::format::refusals::missing_in_base;
+use crate::package::format::words::TensorWords;
 use crate::package::io::regular::open_regular;
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashMap};
@@ -13,14 +17,8 @@ use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// Folders that tools keep beside a model and that are no part of it.
-const SKIPPED: [&str; 2] = [".git", ".cache"];
-/// How files with pickled contents end.
-const PICKLED: [&str; 5] = ["bin", "pt", "pth", "ckpt", "pkl"];
 /// Pickled files up to here are taken for settings (`training_args.bin`) and carried along, never opened.
 const SMALL_PICKLE: u64 = 1 << 20;
-/// How deep folders within folders are followed.
-const MAX_DEPTH: usize = 32;
 const INDEX_ENDING: &str = ".safetensors.index.json";
 
 /// One safetensors file of a checkpoint.
@@ -84,11 +82,16 @@ pub struct Checkpoint {
     carried: Vec<CarriedFile>,
     folder: bool,
     names: HashMap<String, (usize, usize)>,
+    /// All places of the names that several files have, the one in `names` first.
+    several: HashMap<String, Vec<(usize, usize)>>,
+    /// Files of a fine-tune that are no part of it and were left out, with their lengths.
+    left_out: Vec<(String, u64)>,
 }
 
 impl Checkpoint {
     /// Open a safetensors file, or a folder: every `.safetensors` file in it holds tensors, every other file is carried along
-    /// (but for `.git` and `.cache`).
+    /// (but for `.git`, `.cache` and what systems drop into folders). Of a Hugging Face cache's folder of a model, its snapshot.
+    /// The state of a training's optimizer is left out.
     ///
     /// # Errors
     /// `Io`, `Corrupt`, `Truncated`, naming the file; `Mismatch` for an index that does not fit its shards; `Unsupported` for
@@ -113,10 +116,9 @@ impl Checkpoint {
             let file = TensorFile::open(name, path.into()).map_err(|e| on_a_hub(path, e))?;
             return Ok(Self::new(vec![file], Vec::new(), false));
         }
-        let mut found = Vec::new();
-        walk(path, "", whole, 0, &mut found)?;
+        let path = &*folders::snapshot(path)?;
         let (weights, rest): (Vec<_>, Vec<_>) =
-            found.into_iter().partition(|(path, _)| path.ends_with(".safetensors"));
+            folders::files(path, whole)?.into_iter().partition(|(path, _)| path.ends_with(".safetensors"));
         if weights.is_empty() {
             return Err(no_weights(&rest).within(path.display()));
         }
@@ -138,7 +140,11 @@ impl Checkpoint {
             if whole {
                 let bytes =
                     std::fs::metadata(&place).map_err(|e| Error::from(e).within(place.display()))?.len();
-                if pickled(&place) && bytes > SMALL_PICKLE {
+                if bytes > SMALL_PICKLE && folders::training_state(&path) {
+                    checkpoint.left_out.push((path, bytes));
+                    continue;
+                }
+                if bytes > SMALL_PICKLE && pickled(&place) {
                     return Err(pickle_error(&place));
                 }
                 let executable = executable(&place);
@@ -149,16 +155,19 @@ impl Checkpoint {
     }
 
     fn new(files: Vec<TensorFile>, carried: Vec<CarriedFile>, folder: bool) -> Self {
-        let mut names = HashMap::new();
+        let (mut names, mut several) = (HashMap::new(), HashMap::<String, Vec<_>>::new());
         let mut order: Vec<usize> = (0..files.len()).collect();
         // Where two files have a tensor of one name, the model's own file is meant, not a copy in another layout.
         order.sort_by_key(|&f| !files[f].path.starts_with("model"));
         for f in order {
             for (i, t) in files[f].tensors.header().tensors.iter().enumerate() {
-                names.entry(t.name.clone()).or_insert((f, i));
+                let first = *names.entry(t.name.clone()).or_insert((f, i));
+                if first != (f, i) {
+                    several.entry(t.name.clone()).or_insert_with(|| vec![first]).push((f, i));
+                }
             }
         }
-        Self { files, carried, folder, names }
+        Self { files, carried, folder, names, several, left_out: Vec::new() }
     }
 
     /// The safetensors files, in order of their paths.
@@ -182,6 +191,47 @@ impl Checkpoint {
         Some((f, &self.files[f].tensors.header().tensors[i]))
     }
 
+    /// Of several tensors called `name`, as the components of a pipeline have them, the one that `file` means: one that `fits`
+    /// rather than another, then that of this path, then one of its folder, then as [`Checkpoint::find`].
+    pub(crate) fn find_near(
+        &self,
+        name: &str,
+        file: Option<&str>,
+        fits: impl Fn(&TensorInfo) -> bool,
+    ) -> Option<(usize, &TensorInfo)> {
+        let Some(all) = self.several.get(name) else { return self.find(name) };
+        let folder = |path: &str| path.rfind('/').map_or(String::new(), |i| path[..i].to_owned());
+        let rank = |f: usize, t: &TensorInfo| {
+            let path = self.files[f].path.as_str();
+            let far = file.map_or(0, |want| match () {
+                () if want == path => 0,
+                () if folder(want) == folder(path) => 1,
+                () => 2,
+            });
+            (!fits(t), far)
+        };
+        let places = all.iter().map(|&(f, i)| (f, &self.files[f].tensors.header().tensors[i]));
+        places.min_by_key(|&(f, t)| rank(f, t))
+    }
+
+    /// What is to be said of files that were left out.
+    pub(crate) fn note(&self) -> Option<String> {
+        let (first, _) = self.left_out.first()?;
+        let total: u64 = self.left_out.iter().map(|(_, bytes)| bytes).sum();
+        let more = match self.left_out.len() {
+            1 => String::new(),
+            n => format!(" and {} more files", n - 1),
+        };
+        Some(format!(
+            "left out `{first}`{more} ({total} bytes): the state of a training, which is no part of the model"
+        ))
+    }
+
+    /// Whether several files have a tensor called `name`.
+    pub(crate) fn has_several(&self, name: &str) -> bool {
+        self.several.contains_key(name)
+    }
+
     /// Every tensor, file after file, in the order of their bytes.
     pub fn tensors(&self) -> impl Iterator<Item = (usize, &TensorInfo)> {
         self.files
@@ -197,8 +247,19 @@ impl Checkpoint {
         let index: Index = serde_json::from_slice(&text)
             .map_err(|e| within(Error::corrupt(format!("is not a safetensors index: {e}"))))?;
         let folder = path.rfind('/').map_or("", |i| &path[..=i]);
+        let in_folder = |shard: &str| self.files.iter().find(|f| f.path.strip_prefix(folder) == Some(shard));
+        // As loaders do: they take `model.safetensors` where it is, and look at no index; one that names no file that is there
+        // is of an earlier save, if what is there is whole.
+        let whole =
+            path.strip_suffix(".index.json").is_some_and(|one| self.files.iter().any(|f| f.path == one));
+        let mut shards = index.weight_map.values();
+        let here = |name: &str| self.files.iter().any(|f| f.tensors.find(name).is_some());
+        let mut stale = || shards.all(|s| in_folder(s).is_none()) && index.weight_map.keys().all(|n| here(n));
+        if whole || stale() {
+            return Ok(());
+        }
         for (tensor, shard) in &index.weight_map {
-            let file = self.files.iter().find(|f| f.path.strip_prefix(folder) == Some(shard)).ok_or_else(|| {
+            let file = in_folder(shard).ok_or_else(|| {
                 within(Error::mismatch(format!(
                     "names the shard `{shard}` for tensor `{tensor}`, which is not in the folder; fetch it again"
                 )))
@@ -210,6 +271,32 @@ impl Checkpoint {
             }
         }
         Ok(())
+    }
+}
+
+/// A tensor of a checkpoint: which file, and where in it.
+pub(crate) type Found<'a> = (usize, &'a TensorInfo);
+
+/// The words of a base tensor.
+pub(super) fn words<'a>(base: &'a Checkpoint, (f, b): Found<'a>) -> TensorWords<'a> {
+    TensorWords::File(&base.files()[f].tensors, b)
+}
+
+impl PartSource for Checkpoint {
+    fn read_part(&self, part: &BasePart, at: u64, out: &mut [u8]) -> Result<()> {
+        let name = part.name.as_deref().unwrap_or_default();
+        let needed = part.at.saturating_add(part.bytes);
+        let found = self.find_near(name, part.file.as_deref(), |t| t.bytes() >= needed);
+        let (f, info) = found.ok_or_else(|| missing_in_base(name))?;
+        if info.bytes() < needed {
+            return Err(Error::mismatch(format!(
+                "is a delta of bytes {} to {needed} of the base's `{name}`, which has {}; give the base that it was packed \
+                 against",
+                part.at,
+                info.bytes()
+            )));
+        }
+        self.files[f].tensors.read_at(info.range.start + part.at + at, out)
     }
 }
 
@@ -235,13 +322,6 @@ fn read_small(place: &Path) -> Result<Vec<u8>> {
 
 fn executable(place: &Path) -> bool {
     std::fs::metadata(place).is_ok_and(|m| m.permissions().mode() & 0o111 != 0)
-}
-
-fn pickled(place: &Path) -> bool {
-    place
-        .extension()
-        .and_then(|e| e.to_str())
-        .is_some_and(|e| PICKLED.contains(&e.to_ascii_lowercase().as_str()))
 }
 
 fn pickle_error(place: &Path) -> Error {
@@ -278,57 +358,14 @@ fn refuse_pickle(place: &Path) -> Result<()> {
 }
 
 fn no_weights(rest: &[(String, PathBuf)]) -> Error {
-    match rest.iter().find(|(_, place)| pickled(place)) {
-        Some((_, place)) => pickle_error(place),
-        None => Error::invalid(
-            "holds no .safetensors file; `save_pretrained` and `safetensors.torch.save_file` write them",
-        ),
+    if let Some((_, place)) = rest.iter().find(|(_, place)| pickled(place)) {
+        return pickle_error(place);
     }
-}
-
-/// Every regular file below `folder`, in order of the paths; links to files are followed, links to folders refused.
-fn walk(
-    folder: &Path,
-    prefix: &str,
-    whole: bool,
-    depth: usize,
-    found: &mut Vec<(String, PathBuf)>,
-) -> Result<()> {
-    let within = |place: &Path| {
-        let place = place.to_path_buf();
-        move |e: std::io::Error| Error::from(e).within(place.display())
-    };
-    let list = std::fs::read_dir(folder).map_err(within(folder))?;
-    let mut entries = list.collect::<std::io::Result<Vec<_>>>().map_err(within(folder))?;
-    entries.sort_by_key(std::fs::DirEntry::file_name);
-    for entry in entries {
-        let place = entry.path();
-        let name = entry.file_name();
-        let Some(name) = name.to_str() else {
-            if whole {
-                return Err(Error::unsupported("has a name that is not UTF-8").within(place.display()));
-            }
-            continue;
-        };
-        let kind = entry.file_type().map_err(within(&place))?;
-        if kind.is_dir() {
-            if SKIPPED.contains(&name) {
-                continue;
-            }
-            if depth == MAX_DEPTH {
-                return Err(Error::unsupported("folders are nested too deeply").within(place.display()));
-            }
-            walk(&place, &format!("{prefix}{name}/"), whole, depth + 1, found)?;
-            continue;
-        }
-        let meta = std::fs::metadata(&place).map_err(within(&place))?;
-        if meta.is_file() {
-            found.push((format!("{prefix}{name}"), place));
-        } else if whole {
-            let what = if meta.is_dir() { "is a link to a folder" } else { "is neither a file nor a folder" };
-            return Err(Error::unsupported(format!("{what}; put a copy in its place, or move it away"))
-                .within(place.display()));
-        }
-    }
-    Ok(())
+    let exported = rest.iter().find(|(path, _)| folders::exported(path));
+    let instead = exported.map_or(String::new(), |(path, _)| {
+        format!(" (`{path}` is a model made for another program; take the one that it was made from)")
+    });
+    Error::invalid(format!(
+        "holds no .safetensors file{instead}; `save_pretrained` and `safetensors.torch.save_file` write them"
+    ))
 }

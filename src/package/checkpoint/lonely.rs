@@ -37,11 +37,23 @@ impl Lonely {
     }
 }
 
+/// Parts of names that adapters' tensors have.
+const ADAPTER: [&str; 9] =
+    ["lora_A", "lora_B", "lora_down", "lora_up", "lora_embedding", ".lora.", "hada_w", "lokr_w", "ia3_"];
+
+fn adapter(name: &str) -> bool {
+    ADAPTER.iter().any(|part| name.contains(part))
+}
+
 /// Dtype and dimensions of a tensor.
 type Kind<'a> = (&'a str, &'a [usize]);
 
 fn reason(name: &str, ft: Kind<'_>, base: Option<Kind<'_>>) -> String {
     match base {
+        None if adapter(name) => format!(
+            "`{name}` is of a LoRA adapter, which is small by itself and changes no tensor of the base: keep and serve it as it \
+             is, or merge it (`merge_and_unload` of peft), save that, and pack what was saved"
+        ),
         None => format!(
             "the base has no tensor `{name}`; is it this fine-tune's base? Where only the names differ, --strip-prefix or \
              renaming helps"

@@ -1,33 +1,57 @@
-//! Which base tensor a fine-tuned tensor is a delta of: that of its name; else, if its dtype and shape fit, the one that its
-//! words are most like, so that renamed tensors and untied heads stay small. And which tensors of the fine-tune are one.
+//! Which base tensor a fine-tuned tensor is a delta of. In this order: the one of its name, in the file of its path where several
+//! have that name; the one whose name differs as wrappers and loaders change names; the one that its words are most like, so that
+//! untied heads stay small; several, or a piece of one, where rows came or went and where experts were stacked or split. And
+//! which tensors of the fine-tune are one.
 
-use super::files::Checkpoint;
+use super::files::{Checkpoint, Found, TensorFile, words};
+use super::joined::{JoinTables, resized};
+use super::likeness::{MarkPlaces, MarkTable, WordRun, likeness};
 use super::lonely::Lonely;
+use super::renames::{Fitness, RenameTable, closeness};
 use crate::error::{Error, Result};
-use crate::matrix::Dtype;
 use crate::package::format::container::{SafeTensors, TensorInfo};
 use crate::package::format::frames::cut;
+use crate::package::format::parts::BasePart;
 use crate::package::format::words::TensorWords;
 use crate::package::io::aligned::Aligned;
+use std::cell::OnceCell;
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use xxhash_rust::xxh3::xxh3_128;
 
-/// Places of a tensor that are read to tell whether two are alike, and bytes at each.
-const SPOTS: usize = 32;
-const SPOT_BYTES: usize = 64;
-/// Share of alike words from which a tensor is taken for another one's successor. Unrelated weights reach a few percent.
-const ALIKE: f64 = 0.5;
-/// Candidates that are looked at, those with the most similar names first.
-const CANDIDATES: usize = 64;
-/// Tensors below this are not worth a search.
+/// Tensors below this are not worth a search among words: names decide.
 const WORTH: u64 = 4096;
 
-/// A base tensor: which file, and where in it.
-pub(crate) type Found<'a> = (usize, &'a TensorInfo);
+/// The base of a fine-tuned tensor.
+#[derive(Clone, Debug)]
+pub(crate) enum Paired<'a> {
+    /// A tensor of its dtype and dimensions.
+    Whole(Found<'a>),
+    /// Put together.
+    Parts(Vec<BasePart>),
+}
+
+impl Paired<'_> {
+    /// The name of the base tensor, or of the first one that it is put together of; empty if that is none.
+    pub(crate) fn name(&self) -> &str {
+        match self {
+            Self::Whole((_, b)) => &b.name,
+            Self::Parts(parts) => parts.iter().find_map(|p| p.name.as_deref()).unwrap_or_default(),
+        }
+    }
+
+    /// Its words in `base`, where the tensor has `bytes` bytes.
+    pub(crate) fn words<'w>(&'w self, base: &'w Checkpoint, bytes: u64) -> TensorWords<'w> {
+        match self {
+            Self::Whole(found) => words(base, *found),
+            Self::Parts(parts) => TensorWords::Parts(base, parts, bytes),
+        }
+    }
+}
 
 /// The base tensor of every fine-tuned tensor, file after file, and the base tensors that are left over.
 pub(crate) struct Pairs<'a> {
-    pub(crate) bases: Vec<Vec<Option<Found<'a>>>>,
+    pub(crate) bases: Vec<Vec<Option<Paired<'a>>>>,
     /// For every fine-tuned tensor the name of an earlier one with the same bytes.
     pub(crate) same: Vec<Vec<Option<&'a str>>>,
     pub(crate) removed: Vec<&'a str>,
@@ -41,32 +65,174 @@ fn strip<'n>(name: &'n str, prefix: Option<&str>) -> &'n str {
 
 /// Pair the tensors of two checkpoints; `prefix` is dropped from names on both sides.
 pub(crate) fn pair<'a>(base: &'a Checkpoint, ft: &'a Checkpoint, prefix: Option<&str>) -> Result<Pairs<'a>> {
-    let stripped = stripped(base, prefix)?;
-    let by_name = |name: &str| base.find(name).or_else(|| stripped.get(strip(name, prefix)).copied());
-    let mut by_shape: HashMap<(&str, &[usize]), Vec<Found<'a>>> = HashMap::new();
-    base.tensors().for_each(|(f, t)| by_shape.entry((&t.dtype, &t.dims)).or_default().push((f, t)));
+    let mut search = Search::new(base, prefix)?;
     let mut used: HashSet<&str> = HashSet::new();
     let (mut bases, mut lonely) = (Vec::new(), Lonely::default());
     for file in ft.files() {
         let mut list = Vec::new();
         for t in &file.tensors.header().tensors {
-            let named = by_name(&t.name);
+            let named = search.named(file, t);
+            let found = search.find(file, t, named).map_err(|e| e.of_tensor(&t.name))?;
             used.extend(named.map(|(_, b)| b.name.as_str()));
-            let found = match named {
-                Some(found) => Some(found),
-                None => similar(base, &file.tensors, t, by_shape.get(&(t.dtype.as_str(), t.dims.as_slice())))
-                    .map_err(|e| e.of_tensor(&t.name))?,
-            };
-            used.extend(found.map(|(_, b)| b.name.as_str()));
-            lonely.count_info(t, found.map(|(_, b)| b));
-            // A base of another dtype or shape is of no use.
-            let fits = |b: &TensorInfo| (&b.dtype, &b.dims) == (&t.dtype, &t.dims);
-            list.push(found.filter(|(_, b)| fits(b) && Dtype::from_name(&t.dtype).is_some()));
+            match &found {
+                Some(Paired::Whole((_, b))) => drop(used.insert(&b.name)),
+                Some(Paired::Parts(parts)) => {
+                    let names = parts.iter().filter_map(|p| base.find(p.name.as_deref()?));
+                    used.extend(names.map(|(_, b)| b.name.as_str()));
+                }
+                None => {}
+            }
+            match &found {
+                // Whatever its base is made of, it has one.
+                Some(_) => lonely.count_info(t, Some(t)),
+                None => lonely.count_info(t, named.map(|(_, b)| b)),
+            }
+            list.push(found);
         }
         bases.push(list);
     }
-    let removed = base.tensors().map(|(_, t)| t.name.as_str()).filter(|n| !used.contains(n)).collect();
-    Ok(Pairs { bases, same: same(base, ft, &by_name)?, removed, lonely })
+    let mut removed: Vec<&str> = base.tensors().map(|(_, t)| t.name.as_str()).collect();
+    let mut once = HashSet::new();
+    removed.retain(|name| !used.contains(name) && once.insert(*name));
+    let named = |f: usize, t: &'a TensorInfo| search.named(&ft.files()[f], t);
+    Ok(Pairs { bases, same: same(base, ft, &named)?, removed, lonely })
+}
+
+/// The ways of finding a base tensor. What they need is made when the first tensor needs it.
+struct Search<'a> {
+    base: &'a Checkpoint,
+    prefix: Option<String>,
+    stripped: HashMap<&'a str, Found<'a>>,
+    renames: OnceCell<RenameTable<'a>>,
+    /// By dtype and dimensions.
+    alike: HashMap<(&'a str, &'a [usize]), MarkTable<Found<'a>>>,
+    joined: JoinTables<'a>,
+}
+
+impl<'a> Search<'a> {
+    fn new(base: &'a Checkpoint, prefix: Option<&str>) -> Result<Self> {
+        let (stripped, prefix) = (stripped(base, prefix)?, prefix.map(str::to_owned));
+        let (renames, alike, joined) = (OnceCell::new(), HashMap::new(), JoinTables::new(base));
+        Ok(Self { base, prefix, stripped, renames, alike, joined })
+    }
+
+    /// The base tensor of the name of `t`, of whatever kind.
+    fn named(&self, file: &TensorFile, t: &TensorInfo) -> Option<Found<'a>> {
+        let exact = self.base.find_near(&t.name, Some(&file.path), |b| b.same_kind(t));
+        exact.or_else(|| self.stripped.get(strip(&t.name, self.prefix.as_deref())).copied())
+    }
+
+    fn find(
+        &mut self,
+        file: &'a TensorFile,
+        t: &'a TensorInfo,
+        named: Option<Found<'a>>,
+    ) -> Result<Option<Paired<'a>>> {
+        let fitting = named.filter(|(_, b)| b.same_kind(t));
+        if t.bytes() < WORTH {
+            return self.small(file, t, named);
+        }
+        let new = WordRun::whole(TensorWords::File(&file.tensors, t))?;
+        if let Some(found) = fitting
+            && self.share(t, new, found)?.is_some()
+        {
+            return Ok(Some(Paired::Whole(found)));
+        }
+        // A name that says nothing of the words, as after layers were left out, or none.
+        let meant = self.renames().meant(t, |b| b.same_kind(t));
+        let mut best = self.most_alike(t, new, meant)?;
+        if best.is_none() {
+            let near = self.marked(t)?.near(new)?;
+            best = self.most_alike(t, new, near)?;
+        }
+        if let Some(found) = best.or(fitting) {
+            return Ok(Some(Paired::Whole(found)));
+        }
+        if let Some(parts) = self.resized(file, t, named)? {
+            return Ok(Some(Paired::Parts(parts)));
+        }
+        Ok(self.joined.find(file, t)?.map(Paired::Parts))
+    }
+
+    /// By names alone.
+    fn small(
+        &mut self,
+        file: &TensorFile,
+        t: &TensorInfo,
+        named: Option<Found<'a>>,
+    ) -> Result<Option<Paired<'a>>> {
+        if let Some(found) = named.filter(|(_, b)| b.same_kind(t)) {
+            return Ok(Some(Paired::Whole(found)));
+        }
+        if named.is_none()
+            && let [found] = self.renames().meant(t, |b| b.same_kind(t))[..]
+        {
+            return Ok(Some(Paired::Whole(found)));
+        }
+        Ok(self.resized(file, t, named)?.map(Paired::Parts))
+    }
+
+    fn resized(
+        &self,
+        file: &TensorFile,
+        t: &TensorInfo,
+        named: Option<Found<'a>>,
+    ) -> Result<Option<Vec<BasePart>>> {
+        let meant = match named {
+            Some(found) => vec![found],
+            None => self.renames().meant(t, |b| b.dtype == t.dtype && b.dims.get(1..) == t.dims.get(1..)),
+        };
+        for found in meant {
+            if let Some(parts) = resized(self.base, file, t, found)? {
+                return Ok(Some(parts));
+            }
+        }
+        Ok(None)
+    }
+
+    fn renames(&self) -> &RenameTable<'a> {
+        self.renames.get_or_init(|| RenameTable::new(self.base))
+    }
+
+    /// How alike `t`, whose words are `new`, and a base tensor of its kind are.
+    fn share(&self, t: &TensorInfo, new: WordRun<'_>, found: Found<'a>) -> Result<Option<f64>> {
+        let Some((dtype, _)) = t.matrix() else { return Ok(None) };
+        likeness(dtype, new, WordRun::whole(words(self.base, found))?)
+    }
+
+    /// The most alike of some base tensors; of those that are equally so the one of the closest name.
+    fn most_alike(
+        &self,
+        t: &TensorInfo,
+        new: WordRun<'_>,
+        among: Vec<Found<'a>>,
+    ) -> Result<Option<Found<'a>>> {
+        let mut best: Option<(Fitness, Found<'a>)> = None;
+        for found in among {
+            let Some(share) = self.share(t, new, found)? else { continue };
+            let rank = (share, closeness(&t.name, &found.1.name));
+            if best.as_ref().is_none_or(|(b, _)| rank > *b) {
+                best = Some((rank, found));
+            }
+        }
+        Ok(best.map(|(_, found)| found))
+    }
+
+    /// All base tensors of the kind of `t`, by their words.
+    fn marked(&mut self, t: &'a TensorInfo) -> Result<&MarkTable<Found<'a>>> {
+        let key = (t.dtype.as_str(), t.dims.as_slice());
+        match self.alike.entry(key) {
+            Entry::Occupied(made) => Ok(made.into_mut()),
+            Entry::Vacant(room) => {
+                let (dtype, _) = t.matrix().ok_or_else(|| Error::internal("a tensor without words"))?;
+                let mut table = MarkTable::new(dtype, MarkPlaces::Spread);
+                for found in self.base.tensors().filter(|(_, b)| b.same_kind(t)) {
+                    table.add(WordRun::whole(words(self.base, found))?, found)?;
+                }
+                Ok(room.insert(table))
+            }
+        }
+    }
 }
 
 fn stripped<'a>(base: &'a Checkpoint, prefix: Option<&str>) -> Result<HashMap<&'a str, Found<'a>>> {
@@ -85,77 +251,23 @@ fn stripped<'a>(base: &'a Checkpoint, prefix: Option<&str>) -> Result<HashMap<&'
     Ok(out)
 }
 
-/// The candidate that `t` is most like, if it is alike enough.
-fn similar<'a>(
-    base: &'a Checkpoint,
-    file: &SafeTensors,
-    t: &TensorInfo,
-    candidates: Option<&Vec<Found<'a>>>,
-) -> Result<Option<Found<'a>>> {
-    let (Some(dtype), Some(candidates)) = (Dtype::from_name(&t.dtype), candidates) else { return Ok(None) };
-    if t.bytes() < WORTH {
-        return Ok(None);
-    }
-    let ending = |b: &str| b.bytes().rev().zip(t.name.bytes().rev()).take_while(|(x, y)| x == y).count();
-    let mut order: Vec<&Found<'a>> = candidates.iter().collect();
-    order.sort_by_key(|(_, b)| std::cmp::Reverse(ending(&b.name)));
-    let ours = spots(file, t)?;
-    let mut best: Option<(f64, Found<'a>)> = None;
-    for &&(f, b) in order.iter().take(CANDIDATES) {
-        let alike = alike(dtype, &ours, &spots(&base.files()[f].tensors, b)?);
-        if alike >= ALIKE && best.is_none_or(|(a, _)| alike > a) {
-            best = Some((alike, (f, b)));
-        }
-    }
-    Ok(best.map(|(_, found)| found))
-}
-
-/// Bytes of a tensor at evenly spread places.
-fn spots(file: &SafeTensors, t: &TensorInfo) -> Result<Vec<u8>> {
-    let words = TensorWords::File(file, t);
-    let len = words.len()?;
-    if len <= SPOTS * SPOT_BYTES {
-        return file.read(t);
-    }
-    let mut out = vec![0; SPOTS * SPOT_BYTES];
-    for (i, spot) in out.chunks_exact_mut(SPOT_BYTES).enumerate() {
-        let at = (len - SPOT_BYTES) / (SPOTS - 1) * i / SPOT_BYTES * SPOT_BYTES;
-        words.read(at, spot)?;
-    }
-    Ok(out)
-}
-
-/// Share of words that agree in sign, exponent and the first bits after it.
-fn alike(dtype: Dtype, a: &[u8], b: &[u8]) -> f64 {
-    let w = dtype.word_bytes();
-    let word = |bytes: &[u8]| bytes.iter().rev().fold(0u64, |v, x| (v << 8) | u64::from(*x));
-    let cut = match w {
-        1 => 0,
-        2 => 4,
-        _ => w as u32 * 4,
-    };
-    let agree = a.chunks_exact(w).zip(b.chunks_exact(w)).filter(|(x, y)| word(x) >> cut == word(y) >> cut);
-    agree.count() as f64 / (a.len() / w).max(1) as f64
-}
-
 /// Tensors with the bytes of an earlier one, as a model with tied weights has them where it was saved with both. Where both
 /// have a base of their own, those must be equal, too: the one delta then serves on either.
 fn same<'a>(
     base: &'a Checkpoint,
     ft: &'a Checkpoint,
-    by_name: &dyn Fn(&str) -> Option<Found<'a>>,
+    named: &dyn Fn(usize, &'a TensorInfo) -> Option<Found<'a>>,
 ) -> Result<Vec<Vec<Option<&'a str>>>> {
-    let bases_agree = |a: &str, b: &str| -> Result<bool> {
-        match (by_name(a), by_name(b)) {
+    let bases_agree = |a: Found<'a>, b: Found<'a>| -> Result<bool> {
+        match (named(a.0, a.1), named(b.0, b.1)) {
             (None, _) => Ok(true),
             (Some(_), None) => Ok(false),
             (Some((f, x)), Some((g, y))) => {
-                let same_kind = (&x.dtype, &x.dims) == (&y.dtype, &y.dims);
-                Ok(same_kind && equal(&base.files()[f].tensors, x, &base.files()[g].tensors, y)?)
+                Ok(x.same_kind(y) && equal(&base.files()[f].tensors, x, &base.files()[g].tensors, y)?)
             }
         }
     };
-    let mut seen: HashMap<(u128, &str, &[usize]), Vec<Found<'_>>> = HashMap::new();
+    let mut seen: HashMap<(u128, &str, &[usize]), Vec<Found<'a>>> = HashMap::new();
     let mut out = Vec::new();
     for (f, file) in ft.files().iter().enumerate() {
         let mut list = Vec::new();
@@ -165,12 +277,17 @@ fn same<'a>(
                 list.push(None);
                 continue;
             }
-            let key = (xxh3_128(&spots(&file.tensors, t)?), t.dtype.as_str(), t.dims.as_slice());
+            let key = (
+                xxh3_128(&WordRun::whole(TensorWords::File(&file.tensors, t))?.spots()?),
+                t.dtype.as_str(),
+                t.dims.as_slice(),
+            );
             let earlier = seen.entry(key).or_default();
             let mut found = None;
             for &(e, other) in earlier.iter() {
-                if equal(&ft.files()[e].tensors, other, &file.tensors, t)?
-                    && bases_agree(&t.name, &other.name)?
+                if other.bytes() == t.bytes()
+                    && equal(&ft.files()[e].tensors, other, &file.tensors, t)?
+                    && bases_agree((f, t), (e, other))?
                 {
                     found = Some(other.name.as_str());
                     break;

@@ -3,7 +3,9 @@
 //! Knows names, dtypes, shapes and byte ranges, nothing of deltas. Reads by position, never a whole file, and allocates
 //! nothing that the file's own length has not earned.
 
+use super::kinds::{dtype_bits, words_of};
 use crate::error::{Error, Result};
+use crate::matrix::{Dtype, Shape};
 use crate::package::io::regular::open_regular;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, de};
@@ -38,6 +40,16 @@ impl TensorInfo {
     /// Number of bytes.
     pub fn bytes(&self) -> u64 {
         self.range.end - self.range.start
+    }
+
+    /// Words and matrix as which deltas see it; `None` if its size overflows.
+    pub(crate) fn matrix(&self) -> Option<(Dtype, Shape)> {
+        words_of(&self.dtype, &self.dims, self.bytes())
+    }
+
+    /// Whether a delta of the one may be laid on the other: dtype, dimensions and bytes are the same.
+    pub(crate) fn same_kind(&self, other: &Self) -> bool {
+        (&self.dtype, &self.dims, self.bytes()) == (&other.dtype, &other.dims, other.bytes())
     }
 }
 
@@ -82,17 +94,6 @@ impl Header {
     pub fn data_bytes(&self) -> u64 {
         self.tensors.last().map_or(0, |t| t.range.end)
     }
-}
-
-/// Bits of one element of a safetensors dtype, `None` for a dtype that is not known here.
-pub(crate) fn dtype_bits(name: &str) -> Option<u64> {
-    Some(match name {
-        "F4" => 4,
-        "F6_E2M3" | "F6_E3M2" => 6,
-        "F8_E8M0" | "F8_E4M3FNUZ" | "F8_E5M2FNUZ" => 8,
-        "C64" => 64,
-        other => crate::matrix::Dtype::from_name(other)?.word_bytes() as u64 * 8,
-    })
 }
 
 fn check_size(t: &TensorInfo) -> Result<()> {
@@ -287,7 +288,12 @@ impl SafeTensors {
             )));
         }
         if have > want {
-            return Err(Error::corrupt(format!("{} bytes follow the last tensor", have - want)));
+            return Err(Error::corrupt(format!(
+                "{} bytes follow the last tensor, which no reader of safetensors allows; fetch the file again, or write it \
+                 anew without them (they begin at byte {})",
+                have - want,
+                LENGTH_BYTES + length + want
+            )));
         }
         let index = header.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
         Ok(Self { store, header, index, text, bytes })

@@ -173,7 +173,7 @@ impl HeaderLength {
             dims: t.dims.clone(),
             bytes: 0,
             codec: if same.is_some() { Codec::Same } else { codec },
-            base: base.map(|name| BaseTensor { name: name.into(), digest }),
+            base: base.map(|name| BaseTensor { name: name.into(), file: None, parts: Vec::new(), digest }),
             encoding: None,
             prefer: None,
             changed: None,

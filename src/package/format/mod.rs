@@ -4,7 +4,8 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `container`, `words` | safetensors files, and where a tensor's words are |
+//! | `container`, `kinds` | safetensors files; the words that a tensor of any dtype is |
+//! | `words`, `parts` | where a tensor's words are; a base put together of several tensors |
 //! | `record`, `totals`, `refusals` | a package's metadata, its totals, what is said of a base that is another one |
 //! | `frames`, `planes`, `xor` | zstd frames and their table, byte planes, the notebook's one frame |
 //! | `blob`, `reader` | stored bytes, compared with their digest and read by position; an opened package |
@@ -14,6 +15,8 @@ pub(crate) mod blob;
 pub(crate) mod container;
 pub(crate) mod contents;
 pub(crate) mod frames;
+pub(crate) mod kinds;
+pub(crate) mod parts;
 pub(crate) mod paths;
 pub(crate) mod planes;
 pub(crate) mod reader;

@@ -2,6 +2,8 @@
 //! all that. SPEC.md is the meaning; this file is its only reader and writer.
 
 use super::container::TensorInfo;
+use super::kinds::{dtype_bits, words_of};
+use super::parts::{BasePart, check_parts};
 use crate::codec::{Encoding, Prefer};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Shape};
@@ -98,24 +100,36 @@ pub struct Entry {
 /// The base tensor that a delta belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BaseTensor {
-    /// Its name in the base.
+    /// Its name in the base; of a base put together, that of the first tensor in it.
     pub name: String,
-    /// Its digest.
+    /// The file of the base that has it, where several had a tensor of that name.
+    pub file: Option<String>,
+    /// What it is put together of, where it is not one whole tensor of the fine-tuned one's dtype and dimensions.
+    pub parts: Vec<BasePart>,
+    /// Its digest, of the words as the delta sees them.
     pub digest: Digest,
 }
 
 impl Entry {
-    /// Dtype, if this crate knows it.
+    /// The words that deltas see in it: its dtype's, or words of that size where this crate does not know it. `None` for an
+    /// unknown one in a package of version 1.
     pub fn word_dtype(&self) -> Option<Dtype> {
-        Dtype::from_name(&self.dtype)
+        self.matrix().map(|(dtype, _)| dtype)
     }
 
-    /// Rows and columns.
+    /// Rows and columns of these words.
     ///
     /// # Errors
     /// `InvalidArgument` if the dimensions overflow.
     pub fn shape(&self) -> Result<Shape> {
-        Shape::of_dims(&self.dims)
+        self.matrix().map_or_else(|| Shape::of_dims(&self.dims), |(_, shape)| Ok(shape))
+    }
+
+    fn matrix(&self) -> Option<(Dtype, Shape)> {
+        match (self.version, Dtype::from_name(&self.dtype)) {
+            (1, None) => None,
+            _ => words_of(&self.dtype, &self.dims, self.bytes),
+        }
     }
 
     /// The layout that a resident delta of its package has.
@@ -156,6 +170,10 @@ struct Record {
     base: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     base_name: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    base_file: Option<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    base_parts: Vec<BasePart>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prefer: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -188,7 +206,9 @@ pub(crate) fn encode(e: &Entry) -> Result<String> {
         codec: e.codec.name().into(),
         check: e.check.to_string(),
         base: e.base.as_ref().map(|b| b.digest.to_string()),
-        base_name: e.base.as_ref().filter(|b| b.name != e.name).map(|b| b.name.clone()),
+        base_name: e.base.as_ref().filter(|b| b.name != e.name && b.parts.is_empty()).map(|b| b.name.clone()),
+        base_file: e.base.as_ref().and_then(|b| b.file.clone()),
+        base_parts: e.base.as_ref().map(|b| b.parts.clone()).unwrap_or_default(),
         prefer: e.prefer.map(|p| prefer_name(p).into()),
         encoding: e.encoding.map(|x| x.name().into()),
         changed: e.changed,
@@ -215,11 +235,20 @@ pub(crate) fn decode(version: u32, info: &TensorInfo, text: &str) -> Result<Entr
     let codec = Codec::from_name(&r.codec).ok_or_else(|| bad("codec", &r.codec))?;
     let digest = |hex: &str| Digest::from_hex(hex).ok_or_else(|| bad("digest", hex));
     let name = tensor_of(&info.name).ok_or_else(|| Error::corrupt(format!("`{}` is reserved", info.name)))?;
+    let renamed = r.base_name.is_some() || r.base_file.is_some() || !r.base_parts.is_empty();
+    if (r.base_name.is_some() || r.base_file.is_some()) && !r.base_parts.is_empty() {
+        return Err(Error::corrupt(format!("metadata `{key}`: a base of parts has a name or a file, too")));
+    }
     let base = match &r.base {
-        Some(hex) => Some(BaseTensor {
-            name: r.base_name.clone().unwrap_or_else(|| name.to_owned()),
-            digest: digest(hex)?,
-        }),
+        Some(hex) => {
+            let first = r.base_parts.iter().find_map(|p| p.name.clone());
+            Some(BaseTensor {
+                name: r.base_name.or(first).unwrap_or_else(|| name.to_owned()),
+                file: r.base_file,
+                parts: r.base_parts,
+                digest: digest(hex)?,
+            })
+        }
         None => None,
     };
     let prefer = r.prefer.as_deref().map(|p| p.parse().map_err(|_| bad("prefer", p))).transpose()?;
@@ -245,8 +274,7 @@ pub(crate) fn decode(version: u32, info: &TensorInfo, text: &str) -> Result<Entr
         check: digest(&r.check)?,
         version,
     };
-    check_entry(&entry, info, r.base_name.is_some())
-        .map_err(|e| e.within(format_args!("metadata `{key}`")))?;
+    check_entry(&entry, info, renamed).map_err(|e| e.within(format_args!("metadata `{key}`")))?;
     Ok(entry)
 }
 
@@ -258,11 +286,8 @@ fn check_entry(e: &Entry, info: &TensorInfo, renamed: bool) -> Result<()> {
             info.dtype, info.dims
         )));
     }
-    let bits = e
-        .dims
-        .iter()
-        .try_fold(super::container::dtype_bits(&e.dtype).unwrap_or(0), |a, &d| a.checked_mul(d as u64));
-    if super::container::dtype_bits(&e.dtype).is_some() && bits != e.bytes.checked_mul(8) {
+    let bits = e.dims.iter().try_fold(dtype_bits(&e.dtype).unwrap_or(0), |a, &d| a.checked_mul(d as u64));
+    if dtype_bits(&e.dtype).is_some() && bits != e.bytes.checked_mul(8) {
         return Err(Error::corrupt(format!("{} {:?} does not take {} bytes", e.dtype, e.dims, e.bytes)));
     }
     let delta = e.codec.delta();
@@ -281,7 +306,9 @@ fn check_entry(e: &Entry, info: &TensorInfo, renamed: bool) -> Result<()> {
         }
     }
     if renamed && !delta {
-        return Err(Error::corrupt("a tensor that is no delta has the field `base_name`"));
+        return Err(Error::corrupt(
+            "a tensor that is no delta has the field `base_name`, `base_file` or `base_parts`",
+        ));
     }
     if e.same.is_some() && e.stored_bytes > 0 {
         return Err(Error::corrupt(format!("codec `same` stores {} bytes", e.stored_bytes)));
@@ -289,12 +316,27 @@ fn check_entry(e: &Entry, info: &TensorInfo, renamed: bool) -> Result<()> {
     if delta {
         let dtype = e.word_dtype().ok_or_else(|| Error::corrupt(format!("a delta of dtype {}", e.dtype)))?;
         let shape = e.shape()?;
-        shape.bytes(dtype)?;
+        if shape.bytes(dtype)? as u64 != e.bytes {
+            return Err(Error::corrupt(format!("{} {:?} does not take {} bytes", e.dtype, e.dims, e.bytes)));
+        }
+        check_base(e)?;
         if e.changed.unwrap_or(0) > shape.words()? as u64 {
             return Err(Error::corrupt(format!("{:?} of {} words changed", e.changed, shape.words()?)));
         }
     }
     Ok(())
+}
+
+/// Where the base is said to be.
+fn check_base(e: &Entry) -> Result<()> {
+    let Some(base) = &e.base else { return Ok(()) };
+    if (base.file.is_some() || !base.parts.is_empty()) && e.version < 2 {
+        return Err(Error::corrupt(format!(
+            "version {} has neither `base_file` nor `base_parts`",
+            e.version
+        )));
+    }
+    if base.parts.is_empty() { Ok(()) } else { check_parts(e.bytes, &base.parts) }
 }
 
 /// The digest of a package's header: every metadata pair but itself in key order, then every tensor in data order.

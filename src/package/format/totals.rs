@@ -1,5 +1,6 @@
 //! What was packed, unpacked or found in a package, for people and for programs.
 
+use super::parts::BasePart;
 use super::reader::Package;
 use super::record::{Entry, prefer_name, to_json};
 use crate::error::Result;
@@ -123,6 +124,9 @@ struct Line<'a> {
     bytes: u64,
     stored_bytes: u64,
     base_name: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    base_file: Option<&'a str>,
+    base_parts: &'a [BasePart],
     base: Option<String>,
     encoding: Option<&'static str>,
     prefer: Option<&'static str>,
@@ -165,6 +169,8 @@ fn line<'a>(package: &'a Package, e: &'a Entry) -> Line<'a> {
         bytes: e.bytes,
         stored_bytes: e.stored_bytes,
         base_name: base.map(|b| b.name.as_str()),
+        base_file: base.and_then(|b| b.file.as_deref()),
+        base_parts: base.map_or(&[], |b| &b.parts),
         base: base.map(|b| b.digest.to_string()),
         encoding: e.encoding.map(|x| x.name()),
         prefer: e.prefer.map(prefer_name),

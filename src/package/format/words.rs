@@ -5,6 +5,7 @@
 //! is cut while it is read gives an error instead of SIGBUS, which a library cannot handle in somebody else's process.
 
 use super::container::{SafeTensors, TensorInfo};
+use super::parts::{BasePart, PartSource, read_parts};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Shape};
 use crate::package::io::aligned::Aligned;
@@ -18,6 +19,8 @@ pub(crate) enum TensorWords<'a> {
     Memory(&'a [u8]),
     /// In a file.
     File(&'a SafeTensors, &'a TensorInfo),
+    /// Put together of so many bytes of a base's tensors.
+    Parts(&'a dyn PartSource, &'a [BasePart], u64),
 }
 
 impl TensorWords<'_> {
@@ -25,9 +28,8 @@ impl TensorWords<'_> {
     pub(crate) fn len(&self) -> Result<usize> {
         match self {
             Self::Memory(bytes) => Ok(bytes.len()),
-            Self::File(_, info) => {
-                usize::try_from(info.bytes()).map_err(|_| Error::unsupported("too large for this machine"))
-            }
+            Self::File(_, TensorInfo { range: Range { start, end }, .. }) => size(end - start),
+            Self::Parts(_, _, bytes) => size(*bytes),
         }
     }
 
@@ -40,6 +42,10 @@ impl TensorWords<'_> {
                 file.read_at(at, room.room(range.len(), file.data_at() + at))?;
                 Ok(room.get())
             }
+            Self::Parts(source, parts, _) => {
+                read_parts(*source, parts, range.start as u64, room.room(range.len(), 0))?;
+                Ok(room.get())
+            }
         }
     }
 
@@ -47,14 +53,14 @@ impl TensorWords<'_> {
     pub(crate) fn kept<'b>(&'b self, range: Range<usize>, room: &'b Aligned) -> &'b [u8] {
         match self {
             Self::Memory(bytes) => &bytes[range],
-            Self::File(..) => room.get(),
+            Self::File(..) | Self::Parts(..) => room.get(),
         }
     }
 
-    /// Where byte `at` lies in its file; 0 in memory.
+    /// Where byte `at` lies in its file; 0 where it is in none, or in several.
     pub(crate) fn file_offset(&self, at: usize) -> u64 {
         match self {
-            Self::Memory(_) => 0,
+            Self::Memory(_) | Self::Parts(..) => 0,
             Self::File(file, info) => file.data_at() + info.range.start + at as u64,
         }
     }
@@ -67,8 +73,13 @@ impl TensorWords<'_> {
                 Ok(())
             }
             Self::File(file, info) => file.read_at(info.range.start + at as u64, out),
+            Self::Parts(source, parts, _) => read_parts(*source, parts, at as u64, out),
         }
     }
+}
+
+fn size(bytes: u64) -> Result<usize> {
+    usize::try_from(bytes).map_err(|_| Error::unsupported("too large for this machine"))
 }
 
 /// Base and fine-tuned words of one matrix, for the encoder's sample.

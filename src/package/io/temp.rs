@@ -23,8 +23,30 @@ fn folder(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
+/// Sync a folder, so that the names in it outlive a power cut; as far as its file system does so. CIFS and many FUSE file systems
+/// refuse to, and some let nobody read a folder that may be written to. The files in it are synced all the same.
 fn sync_folder(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
+    match File::open(path).and_then(|folder| folder.sync_all()) {
+        Err(e) if refuses(&e) => Ok(()),
+        done => done,
+    }
+}
+
+/// Whether a file system does not do what was asked of it at all, rather than having failed at it.
+pub(crate) fn refuses(e: &io::Error) -> bool {
+    let codes = [
+        libc::EINVAL,
+        libc::ENOTSUP,
+        libc::EOPNOTSUPP,
+        libc::ENOSYS,
+        libc::ENOTTY,
+        libc::ENOLCK,
+        libc::EPERM,
+        libc::EACCES,
+        libc::EBADF,
+        libc::EISDIR,
+    ];
+    e.raw_os_error().is_some_and(|code| codes.contains(&code))
 }
 
 /// A file without a name in `dir`. It is gone when it is closed, however that comes about.
@@ -147,6 +169,31 @@ impl Output {
         &self.file
     }
 
+    /// A copy of a nameless file, under a temporary name.
+    fn copy(&self) -> Result<PathBuf> {
+        let (copy, temp) = temporary(&self.path, |temp| {
+            let copy = OpenOptions::new().write(true).create_new(true).open(temp)?;
+            let _ = flock(&copy, FlockOperation::NonBlockingLockExclusive);
+            Ok(copy)
+        })?;
+        let fill = || {
+            let (mut room, mut at) = (vec![0; Spool::BUFFER], 0);
+            loop {
+                let n = self.file.read_at(&mut room, at)?;
+                if n == 0 {
+                    return copy.sync_all();
+                }
+                copy.write_all_at(&room[..n], at)?;
+                at += n as u64;
+            }
+        };
+        let filled: io::Result<()> = fill();
+        if filled.is_err() {
+            let _ = std::fs::remove_file(&temp);
+        }
+        filled.map_err(within(&self.path)).map(|()| temp)
+    }
+
     /// Sync the file, give it its name, sync the folder.
     pub(crate) fn commit(mut self) -> Result<()> {
         self.file.sync_all().map_err(within(&self.path))?;
@@ -164,6 +211,8 @@ impl Output {
                     Err(e) if e.kind() == ErrorKind::AlreadyExists => {
                         temporary(&self.path, |temp| link(temp))?.1
                     }
+                    // The file system has no links, or `/proc` is not what it should be: its bytes get a name in a copy.
+                    Err(e) if refuses(&e) || e.kind() == ErrorKind::NotFound => self.copy()?,
                     Err(e) => return Err(within(&self.path)(e)),
                 }
             }

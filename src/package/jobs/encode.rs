@@ -4,6 +4,8 @@
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, DigestStream, Dtype, Matrix, Shape};
 use crate::package::format::frames::{Deflater, FRAME_BYTES, cut};
+use crate::package::format::kinds::words_of;
+use crate::package::format::parts::BasePart;
 use crate::package::format::planes;
 use crate::package::format::record::{self, BaseTensor, Entry};
 use crate::package::format::stored::{Choice, StoredBody};
@@ -27,6 +29,10 @@ const PLANES_SAMPLE: usize = 4;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BaseWords<'a> {
     pub(super) name: &'a str,
+    /// Its file, where the base has several tensors of that name.
+    pub(super) file: Option<&'a str>,
+    /// What it is put together of, where it is not one whole tensor.
+    pub(super) parts: &'a [BasePart],
     pub(super) words: TensorWords<'a>,
 }
 
@@ -42,6 +48,7 @@ pub(super) struct TensorJob<'a> {
     /// Another tensor of the fine-tune that has the same bytes.
     pub(super) same: Option<String>,
     pub(super) pieces: Pieces,
+    word_bytes: usize,
     bytes: usize,
     choice: OnceLock<Result<Choice>>,
 }
@@ -77,14 +84,15 @@ impl<'a> TensorJob<'a> {
         delta: Option<(Dtype, Shape, BaseWords<'a>)>,
     ) -> Result<Self> {
         let bytes = words.len()?;
-        let shape = || Shape::of_dims(dims).map_err(|e| e.of_tensor(name));
-        let pieces = match (&delta, Dtype::from_name(dtype)) {
-            (Some((dtype, shape, _)), _) => Pieces::new(*dtype, *shape, bytes),
-            (None, Some(dtype)) => Pieces::new(dtype, shape()?, bytes),
-            (None, None) => Pieces::flat(bytes),
-        };
+        if Dtype::from_name(dtype).is_some() {
+            Shape::of_dims(dims).map_err(|e| e.of_tensor(name))?;
+        }
+        let kind = words_of(dtype, dims, bytes as u64);
+        let cut = delta.as_ref().map(|(dtype, shape, _)| (*dtype, *shape)).or(kind);
+        let pieces = cut.map_or(Pieces::flat(bytes), |(dtype, shape)| Pieces::new(dtype, shape, bytes));
+        let word_bytes = kind.map_or(1, |(dtype, _)| dtype.word_bytes());
         let (key, choice) = (name.to_owned(), OnceLock::new());
-        Ok(Self { name, key, dtype, dims, words, delta, same: None, pieces, bytes, choice })
+        Ok(Self { name, key, dtype, dims, words, delta, same: None, pieces, word_bytes, bytes, choice })
     }
 
     fn named(&self, e: Error) -> Error {
@@ -156,7 +164,7 @@ impl<'a> TensorJob<'a> {
         s.leaves.clear();
         s.changed = 0;
         let fine_tuned = self.words.get(range.clone(), &mut s.fine_tuned)?;
-        let word_bytes = Dtype::from_name(self.dtype).map_or(1, Dtype::word_bytes);
+        let word_bytes = self.word_bytes;
         let level = options.level();
         let Some((dtype, _, base)) = self.delta else {
             return match choice {
@@ -314,7 +322,12 @@ impl OpenTensor<'_> {
             dims: job.dims.to_vec(),
             bytes: job.bytes as u64,
             codec,
-            base: delta.map(|((_, _, base), digest)| BaseTensor { name: base.name.into(), digest }),
+            base: delta.map(|((_, _, base), digest)| BaseTensor {
+                name: base.name.into(),
+                file: base.file.map(str::to_owned),
+                parts: base.parts.to_vec(),
+                digest,
+            }),
             encoding,
             prefer: delta.map(|_| self.options.prefer),
             changed: delta.map(|_| self.changed),

@@ -4,9 +4,11 @@
 //! | file | what |
 //! |---|---|
 //! | `pack`, `unpack` | the jobs over files: side by side, tensors in order, pieces on every thread |
+//! | `compare` | whether a package and a fine-tune belong together |
 //! | `writer`, `tensor` | the same for one tensor at a time: into a new package, out of an open one |
 //! | `encode`, `restore`, `reencode` | a tensor into stored bytes; back to words; to another resident delta |
 
+mod compare;
 pub(crate) mod encode;
 pub(crate) mod pack;
 pub(crate) mod reencode;

@@ -3,10 +3,9 @@
 
 use super::encode::{BaseWords, EncodeScratch, TensorJob};
 use crate::error::{Error, Result};
-use crate::matrix::{Dtype, Shape};
 use crate::package::checkpoint::bases::BaseDigests;
 use crate::package::checkpoint::files::{CarriedFile, Checkpoint, TensorFile};
-use crate::package::checkpoint::pairing::{Found, Pairs, pair};
+use crate::package::checkpoint::pairing::{Paired, Pairs, pair};
 use crate::package::format::contents::{Contents, ContentsPart, HeaderLength, check_name};
 use crate::package::format::frames::{Deflater, FRAME_BYTES, compress_small};
 use crate::package::format::record::{self, SourceFile};
@@ -57,14 +56,15 @@ pub fn pack_files(
     job.remember(&parts);
     let removed = removed.into_iter().map(str::to_owned).collect();
     let report = Contents { parts, removed, folder: ft.is_folder() }.write(out)?;
-    Ok(Report { advice: lonely.advice(), ..report })
+    let notes: Vec<String> = ft.note().into_iter().chain(lonely.advice()).collect();
+    Ok(Report { advice: (!notes.is_empty()).then(|| notes.join("; ")), ..report })
 }
 
 /// Refuse a checkpoint of so many tensors that the package's header would be longer than any reader takes, before hours of
 /// work: by what is known of their bases, and of which are the same as others.
 fn refuse_long_header(
     ft: &Checkpoint,
-    bases: &[Vec<Option<Found<'_>>>],
+    bases: &[Vec<Option<Paired<'_>>>],
     same: &[Vec<Option<&str>>],
 ) -> Result<()> {
     let mut least = HeaderLength::default();
@@ -72,8 +72,8 @@ fn refuse_long_header(
         for (i, t) in file.tensors.header().tensors.iter().enumerate() {
             check_name(&t.name)?;
             let same = same.get(f).and_then(|list| list[i]);
-            let base = bases.get(f).and_then(|list| list[i]).filter(|_| same.is_none());
-            least.add_least(t, base.map(|(_, b)| b.name.as_str()), same)?;
+            let base = bases.get(f).and_then(|list| list[i].as_ref()).filter(|_| same.is_none());
+            least.add_least(t, base.map(Paired::name), same)?;
         }
     }
     Ok(())
@@ -93,7 +93,7 @@ struct Pack<'a> {
     base: &'a Checkpoint,
     ft: &'a Checkpoint,
     digests: &'a BaseDigests,
-    bases: Vec<Vec<Option<Found<'a>>>>,
+    bases: Vec<Vec<Option<Paired<'a>>>>,
     same: Vec<Vec<Option<&'a str>>>,
     options: &'a PackOptions,
     run: &'a Run<'a>,
@@ -125,11 +125,9 @@ impl Pack<'_> {
         let list = tensors.iter().enumerate().map(|(i, t)| {
             check_name(&t.name)?;
             let same = self.same[f][i].map(str::to_owned);
-            let delta = match (self.bases[f][i], Dtype::from_name(&t.dtype)) {
-                (Some((at, b)), Some(dtype)) if same.is_none() => {
-                    let words = TensorWords::File(&self.base.files()[at].tensors, b);
-                    let base = BaseWords { name: &b.name, words };
-                    Some((dtype, Shape::of_dims(&t.dims).map_err(|e| e.of_tensor(&t.name))?, base))
+            let delta = match (&self.bases[f][i], t.matrix()) {
+                (Some(paired), Some((dtype, shape))) if same.is_none() => {
+                    Some((dtype, shape, self.base_words(paired, t.bytes())))
                 }
                 _ => None,
             };
@@ -142,6 +140,18 @@ impl Pack<'_> {
             Ok(job)
         });
         list.collect()
+    }
+
+    fn base_words<'j>(&'j self, paired: &'j Paired<'_>, bytes: u64) -> BaseWords<'j> {
+        let words = paired.words(self.base, bytes);
+        match paired {
+            Paired::Whole((at, b)) => {
+                let path = self.base.files()[*at].path.as_str();
+                let file = self.base.has_several(&b.name).then_some(path);
+                BaseWords { name: &b.name, file, parts: &[], words }
+            }
+            Paired::Parts(parts) => BaseWords { name: paired.name(), file: None, parts, words },
+        }
     }
 
     fn tensor_file(&self, f: usize, file: &TensorFile, threads: usize) -> Result<ContentsPart> {
@@ -223,8 +233,9 @@ impl Pack<'_> {
     /// Keep the digests that packing has computed.
     fn remember(&self, parts: &[ContentsPart]) {
         let mut found: HashMap<usize, Vec<_>> = HashMap::new();
-        for base in parts.iter().flat_map(|p| &p.entries).filter_map(|e| e.base.as_ref()) {
-            if let Some((at, _)) = self.base.find(&base.name) {
+        let entries = parts.iter().flat_map(|p| &p.entries);
+        for (e, base) in entries.filter_map(|e| Some((e, e.base.as_ref().filter(|b| b.parts.is_empty())?))) {
+            if let Some((at, _)) = self.base.find_base(e, base) {
                 found.entry(at).or_default().push((base.name.clone(), base.digest));
             }
         }

@@ -6,12 +6,14 @@ use crate::codec::{Encoding, Prefer};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Matrix};
 use crate::package::checkpoint::bases::Base;
+use crate::package::checkpoint::files::TensorFile;
 use crate::package::format::blob::{Blob, resident_limit};
 use crate::package::format::frames::Inflater;
 use crate::package::format::reader::Package;
 use crate::package::format::record::{Entry, check_delta};
 use crate::package::format::refusals::{another_base, other_kind, stored_alone};
 use crate::package::format::words::TensorWords;
+use crate::package::io::aligned::Aligned;
 use crate::package::options::Codec;
 use crate::resident::Resident;
 
@@ -39,25 +41,28 @@ impl Package {
     /// As [`Package::resident`]; `Mismatch` for a base missing or an `out` of another length.
     pub fn restore(&self, name: &str, base: Option<&Matrix<'_>>, out: &mut [u8]) -> Result<()> {
         self.of_tensor(name, |entry| {
-            if out.len() as u64 != entry.bytes {
-                let (takes, has) = (entry.bytes, out.len());
-                return Err(Error::mismatch(format!("takes {takes} bytes, but out has {has}")));
-            }
             let base = base.filter(|_| entry.base.is_some());
-            let base = base.map(|base| in_memory(entry, base)).transpose()?;
-            let job = Restore::new(self.container(), entry, base)?;
-            let (mut taken, mut scratch) = (job.begin(), RestoreScratch::default());
-            for index in 0..job.pieces.count() {
-                job.make(index, &mut scratch)?;
-                taken.take(&mut scratch)?;
-                out[job.pieces.bytes(index)].copy_from_slice(scratch.words());
-            }
-            taken.finish()
+            self.restored(entry, base.map(|base| in_memory(entry, base)).transpose()?, out)
         })
     }
 
+    fn restored(&self, entry: &Entry, base: Option<Compared<'_>>, out: &mut [u8]) -> Result<()> {
+        if out.len() as u64 != entry.bytes {
+            let (takes, has) = (entry.bytes, out.len());
+            return Err(Error::mismatch(format!("takes {takes} bytes, but out has {has}")));
+        }
+        let job = Restore::new(self.container(), entry, base)?;
+        let (mut taken, mut scratch) = (job.begin(), RestoreScratch::default());
+        for index in 0..job.pieces.count() {
+            job.make(index, &mut scratch)?;
+            taken.take(&mut scratch)?;
+            out[job.pieces.bytes(index)].copy_from_slice(scratch.words());
+        }
+        taken.finish()
+    }
+
     /// What `work` makes of the entry that tensor `name` is stored in. Errors name the tensor.
-    fn of_tensor<T>(&self, name: &str, work: impl FnOnce(&Entry) -> Result<T>) -> Result<T> {
+    fn of_tensor<'a, T>(&'a self, name: &str, work: impl FnOnce(&'a Entry) -> Result<T>) -> Result<T> {
         work(self.resolve(self.entry(name)?)?).map_err(|e| e.of_tensor(name))
     }
 
@@ -91,6 +96,17 @@ impl Package {
 }
 
 impl Base {
+    /// One tensor's fine-tuned bytes into `out`, which has [`Entry::bytes`], from this base.
+    ///
+    /// # Errors
+    /// As [`Package::restore`]; `Mismatch` for a base without the tensor.
+    pub fn restore(&self, package: &Package, name: &str, out: &mut [u8]) -> Result<()> {
+        package.of_tensor(name, |entry| {
+            let base = entry.base.is_some().then(|| on_disk(entry, self)).transpose()?;
+            package.restored(entry, base, out)
+        })
+    }
+
     /// The resident delta of `package`'s tensor `name` against this base. Words of the base are read only if
     /// the delta must be encoded anew: if none is stored, or one for another preference than is asked for.
     ///
@@ -101,8 +117,10 @@ impl Base {
         package.of_tensor(name, |entry| {
             let made = package.delta(entry, on_disk(entry, self)?, prefer)?;
             // A delta that was taken as it is stored belongs to the base as it was when its digests were computed.
-            if let Some(wanted) = &entry.base {
-                self.find(&wanted.name)?.0.check_unchanged()?;
+            match &entry.base {
+                Some(wanted) if wanted.parts.is_empty() => self.find(entry, wanted)?.0.check_unchanged()?,
+                Some(_) => self.checkpoint().files().iter().try_for_each(TensorFile::check_unchanged)?,
+                None => {}
             }
             Ok(made)
         })
@@ -127,14 +145,31 @@ fn in_memory<'a>(entry: &Entry, base: &Matrix<'a>) -> Result<Compared<'a>> {
 }
 
 /// The base tensor of `entry` in an open base.
-fn on_disk<'a>(entry: &Entry, base: &'a Base) -> Result<Compared<'a>> {
+fn on_disk<'a>(entry: &'a Entry, base: &'a Base) -> Result<Compared<'a>> {
     let wanted = entry.base.as_ref().ok_or_else(stored_alone)?;
-    let (file, info, digest) = base.find(&wanted.name)?;
+    if !wanted.parts.is_empty() {
+        let words = TensorWords::Parts(base.checkpoint(), &wanted.parts, entry.bytes);
+        return compared(entry, words, joined_digest(entry, &words)?);
+    }
+    let (file, info, digest) = base.find(entry, wanted)?;
     let file = &file.tensors;
-    if (&info.dtype, &info.dims) != (&entry.dtype, &entry.dims) {
+    if (&info.dtype, &info.dims, info.bytes()) != (&entry.dtype, &entry.dims, entry.bytes) {
         return Err(other_kind(entry, info));
     }
     compared(entry, TensorWords::File(file, info), digest)
+}
+
+/// The digest of a base tensor that is put together, which no file and no cache has: of its words, as they are read.
+fn joined_digest(entry: &Entry, words: &TensorWords<'_>) -> Result<Digest> {
+    const STEP: usize = 1 << 20;
+    let dtype =
+        entry.word_dtype().ok_or_else(|| Error::corrupt(format!("a delta of dtype {}", entry.dtype)))?;
+    let mut stream = Digest::stream(dtype, entry.shape()?);
+    let (bytes, mut room) = (words.len()?, Aligned::default());
+    for from in (0..bytes).step_by(STEP) {
+        stream.update(words.get(from..(from + STEP).min(bytes), &mut room)?);
+    }
+    Ok(stream.finish())
 }
 
 fn compared<'a>(entry: &Entry, words: TensorWords<'a>, found: Digest) -> Result<Compared<'a>> {

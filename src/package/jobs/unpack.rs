@@ -1,7 +1,8 @@
 //! `unpack` and `verify`: base and package into the files that were packed, or into nothing but a comparison. Files side by
 //! side, each in order on several threads; memory holds a piece of a tensor per thread.
 
-use super::pack::{hex, refuse_overwrite, sha256_file};
+use super::compare::{compare_files, compare_names, in_fine_tune};
+use super::pack::{hex, refuse_overwrite};
 use super::restore::{Restore, RestoreScratch};
 use crate::error::{Error, Result};
 use crate::matrix::Digest;
@@ -17,10 +18,10 @@ use crate::package::format::totals::Report;
 use crate::package::format::words::TensorWords;
 use crate::package::io::aligned::Aligned;
 use crate::package::io::ordered;
-use crate::package::io::temp::{Output, OutputFolder};
+use crate::package::io::temp::{Output, OutputFolder, refuses};
 use crate::package::options::{Destination, Run};
 use sha2::{Digest as _, Sha256};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, Permissions};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -163,7 +164,9 @@ impl<'a> Unpack<'a> {
             if let Some(file) = file {
                 if files[i].executable {
                     let mode = file.metadata()?.permissions().mode();
-                    file.set_permissions(Permissions::from_mode(mode | (mode & 0o444) >> 2))?;
+                    let made = file.set_permissions(Permissions::from_mode(mode | (mode & 0o444) >> 2));
+                    // Where a file system knows no such thing, all files are alike, and there is nothing to restore.
+                    self.wrote(made.or_else(|e| if refuses(&e) { Ok(()) } else { Err(e) }))?;
                 }
                 self.wrote(file.sync_all())?;
             }
@@ -200,7 +203,7 @@ impl<'a> Unpack<'a> {
         }
         let put = |(j, c): (usize, usize), s: &RestoreScratch| -> Result<()> {
             let at = jobs[j].pieces.bytes(c).start;
-            self.compare(order[j].0, at, s)?;
+            self.compare(i, order[j].0, at, s)?;
             let at = data + order[j].1 + at as u64;
             file.map_or(Ok(()), |f| self.wrote(f.write_all_at(s.words(), at)))
         };
@@ -316,9 +319,11 @@ impl<'a> Unpack<'a> {
         restore_on(self.base, &self.digests, self.package, entry)
     }
 
-    /// Compare a restored piece with the fine-tune given.
-    fn compare(&self, entry: &Entry, at: usize, s: &RestoreScratch) -> Result<()> {
-        let Some((ft, (f, info))) = self.ft.and_then(|ft| Some((ft, ft.find(&entry.name)?))) else {
+    /// Compare a restored piece of source file `i` with the fine-tune given.
+    fn compare(&self, i: usize, entry: &Entry, at: usize, s: &RestoreScratch) -> Result<()> {
+        let Some((ft, (f, info))) =
+            self.ft.and_then(|ft| Some((ft, in_fine_tune(ft, self.package, i, entry)?)))
+        else {
             return Ok(());
         };
         let mut room = Aligned::default();
@@ -332,7 +337,8 @@ impl<'a> Unpack<'a> {
     fn note(&self, entry: &Entry) {
         let stored = self.package.resolve(entry).ok();
         if let Some(base) = stored.and_then(|e| e.base.as_ref())
-            && let Some((f, _)) = self.base.find(&base.name)
+            && base.parts.is_empty()
+            && let Some((f, _)) = stored.and_then(|e| self.base.find_base(e, base))
         {
             let mut right = self.right.lock().unwrap_or_else(PoisonError::into_inner);
             right.entry(f).or_default().push((base.name.clone(), base.digest));
@@ -354,10 +360,13 @@ pub(crate) fn restore_on<'a>(
 ) -> Result<Restore<'a>> {
     let stored = package.resolve(entry)?;
     let words = match &stored.base {
+        Some(wanted) if !wanted.parts.is_empty() => {
+            Some((TensorWords::Parts(base, &wanted.parts, stored.bytes), None))
+        }
         Some(wanted) => {
             let missing = || named(missing_in_base(&wanted.name), entry);
-            let (f, info) = base.find(&wanted.name).ok_or_else(missing)?;
-            if (&info.dtype, &info.dims) != (&stored.dtype, &stored.dims) {
+            let (f, info) = base.find_base(stored, wanted).ok_or_else(missing)?;
+            if (&info.dtype, &info.dims, info.bytes()) != (&stored.dtype, &stored.dims, stored.bytes) {
                 return Err(named(other_kind(stored, info), entry));
             }
             Some((TensorWords::File(&base.files()[f].tensors, info), digests.get(f, &wanted.name)))
@@ -369,63 +378,4 @@ pub(crate) fn restore_on<'a>(
 
 fn named(e: Error, entry: &Entry) -> Error {
     e.of_tensor(&entry.name)
-}
-
-/// Names, dtypes and shapes of package and fine-tune are the same.
-fn compare_names(package: &Package, ft: &Checkpoint) -> Result<()> {
-    for (_, t) in ft.tensors() {
-        let e = package.entry(&t.name).map_err(|_| {
-            Error::mismatch(format!("tensor `{}` of the fine-tune is not in the package", t.name))
-        })?;
-        if (&e.dtype, &e.dims, e.bytes) != (&t.dtype, &t.dims, t.bytes()) {
-            let both = format!(
-                "is {} {:?} in the package, but {} {:?} in the fine-tune",
-                e.dtype, e.dims, t.dtype, t.dims
-            );
-            return Err(named(Error::mismatch(both), e));
-        }
-    }
-    match package.entries().iter().find(|e| ft.find(&e.name).is_none()) {
-        Some(e) => Err(named(Error::mismatch("is not in the fine-tune given"), e)),
-        None => Ok(()),
-    }
-}
-
-/// The files of the fine-tune are those that were packed, where both are folders or both are files.
-fn compare_files(package: &Package, ft: &Checkpoint, run: &Run<'_>) -> Result<()> {
-    if package.files().is_empty() || package.is_folder() != ft.is_folder() {
-        return Ok(());
-    }
-    let mut places: HashMap<&str, &Path> =
-        ft.files().iter().map(|f| (f.path.as_str(), f.place.as_path())).collect();
-    places.extend(ft.carried().iter().map(|f| (f.path.as_str(), f.place.as_path())));
-    if !package.is_folder() {
-        // One file has any name.
-        places = package
-            .files()
-            .iter()
-            .zip(ft.files())
-            .map(|(p, f)| (p.path.as_str(), f.place.as_path()))
-            .collect();
-    }
-    let packed: HashSet<&str> = package.files().iter().map(|f| f.path.as_str()).collect();
-    if let Some(more) = places.keys().filter(|p| !packed.contains(**p)).min() {
-        return Err(Error::mismatch(format!(
-            "the fine-tune has the file `{more}`, which is not in the package"
-        )));
-    }
-    ordered::side_by_side(ordered::threads(run.jobs), package.files().len(), |i, _| {
-        let file = &package.files()[i];
-        let lacking = || Error::mismatch(format!("the fine-tune lacks the file `{}`", file.path));
-        let place = places.get(file.path.as_str()).ok_or_else(lacking)?;
-        let found = sha256_file(place)?;
-        if found == file.sha256 {
-            return Ok(());
-        }
-        Err(Error::mismatch(format!(
-            "{}: has sha256 {found}, but the file that was packed had {}",
-            place.display(),
-            file.sha256
-        )))
-    })
 }

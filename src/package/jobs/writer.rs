@@ -2,10 +2,12 @@
 
 use super::encode::{BaseWords, EncodeScratch, TensorJob};
 use crate::error::{Error, Result};
-use crate::matrix::{Dtype, Shape};
+use crate::package::checkpoint::joined::row_parts;
 use crate::package::checkpoint::lonely::Lonely;
-use crate::package::format::container::dtype_bits;
+use crate::package::format::container::TensorInfo;
 use crate::package::format::contents::{Contents, ContentsPart, HeaderLength, check_name};
+use crate::package::format::kinds::{dtype_bits, words_of};
+use crate::package::format::parts::{BasePart, PartSource};
 use crate::package::format::record::Entry;
 use crate::package::format::totals::Report;
 use crate::package::format::words::TensorWords;
@@ -75,16 +77,29 @@ impl Writer {
     /// more tensors than a header holds; `Io`.
     pub fn add(&mut self, fine_tuned: &Tensor<'_>, base: Option<&Tensor<'_>>) -> Result<()> {
         check_name(fine_tuned.name)?;
-        let given = base.map(|b| (b.dtype, b.dims));
+        let given = base;
         let base = base.filter(|b| (b.dtype, b.dims) == (fine_tuned.dtype, fine_tuned.dims));
-        [Some(fine_tuned), base]
+        [Some(fine_tuned), given]
             .into_iter()
             .flatten()
             .try_for_each(|t| check_tensor(t).map_err(|e| e.of_tensor(t.name)))?;
         if self.names.contains(fine_tuned.name) {
             return Err(Error::invalid(format!("tensor `{}` was added twice", fine_tuned.name)));
         }
-        let mut job = job(fine_tuned, base)?;
+        let parts = match given.filter(|_| base.is_none()) {
+            Some(b) => row_parts(
+                &info(fine_tuned),
+                TensorWords::Memory(fine_tuned.bytes),
+                &info(b),
+                TensorWords::Memory(b.bytes),
+            )?,
+            None => None,
+        };
+        let source = InMemory(given.map_or(&[], |b| b.bytes));
+        let mut job = match parts.as_deref().zip(given) {
+            Some((parts, b)) => joined_job(fine_tuned, b.name, &source, parts)?,
+            None => job(fine_tuned, base)?,
+        };
         job.same = self.met_before(fine_tuned, base);
         if job.same.is_some() {
             job.delta = None;
@@ -93,7 +108,8 @@ impl Writer {
         self.header.add(&entry)?;
         self.names.insert(fine_tuned.name.to_owned());
         let kind = (fine_tuned.dtype, fine_tuned.dims);
-        self.lonely.count(fine_tuned.name, kind, fine_tuned.bytes.len() as u64, given);
+        let named = given.map(|b| if parts.is_some() { kind } else { (b.dtype, b.dims) });
+        self.lonely.count(fine_tuned.name, kind, fine_tuned.bytes.len() as u64, named);
         self.part.entries.push(entry);
         Ok(())
     }
@@ -141,14 +157,50 @@ fn check_tensor(t: &Tensor<'_>) -> Result<()> {
 }
 
 fn job<'a>(ft: &Tensor<'a>, base: Option<&Tensor<'a>>) -> Result<TensorJob<'a>> {
-    let delta = match (base, Dtype::from_name(ft.dtype)) {
-        (Some(b), Some(dtype)) => {
-            let words = BaseWords { name: b.name, words: TensorWords::Memory(b.bytes) };
-            Some((dtype, Shape::of_dims(ft.dims).map_err(|e| e.of_tensor(ft.name))?, words))
+    let delta = match (base, words_of(ft.dtype, ft.dims, ft.bytes.len() as u64)) {
+        (Some(b), Some((dtype, shape))) if b.bytes.len() == ft.bytes.len() => {
+            let words = TensorWords::Memory(b.bytes);
+            Some((dtype, shape, BaseWords { name: b.name, file: None, parts: &[], words }))
         }
         _ => None,
     };
     TensorJob::new((ft.name, ft.dtype, ft.dims), TensorWords::Memory(ft.bytes), delta)
+}
+
+/// The bytes of a base tensor, of which parts are taken.
+#[derive(Debug)]
+struct InMemory<'a>(&'a [u8]);
+
+impl PartSource for InMemory<'_> {
+    fn read_part(&self, part: &BasePart, at: u64, out: &mut [u8]) -> Result<()> {
+        let from = usize::try_from(part.at + at).ok();
+        let words = from.and_then(|from| self.0.get(from..from.checked_add(out.len())?));
+        out.copy_from_slice(words.ok_or_else(|| Error::internal("a part of a base that it does not have"))?);
+        Ok(())
+    }
+}
+
+fn info(t: &Tensor<'_>) -> TensorInfo {
+    TensorInfo {
+        name: t.name.into(),
+        dtype: t.dtype.into(),
+        dims: t.dims.to_vec(),
+        range: 0..t.bytes.len() as u64,
+    }
+}
+
+fn joined_job<'a>(
+    ft: &Tensor<'a>,
+    name: &'a str,
+    source: &'a InMemory<'a>,
+    parts: &'a [BasePart],
+) -> Result<TensorJob<'a>> {
+    let bytes = ft.bytes.len() as u64;
+    let (dtype, shape) =
+        words_of(ft.dtype, ft.dims, bytes).ok_or_else(|| Error::internal("a tensor without words"))?;
+    let words = TensorWords::Parts(source, parts, bytes);
+    let base = BaseWords { name, file: None, parts, words };
+    TensorJob::new((ft.name, ft.dtype, ft.dims), TensorWords::Memory(ft.bytes), Some((dtype, shape, base)))
 }
 
 /// Encode one tensor onto the spool with several threads.

@@ -13,4 +13,5 @@ mod input;
 mod kill;
 mod limits;
 mod memory_bound;
+mod network;
 mod system;

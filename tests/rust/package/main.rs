@@ -10,8 +10,10 @@ pub mod common {
     pub mod mapping;
 }
 
+mod checkpoint_folders;
 mod checkpoint_golden;
 mod checkpoint_hostile;
+mod checkpoint_pairing;
 mod checkpoint_roundtrip;
 mod cli;
 mod digest_cache;
