@@ -73,7 +73,7 @@ _ENCODINGS = ("unchanged", "sparse", "exponent", "raw")
 _IO = 6
 _NO_SHA256 = 1
 
-# safetensors name, code in csrc/xorz.h; a complex tensor has no code of its own and is stored alone.
+# safetensors name, code in csrc/xorz.h.
 DTYPES = {
     torch.float32: ("F32", 1),
     torch.bfloat16: ("BF16", 2),
@@ -91,7 +91,24 @@ DTYPES = {
     torch.uint64: ("U64", 14),
     torch.int64: ("I64", 15),
 }
-DTYPE_OF_NAME = {name: dtype for dtype, (name, _) in DTYPES.items()}
+# Those that have no code of their own: safetensors name (or one in its manner), the words that they are made of, how many words
+# a torch element takes, and how many elements of the file.
+OTHERS = {
+    getattr(torch, name): kind
+    for name, kind in {
+        "complex64": ("C64", torch.float32, 2, 1),
+        "complex128": ("C128", torch.float64, 2, 1),
+        "complex32": ("C32", torch.uint32, 1, 1),
+        "float8_e4m3fnuz": ("F8_E4M3FNUZ", torch.uint8, 1, 1),
+        "float8_e5m2fnuz": ("F8_E5M2FNUZ", torch.uint8, 1, 1),
+        "float8_e8m0fnu": ("F8_E8M0", torch.uint8, 1, 1),
+        "float4_e2m1fn_x2": ("F4", torch.uint8, 1, 2),
+    }.items()
+    if hasattr(torch, name)
+}
+DTYPE_OF_NAME = {name: dtype for dtype, (name, _) in DTYPES.items()} | {
+    name: dtype for dtype, (name, *_) in OTHERS.items()
+}
 DTYPE_OF_CODE = {code: dtype for dtype, (_, code) in DTYPES.items()}
 
 
@@ -121,6 +138,7 @@ _declare("xorz_package_resident", c_void_p, c_char_p, POINTER(_Matrix), c_int32,
 _declare("xorz_base_open", c_char_p, POINTER(_Run), POINTER(c_void_p), _E)
 _declare("xorz_base_close", c_void_p, result=None)
 _declare("xorz_package_resident_from", c_void_p, c_char_p, c_void_p, c_int32, POINTER(_Buffer), _E)
+_declare("xorz_package_restore_from", c_void_p, c_char_p, c_void_p, c_void_p, c_size_t, _E)
 _declare("xorz_package_restore", c_void_p, c_char_p, POINTER(_Matrix), c_void_p, c_size_t, _E)
 _declare(
     "xorz_pack_files", c_char_p, c_char_p, c_char_p, POINTER(_Options), POINTER(_Run), POINTER(_Buffer), _E
@@ -275,15 +293,26 @@ def _matrix(tensor: Tensor) -> _Matrix:
     n = tensor.shape[0] if tensor.dim() > 1 else 1
     k = tensor[0].numel() if tensor.dim() > 1 and n else torch.Size(tensor.shape[1:]).numel()
     k = tensor.numel() if tensor.dim() < 2 else k
-    return _Matrix(tensor.data_ptr(), tensor.nbytes, n, k, DTYPES[tensor.dtype][1])
+    dtype = tensor.dtype
+    if dtype in OTHERS:
+        _, dtype, words, _ = OTHERS[dtype]
+        k *= words
+    return _Matrix(tensor.data_ptr(), tensor.nbytes, n, k, DTYPES[dtype][1])
 
 
 def _tensor(name: str, tensor: Tensor) -> _Tensor:
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in DTYPES and tensor.dtype not in OTHERS:
         raise TypeError(f"tensor `{name}` has dtype {tensor.dtype}, which a package cannot hold")
-    dims = (c_size_t * max(1, tensor.dim()))(*tensor.shape)
-    dtype = DTYPES[tensor.dtype][0].encode()
-    return _Tensor(_name(name), dtype, dims, tensor.dim(), tensor.data_ptr(), tensor.nbytes)
+    shape = shape_of(tensor)
+    dims = (c_size_t * max(1, len(shape)))(*shape)
+    dtype = dtype_name(tensor.dtype).encode()
+    return _Tensor(_name(name), dtype, dims, len(shape), tensor.data_ptr(), tensor.nbytes)
+
+
+def shape_of(tensor: Tensor) -> list[int]:
+    """The dimensions that a file gives the tensor: of packed elements there are more than torch counts."""
+    shape, packed = list(tensor.shape), OTHERS[tensor.dtype][3] if tensor.dtype in OTHERS else 1
+    return [*shape[:-1], shape[-1] * packed] if shape else shape
 
 
 def resolved(prefer: str) -> str:
@@ -314,7 +343,8 @@ class Writer:
         old = None
         if base is not None:
             base = on_host(name, base)
-            old = byref(_tensor(base_name or name, base)) if base.dtype in DTYPES else None
+            known = base.dtype in DTYPES or base.dtype in OTHERS
+            old = byref(_tensor(base_name or name, base)) if known else None
         _call("xorz_writer_add", self._handle, byref(_tensor(name, fine_tuned)), old)
 
     def removed(self, name: str) -> None:
@@ -346,6 +376,17 @@ def _tensor_of(buffer: _Buffer) -> Tensor:
         return out
     finally:
         _lib.xorz_buffer_free(byref(buffer))
+
+
+def room(entry: dict[str, Any]) -> Tensor:
+    """An empty tensor for a package's entry. ValueError if torch has none of its dtype."""
+    dtype, shape = DTYPE_OF_NAME.get(entry["dtype"]), list(entry["shape"])
+    packed = OTHERS[dtype][3] if dtype in OTHERS else 1
+    if dtype is None or (packed > 1 and (not shape or shape[-1] % packed)):
+        raise ValueError(
+            f"tensor `{entry['name']}` has dtype {entry['dtype']} {shape}, which this torch package cannot give back"
+        )
+    return torch.empty([*shape[:-1], shape[-1] // packed] if shape else shape, dtype=dtype)
 
 
 class Base:
@@ -391,14 +432,15 @@ class Package:
 
     def restore(self, name: str, base: Tensor | None) -> Tensor:
         """The fine-tuned tensor, restored bit for bit; `base` is None where it is stored alone."""
-        entry = self.entries[name]
-        if entry["dtype"] not in DTYPE_OF_NAME:
-            raise ValueError(
-                f"tensor `{name}` has dtype {entry['dtype']}, which this torch package cannot give back"
-            )
-        out = torch.empty(entry["shape"], dtype=DTYPE_OF_NAME[entry["dtype"]])
+        out = room(self.entries[name])
         matrix = None if base is None else byref(_matrix(base))
         _call("xorz_package_restore", self._handle, _name(name), matrix, out.data_ptr(), out.nbytes)
+        return out
+
+    def restore_from(self, name: str, base: "Base") -> Tensor:
+        """The same, from a base on disk."""
+        out = room(self.entries[name])
+        _call("xorz_package_restore_from", self._handle, _name(name), base.handle, out.data_ptr(), out.nbytes)
         return out
 
     def __enter__(self) -> "Package":
@@ -440,4 +482,4 @@ def verify_files(base: Any, package: Any, fine_tuned: Any, run: _Run) -> dict[st
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The safetensors name of a dtype; torch's own where there is none."""
-    return DTYPES[dtype][0] if dtype in DTYPES else str(dtype)
+    return (DTYPES.get(dtype) or OTHERS.get(dtype) or (str(dtype),))[0]

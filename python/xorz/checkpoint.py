@@ -6,9 +6,10 @@ from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import _core
+from . import _core, extra
 
 StateDict = Mapping[str, Tensor]
 PathLike = str | os.PathLike[str]
@@ -37,7 +38,8 @@ def pack(
     Args:
         base: state_dict of the base, or its path: a safetensors file, or a folder of them, sharded or not.
         fine_tuned: the same of the fine-tune; a folder's other files (config, tokenizer) are carried along.
-            Tensors that the base lacks, or has in another dtype or shape, are stored alone.
+            Tensors that the base lacks, or has in another dtype or shape, are stored alone; of those with more rows or fewer
+            the rows in common are a delta. Extra state that is bytes is kept as a uint8 tensor, None is left out.
         path: the package; it appears when it is complete.
         prefer: what deltas are encoded for, "memory" or "speed".
         codec: None (the smallest, tensor by tensor), "resident", "resident-zstd", "planes" or "xor".
@@ -58,6 +60,7 @@ def pack(
         raise TypeError("base and fine_tuned must both be state_dicts or both be paths")
     if from_files:
         return _advised(_core.pack_files(base, fine_tuned, path, options, run))
+    base, fine_tuned = extra.plain("base", base), extra.plain("fine_tuned", fine_tuned)
     with _core.Writer(path, options) as writer:
         for name, tensor in fine_tuned.items():
             writer.add(name, tensor, base.get(name))
@@ -110,6 +113,8 @@ def verify(
 def _base_of(entry: dict[str, Any], base: StateDict) -> Tensor | None:
     if entry["base"] is None:
         return None
+    if entry["base_parts"]:
+        return _joined(entry, base)
     name = entry["base_name"] or entry["name"]
     if name not in base:
         raise KeyError(
@@ -117,14 +122,40 @@ def _base_of(entry: dict[str, Any], base: StateDict) -> Tensor | None:
             "was packed against"
         )
     tensor = _core.on_host(name, base[name])
-    found = _core.dtype_name(tensor.dtype)
-    if (found, list(tensor.shape)) != (entry["dtype"], entry["shape"]):
+    found, shape = _core.dtype_name(tensor.dtype), _core.shape_of(tensor)
+    if (found, shape) != (entry["dtype"], entry["shape"]):
         raise ValueError(
-            f"tensor `{name}`: the base has {found} {list(tensor.shape)}, "
+            f"tensor `{name}`: the base has {found} {shape}, "
             f"but the package was made against {entry['dtype']} {entry['shape']}; give the base that it was packed against, "
             "in its dtype"
         )
     return tensor
+
+
+def _joined(entry: dict[str, Any], base: StateDict) -> Tensor:
+    """The base of a tensor with other rows than the base's, or of a stack: put together as the package says."""
+    pieces: list[Tensor] = []
+    for part in entry["base_parts"]:
+        name, at, count = part.get("name"), part.get("at", 0), part["bytes"]
+        if name is None:
+            pieces.append(torch.zeros(count, dtype=torch.uint8))
+            continue
+        if name not in base:
+            raise KeyError(
+                f"the base has no tensor `{name}`, which the package's `{entry['name']}` is a delta of; give the base that it "
+                "was packed against"
+            )
+        words = _core.on_host(name, base[name]).reshape(-1).view(torch.uint8)
+        if _core.dtype_name(base[name].dtype) != entry["dtype"] or words.numel() < at + count:
+            raise ValueError(
+                f"tensor `{entry['name']}` is a delta of bytes {at} to {at + count} of {entry['dtype']}, but the base's "
+                f"`{name}` is {_core.dtype_name(base[name].dtype)} {list(base[name].shape)}; give the base that it was packed "
+                "against"
+            )
+        pieces.append(words[at : at + count])
+    out = _core.room(entry)
+    torch.cat(pieces, out=out.view(-1).view(torch.uint8))
+    return out
 
 
 def restore(base: StateDict, package: PathLike) -> dict[str, Tensor]:
@@ -136,6 +167,7 @@ def restore(base: StateDict, package: PathLike) -> dict[str, Tensor]:
     """
     if _is_path("base", base):
         raise TypeError("base must be a state_dict; for files there is unpack()")
+    base = extra.plain("base", base)
     with _core.Package(package) as opened:
         out = {
             name: opened.restore(name, _base_of(entry, base))
@@ -153,7 +185,8 @@ def load_deltas(
     jobs: int | None = None,
     skip: Container[str] = (),
 ) -> dict[str, Tensor]:
-    """Per tensor name its resident delta (1-D uint8), checked against `base`; tensors stored alone are given whole.
+    """Per tensor name its resident delta (1-D uint8), checked against `base`; tensors stored alone are given whole, and so are
+    those that are no delta of one tensor of the base, but of one with other rows, of several or of a piece (`base_parts`).
 
     No dense matrix is made on the way. `prefer` re-encodes for "speed" or "memory" where the package holds the other;
     None takes what it holds, which is the fastest. A base given by its path is read only for what must be encoded anew,
@@ -163,10 +196,19 @@ def load_deltas(
     if _is_path("base", base):
         with _core.Base(base, _core.run(jobs)) as old:
             return _load_each(
-                package, jobs, lambda opened, name, _: opened.resident_from(name, old, prefer), skip
+                package,
+                jobs,
+                lambda opened, name, _: opened.resident_from(name, old, prefer),
+                lambda opened, name, _: opened.restore_from(name, old),
+                skip,
             )
+    base = extra.plain("base", base)
     return _load_each(
-        package, jobs, lambda opened, name, entry: opened.resident(name, _base_of(entry, base), prefer), skip
+        package,
+        jobs,
+        lambda opened, name, entry: opened.resident(name, _base_of(entry, base), prefer),
+        lambda opened, name, entry: opened.restore(name, _base_of(entry, base)),
+        skip,
     )
 
 
@@ -174,12 +216,15 @@ def _load_each(
     package: PathLike,
     jobs: int | None,
     resident: Callable[[_core.Package, str, dict[str, Any]], Tensor],
+    whole: Callable[[_core.Package, str, dict[str, Any]], Tensor],
     skip: Container[str],
 ) -> dict[str, Tensor]:
     """Every tensor of the package, several at a time; of several errors, that of the first tensor."""
 
     def load(name: str, entry: dict[str, Any]) -> Tensor:
-        return opened.restore(name, None) if entry["base"] is None else resident(opened, name, entry)
+        if entry["base"] is None:
+            return opened.restore(name, None)
+        return whole(opened, name, entry) if entry["base_parts"] else resident(opened, name, entry)
 
     workers = _core.run(jobs).jobs or len(os.sched_getaffinity(0))
     with _core.Package(package) as opened, ThreadPoolExecutor(workers) as pool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import _core, _ops
+from . import _core, _ops, extra
 
 StateDict = Mapping[str, Tensor]
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -73,6 +73,7 @@ def tensors_of(what: str, value: Any) -> dict[str, Tensor]:
         value = value.state_dict(keep_vars=True)
     if not isinstance(value, Mapping):
         raise TypeError(f"{what} must be a state_dict or a module, but is {type(value).__name__}")
+    value = extra.plain(what, value)
     for name, tensor in value.items():
         if not isinstance(name, str):
             raise TypeError(f"{what}: a tensor's name must be a str, but is {type(name).__name__}")
@@ -238,8 +239,10 @@ def apply_(target: nn.Module | MutableMapping[str, Tensor], delta: StateDelta) -
     tensors = tensors_of("target", target)
     if not is_module and not isinstance(target, MutableMapping):
         raise TypeError(f"target must be a module or a dict, but is {type(target).__name__}")
+    # What is bytes cannot be changed in place: copies are, and given to the target at the end.
+    states = extra.states(target.state_dict(keep_vars=True) if is_module else target)
     jobs = _jobs(tensors, delta)
-    placed, fresh = _new_tensors(tensors, delta, is_module)
+    placed, fresh = _new_tensors(tensors, delta, is_module, states)
     _check_memory(tensors, jobs, placed, delta)
     for name, blob in jobs.items():
         _check(name, tensors[name], blob)
@@ -251,8 +254,11 @@ def apply_(target: nn.Module | MutableMapping[str, Tensor], delta: StateDelta) -
             _change(tensors[name], blob)
         for name, value in placed.items():
             _bits(tensors[name]).copy_(_bits(value))
+        changed = {n: fresh.pop(n, tensors[n]) for n in states if n in (*jobs, *placed, *fresh)}
         if not is_module:
             _replace(target, fresh, delta)
+        for name, value in changed.items():
+            extra.give(target, name, states[name], value)
     return target
 
 
@@ -274,7 +280,7 @@ def _jobs(tensors: dict[str, Tensor], delta: StateDelta) -> dict[str, Tensor]:
 
 
 def _new_tensors(
-    tensors: dict[str, Tensor], delta: StateDelta, is_module: bool
+    tensors: dict[str, Tensor], delta: StateDelta, is_module: bool, states: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """New tensors by name: those that the target has room for, and those that a dict must take up."""
     placed: dict[str, Tensor] = {}
@@ -286,7 +292,7 @@ def _new_tensors(
         there = tensors.get(name)
         if there is not None and _same_kind(there, value):
             placed[name] = value
-        elif not is_module:
+        elif not is_module or name in states:
             fresh[name] = value
         else:
             has = "no such tensor" if there is None else text_of(there)
@@ -335,10 +341,10 @@ def _change(tensor: Tensor, blob: Tensor) -> None:
 
 def _replace(target: MutableMapping[str, Tensor], fresh: dict[str, Tensor], delta: StateDelta) -> None:
     """New tensors into a dict, one for all names that are tied; removed ones out of it."""
-    devices = {t.device for t in target.values()}
+    devices = {t.device for t in target.values() if isinstance(t, Tensor)}
     device = devices.pop() if len(devices) == 1 else torch.device("cpu")
     made = {
-        n: value.to(target[n].device if n in target else device, copy=True)
+        n: value.to(target[n].device if isinstance(target.get(n), Tensor) else device, copy=True)
         for n, value in fresh.items()
         if n not in delta.ties
     }

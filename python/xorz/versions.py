@@ -6,7 +6,6 @@ is added to the format of packages: a version's digest is one over the digests o
 the tensors it is a step from. Files appear whole, the list last: a killed run leaves the chain as it was before or after.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _core, _ops
+from . import _core, _ops, locks
 from .checkpoint import PathLike
 from .diff import StateDelta, StateDict, place, tensors_of, text_of
 
@@ -150,8 +149,10 @@ class Versions:
             raise TypeError(f"package must be a path, but is {type(package).__name__}")
         with self._locked() as versions, ExitStack() as stack:
             part = self._part()
+            # What is wrong with the copy is wrong with the file that the user knows.
+            stack.enter_context(_named(part, package))
             shutil.copyfile(package, part)
-            _sync(part)
+            locks.sync(part)
             opened = stack.enter_context(_core.Package(part))
             self._check_names(
                 str(package), {n: (e["dtype"], e["shape"]) for n, e in opened.entries.items()}, ties=True
@@ -374,10 +375,7 @@ class Versions:
     @contextmanager
     def _locked(self) -> Iterator[list[dict[str, Any]]]:
         """The list, which nobody else changes inside; what no list names is deleted at the end."""
-        # Without blocking: a pipe of that name would wait for its reader.
-        lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-        with open(lock, "ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locks.held(self.folder / _LOCK):
             exists = (self.folder / _LIST).exists()
             try:
                 yield self._read() if exists else []
@@ -406,7 +404,7 @@ class Versions:
 
     def _commit(self, versions: list[dict[str, Any]]) -> None:
         """Write the list: from here on the chain is another."""
-        _sync(self.folder)
+        locks.sync(self.folder)
         part = self.folder / f".{_LIST}"
         base = self._identity(self._digests)
         content = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "base": base, "versions": versions}
@@ -415,7 +413,7 @@ class Versions:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, self.folder / _LIST)
-        _sync(self.folder)
+        locks.sync(self.folder)
 
     def _read(self) -> list[dict[str, Any]]:
         path = self.folder / _LIST
@@ -462,9 +460,13 @@ def _digest(tensor: Tensor) -> str:
         return _core.delta_info(_ops.delta_encode(tensor, tensor)).base_digest
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+@contextmanager
+def _named(part: Path, package: PathLike) -> Iterator[None]:
+    """Errors of `part`, a copy of `package`, as errors of `package`."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        yield
+    except (OSError, ValueError) as error:
+        said = str(error)
+        if str(part) not in said:
+            raise
+        raise type(error)(said.replace(str(part), os.fsdecode(package))) from None

@@ -158,8 +158,11 @@ def _read(
     else:
         description = _described(source)
         entries = description["entries"]
-        given = {n for e in entries for n in (e["name"], e["base_name"]) if n} | set(
-            description["removed_names"]
+        parts = {p["name"] for e in entries for p in e["base_parts"] if "name" in p}
+        given = (
+            {n for e in entries for n in (e["name"], e["base_name"]) if n}
+            | parts
+            | set(description["removed_names"])
         )
         files = None if base.keys() >= {e["name"] for e in entries} else stored(model, base)
         words = base if files is None else files.base
@@ -170,7 +173,8 @@ def _read(
             if entry["base"] is not None and name in words and list(words[name].shape) == entry["shape"]:
                 _same_dtype(name, entry["dtype"], words[name])
         loaded = checkpoint.load_deltas(words, source, prefer=prefer, skip=frozenset(ignored))
-        apart = {e["name"] for e in entries if e["base"] is None and not e["same"]}
+        # What is a delta of several base tensors, or of one with other rows, is given whole.
+        apart = {e["name"] for e in entries if (e["base"] is None or e["base_parts"]) and not e["same"]}
         apart |= {e["name"] for e in entries if e["same"] in apart}
         deltas = {n: t for n, t in loaded.items() if n not in apart}
         alone = {n: t for n, t in loaded.items() if n in apart}

@@ -172,6 +172,10 @@ class Loader:
                 raise ValueError(
                     f"tensor `{name}` is stored alone, as {entry['dtype']} {entry['shape']}; vLLM serves one shape"
                 )
+            if entry["base_parts"]:
+                raise ValueError(
+                    f"tensor `{name}` is {entry['dtype']} {entry['shape']}, but not in the base; vLLM serves one shape"
+                )
             if entry["base_name"] not in (None, name):
                 raise ValueError(
                     f"tensor `{name}` is a delta of `{entry['base_name']}`: the fine-tune has untied or renamed it"
