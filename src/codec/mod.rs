@@ -8,6 +8,7 @@
 mod apart;
 pub mod exponent;
 mod grid;
+pub mod predicted;
 pub mod sparse;
 pub mod split;
 pub mod word;

@@ -11,6 +11,7 @@
 //! | `lanes` | the bit streams of `exponent`; `packer` what an instruction set gives to those who write them |
 //! | `bf16dot` | dot products of bf16 words as they are, where the machine has them |
 //! | `encode` | words to tiles and whole deltas, and the estimates that choose how |
+//! | `predicted` | tiles of packages whose changes the base predicts |
 //! | `processor`, `preference`, `trace` | what CPUID says, what `prefer="auto"` comes to, and whether people are told |
 //! | `restore` | fine-tuned words: restore, apply, patch; `region` some rows and columns, `tile` one tile, `packed` one in panels |
 //! | `records` | the walk along the records of a `sparse` tile |
@@ -24,6 +25,7 @@ pub(crate) mod float;
 pub(crate) mod lanes;
 pub(crate) mod packed;
 mod packer;
+pub(crate) mod predicted;
 mod preference;
 pub(crate) mod processor;
 pub(crate) mod records;

@@ -16,6 +16,7 @@ mod ffi_contract;
 mod golden;
 mod hostile;
 mod layers;
+mod predicted;
 mod regions;
 mod roundtrip;
 mod sizes;
