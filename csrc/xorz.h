@@ -78,13 +78,14 @@ typedef enum xorz_prefer {
 /* Order of summation: fast, or one order for a row whatever the other rows are. */
 typedef enum xorz_mode { XORZ_MODE_FAST = 0, XORZ_MODE_DETERMINISTIC = 1 } xorz_mode;
 
-/* How a package stores a delta. XORZ_CODEC_SMALLEST: the smallest of 1 to 3, tensor by tensor. */
+/* How a package stores a delta. XORZ_CODEC_SMALLEST: the smallest of 2, 3 and 6, tensor by tensor. */
 typedef enum xorz_codec {
   XORZ_CODEC_SMALLEST = -1,
   XORZ_CODEC_XOR = 0, /* one zstd frame of the raw XOR bytes, for exchange */
   XORZ_CODEC_RESIDENT = 1,
   XORZ_CODEC_RESIDENT_ZSTD = 2,
-  XORZ_CODEC_PLANES = 3
+  XORZ_CODEC_PLANES = 3,
+  XORZ_CODEC_PREDICTED = 6 /* entropy-coded by what the base predicts */
 } xorz_codec;
 
 /* Bytes owned by the library; give them back with xorz_buffer_free. */

@@ -22,12 +22,21 @@ pub enum Codec {
     Alone = 4,
     /// Nothing: the bytes are those of another tensor of the fine-tune.
     Same = 5,
+    /// The change of each word, entropy-coded by what the base word's exponent says of it, in tiles that decode alone.
+    Predicted = 6,
 }
 
 impl Codec {
     /// Every codec, in the order of their codes.
-    pub const ALL: [Self; 6] =
-        [Self::Xor, Self::Resident, Self::ResidentZstd, Self::Planes, Self::Alone, Self::Same];
+    pub const ALL: [Self; 7] = [
+        Self::Xor,
+        Self::Resident,
+        Self::ResidentZstd,
+        Self::Planes,
+        Self::Alone,
+        Self::Same,
+        Self::Predicted,
+    ];
 
     /// The name in packages and on the command line.
     pub fn name(self) -> &'static str {
@@ -38,6 +47,7 @@ impl Codec {
             Self::Planes => "planes",
             Self::Alone => "alone",
             Self::Same => "same",
+            Self::Predicted => "predicted",
         }
     }
 
@@ -57,7 +67,7 @@ impl std::str::FromStr for Codec {
 
     fn from_str(s: &str) -> Result<Self> {
         Self::from_name(s).filter(|c| c.delta()).ok_or_else(|| {
-            Error::invalid(format!("codec `{s}` is none of xor, resident, resident-zstd, planes"))
+            Error::invalid(format!("codec `{s}` is none of xor, resident, resident-zstd, planes, predicted"))
         })
     }
 }
@@ -67,9 +77,11 @@ impl std::str::FromStr for Codec {
 pub struct PackOptions {
     /// What resident deltas are encoded for. Packages are mostly stored and moved, so the default is memory.
     pub prefer: Prefer,
-    /// One codec for all deltas; `None` takes the smallest of resident, resident-zstd and planes for each
-    /// tensor.
+    /// One codec for all deltas (planes for those that it cannot hold); `None` takes the smallest of resident-zstd, planes and
+    /// predicted for each tensor.
     pub codec: Option<Codec>,
+    /// Leave out codec predicted where none is named: packages are larger, but quicker made and loaded.
+    pub fast: bool,
     /// zstd level; `None` is 3 for planes, 1 for resident deltas, and 10 for [`Codec::Xor`], as in the
     /// notebook.
     pub level: Option<i32>,
@@ -79,7 +91,7 @@ pub struct PackOptions {
 
 impl Default for PackOptions {
     fn default() -> Self {
-        Self { prefer: Prefer::Memory, codec: None, level: None, strip_prefix: None }
+        Self { prefer: Prefer::Memory, codec: None, fast: false, level: None, strip_prefix: None }
     }
 }
 

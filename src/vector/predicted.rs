@@ -4,7 +4,7 @@
 use crate::codec::predicted::bits::BitReader;
 use crate::codec::predicted::step::{octave, step_of, stepped};
 use crate::codec::predicted::table::{Coding, State};
-use crate::codec::predicted::{Item, LANES, Predictor, write_items};
+use crate::codec::predicted::{Item, LANES, Predictor, StepCounts, write_items};
 use crate::codec::word::{Word, with_word};
 use crate::error::{Error, Result};
 use crate::matrix::Dtype;
@@ -173,6 +173,25 @@ impl PredictedDecoder {
     }
 }
 
+/// Count the steps of words given as bytes.
+pub(crate) fn count_steps(counts: &mut StepCounts, base: &[u8], fine_tuned: &[u8]) {
+    with_word!(counts.dtype(), W => with_words::<W, _>(base, fine_tuned, |b, f| counts.add(b, f)));
+}
+
+/// Count the gaps of a tile given as bytes.
+pub(crate) fn count_gaps(counts: &mut StepCounts, p: &Predictor, base: &[u8], fine_tuned: &[u8]) {
+    with_word!(p.dtype(), W => with_words::<W, _>(base, fine_tuned, |b, f| counts.add_gaps(p, b, f)));
+}
+
+/// Both as words: in place where they lie as words must, else copied.
+fn with_words<W: Word, T>(base: &[u8], fine_tuned: &[u8], work: impl FnOnce(&[W], &[W]) -> T) -> T {
+    let copied = |bytes: &[u8]| bytes.chunks_exact(W::BYTES).map(W::load).collect::<Vec<W>>();
+    match (bytemuck::try_cast_slice::<u8, W>(base), bytemuck::try_cast_slice::<u8, W>(fine_tuned)) {
+        (Ok(b), Ok(f)) => work(b, f),
+        _ => work(&copied(base), &copied(fine_tuned)),
+    }
+}
+
 /// Encodes the tiles of one matrix.
 pub(crate) struct PredictedEncoder {
     predictor: Predictor,
@@ -193,13 +212,7 @@ impl PredictedEncoder {
         fine_tuned: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<u64> {
-        with_word!(dtype, W => {
-            let words = |bytes: &[u8]| bytes.chunks_exact(W::BYTES).map(W::load).collect::<Vec<W>>();
-            match (bytemuck::try_cast_slice::<u8, W>(base), bytemuck::try_cast_slice::<u8, W>(fine_tuned)) {
-                (Ok(b), Ok(f)) => self.encode_words(b, f, out),
-                _ => self.encode_words(&words(base), &words(fine_tuned), out),
-            }
-        })
+        with_word!(dtype, W => with_words::<W, _>(base, fine_tuned, |b, f| self.encode_words(b, f, out)))
     }
 
     fn encode_words<W: Word>(&self, base: &[W], fine_tuned: &[W], out: &mut Vec<u8>) -> Result<u64> {
@@ -248,7 +261,7 @@ fn differing<W: Word>(base: &[W], fine_tuned: &[W]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::codec::predicted::{StepCounts, decode_predicted, encode_predicted};
+    use crate::codec::predicted::{decode_predicted, encode_predicted};
 
     /// bf16 words of many octaves; those below a certain one change by a few steps, and one in `rare` of the others.
     fn pair(n: usize, rare: u64) -> (Vec<u16>, Vec<u16>) {

@@ -21,9 +21,12 @@ pub(crate) struct Args {
     /// What deltas are encoded for when loaded: speed or memory.
     #[arg(long, default_value = "memory", value_parser = prefer)]
     prefer: Prefer,
-    /// One codec for all deltas: xor, resident, resident-zstd or planes [default: resident-zstd, or planes where a sample of them is smaller].
+    /// One codec for all deltas: xor, resident, resident-zstd, planes or predicted [default: the smallest of the last three, tensor by tensor].
     #[arg(long, value_parser = codec)]
     codec: Option<Codec>,
+    /// Leave out codec predicted: the package is larger, but quicker to make and to load.
+    #[arg(long, conflicts_with = "codec")]
+    fast: bool,
     /// zstd level [default: 1 for resident deltas, 3 for planes, 10 for xor].
     #[arg(long, value_parser = clap::value_parser!(i32).range(1..=22))]
     level: Option<i32>,
@@ -46,6 +49,7 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let options = PackOptions {
         prefer: args.prefer,
         codec: args.codec,
+        fast: args.fast,
         level: args.level,
         strip_prefix: args.strip_prefix.clone(),
     };

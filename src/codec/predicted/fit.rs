@@ -63,6 +63,11 @@ impl StepCounts {
         self.gaps[number((base.len() - from) as u32).0] += 1;
     }
 
+    /// Dtype of the words.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
     /// Words counted.
     pub fn words(&self) -> u64 {
         self.words.iter().sum()

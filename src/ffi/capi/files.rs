@@ -53,7 +53,13 @@ pub(super) unsafe fn options(p: *const XorzOptions) -> Result<PackOptions> {
         let o = reference(p, "options")?;
         let strip = if o.strip_prefix.is_null() { None } else { Some(text(o.strip_prefix, "strip_prefix")?) };
         let (codec, level) = (codec(o.codec)?, (o.level != 0).then_some(o.level));
-        Ok(PackOptions { prefer: prefer(o.prefer)?, codec, level, strip_prefix: strip.map(str::to_owned) })
+        Ok(PackOptions {
+            prefer: prefer(o.prefer)?,
+            codec,
+            fast: false,
+            level,
+            strip_prefix: strip.map(str::to_owned),
+        })
     }
 }
 
@@ -62,7 +68,7 @@ fn codec(code: i32) -> Result<Option<Codec>> {
         return Ok(None);
     }
     let known = Codec::ALL.into_iter().find(|c| *c as i32 == code && c.delta());
-    let unknown = || Error::invalid(format!("codec must be -1 (smallest) or 0 to 3, but is {code}"));
+    let unknown = || Error::invalid(format!("codec must be -1 (smallest), 0 to 3 or 6, but is {code}"));
     known.map(Some).ok_or_else(unknown)
 }
 

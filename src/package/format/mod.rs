@@ -8,6 +8,7 @@
 //! | `words`, `parts` | where a tensor's words are; a base put together of several tensors |
 //! | `record`, `totals`, `refusals` | a package's metadata, its totals, what is said of a base that is another one |
 //! | `frames`, `planes`, `xor` | zstd frames and their table, byte planes, the notebook's one frame |
+//! | `predicted` | tiles whose changes the base predicts |
 //! | `blob`, `reader` | stored bytes, compared with their digest and read by position; an opened package |
 //! | `stored`, `contents` | stored bytes in the making; the package that they become |
 
@@ -19,6 +20,7 @@ pub(crate) mod kinds;
 pub(crate) mod parts;
 pub(crate) mod paths;
 pub(crate) mod planes;
+pub(crate) mod predicted;
 pub(crate) mod reader;
 pub(crate) mod record;
 pub(crate) mod refusals;

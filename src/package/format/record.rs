@@ -290,6 +290,13 @@ fn check_entry(e: &Entry, info: &TensorInfo, renamed: bool) -> Result<()> {
     if dtype_bits(&e.dtype).is_some() && bits != e.bytes.checked_mul(8) {
         return Err(Error::corrupt(format!("{} {:?} does not take {} bytes", e.dtype, e.dims, e.bytes)));
     }
+    if e.codec == Codec::Predicted && e.version < 2 {
+        return Err(Error::corrupt(format!(
+            "codec `{}`, which packages of version {} do not have",
+            e.codec.name(),
+            e.version
+        )));
+    }
     let delta = e.codec.delta();
     let resident = matches!(e.codec, Codec::Resident | Codec::ResidentZstd);
     let fields = [

@@ -1,6 +1,7 @@
 //! Stored bytes in the making: what each codec appends to the spool, and how it closes.
 
 use super::frames::{Deflater, FRAME_BYTES, TableWriter, cut};
+use super::predicted::PredictedBody;
 use super::record;
 use crate::codec::Encoding;
 use crate::error::{Error, Result};
@@ -18,6 +19,7 @@ pub(crate) enum Choice {
     Alone,
     Planes,
     Xor,
+    Predicted,
     Resident { estimate: Estimate, zstd: bool },
 }
 
@@ -26,6 +28,7 @@ pub(crate) enum StoredBody {
     None,
     Frames(Box<FramesBody>),
     Xor(Box<XorBody>),
+    Predicted(Box<PredictedBody>),
     Resident(Box<ResidentBody>),
 }
 
@@ -68,6 +71,7 @@ impl StoredBody {
                 Ok((codec, body.finish(to, 0)?, None))
             }
             Self::Xor(body) => Ok((Codec::Xor, body.finish(to)?, None)),
+            Self::Predicted(body) => Ok((Codec::Predicted, body.finish(to)?, None)),
             Self::Resident(body) => {
                 let digest = digest.ok_or_else(|| Error::internal("a delta without its base's digest"))?;
                 body.finish(to, digest, start)

@@ -1,12 +1,15 @@
 //! One tensor into its stored bytes, piece by piece: pieces are made by any thread and appended in order, so that memory
 //! holds a piece per thread whatever the tensor's size.
 
+use crate::codec::Encoding;
+use crate::codec::predicted::StepCounts;
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, DigestStream, Dtype, Matrix, Shape};
 use crate::package::format::frames::{Deflater, FRAME_BYTES, cut};
 use crate::package::format::kinds::words_of;
 use crate::package::format::parts::BasePart;
 use crate::package::format::planes;
+use crate::package::format::predicted::{self, PredictedBody};
 use crate::package::format::record::{self, BaseTensor, Entry};
 use crate::package::format::stored::{Choice, StoredBody};
 use crate::package::format::words::{PairSource, TensorWords};
@@ -16,6 +19,7 @@ use crate::package::io::temp::Spool;
 use crate::package::options::{Codec, PackOptions};
 use crate::resident::{DeltaPiece, Estimate};
 use crate::vector;
+use crate::vector::predicted::{PredictedEncoder, count_gaps, count_steps};
 use std::sync::OnceLock;
 
 /// Planes must be this much smaller than the resident delta: they decode several times slower.
@@ -24,6 +28,13 @@ const PLANES_WORTH: f64 = 0.97;
 const PLANES_FROM: f64 = 0.25;
 /// Pieces of a tensor that are compressed to learn what its planes would take.
 const PLANES_SAMPLE: usize = 4;
+
+/// Predicted tiles must be this much smaller than the resident delta: loading them reads the base.
+const PREDICTED_WORTH: f64 = 0.97;
+/// The predictor of a tensor of so many words at most is made of all of them, that of a longer one of a sample.
+const PREDICTED_WHOLE: usize = 1 << 20;
+/// Pieces of the sample.
+const PREDICTED_SAMPLE: usize = 4;
 
 /// The base tensor of a delta. Its digest is that of the words which are encoded, whatever was known of it before.
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +62,14 @@ pub(super) struct TensorJob<'a> {
     word_bytes: usize,
     bytes: usize,
     choice: OnceLock<Result<Choice>>,
+    predicted: OnceLock<Predicted>,
+}
+
+/// How a tensor is stored by codec `predicted`.
+pub(super) struct Predicted {
+    predictor: Vec<u8>,
+    encoder: PredictedEncoder,
+    tile_words: usize,
 }
 
 /// What a thread keeps from piece to piece.
@@ -91,8 +110,21 @@ impl<'a> TensorJob<'a> {
         let cut = delta.as_ref().map(|(dtype, shape, _)| (*dtype, *shape)).or(kind);
         let pieces = cut.map_or(Pieces::flat(bytes), |(dtype, shape)| Pieces::new(dtype, shape, bytes));
         let word_bytes = kind.map_or(1, |(dtype, _)| dtype.word_bytes());
-        let (key, choice) = (name.to_owned(), OnceLock::new());
-        Ok(Self { name, key, dtype, dims, words, delta, same: None, pieces, word_bytes, bytes, choice })
+        let (key, choice, predicted) = (name.to_owned(), OnceLock::new(), OnceLock::new());
+        Ok(Self {
+            name,
+            key,
+            dtype,
+            dims,
+            words,
+            delta,
+            same: None,
+            pieces,
+            word_bytes,
+            bytes,
+            choice,
+            predicted,
+        })
     }
 
     fn named(&self, e: Error) -> Error {
@@ -114,20 +146,83 @@ impl<'a> TensorJob<'a> {
             Some(c) if !c.delta() => {
                 return Err(Error::invalid(format!("codec `{}` is not one for deltas", c.name())));
             }
+            Some(Codec::Predicted) => {
+                let found = self.predict(dtype)?;
+                return Ok(if found.is_some() { Choice::Predicted } else { Choice::Planes });
+            }
             _ if !self.pieces.tiled() => return Ok(Choice::Planes),
             _ => {}
         }
         let mut source = PairSource { dtype, shape, base: base.words, fine_tuned: self.words };
         let estimate = vector::estimate(&mut source, options.prefer)?;
         let zstd = options.codec != Some(Codec::Resident);
+        let mut smallest = estimate.bytes as f64;
+        let mut choice = Choice::Resident { estimate, zstd };
+        if options.codec.is_none()
+            && !options.fast
+            && estimate.plan.encoding != Encoding::Unchanged
+            && let Some(bytes) = self.predict(dtype)?
+            && bytes < smallest * PREDICTED_WORTH
+        {
+            (smallest, choice) = (bytes, Choice::Predicted);
+        }
         if options.codec.is_none()
             // Below that, planes save a header at most.
-            && estimate.bytes as f64 > self.bytes as f64 * PLANES_FROM + 512.0
-            && self.sample_planes(options)? < estimate.bytes as f64 * PLANES_WORTH
+            && smallest > self.bytes as f64 * PLANES_FROM + 512.0
+            && self.sample_planes(options)? < smallest * PLANES_WORTH
         {
             return Ok(Choice::Planes);
         }
-        Ok(Choice::Resident { estimate, zstd })
+        Ok(choice)
+    }
+
+    /// Make the predictor from all of the tensor's words or a sample of them; gives about how many bytes the tensor takes by
+    /// it, or `None` for tensors that the codec does not hold.
+    fn predict(&self, dtype: Dtype) -> Result<Option<f64>> {
+        let (words, piece) =
+            (self.bytes / dtype.word_bytes(), self.pieces.bytes(0).len() / dtype.word_bytes());
+        let Some(tile_words) = predicted::tile_words(dtype, piece, words) else { return Ok(None) };
+        let whole = words <= PREDICTED_WHOLE;
+        let count = self.pieces.count();
+        let step = if whole { 1 } else { count.div_ceil(PREDICTED_SAMPLE) };
+        let sample: Vec<usize> = (0..count).skip(step / 2).step_by(step).collect();
+        let mut counts = StepCounts::new(dtype);
+        self.count_pieces(dtype, &sample, &mut |base, tuned| count_steps(&mut counts, base, tuned))?;
+        let (_, first, _) = counts.fit(words, tile_words, whole)?;
+        let tile_bytes = tile_words * dtype.word_bytes();
+        self.count_pieces(dtype, &sample, &mut |base, tuned| {
+            let tiles = base.chunks(tile_bytes).zip(tuned.chunks(tile_bytes));
+            tiles.for_each(|(b, t)| count_gaps(&mut counts, &first, b, t));
+        })?;
+        let (predictor, model, bits) = counts.fit(words, tile_words, whole)?;
+        let share = words as f64 / counts.words().max(1) as f64;
+        let bytes = bits / 8.0 * share + predictor.len() as f64 + words.div_ceil(tile_words) as f64 * 10.0;
+        let encoder = PredictedEncoder::new(model);
+        let _ = self.predicted.set(Predicted { predictor, encoder, tile_words });
+        Ok(Some(bytes))
+    }
+
+    /// Show `count` base and fine-tuned words of some pieces.
+    fn count_pieces(
+        &self,
+        dtype: Dtype,
+        sample: &[usize],
+        count: &mut dyn FnMut(&[u8], &[u8]),
+    ) -> Result<()> {
+        let Some((_, _, base)) = self.delta else { return Ok(()) };
+        debug_assert_eq!(self.bytes % dtype.word_bytes(), 0);
+        let mut rooms = (Aligned::default(), Aligned::default());
+        for &index in sample {
+            let range = self.pieces.bytes(index);
+            let base = base.words.get(range.clone(), &mut rooms.0)?;
+            count(base, self.words.get(range, &mut rooms.1)?);
+        }
+        Ok(())
+    }
+
+    /// What [`TensorJob::predict`] has made.
+    fn prediction(&self) -> Result<&Predicted> {
+        self.predicted.get().ok_or_else(|| Error::internal("no predictor was made"))
     }
 
     /// What the planes would take, from a few pieces of the tensor.
@@ -190,6 +285,16 @@ impl<'a> TensorJob<'a> {
                 let tiles = self.pieces.tiles(&plan.grid, index);
                 vector::encode_tiles(&plan, dtype, tiles, words, fine_tuned, &mut s.piece)?;
                 s.changed = s.piece.changed;
+                Ok(())
+            }
+            Choice::Predicted => {
+                let p = self.prediction()?;
+                let step = p.tile_words * dtype.word_bytes();
+                for (base, tuned) in words.chunks(step).zip(fine_tuned.chunks(step)) {
+                    let before = s.frames.len();
+                    s.changed += p.encoder.encode(dtype, base, tuned, &mut s.frames)?;
+                    s.lengths.push((s.frames.len() - before, base.len()));
+                }
                 Ok(())
             }
             _ => {
@@ -273,6 +378,14 @@ impl OpenTensor<'_> {
     fn body(&self, choice: Choice, spool: &mut Spool) -> Result<StoredBody> {
         let dtype = self.job.delta.map(|(dtype, ..)| dtype);
         let resident = matches!(choice, Choice::Resident { .. });
+        if matches!(choice, Choice::Predicted) {
+            let p = self.job.prediction()?;
+            return Ok(StoredBody::Predicted(Box::new(PredictedBody::new(
+                &p.predictor,
+                p.tile_words,
+                spool,
+            )?)));
+        }
         let level = if resident { self.options.stream_level() } else { self.options.level() };
         StoredBody::new(choice, dtype, self.job.bytes, level, spool)
     }
@@ -294,6 +407,7 @@ impl OpenTensor<'_> {
         match &mut self.body {
             StoredBody::None => Ok(()),
             StoredBody::Frames(body) => body.push(spool, &s.frames, &s.lengths),
+            StoredBody::Predicted(body) => body.push(spool, &s.frames, &s.lengths),
             StoredBody::Xor(body) => body.push(spool, &s.difference),
             StoredBody::Resident(body) => body.push(spool, &s.piece),
         }

@@ -7,6 +7,7 @@ use crate::matrix::{Digest, DigestStream, Dtype, Matrix, Shape};
 use crate::package::format::blob::{Blob, compare_check};
 use crate::package::format::container::SafeTensors;
 use crate::package::format::frames::{self, Inflater};
+use crate::package::format::predicted::{PredictedScratch, PredictedTiles};
 use crate::package::format::record::{Entry, check_delta};
 use crate::package::format::refusals::{another_base, stored_alone};
 use crate::package::format::words::TensorWords;
@@ -46,6 +47,7 @@ enum StoredWay<'a> {
     Unchanged,
     Resident(Blob<'a>, Box<Outline>),
     Planes(Blob<'a>),
+    Predicted(Box<PredictedTiles<'a>>),
     Xor(Mutex<XorStream<'a>>),
 }
 
@@ -58,6 +60,7 @@ pub(crate) struct RestoreScratch {
     base: Vec<u8>,
     band: Vec<u8>,
     inflater: Inflater,
+    predicted: PredictedScratch,
     leaves: Vec<[u8; 16]>,
 }
 
@@ -142,6 +145,11 @@ impl<'a> Restore<'a> {
         match e.codec {
             Codec::Planes | Codec::Alone => Ok(StoredWay::Planes(Blob::of(self.container, e)?)),
             Codec::Resident | Codec::ResidentZstd => self.outline(Blob::of(self.container, e)?),
+            Codec::Predicted => {
+                let base = self.base.ok_or_else(stored_alone)?;
+                let tiles = PredictedTiles::open(self.container, e, base.dtype, base.shape.words()?)?;
+                Ok(StoredWay::Predicted(Box::new(tiles)))
+            }
             Codec::Same => Err(Error::internal("codec `same` was not resolved")),
             Codec::Xor => {
                 compare_check(self.container, e.range.clone(), Some(e.check))?;
@@ -224,6 +232,11 @@ impl<'a> Restore<'a> {
             StoredWay::Unchanged | StoredWay::Xor(_) => Ok(()),
             StoredWay::Planes(blob) => {
                 blob.apply_planes(at, s.words.get_mut(), base.dtype.word_bytes(), &mut s.inflater)
+            }
+            StoredWay::Predicted(tiles) => {
+                let read = |at: usize, out: &mut [u8]| base.words.read(at, out);
+                let from = range.start / base.dtype.word_bytes();
+                tiles.apply(from, s.words.get_mut(), &read, &mut s.predicted)
             }
             StoredWay::Resident(blob, outline) => {
                 let tiles = self.pieces.tiles(&outline.header().grid(), index);

@@ -182,3 +182,45 @@ fn a_predictor_is_no_larger_than_its_words_earn() {
     let (bytes, _) = coded(Dtype::BF16, &base, &tuned, base.len());
     assert!(Predictor::read(Dtype::U8, 3000, &bytes).is_err(), "symbols that words of a byte do not have");
 }
+
+fn golden() -> std::path::PathBuf {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/predicted_tile.bin")
+}
+
+/// What the file holds: base words, fine-tuned words, predictor and tile, each behind its length in bytes (`u32`).
+#[test]
+fn a_tile_written_once_is_read_for_good() {
+    let file = std::fs::read(golden()).unwrap();
+    let (mut parts, mut rest) = (vec![], &file[..]);
+    while let Some((length, behind)) = rest.split_first_chunk::<4>() {
+        let (part, behind) = behind.split_at(u32::from_le_bytes(*length) as usize);
+        parts.push(part);
+        rest = behind;
+    }
+    let [base, tuned, predictor, tile] = parts[..] else { panic!("{} parts", parts.len()) };
+    let words = |bytes: &[u8]| bytes.chunks_exact(2).map(u16::load).collect::<Vec<_>>();
+    let mut restored = words(base);
+    let predictor = Predictor::read(Dtype::BF16, restored.len(), predictor).unwrap();
+    decode_predicted(&predictor, tile, &mut restored).unwrap();
+    assert!(restored == words(tuned) && restored.len() > 1000 && base != tuned);
+}
+
+#[test]
+#[ignore = "writes the golden file, which must never change once a release has it"]
+fn write_the_golden_tile() {
+    let (base, mut tuned) = weights::<u16>(2000, 7, 0.05, 4);
+    // Words that change often, so that some contexts are dense; and a step that the predictor has not seen.
+    tuned.iter_mut().for_each(|w| *w += u16::from(*w & 0x7FFF < 107 << 7) * (1 + *w % 3));
+    let (bytes, tile) = {
+        let seen = 1500;
+        tuned[1900] ^= 0xFFFF;
+        coded(Dtype::BF16, &base, &tuned, seen)
+    };
+    let raw = |words: &[u16]| words.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>();
+    let mut file = vec![];
+    for part in [raw(&base), raw(&tuned), bytes, tile] {
+        file.extend_from_slice(&(part.len() as u32).to_le_bytes());
+        file.extend_from_slice(&part);
+    }
+    std::fs::write(golden(), file).unwrap();
+}

@@ -58,7 +58,9 @@ fn golden_folders_are_given_back() {
         }
     }
     assert_eq!(codecs.into_iter().collect::<Vec<_>>(), {
-        let mut all: Vec<_> = Codec::ALL.iter().map(|c| c.name()).collect();
+        // Packages of version 1 have no predicted tiles.
+        let old = Codec::ALL.iter().filter(|c| **c != Codec::Predicted);
+        let mut all: Vec<_> = old.map(|c| c.name()).collect();
         all.sort_unstable();
         all
     });

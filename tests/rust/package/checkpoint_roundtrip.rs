@@ -196,7 +196,7 @@ fn every_dtype_comes_back_even_those_unknown() {
         }
     }
     plain(d, &base, &ft);
-    for codec in [Codec::Xor, Codec::Resident, Codec::ResidentZstd, Codec::Planes] {
+    for codec in [Codec::Xor, Codec::Resident, Codec::ResidentZstd, Codec::Planes, Codec::Predicted] {
         for prefer in [Prefer::Speed, Prefer::Memory] {
             let options = PackOptions { codec: Some(codec), prefer, ..PackOptions::default() };
             there_and_back(d, &d.join("base"), &d.join("ft"), &options, 3);
@@ -311,9 +311,8 @@ fn threads_change_no_bit_and_no_codec_changes_what_comes_back() {
     ft.push(t("new", "F16", &[1 << 20], &rng.weights(Dtype::F16, 1 << 20)));
     model(&d.join("base"), &base, 2);
     model(&d.join("ft"), &ft, 3);
-    let codecs =
-        [None, Some(Codec::Xor), Some(Codec::Resident), Some(Codec::ResidentZstd), Some(Codec::Planes)];
-    for codec in codecs {
+    let codecs = [Codec::Xor, Codec::Resident, Codec::ResidentZstd, Codec::Planes, Codec::Predicted];
+    for codec in codecs.into_iter().map(Some).chain([None]) {
         for prefer in [Prefer::Speed, Prefer::Memory] {
             let options = PackOptions { codec, prefer, ..PackOptions::default() };
             let mut first: Option<Vec<u8>> = None;

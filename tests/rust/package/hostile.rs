@@ -53,8 +53,14 @@ fn small(codec: Option<Codec>) -> (Tensors, Tensors, Vec<u8>) {
     (base, ft, fs::read(&path).unwrap())
 }
 
-const CODECS: [Option<Codec>; 5] =
-    [None, Some(Codec::Xor), Some(Codec::Resident), Some(Codec::ResidentZstd), Some(Codec::Planes)];
+const CODECS: [Option<Codec>; 6] = [
+    None,
+    Some(Codec::Xor),
+    Some(Codec::Resident),
+    Some(Codec::ResidentZstd),
+    Some(Codec::Planes),
+    Some(Codec::Predicted),
+];
 
 /// Use everything in a package, or all of one tensor. Whatever is answered is handed to `answer(name, bytes)`; errors are fine.
 fn walk(package: &Package, base: &Tensors, only: Option<&str>, mut answer: impl FnMut(&str, &[u8])) {

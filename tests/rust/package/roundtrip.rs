@@ -37,8 +37,14 @@ fn options(codec: Option<Codec>, prefer: Prefer) -> PackOptions {
     PackOptions { prefer, codec, ..PackOptions::default() }
 }
 
-const CODECS: [Option<Codec>; 5] =
-    [None, Some(Codec::Xor), Some(Codec::Resident), Some(Codec::ResidentZstd), Some(Codec::Planes)];
+const CODECS: [Option<Codec>; 6] = [
+    None,
+    Some(Codec::Xor),
+    Some(Codec::Resident),
+    Some(Codec::ResidentZstd),
+    Some(Codec::Planes),
+    Some(Codec::Predicted),
+];
 
 #[test]
 fn every_codec_dtype_and_preference_gives_the_same_bits_back() {
@@ -502,4 +508,34 @@ fn real_pairs_come_back_as_the_same_files() {
         seen += 1;
     }
     assert!(seen > 0, "no pairs in {}", dir.display());
+}
+
+/// A matrix of several pieces, whose predictor saw a sample only; some of the rest changes as nothing in the sample did. And
+/// rows so long that pieces are runs of one row.
+#[test]
+fn large_matrices_come_back_from_predicted_tiles() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p.xorz");
+    let mut rng = Rng::new(91);
+    for dims in [vec![1237, 1023], vec![1_400_001], vec![3, 450_001], vec![70, 300_000]] {
+        let words: usize = dims.iter().product();
+        let base = rng.weights(Dtype::BF16, words);
+        let mut ft = perturbed(&mut rng, Dtype::BF16, &base, 0.004);
+        ft[2 * words - 3000..].iter_mut().for_each(|b| *b ^= 0xA5);
+        ft[..200].iter_mut().for_each(|b| *b = 0xFF);
+        let mut w = Writer::create(&path, options(Some(Codec::Predicted), Prefer::Memory)).unwrap();
+        let t = |bytes| Tensor { name: "w", dtype: "BF16", dims: &dims, bytes };
+        w.add(&t(&ft), Some(&t(&base))).unwrap();
+        w.finish().unwrap();
+        let package = Package::open(&path).unwrap();
+        assert_eq!(package.entries()[0].codec, Codec::Predicted, "{dims:?}");
+        let shape = Shape::of_dims(&dims).unwrap();
+        let base = Matrix::new(Dtype::BF16, shape, &base).unwrap();
+        let mut out = vec![0; ft.len()];
+        package.restore("w", Some(&base), &mut out).unwrap();
+        assert!(out == ft, "{dims:?}");
+        // The stored bytes of a base that is another one are refused, not decoded.
+        let other = Matrix::new(Dtype::BF16, shape, &ft).unwrap();
+        assert_eq!(package.restore("w", Some(&other), &mut out).unwrap_err().kind(), Kind::Mismatch);
+    }
 }
