@@ -60,9 +60,9 @@ pub(crate) struct PredictedDecoder {
     predictor: Predictor,
     states: Vec<State>,
     /// Where the states of each octave's context begin.
-    begin: Vec<u32>,
+    begin: [u32; 256],
     /// By symbol: the step but for its raw bits, and all ones where it is to be negated.
-    steps: Vec<(u32, u32)>,
+    steps: [(u32, u32); 256],
 }
 
 /// Lanes of a tile on their way.
@@ -87,13 +87,13 @@ impl PredictedDecoder {
     /// Make the tables of `predictor`.
     pub(crate) fn new(predictor: Predictor) -> Self {
         let log = predictor.log();
-        let begin = predictor.context.iter().map(|&c| u32::from(c) << log).collect();
+        let begin = predictor.context.map(|c| u32::from(c) << log);
         let parts = |symbol: usize| with_word!(predictor.dtype(), W => step_of::<W>(symbol, 0));
-        let steps = (0..256).map(|symbol| match symbol {
+        let steps = std::array::from_fn(|symbol| match symbol {
             1 => (0, 0),
             _ => (parts(symbol.min(127)).unsigned_abs(), if symbol & 1 == 1 { u32::MAX } else { 0 }),
         });
-        Self { states: predictor.decoding(), begin, steps: steps.collect(), predictor }
+        Self { states: predictor.decoding(), begin, steps, predictor }
     }
 
     /// Decode a tile in place, as [`crate::codec::predicted::decode_predicted`] does.
@@ -122,6 +122,7 @@ impl PredictedDecoder {
         if dense.len > 0 {
             for run in words.chunks_mut(RUN) {
                 match dense.mask(run) {
+                    u64::MAX if at.turn.is_multiple_of(LANES) => self.run(run, dense.shift, &mut at),
                     u64::MAX => run.iter_mut().for_each(|w| self.word(w, dense.shift, &mut at)),
                     mut mask => {
                         while mask != 0 {
@@ -150,6 +151,24 @@ impl PredictedDecoder {
         let (start, negate) = self.steps[usize::from(symbol)];
         // Bits above a word's do not matter.
         *word = stepped(*word, (((start | raw) ^ negate).wrapping_sub(negate)) as i32);
+    }
+
+    /// 64 dense words, the first of which is the first lane's: the lanes stay in registers.
+    #[inline(always)]
+    fn run<W: Word>(&self, run: &mut [W], shift: u32, at: &mut LanesAt<'_>) {
+        let (mut lanes, mut reader) = (at.lanes, at.reader);
+        let (fours, _) = run.as_chunks_mut::<LANES>();
+        for four in fours {
+            for (word, lane) in four.iter_mut().zip(&mut lanes) {
+                let begin = self.begin[octave(*word, shift)] as usize;
+                let state = self.states.get(begin + usize::from(*lane)).copied().unwrap_or_default();
+                let (next, raw) = state.leave(&mut reader);
+                *lane = next;
+                let (start, negate) = self.steps[usize::from(state.symbol)];
+                *word = stepped(*word, (((start | raw) ^ negate).wrapping_sub(negate)) as i32);
+            }
+        }
+        (at.lanes, at.reader, at.turn) = (lanes, reader, at.turn + RUN);
     }
 
     /// The changed words that are not dense.

@@ -90,7 +90,12 @@ pub(crate) fn write_items(log: u32, coding: &[Coding], items: &[Item], out: &mut
             .and_then(|c| c.enter(usize::from(item.symbol), *state))
             .ok_or_else(|| Error::internal("a step or a gap that its predictor does not know"))?;
         *state = from;
-        bits.put(item.raw, u32::from(item.raw_bits));
+        let raw_bits = u32::from(item.raw_bits);
+        if raw_bits + count <= 32 {
+            bits.put(item.raw.checked_shl(count).unwrap_or(0) | value, raw_bits + count);
+            continue;
+        }
+        bits.put(item.raw, raw_bits);
         bits.put(value, count);
     }
     states.iter().rev().for_each(|s| bits.put(u32::from(*s), log));
