@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use xorz::codec::{Encoding, Prefer};
 use xorz::error::Kind;
-use xorz::matrix::{Dtype, Shape};
+use xorz::matrix::{Dtype, Matrix, Shape};
 use xorz::package::{
     Codec, Destination, PackOptions, Package, Report, Run, SafeTensors, Tensor, Writer, pack_files,
     unpack_files, verify_files,
