@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype};
 use crate::package::io::temp::Spool;
 use crate::package::options::Codec;
-use crate::vector::predicted::PredictedDecoder;
+use crate::vector::predicted::{PredictedDecoder, PredictedEncoder};
 use std::ops::Range;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -25,9 +25,20 @@ pub(crate) fn tile_words(dtype: Dtype, piece: usize, words: usize) -> Option<usi
     if !predictable(dtype) || words == 0 {
         return None;
     }
+    if piece == words {
+        return Some(words.min(TILE_WORDS));
+    }
     let least = piece.div_ceil(TILE_WORDS);
     let parts = (least..=8 * least).find(|d| piece.is_multiple_of(*d));
     parts.map(|d| piece / d).or_else(|| (piece <= MAX_TILE_WORDS).then_some(piece))
+}
+
+/// How a tensor is stored.
+pub(crate) struct Predicted {
+    /// The predictor's bytes.
+    pub(crate) predictor: Vec<u8>,
+    pub(crate) encoder: PredictedEncoder,
+    pub(crate) tile_words: usize,
 }
 
 /// Stored bytes in the making.

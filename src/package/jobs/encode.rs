@@ -2,14 +2,13 @@
 //! holds a piece per thread whatever the tensor's size.
 
 use crate::codec::Encoding;
-use crate::codec::predicted::StepCounts;
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, DigestStream, Dtype, Matrix, Shape};
 use crate::package::format::frames::{Deflater, FRAME_BYTES, cut};
 use crate::package::format::kinds::words_of;
 use crate::package::format::parts::BasePart;
 use crate::package::format::planes;
-use crate::package::format::predicted::{self, PredictedBody};
+use crate::package::format::predicted::{Predicted, PredictedBody};
 use crate::package::format::record::{self, BaseTensor, Entry};
 use crate::package::format::stored::{Choice, StoredBody};
 use crate::package::format::words::{PairSource, TensorWords};
@@ -19,7 +18,6 @@ use crate::package::io::temp::Spool;
 use crate::package::options::{Codec, PackOptions};
 use crate::resident::{DeltaPiece, Estimate};
 use crate::vector;
-use crate::vector::predicted::{PredictedEncoder, count_gaps, count_steps};
 use std::sync::OnceLock;
 
 /// Planes must be this much smaller than the resident delta: they decode several times slower.
@@ -31,10 +29,6 @@ const PLANES_SAMPLE: usize = 4;
 
 /// Predicted tiles must be this much smaller than the resident delta: loading them reads the base.
 const PREDICTED_WORTH: f64 = 0.97;
-/// The predictor of a tensor of so many words at most is made of all of them, that of a longer one of a sample.
-const PREDICTED_WHOLE: usize = 1 << 20;
-/// Pieces of the sample.
-const PREDICTED_SAMPLE: usize = 4;
 
 /// The base tensor of a delta. Its digest is that of the words which are encoded, whatever was known of it before.
 #[derive(Clone, Copy, Debug)]
@@ -60,16 +54,9 @@ pub(super) struct TensorJob<'a> {
     pub(super) same: Option<String>,
     pub(super) pieces: Pieces,
     word_bytes: usize,
-    bytes: usize,
+    pub(super) bytes: usize,
     choice: OnceLock<Result<Choice>>,
-    predicted: OnceLock<Predicted>,
-}
-
-/// How a tensor is stored by codec `predicted`.
-pub(super) struct Predicted {
-    predictor: Vec<u8>,
-    encoder: PredictedEncoder,
-    tile_words: usize,
+    pub(super) predicted: OnceLock<Predicted>,
 }
 
 /// What a thread keeps from piece to piece.
@@ -174,55 +161,6 @@ impl<'a> TensorJob<'a> {
             return Ok(Choice::Planes);
         }
         Ok(choice)
-    }
-
-    /// Make the predictor from all of the tensor's words or a sample of them; gives about how many bytes the tensor takes by
-    /// it, or `None` for tensors that the codec does not hold.
-    fn predict(&self, dtype: Dtype) -> Result<Option<f64>> {
-        let (words, piece) =
-            (self.bytes / dtype.word_bytes(), self.pieces.bytes(0).len() / dtype.word_bytes());
-        let Some(tile_words) = predicted::tile_words(dtype, piece, words) else { return Ok(None) };
-        let whole = words <= PREDICTED_WHOLE;
-        let count = self.pieces.count();
-        let step = if whole { 1 } else { count.div_ceil(PREDICTED_SAMPLE) };
-        let sample: Vec<usize> = (0..count).skip(step / 2).step_by(step).collect();
-        let mut counts = StepCounts::new(dtype);
-        self.count_pieces(dtype, &sample, &mut |base, tuned| count_steps(&mut counts, base, tuned))?;
-        let (_, first, _) = counts.fit(words, tile_words, whole)?;
-        let tile_bytes = tile_words * dtype.word_bytes();
-        self.count_pieces(dtype, &sample, &mut |base, tuned| {
-            let tiles = base.chunks(tile_bytes).zip(tuned.chunks(tile_bytes));
-            tiles.for_each(|(b, t)| count_gaps(&mut counts, &first, b, t));
-        })?;
-        let (predictor, model, bits) = counts.fit(words, tile_words, whole)?;
-        let share = words as f64 / counts.words().max(1) as f64;
-        let bytes = bits / 8.0 * share + predictor.len() as f64 + words.div_ceil(tile_words) as f64 * 10.0;
-        let encoder = PredictedEncoder::new(model);
-        let _ = self.predicted.set(Predicted { predictor, encoder, tile_words });
-        Ok(Some(bytes))
-    }
-
-    /// Show `count` base and fine-tuned words of some pieces.
-    fn count_pieces(
-        &self,
-        dtype: Dtype,
-        sample: &[usize],
-        count: &mut dyn FnMut(&[u8], &[u8]),
-    ) -> Result<()> {
-        let Some((_, _, base)) = self.delta else { return Ok(()) };
-        debug_assert_eq!(self.bytes % dtype.word_bytes(), 0);
-        let mut rooms = (Aligned::default(), Aligned::default());
-        for &index in sample {
-            let range = self.pieces.bytes(index);
-            let base = base.words.get(range.clone(), &mut rooms.0)?;
-            count(base, self.words.get(range, &mut rooms.1)?);
-        }
-        Ok(())
-    }
-
-    /// What [`TensorJob::predict`] has made.
-    fn prediction(&self) -> Result<&Predicted> {
-        self.predicted.get().ok_or_else(|| Error::internal("no predictor was made"))
     }
 
     /// What the planes would take, from a few pieces of the tensor.

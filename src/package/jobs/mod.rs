@@ -6,11 +6,12 @@
 //! | `pack`, `unpack` | the jobs over files: side by side, tensors in order, pieces on every thread |
 //! | `compare` | whether a package and a fine-tune belong together |
 //! | `writer`, `tensor` | the same for one tensor at a time: into a new package, out of an open one |
-//! | `encode`, `restore`, `reencode` | a tensor into stored bytes; back to words; to another resident delta |
+//! | `encode`, `predict`, `restore`, `reencode` | a tensor into stored bytes; back to words; to another resident delta |
 
 mod compare;
 pub(crate) mod encode;
 pub(crate) mod pack;
+mod predict;
 pub(crate) mod reencode;
 pub(crate) mod restore;
 pub(crate) mod tensor;

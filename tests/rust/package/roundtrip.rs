@@ -80,7 +80,9 @@ fn check_one(path: &Path, dtype: Dtype, dims: &[usize], base: &[u8], ft: &[u8], 
     let entry = package.entry("w").unwrap();
     let what = format!("{dtype} {dims:?} {:?}", entry.codec);
     if let Some(codec) = codec {
-        assert_eq!(entry.codec, codec, "{what}");
+        // Words of eight bytes are not predicted, nor is a tensor without words.
+        let held = codec != Codec::Predicted || (dtype.word_bytes() < 8 && !ft.is_empty());
+        assert_eq!(entry.codec, if held { codec } else { Codec::Planes }, "{what}");
     }
     assert_eq!((entry.dims.as_slice(), entry.word_dtype()), (dims, Some(dtype)));
     let w = dtype.word_bytes();
@@ -466,7 +468,8 @@ fn a_tensor_stored_alone_has_no_delta_but_restores() {
     let dir = tempfile::tempdir().unwrap();
     let (base, ft) = checkpoint(dir.path());
     let path = dir.path().join("p.xorz");
-    pack_files(&base, &ft, Destination::Path(&path), &PackOptions::default(), &Run::default()).unwrap();
+    let options = PackOptions { fast: true, ..PackOptions::default() };
+    pack_files(&base, &ft, Destination::Path(&path), &options, &Run::default()).unwrap();
     let package = Package::open(&path).unwrap();
     let f = SafeTensors::open(&ft).unwrap();
     for name in ["new.head", "zeros", "future"] {
