@@ -1,8 +1,8 @@
-"""Exact fine-tunes of one base model: one base in memory, a small lossless delta per fine-tune, computed on directly.
+"""Exact fine-tunes of one base model: one base in memory, a small lossless delta per fine-tune, computed on
+directly.
 
-`XorDeltaLinear` stands in for `nn.Linear`; `pack`, `unpack` and `restore` are for checkpoints; `diff` and `apply_`
-for state_dicts in memory; the `delta_*` functions
-are the ops of `torch.ops.xorz`.
+`XorDeltaLinear` stands in for `nn.Linear`; `pack`, `unpack` and `restore` are for checkpoints; `diff` and
+`apply_` for state_dicts in memory; the `delta_*` functions are the ops of `torch.ops.xorz`.
 """
 
 from . import _torch as _torch  # first: it says in words that torch is missing

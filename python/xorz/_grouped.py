@@ -182,27 +182,30 @@ def delta_linear_grouped(
     *,
     mode: str = "fast",
 ) -> Tensor:
-    """`delta_linear` of a batch whose rows belong to different tenants of one base, in one pass over the base.
+    """`delta_linear` of a batch whose rows belong to different tenants of one base, in one pass over the
+    base.
 
     Args:
         input: `[..., k]`, float32, bfloat16 or float16.
         weight: the base, `[n, k]`, contiguous, of the same dtype, or its bits as int32 or int16.
-        arena: 1-D uint8, contiguous: the tenants' resident deltas (see `delta_encode`) side by side. It may hold
-            others too, and be larger than memory: only bytes of slots that `tenant_of_row` uses are read.
-        slots: int64 `[s, 2]`: byte offset (a multiple of 64) and length in the arena of each tenant's delta. Length 0
-            is an empty slot: that tenant's weights are the base's own.
+        arena: 1-D uint8, contiguous: the tenants' resident deltas (see `delta_encode`) side by side. It may
+            hold others too, and be larger than memory: only bytes of slots that `tenant_of_row` uses are
+            read.
+        slots: int64 `[s, 2]`: byte offset (a multiple of 64) and length in the arena of each tenant's delta.
+            Length 0 is an empty slot: that tenant's weights are the base's own.
         tenant_of_row: int32, a slot for each row of `input` flattened to `[rows, k]`; -1 is the base.
         biases: `[s + 1, n]`, same dtype, the base's bias last. Any stride from row to row, 0 included.
-        mode: "fast"; "deterministic" (a row's bits are those of `delta_linear` on that row alone, whatever the batch,
-            the other tenants and the threads); "exact" (the rows of a tenant, in their order, are bit-identical to
-            `torch.nn.functional.linear` on its fine-tuned weights).
+        mode: "fast"; "deterministic" (a row's bits are those of `delta_linear` on that row alone, whatever
+            the batch, the other tenants and the threads); "exact" (the rows of a tenant, in their order, are
+            bit-identical to `torch.nn.functional.linear` on its fine-tuned weights).
 
     Returns:
-        `[..., n]`. Gradients flow to `input` and `biases`; weight and deltas are frozen. Slots and arena that a
-        backward pass still needs must not change before it.
+        `[..., n]`. Gradients flow to `input` and `biases`; weight and deltas are frozen. Slots and arena that
+        a backward pass still needs must not change before it.
 
-    On CUDA there are no gradients and no mode="exact" yet; rows whose slot or delta does not fit come out as NaN, which the
-    next call on that device reports. Nothing waits for the device, and a call can be captured in a CUDA graph.
+    On CUDA there are no gradients and no mode="exact" yet; rows whose slot or delta does not fit come out as
+    NaN, which the next call on that device reports. Nothing waits for the device, and a call can be captured
+    in a CUDA graph.
 
     Raises:
         RuntimeError: naming the argument, the row or the slot, and both values, where something does not fit.
@@ -220,30 +223,34 @@ def delta_linear_grouped_grad_input(
 def delta_embedding(
     indices: Tensor, weight: Tensor, arena: Tensor, slots: Tensor, tenant_of_row: Tensor
 ) -> Tensor:
-    """`F.embedding` of a batch whose rows belong to different tenants of one base: rows are patched as they are read.
+    """`F.embedding` of a batch whose rows belong to different tenants of one base: rows are patched as they
+    are read.
 
-    `out[i]` is row `indices[i]` of the fine-tuned table of i's tenant, bit for bit; no table is restored. Of `sparse` and
-    `raw` deltas only the rows asked are read; of an `exponent` delta whole bands of up to 256 rows are decoded, each once
-    per call, so prefer="speed" is the better choice for tables.
+    `out[i]` is row `indices[i]` of the fine-tuned table of i's tenant, bit for bit; no table is restored. Of
+    `sparse` and `raw` deltas only the rows asked are read; of an `exponent` delta whole bands of up to 256
+    rows are decoded, each once per call, so prefer="speed" is the better choice for tables.
 
     Args:
         indices: int64 or int32 of any shape, each within 0 to V - 1.
-        weight: the base's table `[V, k]`, contiguous, of any dtype that deltas know, or the bits of the deltas' dtype as
-            int32 or int16.
-        arena: 1-D uint8, contiguous: the tenants' resident deltas of `weight` (see `delta_encode`) side by side. It may
-            hold others too, and be larger than memory: only bytes of slots that `tenant_of_row` uses are read.
-        slots: int64 `[s, 2]`: byte offset (a multiple of 64) and length in the arena of each tenant's delta. Length 0
-            is an empty slot: that tenant's table is the base's own.
-        tenant_of_row: int32 `[indices.numel()]`, a slot for each element of `indices`, row-major; -1 is the base.
+        weight: the base's table `[V, k]`, contiguous, of any dtype that deltas know, or the bits of the
+            deltas' dtype as int32 or int16.
+        arena: 1-D uint8, contiguous: the tenants' resident deltas of `weight` (see `delta_encode`) side by
+            side. It may hold others too, and be larger than memory: only bytes of slots that `tenant_of_row`
+            uses are read.
+        slots: int64 `[s, 2]`: byte offset (a multiple of 64) and length in the arena of each tenant's delta.
+            Length 0 is an empty slot: that tenant's table is the base's own.
+        tenant_of_row: int32 `[indices.numel()]`, a slot for each element of `indices`, row-major; -1 is the
+            base.
 
     Returns:
         `[*indices.shape, k]` of `weight`'s dtype (bits for bits). No gradient: the weight is frozen.
 
-    On CUDA an index outside of the table, or a slot or delta that does not fit, gives rows of NaN (all bits set), which the
-    next call on that device reports. An `exponent` row is decoded from the top of its tile there, for each row asked.
+    On CUDA an index outside of the table, or a slot or delta that does not fit, gives rows of NaN (all bits
+    set), which the next call on that device reports. An `exponent` row is decoded from the top of its tile
+    there, for each row asked.
 
     Raises:
-        RuntimeError: naming the argument, the position or the slot, and both values, where something does not fit, or
-            where `weight` requires grad in grad mode.
+        RuntimeError: naming the argument, the position or the slot, and both values, where something does not
+            fit, or where `weight` requires grad in grad mode.
     """
     return _ops.delta_embedding(indices, weight, arena, slots, tenant_of_row)

@@ -190,19 +190,21 @@ def delta_linear(
         delta: its resident delta, 1-D uint8 (see `delta_encode`).
         bias: the fine-tune's bias `[n]`, same dtype.
         mode: "fast"; "deterministic" (a row's bits never depend on the other rows); "exact" (bit-identical to
-            `torch.nn.functional.linear` on the fine-tuned weights; float32 builds one transient matrix for it).
+            `torch.nn.functional.linear` on the fine-tuned weights; float32 builds one transient matrix for
+            it).
 
     Returns:
         `[..., n]`. Gradients flow to `input` and `bias`, in reverse and forward mode; the weight is frozen.
 
-    On CUDA, mode="exact" restores one transient matrix, gradients are not there yet, and a delta that does not fit gives NaN,
-    which the next call on that device reports: no call waits for the device.
+    On CUDA, mode="exact" restores one transient matrix, gradients are not there yet, and a delta that does
+    not fit gives NaN, which the next call on that device reports: no call waits for the device.
 
-    Under `torch.func.vmap` a batch of inputs is one call on more rows; a batch of weights, deltas or biases is a loop of calls.
+    Under `torch.func.vmap` a batch of inputs is one call on more rows; a batch of weights, deltas or biases
+    is a loop of calls.
 
     Raises:
-        RuntimeError: naming the argument and both values, where shapes, dtypes, devices or the delta do not fit, or where
-            `weight` requires grad in grad mode.
+        RuntimeError: naming the argument and both values, where shapes, dtypes, devices or the delta do not
+            fit, or where `weight` requires grad in grad mode.
     """
     return _ops.delta_linear(input, weight, bias, delta, mode=mode)
 
@@ -219,18 +221,21 @@ def delta_restore(
     rows: tuple[int, int] | None = None,
     columns: tuple[int, int] | None = None,
 ) -> Tensor:
-    """The fine-tuned tensor, bit for bit; of `base`'s shape and dtype (bits for bits). No gradient flows through it.
+    """The fine-tuned tensor, bit for bit; of `base`'s shape and dtype (bits for bits). No gradient flows
+    through it.
 
-    With `rows=(a, b)` and `columns=(c, d)` the same as `[a:b, c:d]` of that, in memory of its own, without restoring the rest:
-    only the tiles that they touch are read. `sparse` and `raw` then cost little more than the words asked; `exponent` is a
-    stream, of which every tile is decoded from its start to the last word asked. `rows` are along dim 0 of two dimensions or
-    more, `columns` along the last of one or two. On CUDA the whole is restored and cut.
+    With `rows=(a, b)` and `columns=(c, d)` the same as `[a:b, c:d]` of that, in memory of its own, without
+    restoring the rest: only the tiles that they touch are read. `sparse` and `raw` then cost little more than
+    the words asked; `exponent` is a stream, of which every tile is decoded from its start to the last word
+    asked. `rows` are along dim 0 of two dimensions or more, `columns` along the last of one or two. On CUDA
+    the whole is restored and cut.
     """
     return _ops.delta_restore(base, delta, rows=rows, columns=columns)
 
 
 def delta_apply_(weight: Tensor, delta: Tensor) -> Tensor:
-    """Turn `weight` from base into fine-tune, in place, and give it back. Its digest is checked first (not on CUDA).
+    """Turn `weight` from base into fine-tune, in place, and give it back. Its digest is checked first (not on
+    CUDA).
 
     RuntimeError if it is another base, or requires grad in grad mode.
     """
@@ -241,9 +246,9 @@ def delta_apply_(weight: Tensor, delta: Tensor) -> Tensor:
 def delta_encode(base: Tensor, fine_tuned: Tensor, *, prefer: str = "auto") -> Tensor:
     """The resident delta (1-D uint8) from `base` to `fine_tuned`: same shape, any dtype.
 
-    `prefer`: "memory" for the smallest form; "speed" for the one that few rows are multiplied with fastest on any machine;
-    "auto" for "memory" where this machine decodes it about as fast as memory is read (AVX-512 VBMI2 and BF16), else "speed".
-    CUDA tensors take "auto" for "speed".
+    `prefer`: "memory" for the smallest form; "speed" for the one that few rows are multiplied with fastest on
+    any machine; "auto" for "memory" where this machine decodes it about as fast as memory is read (AVX-512
+    VBMI2 and BF16), else "speed". CUDA tensors take "auto" for "speed".
     """
     return _ops.delta_encode(base, fine_tuned, prefer=prefer)
 

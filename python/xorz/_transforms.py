@@ -24,7 +24,8 @@ def _below(op: Any, keyset: Any, *args: Any, **kwargs: Any) -> Tensor:
 def _forward(op: Any, keyset: Any, *args: Any, **kwargs: Any) -> Tensor:
     if not torch._C._are_functorch_transforms_active():
         return _below(op, keyset, *args, **kwargs)
-    # An autograd.Function's forward runs without gradients, but the transforms around this one have to see the op.
+    # An autograd.Function's forward runs without gradients, but the transforms around this one have to see
+    # the op.
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         return _below(op, keyset, *args, **kwargs)
 
@@ -35,7 +36,8 @@ def _is_differentiated(op: str, weight: Tensor, *others: Tensor | None) -> bool:
             raise RuntimeError(f"xorz::{op}: weight requires grad, but it is frozen; pass weight.detach()")
         if any(t is not None and t.requires_grad for t in others):
             return True
-    # Only the autograd.Function knows whether tangents are computed: a compiled jvp sets no level that Python could see.
+    # Only the autograd.Function knows whether tangents are computed: a compiled jvp sets no level that Python
+    # could see.
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
@@ -46,8 +48,9 @@ def _refuse_tangent(op: str, tangent: Tensor | None) -> None:
         )
 
 
-# torch.library.register_autograd knows neither forward mode, where a tangent would silently be lost, nor torch.func.grad.
-# The dispatcher calls the functions below once per level of torch.func transforms, hence `single level`.
+# torch.library.register_autograd knows neither forward mode, where a tangent would silently be lost, nor
+# torch.func.grad. The dispatcher calls the functions below once per level of torch.func transforms, hence
+# `single level`.
 class _Linear(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, keyset, mode, input, weight, bias, delta):

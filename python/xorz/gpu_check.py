@@ -1,12 +1,15 @@
-"""`python -m xorz.gpu_check`: does this GPU compute what the CPU does, and how fast? For the first day on a new device.
+"""`python -m xorz.gpu_check`: does this GPU compute what the CPU does, and how fast? For the first day on a
+new device.
 
     python -m xorz.gpu_check [--device cuda:0] [--quick] [--json FILE] [--no-timings]
 
-Runs every op that has CUDA kernels on data that it makes, compares with the CPU by the promises of the README (weights bit for
-bit, exact sums bit for bit, a bound elsewhere), captures a CUDA graph, and times `delta_linear` against
-`torch.nn.functional.linear` (cuBLAS). Prints tables, and the same as JSON. Exits with 1 where anything differs.
+Runs every op that has CUDA kernels on data that it makes, compares with the CPU by the promises of the README
+(weights bit for bit, exact sums bit for bit, a bound elsewhere), captures a CUDA graph, and times
+`delta_linear` against `torch.nn.functional.linear` (cuBLAS). Prints tables, and the same as JSON. Exits with
+1 where anything differs.
 
-`--device cpu` runs the same comparisons on the CPU's own kernels: it shows that this program works, nothing of a GPU.
+`--device cpu` runs the same comparisons on the CPU's own kernels: it shows that this program works, nothing
+of a GPU.
 """
 
 import argparse
@@ -35,7 +38,8 @@ from . import (
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ENCODINGS = ("unchanged", "sparse", "exponent", "raw")
 BITS = {2: torch.int16, 4: torch.int32}
-# No kernel, on CPU or GPU, has a chain of sums longer than k; tensor cores are allowed an error of 2^-22 per step.
+# No kernel, on CPU or GPU, has a chain of sums longer than k; tensor cores are allowed an error of 2^-22 per
+# step.
 STEP = {torch.bfloat16: 2.0**-22, torch.float16: 2.0**-22, torch.float32: 2.0**-23}
 
 

@@ -15,13 +15,14 @@ _SAME: Any = object()
 class XorDeltaLinear(nn.Module):
     """`y = x @ (weight (+) delta)^T + bias`, in place of an `nn.Linear` of the fine-tuned weights.
 
-    The base weight is kept as integer bits in the buffer `weight_bits`, which shares memory with the module it came from;
-    `delta` is the resident delta, 1-D uint8. Both travel with `state_dict`, `torch.save`, `copy.deepcopy` and `.to(device)`;
-    `torch.jit.script` and `torch.compile` take the module as it is. Only `bias` is trained.
+    The base weight is kept as integer bits in the buffer `weight_bits`, which shares memory with the module
+    it came from; `delta` is the resident delta, 1-D uint8. Both travel with `state_dict`, `torch.save`,
+    `copy.deepcopy` and `.to(device)`; `torch.jit.script` and `torch.compile` take the module as it is. Only
+    `bias` is trained.
 
-    A dtype change (`.half()`, `.to(torch.float32)`) is refused with TypeError: it would ruin the bits. Under autocast the
-    product is computed in the weight's own dtype, so that it stays the fine-tune's, and given in autocast's dtype, as by
-    `nn.Linear`.
+    A dtype change (`.half()`, `.to(torch.float32)`) is refused with TypeError: it would ruin the bits. Under
+    autocast the product is computed in the weight's own dtype, so that it stays the fine-tune's, and given in
+    autocast's dtype, as by `nn.Linear`.
     """
 
     # These attributes are not compiled by TorchScript.
@@ -110,9 +111,11 @@ class XorDeltaLinear(nn.Module):
         return out.train(self.training)
 
     def check_base(self) -> None:
-        """Validate the delta in full, and that `weight_bits` still is its base: nobody has trained or changed it since.
+        """Validate the delta in full, and that `weight_bits` still is its base: nobody has trained or changed
+        it since.
 
-        Products do not look, since this reads and decodes everything: about ten times the work of one row's product.
+        Products do not look, since this reads and decodes everything: about ten times the work of one row's
+        product.
 
         Raises:
             ValueError: the delta is damaged, or the base has changed; both digests are named.
@@ -127,7 +130,8 @@ class XorDeltaLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
         if torch.jit.is_scripting():
-            # TorchScript cannot ask for the CPU's autocast (torch.is_autocast_cpu_enabled crashes it): look at its effect.
+            # TorchScript cannot ask for the CPU's autocast (torch.is_autocast_cpu_enabled crashes it): look
+            # at its effect.
             probe = input.new_empty([0, 0], dtype=torch.float32)
             autocast = torch.mm(probe, probe).dtype
             if autocast != torch.float32 and input.is_floating_point() and input.dtype != torch.float64:
@@ -193,7 +197,8 @@ class XorDeltaLinear(nn.Module):
         if bias is not None and bias.dtype != self.dtype:
             errors.append(f"{prefix}bias is {bias.dtype}, but must be {self.dtype}")
         if len(errors) > before:
-            # Nothing was copied; keys that torch would have listed as missing or unexpected are listed all the same.
+            # Nothing was copied; keys that torch would have listed as missing or unexpected are listed all
+            # the same.
             _, strict, missing, _, _ = args
             expected = ["weight_bits", "delta"] + ([] if self.bias is None else ["bias"])
             missing.extend(prefix + key for key in expected if strict and prefix + key not in state_dict)

@@ -1,6 +1,7 @@
-//! The decode path: outputs whose f32 sum is not finite are computed again, from the fine-tuned words themselves, in
-//! f64, where products of two f32 are exact and do not overflow. So NaN and infinities are those of the fine-tuned
-//! weights, whatever the base, the differences and the order of f32 sums made of them. Slow and plain on purpose.
+//! The decode path: outputs whose f32 sum is not finite are computed again, from the fine-tuned words
+//! themselves, in f64, where products of two f32 are exact and do not overflow. So NaN and infinities are
+//! those of the fine-tuned weights, whatever the base, the differences and the order of f32 sums made of
+//! them. Slow and plain on purpose.
 
 use super::job::{LinearJob, Segment};
 use super::scratch::Scratch;
@@ -8,8 +9,8 @@ use crate::error::Result;
 use crate::vector::float::Float;
 use crate::vector::simd::{SIMD_LANES, Simd};
 
-/// Compute and write outputs of row band `band` of the segment's grid again: bit j of `again[r]` asks for row r of the
-/// band and the row of x at place `m0 + j`.
+/// Compute and write outputs of row band `band` of the segment's grid again: bit j of `again[r]` asks for row
+/// r of the band and the row of x at place `m0 + j`.
 pub(super) fn linear<S: Simd, D: Float>(
     s: S,
     job: &LinearJob<'_, D>,

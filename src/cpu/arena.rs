@@ -23,7 +23,8 @@ impl<'a> Arena<'a> {
     /// Where in the arena slot `slot` lies; none if it is empty.
     ///
     /// # Errors
-    /// `InvalidArgument`, naming slot, offset and length, where there is no such slot or they lie outside of the arena.
+    /// `InvalidArgument`, naming slot, offset and length, where there is no such slot or they lie outside of
+    /// the arena.
     pub fn place(&self, slot: usize) -> Result<Option<Range<usize>>> {
         let Some(&[offset, length]) = self.slots.get(slot) else {
             return Err(Error::invalid(format!("slot {slot} of {} does not exist", self.slots.len())));
@@ -49,8 +50,9 @@ impl<'a> Arena<'a> {
     /// The delta in slot `slot`, which must be one of matrices like `base`; none if the slot is empty.
     ///
     /// # Errors
-    /// `InvalidArgument` where there is no such slot or it lies outside of the arena; `Truncated`, `Corrupt` or `Unsupported` for bad
-    /// bytes; `Mismatch` for the delta of another dtype or shape. Messages name the slot.
+    /// `InvalidArgument` where there is no such slot or it lies outside of the arena; `Truncated`, `Corrupt`
+    /// or `Unsupported` for bad bytes; `Mismatch` for the delta of another dtype or shape. Messages name the
+    /// slot.
     pub fn delta(&self, slot: usize, base: &Matrix<'_>) -> Result<Option<Resident<'a>>> {
         let Some(place) = self.place(slot)? else { return Ok(None) };
         let delta =
@@ -63,7 +65,8 @@ impl<'a> Arena<'a> {
     /// lookups.
     ///
     /// # Errors
-    /// `InvalidArgument`, `Truncated`, `Corrupt` or `Unsupported` as [`Arena::delta`], for the first slot in use.
+    /// `InvalidArgument`, `Truncated`, `Corrupt` or `Unsupported` as [`Arena::delta`], for the first slot in
+    /// use.
     pub fn base_of_bits<'b>(&self, base: Matrix<'b>, tenant_of_row: &[i32]) -> Result<Matrix<'b>> {
         if !matches!(base.dtype(), Dtype::I16 | Dtype::I32) {
             return Ok(base);

@@ -1,11 +1,13 @@
 //! What the cost model of the products (`plan`) knows of a machine: numbers by processor, as CPUID names it.
 //!
-//! Nothing is measured while serving. What changes bits may not go by a measurement, which differs from one run to the next; of
-//! the others, wrong ones cost a few percent at most (`transposed_ns` from 0 to infinity: 0 to 6 % on Zen 4).
+//! Nothing is measured while serving. What changes bits may not go by a measurement, which differs from one
+//! run to the next; of the others, wrong ones cost a few percent at most (`transposed_ns` from 0 to infinity:
+//! 0 to 6 % on Zen 4).
 //!
-//! **Calibration.** `python benches/calibrate.py` times each number beside other values of it on the machine at hand and says
-//! what the known ones lose. `XORZ_COSTS="panel_above=64,cached_bytes=4194304"` in the environment takes other values, in mode fast
-//! and beyond the caches the first thing to try on a machine unlike those below.
+//! **Calibration.** `python benches/calibrate.py` times each number beside other values of it on the machine
+//! at hand and says what the known ones lose. `XORZ_COSTS="panel_above=64,cached_bytes=4194304"` in the
+//! environment takes other values, in mode fast and beyond the caches the first thing to try on a machine
+//! unlike those below.
 
 use crate::vector::exec::LEAST_WORDS;
 use crate::vector::processor::{Processor, Vendor};
@@ -13,27 +15,29 @@ use crate::vector::simd::SIMD_LANES;
 use crate::vector::trace::traces;
 use std::sync::OnceLock;
 
-/// What the model knows of a machine. In `mode = "fast"`, `panel_above`, `decoded_above`, `packed_above`, `widen_from` and
-/// `torch_panels` change bits of the result; nothing else does.
+/// What the model knows of a machine. In `mode = "fast"`, `panel_above`, `decoded_above`, `packed_above`,
+/// `widen_from` and `torch_panels` change bits of the result; nothing else does.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Costs {
-    /// Rows of x of one tenant above which a restored panel pays in `mode = "fast"`. Below, restoring costs as much as
-    /// walking the entries once more for the second block of rows.
+    /// Rows of x of one tenant above which a restored panel pays in `mode = "fast"`. Below, restoring costs
+    /// as much as walking the entries once more for the second block of rows.
     pub(super) panel_above: usize,
-    /// The same for `exponent`, where a second block of rows means decoding once more: 0.6 of the time at 24 rows.
+    /// The same for `exponent`, where a second block of rows means decoding once more: 0.6 of the time at 24
+    /// rows.
     pub(super) decoded_above: usize,
     /// The same for panels that the bf16 dot product multiplies, of any encoding and of the base.
     pub(super) packed_above: usize,
-    /// Rows of x of a call from which bf16 words are widened and multiplied as f32, though there is a bf16 dot product: where
-    /// that takes as long as four f32 products. `usize::MAX` for never.
+    /// Rows of x of a call from which bf16 words are widened and multiplied as f32, though there is a bf16
+    /// dot product: where that takes as long as four f32 products. `usize::MAX` for never.
     pub(super) widen_from: usize,
-    /// Whether more than `packed_above` rows of x of bf16 words are torch's to multiply, panel after restored panel: where it
-    /// has matrix units (AMX) that nothing here uses.
+    /// Whether more than `packed_above` rows of x of bf16 words are torch's to multiply, panel after restored
+    /// panel: where it has matrix units (AMX) that nothing here uses.
     pub(super) torch_panels: bool,
     /// A record of sixteen entries and a row of x, gathered: ns.
     pub(super) gathered_ns: f64,
-    /// A record of sixteen entries and up to sixteen rows of x, transposed: ns. More where changes are so rare that every
-    /// entry finds its row of x outside of the second cache: not for less than one word in `rare`.
+    /// A record of sixteen entries and up to sixteen rows of x, transposed: ns. More where changes are so
+    /// rare that every entry finds its row of x outside of the second cache: not for less than one word in
+    /// `rare`.
     pub(super) transposed_ns: f64,
     /// See `transposed_ns`.
     pub(super) rare: u64,
@@ -64,8 +68,8 @@ impl Costs {
         match (processor.vendor, processor.family) {
             // Zen 5: a record of sixteen entries takes 20 cycles.
             (Vendor::Amd, 26..) => Self { gathered_ns: 5.0, ..default },
-            // Sapphire Rapids: a record takes 8.7 cycles, so that transposing never pays; four rows of W by four of x take
-            // 35 cycles per step by the bf16 dot product.
+            // Sapphire Rapids: a record takes 8.7 cycles, so that transposing never pays; four rows of W by
+            // four of x take 35 cycles per step by the bf16 dot product.
             (Vendor::Intel, _) => {
                 let (widen_from, torch_panels) = (4, processor.amx_bf16);
                 Self { gathered_ns: 2.9, transposed_ns: 50.0, widen_from, torch_panels, ..default }
@@ -127,8 +131,8 @@ impl Costs {
     }
 }
 
-/// Whether torch is to multiply `rows` rows of x of one tenant's bf16 words in `mode = "fast"`, on panels of restored weights:
-/// many rows, on a processor whose matrix units torch uses (AMX).
+/// Whether torch is to multiply `rows` rows of x of one tenant's bf16 words in `mode = "fast"`, on panels of
+/// restored weights: many rows, on a processor whose matrix units torch uses (AMX).
 pub fn torch_multiplies(rows: usize) -> bool {
     let costs = Costs::active();
     let torchs = costs.torch_panels && rows > costs.packed_above;

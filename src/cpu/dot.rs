@@ -1,16 +1,17 @@
 //! Dot products of word rows with f32 rows: the base product of small m, and the product of a restored panel.
 //!
-//! **Floor** (small m): n * k words read once from memory; per word and row of x one FMA lane. On Zen 3 (two 256-bit
-//! FMA per cycle, 16 multiply-adds) that is 4096 * 4096 / 16 = 1.05 M cycles per row of x and core, while 33.5 MB at
-//! about 12 GB/s per core take 8 M cycles of 3 GHz: memory up to about 8 rows of x, FMA from there on.
+//! **Floor** (small m): n * k words read once from memory; per word and row of x one FMA lane. On Zen 3 (two
+//! 256-bit FMA per cycle, 16 multiply-adds) that is 4096 * 4096 / 16 = 1.05 M cycles per row of x and core,
+//! while 33.5 MB at 12 GB/s per core take 8 M cycles of 3 GHz: memory up to about 8 rows of x, then FMA.
 //!
-//! **Order** of one output's sum over the columns of a tile: sixteen partial sums; group after group of 32 words, the
-//! first vector of the group's split order, then the second, each by FMA; then halves are added until one is left. Zero
-//! words pad the last group. Nothing else enters: not the number of rows side by side, not the blocking of columns.
+//! **Order** of one output's sum over the columns of a tile: sixteen partial sums; group after group of 32
+//! words, the first vector of the group's split order, then the second, each by FMA; then halves are added
+//! until one is left. Zero words pad the last group. Neither the rows beside it nor blocks of columns enter.
 //!
-//! **Tried**, with AVX2: two words by four or five rows of x, one register of each vector after the other (twice the sums for
-//! the same registers), rows of x side by side in memory. In the cache with one thread 20 % faster at four rows, nothing at 8
-//! and 16; 4096 x 4096 with two threads the same, large m 5 % slower. Asking for the next rows of x of large m: 30 % slower.
+//! **Tried**, with AVX2: two words by four or five rows of x, one register of each vector after the other
+//! (twice the sums for the same registers), rows of x side by side in memory. In the cache with one thread 20
+//! % faster at four rows, nothing at 8 and 16; 4096 x 4096 with two threads the same, large m 5 % slower.
+//! Asking for the next rows of x of large m: 30 % slower.
 #![allow(
     clippy::needless_range_loop,
     reason = "arrays indexed in step are what the unrolled loops keep in registers"
@@ -60,8 +61,8 @@ pub(crate) enum Ahead {
     Nothing,
     /// The same columns of each row, so many bytes on, soon to be used.
     Rows(usize),
-    /// A run that begins so many bytes (wrapping) after the first row and is asked for evenly, `step` bytes per group, at most a
-    /// line of cache; to be used after this block.
+    /// A run that begins so many bytes (wrapping) after the first row and is asked for evenly, `step` bytes
+    /// per group, at most a line of cache; to be used after this block.
     Spread {
         at: usize,
         step: usize,
@@ -257,9 +258,9 @@ impl<D: Float> TileProduct<'_, D> {
         }
     }
 
-    /// What the piece of `rows` rows from `r` on with `columns` rows of x from `j` on asks for, of the next block of columns or
-    /// of the next tile: each pair of a row and a row of x the same share, since all rows of x pass by before any of it is used.
-    /// (The processor's own look-ahead ends with every page, and a block of a row is one.)
+    /// What the piece of `rows` rows from `r` on with `columns` rows of x from `j` on asks for, of the next
+    /// block of columns or of the next tile: each pair of a row and a row of x the same share, since all rows
+    /// of x pass by before any of it is used. (The processor's look-ahead ends with a page: a block of a row.)
     #[inline(always)]
     fn ahead(&self, from: usize, (r, j): (usize, usize), (rows, columns): (usize, usize)) -> Ahead {
         let group = GROUP * D::BYTES;
@@ -274,7 +275,7 @@ impl<D: Float> TileProduct<'_, D> {
         let at = (j * self.rows + r * columns) * pair;
         let step = rows * columns * pair / width;
         if step > LINE {
-            // So few rows of x that the words are waited for all the time: asking further ahead costs 8 % at two rows.
+            // So few rows of x that the words are always waited for: asking further ahead costs 8 % at two.
             return Ahead::Nothing;
         }
         let to = origin + at / (width * group) * self.words.stride + at % (width * group);

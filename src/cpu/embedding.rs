@@ -1,12 +1,12 @@
-//! `delta_embedding`: rows of fine-tuned tables, looked up one by one. No table is restored, and no tile that no row needs
-//! is read.
+//! `delta_embedding`: rows of fine-tuned tables, looked up one by one. No table is restored, and no tile that
+//! no row needs is read.
 //!
-//! What a row costs depends on its encoding. `sparse`: the base's row, and the row's own lane of each of its tiles: a
-//! fourth to a sixth of the time that the whole band of 16 rows takes (576 columns, 3 % changed, Zen 3 under load).
-//! `raw`: a copy. `exponent`: lanes
-//! carry bits from row to row, so a band is decoded from its first row to the last one needed, once for all rows of the
-//! tenant in it. Rows are shared out to threads in pieces of [`PIECE`] bytes, or by band. Scratch is at most one
-//! row of a tile per thread, and 32 bytes per row of the batch to sort them.
+//! What a row costs depends on its encoding. `sparse`: the base's row, and the row's own lane of each of its
+//! tiles: a fourth to a sixth of the time that the whole band of 16 rows takes (576 columns, 3 % changed, Zen
+//! 3 under load). `raw`: a copy. `exponent`: lanes carry bits from row to row, so a band is decoded from its
+//! first row to the last one needed, once for all rows of the tenant in it. Rows are shared out to threads in
+//! pieces of [`PIECE`] bytes, or by band. Scratch is at most one row of a tile per thread, and 32 bytes per
+//! row of the batch to sort them.
 
 use super::arena::{Arena, Tenants};
 use super::costs::Costs;
@@ -41,16 +41,16 @@ pub struct EmbeddingArgs<'a> {
     pub tenant_of_row: &'a [i32],
 }
 
-/// Row i of `out [rows, k]` becomes row `indices[i]` of the fine-tuned table of row i's tenant, bit for bit; an empty slot
-/// and -1 stand for the base's own table. Any dtype, any alignment.
+/// Row i of `out [rows, k]` becomes row `indices[i]` of the fine-tuned table of row i's tenant, bit for bit;
+/// an empty slot and -1 stand for the base's own table. Any dtype, any alignment.
 ///
-/// Memory-safe on any bytes. What is not needed for the rows asked is not looked at: `Resident::check` tells whether a
-/// delta is whole.
+/// Memory-safe on any bytes. What is not needed for the rows asked is not looked at: `Resident::check` tells
+/// whether a delta is whole.
 ///
 /// # Errors
-/// `InvalidArgument` for an index beyond the table, a slot outside of the arena or a tenant that does not exist;
-/// `Mismatch` where base, a used delta and out do not fit; `Corrupt` or `Truncated` for bad delta bytes, `out` then holds
-/// unspecified words.
+/// `InvalidArgument` for an index beyond the table, a slot outside of the arena or a tenant that does not
+/// exist; `Mismatch` where base, a used delta and out do not fit; `Corrupt` or `Truncated` for bad delta
+/// bytes, `out` then holds unspecified words.
 pub fn delta_embedding(args: &EmbeddingArgs<'_>, out: &mut [u8], exec: &dyn Executor) -> Result<()> {
     delta_embedding_on(Isa::active()?, args, out, exec)
 }
@@ -74,7 +74,8 @@ struct Row<'o> {
     out: &'o mut [u8],
 }
 
-/// Rows of one tenant that one thread looks up; of a table with an `exponent` delta: those of one band, in order.
+/// Rows of one tenant that one thread looks up; of a table with an `exponent` delta: those of one band, in
+/// order.
 struct Task<'t, 'o, 'a> {
     slot: usize,
     delta: Option<&'t Resident<'a>>,

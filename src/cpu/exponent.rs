@@ -1,14 +1,16 @@
-//! Products with `exponent` tiles: words are decoded in step order, at most [`MICRO`] at a time on the stack, and
-//! multiplied at once. No panel is made.
+//! Products with `exponent` tiles: words are decoded in step order, at most [`MICRO`] at a time on the stack,
+//! and multiplied at once. No panel is made.
 //!
-//! **Order** of one output: the products of a tile's words are summed apart and added to the total (`dot`). Entries are added to
-//! words of 16 bits before those are multiplied, which costs the same however many rows of x there are; words of f32 may be
-//! multiplied in registers, so their tile's entries follow, in the order of their positions, each by one FMA onto the total.
+//! **Order** of one output: the products of a tile's words are summed apart and added to the total (`dot`).
+//! Entries are added to words of 16 bits before those are multiplied, which costs the same however many rows
+//! of x there are; words of f32 may be multiplied in registers, so their tile's entries follow, in the order
+//! of their positions, each by one FMA onto the total.
 //!
-//! **Tried**, with AVX2: tiles of up to four tenants decoded in one pass where their width tables are the same (classes, widths
-//! and masks found once). 4096 x 4096 bf16, eight tenants: 45 -> 35 ms at 30 % changed at random (3.0 bits, one table), but 55 ->
-//! 62 ms at 7.7 bits, where a pair's masks and tables no longer fit the registers; and of 16 tenants with AdamW-like changes six
-//! different tables were chosen, few of them side by side. To be tried again with AVX-512's registers and lookups.
+//! **Tried**, with AVX2: tiles of up to four tenants decoded in one pass where their width tables are the
+//! same (classes, widths and masks found once). 4096 x 4096 bf16, eight tenants: 45 -> 35 ms at 30 % changed
+//! at random (3.0 bits, one table), but 55 -> 62 ms at 7.7 bits, where a pair's masks and tables no longer
+//! fit the registers; and of 16 tenants with AdamW-like changes six different tables were chosen, few of them
+//! side by side. To be tried again with AVX-512's registers and lookups.
 #![allow(
     clippy::needless_range_loop,
     reason = "arrays indexed in step are what the unrolled loops keep in registers"
@@ -25,12 +27,13 @@ use crate::vector::simd::{GROUP, Kernel, SIMD_LANES, Simd};
 use crate::vector::tile::with_entry;
 use std::marker::PhantomData;
 
-/// Bytes of a cache line. The next words' lines are asked for while these are decoded: decoding computes too long at a
-/// time for the processor to look ahead.
+/// Bytes of a cache line. The next words' lines are asked for while these are decoded: decoding computes too
+/// long at a time for the processor to look ahead.
 const LINE: usize = 64;
 
-/// Decodes a tile row after row, some columns at a time: the words that products multiply. In layout 0 exceptions are among
-/// them; since layout 1 entries make up for them, which are NaN where no exact difference exists.
+/// Decodes a tile row after row, some columns at a time: the words that products multiply. In layout 0
+/// exceptions are among them; since layout 1 entries make up for them, which are NaN where no exact
+/// difference exists.
 pub(super) struct Stream<'a, D: Float> {
     decoder: Decoder<'a, D::Word>,
     exceptions: Overrides<'a, D::Word>,
@@ -72,8 +75,8 @@ impl<'a, D: Float> Stream<'a, D> {
         Ok(())
     }
 
-    /// Multiply words of a row as they are decoded, as far as the instance does so: up to four rows of x, in the order of
-    /// the other way, bit for bit. Gives how many words.
+    /// Multiply words of a row as they are decoded, as far as the instance does so: up to four rows of x, in
+    /// the order of the other way, bit for bit. Gives how many words.
     fn dots<S: Simd>(
         &mut self,
         s: S,
@@ -148,8 +151,8 @@ fn entry_values<D: Float>(
     Ok(())
 }
 
-/// Add every row of the tile times every one of the `m` rows of x (split order) to `sums`, whose first one is that of the
-/// tile's first row.
+/// Add every row of the tile times every one of the `m` rows of x (split order) to `sums`, whose first one is
+/// that of the tile's first row.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn product<S: Simd, D: Float>(
     s: S,

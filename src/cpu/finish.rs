@@ -11,7 +11,8 @@ use crate::vector::float::Float;
 use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
 
 impl<D: Float> LinearJob<'_, D> {
-    /// Add the bias, round and write the outputs, band by band, so that a band with non-finite outputs can be done again.
+    /// Add the bias, round and write the outputs, band by band, so that a band with non-finite outputs can be
+    /// done again.
     pub(super) fn finish<S: Simd>(
         &self,
         s: S,
@@ -51,8 +52,8 @@ impl<D: Float> LinearJob<'_, D> {
         Ok(())
     }
 
-    /// Bias, rounding and the way out of one row of x's totals for rows `r0..r1` of W; whether all are finite (else it is to be
-    /// done again, those that are included).
+    /// Bias, rounding and the way out of one row of x's totals for rows `r0..r1` of W; whether all are finite
+    /// (else it is to be done again, those that are included).
     fn run<S: Simd>(
         &self,
         s: S,

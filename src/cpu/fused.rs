@@ -1,13 +1,14 @@
 //! Small m: up to sixteen rows of x at a time, of one tenant or of many, on tiles that are never restored.
 //!
-//! Rows of x on the base's own words (the base itself, `unchanged`, `sparse`) are multiplied together: each word of the
-//! base is read from memory once for all of them. Then each tenant's entries are added to its rows' totals, its rows of x
-//! in L1 while a chunk of W passes by. Rows on words of their own (`exponent`, `raw`) go through those, tenant by tenant.
+//! Rows of x on the base's own words (the base itself, `unchanged`, `sparse`) are multiplied together: each
+//! word of the base is read from memory once for all of them. Then each tenant's entries are added to its
+//! rows' totals, its rows of x in L1 while a chunk of W passes by. Rows on words of their own (`exponent`,
+//! `raw`) go through those, tenant by tenant.
 //!
-//! **Order** of one output, the same for every company: over blocks of [`BASE_COLUMNS`] columns the base product (see
-//! `dot`), each added to the total; then the entries, tile column after tile column of the delta's own grid (see
-//! `sparse`); then the bias. `exponent` and `raw`: the products of the tile columns of the delta's own
-//! grid (see `exponent` for its entries).
+//! **Order** of one output, the same for every company: over blocks of [`BASE_COLUMNS`] columns the base
+//! product (see `dot`), each added to the total; then the entries, tile column after tile column of the
+//! delta's own grid (see `sparse`); then the bias. `exponent` and `raw`: the products of the tile columns of
+//! the delta's own grid (see `exponent` for its entries).
 
 use super::bf16::Few;
 use super::dot::{Rows, Strides, TileProduct, ToSplit};
@@ -33,8 +34,9 @@ impl<D: Float> LinearJob<'_, D> {
         segments: &[Segment<'_>],
         sc: &mut Scratch,
     ) -> Result<()> {
-        // Of one tenant, x is at hand for the base and for the entries alike: sixteen rows of W at a time, so that
-        // reading the base and computing with entries take turns. Of many, it would be converted again and again.
+        // Of one tenant, x is at hand for the base and for the entries alike: sixteen rows of W at a time, so
+        // that reading the base and computing with entries take turns. Of many, it would be converted again
+        // and again.
         let whole = |grid: Grid| self.k <= grid.tile_cols.min(BASE_COLUMNS);
         let rows = match segments {
             [one] if whole(one.weights.grid()) => SIMD_LANES,
@@ -96,7 +98,8 @@ impl<D: Float> LinearJob<'_, D> {
         let columns = |tc: usize| tc * grid.tile_cols..self.k.min((tc + 1) * grid.tile_cols);
         for tc in 0..across {
             if !self.bf16 {
-                // Of as many tiles as the base's products take columns, so that x is still there for the next rows of W.
+                // Of as many tiles as the base's products take columns, so that x is still there for the next
+                // rows of W.
                 let c0 = columns(tc).start / BASE_COLUMNS * BASE_COLUMNS;
                 self.split(s, block, &(c0..self.k.min(c0 + BASE_COLUMNS)), grid.tile_cols, sc);
             }
@@ -118,8 +121,9 @@ impl<D: Float> LinearJob<'_, D> {
         Rows { bytes: &self.base.bytes()[at..], stride: self.k * D::BYTES, len: rect.cols() * D::BYTES }
     }
 
-    /// Columns of the block's rows of x as f32 in split order, unless this thread has them from its last task: all rows for
-    /// `tile_cols` of them, then for the next. They begin at a multiple of [`BASE_COLUMNS`].
+    /// Columns of the block's rows of x as f32 in split order, unless this thread has them from its last
+    /// task: all rows for `tile_cols` of them, then for the next. They begin at a multiple of
+    /// [`BASE_COLUMNS`].
     fn split<S: Simd>(&self, s: S, block: Block, columns: &Range<usize>, tile_cols: usize, sc: &mut Scratch) {
         let key = Some((self.id, block.m0, columns.start, columns.end));
         if sc.split_holds == key {

@@ -1,10 +1,11 @@
 //! `delta_linear_grad_input`: `gx = grad @ W_ft` without a dense W_ft.
 //!
-//! A task is sixteen rows of grad, of one tenant or of many on the base's words, and a strip of columns; it walks all
-//! rows of W. A lane is a row of grad, an accumulator is sixteen lanes per column. **Order** of one output: rows of W by tile band; in a band first the words
-//! of its rows, top down, then (`sparse`, `exponent`) its entries in the order of the stream, all by FMA. So the longest chain of
-//! roundings is n plus the entries of the column. Outputs that are not finite are computed again in f64 from the
-//! fine-tuned words.
+//! A task is sixteen rows of grad, of one tenant or of many on the base's words, and a strip of columns; it
+//! walks all rows of W. A lane is a row of grad, an accumulator is sixteen lanes per column. **Order** of one
+//! output: rows of W by tile band; in a band first the words of its rows, top down, then (`sparse`,
+//! `exponent`) its entries in the order of the stream, all by FMA. So the longest chain of roundings is n
+//! plus the entries of the column. Outputs that are not finite are computed again in f64 from the fine-tuned
+//! words.
 #![allow(
     clippy::needless_range_loop,
     reason = "arrays indexed in step are what the unrolled loops keep in registers"
@@ -36,11 +37,13 @@ const STRIP: usize = 1024;
 
 /// `gx = grad @ W_ft` on base and delta: `grad` is `[m, n]`, `out` takes `[m, k]`, words of the base's dtype.
 ///
-/// f32 sums, one rounding at the end, outputs that are not finite in f32 computed again in f64; no dense matrix.
+/// f32 sums, one rounding at the end, outputs that are not finite in f32 computed again in f64; no dense
+/// matrix.
 ///
 /// # Errors
-/// `Mismatch` where base, delta, `grad` and `out` do not fit; `Unsupported` for a dtype that does not compute;
-/// `InvalidArgument` for a misaligned `out`; `Corrupt` or `Truncated` for bad delta bytes, `out` then holds unspecified words.
+/// `Mismatch` where base, delta, `grad` and `out` do not fit; `Unsupported` for a dtype that does not
+/// compute; `InvalidArgument` for a misaligned `out`; `Corrupt` or `Truncated` for bad delta bytes, `out`
+/// then holds unspecified words.
 pub fn delta_linear_grad_input(
     grad: &[u8],
     m: usize,
@@ -129,7 +132,8 @@ impl Strip<'_> {
     }
 }
 
-/// Run a checked call; no dimension is zero but n. The segments are in the order of their places and of their ways.
+/// Run a checked call; no dimension is zero but n. The segments are in the order of their places and of their
+/// ways.
 pub(super) fn run_grad<S: Simd, D: Float>(
     s: S,
     job: &GradJob<'_, D>,
@@ -170,7 +174,8 @@ impl<D: Float> GradJob<'_, D> {
         self.order.map_or(at, |order| order[at])
     }
 
-    /// Rows on the base's words: each word once for all tenants, then each tenant's entries of the same rows of W.
+    /// Rows on the base's words: each word once for all tenants, then each tenant's entries of the same rows
+    /// of W.
     fn shared<S: Simd>(&self, s: S, strip: &Strip<'_>, sc: &mut Scratch) -> Result<()> {
         let n = self.base.shape().n;
         let (mut g, columns) = ([[0f32; SIMD_LANES]; STEP], &strip.columns);

@@ -62,17 +62,18 @@ pub struct GroupedArgs<'a> {
     pub mode: Mode,
 }
 
-/// [`delta_linear`](super::delta_linear) of many tenants at once: row i of `out [m, n]` is what it gives for row i of x
-/// with the delta and the bias of row i's tenant; an empty slot and -1 stand for the base's own weights.
+/// [`delta_linear`](super::delta_linear) of many tenants at once: row i of `out [m, n]` is what it gives for
+/// row i of x with the delta and the bias of row i's tenant; an empty slot and -1 stand for the base's own
+/// weights.
 ///
-/// The rows of a tenant are computed in the order of the batch. With [`Mode::Deterministic`] a row's bits are those of
-/// [`delta_linear`](super::delta_linear) on that row alone, whatever else is in the batch; with [`Mode::Fast`] they are
-/// within the same bound and depend on the map, never on another row's values. The decode path of results that are not
-/// finite is taken row by row.
+/// The rows of a tenant are computed in the order of the batch. With [`Mode::Deterministic`] a row's bits are
+/// those of [`delta_linear`](super::delta_linear) on that row alone, whatever else is in the batch; with
+/// [`Mode::Fast`] they are within the same bound and depend on the map, never on another row's values. The
+/// decode path of results that are not finite is taken row by row.
 ///
 /// # Errors
-/// As [`delta_linear`](super::delta_linear); `InvalidArgument` for a slot outside of the arena or a tenant that does
-/// not exist. Only slots that a row uses are looked at.
+/// As [`delta_linear`](super::delta_linear); `InvalidArgument` for a slot outside of the arena or a tenant
+/// that does not exist. Only slots that a row uses are looked at.
 pub fn delta_linear_grouped(args: &GroupedArgs<'_>, out: &mut [u8], exec: &dyn Executor) -> Result<()> {
     delta_linear_grouped_on(Isa::active()?, args, out, exec)
 }
@@ -131,12 +132,13 @@ pub struct GroupedGradArgs<'a> {
     pub tenant_of_row: &'a [i32],
 }
 
-/// [`delta_linear_grad_input`](super::delta_linear_grad_input) of many tenants at once: row i of `out [m, k]` has the
-/// bits that it gives for row i of grad with row i's tenant.
+/// [`delta_linear_grad_input`](super::delta_linear_grad_input) of many tenants at once: row i of `out [m, k]`
+/// has the bits that it gives for row i of grad with row i's tenant.
 ///
 /// # Errors
-/// `InvalidArgument` for a slot outside of the arena or a tenant that does not exist; `Mismatch` where base, a used delta, `grad`
-/// and `out` do not fit; `Unsupported` for a dtype that does not compute; `Corrupt` or `Truncated` for bad delta bytes.
+/// `InvalidArgument` for a slot outside of the arena or a tenant that does not exist; `Mismatch` where base,
+/// a used delta, `grad` and `out` do not fit; `Unsupported` for a dtype that does not compute; `Corrupt` or
+/// `Truncated` for bad delta bytes.
 pub fn delta_linear_grouped_grad_input(
     args: &GroupedGradArgs<'_>,
     out: &mut [u8],
@@ -176,7 +178,8 @@ fn deltas<'a>(
     groups.iter().map(|(slot, _)| slot.map_or(Ok(None), |slot| arena.delta(slot, base))).collect()
 }
 
-/// The rows of a batch, way after way and tenant after tenant: which row is at each place, and which places belong to which tenant.
+/// The rows of a batch, way after way and tenant after tenant: which row is at each place, and which places
+/// belong to which tenant.
 fn segments<'a>(
     base: &Matrix<'a>,
     tenants: &Tenants<'_>,

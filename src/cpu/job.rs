@@ -1,5 +1,6 @@
-//! What every product is asked: how to sum, and whether its bytes have the size that its shape says; and what one call of it
-//! comes to: the job, its tenants' segments, the blocks of its tasks. The kernels below know no more of a call than this.
+//! What every product is asked: how to sum, and whether its bytes have the size that its shape says; and what
+//! one call of it comes to: the job, its tenants' segments, the blocks of its tasks. The kernels below know
+//! no more of a call than this.
 
 use super::dot::Rows;
 use super::weights::Weights;

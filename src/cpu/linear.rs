@@ -1,13 +1,15 @@
-//! `delta_linear` and `delta_linear_grouped`: which rows of x go to which kernel. One tenant is a batch of one.
+//! `delta_linear` and `delta_linear_grouped`: which rows of x go to which kernel. One tenant is a batch of
+//! one.
 //!
-//! Few rows of a tenant (any number when deterministic): tiles are not restored, see `fused`. Many rows of one tenant in
-//! `mode = "fast"`: a tile is restored into scratch as f32, then multiplied with every row of x of that tenant. Either
-//! way an output that is not finite is computed again from the fine-tuned words themselves, in f64 (see `again_f64`).
+//! Few rows of a tenant (any number when deterministic): tiles are not restored, see `fused`. Many rows of
+//! one tenant in `mode = "fast"`: a tile is restored into scratch as f32, then multiplied with every row of x
+//! of that tenant. Either way an output that is not finite is computed again from the fine-tuned words
+//! themselves, in f64 (see `again_f64`).
 //!
-//! **Longest chain of roundings** of one output (D of docs/numerics.md): small m: `4096 / 16 + 4` for a base product,
-//! one per 4096 columns of the base, one per record of its lane (two bytes of gap or one, padding adds none), one for the
-//! bias; for `exponent` and `raw` the columns of their own tiles count. Large m: `1024 / 16 + 4` for a block of 1024
-//! columns, one per block, one for the bias.
+//! **Longest chain of roundings** of one output (D of docs/numerics.md): small m: `4096 / 16 + 4` for a base
+//! product, one per 4096 columns of the base, one per record of its lane (two bytes of gap or one, padding
+//! adds none), one for the bias; for `exponent` and `raw` the columns of their own tiles count. Large m:
+//! `1024 / 16 + 4` for a block of 1024 columns, one per block, one for the bias.
 
 use super::costs::Costs;
 use super::counters;
@@ -56,16 +58,17 @@ impl LinearArgs<'_> {
     }
 }
 
-/// `y = x @ W_ft^T + bias` on base and delta: `out` takes `[m, n]` words of the base's dtype, aligned to them.
+/// `y = x @ W_ft^T + bias` on base and delta: `out` takes `[m, n]` words of the base's dtype, aligned to
+/// them.
 ///
-/// f32 sums of the fine-tuned weights' products, one rounding to the dtype at the end; outputs that are not finite in
-/// f32 are computed again in f64. At most 2 MiB of scratch per thread. The bits depend on the arguments only: not on
-/// `exec`, not on the machine's instruction set.
+/// f32 sums of the fine-tuned weights' products, one rounding to the dtype at the end; outputs that are not
+/// finite in f32 are computed again in f64. At most 2 MiB of scratch per thread. The bits depend on the
+/// arguments only: not on `exec`, not on the machine's instruction set.
 ///
 /// # Errors
-/// `Unsupported` for another dtype than f32, bf16, f16; `Mismatch` where base, delta, x, bias and out do not fit;
-/// `InvalidArgument` for a misaligned `out`; `Corrupt` or `Truncated` for bad delta bytes, `out` then holds
-/// unspecified words.
+/// `Unsupported` for another dtype than f32, bf16, f16; `Mismatch` where base, delta, x, bias and out do not
+/// fit; `InvalidArgument` for a misaligned `out`; `Corrupt` or `Truncated` for bad delta bytes, `out` then
+/// holds unspecified words.
 pub fn delta_linear(args: &LinearArgs<'_>, out: &mut [u8], exec: &dyn Executor) -> Result<()> {
     delta_linear_on(Isa::active()?, args, out, exec)
 }

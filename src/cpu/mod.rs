@@ -1,7 +1,8 @@
-//! The products on the CPU: linear layers and embeddings on base + delta, their gradients, one tenant or many.
+//! The products on the CPU: linear layers and embeddings on base + delta, their gradients, one tenant or
+//! many.
 //!
-//! One algorithm, written over the vector machine ([`crate::vector`]); **every instruction set gives the same bits**. Threads
-//! are the caller's. No `unsafe`; this module knows no package and no torch.
+//! One algorithm, written over the vector machine ([`crate::vector`]); **every instruction set gives the same
+//! bits**. Threads are the caller's. No `unsafe`; this module knows no package and no torch.
 //!
 //! | file | what |
 //! |---|---|

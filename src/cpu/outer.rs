@@ -1,5 +1,5 @@
-//! Outer products of the gradient: rows of words, and the entries of a `sparse` tile, times sixteen rows of grad. A lane is
-//! a row of grad, an accumulator sixteen lanes for each column.
+//! Outer products of the gradient: rows of words, and the entries of a `sparse` tile, times sixteen rows of
+//! grad. A lane is a row of grad, an accumulator sixteen lanes for each column.
 #![allow(
     clippy::needless_range_loop,
     reason = "arrays indexed in step are what the unrolled loops keep in registers"

@@ -1,12 +1,12 @@
-//! The cost model of the products: which kernel computes which rows of x, and how many rows of W a task takes. Every such
-//! choice is made here. In `mode = "deterministic"` none changes a bit of the result.
+//! The cost model of the products: which kernel computes which rows of x, and how many rows of W a task
+//! takes. Every such choice is made here. In `mode = "deterministic"` none changes a bit of the result.
 //!
-//! **Model**, 16-bit words on Zen 3 (AVX2, 3.3 GHz, two cores that read 20 GB/s): a product with few rows takes about
-//! `max(bytes / 20 GB/s, m * n * k / 16 per cycle and core) + entries`, where `bytes` are those of the base, read once for
-//! all tenants, and of the deltas; `entries` are `gathered_ns` a record of sixteen and row of x, or `transposed_ns` a
-//! record whatever the rows. `exponent` adds 0.33 ns per word and block of sixteen rows for decoding, which no other tenant
-//! shares; restoring a panel costs the same once, and 0.1 ns per word as f32. Both are computed, not waited for, so the second
-//! core helps where memory does not.
+//! **Model**, 16-bit words on Zen 3 (AVX2, 3.3 GHz, two cores that read 20 GB/s): a product with few rows
+//! takes about `max(bytes / 20 GB/s, m * n * k / 16 per cycle and core) + entries`, where `bytes` are those
+//! of the base, read once for all tenants, and of the deltas; `entries` are `gathered_ns` a record of sixteen
+//! and row of x, or `transposed_ns` a record whatever the rows. `exponent` adds 0.33 ns per word and block of
+//! sixteen rows for decoding, which no other tenant shares; restoring a panel costs the same once, and 0.1 ns
+//! per word as f32. Both are computed, not waited for, so the second core helps where memory does not.
 //!
 //! What it knows of a machine is in `costs`.
 //!
@@ -90,7 +90,8 @@ fn panels_above(encoding: Encoding, sums: Sums) -> usize {
     }
 }
 
-/// Whether the entries of `m` rows of x of one tenant go through the transposed kernel rather than the gathering one.
+/// Whether the entries of `m` rows of x of one tenant go through the transposed kernel rather than the
+/// gathering one.
 pub(super) fn transposed(weights: &Weights<'_>, m: usize) -> bool {
     let words = weights.base.shape().n as u64 * weights.base.shape().k as u64;
     let costs = Costs::active();
@@ -106,8 +107,8 @@ pub(super) struct Sizes {
     pub(super) rows: usize,
     /// Rows of x of a task.
     pub(super) block: usize,
-    /// Whether all blocks of x come one after another for the same rows of W, which are then read from memory once;
-    /// else all rows of W for the same block of x, which is then converted to f32 once.
+    /// Whether all blocks of x come one after another for the same rows of W, which are then read from memory
+    /// once; else all rows of W for the same block of x, which is then converted to f32 once.
     pub(super) again_cached: bool,
 }
 
@@ -127,7 +128,8 @@ impl Sizes {
                 Self { rows: grid.tile_rows, block: PANEL_SUMS / grid.tile_rows, again_cached: false }
             }
             ProductWay::Shared if rows > BLOCK && n * row_bytes > Costs::active().cached_bytes => {
-                // Many rows of W, since each block of x is converted anew for them (10 to 20 % of the time at 256).
+                // Many rows of W, since each block of x is converted anew for them (10 to 20 % of the time at
+                // 256).
                 let cached = Costs::active().cached_bytes / row_bytes;
                 let rows = n.div_ceil(2 * threads.max(1)).min(cached).clamp(SIMD_LANES, MOST_ROWS);
                 Self { rows: rows.next_multiple_of(SIMD_LANES), block: BLOCK, again_cached: true }
@@ -137,8 +139,8 @@ impl Sizes {
         }
     }
 
-    /// Of segments that are computed one way by the bf16 dot product: no row of x is converted, and tiles of every segment
-    /// begin and end with a task.
+    /// Of segments that are computed one way by the bf16 dot product: no row of x is converted, and tiles of
+    /// every segment begin and end with a task.
     pub(super) fn of_bf16(way: ProductWay, base: Shape, segments: &[Segment<'_>], threads: usize) -> Self {
         let tallest = segments.iter().map(|s| s.weights.grid().tile_rows).max().unwrap_or(SIMD_LANES);
         let least = (Costs::active().least_words / base.k.max(1)).min(MOST_ROWS).min(base.n);

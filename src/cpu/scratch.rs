@@ -1,5 +1,6 @@
-//! Scratch memory: per thread, reused, bounded. No op takes more than [`LIMIT`] bytes per thread, whatever m, n and k:
-//! every buffer's size follows from a tile (at most 65536 words, 4096 columns) and a block of rows of x.
+//! Scratch memory: per thread, reused, bounded. No op takes more than [`LIMIT`] bytes per thread, whatever m,
+//! n and k: every buffer's size follows from a tile (at most 65536 words, 4096 columns) and a block of rows
+//! of x.
 
 use super::counters;
 use std::cell::RefCell;

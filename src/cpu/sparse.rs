@@ -1,13 +1,16 @@
-//! Products with the entries of `sparse` tiles: what a delta adds to the base product, without touching the base.
+//! Products with the entries of `sparse` tiles: what a delta adds to the base product, without touching the
+//! base.
 //!
-//! **Floor**: an entry is 3 bytes (bf16, u8 gap). At 3 % changed and 15 % padding that is 0.10 bytes per element beside
-//! the base's 2: 5 % more bytes. With few rows of x a record of 16 entries is 16 loads from x in L1, 4 shuffles of each
-//! eight, two FMAs per row of x: 6 to 7 ns measured on a busy Zen 3 (7 to 10 with the gather instruction), 36 k records
-//! of a 4096 x 4096 matrix, 0.25 ms per row of x beside the base product's 2.2 ms. With many rows of x an entry is one
-//! broadcast and one vector FMA over them: 20 to 25 ns per record whatever m.
+//! **Floor**: an entry is 3 bytes (bf16, u8 gap). At 3 % changed and 15 % padding that is 0.10 bytes per
+//! element beside the base's 2: 5 % more bytes. With few rows of x a record of 16 entries is 16 loads from x
+//! in L1, 4 shuffles of each eight, two FMAs per row of x: 6 to 7 ns measured on a busy Zen 3 (7 to 10 with
+//! the gather instruction), 36 k records of a 4096 x 4096 matrix, 0.25 ms per row of x beside the base
+//! product's 2.2 ms. With many rows of x an entry is one broadcast and one vector FMA over them: 20 to 25 ns
+//! per record whatever m.
 //!
-//! **Order** of one output: it starts at its total so far, then `total = fma(difference, x[column], total)` for the lane's
-//! entries in the order of the stream. Both kernels keep it, so a row of x gives the same bits in any company.
+//! **Order** of one output: it starts at its total so far, then `total = fma(difference, x[column], total)`
+//! for the lane's entries in the order of the stream. Both kernels keep it, so a row of x gives the same bits
+//! in any company.
 
 use crate::codec::{GapKind, SparseTile};
 use crate::vector::float::Float;
@@ -49,8 +52,8 @@ impl<D: Float> Kernel for Gathered<'_, D> {
 }
 
 impl<D: Float> Gathered<'_, D> {
-    /// One row of x; the first asks for the next tile's records, which lie behind this one's, as far on as they are long. (A
-    /// tile is a few pages, and the processor's own look-ahead ends with each.)
+    /// One row of x; the first asks for the next tile's records, which lie behind this one's, as far on as
+    /// they are long. (A tile is a few pages, and the processor's own look-ahead ends with each.)
     #[inline(always)]
     fn row<S: Simd, const GAP: usize, const FIRST: bool>(&mut self, s: S, j: usize) -> u32 {
         let x = &self.x[j * self.width..(j + 1) * self.width];

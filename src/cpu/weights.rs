@@ -7,8 +7,8 @@ use crate::resident::Resident;
 use crate::vector::simd::Simd;
 use crate::vector::tile;
 
-/// A base and its delta. An `unchanged` delta is none: whatever tiles its header names, a product with it has the bits
-/// of one with the base alone.
+/// A base and its delta. An `unchanged` delta is none: whatever tiles its header names, a product with it has
+/// the bits of one with the base alone.
 #[derive(Clone, Copy)]
 pub(super) struct Weights<'a> {
     pub(super) base: Matrix<'a>,

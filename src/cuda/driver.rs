@@ -1,12 +1,14 @@
 //! libcuda, through cudarc, which looks it up when it is first used: this library links nothing of CUDA.
 //!
-//! A [`Device`] is made when an op first needs it and kept for the life of the process: the device's primary context (that
-//! of the runtime API, so torch's), the kernels, loaded once, and the pinned page of status words. After that a launch is
-//! `cuLaunchKernel` and no other call that could wait. Making a device may wait, and would be forbidden while a stream of
-//! this thread is captured; the driver's own exchange of capture modes allows it.
+//! A [`Device`] is made when an op first needs it and kept for the life of the process: the device's primary
+//! context (that of the runtime API, so torch's), the kernels, loaded once, and the pinned page of status
+//! words. After that a launch is `cuLaunchKernel` and no other call that could wait. Making a device may
+//! wait, and would be forbidden while a stream of this thread is captured; the driver's own exchange of
+//! capture modes allows it.
 //!
-//! cudarc panics where libcuda or a function of it is missing, so both are looked for before the first call. Its enum of
-//! error codes must know every code that a driver returns: the newest version of its bindings is asked for in Cargo.toml.
+//! cudarc panics where libcuda or a function of it is missing, so both are looked for before the first call.
+//! Its enum of error codes must know every code that a driver returns: the newest version of its bindings is
+//! asked for in Cargo.toml.
 
 use super::image::{self, Image};
 use super::params::{MOST, Packed};
@@ -168,7 +170,8 @@ impl Current {
 impl Drop for Current {
     fn drop(&mut self) {
         if self.changed {
-            // SAFETY: what was current before; null is none. A failure leaves ours, which every call tests for.
+            // SAFETY: what was current before; null is none. A failure leaves ours, which every call tests
+            // for.
             let _ = unsafe { result::ctx::set_current(self.before.unwrap_or(ptr::null_mut())) };
         }
     }
@@ -212,7 +215,8 @@ pub(super) struct Device {
     multiprocessors: u32,
 }
 
-// SAFETY: the driver takes its handles from any thread, and they are never destroyed; status words are atomics.
+// SAFETY: the driver takes its handles from any thread, and they are never destroyed; status words are
+// atomics.
 unsafe impl Send for Device {}
 // SAFETY: as above.
 unsafe impl Sync for Device {}
@@ -300,7 +304,8 @@ impl Device {
     /// Device `ordinal`, made ready where it is asked for the first time.
     ///
     /// # Errors
-    /// `Device`, with what to do: no libcuda, no such device, too old a driver or device, no kernels. Asked anew next time.
+    /// `Device`, with what to do: no libcuda, no such device, too old a driver or device, no kernels. Asked
+    /// anew next time.
     pub(super) fn get(ordinal: c_int) -> Result<&'static Self> {
         static DEVICES: Mutex<Vec<&'static Device>> = Mutex::new(Vec::new());
         // Held while a device is made: another thread that wants it waits, and loads nothing.
@@ -341,7 +346,8 @@ impl Device {
     /// Put a kernel on `stream` (a `CUstream`; 0 the default stream).
     ///
     /// # Safety
-    /// `params` are those of the kernel, and the memory that they name stays valid until the kernel has ended.
+    /// `params` are those of the kernel, and the memory that they name stays valid until the kernel has
+    /// ended.
     ///
     /// # Errors
     /// What the driver said.
@@ -355,7 +361,8 @@ impl Device {
         }
         let ((x, y), stream) = (launch.grid, stream as usize as sys::CUstream);
         let function = self.functions[launch.entry.index()];
-        // SAFETY: the driver reads each parameter from a word of its own before this returns; the rest is the caller's.
+        // SAFETY: the driver reads each parameter from a word of its own before this returns; the rest is the
+        // caller's.
         unsafe { result::launch_kernel(function, (x, y, 1), (THREADS, 1, 1), 0, stream, &mut at[..count]) }
             .map_err(|e| failed(&format!("launching {} on cuda:{}", launch.entry.name(), self.ordinal), e))
     }

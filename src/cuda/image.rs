@@ -37,7 +37,8 @@ fn aligned(bytes: &[u8]) -> Vec<u64> {
 /// The kernels.
 ///
 /// # Errors
-/// `Device` where this build has none; `Io` and `InvalidArgument` for a file that is not there, or is something else.
+/// `Device` where this build has none; `Io` and `InvalidArgument` for a file that is not there, or is
+/// something else.
 pub(super) fn image() -> Result<Image> {
     if let Some(path) = std::env::var_os(IMAGE) {
         let name = path.to_string_lossy();

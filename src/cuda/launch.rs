@@ -88,8 +88,8 @@ pub struct Embedding {
 }
 
 impl BatchRows {
-    /// What the kernels get as the address of slots. A null address would mean that there is only one delta, so a table of no
-    /// slots gets another one, which is never read.
+    /// What the kernels get as the address of slots. A null address would mean that there is only one delta,
+    /// so a table of no slots gets another one, which is never read.
     fn named(self) -> Self {
         Self { slots: self.slots.max(SLOT_ALIGN), ..self }
     }
@@ -112,7 +112,8 @@ impl Linear {
         plan::linear(self.weight.dtype, rows, self.weight.shape)
     }
 
-    /// Bytes of device memory that [`delta_linear`] works in, aligned to 16; 0 is none. No address is looked at.
+    /// Bytes of device memory that [`delta_linear`] works in, aligned to 16; 0 is none. No address is looked
+    /// at.
     ///
     /// # Errors
     /// `Unsupported` for a dtype that does not compute or for too many rows, slots or words.
@@ -171,15 +172,16 @@ fn check_aligned(what: &str, address: u64, to: u64) -> Result<()> {
     Err(Error::invalid(format!("{what} is at an address that is no multiple of {to} bytes")))
 }
 
-/// `out [n, k]`, words of `base`'s dtype at an address of the device, becomes the fine-tuned matrix, bit for bit.
+/// `out [n, k]`, words of `base`'s dtype at an address of the device, becomes the fine-tuned matrix, bit for
+/// bit.
 ///
 /// # Errors
-/// `Device`, `Unsupported` for a matrix too large, `InvalidArgument` for a misaligned address; and what an earlier call reported
-/// (see [`super::status`]).
+/// `Device`, `Unsupported` for a matrix too large, `InvalidArgument` for a misaligned address; and what an
+/// earlier call reported (see [`super::status`]).
 ///
 /// # Safety
-/// `base`, `out` and `delta_bytes` bytes at `delta` are memory that the device can reach until the stream has passed this call; `out`
-/// overlaps nothing. Their contents may be anything.
+/// `base`, `out` and `delta_bytes` bytes at `delta` are memory that the device can reach until the stream has
+/// passed this call; `out` overlaps nothing. Their contents may be anything.
 pub unsafe fn delta_restore(
     place: Place,
     base: DeviceMatrix,
@@ -208,7 +210,8 @@ pub unsafe fn delta_restore(
     unsafe { device.launch(launch, place.stream, params.pack()) }
 }
 
-/// `weight [n, k]` turns from base into fine-tuned words, in place. Its digest is not compared: who loads a delta does that.
+/// `weight [n, k]` turns from base into fine-tuned words, in place. Its digest is not compared: who loads a
+/// delta does that.
 ///
 /// # Errors
 /// As [`delta_restore`].
@@ -245,16 +248,16 @@ fn check_linear(args: &Linear, out: u64) -> Result<()> {
     args.rows.map_or(Ok(()), |rows| rows.check(args.m))
 }
 
-/// Row i of `out [m, k]`, words of the weight's dtype, becomes row `indices[i]` of the fine-tuned table of row i's tenant, bit for
-/// bit. An index outside of the table gives all bits set, and a report. Where the weight's words are bits, each tenant's delta
-/// says which dtype they are.
+/// Row i of `out [m, k]`, words of the weight's dtype, becomes row `indices[i]` of the fine-tuned table of
+/// row i's tenant, bit for bit. An index outside of the table gives all bits set, and a report. Where the
+/// weight's words are bits, each tenant's delta says which dtype they are.
 ///
 /// # Errors
 /// As [`delta_restore`], and `Unsupported` for too many rows or slots.
 ///
 /// # Safety
-/// All that `args` names, and `[m, k]` words at `out`, is memory that the device can reach until the stream has passed this
-/// call; `out` overlaps nothing. Contents may be anything.
+/// All that `args` names, and `[m, k]` words at `out`, is memory that the device can reach until the stream
+/// has passed this call; `out` overlaps nothing. Contents may be anything.
 pub unsafe fn delta_embedding(place: Place, args: &Embedding, out: u64) -> Result<()> {
     let DeviceMatrix { dtype, shape, address, .. } = args.weight;
     let launch = plan::embedding(dtype, args.m, args.rows.slot_count, shape)?;
@@ -286,14 +289,16 @@ pub unsafe fn delta_embedding(place: Place, args: &Embedding, out: u64) -> Resul
     unsafe { device.launch(launch, place.stream, params.pack()) }
 }
 
-/// `out [m, n] = x @ (weight (+) delta)^T + bias`, each row of x with its own tenant's delta where `rows` is given.
+/// `out [m, n] = x @ (weight (+) delta)^T + bias`, each row of x with its own tenant's delta where `rows` is
+/// given.
 ///
 /// # Errors
 /// As [`delta_restore`], and `Unsupported` for a dtype that does not compute.
 ///
 /// # Safety
-/// All that `args` names, `[m, n]` words at `out` and [`Linear::workspace_bytes`] at `workspace` are memory that the device can
-/// reach until the stream has passed this call; `out` and `workspace` overlap nothing. Their contents may be anything.
+/// All that `args` names, `[m, n]` words at `out` and [`Linear::workspace_bytes`] at `workspace` are memory
+/// that the device can reach until the stream has passed this call; `out` and `workspace` overlap nothing.
+/// Their contents may be anything.
 pub unsafe fn delta_linear(place: Place, args: &Linear, workspace: u64, out: u64) -> Result<()> {
     let product = args.plan()?;
     check_linear(args, out)?;
@@ -305,7 +310,8 @@ pub unsafe fn delta_linear(place: Place, args: &Linear, workspace: u64, out: u64
         Product::Nothing => Ok(()),
         Product::Small(small) => small.launches().try_for_each(|(launch, first, count)| {
             let part = args.rows_of(&all, first as u64, count as u64);
-            // SAFETY: the parameters of that kernel, by its table; rows `first ..` of what the caller promises.
+            // SAFETY: the parameters of that kernel, by its table; rows `first ..` of what the caller
+            // promises.
             unsafe { device.launch(launch, place.stream, part.pack().first(params::SMALL)) }
         }),
         Product::Large(large) => {

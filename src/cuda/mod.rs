@@ -9,12 +9,12 @@
 //! | `driver` | libcuda, loaded when a device is first used; nothing links it |
 //! | `launch` | the ops: plan, pack, launch |
 //!
-//! Nothing here reads or allocates device memory, copies or synchronises: a call checks what the host knows, and puts
-//! kernels on the caller's stream. The first call on a device loads the kernels. Everything after it, and everything at all
-//! on a stream that is being captured, can be part of a CUDA graph.
+//! Nothing here reads or allocates device memory, copies or synchronises: a call checks what the host knows,
+//! and puts kernels on the caller's stream. The first call on a device loads the kernels. Everything after
+//! it, and everything at all on a stream that is being captured, can be part of a CUDA graph.
 //!
-//! What only a kernel can find out (a delta of another matrix, a slot that does not exist) comes out as NaN, and as an error
-//! of the *next* call on that device: see [`status`].
+//! What only a kernel can find out (a delta of another matrix, a slot that does not exist) comes out as NaN,
+//! and as an error of the *next* call on that device: see [`status`].
 
 mod driver;
 mod image;

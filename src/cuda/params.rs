@@ -1,5 +1,5 @@
-//! What each kernel takes, in order: one table per kernel, which declares the struct that a caller fills in, packs it, and is
-//! compared with the kernels' sources by `tests/rust/cuda/plan.rs`.
+//! What each kernel takes, in order: one table per kernel, which declares the struct that a caller fills in,
+//! packs it, and is compared with the kernels' sources by `tests/rust/cuda/plan.rs`.
 
 #![forbid(unsafe_code)]
 
@@ -20,7 +20,8 @@ pub const MOST: usize = 16;
 /// Parameters of `xorz_linear_small_*`: all but the workspace.
 pub const SMALL: usize = 14;
 
-/// Parameters as the driver takes them: each begins a word of 64 bits, little-endian, as every host of a CUDA device is.
+/// Parameters as the driver takes them: each begins a word of 64 bits, little-endian, as every host of a CUDA
+/// device is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packed {
     words: [u64; MOST],
@@ -122,7 +123,8 @@ params! {
 }
 
 params! {
-    /// Of `xorz_linear_segments_*` and `xorz_linear_large_*`; `xorz_linear_small_*` takes the first [`SMALL`] of them.
+    /// Of `xorz_linear_segments_*` and `xorz_linear_large_*`; `xorz_linear_small_*` takes the first [`SMALL`]
+    /// of them.
     Linear {
         x: Pointer,
         weight: Pointer,

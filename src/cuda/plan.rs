@@ -1,4 +1,5 @@
-//! From dtype, shape and rows to what is launched. Pure: no device is asked, so all of it is tested without one.
+//! From dtype, shape and rows to what is launched. Pure: no device is asked, so all of it is tested without
+//! one.
 
 #![forbid(unsafe_code)]
 
@@ -134,7 +135,8 @@ pub struct Large {
     entry: Entry,
     /// Most pairs of a tile of rows of x and one of rows of W.
     pairs: u64,
-    /// Bytes of device memory, aligned to [`WORKSPACE_ALIGN`], that the first launch writes and the second reads.
+    /// Bytes of device memory, aligned to [`WORKSPACE_ALIGN`], that the first launch writes and the second
+    /// reads.
     pub workspace_bytes: usize,
 }
 
@@ -198,7 +200,8 @@ pub fn restore(apply: bool, dtype: Dtype, shape: Shape) -> Result<Launch> {
     Ok(Launch { entry, grid: (blocks.clamp(1, MOST_BLOCKS.0 as usize) as u32, 1) })
 }
 
-/// The launch of `delta_embedding` of `m` rows of a table of `dtype`, one block per 4096 columns; None where nothing comes out.
+/// The launch of `delta_embedding` of `m` rows of a table of `dtype`, one block per 4096 columns; None where
+/// nothing comes out.
 ///
 /// # Errors
 /// `Unsupported` for a table that is too large, or too many rows or slots.
@@ -213,8 +216,8 @@ pub fn embedding(dtype: Dtype, m: usize, slots: usize, table: Shape) -> Result<O
     Ok(Some(Launch { entry, grid: (m as u32, strips as u32) }))
 }
 
-/// Whether tiles of one tenant's rows are the better way. They read the base once a tile: at worst each tenant has one that it
-/// does not fill. A bound on what either way reads decides; no GPU has been asked.
+/// Whether tiles of one tenant's rows are the better way. They read the base once a tile: at worst each
+/// tenant has one that it does not fill. A bound on what either way reads decides; no GPU has been asked.
 fn takes_tiles(rows: ProductRows, four_byte: bool) -> bool {
     if rows.m <= SMALL_ROWS {
         return false;

@@ -1,14 +1,15 @@
 //! How kernels report what only they can see, and how the host says it.
 //!
-//! A kernel that meets a delta it must refuse writes NaN and raises a status word (`cuda/README.md`). The words are pinned
-//! host memory that the device writes through a mapping, one word per op, one set per device: the host reads them without a copy
-//! or a wait, a launch costs nothing more, and the address is fixed, so that a captured graph reports like any launch. Each
-//! call looks at the words of its device first, clears what it finds, and returns that as an error, launching nothing: the
-//! report of an asynchronous call comes with a later one, as CUDA's own errors do. To hear of all that was launched,
-//! synchronise and make one more call.
+//! A kernel that meets a delta it must refuse writes NaN and raises a status word (`cuda/README.md`). The
+//! words are pinned host memory that the device writes through a mapping, one word per op, one set per
+//! device: the host reads them without a copy or a wait, a launch costs nothing more, and the address is
+//! fixed, so that a captured graph reports like any launch. Each call looks at the words of its device first,
+//! clears what it finds, and returns that as an error, launching nothing: the report of an asynchronous call
+//! comes with a later one, as CUDA's own errors do. To hear of all that was launched, synchronise and make
+//! one more call.
 //!
-//! Only the device's atomics order what it writes, only the host clears. A kernel that reports while the host clears may have
-//! its report said twice; of two reports of one op between two calls, one is said.
+//! Only the device's atomics order what it writes, only the host clears. A kernel that reports while the host
+//! clears may have its report said twice; of two reports of one op between two calls, one is said.
 
 #![forbid(unsafe_code)]
 

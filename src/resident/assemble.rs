@@ -1,4 +1,5 @@
-//! The bookkeeping of one delta whose payload goes elsewhere as it is made: into memory, or a file. Reads no words.
+//! The bookkeeping of one delta whose payload goes elsewhere as it is made: into memory, or a file. Reads no
+//! words.
 
 use super::header::{ALIGN, CONTENT_AT, HEADER_BYTES, Header, Listing, content_digest};
 use super::piece::{DeltaPiece, Listed};
@@ -8,9 +9,9 @@ use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype};
 use xxhash_rust::xxh3::Xxh3;
 
-/// Puts a delta together from pieces. The caller appends every piece's payload somewhere, [`Assembler::head_bytes`] from
-/// the start; [`Assembler::finish`] gives what goes before and after. Holds the directories and what is stored apart, no
-/// payload.
+/// Puts a delta together from pieces. The caller appends every piece's payload somewhere,
+/// [`Assembler::head_bytes`] from the start; [`Assembler::finish`] gives what goes before and after. Holds
+/// the directories and what is stored apart, no payload.
 pub struct Assembler {
     plan: Plan,
     header: Header,
@@ -87,7 +88,8 @@ fn padded(bytes: u64) -> u64 {
 pub struct Finished {
     /// Header and directory, [`Assembler::head_bytes`] long; of an unchanged matrix the header alone.
     pub head: Vec<u8>,
-    /// The payload's padding; entries, then exceptions: directory, positions and words. Empty for an unchanged matrix.
+    /// The payload's padding; entries, then exceptions: directory, positions and words. Empty for an
+    /// unchanged matrix.
     pub tail: Vec<u8>,
     /// Whether the payload belongs to the delta; where nothing changed it does not.
     pub keep_payload: bool,
@@ -135,7 +137,8 @@ impl Assembler {
     /// Take the next tiles. Pieces come in the order of the tiles; a piece may hold any number of them.
     ///
     /// # Errors
-    /// `Unsupported` beyond 2^32 units or exceptions; `InvalidArgument` for a piece that contradicts itself or the plan.
+    /// `Unsupported` beyond 2^32 units or exceptions; `InvalidArgument` for a piece that contradicts itself
+    /// or the plan.
     pub fn add(&mut self, piece: &DeltaPiece) -> Result<()> {
         let word = self.header.dtype.word_bytes();
         let units: u64 = piece.units.iter().map(|u| u64::from(*u)).sum();

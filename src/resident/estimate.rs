@@ -1,4 +1,5 @@
-//! The cost model of the resident encodings: what each would take, from a sample of the tiles or from all of them.
+//! The cost model of the resident encodings: what each would take, from a sample of the tiles or from all of
+//! them.
 
 use super::encode::Source;
 use super::header::HEADER_BYTES;
@@ -10,8 +11,8 @@ use crate::codec::{Encoding, GapKind, Grid, Prefer, Rect, exponent};
 use crate::error::Result;
 use crate::matrix::Dtype;
 
-/// `sparse` is worth its bytes below this share of the fine-tuned words' own: it decodes several times faster than
-/// `exponent` (one add per change against a bit stream per word), but near `raw` it saves nothing.
+/// `sparse` is worth its bytes below this share of the fine-tuned words' own: it decodes several times faster
+/// than `exponent` (one add per change against a bit stream per word), but near `raw` it saves nothing.
 const SPARSE_WORTH: f64 = 0.75;
 /// One tile in this many is read,
 const ONE_IN: usize = 64;
@@ -19,8 +20,8 @@ const ONE_IN: usize = 64;
 const LEAST_TILES: usize = 8;
 /// and this many words.
 const LEAST_WORDS: usize = 1 << 18;
-/// Of a sampled tile of more words, only every n-th row counts for widths, which need far fewer words than `sparse`, whose
-/// padding shows in whole tiles alone; n is 4 at most.
+/// Of a sampled tile of more words, only every n-th row counts for widths, which need far fewer words than
+/// `sparse`, whose padding shows in whole tiles alone; n is 4 at most.
 const ROW_WORDS: usize = 1 << 13;
 
 /// A plan, and what it is thought to take.
@@ -28,25 +29,27 @@ const ROW_WORDS: usize = 1 << 13;
 pub struct Estimate {
     /// How to store the matrix.
     pub plan: Plan,
-    /// Bytes of the whole resident delta, scaled from the tiles read. At most one tile's padding off where `exact`, but for
-    /// the ends of `exponent` tiles, which are taken as half full.
+    /// Bytes of the whole resident delta, scaled from the tiles read. At most one tile's padding off where
+    /// `exact`, but for the ends of `exponent` tiles, which are taken as half full.
     pub bytes: u64,
     /// Whether every tile was read.
     pub exact: bool,
 }
 
 impl Estimate {
-    /// Whether a delta that took `actual_bytes` shows that the sample misled, so that another plan may be much better:
-    /// it differs by more than a fifth and 4 KiB. Never after [`estimate_exactly`], nor if nothing changed after all.
+    /// Whether a delta that took `actual_bytes` shows that the sample misled, so that another plan may be
+    /// much better: it differs by more than a fifth and 4 KiB. Never after [`estimate_exactly`], nor if
+    /// nothing changed after all.
     pub fn is_off(&self, actual_bytes: u64) -> bool {
         let slack = (self.bytes / 5).saturating_add(4096);
         !self.exact && actual_bytes > HEADER_BYTES as u64 && actual_bytes.abs_diff(self.bytes) > slack
     }
 }
 
-/// Plan how to store what turns the source's base into its fine_tuned, from a sample: the same tiles every time, about
-/// one in 64, spread over the matrix; all of a small matrix (8 tiles, or 262144 words). Where the sample shows no change, any
-/// change will be an exception: free for an unchanged matrix, and [`Estimate::is_off`] tells surprises.
+/// Plan how to store what turns the source's base into its fine_tuned, from a sample: the same tiles every
+/// time, about one in 64, spread over the matrix; all of a small matrix (8 tiles, or 262144 words). Where the
+/// sample shows no change, any change will be an exception: free for an unchanged matrix, and
+/// [`Estimate::is_off`] tells surprises.
 ///
 /// # Errors
 /// Those of the source.
@@ -72,7 +75,8 @@ pub(crate) fn estimate_by(
     Survey::new(count, source, exactly).choose(prefer)
 }
 
-/// The plan for a given encoding, exactly; the cost model's by size for `Unchanged`, which cannot hold a change.
+/// The plan for a given encoding, exactly; the cost model's by size for `Unchanged`, which cannot hold a
+/// change.
 pub(crate) fn plan_for(source: &mut dyn Source, encoding: Encoding) -> Result<Plan> {
     let shape = source.shape();
     let mut count = Oracle;
@@ -85,8 +89,8 @@ pub(crate) fn plan_for(source: &mut dyn Source, encoding: Encoding) -> Result<Pl
     }
 }
 
-/// Which of `tiles` tiles of at most `tile_words` words are read: one of each of as many equal runs, at a place that
-/// shifts from run to run (by the golden section), so that no period of the matrix hides from it.
+/// Which of `tiles` tiles of at most `tile_words` words are read: one of each of as many equal runs, at a
+/// place that shifts from run to run (by the golden section), so that no period of the matrix hides from it.
 fn sample(tiles: usize, tile_words: usize) -> Vec<usize> {
     let least = LEAST_TILES.max(LEAST_WORDS.div_ceil(tile_words.max(1)));
     if tiles <= least {
@@ -102,7 +106,8 @@ fn sample(tiles: usize, tile_words: usize) -> Vec<usize> {
     (0..count).map(place).collect()
 }
 
-/// Something that counts what a tile would take. A tile here has 16 rows at most; its words are packed and aligned to 8 bytes.
+/// Something that counts what a tile would take. A tile here has 16 rows at most; its words are packed and
+/// aligned to 8 bytes.
 pub(crate) trait Count {
     /// Add each word to its class and the width of its difference.
     fn widths(&mut self, dtype: Dtype, base: &[u8], fine_tuned: &[u8], need: &mut Need);

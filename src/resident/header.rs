@@ -94,8 +94,8 @@ impl Layout {
     }
 }
 
-/// xxh3-128 of what precedes the payload but for the place where this digest is kept, the payload's own xxh3-128 and
-/// what follows the payload: so that it can be made while the payload is written elsewhere.
+/// xxh3-128 of what precedes the payload but for the place where this digest is kept, the payload's own
+/// xxh3-128 and what follows the payload: so that it can be made while the payload is written elsewhere.
 pub(crate) fn content_digest(head: &[u8], payload: u128, tail: &[u8]) -> Digest {
     let mut h = Xxh3::new();
     h.update(&head[..CONTENT_AT.start]);

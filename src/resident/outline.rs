@@ -1,5 +1,5 @@
-//! A resident delta that lies elsewhere, in a file or in frames: header and directories in memory, tiles fetched on demand,
-//! so that a matrix of any size is restored band by band.
+//! A resident delta that lies elsewhere, in a file or in frames: header and directories in memory, tiles
+//! fetched on demand, so that a matrix of any size is restored band by band.
 
 use super::header::{HEADER_BYTES, Header, Layout};
 use crate::codec::Encoding;
@@ -28,8 +28,8 @@ pub(crate) fn head_bytes(header: &[u8; 80]) -> u64 {
 }
 
 impl Outline {
-    /// Read the outline of a delta of `total` bytes. What it allocates is bounded by the tiles of the header's shape: compare
-    /// that with the base before trusting it to be small (`limit`, in tiles).
+    /// Read the outline of a delta of `total` bytes. What it allocates is bounded by the tiles of the
+    /// header's shape: compare that with the base before trusting it to be small (`limit`, in tiles).
     ///
     /// # Errors
     /// `Truncated`, `Corrupt`, `Unsupported` as [`super::Resident::parse`]; those of `read`.
@@ -69,8 +69,9 @@ impl Outline {
         &self.header
     }
 
-    /// Put into `out` a complete resident delta of the tiles `tiles`, which are the tiles of a matrix of `shape`, whole bands or
-    /// a run of one row. Its count of changes and its content digest are not those of what it holds.
+    /// Put into `out` a complete resident delta of the tiles `tiles`, which are the tiles of a matrix of
+    /// `shape`, whole bands or a run of one row. Its count of changes and its content digest are not those of
+    /// what it holds.
     ///
     /// # Errors
     /// `InvalidArgument` if `tiles` and `shape` do not fit each other; those of `read`.

@@ -1,4 +1,5 @@
-//! Encoded tiles, and the plain way of encoding them: what every fast encoder must equal bit for bit. Knows no header.
+//! Encoded tiles, and the plain way of encoding them: what every fast encoder must equal bit for bit. Knows
+//! no header.
 
 use super::plan::Plan;
 use crate::codec::sparse::Builder;
@@ -8,7 +9,8 @@ use crate::error::{Error, Result};
 use crate::matrix::Dtype;
 use std::ops::Range;
 
-/// Tiles of one delta, encoded, in order: what [`super::Assembler::add`] takes. Pieces of a matrix are independent.
+/// Tiles of one delta, encoded, in order: what [`super::Assembler::add`] takes. Pieces of a matrix are
+/// independent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeltaPiece {
     /// Records, stream units or fine-tuned words: bytes of the delta's payload.
@@ -105,12 +107,12 @@ impl DeltaPiece {
 
 /// Encode tiles `tiles` of the matrix that `plan` is for and append them to `out`.
 ///
-/// `base` and `fine_tuned` hold the words of the region that the tiles cover, row after row without gaps, at any
-/// alignment: whole bands (rows of tiles), or, of a matrix of one band, any run of tiles of a single row.
+/// `base` and `fine_tuned` hold the words of the region that the tiles cover, row after row without gaps, at
+/// any alignment: whole bands (rows of tiles), or, of a matrix of one band, any run of tiles of a single row.
 ///
 /// # Errors
-/// `InvalidArgument` for tiles that are no such region, or a plan that no delta of `dtype` can have; `Mismatch` for
-/// other lengths of words. `out` then holds unspecified bytes.
+/// `InvalidArgument` for tiles that are no such region, or a plan that no delta of `dtype` can have;
+/// `Mismatch` for other lengths of words. `out` then holds unspecified bytes.
 pub fn encode_tiles(
     plan: &Plan,
     dtype: Dtype,

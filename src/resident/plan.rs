@@ -38,8 +38,8 @@ impl Plan {
         Self { encoding: h.encoding, grid: Grid { shape, ..h.grid() }, gap: h.gap, widths: h.widths }
     }
 
-    /// Whether tiles of a delta can be copied into one that is written as planned. What layout 0 stores apart of
-    /// `exponent` is not what layout 1 does.
+    /// Whether tiles of a delta can be copied into one that is written as planned. What layout 0 stores apart
+    /// of `exponent` is not what layout 1 does.
     pub(crate) fn same_tiles(&self, h: &Header) -> bool {
         let same_layout = h.version == VERSION || h.encoding != Encoding::Exponent;
         same_layout && *self == Self::of(h, self.grid.shape)

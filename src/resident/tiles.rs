@@ -15,8 +15,9 @@ pub(super) fn lane_ends(word_bits: u8) -> u64 {
     exponent::STREAM_LANES as u64 * u64::from(word_bits) / 2
 }
 
-/// Tiles for `exponent` of `bits` bits in all: as small as their ends allow, since a GPU has a warp for each; of equally many
-/// words the widest. A tile's ends are its lanes', and its places in the directories of units and of entries.
+/// Tiles for `exponent` of `bits` bits in all: as small as their ends allow, since a GPU has a warp for each;
+/// of equally many words the widest. A tile's ends are its lanes', and its places in the directories of units
+/// and of entries.
 pub(super) fn grid(shape: Shape, word_bits: u8, bits: f64) -> Grid {
     let largest = Grid::for_exponent(shape);
     let words = shape.n as f64 * shape.k as f64;

@@ -1,4 +1,5 @@
-//! A borrowed resident delta: sizes checked when it is made, every tile handed out within bounds whatever the bytes.
+//! A borrowed resident delta: sizes checked when it is made, every tile handed out within bounds whatever the
+//! bytes.
 
 use super::header::{CONTENT_AT, Header, Layout, Listing, content_digest};
 use crate::codec::word::{Word, with_word};
@@ -19,7 +20,8 @@ pub struct Resident<'a> {
 }
 
 impl<'a> Resident<'a> {
-    /// A view of `bytes`, one whole resident delta at any alignment. Checks the header and the sizes it announces.
+    /// A view of `bytes`, one whole resident delta at any alignment. Checks the header and the sizes it
+    /// announces.
     ///
     /// # Errors
     /// `Truncated`, `Corrupt`, or `Unsupported` for another layout version.
@@ -43,7 +45,8 @@ impl<'a> Resident<'a> {
         self.header.grid()
     }
 
-    /// The header's and the sections' bytes, in order and without gaps, padding included with what precedes it.
+    /// The header's and the sections' bytes, in order and without gaps, padding included with what precedes
+    /// it.
     pub fn sections(&self) -> Vec<Range<usize>> {
         let l = &self.layout;
         let mut starts = vec![0];
@@ -142,8 +145,8 @@ impl<'a> Resident<'a> {
         Ok((positions, &self.bytes[q + w * span.start..q + w * span.end]))
     }
 
-    /// Check everything that can be checked without the base, in time proportional to the bytes: the digest of the
-    /// content first, then that what it says holds together (a digest is easily forged).
+    /// Check everything that can be checked without the base, in time proportional to the bytes: the digest
+    /// of the content first, then that what it says holds together (a digest is easily forged).
     ///
     /// # Errors
     /// `Corrupt`, naming both digests or the tile.
@@ -253,8 +256,8 @@ impl<'a> Resident<'a> {
         .with_hint(Hint::OtherBase))
     }
 
-    /// What is checked before a word of the base may be changed in place: the delta's bytes ([`Self::check`]) and the
-    /// base's digest ([`Self::check_digest`]). Cheaper than [`Self::check_full`]: nothing is decoded.
+    /// What is checked before a word of the base may be changed in place: the delta's bytes ([`Self::check`])
+    /// and the base's digest ([`Self::check_digest`]). Cheaper than [`Self::check_full`]: nothing is decoded.
     ///
     /// # Errors
     /// `Corrupt`, `Truncated` or `Mismatch`.
@@ -263,8 +266,8 @@ impl<'a> Resident<'a> {
         self.check_digest(base)
     }
 
-    /// Full validation against its base: [`Self::check`], [`Self::check_digest`], and a decode of every tile whose
-    /// changed words are counted.
+    /// Full validation against its base: [`Self::check`], [`Self::check_digest`], and a decode of every tile
+    /// whose changed words are counted.
     ///
     /// # Errors
     /// `Corrupt`, `Truncated` or `Mismatch`.
@@ -298,7 +301,8 @@ impl<'a> Resident<'a> {
     }
 }
 
-/// Positions ascend, at most `most` are equal, and all lie in a tile of so many rows, columns and nominal columns.
+/// Positions ascend, at most `most` are equal, and all lie in a tile of so many rows, columns and nominal
+/// columns.
 fn check_positions(
     what: &str,
     positions: &[u8],
@@ -327,7 +331,8 @@ pub(crate) fn read_tile(matrix: &Matrix<'_>, grid: &Grid, index: usize, out: &mu
     (rect.r0..rect.r1).for_each(|r| out.extend_from_slice(matrix.span(r, rect.c0, rect.cols())));
 }
 
-/// Restore the fine-tuned matrix: `out` takes its `n * k` words, little-endian. The oracle of every faster restore.
+/// Restore the fine-tuned matrix: `out` takes its `n * k` words, little-endian. The oracle of every faster
+/// restore.
 ///
 /// # Errors
 /// `Mismatch` if base or `out` have another dtype, shape or length; `Corrupt` or `Truncated` for bad bytes.

@@ -1,17 +1,19 @@
 //! Widths by exponent: what a table costs on the words counted, and which to take. Must read no words.
 //!
-//! A step of the optimizer moves a word by about the learning rate, so the width that a class asks for falls by one with every
-//! step of its exponent: a table is given by where it begins and how. Tables are taken from that **canonical family** wherever it
-//! is nearly as good as any, so that tenants of like learning rates come out with the same one, and their words are decoded
-//! together (classes, widths and masks looked up once for all). On small real pairs (`tests/rust/codec/sizes.rs`) 5 of 7 matrices of a
-//! tune take one table, from learning rates of 5e-6 to 1e-4, at 0.2 % more bits than free tables; at 1e-6 3 of 7, at 1.2 %.
+//! A step of the optimizer moves a word by about the learning rate, so the width that a class asks for falls
+//! by one with every step of its exponent: a table is given by where it begins and how. Tables are taken from
+//! that **canonical family** wherever it is nearly as good as any, so that tenants of like learning rates
+//! come out with the same one, and their words are decoded together (classes, widths and masks looked up once
+//! for all). On small real pairs (`tests/rust/codec/sizes.rs`) 5 of 7 matrices of a tune take one table, from
+//! learning rates of 5e-6 to 1e-4, at 0.2 % more bits than free tables; at 1e-6 3 of 7, at 1.2 %.
 //!
-//! The 32 widths stay in the header as they are, instead of the family's four numbers: kernels read them without arithmetic,
-//! and other tables remain possible where the family costs more, and where a later encoder knows better.
+//! The 32 widths stay in the header as they are, instead of the family's four numbers: kernels read them
+//! without arithmetic, and other tables remain possible where the family costs more, and where a later
+//! encoder knows better.
 //!
-//! **Tried**: one class more or less for all of a batch costs 1.25 to 1.9 times the bits; a ramp that does not leap near its end
-//! (8, 9, 10, 16) 2 to 6 %, since what a step takes through zero costs two entries in the classes that lie just above; without
-//! `less` no table came within 3 % at a learning rate of 1e-4.
+//! **Tried**: one class more or less for all of a batch costs 1.25 to 1.9 times the bits; a ramp that does
+//! not leap near its end (8, 9, 10, 16) 2 to 6 %, since what a step takes through zero costs two entries in
+//! the classes that lie just above; without `less` no table came within 3 % at a learning rate of 1e-4.
 
 use super::plan::Plan;
 use super::tiles::{grid, lane_ends};
@@ -23,8 +25,8 @@ use crate::matrix::{Dtype, Shape};
 /// A canonical table is taken if it costs at most this factor over the best one.
 const CANONICAL_WORTH: f64 = 1.03;
 
-/// `first` and `twos` of the ramps that most tunes of 16-bit words come near, in the order in which they are tried, and the
-/// factor over the best table that they may cost.
+/// `first` and `twos` of the ramps that most tunes of 16-bit words come near, in the order in which they are
+/// tried, and the factor over the best table that they may cost.
 const COMMON: [(u8, usize); 2] = [(3, 2), (3, 1)];
 const COMMON_WORTH: f64 = 1.01;
 
@@ -120,8 +122,8 @@ impl Widths {
             Some(sum)
         };
         let cheapest = cost(&|class| free[class], u64::MAX).unwrap_or(0);
-        // What most tunes come out with, if it costs next to nothing: tables that differ little else change from tenant to
-        // tenant by the chance of their words.
+        // What most tunes come out with, if it costs next to nothing: tables that differ little else change
+        // from tenant to tenant by the chance of their words.
         let worth = (cheapest as f64 * COMMON_WORTH) as u64;
         for (first, twos) in COMMON {
             let ramps = (0..TOPS).map(|top| Ramp { word_bits: self.word_bits, top, twos, first, less: 0 });
@@ -156,11 +158,12 @@ impl Widths {
     }
 }
 
-/// A table of the canonical family, by the class of the base word. With `d` steps of the exponent from class `top` down to a word's own: above `top` nothing;
-/// 2 bits for `twos` classes; then `first - less`, `first + 1`, `first + 2` and so on up to eight bits below the word's; six
-/// below it; from there on whole words. (Of a bf16 word: 7, 8, 10, 16. A word that a step takes through zero has no
-/// difference of few bits, whatever the step.) `top` from 32 on is that of exponents beyond 127: no class lies above it then,
-/// since class 31 follows after class 0.
+/// A table of the canonical family, by the class of the base word. With `d` steps of the exponent from class
+/// `top` down to a word's own: above `top` nothing; 2 bits for `twos` classes; then `first - less`, `first +
+/// 1`, `first + 2` and so on up to eight bits below the word's; six below it; from there on whole words. (Of
+/// a bf16 word: 7, 8, 10, 16. A word that a step takes through zero has no difference of few bits, whatever
+/// the step.) `top` from 32 on is that of exponents beyond 127: no class lies above it then, since class 31
+/// follows after class 0.
 #[derive(Clone, Copy, Debug)]
 struct Ramp {
     word_bits: u8,

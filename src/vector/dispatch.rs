@@ -1,7 +1,7 @@
 //! Which instance of the vector trait runs: chosen once, on the first op, from what the machine has.
 //!
-//! `XORZ_ISA=scalar|avx2|avx512|avx512vbmi2|avx512bf16` in the environment asks for a lower one; an unknown or unavailable value is an error
-//! of the first op, not a silent other choice. Must hold no kernel.
+//! `XORZ_ISA=scalar|avx2|avx512|avx512vbmi2|avx512bf16` in the environment asks for a lower one; an unknown
+//! or unavailable value is an error of the first op, not a silent other choice. Must hold no kernel.
 
 use crate::error::{Error, Result};
 use std::sync::OnceLock;
@@ -17,7 +17,8 @@ pub enum Isa {
     Avx512,
     /// AVX-512 with VBMI2, which decodes `exponent` at the speed of memory.
     Avx512Vbmi2,
-    /// The same with the bf16 dot product, which `mode = "fast"` uses: its bits then differ from those of the others.
+    /// The same with the bf16 dot product, which `mode = "fast"` uses: its bits then differ from those of the
+    /// others.
     Avx512Bf16,
 }
 
@@ -70,8 +71,8 @@ impl Isa {
     }
 }
 
-/// Run `$body` with `$s` bound to the instance of `$isa`; `Err` where the machine lacks it. The body is compiled once per
-/// instance, so it should be a call.
+/// Run `$body` with `$s` bound to the instance of `$isa`; `Err` where the machine lacks it. The body is
+/// compiled once per instance, so it should be a call.
 macro_rules! on_isa {
     ($isa:expr, $s:ident => $body:expr) => {
         match $isa {

@@ -1,4 +1,5 @@
-//! How ops run their tasks: the caller's threads, through one callback. This crate starts no thread for an op.
+//! How ops run their tasks: the caller's threads, through one callback. This crate starts no thread for an
+//! op.
 
 use crate::error::{Error, Result};
 use std::sync::Mutex;
@@ -30,12 +31,13 @@ impl Executor for Serial {
     }
 }
 
-/// Words of work that a task takes at least: some 5 us. Waking another thread for less takes longer, and on a busy machine
-/// milliseconds. A caller's task is the unit of that: an op below it runs on the calling thread alone.
+/// Words of work that a task takes at least: some 5 us. Waking another thread for less takes longer, and on a
+/// busy machine milliseconds. A caller's task is the unit of that: an op below it runs on the calling thread
+/// alone.
 pub(crate) const LEAST_WORDS: usize = 1 << 15;
 
-/// Where tasks of at least `least` words of work end: neighbouring pieces, each worth so many words, go together. What is left
-/// over at the end goes with the last task.
+/// Where tasks of at least `least` words of work end: neighbouring pieces, each worth so many words, go
+/// together. What is left over at the end goes with the last task.
 pub(crate) fn task_ends(least: usize, pieces: impl IntoIterator<Item = usize>) -> Vec<usize> {
     let (mut ends, mut words, mut count) = (Vec::new(), 0usize, 0);
     for piece in pieces {
@@ -53,8 +55,8 @@ pub(crate) fn task_ends(least: usize, pieces: impl IntoIterator<Item = usize>) -
     ends
 }
 
-/// Run fallible pieces of work, piece `i` worth `words[i]` words, as tasks of at least `least` of them; of several errors
-/// the one of the lowest piece is given back. Every op shares its work out through here.
+/// Run fallible pieces of work, piece `i` worth `words[i]` words, as tasks of at least `least` of them; of
+/// several errors the one of the lowest piece is given back. Every op shares its work out through here.
 pub(crate) fn try_run(
     exec: &dyn Executor,
     least: usize,

@@ -1,5 +1,5 @@
-//! The three dtypes that linear layers compute on, as kernels see them: how words become lanes and results become words.
-//! Must hold no algorithm.
+//! The three dtypes that linear layers compute on, as kernels see them: how words become lanes and results
+//! become words. Must hold no algorithm.
 
 use super::lanes::Lane;
 use super::simd::{GROUP, Simd};
@@ -26,7 +26,8 @@ pub(crate) trait Float: Copy + Send + Sync + 'static {
     fn zeros() -> Self::Group;
     /// The whole groups of a run of words, and what is left.
     fn groups(words: &[u8]) -> (&[Self::Group], &[u8]);
-    /// A group as two vectors: the *split* order of the dtype (bf16: even words, odd words; else: first half, second).
+    /// A group as two vectors: the *split* order of the dtype (bf16: even words, odd words; else: first half,
+    /// second).
     fn load<S: Simd>(s: S, group: &Self::Group) -> (S::F, S::F);
     /// Where in the split order of its group a word's value lies; `i < GROUP`.
     fn split_place(i: usize) -> usize;
@@ -38,7 +39,8 @@ pub(crate) trait Float: Copy + Send + Sync + 'static {
     fn round(value: f32) -> Self::Word;
     /// [`Float::round`] of a finite value, without a branch where there is a way.
     fn round_finite(value: f32) -> Self::Word;
-    /// The word of a value that the dtype holds exactly; the oracle's choice of others (`codec::split::narrow`).
+    /// The word of a value that the dtype holds exactly; the oracle's choice of others
+    /// (`codec::split::narrow`).
     fn narrow(value: f32) -> Self::Word;
     /// Write a word.
     fn put(to: &Self::Shared, word: Self::Word);
@@ -69,7 +71,8 @@ pub(crate) trait Float: Copy + Send + Sync + 'static {
     }
 }
 
-/// f64 to f32 (`near` is the nearest), rounded to odd: rounding the result again, to a dtype of at most 22 bits, equals rounding once.
+/// f64 to f32 (`near` is the nearest), rounded to odd: rounding the result again, to a dtype of at most 22
+/// bits, equals rounding once.
 fn to_odd(value: f64, near: f32) -> f32 {
     if !near.is_finite() || f64::from(near) == value {
         return near;
@@ -203,7 +206,8 @@ mod tests {
 
     #[test]
     fn an_f64_is_rounded_once() {
-        // Just above the middle of two bf16: rounding to f32 first would land on the middle, and then on even.
+        // Just above the middle of two bf16: rounding to f32 first would land on the middle, and then on
+        // even.
         let value = 1.0 + 2f64.powi(-8) + 2f64.powi(-40);
         assert_eq!(BF16::round_f64(value), 0x3F81);
         assert_eq!(BF16::round_f64(-value), 0xBF81);

@@ -1,15 +1,17 @@
-//! The bit streams of `exponent` (see `codec::exponent`), 32 words per step: what every fast decoder keeps between steps,
-//! the portable decoder, and how a tile's stream is fed to one without ever being read past its end. Equal to the
-//! codec's `Decoder` bit for bit, error for error. Must hold no exception, no product and no intrinsic.
+//! The bit streams of `exponent` (see `codec::exponent`), 32 words per step: what every fast decoder keeps
+//! between steps, the portable decoder, and how a tile's stream is fed to one without ever being read past
+//! its end. Equal to the codec's `Decoder` bit for bit, error for error. Must hold no exception, no product
+//! and no intrinsic.
 //!
-//! **Floor.** Bytes: the base word, once, and the word's bits of stream. Operations, for 32 words of 16 bits with AVX2
-//! (`x86_64/lanes.rs`): 2 loads and 2 stores of words; 5 for their classes, 5 to look up widths; 2 for who takes a unit;
-//! about 18 on pointers and 10 to hand out the units; 10 for masks and halves; 8 to join old bits and unit, 6 for the
-//! words; 22 for what is left of the bits and how many. About 90 (and some 20 loads of tables, for want of registers):
-//! 23 to 30 cycles at 4 a cycle, 0.25 ns a word at 3.3 GHz, beside 0.17 ns that one core takes to fetch a bf16 word at 12
-//! GB/s. Measured: 0.33 with the other hyperthread quiet, 0.38 with it busy. Lanes of 32 bits: 27 for 8 words, 0.62
-//! measured. Portable: a dozen dependent operations per word and the round trip of a lane through memory, no branch that
-//! depends on data: 2.5 to 3.8 measured, where branches took 2 (few change) to 9.
+//! **Floor.** Bytes: the base word, once, and the word's bits of stream. Operations, for 32 words of 16 bits
+//! with AVX2 (`x86_64/lanes.rs`): 2 loads and 2 stores of words; 5 for their classes, 5 to look up widths; 2
+//! for who takes a unit; about 18 on pointers and 10 to hand out the units; 10 for masks and halves; 8 to
+//! join old bits and unit, 6 for the words; 22 for what is left of the bits and how many. About 90 (and some
+//! 20 loads of tables, for want of registers): 23 to 30 cycles at 4 a cycle, 0.25 ns a word at 3.3 GHz,
+//! beside 0.17 ns that one core takes to fetch a bf16 word at 12 GB/s. Measured: 0.33 with the other
+//! hyperthread quiet, 0.38 with it busy. Lanes of 32 bits: 27 for 8 words, 0.62 measured. Portable: a dozen
+//! dependent operations per word and the round trip of a lane through memory, no branch that depends on data:
+//! 2.5 to 3.8 measured, where branches took 2 (few change) to 9.
 
 use super::simd::{GROUP, Simd};
 use crate::codec::ExponentTile;
@@ -27,8 +29,8 @@ pub(crate) const MICRO: usize = 1024;
 /// Bytes that a step may take at most, for words of 4 bytes.
 const MOST: usize = STEP * 4;
 
-/// What the lanes hold between steps. After a step a lane has fewer bits than a unit: it took the unit because it had
-/// fewer than it needed, and what it needed is gone.
+/// What the lanes hold between steps. After a step a lane has fewer bits than a unit: it took the unit
+/// because it had fewer than it needed, and what it needed is gone.
 #[derive(Clone, Copy)]
 pub(crate) struct LaneBits<W> {
     /// The bits, the next one lowest, none above those held.
@@ -57,8 +59,9 @@ pub(crate) struct Progress {
 
 /// A word whose lanes have fast decoders.
 pub(crate) trait Lane: Word {
-    /// Decode step after step of `words`, as long as `units` has the bytes that any step may take (`STEP * BYTES`); the last
-    /// step may be of fewer words. The base's words are those of `base`, as many bytes as `words` has, or in `words`.
+    /// Decode step after step of `words`, as long as `units` has the bytes that any step may take (`STEP *
+    /// BYTES`); the last step may be of fewer words. The base's words are those of `base`, as many bytes as
+    /// `words` has, or in `words`.
     fn steps<S: Simd>(
         s: S,
         lanes: &mut LaneBits<Self>,
@@ -137,8 +140,8 @@ pub(crate) fn portable<W: Word>(
         for ((word, bits), held) in step.iter_mut().zip(&mut lanes.bits).zip(&mut lanes.held) {
             let w = u64::from(code.widths[(word.to_u64() >> code.shift & 31) as usize]);
             let have = held.to_u64();
-            // All ones where the lane takes a unit. Lanes before this one took at most one each, so the load stays
-            // within the step's units, wanted or not.
+            // All ones where the lane takes a unit. Lanes before this one took at most one each, so the load
+            // stays within the step's units, wanted or not.
             let takes = u64::from(have < w).wrapping_neg();
             let unit = W::load(&units[taken..taken + W::BYTES]).to_u64() & takes;
             taken += W::BYTES & takes as usize;
@@ -180,8 +183,8 @@ impl<'a, W: Lane> Decoder<'a, W> {
         }
     }
 
-    /// Decode the next `words.len()` columns: base words in, fine-tuned ones out (exceptions apart). The base's words are
-    /// those of `base`, as many bytes as `words` has, or in `words`.
+    /// Decode the next `words.len()` columns: base words in, fine-tuned ones out (exceptions apart). The
+    /// base's words are those of `base`, as many bytes as `words` has, or in `words`.
     ///
     /// # Errors
     /// `Truncated` where the stream ends early: it is cut, or belongs to another base.
@@ -205,14 +208,16 @@ impl<'a, W: Lane> Decoder<'a, W> {
         let Some((at, end)) = &mut self.left else { return Ok(()) };
         let done = W::steps(s, &mut self.lanes, self.code, &self.tail[*at..], base, words);
         *at += done.bytes;
-        // Steps go on in the zeros; but where they stop for want of them, they have taken more than there was.
+        // Steps go on in the zeros; but where they stop for want of them, they have taken more than there
+        // was.
         if *at > *end || done.words < words.len() {
             return Err(ended());
         }
         Ok(())
     }
 
-    /// Decode the next words of `base` and multiply them at once, as far as [`Lane::dots`] goes. Gives how many words.
+    /// Decode the next words of `base` and multiply them at once, as far as [`Lane::dots`] goes. Gives how
+    /// many words.
     pub(crate) fn dots<S: Simd, const M: usize>(
         &mut self,
         s: S,

@@ -1,14 +1,14 @@
-//! One tile's fine-tuned words, packed by pairs of columns into panels for the bf16 dot product: what products with many
-//! rows stand on. Equal to `tile` and `Bf16Dot::pack` one after the other.
+//! One tile's fine-tuned words, packed by pairs of columns into panels for the bf16 dot product: what
+//! products with many rows stand on. Equal to `tile` and `Bf16Dot::pack` one after the other.
 //!
 //! ```text
 //! for each 16 rows of the tile:  their words (the base's as they lie, or decoded into scratch, with entries), packed
 //! then, in the panels:           entries of `sparse`, exceptions
 //! ```
 //!
-//! Words are never copied before they are packed, and entries are added where the product will read them: a copy of a tile
-//! of 16 x 4096 words drove the panel and the next rows of the base out of the second cache, 1.1 ms of 5.0 with 32 rows of x
-//! (4096 x 4096, 0.5 % changed, Zen 4).
+//! Words are never copied before they are packed, and entries are added where the product will read them: a
+//! copy of a tile of 16 x 4096 words drove the panel and the next rows of the base out of the second cache,
+//! 1.1 ms of 5.0 with 32 rows of x (4096 x 4096, 0.5 % changed, Zen 4).
 
 use super::bf16dot::{Bf16Dot, PANEL_ROWS, Pair};
 use super::lanes::Decoder;
@@ -32,8 +32,8 @@ pub(crate) struct Panels<'p> {
 }
 
 impl Panels<'_> {
-    /// Put rows of words into rows `at..at + rows` (`at` a multiple of sixteen), sixteen at a time. What a last sixteen lacks
-    /// is zeros.
+    /// Put rows of words into rows `at..at + rows` (`at` a multiple of sixteen), sixteen at a time. What a
+    /// last sixteen lacks is zeros.
     #[inline(always)]
     pub(crate) fn put<'r, S: Bf16Dot>(
         &mut self,
@@ -49,8 +49,8 @@ impl Panels<'_> {
         }
     }
 
-    /// Put the fine-tuned words of tile `index` of a delta of bf16 words into rows `at..` (`at` a multiple of sixteen).
-    /// `words` is scratch for sixteen rows of the tile.
+    /// Put the fine-tuned words of tile `index` of a delta of bf16 words into rows `at..` (`at` a multiple of
+    /// sixteen). `words` is scratch for sixteen rows of the tile.
     ///
     /// # Errors
     /// `Corrupt` or `Truncated` for bad delta bytes; the panels then hold unspecified words.
@@ -77,7 +77,8 @@ impl Panels<'_> {
         done.map_err(|e| e.within(format!("delta, tile {index}")))
     }
 
-    /// What the compact code of a tile gives, and the entries of `exponent`, while those rows are in the first cache.
+    /// What the compact code of a tile gives, and the entries of `exponent`, while those rows are in the
+    /// first cache.
     #[inline(always)]
     fn compact<S: Bf16Dot>(
         &mut self,

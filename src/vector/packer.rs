@@ -1,5 +1,5 @@
-//! What fast encoders need of an instruction set, and the type of those that have nothing to give. Must hold no
-//! algorithm: `exponent`, `sparse` and `count` beside this file do.
+//! What fast encoders need of an instruction set, and the type of those that have nothing to give. Must hold
+//! no algorithm: `exponent`, `sparse` and `count` beside this file do.
 
 use crate::codec::word::Word;
 use crate::vector::lanes::{Code, STEP};
@@ -24,18 +24,21 @@ pub(crate) struct Packed {
     pub(crate) cut: bool,
 }
 
-/// Bytes that a buffer must have below the units that are still to come, since units are written in whole vectors.
+/// Bytes that a buffer must have below the units that are still to come, since units are written in whole
+/// vectors.
 pub(crate) const SLACK: usize = 5 * STEP;
 
-/// An instruction set with fast encoders. Rows are packed words of any alignment, base and fine_tuned of one length.
+/// An instruction set with fast encoders. Rows are packed words of any alignment, base and fine_tuned of one
+/// length.
 pub(crate) trait Packer: Copy + Send + Sync + 'static {
     /// Add to each lane the bits that the words of a row take.
     fn sums16(self, code: Code<'_>, base: &[u8], sums: &mut [u16; STEP]);
     /// The same for 32-bit words.
     fn sums32(self, code: Code<'_>, base: &[u8], sums: &mut [u32; STEP]);
 
-    /// Pack a row's words from the last to the first: units end up in their order, below what was packed before.
-    /// `misfits` takes the columns of words whose difference does not fit, descending; their bits say that they are unchanged.
+    /// Pack a row's words from the last to the first: units end up in their order, below what was packed
+    /// before. `misfits` takes the columns of words whose difference does not fit, descending; their bits say
+    /// that they are unchanged.
     fn pack16(
         self,
         lanes: &mut OpenUnit<u16>,

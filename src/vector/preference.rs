@@ -1,8 +1,9 @@
 //! What `prefer="auto"` comes to on this machine.
 //!
-//! `memory` where `exponent` is decoded about as fast as the base's words come from memory: with the bf16 dot product and
-//! VBMI2 (one tenant at 0.7 to 1.0 of a dense product's speed). Everywhere else `exponent` takes two to six times as long as
-//! `sparse`, and `auto` is `speed`. By instruction set alone, not measured: the two forms differ in bytes and may in bits.
+//! `memory` where `exponent` is decoded about as fast as the base's words come from memory: with the bf16 dot
+//! product and VBMI2 (one tenant at 0.7 to 1.0 of a dense product's speed). Everywhere else `exponent` takes
+//! two to six times as long as `sparse`, and `auto` is `speed`. By instruction set alone, not measured: the
+//! two forms differ in bytes and may in bits.
 
 use super::dispatch::Isa;
 use super::trace::traces;
@@ -10,7 +11,8 @@ use crate::codec::Prefer;
 use crate::error::{Error, Result};
 use std::sync::Once;
 
-/// The preference of a name: "speed", "memory", or "auto" for what is right for this machine's instruction set.
+/// The preference of a name: "speed", "memory", or "auto" for what is right for this machine's instruction
+/// set.
 ///
 /// # Errors
 /// `InvalidArgument` for another name; those of [`Isa::active`] for "auto".

@@ -1,5 +1,6 @@
-//! What is known of the processor: who made it, its family, and what it has beside the instruction sets of `dispatch`. What
-//! the cost model goes by where a choice changes bits, since this never changes on a machine, as a measurement does.
+//! What is known of the processor: who made it, its family, and what it has beside the instruction sets of
+//! `dispatch`. What the cost model goes by where a choice changes bits, since this never changes on a
+//! machine, as a measurement does.
 
 use std::sync::OnceLock;
 

@@ -97,8 +97,8 @@ impl<S: Simd> LaneColumns for VectorColumns<S> {
 /// Not an `Iterator`: its methods must be inlined into the kernel that walks, and those of adapters need not
 /// be.
 pub(crate) struct Records<'t, C, const GAP: usize> {
-    /// Gaps and differences. Zipped they share one counter, where two would cost the gathered product 5 % of its
-    /// instructions.
+    /// Gaps and differences. Zipped they share one counter, where two would cost the gathered product 5 % of
+    /// its instructions.
     records: Zip<ChunksExact<'t, u8>, ChunksExact<'t, u8>>,
     columns: C,
     largest: C,

@@ -1,10 +1,11 @@
-//! Some rows and columns of the fine-tuned matrix: only the tiles that they touch are read, and of those no more than the
-//! encoding asks for. Every dtype; equal to the same part of `resident::restore` bit for bit.
+//! Some rows and columns of the fine-tuned matrix: only the tiles that they touch are read, and of those no
+//! more than the encoding asks for. Every dtype; equal to the same part of `resident::restore` bit for bit.
 //!
-//! What a part of a tile costs. `raw`, `unchanged`: its words. `sparse`: its words, and the gaps of the tile's records up to
-//! where every row asked is past the last column asked; a difference is read only where it belongs to a word asked. `exponent`:
-//! lanes carry bits from word to word, in rows from left to right and on to the next row, so every word of the tile before
-//! the last one asked is decoded; what is stored apart is found by halving.
+//! What a part of a tile costs. `raw`, `unchanged`: its words. `sparse`: its words, and the gaps of the
+//! tile's records up to where every row asked is past the last column asked; a difference is read only where
+//! it belongs to a word asked. `exponent`: lanes carry bits from word to word, in rows from left to right and
+//! on to the next row, so every word of the tile before the last one asked is decoded; what is stored apart
+//! is found by halving.
 
 use super::exec::{Executor, LEAST_WORDS, try_run};
 use super::float::{BF16, F16, F32};
@@ -179,7 +180,8 @@ impl TilePart {
         self.decode(tile, stripe, words, base, advance)
     }
 
-    /// Decode from the tile's first word to the part's last one, a run of columns at a time, and keep those of the part.
+    /// Decode from the tile's first word to the part's last one, a run of columns at a time, and keep those
+    /// of the part.
     fn decode<W: Word>(
         &self,
         tile: &ExponentTile<'_>,
@@ -212,7 +214,8 @@ impl TilePart {
         Ok(())
     }
 
-    /// The positions of the part's words in row `r`; where it ends with the tile, also those that the tile lacks.
+    /// The positions of the part's words in row `r`; where it ends with the tile, also those that the tile
+    /// lacks.
     fn places(&self, r: usize) -> Range<usize> {
         let end = if self.columns.end == self.rect.cols() { self.tile_cols } else { self.columns.end };
         r * self.tile_cols + self.columns.start..r * self.tile_cols + end
@@ -252,8 +255,8 @@ fn walk_part<W: Word, C: Change<W>>(
     }
 }
 
-/// The entries of a part's lanes, record after record. Columns are kept for all lanes alike, in vectors of 16 bits, and looked
-/// at one by one only where one is the part's.
+/// The entries of a part's lanes, record after record. Columns are kept for all lanes alike, in vectors of 16
+/// bits, and looked at one by one only where one is the part's.
 fn walk_part_gaps<W: Word, C: Change<W>, const GAP: usize>(
     tile: &SparseTile<'_>,
     part: &TilePart,

@@ -1,5 +1,5 @@
-//! Fine-tuned words: `delta_restore`, `delta_restore_rows`, `delta_restore_region`, `delta_apply`, `patch`. Every dtype; equal to
-//! `resident::restore` bit for bit.
+//! Fine-tuned words: `delta_restore`, `delta_restore_rows`, `delta_restore_region`, `delta_apply`, `patch`.
+//! Every dtype; equal to `resident::restore` bit for bit.
 
 use super::dispatch::{Isa, on_isa};
 use super::exec::{Executor, LEAST_WORDS, try_run};
@@ -16,8 +16,8 @@ use std::sync::Mutex;
 /// Restore the fine-tuned matrix: `out` takes its `n * k` words, any dtype, any alignment. Bit-exact.
 ///
 /// # Errors
-/// `Mismatch` where base, delta and out do not fit; `Corrupt` or `Truncated` for bad delta bytes, `out` then holds
-/// unspecified words.
+/// `Mismatch` where base, delta and out do not fit; `Corrupt` or `Truncated` for bad delta bytes, `out` then
+/// holds unspecified words.
 pub fn delta_restore(
     delta: &Resident<'_>,
     base: &Matrix<'_>,
@@ -56,12 +56,12 @@ pub fn delta_restore_rows_on(
     delta_restore_region_on(isa, delta, base, (rows, 0..base.shape().k), out, exec)
 }
 
-/// Restore the words of rows `rows` and columns `columns` of the fine-tuned matrix: `out` takes them row after row, without
-/// gaps. Of a tile that is not asked as a whole, `sparse` and `raw` read little more than what is asked, `exponent` all
-/// words before the last one asked.
+/// Restore the words of rows `rows` and columns `columns` of the fine-tuned matrix: `out` takes them row
+/// after row, without gaps. Of a tile that is not asked as a whole, `sparse` and `raw` read little more than
+/// what is asked, `exponent` all words before the last one asked.
 ///
-/// Memory-safe on any bytes. What is not needed for the words asked is not looked at: `Resident::check` tells whether a
-/// delta is whole.
+/// Memory-safe on any bytes. What is not needed for the words asked is not looked at: `Resident::check` tells
+/// whether a delta is whole.
 ///
 /// # Errors
 /// As [`delta_restore`]; `InvalidArgument` for rows or columns beyond the matrix.
@@ -91,12 +91,13 @@ pub fn delta_restore_region_on(
     on_isa!(isa, s => region_of(s, delta, base, (rows, columns), out, exec))?
 }
 
-/// `codec::decode_tile` of an `exponent` tile on an instruction set of the caller's choice, for tests and benchmarks:
-/// `words` holds whole rows of `cols` base words on entry, fine-tuned ones on exit; `tile_cols` is the grid's.
+/// `codec::decode_tile` of an `exponent` tile on an instruction set of the caller's choice, for tests and
+/// benchmarks: `words` holds whole rows of `cols` base words on entry, fine-tuned ones on exit; `tile_cols`
+/// is the grid's.
 ///
 /// # Errors
-/// As `codec::decode_tile`; `InvalidArgument` where `words` is not rows of `cols` words or a width is above the word's;
-/// `Unsupported` for words of 1 or 8 bytes, and if the machine lacks `isa`.
+/// As `codec::decode_tile`; `InvalidArgument` where `words` is not rows of `cols` words or a width is above
+/// the word's; `Unsupported` for words of 1 or 8 bytes, and if the machine lacks `isa`.
 pub fn decode_exponent_on(
     isa: Isa,
     tile: &ExponentTile<'_>,
@@ -107,11 +108,12 @@ pub fn decode_exponent_on(
     on_isa!(isa, s => tile::exponent(s, tile, dtype, cols, tile_cols, words))?
 }
 
-/// Turn the base into the fine-tuned matrix in place: `weight` holds the words of a `shape` matrix of `dtype`.
+/// Turn the base into the fine-tuned matrix in place: `weight` holds the words of a `shape` matrix of
+/// `dtype`.
 ///
 /// The delta's bytes and the digest of `weight` are checked before the first word changes
-/// ([`Resident::check_match`]). So another base is refused untouched, and so is a weight that the delta was applied
-/// to before, which is no longer the base.
+/// ([`Resident::check_match`]). So another base is refused untouched, and so is a weight that the delta was
+/// applied to before, which is no longer the base.
 ///
 /// # Errors
 /// `Mismatch` for another base, `Corrupt` or `Truncated` for bad delta bytes.
@@ -125,9 +127,9 @@ pub fn delta_apply(
     on_isa!(Isa::active()?, s => apply(s, delta, dtype, shape, weight, exec))?
 }
 
-/// Turn base words into fine-tuned ones in place, on the calling thread: `words` holds the whole matrix of the delta's
-/// dtype and shape, at any alignment. Memory-safe on any bytes; neither the delta's content nor the base is checked
-/// against a digest ([`Resident::check`], [`Resident::check_digest`]).
+/// Turn base words into fine-tuned ones in place, on the calling thread: `words` holds the whole matrix of
+/// the delta's dtype and shape, at any alignment. Memory-safe on any bytes; neither the delta's content nor
+/// the base is checked against a digest ([`Resident::check`], [`Resident::check_digest`]).
 ///
 /// # Errors
 /// `Mismatch` for another length of `words`; `Corrupt` or `Truncated` for bad delta bytes, `words` then holds
@@ -188,7 +190,8 @@ fn patch_all<S: Simd>(s: S, delta: &Resident<'_>, words: &mut [u8]) -> Result<()
         .try_for_each(|(band, words)| apply_band(s, delta, band, words, None))
 }
 
-/// Put the fine-tuned words of row band `band` into `words`, the band's whole rows: made from those of `base`, or in place.
+/// Put the fine-tuned words of row band `band` into `words`, the band's whole rows: made from those of
+/// `base`, or in place.
 fn apply_band<S: Simd>(
     s: S,
     delta: &Resident<'_>,

@@ -1,5 +1,5 @@
-//! The portable instance of the vector trait: plain arrays, and the meaning that the fast instances must equal bit
-//! for bit. Must not depend on any architecture.
+//! The portable instance of the vector trait: plain arrays, and the meaning that the fast instances must
+//! equal bit for bit. Must not depend on any architecture.
 
 use super::simd::{Kernel, SIMD_LANES, Simd};
 

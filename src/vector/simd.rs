@@ -1,12 +1,12 @@
 //! The vector trait that every kernel is written over: sixteen lanes, whatever the machine.
 //!
-//! Sixteen, because a `sparse` record is sixteen rows side by side, and because one width for every instruction set
-//! means one summation order: **AVX2, AVX-512 and the portable instance give the same bits.** (AVX2 holds a vector in
-//! two registers, which also gives one accumulator two independent chains.)
+//! Sixteen, because a `sparse` record is sixteen rows side by side, and because one width for every
+//! instruction set means one summation order: **AVX2, AVX-512 and the portable instance give the same bits.**
+//! (AVX2 holds a vector in two registers, which also gives one accumulator two independent chains.)
 //!
-//! A value of an instance is the proof that the machine has its instructions: it comes only from the instance's
-//! `detect`. So every method here is safe to call, bounds are carried by array types or clamped, and `unsafe` stays
-//! inside the architecture folders. This file must hold no intrinsic and no algorithm.
+//! A value of an instance is the proof that the machine has its instructions: it comes only from the
+//! instance's `detect`. So every method here is safe to call, bounds are carried by array types or clamped,
+//! and `unsafe` stays inside the architecture folders. This file must hold no intrinsic and no algorithm.
 
 use super::bf16dot::Bf16Task;
 use super::lanes::{Code, LaneBits, Progress, portable};
@@ -18,8 +18,8 @@ pub(crate) const SIMD_LANES: usize = 16;
 /// Words of one load group: two vectors.
 pub(crate) const GROUP: usize = 2 * SIMD_LANES;
 
-/// A kernel, compiled once per instance. `call` and everything it calls must be `#[inline(always)]`, so that the
-/// whole kernel lands inside the instance's one function with the instructions switched on.
+/// A kernel, compiled once per instance. `call` and everything it calls must be `#[inline(always)]`, so that
+/// the whole kernel lands inside the instance's one function with the instructions switched on.
 pub(crate) trait Kernel {
     /// What it gives back.
     type Out;
@@ -130,9 +130,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         self.lanes32(lanes, code, units, words)
     }
 
-    /// Decode steps of `exponent` on the 32-bit words of `base`, whole ones whose units are surely there, and multiply them as
-    /// f32 with `M` rows of x: `acc[j]` takes the first sixteen products of a step, then the other sixteen, by FMA. Gives how
-    /// far it came; nothing is done where the instance has no registers for it.
+    /// Decode steps of `exponent` on the 32-bit words of `base`, whole ones whose units are surely there, and
+    /// multiply them as f32 with `M` rows of x: `acc[j]` takes the first sixteen products of a step, then the
+    /// other sixteen, by FMA. Gives how far it came; nothing is done where the instance has no registers for
+    /// it.
     #[inline(always)]
     fn decode_dots32<const M: usize>(
         self,

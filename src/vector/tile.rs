@@ -1,5 +1,6 @@
-//! One tile's base words turned into its fine-tuned ones, in place: what restores, products and embeddings share. Every
-//! dtype; equal to `codec::decode_tile` bit for bit. A word without an entry is copied, never computed with.
+//! One tile's base words turned into its fine-tuned ones, in place: what restores, products and embeddings
+//! share. Every dtype; equal to `codec::decode_tile` bit for bit. A word without an entry is copied, never
+//! computed with.
 
 use super::float::{BF16, F16, F32, Float};
 use super::lanes::{Decoder, Lane, MICRO};
@@ -146,8 +147,8 @@ pub(super) fn exponent<S: Simd>(
     }
 }
 
-/// Decode an `exponent` tile's words row after row, from the base's words of a row that `before` gives, or in place; then
-/// entries, then exceptions.
+/// Decode an `exponent` tile's words row after row, from the base's words of a row that `before` gives, or in
+/// place; then entries, then exceptions.
 fn unpack<'b, S: Simd, W: Lane>(
     s: S,
     tile: &ExponentTile<'_>,
@@ -211,8 +212,9 @@ pub(super) fn patch_sparse<W: Word, P: Places>(
     overwrite::<W, P>(&tile.exceptions, tile_cols, places, words)
 }
 
-/// What is stored apart of one row, or of a run of columns of it: the entries, then the exceptions at positions `places`.
-/// `words` holds the words from the first position on; a position beyond them is an error.
+/// What is stored apart of one row, or of a run of columns of it: the entries, then the exceptions at
+/// positions `places`. `words` holds the words from the first position on; a position beyond them is an
+/// error.
 pub(crate) fn set_apart<W: Word>(
     entries: &Entries<'_>,
     exceptions: &Exceptions<'_>,
@@ -330,8 +332,8 @@ impl<W: Word> Change<W> for Xor {
     fn forget(&mut self, _: usize) {}
 }
 
-/// Dtypes that compute. Per lane: the column of the last entry and its exact sum, since a second entry there adds to
-/// the sum and not to the word, which may not hold it.
+/// Dtypes that compute. Per lane: the column of the last entry and its exact sum, since a second entry there
+/// adds to the sum and not to the word, which may not hold it.
 pub(crate) struct Sums<D> {
     last: [(usize, f32); Grid::TILE_ROWS],
     dtype: PhantomData<D>,

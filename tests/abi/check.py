@@ -1,4 +1,5 @@
-"""What one torch makes of the library, for `run.py` to compare with the others; runs inside that torch's environment.
+"""What one torch makes of the library, for `run.py` to compare with the others; runs inside that torch's
+environment.
 
     check.py inputs FILE               matrices and rows in every dtype and encoding, the same for every torch
     check.py write INPUTS FOLDER       every op on them; leaves outputs, archives and a package in FOLDER, prints JSON
@@ -60,8 +61,8 @@ def write_inputs(path: str) -> None:
 
 
 def load_inputs(path: str) -> dict[str, torch.Tensor]:
-    # Cloned into torch's own aligned memory: a file's tensors start anywhere, and MKL's f32 products, hence F.linear,
-    # give other bits for the same numbers at another alignment.
+    # Cloned into torch's own aligned memory: a file's tensors start anywhere, and MKL's f32 products, hence
+    # F.linear, give other bits for the same numbers at another alignment.
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 

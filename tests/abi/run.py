@@ -1,13 +1,15 @@
 """Promise: one libxorz_torch.so, built once, runs unmodified in every torch from 2.10 on and in any Python.
 
-`make test-abi`. Builds the wheel, installs it (nothing is compiled again; the sha256 of the library is compared) beside each
-torch below, and there runs check.py and the project's Python tests. What the torches gave is then compared among them: the
-bits of every op, the words of every error, and each one's archives loaded by all the others.
+`make test-abi`. Builds the wheel, installs it (nothing is compiled again; the sha256 of the library is
+compared) beside each torch below, and there runs check.py and the project's Python tests. What the torches
+gave is then compared among them: the bits of every op, the words of every error, and each one's archives
+loaded by all the others.
 
     run.py [--only TORCH[/PYTHON]]... [--no-suite] [--list]
 
-Environments with torch and the tests' requirements, 5 to 7 GB each, are made once, in $XORZ_ABI_VENVS (or xorz/abi in the
-user's cache), and never hold xorz. Interpreters come from PATH or pyenv; an environment without one is an error.
+Environments with torch and the tests' requirements, 5 to 7 GB each, are made once, in $XORZ_ABI_VENVS (or
+xorz/abi in the user's cache), and never hold xorz. Interpreters come from PATH or pyenv; an environment
+without one is an error.
 """
 
 import argparse

@@ -1,21 +1,23 @@
-"""Promise: the hot loops of the AVX-512 kernels cost what `tests/cpu_gate/loops.txt` says, on whatever machine this runs.
+"""Promise: the hot loops of the AVX-512 kernels cost what `tests/cpu_gate/loops.txt` says, on whatever
+machine this runs.
 
-`make cpu-gate`. Finds the loops in the library as it is shipped (build/cmake/libxorz.a), counts their instructions, asks
-llvm-mca for the cycles of its model, and compares both with two tables: our own, and that of the prototypes which reached
-memory's speed (`prototype.txt`). More than 10 % above either is a failure. Nothing is executed, so no AVX-512 is needed.
+`make cpu-gate`. Finds the loops in the library as it is shipped (build/cmake/libxorz.a), counts their
+instructions, asks llvm-mca for the cycles of its model, and compares both with two tables: our own, and that
+of the prototypes which reached memory's speed (`prototype.txt`). More than 10 % above either is a failure.
+Nothing is executed, so no AVX-512 is needed.
 
     cpu_gate.py [--write] [--counts] [--library ARCHIVE] [--show LOOP]
 
-`--write` replaces loops.txt: say in the commit why it changed. `--counts` leaves the model out, and needs no llvm-mca. `--show`
-prints the worst copy of a loop.
+`--write` replaces loops.txt: say in the commit why it changed. `--counts` leaves the model out, and needs no
+llvm-mca. `--show` prints the worst copy of a loop.
 
-**Finding.** Kernels are inlined, so names say little. A loop is known by its mix: it has no loop in it, and so many dot
-products, expansions, compares and prefetches a step; or some whole times as many, where it is unrolled. Of several copies
-the worst counts.
+**Finding.** Kernels are inlined, so names say little. A loop is known by its mix: it has no loop in it, and
+so many dot products, expansions, compares and prefetches a step; or some whole times as many, where it is
+unrolled. Of several copies the worst counts.
 
-**The model** is AMD's Zen 4 as LLVM 19 has it, which takes it for Zen 5 as well. Of decoders it is right within 5 to 40 %, but
-it charges three cycles for a bf16 dot product that takes Zen 5 0.55, and it knows nothing of memory. So its cycles notice
-changes; they do not tell times.
+**The model** is AMD's Zen 4 as LLVM 19 has it, which takes it for Zen 5 as well. Of decoders it is right
+within 5 to 40 %, but it charges three cycles for a bf16 dot product that takes Zen 5 0.55, and it knows
+nothing of memory. So its cycles notice changes; they do not tell times.
 """
 
 import argparse
@@ -59,8 +61,8 @@ class Loop:
     step: str
 
 
-# Name: mix a step: what a step is. What is not named does not occur, but for prefetches and classes, which count only where
-# they are named.
+# Name: mix a step: what a step is. What is not named does not occur, but for prefetches and classes, which
+# count only where they are named.
 LOOPS_TEXT = """
 exponent_1: dot 1, expand 1, compare 1, classes 1, prefetch 2: 32 words, one row of x
 exponent_1_rows_2: dot 2, expand 1, compare 1, classes 1, prefetch 2: 32 words, two rows of x

@@ -1,12 +1,15 @@
-"""Promise: every kernel compiles for every architecture without a spill or local memory, and costs what `cuda/gate.txt` says.
+"""Promise: every kernel compiles for every architecture without a spill or local memory, and costs what
+`cuda/gate.txt` says.
 
-`make cuda-gate`. Compiles cuda/*.cu for each architecture, spills and local memory being errors, and compares registers,
-shared memory, blocks a multiprocessor and the memory instructions of each kernel with the committed table. No GPU is needed.
+`make cuda-gate`. Compiles cuda/*.cu for each architecture, spills and local memory being errors, and compares
+registers, shared memory, blocks a multiprocessor and the memory instructions of each kernel with the
+committed table. No GPU is needed.
 
     gate.py [--write] [--only ARCH]...
 
-The compiler is that of cuda/toolchain.py. `--write` replaces the table: say in the commit why it changed. The table names
-the sources that it was made from by a digest of their code, so that `make test`, without a compiler, refuses an old one.
+The compiler is that of cuda/toolchain.py. `--write` replaces the table: say in the commit why it changed. The
+table names the sources that it was made from by a digest of their code, so that `make test`, without a
+compiler, refuses an old one.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-// A double of libcuda.so.1: what src/cuda calls of the driver, and what tests/rust/cuda/launch.rs needs to set
-// devices up. cuLaunchKernel runs the kernels' own source, compiled for the host, at once. Stricter than a
-// driver: device memory has no access but during copies and launches, so that a host that reads it dies; a
+// A double of libcuda.so.1: what src/cuda calls of the driver, and what tests/rust/cuda/launch.rs needs to
+// set devices up. cuLaunchKernel runs the kernels' own source, compiled for the host, at once. Stricter than
+// a driver: device memory has no access but during copies and launches, so that a host that reads it dies; a
 // kernel may touch memory of its own device only; what a capture forbids is refused. The status words' two
 // addresses differ, as they may on a machine.
 //
@@ -173,8 +173,8 @@ T* find(std::list<T>& all, const void* handle) {
 
 #define API extern "C" __attribute__((visibility("default"))) int
 
-// Orders: "fail NAME CODE", "capture" a stream, "end", "replay"; "dry" and "wet": whether launches are only written
-// down. Gives 0, or what a replay gave.
+// Orders: "fail NAME CODE", "capture" a stream, "end", "replay"; "dry" and "wet": whether launches are only
+// written down. Gives 0, or what a replay gave.
 API xorz_double(const char* order, void* handle) {
   const std::lock_guard<std::recursive_mutex> turn(one_at_a_time);
   Machine& m = machine();

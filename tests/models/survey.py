@@ -1,9 +1,11 @@
-"""Every architecture of transformers that can be built tiny from its config: is it served right, right alone, or refused?
+"""Every architecture of transformers that can be built tiny from its config: is it served right, right alone,
+or refused?
 
-`make test-models` runs them all, each in a process of its own, and writes docs/models.md. Each model is truly fine-tuned twice
-(AdamW, two steps on random inputs). Then, for each tenant alone, mode="fast" must be close to the plain fine-tuned model, and
-mode="exact" in bfloat16 its very bits; in a batch of several, mode="deterministic" must be close to the plain model, and give,
-bit for bit, what each tenant gives alone. Whatever is neither right nor refused is silently wrong.
+`make test-models` runs them all, each in a process of its own, and writes docs/models.md. Each model is truly
+fine-tuned twice (AdamW, two steps on random inputs). Then, for each tenant alone, mode="fast" must be close
+to the plain fine-tuned model, and mode="exact" in bfloat16 its very bits; in a batch of several,
+mode="deterministic" must be close to the plain model, and give, bit for bit, what each tenant gives alone.
+Whatever is neither right nor refused is silently wrong.
 """
 
 import argparse
@@ -313,7 +315,8 @@ def one(kind: str, name: str) -> dict[str, str]:
     ours, theirs = context.Pipe(duplex=False)
 
     def run() -> None:
-        # A config that none of the names here makes small is to be an error, not the end of the machine's memory.
+        # A config that none of the names here makes small is to be an error, not the end of the machine's
+        # memory.
         resource.setrlimit(resource.RLIMIT_DATA, (MOST, MOST))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         theirs.send(survey(kind, name))

@@ -1,5 +1,5 @@
-"""A base, two fine-tunes of it and an attached copy that serves them, held against the plain models. No promise is tested
-here."""
+"""A base, two fine-tunes of it and an attached copy that serves them, held against the plain models. No
+promise is tested here."""
 
 import copy
 

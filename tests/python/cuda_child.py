@@ -1,7 +1,9 @@
-"""The process in which test_cuda.py has CUDA tensors: `python cuda_child.py CASE`, with doubles of libcuda and of torch.
+"""The process in which test_cuda.py has CUDA tensors: `python cuda_child.py CASE`, with doubles of libcuda
+and of torch.
 
-Device memory is the double's: its words come and go by copies, and a host that reads them dies. Tensors are made over it by
-DLPack, since torch can allocate none. aten ops on them are few, and made here. No expectation but in cases.
+Device memory is the double's: its words come and go by copies, and a host that reads them dies. Tensors are
+made over it by DLPack, since torch can allocate none. aten ops on them are few, and made here. No expectation
+but in cases.
 """
 
 import ctypes
@@ -203,7 +205,8 @@ def restores() -> None:
             on_gpu = to_cuda(delta)
             assert same_bits(to_cpu(ops.delta_restore(to_cuda(base), on_gpu)), tuned)
             assert same_bits(to_cpu(xorz.delta_restore(to_cuda(base), on_gpu)), tuned)
-            # Parts of it, each in memory of its own. Some columns are copied by a kernel of torch's, which the double lacks.
+            # Parts of it, each in memory of its own. Some columns are copied by a kernel of torch's, which
+            # the double lacks.
             for rows, columns in (((5, 30), None), (None, (7, 7)), ((0, 37), (0, 300))):
                 part = ops.delta_restore(to_cuda(base), on_gpu, rows=rows, columns=columns)
                 want = tuned[slice(*rows or (None,)), slice(*columns or (None,))].contiguous()

@@ -1,4 +1,5 @@
-"""Small models of transformers' own classes, and fine-tunes of them that are trained here. No promise is tested here.
+"""Small models of transformers' own classes, and fine-tunes of them that are trained here. No promise is
+tested here.
 
 Everything is random weights and random tokens, seeded; nothing is read from a network.
 """

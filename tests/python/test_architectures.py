@@ -1,4 +1,5 @@
-"""Promise: whole architectures of transformers are served right, alone (exact: bit for bit) and in mixed batches, or refused.
+"""Promise: whole architectures of transformers are served right, alone (exact: bit for bit) and in mixed
+batches, or refused.
 
 Twenty that have every kind of module; `make test-models` runs them all, by the same code.
 """

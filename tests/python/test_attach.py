@@ -1,5 +1,5 @@
-"""Promise: an attached model computes each batch row with its own tenant's weights, whatever kind of module they are in, or
-raises; the base's memory is shared, and detach gives the plain model back."""
+"""Promise: an attached model computes each batch row with its own tenant's weights, whatever kind of module
+they are in, or raises; the base's memory is shared, and detach gives the plain model back."""
 
 import copy
 

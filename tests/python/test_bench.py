@@ -1,5 +1,6 @@
-"""Promise: `python -m xorz.bench` measures what it says, on synthetic matrices and on the user's own model: a rival's
-result is checked before it is timed; a table, JSON and a drawing; a mistake of the user is one sentence."""
+"""Promise: `python -m xorz.bench` measures what it says, on synthetic matrices and on the user's own model: a
+rival's result is checked before it is timed; a table, JSON and a drawing; a mistake of the user is one
+sentence."""
 
 import json
 import subprocess

@@ -1,5 +1,6 @@
-"""Promise: what `benches/changes.py` says that a fine-tune changes is what it changes, to the bit, by every recipe; and
-docs/changes.md is a table that it printed. On a tiny model; the real one takes minutes (`make changes`)."""
+"""Promise: what `benches/changes.py` says that a fine-tune changes is what it changes, to the bit, by every
+recipe; and docs/changes.md is a table that it printed. On a tiny model; the real one takes minutes (`make
+changes`)."""
 
 import copy
 import json

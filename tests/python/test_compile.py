@@ -1,5 +1,6 @@
-"""Promise: compiled, exported and packaged models give the bits of eager ones: whole graphs, one compilation for every batch,
-training, mutation, fresh processes; the serving ops ask nothing of the host; the gradient builds no dense matrix."""
+"""Promise: compiled, exported and packaged models give the bits of eager ones: whole graphs, one compilation
+for every batch, training, mutation, fresh processes; the serving ops ask nothing of the host; the gradient
+builds no dense matrix."""
 
 import copy
 import subprocess

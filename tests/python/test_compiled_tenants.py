@@ -1,5 +1,5 @@
-"""Promise: compiled code computes with its tenants' weights, those it reads itself included, or there is an error; and it is
-compiled once, whatever the tenants.
+"""Promise: compiled code computes with its tenants' weights, those it reads itself included, or there is an
+error; and it is compiled once, whatever the tenants.
 """
 
 import pytest

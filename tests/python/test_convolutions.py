@@ -1,5 +1,6 @@
-"""Promise: convolutions are computed on base + delta, or on dense weights made for the call, and both are the plain fine-tuned
-convolution: of every dimension, stride, padding, dilation and group; alone, mixed, in every mode.
+"""Promise: convolutions are computed on base + delta, or on dense weights made for the call, and both are the
+plain fine-tuned convolution: of every dimension, stride, padding, dilation and group; alone, mixed, in every
+mode.
 """
 
 import copy

@@ -1,5 +1,6 @@
-"""Promise: the cost model chooses between ways to the same bits. Whatever ``XORZ_COSTS`` says, products keep every bit, but
-for those on panels in mode fast, which keep the documented bound; what it cannot mean is named once and ignored.
+"""Promise: the cost model chooses between ways to the same bits. Whatever ``XORZ_COSTS`` says, products keep
+every bit, but for those on panels in mode fast, which keep the documented bound; what it cannot mean is named
+once and ignored.
 """
 
 import hashlib

@@ -1,7 +1,9 @@
-"""Promise: `torch.ops.xorz` on CUDA tensors is what it is on the CPU's, on torch's device and stream, or refuses in words.
+"""Promise: `torch.ops.xorz` on CUDA tensors is what it is on the CPU's, on torch's device and stream, or
+refuses in words.
 
-No GPU is needed: a double of libcuda runs the kernels' own source, compiled for the host, and a double of torch's device
-functions says which device and stream are current (tests/cuda_host). Each case is a process of its own (cuda_child.py).
+No GPU is needed: a double of libcuda runs the kernels' own source, compiled for the host, and a double of
+torch's device functions says which device and stream are current (tests/cuda_host). Each case is a process of
+its own (cuda_child.py).
 """
 
 import os

@@ -1,4 +1,5 @@
-"""Promise: `cuda/gate.txt` is of the kernels that are in `cuda/`: all of them, for every architecture, from these sources.
+"""Promise: `cuda/gate.txt` is of the kernels that are in `cuda/`: all of them, for every architecture, from
+these sources.
 
 What nvcc makes of them is compared by `make cuda-gate`, in CI; this needs no compiler.
 """

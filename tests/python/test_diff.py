@@ -1,5 +1,5 @@
-"""Promise: `diff` and `apply_` turn one state_dict into another in place, bit for bit, whatever its tensors are; what does not
-fit is refused by name before a word changes."""
+"""Promise: `diff` and `apply_` turn one state_dict into another in place, bit for bit, whatever its tensors
+are; what does not fit is refused by name before a word changes."""
 
 import copy
 import io

@@ -1,5 +1,5 @@
-"""Promise: what the documents show runs as it stands, in order, in one folder; and each message that docs/serving.md lists is
-one that users get."""
+"""Promise: what the documents show runs as it stands, in order, in one folder; and each message that
+docs/serving.md lists is one that users get."""
 
 import ast
 import os

@@ -1,5 +1,5 @@
-"""Promise: `delta_embedding` gives each row of a batch what `F.embedding` gives it on its tenant's own table, bit for bit; it
-is fit for compilation, reads nothing but what it needs, and refuses misuse in words."""
+"""Promise: `delta_embedding` gives each row of a batch what `F.embedding` gives it on its tenant's own table,
+bit for bit; it is fit for compilation, reads nothing but what it needs, and refuses misuse in words."""
 
 import ctypes
 import mmap
@@ -192,7 +192,8 @@ def test_compiled_whole_and_once_for_any_number_of_tenants_and_rows():
         return xorz.delta_embedding(indices, weight, arena, slots, rows) * 2
 
     tenants = ("sparse", "exponent", "raw", "empty", "unchanged", "sparse")
-    # Not two slots first: torch takes sizes that are equal in the first call (slots is [s, 2]) to be equal for ever.
+    # Not two slots first: torch takes sizes that are equal in the first call (slots is [s, 2]) to be equal
+    # for ever.
     for count, shape in ((3, (4, 6)), (6, (9, 7)), (5, (8, 31)), (2, (3, 5))):
         fleet = Fleet(torch.float32, encodings=tenants[:count])
         indices, whose = fleet.batch(*shape, seed=count)

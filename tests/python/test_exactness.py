@@ -1,5 +1,6 @@
-"""Promises of exactness, and proof that the tests would notice: weights to the bit, one-hot rows, exact sums, the bound, one
-result whatever the threads or the company, non-finite values, and mode="exact" equal to F.linear bit for bit."""
+"""Promises of exactness, and proof that the tests would notice: weights to the bit, one-hot rows, exact sums,
+the bound, one result whatever the threads or the company, non-finite values, and mode="exact" equal to
+F.linear bit for bit."""
 
 import json
 import random
@@ -215,7 +216,8 @@ def test_non_finite_values_are_those_of_the_fine_tune(dtype, mode):
             assert torch.equal(torch.isnan(y), torch.isnan(want)), (prefer, m)
             assert torch.equal(torch.isinf(y), torch.isinf(want)), (prefer, m)
             assert torch.equal(y[torch.isinf(y)] > 0, want[torch.isinf(want)] > 0)
-            # The bound of the fast modes counts what cancels: a base of 3e38 that the fine-tune makes 1 hides its row.
+            # The bound of the fast modes counts what cancels: a base of 3e38 that the fine-tune makes 1 hides
+            # its row.
             parts = [
                 torch.nan_to_num(t.double(), 0, 0, 0).abs() for t in (base, tuned.double() - base.double())
             ]

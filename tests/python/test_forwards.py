@@ -1,5 +1,5 @@
-"""Promise: a module whose forward is not its class's own is computed as it says, or refused: replaced on the instance, fused by
-torch, traced.
+"""Promise: a module whose forward is not its class's own is computed as it says, or refused: replaced on the
+instance, fused by torch, traced.
 """
 
 import copy

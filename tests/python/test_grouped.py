@@ -1,5 +1,6 @@
-"""Promise: a batch of many tenants on one base gives each row what `delta_linear` gives it with its tenant's delta: bit for
-bit in deterministic mode, `F.linear` in exact mode; it is fit for autograd and compilation, and refuses misuse in words."""
+"""Promise: a batch of many tenants on one base gives each row what `delta_linear` gives it with its tenant's
+delta: bit for bit in deterministic mode, `F.linear` in exact mode; it is fit for autograd and compilation,
+and refuses misuse in words."""
 
 import random
 

@@ -1,5 +1,5 @@
-"""Promise: what a module keeps beside its weights is the tenant's or refused: buffers, values made from weights. Attributes
-are everyone's.
+"""Promise: what a module keeps beside its weights is the tenant's or refused: buffers, values made from
+weights. Attributes are everyone's.
 """
 
 import copy

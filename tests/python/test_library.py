@@ -1,6 +1,6 @@
-"""Promise: one library for every torch from 2.10 on: it needs libtorch_cpu alone, exports the C ABI alone, carries no path of
-the machine it was built on, and loading it by any path, twice, before or after a fork, changes no bit and harms nobody.
-Without a fit torch, the package says so."""
+"""Promise: one library for every torch from 2.10 on: it needs libtorch_cpu alone, exports the C ABI alone,
+carries no path of the machine it was built on, and loading it by any path, twice, before or after a fork,
+changes no bit and harms nobody. Without a fit torch, the package says so."""
 
 import ctypes
 import importlib.util
@@ -77,7 +77,8 @@ CHECK = """
     assert torch.ops.xorz.delta_linear(x, w, None, d).tolist() == [[4, 4, 4]]
 """
 
-# A digest of what the ops give in every dtype and for two encodings; the same in whatever process, by whatever path.
+# A digest of what the ops give in every dtype and for two encodings; the same in whatever process, by
+# whatever path.
 WORK = textwrap.dedent(
     """
     import hashlib, os, sys, torch

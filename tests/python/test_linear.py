@@ -1,5 +1,5 @@
-"""Promise: XorDeltaLinear stands in for nn.Linear: same call, state_dict, copies, moves, autocast, training and tracing, and it
-never computes on bits that are not the fine-tune's."""
+"""Promise: XorDeltaLinear stands in for nn.Linear: same call, state_dict, copies, moves, autocast, training
+and tracing, and it never computes on bits that are not the fine-tune's."""
 
 import copy
 import io

@@ -1,5 +1,5 @@
-"""Promise: what can be known of a model before its first request is refused on attach or on load, without any example; the rest
-is served. Every expectation is the plain fine-tuned model's.
+"""Promise: what can be known of a model before its first request is refused on attach or on load, without any
+example; the rest is served. Every expectation is the plain fine-tuned model's.
 """
 
 import copy

@@ -44,7 +44,8 @@ def test_memory_is_what_it_says_and_returns_to_where_it_was():
             base(x)
         memory, now = tenants.memory(), resident_bytes()
         grown = memory["deltas"] + memory["copies"]
-        # Against what the tenants take, never against the process: that is as large as the tests before this one left it.
+        # Against what the tenants take, never against the process: that is as large as the tests before this
+        # one left it.
         assert grown > 100 << 20 and abs(now - before - grown) < 0.05 * grown + (4 << 20), (
             before,
             now,

@@ -1,6 +1,6 @@
-"""Promise: every error that a newcomer meets from Python says what is wrong and what to do; a package that is not what its
-maker wanted comes with a warning. Without a fit torch or library: `test_library.py`; the command:
-`../rust/package/messages.rs`."""
+"""Promise: every error that a newcomer meets from Python says what is wrong and what to do; a package that is
+not what its maker wanted comes with a warning. Without a fit torch or library: `test_library.py`; the
+command: `../rust/package/messages.rs`."""
 
 import os
 import subprocess

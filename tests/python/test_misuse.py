@@ -1,5 +1,6 @@
-"""Promise: each misuse of each op gets its sentence, which names the op, the argument and both values that disagree; nothing
-crashes, nothing computes on memory that does not hold the values, and no page of torch's or path of ours is shown."""
+"""Promise: each misuse of each op gets its sentence, which names the op, the argument and both values that
+disagree; nothing crashes, nothing computes on memory that does not hold the values, and no page of torch's or
+path of ours is shown."""
 
 import re
 

@@ -1,7 +1,8 @@
-"""Promise: whole models of transformers, truly fine-tuned, serve a tenant in each row as that tenant is served alone.
+"""Promise: whole models of transformers, truly fine-tuned, serve a tenant in each row as that tenant is
+served alone.
 
-In mode="deterministic", token for token and bit for bit; in mode="exact", every linear layer gives what the plain fine-tuned
-module gives on the same rows, and a tenant alone is the plain fine-tuned model, bit for bit.
+In mode="deterministic", token for token and bit for bit; in mode="exact", every linear layer gives what the
+plain fine-tuned module gives on the same rows, and a tenant alone is the plain fine-tuned model, bit for bit.
 """
 
 import copy
@@ -437,7 +438,8 @@ def test_the_notebooks_layer_serves_its_fine_tunes(mode, masked, tmp_path):
             if mode == "exact":
                 assert same_bits(alone, want), f"row {row}"
             if name is not None:
-                # The fine-tunes are far enough from the base, and from each other, for that to mean something.
+                # The fine-tunes are far enough from the base, and from each other, for that to mean
+                # something.
                 far = [(tuned[n](one, mask) - want).abs().max() for n in tuned if n != name]
                 assert min(far) > 1e-3
     assert torch.equal(tenants.detach()(x, mask), base(x, mask))

@@ -1,5 +1,6 @@
-"""Promise: a fine-tune is served under whatever names it was saved, where transformers itself would know them, and heads that
-are new for each tenant are mixed like everything else; what nobody knows is refused by name.
+"""Promise: a fine-tune is served under whatever names it was saved, where transformers itself would know
+them, and heads that are new for each tenant are mixed like everything else; what nobody knows is refused by
+name.
 """
 
 import copy

@@ -1,5 +1,6 @@
-"""Promise: PyTorch's own samples of nn.functional.linear pass through delta_linear with random deltas of every encoding,
-gradients too, and PyTorch's own checks of custom ops (opcheck) hold for every op, encoding and odd shape."""
+"""Promise: PyTorch's own samples of nn.functional.linear pass through delta_linear with random deltas of
+every encoding, gradients too, and PyTorch's own checks of custom ops (opcheck) hold for every op, encoding
+and odd shape."""
 
 import collections
 import re

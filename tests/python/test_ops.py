@@ -1,5 +1,5 @@
-"""Promise: each op does what its schema says for every encoding, dtype and shape, is fit for autograd and compilation.
-What it refuses: test_misuse.py."""
+"""Promise: each op does what its schema says for every encoding, dtype and shape, is fit for autograd and
+compilation. What it refuses: test_misuse.py."""
 
 import itertools
 

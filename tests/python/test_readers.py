@@ -1,5 +1,5 @@
-"""Promise: whoever reads a weight of an attached model, and however, gets the tenant's numbers or an error; never the base's or
-another tenant's without a word. Every expectation is the plain fine-tuned model's.
+"""Promise: whoever reads a weight of an attached model, and however, gets the tenant's numbers or an error;
+never the base's or another tenant's without a word. Every expectation is the plain fine-tuned model's.
 """
 
 import copy

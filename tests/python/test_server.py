@@ -1,10 +1,11 @@
-"""Promise: `examples/server.py` gives every prompt its own tenant's answer, in batches of mixed tenants and while tenants come
-and go; what is refused is refused in JSON, with the right status.
+"""Promise: `examples/server.py` gives every prompt its own tenant's answer, in batches of mixed tenants and
+while tenants come and go; what is refused is refused in JSON, with the right status.
 
-The answers are compared with those of plain fine-tuned models, computed here without `xorz.attach`, one prompt at a time and
-unpadded. Padding and batching round differently, so prompts are chosen whose every greedy token wins by a margin far above what
-rounding can do in float32 (MARGIN against some 1e-5), and whose answers differ between all tenants: then a right server, in
-whichever mode, gives exactly these tokens, and an answer computed with another tenant's weights is noticed.
+The answers are compared with those of plain fine-tuned models, computed here without `xorz.attach`, one
+prompt at a time and unpadded. Padding and batching round differently, so prompts are chosen whose every
+greedy token wins by a margin far above what rounding can do in float32 (MARGIN against some 1e-5), and whose
+answers differ between all tenants: then a right server, in whichever mode, gives exactly these tokens, and an
+answer computed with another tenant's weights is noticed.
 """
 
 import copy

@@ -1,5 +1,5 @@
-"""Promise: generators that are stepped in turn have each their own tenant, or there is an error; a `use` is open once at a
-time."""
+"""Promise: generators that are stepped in turn have each their own tenant, or there is an error; a `use` is
+open once at a time."""
 
 import asyncio
 import contextvars

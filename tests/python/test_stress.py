@@ -1,7 +1,8 @@
-"""Promise: while tenants are loaded, unloaded, swapped and evicted under it, every row is computed with its own tenant's
-weights, or there is an error; and of many that ask at once, each gets its due.
+"""Promise: while tenants are loaded, unloaded, swapped and evicted under it, every row is computed with its
+own tenant's weights, or there is an error; and of many that ask at once, each gets its due.
 
-`python tests/python/test_stress.py 100000` (`make stress`) runs the long form of the first test and prints what happened.
+`python tests/python/test_stress.py 100000` (`make stress`) runs the long form of the first test and prints
+what happened.
 """
 
 import collections
@@ -68,7 +69,8 @@ class Stress:
         probe.load("t0", self.paths[0])
         size = probe.sizes()["t0"]
         probe.detach()
-        # Room for all that workers can hold at once (two each), and for one more that is loaded meanwhile, and some.
+        # Room for all that workers can hold at once (two each), and for one more that is loaded meanwhile,
+        # and some.
         self.tenants = xorz.attach(self.base, mode="deterministic", budget=int(8.5 * size))
         evict = self.tenants._evict
 

@@ -1,5 +1,5 @@
-"""Promise: threads and tasks have the tenants they are given and no others, for as long as the `use` lasts; what a running
-forward reads stays as it is.
+"""Promise: threads and tasks have the tenants they are given and no others, for as long as the `use` lasts;
+what a running forward reads stays as it is.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
-"""Promise: a scripted, traced, frozen or optimised module with real deltas is saved and gives the same bits in a fresh Python
-that knows nothing but torch.ops.load_library, and in a C++ program that knows nothing but libtorch; where something is missing
-or wrong, both say what."""
+"""Promise: a scripted, traced, frozen or optimised module with real deltas is saved and gives the same bits
+in a fresh Python that knows nothing but torch.ops.load_library, and in a C++ program that knows nothing but
+libtorch; where something is missing or wrong, both say what."""
 
 import shutil
 import subprocess

@@ -1,5 +1,5 @@
-"""Promise: torch.func's transforms of the ops, one by one and nested, are those of F.linear on the fine-tuned weights; what
-has no meaning is refused with a sentence."""
+"""Promise: torch.func's transforms of the ops, one by one and nested, are those of F.linear on the fine-tuned
+weights; what has no meaning is refused with a sentence."""
 
 import copy
 import warnings

@@ -1,5 +1,5 @@
-"""Promise: `verify` names the first module that differs from the plain fine-tune, and `example` refuses on load what a client
-would find out.
+"""Promise: `verify` names the first module that differs from the plain fine-tune, and `example` refuses on
+load what a client would find out.
 """
 
 import copy

@@ -1,5 +1,6 @@
-"""Promise: the versions of a run are a chain of small packages: each comes back bit for bit, out of order is refused, jumps and
-rolling back work, a killed run leaves a whole chain, and the last five are served side by side in one batch."""
+"""Promise: the versions of a run are a chain of small packages: each comes back bit for bit, out of order is
+refused, jumps and rolling back work, a killed run leaves a whole chain, and the last five are served side by
+side in one batch."""
 
 import copy
 import json
@@ -440,8 +441,9 @@ def policy():
 
 
 def reinforce(publish, syncs, master, steps=8, batch=128):
-    """Policies at each sync; `publish` gets the trained model. The reward is 1 where the action is the one that the observation
-    calls for, which the policy is never told. With `master`, AdamW works on an fp32 copy, else on the bf16 words."""
+    """Policies at each sync; `publish` gets the trained model. The reward is 1 where the action is the one
+    that the observation calls for, which the policy is never told. With `master`, AdamW works on an fp32
+    copy, else on the bf16 words."""
     g = torch.Generator().manual_seed(1)
     model = policy()
     trained = copy.deepcopy(model).float() if master else model

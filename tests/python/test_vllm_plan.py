@@ -1,5 +1,6 @@
-"""Promise: where checkpoint tensors go in a model is read off its own loader (renamed, fused, cut), what computes with them is
-found out, and an adapter's name changes with its package. Without vLLM; in vLLM: tests/vllm.
+"""Promise: where checkpoint tensors go in a model is read off its own loader (renamed, fused, cut), what
+computes with them is found out, and an adapter's name changes with its package. Without vLLM; in vLLM:
+tests/vllm.
 """
 
 import subprocess

@@ -1,5 +1,5 @@
-"""Promise: the base of an attached model does not change unnoticed: what would change it is refused at once, or found at the
-next use.
+"""Promise: the base of an attached model does not change unnoticed: what would change it is refused at once,
+or found at the next use.
 """
 
 import copy

@@ -1,5 +1,6 @@
-"""Promise: what is shipped. The wheel holds the package, the library and the command, needs no newer system than it says, and
-the source archive builds without git. Building and installing both from nothing: `make test-wheel`."""
+"""Promise: what is shipped. The wheel holds the package, the library and the command, needs no newer system
+than it says, and the source archive builds without git. Building and installing both from nothing: `make
+test-wheel`."""
 
 import os
 import re
@@ -16,11 +17,12 @@ import xorz
 ROOT = Path(__file__).parents[2]
 COMMAND = Path(sys.executable).with_name("xorz")
 
-# What manylinux_2_34 allows (PEP 600; Debian 12, Ubuntu 22.04, RHEL 9 and newer have it): the newest symbol version of
-# each system library.
+# What manylinux_2_34 allows (PEP 600; Debian 12, Ubuntu 22.04, RHEL 9 and newer have it): the newest symbol
+# version of each system library.
 MANYLINUX_2_34 = {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13), "GCC": (12, 0, 0)}
 SYSTEM = {"libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2"}
-# A linker takes the symbols of the system it runs on: the promise speaks of builds on glibc 2.36 (Debian 12) or older.
+# A linker takes the symbols of the system it runs on: the promise speaks of builds on glibc 2.36 (Debian 12)
+# or older.
 BUILT_ON = tuple(map(int, os.confstr("CS_GNU_LIBC_VERSION").split()[1].split(".")))
 
 

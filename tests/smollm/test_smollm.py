@@ -1,7 +1,8 @@
-"""Promise: a real language model serves its fine-tunes, one in each row, token for token as each is served alone.
+"""Promise: a real language model serves its fine-tunes, one in each row, token for token as each is served
+alone.
 
-SmolLM2-135M-Instruct in bf16 with four short fine-tunes made here: `make test-smollm`, which installs what it needs. Not part
-of `make test`: the first run trains for some minutes and keeps the fine-tunes under build/.
+SmolLM2-135M-Instruct in bf16 with four short fine-tunes made here: `make test-smollm`, which installs what it
+needs. Not part of `make test`: the first run trains for some minutes and keeps the fine-tunes under build/.
 """
 
 import pytest

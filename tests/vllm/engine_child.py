@@ -1,9 +1,10 @@
-"""An engine in a process of its own, for settings that cannot share one: what it says, as JSON on the last line.
+"""An engine in a process of its own, for settings that cannot share one: what it says, as JSON on the last
+line.
 
     engine_child.py BASE SETTINGS [NAME=PACKAGE]...     SETTINGS: JSON; "compile": true turns torch.compile on
 
-vLLM turns torch.compile off for every engine with adapters on the CPU. With "compile" that one line of its platform is undone,
-here in the test, to see the graphs that a GPU's engine would trace.
+vLLM turns torch.compile off for every engine with adapters on the CPU. With "compile" that one line of its
+platform is undone, here in the test, to see the graphs that a GPU's engine would trace.
 """
 
 import json

@@ -1,11 +1,12 @@
-"""Environments with a vLLM in them, for `make test-vllm` and `make bench-vllm`: made once, kept in the user's cache.
+"""Environments with a vLLM in them, for `make test-vllm` and `make bench-vllm`: made once, kept in the user's
+cache.
 
     environment.py [--only VLLM] [--pytest ...]     makes what is missing, installs the wheel, prints each environment's
                                                     interpreter, or runs the tests beside this file with each
 
-vLLM's CPU build stands on the torch of `make test-abi` (the same cached environment, 5 GB), and takes 1.5 GB beside it, in
-$XORZ_VLLM_VENVS (or xorz/vllm in the user's cache). xorz itself goes on top, into build/vllm: the wheel as it is, whose one
-library must load in that torch.
+vLLM's CPU build stands on the torch of `make test-abi` (the same cached environment, 5 GB), and takes 1.5 GB
+beside it, in $XORZ_VLLM_VENVS (or xorz/vllm in the user's cache). xorz itself goes on top, into build/vllm:
+the wheel as it is, whose one library must load in that torch.
 """
 
 import argparse
@@ -26,8 +27,8 @@ import run as abi  # noqa: E402
 
 BUILD = ROOT / "build" / "vllm"
 
-# vLLM asks for a build of torch that is on no public index but PyTorch's own; the plain one has the same C++ ABI. The others
-# read sound and films.
+# vLLM asks for a build of torch that is on no public index but PyTorch's own; the plain one has the same C++
+# ABI. The others read sound and films.
 NOT_FROM_VLLM = ("torch", "torchaudio", "torchvision", "torchcodec")
 
 
@@ -96,7 +97,8 @@ def cached(release: Release) -> Path:
             [wheel] = Path(part).glob("*.whl")
             asked = requirements(wheel) + [line for line in own.splitlines() if line and line[0] != "#"]
             (Path(part) / "asked.txt").write_text("\n".join(asked))
-            # torchvision asks for the very torch below, which is there; a check that it was not fetched again follows.
+            # torchvision asks for the very torch below, which is there; a check that it was not fetched again
+            # follows.
             vision = f"torchvision=={release.torchvision}"
             abi.run(*pip, "install", "-r", Path(part) / "asked.txt", vision, check=True)
             abi.run(*pip, "install", "--no-deps", wheel, check=True)

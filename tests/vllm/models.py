@@ -1,4 +1,5 @@
-"""Small random models as transformers saves them, and tenants of theirs: full fine-tunes beside their packages.
+"""Small random models as transformers saves them, and tenants of theirs: full fine-tunes beside their
+packages.
 
 models.py FOLDER     makes them all there, once
 """

@@ -1,5 +1,6 @@
-"""Promise: in the modes that do not have the plain model's bits, each tenant gives the log-probabilities of its full fine-tune,
-but for rounding; and a mode's own promise holds for prompts that are computed in chunks, beside other tenants' rows.
+"""Promise: in the modes that do not have the plain model's bits, each tenant gives the log-probabilities of
+its full fine-tune, but for rounding; and a mode's own promise holds for prompts that are computed in chunks,
+beside other tenants' rows.
 """
 
 import engines

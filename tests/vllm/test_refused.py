@@ -1,5 +1,5 @@
-"""Promise: what cannot be served is refused by name: engines when they start, and loaders that do more with a tensor than to
-cut and copy it when a package changes that tensor.
+"""Promise: what cannot be served is refused by name: engines when they start, and loaders that do more with a
+tensor than to cut and copy it when a package changes that tensor.
 """
 
 import re

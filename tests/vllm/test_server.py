@@ -1,5 +1,5 @@
-"""Promise: the OpenAI server answers `model="alice"` as the engine answers her; loading, failing and unloading are seen by
-the client who asked for it and by nobody else.
+"""Promise: the OpenAI server answers `model="alice"` as the engine answers her; loading, failing and
+unloading are seen by the client who asked for it and by nobody else.
 """
 
 import json

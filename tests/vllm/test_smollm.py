@@ -1,6 +1,8 @@
-"""Promise: of SmolLM2-135M, each real fine-tune served as a package says what the full fine-tune says, to the bit.
+"""Promise: of SmolLM2-135M, each real fine-tune served as a package says what the full fine-tune says, to the
+bit.
 
-`make test-smollm` makes the fine-tunes (they are trained, minutes) and keeps them; without them this is skipped.
+`make test-smollm` makes the fine-tunes (they are trained, minutes) and keeps them; without them this is
+skipped.
 """
 
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""Promise: in one engine each request is answered as its full fine-tune, served alone under the same settings, answers it.
+"""Promise: in one engine each request is answered as its full fine-tune, served alone under the same
+settings, answers it.
 
-Token by token and with the very same log-probabilities, in `mode="exact"` and wherever both engines compute the same rows
-together; in the other modes with the same tokens and log-probabilities close by.
+Token by token and with the very same log-probabilities, in `mode="exact"` and wherever both engines compute
+the same rows together; in the other modes with the same tokens and log-probabilities close by.
 """
 
 import engines

@@ -1,4 +1,5 @@
-"""The user's own model: matrices of a base and of its fine-tunes, read from safetensors files or Hugging Face folders.
+"""The user's own model: matrices of a base and of its fine-tunes, read from safetensors files or Hugging Face
+folders.
 
 Matrices of one shape and dtype make one case: as many of them as exceed the caches, and as memory allows.
 """
@@ -103,9 +104,11 @@ def available() -> int:
 
 
 def affordable(group: Group, tenants: int, memory: int) -> tuple[int, int]:
-    """How many matrices of a group and how many tenants of each fit in half of `memory`: fewer matrices first, then tenants.
+    """How many matrices of a group and how many tenants of each fit in half of `memory`: fewer matrices
+    first, then tenants.
 
-    A tenant of a matrix costs its words and their fp32 copy, and for the first matrix the rivals' forms: twice as much again.
+    A tenant of a matrix costs its words and their fp32 copy, and for the first matrix the rivals' forms:
+    twice as much again.
     """
     n, k = group.shape
     size = n * k * group.dtype.itemsize
@@ -146,7 +149,8 @@ def changed(case: Case) -> float:
 
 
 def whole(rows: list[dict[str, Any]], counts: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """All linear layers together, for each number of tenants that every shape was measured with: sums of medians.
+    """All linear layers together, for each number of tenants that every shape was measured with: sums of
+    medians.
 
     `counts`: matrices in the model, by "shape dtype".
     """

@@ -1,6 +1,8 @@
-"""Small line charts as one self-contained SVG, without a plotting library: panels in a grid, both axes logarithmic.
+"""Small line charts as one self-contained SVG, without a plotting library: panels in a grid, both axes
+logarithmic.
 
-Meant to be read on paper too: lines differ in dash and are labelled at their ends, so colour carries nothing alone.
+Meant to be read on paper too: lines differ in dash and are labelled at their ends, so colour carries nothing
+alone.
 """
 
 from __future__ import annotations

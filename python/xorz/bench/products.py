@@ -126,8 +126,9 @@ class Case:
     def check(self, x: Tensor, count: int) -> None:
         """A wrong product's speed means nothing: AssertionError that names the variant.
 
-        Beside the rows that are timed, rows with a single 1 give columns of the weights: a change that is left out shows there,
-        however small it is. CSR rounds once more than the weights do, hence the quarter of a change.
+        Beside the rows that are timed, rows with a single 1 give columns of the weights: a change that is
+        left out shows there, however small it is. CSR rounds once more than the weights do, hence the quarter
+        of a change.
         """
         hot = torch.zeros_like(x)
         for rows, tenant in zip(hot.chunk(count), self.tenants[0], strict=False):

@@ -51,7 +51,8 @@ class Place:
 def measure(case: Case, rounds: int) -> dict[str, Any]:
     """One row: microseconds a tile, and the others' time over that of xorz; checked to the bit first.
 
-    `frame` is the decompression alone, by a decompressor that is kept; `patched` decompresses and applies the XOR.
+    `frame` is the decompression alone, by a decompressor that is kept; `patched` decompresses and applies the
+    XOR.
     """
     at, restore = random.Random(0), torch.ops.xorz.delta_restore
     places = [Place(case, i % len(case.bases), at) for i in range(PLACES)]

@@ -23,10 +23,11 @@ def at_random(base: Tensor, share: float, generator: torch.Generator) -> Tensor:
 
 
 def like_adamw(base: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Move every weight by the same distance up or down, and round: what AdamW does in a few steps (research/data.md).
+    """Move every weight by the same distance up or down, and round: what AdamW does in a few steps
+    (research/data.md).
 
-    So small weights change and large ones do not; the distance is searched for that changes `share` of the words. In fp32
-    nearly any distance changes all of them.
+    So small weights change and large ones do not; the distance is searched for that changes `share` of the
+    words. In fp32 nearly any distance changes all of them.
     """
     sign = torch.randint(0, 2, base.shape, generator=generator, dtype=torch.int8).float() * 2 - 1
     low, high = 1e-9, 1.0

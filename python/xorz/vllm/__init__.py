@@ -1,7 +1,8 @@
-"""vLLM serves packages: `--quantization xorz --enable-lora`, and a tenant is an adapter whose path is a `.xorz` file.
+"""vLLM serves packages: `--quantization xorz --enable-lora`, and a tenant is an adapter whose path is a
+`.xorz` file.
 
-vLLM finds `register` by itself, through its entry point `vllm.general_plugins`; see docs/vllm.md. `import xorz` imports
-nothing of this.
+vLLM finds `register` by itself, through its entry point `vllm.general_plugins`; see docs/vllm.md. `import
+xorz` imports nothing of this.
 """
 
 import hashlib
@@ -20,8 +21,8 @@ _installed = False
 def register() -> None:
     """Called by vLLM in each of its processes, more than once in some.
 
-    Where this vLLM is not one that xorz knows, it is left alone, and says which hook has moved when it is started with
-    `--quantization xorz`.
+    Where this vLLM is not one that xorz knows, it is left alone, and says which hook has moved when it is
+    started with `--quantization xorz`.
     """
     global _installed
     if _installed:
@@ -44,7 +45,8 @@ def request(name: str, path: Any) -> "LoRARequest":
 
     Args:
         name: of the tenant; its name for the engine ends in the package's digest.
-        path: of the package. What it holds now is what the request stands for, whatever is published there later.
+        path: of the package. What it holds now is what the request stands for, whatever is published there
+            later.
 
     Raises:
         OSError: it cannot be read; ValueError: it is damaged. Whether it fits the base is seen by `load`.
@@ -60,8 +62,8 @@ def load(llm: Any, name: str, path: Any) -> "LoRARequest":
     """As `request`, and loads it into an engine (`vllm.LLM`), which stays as it was where that fails.
 
     Raises:
-        OSError, ValueError: as `request`; RuntimeError or ValueError of vLLM's, which says why it does not fit the base, or
-            what of it cannot be served.
+        OSError, ValueError: as `request`; RuntimeError or ValueError of vLLM's, which says why it does not
+            fit the base, or what of it cannot be served.
     """
     out = request(name, path)
     llm.llm_engine.add_lora(out)

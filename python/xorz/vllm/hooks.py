@@ -1,5 +1,5 @@
-"""Where xorz takes hold of vLLM. What is not a public interface is listed here, and looked at before anything is changed: where
-a release has moved one of these, `--quantization xorz` does not start, and says which.
+"""Where xorz takes hold of vLLM. What is not a public interface is listed here, and looked at before anything
+is changed: where a release has moved one of these, `--quantization xorz` does not start, and says which.
 """
 
 import importlib

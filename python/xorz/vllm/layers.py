@@ -1,8 +1,9 @@
 """Layers of a vLLM model that compute each row with its own tenant's weights.
 
-The quantization config `xorz` gives linear layers and embeddings methods that keep the raw base weight and call one op of
-xorz's; norms change their class, as modules do in `xorz.attach`. All of them read fixed tensors: a table of slots, and the
-tenant of each row, which the manager writes before a step. So graphs hold addresses and no tenant.
+The quantization config `xorz` gives linear layers and embeddings methods that keep the raw base weight and
+call one op of xorz's; norms change their class, as modules do in `xorz.attach`. All of them read fixed
+tensors: a table of slots, and the tenant of each row, which the manager writes before a step. So graphs hold
+addresses and no tenant.
 """
 
 from collections.abc import Callable

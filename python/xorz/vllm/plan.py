@@ -1,8 +1,10 @@
-"""Which rows and columns of which checkpoint tensor a model's parameters are made of: renamed, fused, cut for tensor parallel.
+"""Which rows and columns of which checkpoint tensor a model's parameters are made of: renamed, fused, cut for
+tensor parallel.
 
-vLLM's models know it, each in its own `load_weights`. That is run once on tensors without data (torch's meta device): every
-copy that it makes is a view of a checkpoint tensor into a view of a parameter, and the two views say what went where. So no
-list of names is repeated here, no memory is taken, and a loader that computes with weights is found out.
+vLLM's models know it, each in its own `load_weights`. That is run once on tensors without data (torch's meta
+device): every copy that it makes is a view of a checkpoint tensor into a view of a parameter, and the two
+views say what went where. So no list of names is repeated here, no memory is taken, and a loader that
+computes with weights is found out.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,8 @@
-"""The OpenAI server: clients say `alice`, and load her package by its path; the engine knows her as `alice@xorz-DIGEST`.
+"""The OpenAI server: clients say `alice`, and load her package by its path; the engine knows her as
+`alice@xorz-DIGEST`.
 
-A package is looked at here, then read and checked against the base by the workers, in a thread beside the engine's loop,
-which goes on serving; only what has turned out to be whole and to fit is handed to the engine.
+A package is looked at here, then read and checked against the base by the workers, in a thread beside the
+engine's loop, which goes on serving; only what has turned out to be whole and to fit is handed to the engine.
 """
 
 import asyncio

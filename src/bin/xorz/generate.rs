@@ -1,4 +1,5 @@
-//! `xorz completions` and `xorz man`: what packagers install, made from the very definition of the command line.
+//! `xorz completions` and `xorz man`: what packagers install, made from the very definition of the command
+//! line.
 
 use crate::job::{Outcome, Said};
 use crate::{Cli, EXIT_CODES};

@@ -1,4 +1,5 @@
-//! The command line: a file per verb. Reads arguments, calls `xorz::package` and `xorz::report`, prints; no logic of its own.
+//! The command line: a file per verb. Reads arguments, calls `xorz::package` and `xorz::report`, prints; no
+//! logic of its own.
 #![forbid(unsafe_code)]
 
 mod digest;

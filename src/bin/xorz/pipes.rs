@@ -1,4 +1,5 @@
-//! `-` as an input or output: standard input spooled to where it can be read at any place, standard output as a stream.
+//! `-` as an input or output: standard input spooled to where it can be read at any place, standard output as
+//! a stream.
 
 use crate::job::Failure;
 use crate::print;
@@ -22,8 +23,8 @@ pub(crate) struct Inputs {
     spool: Option<Spool>,
 }
 
-/// Standard input in a nameless file in $TMPDIR, of which a killed run leaves nothing. It is opened again through a link in a
-/// folder of its own, so that it has a name, the same one every time.
+/// Standard input in a nameless file in $TMPDIR, of which a killed run leaves nothing. It is opened again
+/// through a link in a folder of its own, so that it has a name, the same one every time.
 struct Spool {
     _file: File,
     folder: TempDir,

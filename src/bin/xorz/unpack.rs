@@ -9,13 +9,13 @@ use xorz::package::unpack_files;
 /// Give back the fine-tuned checkpoint, byte for byte.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The base that the package was made against: a .safetensors file, or a folder of them; it may be sharded otherwise
-    /// than it was. - for a file on standard input.
+    /// The base that the package was made against: a .safetensors file, or a folder of them; it may be
+    /// sharded otherwise than it was. - for a file on standard input.
     base: PathBuf,
     /// The package; - for standard input.
     package: PathBuf,
-    /// What to write: a .safetensors file, or a folder (new or empty) if the package was made from one; - for a single
-    /// file on standard output.
+    /// What to write: a .safetensors file, or a folder (new or empty) if the package was made from one; - for
+    /// a single file on standard output.
     #[arg(short, long)]
     output: PathBuf,
     #[command(flatten)]

@@ -9,12 +9,13 @@ use xorz::package::verify_files;
 /// Check that base + package give back the fine-tuned checkpoint, without writing it.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The base that the package was made against: a .safetensors file, or a folder of them; - for a file on standard input.
+    /// The base that the package was made against: a .safetensors file, or a folder of them; - for a file on
+    /// standard input.
     base: PathBuf,
     /// The package; - for standard input.
     package: PathBuf,
-    /// The fine-tuned checkpoint, file or folder, to be compared tensor by tensor and by sha256; - for a file on standard
-    /// input.
+    /// The fine-tuned checkpoint, file or folder, to be compared tensor by tensor and by sha256; - for a file
+    /// on standard input.
     fine_tuned: Option<PathBuf>,
     #[command(flatten)]
     sha256: Sha256,

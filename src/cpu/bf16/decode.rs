@@ -1,4 +1,5 @@
-//! Up to sixteen rows of x of tenants with `exponent` deltas: words are decoded in registers and multiplied at once.
+//! Up to sixteen rows of x of tenants with `exponent` deltas: words are decoded in registers and multiplied
+//! at once.
 //!
 //! ```text
 //! for each band of rows of W, for each pass of tenants over it:
@@ -6,20 +7,22 @@
 //!     then the entries of each tenant, tile after tile
 //! ```
 //!
-//! A pass is up to eight tenants with a row of x each and one width table, whose streams take their units in the same steps,
-//! so that classes, widths and who takes a unit are computed once; or two tenants with tables of their own; or one with up
-//! to four rows of x. A tenant with more rows has its tiles decoded into scratch, and multiplied as words in memory are.
-//! Rows are read whole, however narrow the tiles: the streams of all tiles of a band are under way together.
+//! A pass is up to eight tenants with a row of x each and one width table, whose streams take their units in
+//! the same steps, so that classes, widths and who takes a unit are computed once; or two tenants with tables
+//! of their own; or one with up to four rows of x. A tenant with more rows has its tiles decoded into
+//! scratch, and multiplied as words in memory are. Rows are read whole, however narrow the tiles: the streams
+//! of all tiles of a band are under way together.
 //!
-//! **Floor** (cycles for 32 words): decoding and one product 7.0 on Zen 5, 13.7 on Zen 4 (two passes for each instruction of
-//! 512 bits), where memory takes 9.3 and 11 to 17; each tenant of two 5.3 on Zen 5, of eight with one table 3.1. So one
-//! tenant is bound by bytes, 16 + bits of each word; more are bound by decoding.
+//! **Floor** (cycles for 32 words): decoding and one product 7.0 on Zen 5, 13.7 on Zen 4 (two passes for each
+//! instruction of 512 bits), where memory takes 9.3 and 11 to 17; each tenant of two 5.3 on Zen 5, of eight
+//! with one table 3.1. So one tenant is bound by bytes, 16 + bits of each word; more are bound by decoding.
 //!
-//! **Order** of one output: one sum of sixteen lanes over all columns, then the entries of tile after tile, four partial sums
-//! in turn.
+//! **Order** of one output: one sum of sixteen lanes over all columns, then the entries of tile after tile,
+//! four partial sums in turn.
 //!
-//! **Tried** (Zen 4): tiles of 64 rows and 1024 columns, one after another, for x to stay in a first cache of 32 KiB: 1.4 to
-//! 1.7 ms in place of 1.2 for one tenant of 4096 x 4096, since memory is then read by 2 KiB, and nothing for eight.
+//! **Tried** (Zen 4): tiles of 64 rows and 1024 columns, one after another, for x to stay in a first cache of
+//! 32 KiB: 1.4 to 1.7 ms in place of 1.2 for one tenant of 4096 x 4096, since memory is then read by 2 KiB,
+//! and nothing for eight.
 
 #![allow(
     clippy::needless_range_loop,
@@ -39,7 +42,8 @@ use crate::vector::lanes::Code;
 use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
 use std::ops::Range;
 
-/// The base's words are asked for so many bytes ahead of their use: 2 KB are 0.86 of dense, 4 0.94, 8 0.98, 16 0.99.
+/// The base's words are asked for so many bytes ahead of their use: 2 KB are 0.86 of dense, 4 0.94, 8 0.98,
+/// 16 0.99.
 const AHEAD: usize = 8192;
 /// Bits of a bf16 word below its exponent.
 const SHIFT: u32 = 7;
@@ -59,8 +63,8 @@ impl StreamTenant<'_, '_> {
 }
 
 impl<D: Float> LinearJob<'_, D> {
-    /// A block of rows of x on the words of `exponent` deltas, tenant beside tenant. The words are bf16, the machine has a
-    /// bf16 dot product, and the block's rows of W begin and end with tiles of every segment.
+    /// A block of rows of x on the words of `exponent` deltas, tenant beside tenant. The words are bf16, the
+    /// machine has a bf16 dot product, and the block's rows of W begin and end with tiles of every segment.
     pub(in crate::cpu) fn decoded<S: Simd>(
         &self,
         s: S,
@@ -180,7 +184,8 @@ impl<'t, D: Float> Decoded<'t, '_, D> {
         Ok(1)
     }
 
-    /// Tenants of one grid and one table, with at most `M` rows of x each: missing rows are the last once more.
+    /// Tenants of one grid and one table, with at most `M` rows of x each: missing rows are the last once
+    /// more.
     #[inline(always)]
     fn pass<S: Bf16Dot, const T: usize, const M: usize>(
         &mut self,
@@ -232,7 +237,8 @@ impl<'t, D: Float> Decoded<'t, '_, D> {
         Ok(())
     }
 
-    /// Two tenants of one grid with tables of their own and a row of x each. Gives one: the other was passed before.
+    /// Two tenants of one grid with tables of their own and a row of x each. Gives one: the other was passed
+    /// before.
     #[inline(always)]
     fn two<S: Bf16Dot>(
         &mut self,
@@ -364,8 +370,8 @@ impl<'t, D: Float> Decoded<'t, '_, D> {
     }
 }
 
-/// Adds the entries of a tile, whose rows have the totals `sums`, times a row of x. A row's entries go to four sums in
-/// turn, so that none waits for the one before.
+/// Adds the entries of a tile, whose rows have the totals `sums`, times a row of x. A row's entries go to
+/// four sums in turn, so that none waits for the one before.
 struct AddEntries<'a> {
     entries: Entries<'a>,
     tile_cols: usize,
@@ -431,7 +437,8 @@ fn tile<'a>(tenant: &StreamTenant<'_, 'a>, index: usize) -> Result<ExponentTile<
     }
 }
 
-/// Whether a tile's words times x are the decoded words times x and what its entries add: no exception lies in between.
+/// Whether a tile's words times x are the decoded words times x and what its entries add: no exception lies
+/// in between.
 fn in_registers(tile: &ExponentTile<'_>) -> bool {
     tile.additive || tile.exceptions.is_empty()
 }

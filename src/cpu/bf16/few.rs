@@ -5,13 +5,15 @@
 //!     16 sums of 16 lanes over the block; add their totals to the outputs
 //! ```
 //!
-//! **Floor**: the words of W once from memory: 33.5 MB of 4096 x 4096 at 56 GB/s are 0.60 ms, 9.3 cycles of each of two cores
-//! for 32 words (Zen 5, 4.2 GHz). Sixteen products of four rows by four take 27 instructions and 10.1 cycles for 128 words:
-//! memory up to 8 rows of x, the dot product (0.56 ms at 16 rows) from there on. What decides is that memory never waits:
-//! the lines of the next band are asked for evenly, one to eight at each step of 32 columns of this one; asked for by the
-//! first rows of x alone, four rows take 0.95 ms in place of 0.62.
+//! **Floor**: the words of W once from memory: 33.5 MB of 4096 x 4096 at 56 GB/s are 0.60 ms, 9.3 cycles of
+//! each of two cores for 32 words (Zen 5, 4.2 GHz). Sixteen products of four rows by four take 27
+//! instructions and 10.1 cycles for 128 words: memory up to 8 rows of x, the dot product (0.56 ms at 16 rows)
+//! from there on. What decides is that memory never waits: the lines of the next band are asked for evenly,
+//! one to eight at each step of 32 columns of this one; asked for by the first rows of x alone, four rows
+//! take 0.95 ms in place of 0.62.
 //!
-//! **Order** of one output: blocks of columns ([`COLUMNS`], or [`COLUMNS_ONE`] for one row of x), each a sum of sixteen lanes.
+//! **Order** of one output: blocks of columns ([`COLUMNS`], or [`COLUMNS_ONE`] for one row of x), each a sum
+//! of sixteen lanes.
 
 use crate::cpu::dot::{Rows, Strides};
 use crate::vector::bf16dot::{Bf16Dot, Bf16Task};
@@ -39,8 +41,8 @@ impl Bf16Task for Few<'_> {
 
     #[inline(always)]
     fn run<S: Bf16Dot>(mut self, s: S) {
-        // Rows by rows of x in registers, and lines asked for at each step: what 32 columns of the band take, shared out
-        // among all passes over them.
+        // Rows by rows of x in registers, and lines asked for at each step: what 32 columns of the band take,
+        // shared out among all passes over them.
         match self.x.len() {
             0 => {}
             1 => self.bands::<S, 4, 1, 4>(s, COLUMNS_ONE),
@@ -90,7 +92,8 @@ impl Few<'_> {
         }
     }
 
-    /// Add sums of rows from `r` on, `M` rows of x from `j` on for each, to the totals of those that are there.
+    /// Add sums of rows from `r` on, `M` rows of x from `j` on for each, to the totals of those that are
+    /// there.
     #[inline(always)]
     fn add<const M: usize>(&mut self, sums: &[f32; SIMD_LANES], r: usize, j: usize, end: usize) {
         for (i, sum) in sums.iter().enumerate() {

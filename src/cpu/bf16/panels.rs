@@ -1,5 +1,5 @@
-//! Many rows of x: rows of W are restored, if they are not the base's, packed by pairs of columns into panels of 64, and
-//! each panel multiplied with all rows of x of its tenant.
+//! Many rows of x: rows of W are restored, if they are not the base's, packed by pairs of columns into panels
+//! of 64, and each panel multiplied with all rows of x of its tenant.
 //!
 //! ```text
 //! for each 64 rows of W (or a tile's, where it has more), for each tenant, for each tile column:
@@ -7,16 +7,18 @@
 //!     for each block of columns, for each 6 rows of x: 24 vectors of sums, which are rows of y
 //! ```
 //!
-//! The tenants lie inside the rows of W, so that W is read from memory once for all of them, and its next rows are asked for
-//! evenly while these are multiplied; sums are rows of y, so that no lane is ever added to another.
+//! The tenants lie inside the rows of W, so that W is read from memory once for all of them, and its next
+//! rows are asked for evenly while these are multiplied; sums are rows of y, so that no lane is ever added to
+//! another.
 //!
-//! **Floor**: the dot product unit, 0.55 cycles for 32 products on Zen 5, 1 on Zen 4. Restoring (5.1 cycles for 32 words on
-//! Zen 5) and packing (64 shuffles for 512 words) are shared by all rows of x.
+//! **Floor**: the dot product unit, 0.55 cycles for 32 products on Zen 5, 1 on Zen 4. Restoring (5.1 cycles
+//! for 32 words on Zen 5) and packing (64 shuffles for 512 words) are shared by all rows of x.
 //!
-//! **Order** of one output: pairs of columns in order, one chain for each tile column's blocks of [`COLUMNS`].
+//! **Order** of one output: pairs of columns in order, one chain for each tile column's blocks of
+//! [`COLUMNS`].
 //!
-//! **Tried** (Zen 4): panels of 32 rows by 12 rows of x, 0.094 ms a row of x in place of 0.077 with 4096 x 4096 (F.linear
-//! 0.073): twice the broadcasts.
+//! **Tried** (Zen 4): panels of 32 rows by 12 rows of x, 0.094 ms a row of x in place of 0.077 with 4096 x
+//! 4096 (F.linear 0.073): twice the broadcasts.
 
 use crate::cpu::counters;
 use crate::cpu::dot::Strides;
@@ -30,9 +32,11 @@ use crate::vector::packed::Panels;
 use crate::vector::simd::{SIMD_LANES, Simd};
 use std::ops::Range;
 
-/// Columns of a block: of 64 rows of W 32 KiB, which stay in the first or second cache while six rows of x after six pass by.
+/// Columns of a block: of 64 rows of W 32 KiB, which stay in the first or second cache while six rows of x
+/// after six pass by.
 const COLUMNS: usize = 256;
-/// Columns that are packed at a time from the base: 128 KiB of packed words and as many of the next ones in the second cache.
+/// Columns that are packed at a time from the base: 128 KiB of packed words and as many of the next ones in
+/// the second cache.
 const WIDTH: usize = 1024;
 /// Rows of x side by side: with four vectors of W, 24 sums and 29 of 32 registers.
 const ROWS_OF_X: usize = 6;
@@ -42,8 +46,8 @@ const MOST_AHEAD: usize = 256 << 10;
 const LINE: usize = 64;
 
 impl<D: Float> LinearJob<'_, D> {
-    /// Rows of W `block.r0..block.r1`, all rows of x of the tenants `segments`. The words are bf16 and the machine has a
-    /// bf16 dot product; the rows begin and end with tiles of every segment.
+    /// Rows of W `block.r0..block.r1`, all rows of x of the tenants `segments`. The words are bf16 and the
+    /// machine has a bf16 dot product; the rows begin and end with tiles of every segment.
     pub(in crate::cpu) fn packed<S: Simd>(
         &self,
         s: S,
@@ -114,7 +118,8 @@ impl<D: Float> Bf16Task for Packed<'_, '_, D> {
                 panel.put(s, 0, block.r1 - block.r0, row);
                 Ok(())
             };
-            // Rows of the last panel that the matrix lacks are whatever was there: their sums are not looked at.
+            // Rows of the last panel that the matrix lacks are whatever was there: their sums are not looked
+            // at.
             if done.is_ok() {
                 let mut ahead = self.ahead(&columns, width);
                 for (p, panel) in panel.words.chunks_exact(pairs.max(1)).enumerate() {
@@ -129,7 +134,8 @@ impl<D: Float> Bf16Task for Packed<'_, '_, D> {
 }
 
 impl<D: Float> Packed<'_, '_, D> {
-    /// The words of W that are packed after those of `columns`: the next columns of the same rows, or the next rows.
+    /// The words of W that are packed after those of `columns`: the next columns of the same rows, or the
+    /// next rows.
     fn ahead(&self, columns: &Range<usize>, width: usize) -> NextRows {
         let (stride, k) = (self.job.k * D::BYTES, self.job.k);
         let (row, from, to) = match columns.end < k {

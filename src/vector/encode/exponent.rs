@@ -1,17 +1,18 @@
 //! `exponent`, packed backwards: equal to `codec::exponent`'s encoder bit for bit.
 //!
-//! A decoder takes a unit when it needs the unit's lowest bits, so an encoder that goes forward must give a unit its
-//! place long before it has its bits, and scatter. Going from the tile's last word to its first, a unit is whole in the
-//! very step in which the decoder would take it: the units of a step are packed by a shuffle and laid down below those
-//! of the step after, and nothing is scattered. What this asks is to know where each lane ends: a pass over base that
-//! adds up widths, which also tells how many units there will be.
+//! A decoder takes a unit when it needs the unit's lowest bits, so an encoder that goes forward must give a
+//! unit its place long before it has its bits, and scatter. Going from the tile's last word to its first, a
+//! unit is whole in the very step in which the decoder would take it: the units of a step are packed by a
+//! shuffle and laid down below those of the step after, and nothing is scattered. What this asks is to know
+//! where each lane ends: a pass over base that adds up widths, which also tells how many units there will be.
 //!
-//! **Floor.** Bytes: base twice (the second time from L2), fine_tuned once, the stream once and once more on its way out.
-//! Operations, for 32 words of 16 bits with AVX2 (`x86_64/pack.rs`): adding up: 2 loads, 5 for classes, 5 for widths, 4
-//! to add: 16. Packing: 4 loads; 10 for classes and widths; 12 for masks, halves and powers; 6 for differences; 8 for
-//! what does not fit and what changed; 10 for where a word lies in its unit; 18 to join it to the unit and what is left;
-//! 28 to shuffle units together and store them: 96. 112 operations at 3.5 a cycle are 32 cycles, 0.3 ns a word at 3.3 GHz,
-//! whatever share changed: no branch depends on data but for misfits.
+//! **Floor.** Bytes: base twice (the second time from L2), fine_tuned once, the stream once and once more on
+//! its way out. Operations, for 32 words of 16 bits with AVX2 (`x86_64/pack.rs`): adding up: 2 loads, 5 for
+//! classes, 5 for widths, 4 to add: 16. Packing: 4 loads; 10 for classes and widths; 12 for masks, halves and
+//! powers; 6 for differences; 8 for what does not fit and what changed; 10 for where a word lies in its unit;
+//! 18 to join it to the unit and what is left; 28 to shuffle units together and store them: 96. 112
+//! operations at 3.5 a cycle are 32 cycles, 0.3 ns a word at 3.3 GHz, whatever share changed: no branch
+//! depends on data but for misfits.
 
 use crate::codec::exponent::mantissa_bits;
 use crate::codec::{Apart, Rect};

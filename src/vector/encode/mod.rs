@@ -1,5 +1,6 @@
-//! Encoding at the speed of memory: `resident::encode_tiles` and its estimates on vectors, bit for bit, and a whole
-//! matrix on the caller's threads. Words of 1 and 8 bytes, and machines without a packer, are left to the oracle.
+//! Encoding at the speed of memory: `resident::encode_tiles` and its estimates on vectors, bit for bit, and a
+//! whole matrix on the caller's threads. Words of 1 and 8 bytes, and machines without a packer, are left to
+//! the oracle.
 //!
 //! | file | what |
 //! |---|---|
@@ -23,11 +24,11 @@ use std::ops::Range;
 
 pub use whole::{encode, encode_on};
 
-/// [`resident::encode_tiles`], bit for bit, on the machine's vectors: encode tiles `tiles` of the matrix that `plan` is
-/// for and append them to `out`. One thread.
+/// [`resident::encode_tiles`], bit for bit, on the machine's vectors: encode tiles `tiles` of the matrix that
+/// `plan` is for and append them to `out`. One thread.
 ///
-/// `base` and `fine_tuned` hold the words of the region that the tiles cover, at any alignment: whole bands, or of a
-/// matrix of one row any run of tiles.
+/// `base` and `fine_tuned` hold the words of the region that the tiles cover, at any alignment: whole bands,
+/// or of a matrix of one row any run of tiles.
 ///
 /// # Errors
 /// As [`resident::encode_tiles`].
@@ -115,7 +116,8 @@ pub fn estimate_exactly(source: &mut dyn Source, prefer: Prefer) -> Result<Estim
     estimate_on(Isa::active()?, source, prefer, true)
 }
 
-/// [`estimate`], or [`estimate_exactly`], on an instruction set of the caller's choice, for tests and benchmarks.
+/// [`estimate`], or [`estimate_exactly`], on an instruction set of the caller's choice, for tests and
+/// benchmarks.
 ///
 /// # Errors
 /// Those of the source; `Unsupported` if the machine lacks `isa`.

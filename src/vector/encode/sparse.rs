@@ -1,9 +1,10 @@
-//! `sparse`: changes found 32 words at a time, each then split as the codec says. Must not know how records are stored
-//! (`codec::sparse::Builder` does).
+//! `sparse`: changes found 32 words at a time, each then split as the codec says. Must not know how records
+//! are stored (`codec::sparse::Builder` does).
 //!
-//! **Floor.** Bytes: base and fine_tuned once, the records once. Operations, for 32 words of 16 bits: 4 loads, 2
-//! compares, 4 for the mask and its store: 10, 4 cycles, 0.04 ns per word. For each change: about 60 to split it and list
-//! it, and 30 for each of the records' 16 lanes, filled or not: 90 to 120, 12 ns, 0.12 ns a word at 1 % changed.
+//! **Floor.** Bytes: base and fine_tuned once, the records once. Operations, for 32 words of 16 bits: 4
+//! loads, 2 compares, 4 for the mask and its store: 10, 4 cycles, 0.04 ns per word. For each change: about 60
+//! to split it and list it, and 30 for each of the records' 16 lanes, filled or not: 90 to 120, 12 ns, 0.12
+//! ns a word at 1 % changed.
 
 use crate::codec::sparse::Builder;
 use crate::matrix::Dtype;

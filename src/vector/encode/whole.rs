@@ -1,5 +1,5 @@
-//! A whole matrix on the caller's threads: runs of tiles are encoded side by side and put together in order. In memory are the
-//! delta, once, and the pieces of one round.
+//! A whole matrix on the caller's threads: runs of tiles are encoded side by side and put together in order.
+//! In memory are the delta, once, and the pieces of one round.
 
 use super::{encode_tiles_on, estimate_on};
 use crate::codec::{Encoding, Prefer};
@@ -14,8 +14,8 @@ use std::sync::Mutex;
 /// Words that one task takes, about: enough for what a task costs, little enough to share a matrix out.
 const TASK_WORDS: usize = 1 << 19;
 
-/// Encode what turns `base` into `fine_tuned`: the bytes of `resident::encode_pair`, whatever the threads. Where nothing
-/// was measured, a sample chooses the encoding; a second pass follows where it misled.
+/// Encode what turns `base` into `fine_tuned`: the bytes of `resident::encode_pair`, whatever the threads.
+/// Where nothing was measured, a sample chooses the encoding; a second pass follows where it misled.
 ///
 /// # Errors
 /// `Mismatch` if dtypes or shapes differ; `Unsupported` beyond 2^32 units.

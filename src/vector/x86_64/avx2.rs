@@ -7,7 +7,8 @@ use crate::vector::packer::Packer;
 use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
 use std::arch::x86_64::*;
 
-/// Proof that the machine has AVX2, FMA, F16C and POPCNT: made by [`Avx2::detect`] and from the AVX-512 proof only.
+/// Proof that the machine has AVX2, FMA, F16C and POPCNT: made by [`Avx2::detect`] and from the AVX-512 proof
+/// only.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2(());
 
@@ -85,8 +86,8 @@ fn u16x8<const N: usize>(s: Avx2, from: &[u8; N], at: usize) -> __m256i {
     unsafe { _mm256_cvtepu16_epi32(words) }
 }
 
-/// `table[at[from..from + 8]]`. Plain loads: on Zen the gather instruction takes more steps than they do, and on Intel
-/// its mitigations make it slow.
+/// `table[at[from..from + 8]]`. Plain loads: on Zen the gather instruction takes more steps than they do, and
+/// on Intel its mitigations make it slow.
 ///
 /// # Safety
 /// Every index is less than the table's length.
@@ -178,8 +179,8 @@ impl Simd for Avx2 {
     fn sum4(self, [a, b, c, d]: [F; 4]) -> [f32; 4] {
         let mut out = [0.0; 4];
         let (ab, cd) = (fours(self, a, b), fours(self, c, d));
-        // SAFETY: the token proves AVX; the array takes the four f32 stored. Lanes 2 apart are added with all four
-        // vectors side by side, then 1 apart.
+        // SAFETY: the token proves AVX; the array takes the four f32 stored. Lanes 2 apart are added with all
+        // four vectors side by side, then 1 apart.
         unsafe {
             let two = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(ab, cd), _mm256_shuffle_ps::<0xEE>(ab, cd));
             let one = _mm256_add_ps(two, _mm256_movehdup_ps(two));
@@ -194,8 +195,8 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn load_bf16(self, from: &[u8; 64]) -> (F, F) {
         let (a, b) = (bytes32(self, from, 0), bytes32(self, from, 32));
-        // SAFETY: the token proves AVX2. A bf16 is the upper half of an f32; an even word is the low half of its
-        // 32-bit lane, so shift it up; an odd word is there already, so clear the low half.
+        // SAFETY: the token proves AVX2. A bf16 is the upper half of an f32; an even word is the low half of
+        // its 32-bit lane, so shift it up; an odd word is there already, so clear the low half.
         unsafe {
             let high = _mm256_set1_epi32(!0xFFFF);
             (
@@ -286,7 +287,8 @@ impl Simd for Avx2 {
             C(_mm256_min_epu32(c.0, last), _mm256_min_epu32(c.1, last))
         };
         self.store_columns(clamped, &mut at);
-        // SAFETY: every index was clamped, as an unsigned number, to the last of the table's at least one values.
+        // SAFETY: every index was clamped, as an unsigned number, to the last of the table's at least one
+        // values.
         unsafe { F(picked(self, table, &at, 0), picked(self, table, &at, 8)) }
     }
 

@@ -95,8 +95,8 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn load_bf16(self, from: &[u8; 64]) -> (__m512, __m512) {
         let a = bytes64(self, from, 0);
-        // SAFETY: the token proves AVX-512F. A bf16 is the upper half of an f32; an even word is the low half of its
-        // 32-bit lane, so shift it up; an odd word is there already, so clear the low half.
+        // SAFETY: the token proves AVX-512F. A bf16 is the upper half of an f32; an even word is the low half
+        // of its 32-bit lane, so shift it up; an odd word is there already, so clear the low half.
         unsafe {
             (
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(a)),
@@ -172,9 +172,9 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn gather(self, table: &[f32], c: __m512i) -> __m512 {
         assert!(!table.is_empty() && table.len() <= 1 << 30, "a table of 1 to 2^30 values");
-        // SAFETY: every index is clamped, as an unsigned number, to the last of the table's values, of which there is
-        // at least one and at most 2^30 (so that the instruction's signed index and its scale do not wrap).
-        // The token proves AVX-512F.
+        // SAFETY: every index is clamped, as an unsigned number, to the last of the table's values, of which
+        // there is at least one and at most 2^30 (so that the instruction's signed index and its scale do not
+        // wrap). The token proves AVX-512F.
         unsafe {
             let last = _mm512_set1_epi32((table.len() - 1) as i32);
             _mm512_i32gather_ps::<4>(_mm512_min_epu32(c, last), table.as_ptr())

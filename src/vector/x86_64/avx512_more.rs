@@ -1,5 +1,5 @@
-//! AVX-512 with more of its extensions: the same sixteen lanes as [`Avx512`], the same bits, and what the extensions are
-//! for. Must hold no intrinsic.
+//! AVX-512 with more of its extensions: the same sixteen lanes as [`Avx512`], the same bits, and what the
+//! extensions are for. Must hold no intrinsic.
 
 use super::avx2::Avx2;
 use super::avx512::Avx512;
@@ -15,7 +15,8 @@ use std::arch::x86_64::{__m512, __m512i};
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512Vbmi2(Avx512);
 
-/// Proof that the machine has the bf16 dot product and all that [`Avx512Vbmi2`] asks (Sapphire Rapids, Zen 4 and newer).
+/// Proof that the machine has the bf16 dot product and all that [`Avx512Vbmi2`] asks (Sapphire Rapids, Zen 4
+/// and newer).
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512Bf16(Avx512Vbmi2);
 

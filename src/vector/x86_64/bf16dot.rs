@@ -1,8 +1,9 @@
 //! Dot products of bf16 words with AVX-512 BF16: see `vector::bf16dot` for what
 //! each method promises. Every loop is one idea; which rows meet which is the callers' business.
 //!
-//! **Floor** (Zen 5, a step of 32 words of W, instructions and cycles in the cache): a dot product 2 and 0.55; four rows by
-//! four 27 and 10.1 for sixteen. Memory gives 32 words of W in 9.3 cycles to each of two cores.
+//! **Floor** (Zen 5, a step of 32 words of W, instructions and cycles in the cache): a dot product 2 and
+//! 0.55; four rows by four 27 and 10.1 for sixteen. Memory gives 32 words of W in 9.3 cycles to each of two
+//! cores.
 
 #![allow(
     clippy::needless_range_loop,
@@ -38,14 +39,16 @@ impl Steps {
 
 #[inline(always)]
 pub(super) fn dot(acc: __m512, a: __m512i, b: __m512i) -> __m512 {
-    // SAFETY: called from functions that have AVX-512 BF16 switched on; both types are 64 bytes of plain data.
+    // SAFETY: called from functions that have AVX-512 BF16 switched on; both types are 64 bytes of plain
+    // data.
     unsafe {
         let pairs = |v| std::mem::transmute::<__m512i, __m512bh>(v);
         _mm512_dpbf16_ps(acc, pairs(a), pairs(b))
     }
 }
 
-/// The same number, of which the compiler then knows nothing: else it steps a pointer for each row in place of this one.
+/// The same number, of which the compiler then knows nothing: else it steps a pointer for each row in place
+/// of this one.
 #[inline(always)]
 pub(super) fn opaque(mut at: usize) -> usize {
     // SAFETY: no instruction at all.
@@ -98,7 +101,8 @@ fn dots<const R: usize, const M: usize, const E: usize>(
     sums
 }
 
-/// Halves, quarters, pairs and lanes are added in turn, of as many vectors as are left side by side: 45 instructions.
+/// Halves, quarters, pairs and lanes are added in turn, of as many vectors as are left side by side: 45
+/// instructions.
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn sum16(a: &[__m512; SIMD_LANES]) -> [f32; SIMD_LANES] {

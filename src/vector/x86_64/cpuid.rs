@@ -40,7 +40,8 @@ fn tiles_are_saved() -> bool {
     unsafe { _xgetbv(0) >> 17 & 3 == 3 }
 }
 
-/// Bytes of the largest cache that a leaf describes, one sub-leaf per cache (the same form with Intel and AMD).
+/// Bytes of the largest cache that a leaf describes, one sub-leaf per cache (the same form with Intel and
+/// AMD).
 fn largest_cache(described: u32) -> usize {
     let caches = (0..16).map_while(|sub| leaf(described, sub).filter(|l| l.eax & 31 != 0));
     let bytes = |l: CpuidResult| {

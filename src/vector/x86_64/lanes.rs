@@ -1,5 +1,5 @@
-//! The bit streams of `exponent` with AVX2: see `vector::lanes` for what they are and `portable` there for their meaning.
-//! The AVX-512 instance uses this code too. Must not check what `vector::lanes` checks.
+//! The bit streams of `exponent` with AVX2: see `vector::lanes` for what they are and `portable` there for
+//! their meaning. The AVX-512 instance uses this code too. Must not check what `vector::lanes` checks.
 
 use super::avx2::Avx2;
 use crate::codec::exponent::CLASSES;
@@ -40,7 +40,8 @@ static UNITS: [[u8; 16]; 256] = {
     rows
 };
 
-/// `STEP` bytes of ones, then as many zeros: from `STEP - n` on they say which lanes of a step of `n` words are there.
+/// `STEP` bytes of ones, then as many zeros: from `STEP - n` on they say which lanes of a step of `n` words
+/// are there.
 static ACTIVE: [u8; 2 * STEP] = {
     let mut bytes = [0; 2 * STEP];
     let mut i = 0;
@@ -132,8 +133,8 @@ impl Widths {
         }
     }
 
-    /// Widths of classes, a byte each; a class with its top bit set gets zero. A shuffle gives zero where the index has
-    /// its top bit: so the low half sees 16 and above, and the high half what is below 16.
+    /// Widths of classes, a byte each; a class with its top bit set gets zero. A shuffle gives zero where the
+    /// index has its top bit: so the low half sees 16 and above, and the high half what is below 16.
     #[target_feature(enable = "avx2")]
     #[inline]
     pub(super) fn of(self, classes: __m256i) -> __m256i {
@@ -166,7 +167,8 @@ pub(super) fn spread(bytes: __m256i) -> [__m256i; 2] {
     [_mm256_unpacklo_epi8(bytes, bytes), _mm256_unpackhi_epi8(bytes, bytes)]
 }
 
-/// The units that 32 lanes take, handed out in the order of the lanes, and how many: the bits of `takes` are packed.
+/// The units that 32 lanes take, handed out in the order of the lanes, and how many: the bits of `takes` are
+/// packed.
 #[target_feature(enable = "avx2,popcnt")]
 #[inline]
 fn units16(takes: u32, from: &[u8; 2 * STEP]) -> ([__m256i; 2], usize) {
@@ -182,8 +184,9 @@ fn units16(takes: u32, from: &[u8; 2 * STEP]) -> ([__m256i; 2], usize) {
     ([low, high], takes.count_ones() as usize)
 }
 
-/// 32 lanes of 16 bits. Variable shifts are products with powers of two, which shuffles look up. What is a byte per
-/// lane is *packed*: the order of two vectors after a pack, which an unpack takes back (lanes 0-7, 16-23, 8-15, 24-31).
+/// 32 lanes of 16 bits. Variable shifts are products with powers of two, which shuffles look up. What is a
+/// byte per lane is *packed*: the order of two vectors after a pack, which an unpack takes back (lanes 0-7,
+/// 16-23, 8-15, 24-31).
 struct Words16 {
     widths: Widths,
     shift: __m128i,
@@ -299,7 +302,8 @@ impl Words32 {
         }
     }
 
-    /// One step of 32 words, of which those of `active` (a byte each, in order) are there. Gives the units taken.
+    /// One step of 32 words, of which those of `active` (a byte each, in order) are there. Gives the units
+    /// taken.
     #[target_feature(enable = "avx2,popcnt")]
     #[inline]
     fn step(&mut self, words: &mut [u32; STEP], active: __m256i, units: &[u8; 4 * STEP]) -> usize {
@@ -320,8 +324,8 @@ impl Words32 {
             let needs = _mm256_cmpgt_epi32(w, held);
             let takes = _mm256_movemask_ps(_mm256_castsi256_ps(needs)) as u32;
             let ranks = _mm256_cvtepu8_epi32(eight(&RANKS[(takes & 0xFF) as usize]));
-            // SAFETY: the lanes before took at most eight units per vector, 24 in all, so the 32 bytes from 96 on at most
-            // are within the 128.
+            // SAFETY: the lanes before took at most eight units per vector, 24 in all, so the 32 bytes from
+            // 96 on at most are within the 128.
             let from = unsafe { _mm256_loadu_si256(units.as_ptr().add(4 * taken).cast()) };
             let unit = _mm256_and_si256(_mm256_permutevar8x32_epi32(from, ranks), needs);
             taken += takes.count_ones() as usize;

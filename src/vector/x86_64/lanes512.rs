@@ -1,14 +1,17 @@
-//! The bit streams of `exponent` on 16-bit words with AVX-512 VBMI2: see `vector::lanes` for what they are and `portable` there for their
-//! meaning. A step of 32 words has no branch and no table in memory: `vpexpand` hands out the units in the order of the
-//! lanes, and `vpshldv` joins what a lane holds to its unit. Must not check what `vector::lanes` checks.
+//! The bit streams of `exponent` on 16-bit words with AVX-512 VBMI2: see `vector::lanes` for what they are
+//! and `portable` there for their meaning. A step of 32 words has no branch and no table in memory:
+//! `vpexpand` hands out the units in the order of the lanes, and `vpshldv` joins what a lane holds to its
+//! unit. Must not check what `vector::lanes` checks.
 //!
-//! A lane is kept as the unit that it took last, of which the top `held` bits are left (what lies below them is spent):
-//! `value = unit << held | last >> (16 - held)` is then one instruction, and `held` stays below 16, whatever the width.
+//! A lane is kept as the unit that it took last, of which the top `held` bits are left (what lies below them
+//! is spent): `value = unit << held | last >> (16 - held)` is then one instruction, and `held` stays below
+//! 16, whatever the width.
 //!
-//! **Floor** (16-bit words, Zen 5): 17 instructions for a step, 22 with its load, store and loop; the chain from one step to
-//! the next is compare, expand, blend. 5.1 cycles measured in the cache, 0.04 ns per word, where memory takes 9.3 for the
-//! base's words with two cores at 56 GB/s. **Tried**: expanding into the old units, from a register or from memory (6.5 cycles:
-//! the merge lies in the chain), two or four groups for a refill (4.2, 3.7, but 2 to 15 % of size, and 2 times it).
+//! **Floor** (16-bit words, Zen 5): 17 instructions for a step, 22 with its load, store and loop; the chain
+//! from one step to the next is compare, expand, blend. 5.1 cycles measured in the cache, 0.04 ns per word,
+//! where memory takes 9.3 for the base's words with two cores at 56 GB/s. **Tried**: expanding into the old
+//! units, from a register or from memory (6.5 cycles: the merge lies in the chain), two or four groups for a
+//! refill (4.2, 3.7, but 2 to 15 % of size, and 2 times it).
 
 use super::avx512_more::Avx512Vbmi2;
 use crate::codec::exponent::CLASSES;
@@ -78,8 +81,9 @@ impl Lanes16 {
         store(self.held, &mut lanes.held);
     }
 
-    /// Decode one step: the base's words in, the fine-tuned ones out, exceptions apart. `units` is what the step may take.
-    /// Gives how many units were taken. Lanes without a word (outside of `there`) take nothing, and give zero.
+    /// Decode one step: the base's words in, the fine-tuned ones out, exceptions apart. `units` is what the
+    /// step may take. Gives how many units were taken. Lanes without a word (outside of `there`) take
+    /// nothing, and give zero.
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
     #[inline]
     pub(crate) fn step<const WHOLE: bool>(
@@ -96,14 +100,14 @@ impl Lanes16 {
             w = _mm512_maskz_mov_epi16(there, w);
         }
         let takes = _mm512_cmplt_epu16_mask(self.held, w);
-        // Expanded to zeros and blended: merging into `last` would put the expansion's latency into the chain. The value needs
-        // no blend: where no unit is taken, all its bits are held.
+        // Expanded to zeros and blended: merging into `last` would put the expansion's latency into the
+        // chain. The value needs no blend: where no unit is taken, all its bits are held.
         let unit = _mm512_maskz_expand_epi16(takes, units);
         let value = _mm512_shldv_epi16(unit, self.last, self.held);
         self.last = _mm512_mask_blend_epi16(takes, self.last, unit);
         self.held = _mm512_and_si512(_mm512_sub_epi16(self.held, w), _mm512_set1_epi16(15));
-        // Half of the range is the mask less its half: base - (mask - mask / 2) + (value & mask). The mask less what the value
-        // has of it is what it lacks.
+        // Half of the range is the mask less its half: base - (mask - mask / 2) + (value & mask). The mask
+        // less what the value has of it is what it lacks.
         let mask = _mm512_permutexvar_epi16(class, t.masks);
         let most = _mm512_add_epi16(base, _mm512_srli_epi16::<1>(mask));
         let word = _mm512_sub_epi16(most, _mm512_andnot_si512(value, mask));
@@ -190,8 +194,8 @@ fn inner16(
             _mm_prefetch::<_MM_HINT_ET0>(to.as_ptr().cast::<i8>().wrapping_add(ahead));
             _mm_prefetch::<_MM_HINT_T0>(base.cast::<i8>().wrapping_add(ahead));
             _mm_prefetch::<_MM_HINT_T0>(units.as_ptr().cast::<i8>().wrapping_add(at + AHEAD));
-            // SAFETY: whole steps lie within `to` and the base's words; `sure` steps of at most 64 bytes each lie within
-            // `units` from where they begin. What was read is written, or something else, at once.
+            // SAFETY: whole steps lie within `to` and the base's words; `sure` steps of at most 64 bytes each
+            // lie within `units` from where they begin. What was read is written, or something else, at once.
             unsafe {
                 let word = _mm512_loadu_si512(base.add(64 * step).cast());
                 let (word, taken) =

@@ -1,8 +1,8 @@
-//! The bit streams of `exponent` on 32-bit words with AVX-512 VBMI2: as `lanes512`, sixteen lanes per vector; and the same
-//! fused with products of f32 words.
+//! The bit streams of `exponent` on 32-bit words with AVX-512 VBMI2: as `lanes512`, sixteen lanes per vector;
+//! and the same fused with products of f32 words.
 //!
-//! **Floor**: 2 times 17 instructions for a step of 32 words; 20 cycles and more on Zen 4, where memory takes 20 to 30 for the
-//! base's words.
+//! **Floor**: 2 times 17 instructions for a step of 32 words; 20 cycles and more on Zen 4, where memory takes
+//! 20 to 30 for the base's words.
 #![allow(clippy::needless_range_loop, reason = "arrays indexed in step are what stays in registers")]
 
 use super::avx512_more::Avx512Vbmi2;
@@ -128,8 +128,8 @@ fn inner32(
         }
         for _ in 0..sure {
             for i in 0..2 {
-                // SAFETY: whole steps lie within `to` and the base's words; `sure` steps of at most 128 bytes each lie
-                // within `units` from where they begin, half of them for each half.
+                // SAFETY: whole steps lie within `to` and the base's words; `sure` steps of at most 128 bytes
+                // each lie within `units` from where they begin, half of them for each half.
                 unsafe {
                     let word = _mm512_loadu_si512(base.add(128 * step + 64 * i).cast());
                     let from = _mm512_loadu_si512(units.as_ptr().add(at).cast());
@@ -148,8 +148,9 @@ fn inner32(
         for i in 0..2 {
             let words = rest.saturating_sub(16 * i).min(16) as u32;
             let there = ((1u32 << words) - 1) as __mmask16;
-            // SAFETY: only the lanes of `there` are read and written, and those words follow the whole steps; the first
-            // half takes at most sixteen units of the 32, so the 64 bytes from there on are within the 128.
+            // SAFETY: only the lanes of `there` are read and written, and those words follow the whole steps;
+            // the first half takes at most sixteen units of the 32, so the 64 bytes from there on are within
+            // the 128.
             taken += unsafe {
                 let from = _mm512_loadu_si512(last.as_ptr().add(4 * taken).cast());
                 let base = _mm512_maskz_loadu_epi32(there, base.wrapping_add(128 * step + 64 * i).cast());
@@ -204,8 +205,8 @@ fn inner_dots<const M: usize>(
                 let from = base.as_ptr().wrapping_add(128 * step + 64 * i);
                 _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD).cast());
                 _mm_prefetch::<_MM_HINT_T0>(units.as_ptr().wrapping_add(at + UNITS_AHEAD).cast());
-                // SAFETY: whole steps lie within the base's words; `sure` steps of at most 128 bytes each lie within
-                // `units` from where they begin, half of them for each half.
+                // SAFETY: whole steps lie within the base's words; `sure` steps of at most 128 bytes each lie
+                // within `units` from where they begin, half of them for each half.
                 let (word, taken) = unsafe {
                     let word = _mm512_loadu_si512(from.cast());
                     now.half::<true>(i, &table, word, 0, _mm512_loadu_si512(units.as_ptr().add(at).cast()))

@@ -1,5 +1,6 @@
-//! The x86-64 instances of the vector trait, with their decoders (`lanes`) and encoders (`pack`) of `exponent`. All intrinsics of
-//! this crate, and the `unsafe` that they need, are here. Algorithms are elsewhere, written over the trait.
+//! The x86-64 instances of the vector trait, with their decoders (`lanes`) and encoders (`pack`) of
+//! `exponent`. All intrinsics of this crate, and the `unsafe` that they need, are here. Algorithms are
+//! elsewhere, written over the trait.
 
 pub(crate) mod avx2;
 pub(crate) mod avx512;

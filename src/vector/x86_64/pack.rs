@@ -1,5 +1,6 @@
-//! Packing the bit streams of `exponent` from the last word to the first, and finding what differs, with AVX2: see
-//! `vector::encode::exponent` for the idea. The AVX-512 instance uses this code too. Must check nothing but its bounds.
+//! Packing the bit streams of `exponent` from the last word to the first, and finding what differs, with
+//! AVX2: see `vector::encode::exponent` for the idea. The AVX-512 instance uses this code too. Must check
+//! nothing but its bounds.
 
 use super::avx2::Avx2;
 use super::differ::{differ16, differ32};
@@ -161,8 +162,8 @@ impl Pack16 {
         below.into_iter().zip(lanes.below.as_chunks_mut::<16>().0).for_each(|(v, to)| store_half(v, to));
     }
 
-    /// One step, of which the words of `active` (packed) are there; others are equal. Gives how many units ended up at
-    /// the end of `out`, and which words are misfits.
+    /// One step, of which the words of `active` (packed) are there; others are equal. Gives how many units
+    /// ended up at the end of `out`, and which words are misfits.
     #[target_feature(enable = "avx2,popcnt")]
     #[inline]
     fn step(
@@ -179,8 +180,8 @@ impl Pack16 {
         let last = _mm256_add_epi8(w, _mm256_set1_epi8(-1));
         let (mask, half) = (pick(self.masks, last), pick(self.powers, last));
 
-        // Where each word lies in its unit, and whether the unit is whole with it: it lies lowest, or begins in the unit
-        // below (its low bits are what is left then).
+        // Where each word lies in its unit, and whether the unit is whole with it: it lies lowest, or begins
+        // in the unit below (its low bits are what is left then).
         self.below = _mm256_and_si256(_mm256_sub_epi8(self.below, w), _mm256_set1_epi8(15));
         let lowest = _mm256_cmpeq_epi8(self.below, zero);
         let over = _mm256_cmpgt_epi8(_mm256_add_epi8(self.below, w), _mm256_set1_epi8(16));
@@ -215,7 +216,8 @@ impl Pack16 {
     }
 }
 
-/// Lay the units of the lanes of `takes` (packed) down at the end of `out`, in the order of the lanes. Gives how many.
+/// Lay the units of the lanes of `takes` (packed) down at the end of `out`, in the order of the lanes. Gives
+/// how many.
 #[target_feature(enable = "avx2,popcnt")]
 #[inline]
 fn lay16(takes: u32, units: [__m256i; 2], out: &mut [u8; WINDOW16]) -> usize {
@@ -309,8 +311,8 @@ impl Pack32 {
 
             let places = _mm256_cvtepu8_epi32(eight(&RIGHT[(takes & 0xFF) as usize]));
             let packed = _mm256_permutevar8x32_epi32(units, places);
-            // SAFETY: the lanes after took at most eight units per vector, 24 in all, so the 32 bytes end 96 bytes or less
-            // below the end of 160.
+            // SAFETY: the lanes after took at most eight units per vector, 24 in all, so the 32 bytes end 96
+            // bytes or less below the end of 160.
             unsafe { _mm256_storeu_si256(out.as_mut_ptr().add(WINDOW32 - 32 - 4 * taken).cast(), packed) };
             taken += takes.count_ones() as usize;
         }

@@ -1,6 +1,7 @@
 //! Tables that move some of eight lanes to the end of a vector, in order.
 
-/// Row `m`: which lane of eight comes to place `p` when those of `m` are moved to the end in order; 8 for none.
+/// Row `m`: which lane of eight comes to place `p` when those of `m` are moved to the end in order; 8 for
+/// none.
 pub(super) static RIGHT: [[u8; 8]; 256] = {
     let mut rows = [[8; 8]; 256];
     let mut m = 0;

@@ -1,9 +1,10 @@
-//! `exponent` decoded into dot products, with AVX-512 BF16 and VBMI2: 32 words are decoded in registers and multiplied at
-//! once.
+//! `exponent` decoded into dot products, with AVX-512 BF16 and VBMI2: 32 words are decoded in registers and
+//! multiplied at once.
 //!
-//! **Floor** (Zen 5, a step of 32 words of W, instructions and cycles in the cache): decoding 17, with the product, its load
-//! and the lines asked for 26 and 7.0; of two tenants with tables of their own 21 each and 5.3; of eight with one table 94
-//! and 24.9 for all. Zen 4 takes two passes for 512 bits: 13.7 in place of 7.0.
+//! **Floor** (Zen 5, a step of 32 words of W, instructions and cycles in the cache): decoding 17, with the
+//! product, its load and the lines asked for 26 and 7.0; of two tenants with tables of their own 21 each and
+//! 5.3; of eight with one table 94 and 24.9 for all. Zen 4 takes two passes for 512 bits: 13.7 in place of
+//! 7.0.
 #![allow(
     clippy::needless_range_loop,
     reason = "arrays indexed in step are what stays in registers; `array::map` is a call, with vectors in memory"
@@ -28,13 +29,13 @@ pub(crate) struct Streams<'a, const T: usize> {
 }
 
 impl<const T: usize> Streams<'_, T> {
-    /// One step of 32 words from byte `at` of `base` on: decoded for each tenant, and multiplied. With `SURE`, the units of
-    /// a whole step are there; without, what is missing is zero, which `Bf16Dot::finish` notices. No other tenants are decoded
-    /// meanwhile, if `alone`.
+    /// One step of 32 words from byte `at` of `base` on: decoded for each tenant, and multiplied. With
+    /// `SURE`, the units of a whole step are there; without, what is missing is zero, which `Bf16Dot::finish`
+    /// notices. No other tenants are decoded meanwhile, if `alone`.
     ///
     /// # Safety
-    /// `base` and every row of x hold the words of the step (`rest`, if not `WHOLE`) from byte `at` on. With `SURE`, each
-    /// stream holds a step's bytes from `self.at` on.
+    /// `base` and every row of x hold the words of the step (`rest`, if not `WHOLE`) from byte `at` on. With
+    /// `SURE`, each stream holds a step's bytes from `self.at` on.
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,avx512bf16,popcnt,bmi2")]
     #[inline]
     unsafe fn step<const M: usize, const SURE: bool, const WHOLE: bool>(
@@ -58,7 +59,8 @@ impl<const T: usize> Streams<'_, T> {
             width = _mm512_maskz_mov_epi16(rest, width);
         }
         let mask = _mm512_permutexvar_epi16(class, self.table.masks);
-        // As in `Lanes16::step`, but for the blend, which is there for one tenant alone: others' chains hide the latency.
+        // As in `Lanes16::step`, but for the blend, which is there for one tenant alone: others' chains hide
+        // the latency.
         let most = _mm512_add_epi16(base, _mm512_srli_epi16::<1>(mask));
         let takes = _mm512_cmplt_epu16_mask(self.held, width);
         for t in 0..T {
@@ -134,7 +136,8 @@ pub(super) fn decode_dots<const T: usize, const M: usize>(
                 ask(units[turn], now.at + UNITS_AHEAD + STEP);
             }
             turn = (turn + 1) % T;
-            // SAFETY: `whole` steps lie within base and x; up to `sure`, of at most 64 bytes each, within the streams.
+            // SAFETY: `whole` steps lie within base and x; up to `sure`, of at most 64 bytes each, within the
+            // streams.
             unsafe { now.step::<M, true, true>(T == 1, base, at, 0, &x, &mut sums) };
             at = opaque(at + STEP);
         }
@@ -174,7 +177,8 @@ pub(super) fn decode_dots_two(
             ask(base, at + ahead);
             ask(p.units[0].as_ptr(), p.at + UNITS_AHEAD);
             ask(q.units[0].as_ptr(), q.at + UNITS_AHEAD);
-            // SAFETY: `whole` steps lie within base and x; up to `sure`, of at most 64 bytes each, within the streams.
+            // SAFETY: `whole` steps lie within base and x; up to `sure`, of at most 64 bytes each, within the
+            // streams.
             unsafe {
                 p.step::<1, true, true>(false, base, at, 0, &x[0], &mut sums[0]);
                 q.step::<1, true, true>(false, base, at, 0, &x[1], &mut sums[1]);

@@ -1,5 +1,5 @@
-//! Promise: the fast encoders give the oracle's bytes, on every instruction set, for every dtype, encoding and shape; cut
-//! into pieces anywhere, on any number of threads.
+//! Promise: the fast encoders give the oracle's bytes, on every instruction set, for every dtype, encoding
+//! and shape; cut into pieces anywhere, on any number of threads.
 
 use crate::common::data::{Rng, adversarial, matrix, perturbed, stepped, unaligned};
 use crate::common::linear::{Shuffled, isas};
@@ -28,7 +28,8 @@ const SHAPES: [(usize, usize); 12] = [
     (67, 95),
 ];
 
-/// Pairs that ask everything of an encoder: nothing, little, much and all changed; words that arithmetic mishandles.
+/// Pairs that ask everything of an encoder: nothing, little, much and all changed; words that arithmetic
+/// mishandles.
 fn pairs(rng: &mut Rng, dtype: Dtype, words: usize) -> Vec<(Vec<u8>, Vec<u8>)> {
     let floating = matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16 | Dtype::F64);
     let base = rng.weights(dtype, words);

@@ -1,5 +1,5 @@
-//! Promise: `csrc/xorz.h` and the Rust behind it are one contract. Every function is on both sides with as many
-//! parameters, every constant has one value, every struct one layout; and no panic leaves the door.
+//! Promise: `csrc/xorz.h` and the Rust behind it are one contract. Every function is on both sides with as
+//! many parameters, every constant has one value, every struct one layout; and no panic leaves the door.
 
 use std::collections::BTreeMap;
 use std::mem::{offset_of, size_of};
@@ -77,8 +77,8 @@ fn block<'t>(text: &'t str, start: &str) -> &'t str {
     &text[open..=end]
 }
 
-/// No panic passes a door, and none is caught twice on the way: each function that leaves the crate guards once, itself or
-/// through the one helper that does it for C, and nothing that they call guards again.
+/// No panic passes a door, and none is caught twice on the way: each function that leaves the crate guards
+/// once, itself or through the one helper that does it for C, and nothing that they call guards again.
 #[test]
 fn every_exported_function_guards_exactly_once() {
     // Constants and counters: nothing in them can panic.

@@ -1,6 +1,6 @@
-//! Promise: deltas of layout 1 written once are read forever, bit for bit: every encoding on words of every size, gaps of both
-//! sizes, entries of every kind. `tests/golden/layout1.safetensors` is never regenerated. (Layout 0 lies in the packages of
-//! version 1: `package/golden.rs`, `package/checkpoint_golden.rs`.)
+//! Promise: deltas of layout 1 written once are read forever, bit for bit: every encoding on words of every
+//! size, gaps of both sizes, entries of every kind. `tests/golden/layout1.safetensors` is never regenerated.
+//! (Layout 0 lies in the packages of version 1: `package/golden.rs`, `package/checkpoint_golden.rs`.)
 
 use crate::common::data::{Rng, adversarial, matrix, perturbed, stepped, value};
 use std::collections::BTreeSet;

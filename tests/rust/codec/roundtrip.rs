@@ -79,7 +79,8 @@ fn nan_payloads_signed_zeros_infinities_and_denormals_come_back() {
 
 #[test]
 fn a_lane_of_padding_on_a_nan_or_minus_zero_changes_nothing() {
-    // One row changes everywhere, so that its 15 neighbours are all padding, on words that an addition would alter.
+    // One row changes everywhere, so that its 15 neighbours are all padding, on words that an addition would
+    // alter.
     for dtype in [Dtype::BF16, Dtype::F16, Dtype::F32] {
         let word: &[u8] = match dtype {
             Dtype::F32 => &[1, 0, 0x80, 0x7F],

@@ -31,8 +31,8 @@ fn speed_keeps_random_positions_small() {
     let shape = Shape { n: 4096, k: 4096 };
     let mut rng = Rng::new(9);
     let base = rng.weights(Dtype::BF16, shape.n * shape.k);
-    // The notebook's noise is half as large as the weights themselves, so that a quarter of its differences take
-    // two entries: the price of exact products, and outside the limits that hold for steps.
+    // The notebook's noise is half as large as the weights themselves, so that a quarter of its differences
+    // take two entries: the price of exact products, and outside the limits that hold for steps.
     for (share, limit, noise_limit) in [(0.005, 0.30, 0.30), (0.03, 1.0, 1.1), (0.10, 3.0, 3.4)] {
         let kinds = [
             ("1 to 3 steps", limit, steps(&mut rng, &base, share)),
@@ -80,7 +80,8 @@ fn cast(t: &Tensor) -> Vec<u8> {
     values.flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect()
 }
 
-/// Bits per element of all matrices of a pair under `prefer = memory`; and how many of them have one table of widths.
+/// Bits per element of all matrices of a pair under `prefer = memory`; and how many of them have one table of
+/// widths.
 fn memory_bits(base: &[Tensor], fine_tuned: &[Tensor], to_bf16: bool) -> (f64, usize) {
     let (mut bytes, mut words, mut tables) = (0, 0, BTreeMap::<_, usize>::new());
     for f in fine_tuned.iter().filter(|f| f.dims.len() == 2) {
@@ -111,10 +112,10 @@ fn memory_stays_near_layout_0_on_real_pairs() {
         println!("SKIPPED: no pairs at {}", dir.display());
         return;
     }
-    // Base, fine-tune, cast to bf16; bits per element in layout 0, and in layout 1 when it was frozen. What layout 1 costs: ends
-    // of smaller tiles (up to 1.5 %), words of two entries where an exception was enough (1 %; 3 % of a whole retraining cast to
-    // bf16), canonical widths (up to 3 %, mostly 0.2 %). And of how many
-    // matrices the tables are one: of 4, of 7, of 7 and so on.
+    // Base, fine-tune, cast to bf16; bits per element in layout 0, and in layout 1 when it was frozen. What
+    // layout 1 costs: ends of smaller tiles (up to 1.5 %), words of two entries where an exception was enough
+    // (1 %; 3 % of a whole retraining cast to bf16), canonical widths (up to 3 %, mostly 0.2 %). And of how
+    // many matrices the tables are one: of 4, of 7, of 7 and so on.
     let table = [
         ("smol135m_bf16", "ft_sft_lr1e-05", false, 0.123, 0.124, 2),
         ("lm_bf16", "ft_sft_lr1e-06", false, 0.088, 0.089, 3),

@@ -1,10 +1,12 @@
-//! Tests that count or change what the whole process shares (`xorz::cpu::counters`): each in a process of its own.
+//! Tests that count or change what the whole process shares (`xorz::cpu::counters`): each in a process of its
+//! own.
 
 use std::process::Command;
 
 const ALONE: &str = "XORZ_TEST_ALONE";
 
-/// The name by which the test harness knows the test `F`, or the test that holds the closure `F`: without crate and closure.
+/// The name by which the test harness knows the test `F`, or the test that holds the closure `F`: without
+/// crate and closure.
 pub fn test_name<F>() -> String {
     let path = std::any::type_name::<F>().split("::{{closure}}").next().unwrap_or_default();
     path.split_once("::").map_or(path, |(_, inside)| inside).to_owned()

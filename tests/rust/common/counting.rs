@@ -1,5 +1,6 @@
-//! The system's allocator, counting for each thread what it holds and asks for, so that other tests of the same process
-//! change no count. What is measured must run on the thread that measures: [`held_by`] says what it did there.
+//! The system's allocator, counting for each thread what it holds and asks for, so that other tests of the
+//! same process change no count. What is measured must run on the thread that measures: [`held_by`] says what
+//! it did there.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -32,8 +33,8 @@ fn note(layout: Layout, sign: isize) {
     });
 }
 
-// SAFETY: every call is passed on to the system's allocator unchanged; counting allocates nothing, since the counts are
-// a constant at first and need no destructor.
+// SAFETY: every call is passed on to the system's allocator unchanged; counting allocates nothing, since the
+// counts are a constant at first and need no destructor.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         note(layout, 1);

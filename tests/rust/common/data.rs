@@ -34,7 +34,8 @@ impl Rng {
         (0..len.div_ceil(8)).flat_map(|_| self.next().to_le_bytes()).take(len).collect()
     }
 
-    /// `words` words as weights are: normal, deviation 0.02, in the dtypes that hold such; random bits in others.
+    /// `words` words as weights are: normal, deviation 0.02, in the dtypes that hold such; random bits in
+    /// others.
     pub fn weights(&mut self, dtype: Dtype, words: usize) -> Vec<u8> {
         match dtype {
             Dtype::F32 | Dtype::BF16 | Dtype::F16 | Dtype::F64 => {

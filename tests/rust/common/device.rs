@@ -1,4 +1,5 @@
-//! The kernels of `cuda/`, compiled for the host (`tests/cuda_host`) and launched from here. Must hold no expectation.
+//! The kernels of `cuda/`, compiled for the host (`tests/cuda_host`) and launched from here. Must hold no
+//! expectation.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -109,7 +110,8 @@ fn runtime(flags: &[&str]) -> Result<PathBuf, String> {
     Ok(object)
 }
 
-/// A folder with a double of libcuda.so.1 that runs the kernels (`tests/cuda_host/driver.cpp`), and an image that it takes.
+/// A folder with a double of libcuda.so.1 that runs the kernels (`tests/cuda_host/driver.cpp`), and an image
+/// that it takes.
 pub fn double() -> (PathBuf, PathBuf) {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda_double");
     std::fs::create_dir_all(&folder).unwrap();

@@ -53,7 +53,8 @@ pub fn model(dir: &Path, tensors: &[Tensor], shards: usize) {
     fs::write(dir.join("config.json"), br#"{"model_type": "llama"}"#).unwrap();
 }
 
-/// Every file below a folder: path, whether it may be executed, bytes. Folders that hold nothing are named with a `/`.
+/// Every file below a folder: path, whether it may be executed, bytes. Folders that hold nothing are named
+/// with a `/`.
 pub fn tree(dir: &Path) -> BTreeMap<String, (bool, Vec<u8>)> {
     fn walk(dir: &Path, prefix: &str, out: &mut BTreeMap<String, (bool, Vec<u8>)>) {
         for entry in fs::read_dir(dir).unwrap().map(Result::unwrap) {

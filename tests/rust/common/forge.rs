@@ -1,4 +1,5 @@
-//! Packages put together by hand from SPEC.md, independently of the writer: what a stranger with bad intentions could send.
+//! Packages put together by hand from SPEC.md, independently of the writer: what a stranger with bad
+//! intentions could send.
 
 use std::collections::BTreeMap;
 use xorz::package::SafeTensors;
@@ -75,7 +76,8 @@ impl Forge {
     }
 }
 
-/// A framed blob of `frames`, each with the decompressed size that it claims; `first` of them go before what follows them.
+/// A framed blob of `frames`, each with the decompressed size that it claims; `first` of them go before what
+/// follows them.
 pub fn framed_first(frames: &[(Vec<u8>, u32)], first: u32) -> Vec<u8> {
     let mut out = Vec::new();
     frames.iter().for_each(|(frame, _)| out.extend(frame));

@@ -1,5 +1,5 @@
-//! A GPU that a test has: the double of libcuda.so.1 (`tests/cuda_host/driver.cpp`), in a process a test, its memory and
-//! streams, and the ops on them. Must hold no expectation but that the double is there.
+//! A GPU that a test has: the double of libcuda.so.1 (`tests/cuda_host/driver.cpp`), in a process a test, its
+//! memory and streams, and the ops on them. Must hold no expectation but that the double is there.
 
 use super::alone::test_name;
 use super::data::Rng;
@@ -47,7 +47,8 @@ pub fn passes(child: impl Fn(), machine: &str) {
 
 /// A function of the double that is none of libcuda's.
 fn of_double<F: Copy>(name: &CStr) -> F {
-    // SAFETY: the double is loaded, or this ends the test; `F` is the function's type, as each caller here says.
+    // SAFETY: the double is loaded, or this ends the test; `F` is the function's type, as each caller here
+    // says.
     unsafe {
         let library = libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_NOW);
         let at = libc::dlsym(library, name.as_ptr());

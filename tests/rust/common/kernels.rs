@@ -1,4 +1,5 @@
-//! Launches of the kernels of `cuda/` as their host side will make them (cuda/README.md), and tenants to serve.
+//! Launches of the kernels of `cuda/` as their host side will make them (cuda/README.md), and tenants to
+//! serve.
 
 use super::data::{Rng, adversarial, matrix, perturbed, value};
 use super::device::{After, Device, Launch, Param};
@@ -7,7 +8,8 @@ use xorz::codec::{Encoding, Grid};
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::{Assembler, DeltaPiece, Plan, Resident, encode_tiles};
 
-/// Words a few steps from `base`, as `exponent` is made for: each moved by less than `2^(bits - 1)` times `2^low`.
+/// Words a few steps from `base`, as `exponent` is made for: each moved by less than `2^(bits - 1)` times
+/// `2^low`.
 pub fn nudged(rng: &mut Rng, word_bytes: usize, base: &[u8], bits: u32, low: u32) -> Vec<u8> {
     let one = |word: &[u8]| {
         let mut bytes = [0; 8];
@@ -18,7 +20,8 @@ pub fn nudged(rng: &mut Rng, word_bytes: usize, base: &[u8], bits: u32, low: u32
     base.chunks(word_bytes).flat_map(one).collect()
 }
 
-/// Fine-tuned words that are exact where `words` are: steps of seven bits of mantissa, zeros and non-finite words kept.
+/// Fine-tuned words that are exact where `words` are: steps of seven bits of mantissa, zeros and non-finite
+/// words kept.
 fn stepped_exactly(rng: &mut Rng, dtype: Dtype, base: &[u8]) -> Vec<u8> {
     let low = match dtype {
         Dtype::F16 => 3,

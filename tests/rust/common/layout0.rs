@@ -1,5 +1,5 @@
-//! Deltas of layout 0, encoding `exponent`, put together by hand from SPEC.md: what packages of version 1 hold and no
-//! library writes any more. The bits of words that do not fit are noise, as layout 0 allows.
+//! Deltas of layout 0, encoding `exponent`, put together by hand from SPEC.md: what packages of version 1
+//! hold and no library writes any more. The bits of words that do not fit are noise, as layout 0 allows.
 
 use super::data::{Rng, matrix};
 use xorz::matrix::{Dtype, Shape};

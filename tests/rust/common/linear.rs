@@ -13,8 +13,8 @@ pub const DTYPES: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];
 pub const ENCODINGS: [Encoding; 4] = Encoding::ALL;
 pub const MODES: [Mode; 2] = [Mode::Fast, Mode::Deterministic];
 
-/// The instruction sets of this machine; those that it lacks are named. `XORZ_TEST_ISA` leaves only the one that it
-/// names, for machines on which every instruction is dear (tests/avx512).
+/// The instruction sets of this machine; those that it lacks are named. `XORZ_TEST_ISA` leaves only the one
+/// that it names, for machines on which every instruction is dear (tests/avx512).
 pub fn isas() -> Vec<Isa> {
     let only = std::env::var("XORZ_TEST_ISA").ok();
     let wanted = Isa::ALL.into_iter().filter(|isa| only.as_deref().is_none_or(|name| name == isa.name()));

@@ -1,4 +1,5 @@
-//! Tables to look rows up in: a base, its fine-tunes, their deltas in one arena among rubbish. Must hold no expectation.
+//! Tables to look rows up in: a base, its fine-tunes, their deltas in one arena among rubbish. Must hold no
+//! expectation.
 
 use super::data::Rng;
 use super::device::{Launch, Param};
@@ -24,7 +25,8 @@ pub struct Tables {
 }
 
 impl Tables {
-    /// A tenant of each encoding with few changes and with many, on other tiles than usual, and an empty slot.
+    /// A tenant of each encoding with few changes and with many, on other tiles than usual, and an empty
+    /// slot.
     pub fn new(rng: &mut Rng, dtype: Dtype, shape: Shape) -> Self {
         let base = rng.weights(dtype, shape.n * shape.k);
         let mut all = Self { dtype, shape, base, tables: vec![], arena: vec![0xEE; 64], slots: vec![] };

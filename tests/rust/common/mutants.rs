@@ -3,7 +3,8 @@
 use super::device::{Device, root};
 use std::path::{Path, PathBuf};
 
-/// Name, file, what stands there, what the mutant has; the first place counts from the last occurrence of `after`.
+/// Name, file, what stands there, what the mutant has; the first place counts from the last occurrence of
+/// `after`.
 pub type Mutant = (&'static str, &'static str, &'static str, &'static str, &'static str);
 
 /// Unless that is there already, so that a build from it stays newer.

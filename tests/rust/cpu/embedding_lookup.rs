@@ -1,5 +1,6 @@
-//! Promise: a row looked up is that row of the tenant's restored table, bit for bit: any encoding, dtype, shape, mix of
-//! tenants, instruction set and threads. Only what the rows asked need is read, and no bytes do harm.
+//! Promise: a row looked up is that row of the tenant's restored table, bit for bit: any encoding, dtype,
+//! shape, mix of tenants, instruction set and threads. Only what the rows asked need is read, and no bytes do
+//! harm.
 
 use crate::common::alone::alone;
 use crate::common::data::{Rng, adversarial, matrix, perturbed, stepped, unaligned};
@@ -290,8 +291,8 @@ fn misuse_is_refused_in_words() {
     refused(&bad, &[3], &[1], Kind::Mismatch, "slots[1]: the delta is of a [20, 30] matrix of F16");
 }
 
-/// Whether words are the same, or are NaN in both. A damaged delta may add a NaN to a NaN, and IEEE 754 leaves open whose
-/// payload the sum has.
+/// Whether words are the same, or are NaN in both. A damaged delta may add a NaN to a NaN, and IEEE 754
+/// leaves open whose payload the sum has.
 fn alike(dtype: Dtype, got: &[u8], want: &[u8]) -> bool {
     if dtype == Dtype::I8 {
         return got == want;

@@ -1,6 +1,6 @@
-//! The promises of `delta_linear_grouped` and its gradient: each row of a batch has the bits of its tenant alone
-//! (deterministic), the exact sums of its tenant's weights (any mode), and nothing of another row; hostile arenas, slots and
-//! maps are refused in words or answered, never followed.
+//! The promises of `delta_linear_grouped` and its gradient: each row of a batch has the bits of its tenant
+//! alone (deterministic), the exact sums of its tenant's weights (any mode), and nothing of another row;
+//! hostile arenas, slots and maps are refused in words or answered, never followed.
 
 use crate::common::data::{Rng, adversarial, matrix, word};
 use crate::common::linear::{Case, DTYPES, MODES, Shuffled, first_difference, integers, isas, values};
@@ -143,7 +143,8 @@ fn deterministic_rows_have_the_bits_of_their_tenant_alone() {
     let mut rng = Rng::new(41);
     for isa in isas() {
         for dtype in DTYPES {
-            // Two column blocks of the base and 17 tile columns of one tenant; odd sizes; one row; one column.
+            // Two column blocks of the base and 17 tile columns of one tenant; odd sizes; one row; one
+            // column.
             for (n, k) in [(19, 4203), (70, 131), (1, 600), (33, 1)] {
                 if isa == Isa::Scalar && k > 4000 && dtype != Dtype::BF16 {
                     continue;
@@ -199,8 +200,9 @@ fn exact_sums_equal_float64_bit_for_bit_in_any_mix() {
     }
 }
 
-/// Tenants whose words are decoded side by side: ten with one width table, three with another, three with tables of their
-/// own, one with other tiles, one whose table asks for whole words and one whose table asks for none.
+/// Tenants whose words are decoded side by side: ten with one width table, three with another, three with
+/// tables of their own, one with other tiles, one whose table asks for whole words and one whose table asks
+/// for none.
 fn exponent_fleet(rng: &mut Rng, dtype: Dtype, shape: Shape) -> Fleet {
     let base = integers(rng, dtype, shape.n * shape.k, 8);
     let (mut cases, mut arena, mut slots) = (Vec::new(), Vec::new(), Vec::new());
@@ -567,7 +569,8 @@ fn hostile_arenas_and_slots_are_refused_or_answered() {
 
 #[test]
 fn mutants_are_caught() {
-    // What the comparisons above must not let pass: rows swapped between tenants, a slot ignored, another's bias.
+    // What the comparisons above must not let pass: rows swapped between tenants, a slot ignored, another's
+    // bias.
     let mut rng = Rng::new(50);
     let isa = Isa::active().unwrap();
     for dtype in DTYPES {

@@ -1,5 +1,6 @@
-//! Promise: deltas of layout 0, which packages of version 1 hold, are read and computed on as ever; and what layout 1 stores
-//! apart of `exponent`, entries and exceptions, gives the fine-tuned words and products right, or an error.
+//! Promise: deltas of layout 0, which packages of version 1 hold, are read and computed on as ever; and what
+//! layout 1 stores apart of `exponent`, entries and exceptions, gives the fine-tuned words and products
+//! right, or an error.
 
 use crate::common::data::{Rng, adversarial, matrix, perturbed, value, word};
 use crate::common::layout0;
@@ -188,7 +189,8 @@ fn kinds(blob: &[u8]) -> [usize; 4] {
     kinds
 }
 
-/// Pairs of words whose difference is one word, two (the next two, if `far`), or none; the last two are equal in value.
+/// Pairs of words whose difference is one word, two (the next two, if `far`), or none; the last two are equal
+/// in value.
 fn misfits(dtype: Dtype, far: bool) -> Vec<(Vec<u8>, Vec<u8>)> {
     let two = match dtype {
         _ if !far => 2.0,
@@ -252,7 +254,8 @@ fn products_with_a_mutant_of_an_entry_are_noticed() {
     for dtype in [Dtype::BF16, Dtype::F16] {
         let w = dtype.word_bytes();
         let fine_tuned = integers(&mut rng, dtype, shape.n * shape.k, 3);
-        // From far away to near zero: without its second difference a word is another word, not only another sum.
+        // From far away to near zero: without its second difference a word is another word, not only another
+        // sum.
         let (mut base, odd) = (fine_tuned.clone(), misfits(dtype, true));
         for (i, word) in base.chunks_mut(w).enumerate().filter(|(i, _)| i % 7 == 0) {
             word.copy_from_slice(&odd[i / 7 % 5].1);

@@ -79,7 +79,8 @@ fn denormal_words_cost_no_more_than_documented() {
             let y = case.linear(isa, &x, m, None, Mode::Fast);
             for (i, (got, want)) in values(dtype, &y).iter().zip(&exact).enumerate() {
                 let size: f64 = rows[i / shape.n * shape.k..][..shape.k].iter().map(|x| x.abs()).sum();
-                // Each weight counts as itself or, with the bf16 dot product, as zero; and the output is rounded.
+                // Each weight counts as itself or, with the bf16 dot product, as zero; and the output is
+                // rounded.
                 let bound = (size + 1.0) * 2f64.powi(-126) + want.abs() / 128.0;
                 assert!((got - want).abs() <= bound, "{isa:?} {} m {m}: {got:e} {want:e}", case.name());
                 if isa != Isa::Avx512Bf16 {
@@ -158,8 +159,8 @@ fn errors_stay_within_the_documented_bound() {
                 for i in 0..m * n {
                     let (j, r) = (i / n, i % n);
                     let (w0, w1) = (&wb[r * k..(r + 1) * k], &wf[r * k..(r + 1) * k]);
-                    // A changed word is at most two entries; gaps over 255 columns add one each to `sparse`. Of `exponent`
-                    // a word may be its stream's as well, and then it is no entry.
+                    // A changed word is at most two entries; gaps over 255 columns add one each to `sparse`.
+                    // Of `exponent` a word may be its stream's as well, and then it is no entry.
                     let changed = w0.iter().zip(w1).filter(|(a, b)| a != b).count();
                     let added = matches!(encoding, Encoding::Sparse | Encoding::Exponent);
                     let entries = if added { 2 * changed + k / 255 } else { 0 };
@@ -438,8 +439,8 @@ fn mutants_are_caught() {
         let w = dtype.word_bytes();
         let case = exact_case(&mut rng, dtype, shape, Encoding::Sparse, 0.1);
         for m in [1, 5, 10, 40] {
-            // Never zero, so that no wrong word can hide behind a zero of x; each value is its own power of two times
-            // an odd number, so that no two columns weigh the same.
+            // Never zero, so that no wrong word can hide behind a zero of x; each value is its own power of
+            // two times an odd number, so that no two columns weigh the same.
             let x: Vec<u8> = (0..m * shape.k)
                 .flat_map(|i| word(dtype, f64::from([1, 3, 5, 7][i % 4]) * [1.0, 2.0, 4.0][i / 4 % 3]))
                 .collect();

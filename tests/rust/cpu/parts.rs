@@ -1,5 +1,6 @@
-//! Promise: rows and columns of the fine-tuned matrix are restored alone, bit for bit: any encoding, dtype, range, instruction
-//! set and threads. Only the tiles that they touch are read, of those no more than is needed, and no bytes do harm.
+//! Promise: rows and columns of the fine-tuned matrix are restored alone, bit for bit: any encoding, dtype,
+//! range, instruction set and threads. Only the tiles that they touch are read, of those no more than is
+//! needed, and no bytes do harm.
 
 use crate::common::data::{Rng, adversarial, matrix, perturbed, stepped, unaligned};
 use crate::common::linear::{Case, ENCODINGS, Shuffled, isas};
@@ -65,7 +66,8 @@ fn any_part_is_that_of_the_whole() {
     let mut rng = Rng::new(151);
     for dtype in Dtype::ALL {
         for encoding in ENCODINGS {
-            // Gaps of two bytes, of one, and words that arithmetic mishandles; tiles side by side and one above another.
+            // Gaps of two bytes, of one, and words that arithmetic mishandles; tiles side by side and one
+            // above another.
             for (shape, share) in [
                 (Shape { n: 21, k: 5000 }, 0.004),
                 (Shape { n: 150, k: 300 }, 0.1),

@@ -86,8 +86,8 @@ fn no_panel_is_restored_at_small_m() {
                         assert_eq!(panels(&case, &mut rng, m, Mode::Fast), 0, "{} m {m}", case.name());
                     }
                     assert_eq!(panels(&case, &mut rng, 40, Mode::Deterministic), 0, "{}", case.name());
-                    // The counter counts: a large m restores each tile once, but for the base's own words, which the bf16 dot
-                    // product multiplies as they are.
+                    // The counter counts: a large m restores each tile once, but for the base's own words,
+                    // which the bf16 dot product multiplies as they are.
                     let as_they_are = encoding == Encoding::Unchanged
                         && dtype == Dtype::BF16
                         && Isa::active().unwrap() == Isa::Avx512Bf16;

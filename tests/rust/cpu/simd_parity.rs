@@ -1,4 +1,5 @@
-//! Every instruction set gives the bits of the portable code, and every fast path of restoring gives those of the oracle.
+//! Every instruction set gives the bits of the portable code, and every fast path of restoring gives those of
+//! the oracle.
 
 use crate::common::data::{Rng, adversarial, matrix, perturbed, stepped, unaligned};
 use crate::common::linear::{Case, DTYPES, ENCODINGS, MODES, Shuffled, isas};
@@ -36,7 +37,8 @@ fn every_instruction_set_gives_the_same_bits() {
                     for isa in isas() {
                         let mut got = run(isa);
                         if isa == Isa::Avx512Bf16 && dtype == Dtype::BF16 {
-                            // Its fast products sum in an order of their own, which linear_exactness holds to the bound.
+                            // Its fast products sum in an order of their own, which linear_exactness holds to
+                            // the bound.
                             assert_eq!(MODES[0], Mode::Fast);
                             got.0[0].clone_from(&want.0[0]);
                         }
@@ -174,7 +176,8 @@ fn apply_refuses_another_base_untouched() {
     }
 }
 
-/// A tile of encoding `exponent` from chance: any widths, any base, any stream of the length that they ask for.
+/// A tile of encoding `exponent` from chance: any widths, any base, any stream of the length that they ask
+/// for.
 struct Streamed {
     dtype: Dtype,
     rows: usize,

@@ -1,5 +1,5 @@
-//! Promise: an op on a small matrix runs on the calling thread, since waking another takes longer than the op; a large one
-//! gives every thread work. How work is shared out changes no bit.
+//! Promise: an op on a small matrix runs on the calling thread, since waking another takes longer than the
+//! op; a large one gives every thread work. How work is shared out changes no bit.
 
 use crate::common::data::{Rng, matrix, perturbed};
 use crate::common::linear::{Case, DTYPES, ENCODINGS, MODES};

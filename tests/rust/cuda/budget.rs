@@ -1,5 +1,5 @@
-//! Promise: the kernels of `cuda/` move the bytes that must move and few more: 32-byte sectors, counted while they run on
-//! the host. `bytes.rs` has the tables.
+//! Promise: the kernels of `cuda/` move the bytes that must move and few more: 32-byte sectors, counted while
+//! they run on the host. `bytes.rs` has the tables.
 
 use crate::common::data::{Rng, perturbed};
 use crate::common::device::{After, Device, Launch, Param};
@@ -69,7 +69,8 @@ fn restore_moves_little_more_than_it_must() {
             let launch = restore(apply, (2, shape), 2, &base, &case.blob, blocks, 0);
             let (moved, after) = moved(&device, launch, 0);
             assert!(after[usize::from(!apply)].bytes == case.fine_tuned);
-            // Apply of entries touches what changed, and of raw no base: the sum of both is an upper bound for it.
+            // Apply of entries touches what changed, and of raw no base: the sum of both is an upper bound
+            // for it.
             let all =
                 2 * base.len() * usize::from(!apply) + base.len() * usize::from(apply) + case.blob.len();
             let must = all - usize::from(encoding == Encoding::Raw && !apply) * base.len();

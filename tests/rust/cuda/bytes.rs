@@ -27,9 +27,11 @@ const BATCHES: [(usize, usize); 12] = [
     (512, 8),
     (512, 32),
 ];
-/// Rows of W that are counted: one panel of `linear_large`, four of `linear_small`, four tiles of restore. All panels are alike.
+/// Rows of W that are counted: one panel of `linear_large`, four of `linear_small`, four tiles of restore.
+/// All panels are alike.
 const COUNTED: usize = 64;
-/// Published peaks: GB/s of memory, TFLOP/s of f32 FMAs, and of dense bf16 products. A100 40 GB SXM; H100 80 GB SXM.
+/// Published peaks: GB/s of memory, TFLOP/s of f32 FMAs, and of dense bf16 products. A100 40 GB SXM; H100 80
+/// GB SXM.
 const PEAKS: [(f64, f64, f64); 2] = [(1555.0, 19.5, 312.0), (3350.0, 66.9, 989.4)];
 
 /// The changes that a delta holds, and how.

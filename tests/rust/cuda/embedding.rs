@@ -1,5 +1,6 @@
-//! Promise: rows that `delta_embedding` of `cuda/` looks up are those of the tenants' restored tables, bit for bit; whatever
-//! indices, slots, maps and bytes say, it is those words, or all bits set and a status. Mutants of it are noticed.
+//! Promise: rows that `delta_embedding` of `cuda/` looks up are those of the tenants' restored tables, bit
+//! for bit; whatever indices, slots, maps and bytes say, it is those words, or all bits set and a status.
+//! Mutants of it are noticed.
 
 use crate::common::data::{Rng, matrix};
 use crate::common::device::{Device, TSAN};
@@ -105,7 +106,8 @@ fn what_does_not_fit_gives_all_bits_set_and_a_status_and_leaves_the_others_alone
     }
 }
 
-/// Blobs broken byte by byte, each `head`th of the header and up to `most` others of a blob: the oracle's rows, or a status.
+/// Blobs broken byte by byte, each `head`th of the header and up to `most` others of a blob: the oracle's
+/// rows, or a status.
 fn hostile(device: &Device, seed: u64, head: usize, most: usize) {
     let mut rng = Rng::new(seed);
     let shape = Shape { n: 40, k: 300 };
@@ -179,7 +181,8 @@ fn broken_bytes_harm_no_memory() {
 fn a_tile_that_contradicts_itself_costs_its_part_of_the_row() {
     let (device, mut rng) = (device(), Rng::new(126));
     let mut tables = Tables::new(&mut rng, Dtype::BF16, Shape { n: 20, k: 600 });
-    // Slots 5 and 6 are `sparse` and `exponent` on tiles of 256 and 512 columns; the second tile ends beyond the last.
+    // Slots 5 and 6 are `sparse` and `exponent` on tiles of 256 and 512 columns; the second tile ends beyond
+    // the last.
     for (slot, cols) in [(5, 256), (6, 512)] {
         let at = tables.slots[slot][0] as usize + HEADER_BYTES;
         tables.arena[at + 8..at + 12].fill(0xFF);

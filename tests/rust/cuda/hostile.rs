@@ -1,5 +1,5 @@
-//! Promise: whatever a delta's bytes, an arena's slots and a map of rows say, the kernels of `cuda/` give the right words, or
-//! NaN and a status; they touch no byte that is not theirs, and no two of their threads race.
+//! Promise: whatever a delta's bytes, an arena's slots and a map of rows say, the kernels of `cuda/` give the
+//! right words, or NaN and a status; they touch no byte that is not theirs, and no two of their threads race.
 
 use crate::common::data::{Rng, adversarial, matrix, word};
 use crate::common::device::{Device, Launch, TSAN};
@@ -117,7 +117,8 @@ fn check_near(case: &Case, x: &[u8], y: &[u8], name: &str) {
     }
 }
 
-/// Blobs broken byte by byte, for `restore`, `apply` and `linear`, run on `device`: the right words, or NaN and a status.
+/// Blobs broken byte by byte, for `restore`, `apply` and `linear`, run on `device`: the right words, or NaN
+/// and a status.
 fn hostile(device: &Device, seed: u64, every: usize) {
     let mut rng = Rng::new(seed);
     let shape = Shape { n: 18, k: 300 };

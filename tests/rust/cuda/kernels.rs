@@ -1,5 +1,5 @@
-//! Promise: the kernels of `cuda/`, run on the host from their own source, give back every word bit for bit, and products
-//! as docs/numerics.md promises; under random orders of threads, in any mix of tenants.
+//! Promise: the kernels of `cuda/`, run on the host from their own source, give back every word bit for bit,
+//! and products as docs/numerics.md promises; under random orders of threads, in any mix of tenants.
 
 use crate::common::data::{Rng, adversarial, perturbed, value, word};
 use crate::common::device::{After, Device, Launch, Param, root};
@@ -121,7 +121,8 @@ fn tiles_of_every_size_are_restored() {
 #[test]
 fn two_entries_of_a_column_add_up_wherever_runs_of_records_end() {
     let (device, mut rng) = (device(), Rng::new(73));
-    // Differences that one bf16 cannot hold: tiny bases, large fine-tuned words. Every length of lane near 16 runs.
+    // Differences that one bf16 cannot hold: tiny bases, large fine-tuned words. Every length of lane near 16
+    // runs.
     let mut cases = vec![];
     for dtype in [Dtype::BF16, Dtype::F16, Dtype::F32] {
         for changed in 1..=40 {
@@ -234,7 +235,8 @@ fn errors_stay_within_the_documented_bound() {
                 for r in 0..n {
                     let (w0, w1) = (&wb[r * k..(r + 1) * k], &wf[r * k..(r + 1) * k]);
                     let changed = w0.iter().zip(w1).filter(|(a, b)| a != b).count();
-                    // product.cuh; or streams.cuh, whose narrowest tile here has 256 columns; and entries.cuh.
+                    // product.cuh; or streams.cuh, whose narrowest tile here has 256 columns; and
+                    // entries.cuh.
                     let product = k.div_ceil(256) * 8 + 7;
                     let stream = k / 32 + 6 * k.div_ceil(256);
                     let entries = if case.encoding == Encoding::Sparse { 2 * changed + 17 } else { 0 };

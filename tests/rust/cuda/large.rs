@@ -1,5 +1,6 @@
-//! Promise: products of many rows on CUDA (`cuda/linear_segments.cu`, `cuda/linear_large.cu`), run on the host from their own
-//! source, are those of the fine-tuned weights, in any mix of tenants, whenever asynchronous copies land.
+//! Promise: products of many rows on CUDA (`cuda/linear_segments.cu`, `cuda/linear_large.cu`), run on the
+//! host from their own source, are those of the fine-tuned weights, in any mix of tenants, whenever
+//! asynchronous copies land.
 
 use crate::common::data::{Rng, adversarial, perturbed, value, word};
 use crate::common::device::{After, Device, Param};
@@ -113,7 +114,8 @@ fn errors_stay_within_the_documented_bound() {
                 let weights = values(dtype, &fleet.case(t).fine_tuned);
                 let bias = values(dtype, fleet.bias(t));
                 for r in 0..n {
-                    // sums.cuh: an mma in the emulation, or an FMA, rounds once; the products are the fine-tuned words'.
+                    // sums.cuh: an mma in the emulation, or an FMA, rounds once; the products are the
+                    // fine-tuned words'.
                     let chain = 1 + if dtype == Dtype::F32 { k } else { k.div_ceil(16) };
                     let size = (0..k).map(|c| (xv[i * k + c] * weights[r * k + c]).abs()).sum::<f64>()
                         + bias[r].abs();
@@ -337,7 +339,8 @@ fn tiles_of_every_size_are_patched() {
 
 #[test]
 fn rows_are_sorted_into_segments_whatever_the_map() {
-    // Nothing of the order shows in a product; that every row is there once, and each tile of one tenant, does here.
+    // Nothing of the order shows in a product; that every row is there once, and each tile of one tenant,
+    // does here.
     let (device, mut rng) = (device(), Rng::new(189));
     let dtype = Dtype::F32;
     let shape = Shape { n: 1, k: 3 };

@@ -1,6 +1,7 @@
-//! Promise: the checks of products of many rows (`cuda_large`, `cuda_hostile`) notice what goes wrong in their kernels: a
-//! barrier removed, a wait weakened, a fragment swapped, a change dropped, a gap off by one. Each mutant is compiled
-//! and must be caught: by wrong results, with copies that land early or late, or by the thread sanitizer.
+//! Promise: the checks of products of many rows (`cuda_large`, `cuda_hostile`) notice what goes wrong in
+//! their kernels: a barrier removed, a wait weakened, a fragment swapped, a change dropped, a gap off by one.
+//! Each mutant is compiled and must be caught: by wrong results, with copies that land early or late, or by
+//! the thread sanitizer.
 
 use crate::common::data::{Rng, adversarial, perturbed, value, word};
 use crate::common::device::{Device, TSAN};
@@ -284,7 +285,8 @@ fn ways(large: impl Fn(bool, u64) -> Large) -> Vec<Large> {
     [(false, 1), (true, 2), (true, 0)].map(|(late, seed)| large(late, seed)).into()
 }
 
-/// Tenants of every kind; of slot 10 a step has more differences than a row has lanes, some words two of them.
+/// Tenants of every kind; of slot 10 a step has more differences than a row has lanes, some words two of
+/// them.
 fn of_fleet(rng: &mut Rng, dtype: Dtype, (n, k, m): (usize, usize, usize), odd: f64) -> Wanted {
     let shape = Shape { n, k };
     let words = |r: &mut Rng, words: usize| {
@@ -352,7 +354,8 @@ fn of_overflows(dtype: Dtype) -> Wanted {
     Wanted { dtype, all, exact: true }
 }
 
-/// Columns of fine-tuned words of f32, many of which the sum of base word and differences, each rounded, is not.
+/// Columns of fine-tuned words of f32, many of which the sum of base word and differences, each rounded, is
+/// not.
 fn of_columns(rng: &mut Rng) -> Wanted {
     let (dtype, shape) = (Dtype::F32, Shape { n: 40, k: 96 });
     let k = shape.k;

@@ -1,6 +1,7 @@
-//! Promise: every launch that `src/cuda` makes arrives at the driver as the kernel takes it, on the caller's stream and device,
-//! also in a captured graph, with nothing that waits. Against a double of libcuda.so.1 that runs the kernels' own source
-//! (`tests/cuda_host/driver.cpp`), in a process a test, since a process has one libcuda.
+//! Promise: every launch that `src/cuda` makes arrives at the driver as the kernel takes it, on the caller's
+//! stream and device, also in a captured graph, with nothing that waits. Against a double of libcuda.so.1
+//! that runs the kernels' own source (`tests/cuda_host/driver.cpp`), in a process a test, since a process has
+//! one libcuda.
 
 use crate::common::data::Rng;
 use crate::common::gpu::{Gpu, calls, case, exact_case, log, order, order_on, passes, said};

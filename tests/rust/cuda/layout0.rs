@@ -1,5 +1,5 @@
-//! Promise: the kernels of `cuda/` take deltas of layout 0 of every encoding but `exponent`, whose deltas they refuse with a
-//! status of its own, NaN where words were wanted, and weights left as they were.
+//! Promise: the kernels of `cuda/` take deltas of layout 0 of every encoding but `exponent`, whose deltas
+//! they refuse with a status of its own, NaN where words were wanted, and weights left as they were.
 
 use crate::common::data::{Rng, perturbed};
 use crate::common::kernels::{LINEAR_OUT, LINEAR_STATUS, Linear, device, restore, run_large, status};

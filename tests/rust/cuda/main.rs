@@ -1,5 +1,5 @@
-//! The CUDA kernels and their host side, on machines without a GPU: the kernels' source compiled for the host, and a
-//! double of libcuda that runs it.
+//! The CUDA kernels and their host side, on machines without a GPU: the kernels' source compiled for the
+//! host, and a double of libcuda that runs it.
 
 #[path = "../common"]
 #[allow(missing_docs, reason = "public only to the tests of this binary")]

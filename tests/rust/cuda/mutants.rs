@@ -1,5 +1,6 @@
-//! Promise: the checks of `cuda_kernels` notice what goes wrong in kernels: a barrier removed, a lane swapped, a threshold
-//! or an index off by one, a buffer reused too early. Each mutant is compiled and must be caught.
+//! Promise: the checks of `cuda_kernels` notice what goes wrong in kernels: a barrier removed, a lane
+//! swapped, a threshold or an index off by one, a buffer reused too early. Each mutant is compiled and must
+//! be caught.
 
 use crate::common::data::{Rng, adversarial, perturbed, word};
 use crate::common::device::{Device, Launch, TSAN};
@@ -133,7 +134,8 @@ const RESTORE_RACES: [Mutant; 4] = [
     ),
     ("a tile's last barrier", "restore.cu", "shared.corrupt) {", "  block_sync();\n}", "}"),
     (
-        // The barrier after the tile's last words would do, as would the one before its differences: both are left out.
+        // The barrier after the tile's last words would do, as would the one before its differences: both are
+        // left out.
         "differences before the stream's words",
         "restore.cu",
         "store(to + i, stage[i]);",
@@ -204,7 +206,8 @@ fn products(device: &Device) -> Result<(), String> {
             r.mix(DTYPE, &plain, &special, odd)
         };
         let mut fleet = Fleet::new(&mut rng, DTYPE, shape, words, 0.1);
-        // A tenant whose exponent tiles hold more than 32 differences each, two of some words (256 less a negative number).
+        // A tenant whose exponent tiles hold more than 32 differences each, two of some words (256 less a
+        // negative number).
         let many: Vec<u8> =
             (0..n * k).flat_map(|i| word(DTYPE, if i % 40 == 7 { 256.0 } else { 1.0 })).collect();
         if odd == 0.0 {

@@ -1,5 +1,5 @@
-//! Promise: the host side of the CUDA kernels launches what the kernels are: names, parameters in order, numbers and grids are
-//! those of the sources in `cuda/` and of `cuda/README.md`.
+//! Promise: the host side of the CUDA kernels launches what the kernels are: names, parameters in order,
+//! numbers and grids are those of the sources in `cuda/` and of `cuda/README.md`.
 
 use std::collections::BTreeSet;
 use std::path::Path;

@@ -1,5 +1,5 @@
-//! Promise: whatever is missing, refused or reported on the way to a CUDA kernel is said in words, and the next call is well.
-//! Against the double of `cuda_launch`.
+//! Promise: whatever is missing, refused or reported on the way to a CUDA kernel is said in words, and the
+//! next call is well. Against the double of `cuda_launch`.
 
 use crate::common::data::Rng;
 use crate::common::device::double;

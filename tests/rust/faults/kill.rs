@@ -1,5 +1,5 @@
-//! Promise: a run that is killed leaves the old file or none, or the whole new one, never half; what it may leave under a
-//! temporary name does not pile up. Two runs that write to one name leave one whole result.
+//! Promise: a run that is killed leaves the old file or none, or the whole new one, never half; what it may
+//! leave under a temporary name does not pile up. Two runs that write to one name leave one whole result.
 
 use crate::common::data::Rng;
 use crate::common::disk::{command, complaint, done, matrices, model, names, safetensors, tree};
@@ -34,8 +34,8 @@ struct Met {
     most_left: usize,
 }
 
-/// Run `args` [`KILLS`] times, killing it after a random part of the time it takes. `before` sets the stage, `after` says
-/// whether the new result is there, whole, and fails if it is half.
+/// Run `args` [`KILLS`] times, killing it after a random part of the time it takes. `before` sets the stage,
+/// `after` says whether the new result is there, whole, and fails if it is half.
 fn kill(d: &Path, args: &[&str], before: impl Fn(usize), after: impl Fn(usize) -> bool) -> Met {
     let (mut rng, mut met) = (Rng::new(args.len() as u64), Met::default());
     let start = Instant::now();

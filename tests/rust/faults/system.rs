@@ -1,5 +1,5 @@
-//! Promise: when the system refuses (disk full, no permission, a strange kind of file), the command says so in one line
-//! that names the file, exits with its code, and leaves the old file as it was and nothing else.
+//! Promise: when the system refuses (disk full, no permission, a strange kind of file), the command says so
+//! in one line that names the file, exits with its code, and leaves the old file as it was and nothing else.
 
 use crate::common::disk::{
     command, complaint, done, matrices, model, names, refused, run, safetensors, tree,
@@ -216,7 +216,8 @@ fn refused_any(d: &Path, args: &[&str], word: &str) {
     assert!(!out.status.success() && complaint(&out).contains(word), "{args:?}");
 }
 
-/// The command as somebody without rights: as `nobody` where the tests run as root, for whom no file is unreadable.
+/// The command as somebody without rights: as `nobody` where the tests run as root, for whom no file is
+/// unreadable.
 fn unprivileged(d: &Path, args: &[&str]) -> Output {
     let copy = d.join(".bin/xorz");
     if !copy.exists() {

@@ -1,5 +1,5 @@
-//! Promise: the command line does the whole job without Python, says what went wrong in one line, and tells scripts by its
-//! exit code; a killed run leaves no output and no other files in its way.
+//! Promise: the command line does the whole job without Python, says what went wrong in one line, and tells
+//! scripts by its exit code; a killed run leaves no output and no other files in its way.
 
 use crate::common::data::{Rng, perturbed};
 use std::fs;

@@ -1,5 +1,6 @@
-//! Promise: `xorz estimate` tells the bytes that resident deltas and packages really take, for every dtype, encoding and
-//! layout, by any number of threads; it says when separate copies are better, and writes nothing.
+//! Promise: `xorz estimate` tells the bytes that resident deltas and packages really take, for every dtype,
+//! encoding and layout, by any number of threads; it says when separate copies are better, and writes
+//! nothing.
 
 use crate::common::data::{Rng, matrix, perturbed, stepped};
 use crate::common::disk::{Tensor, done, names, refused, safetensors, xorz};
@@ -10,8 +11,8 @@ use xorz::codec::Prefer;
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::{Pair, Resident, encode_pair, estimate as sample, estimate_exactly as exactly};
 
-/// Base and fine-tune: every encoding and dtype, odd shapes, a matrix whose sample misleads, a tied head, one new tensor and one of
-/// another dtype.
+/// Base and fine-tune: every encoding and dtype, odd shapes, a matrix whose sample misleads, a tied head, one
+/// new tensor and one of another dtype.
 fn pair() -> (Vec<Tensor>, Vec<Tensor>) {
     let mut rng = Rng::new(77);
     let (mut base, mut ft): (Vec<Tensor>, Vec<Tensor>) = (vec![], vec![]);

@@ -84,8 +84,8 @@ fn columns_are_the_fine_tuned_ones(delta: Resident<'_>, base: &Matrix<'_>, fine_
     }
 }
 
-/// Writes what is missing, and only that, in the version that this library writes: to be run once, when that is frozen.
-/// `cargo test --test package golden -- --ignored`.
+/// Writes what is missing, and only that, in the version that this library writes: to be run once, when that
+/// is frozen. `cargo test --test package golden -- --ignored`.
 #[test]
 #[ignore = "writes golden files that are missing"]
 fn write_missing_golden_files() {

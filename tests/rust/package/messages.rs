@@ -1,4 +1,5 @@
-//! Promise: every error that a newcomer meets says in one line what is wrong and what to do, and ends with its exit code.
+//! Promise: every error that a newcomer meets says in one line what is wrong and what to do, and ends with
+//! its exit code.
 
 use crate::common::data::{Rng, perturbed};
 use crate::common::disk::{command, complaint, done, refused, run, safetensors, xorz};

@@ -1,5 +1,5 @@
-//! Promise: `xorz inspect --html` writes one page that needs nothing but itself, says what `--json` says, stays well-formed and small
-//! whatever a package says, and compares packages of one base.
+//! Promise: `xorz inspect --html` writes one page that needs nothing but itself, says what `--json` says,
+//! stays well-formed and small whatever a package says, and compares packages of one base.
 
 use crate::common::data::{Rng, perturbed, stepped};
 use crate::common::disk::{Tensor, done, names, refused, safetensors, xorz};
