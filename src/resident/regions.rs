@@ -37,7 +37,7 @@ pub fn slice(delta: &Resident<'_>, base: &Matrix<'_>, dim: usize, range: Range<u
 }
 
 /// One delta of matrices joined along rows (`dim` 0) or columns (`dim` 1), as in a fused qkv or gate_up projection; each
-/// part is a delta with its base. Parts are checked as by [`slice`], for the same reason.
+/// part is a delta with its base. Parts are checked as by [`slice()`], for the same reason.
 ///
 /// # Errors
 /// `InvalidArgument` without parts or for a bad dim; `Mismatch` where dtypes or the other dimension differ, or for another
