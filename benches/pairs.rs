@@ -1,4 +1,6 @@
-//! Bits per element of every delta on real pairs, beside zstd-10 of the raw XOR (the notebook's way). Matrices only.
+//! Bits per element of every delta on real pairs, beside zstd-10 of the raw XOR (the notebook's way). Matrices only. Of codec
+//! `predicted` also how fast a package is made and restored with it on one thread, base and checks hashed, GB/s of model.
+//! The last column counts the tensors that take more in the package than zstd-10 of their XOR takes.
 //!
 //! `cargo bench --bench pairs`, with the folder in `XORZ_PAIRS` (default `../shared/pairs`): files called
 //! `X.base.safetensors` and `X.ft*.safetensors`. fp32 pairs are measured again as bf16, both sides cast (round to even).
@@ -6,6 +8,7 @@
 use half::bf16;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Instant;
 use xorz::codec::Prefer;
 use xorz::error::{Error, Result};
 use xorz::matrix::{Dtype, Matrix, Shape};
@@ -39,12 +42,36 @@ fn table(dir: &Path) -> Result<()> {
     names.sort();
     println!("bits per element, matrices only");
     println!(
-        "{:<40} {:>8} {:>8} | {:>8} {:>8} | {:>8} {:>8} {:>8} {:>8}",
-        "", "", "zstd-10", "resident", "resident", "package", "of them", "of them", "package"
+        "{:<40} {:>8} {:>8} | {:>8} {:>8} | {:>8} {:>8} {:>8} {:>9} {:>8} | {:>6} {:>7} | {:>7}",
+        "",
+        "",
+        "zstd-10",
+        "resident",
+        "resident",
+        "package",
+        "of them",
+        "of them",
+        "of them",
+        "package",
+        "packed",
+        "restored",
+        "above"
     );
     println!(
-        "{:<40} {:>8} {:>8} | {:>8} {:>8} | {:>8} {:>8} {:>8} {:>8}",
-        "pair", "changed", "raw XOR", "speed", "memory", "smallest", "res-zstd", "planes", "on disk"
+        "{:<40} {:>8} {:>8} | {:>8} {:>8} | {:>8} {:>8} {:>8} {:>9} {:>8} | {:>6} {:>8} | {:>7}",
+        "pair",
+        "changed",
+        "raw XOR",
+        "speed",
+        "memory",
+        "smallest",
+        "res-zstd",
+        "planes",
+        "predicted",
+        "on disk",
+        "GB/s",
+        "GB/s",
+        "zstd-10"
     );
     for name in names {
         let Some((stem, _)) = name.split_once(".ft") else { continue };
@@ -87,43 +114,82 @@ fn cast(mut p: Pair) -> Pair {
     p
 }
 
-/// Stored bytes of all tensors by one codec (or the smallest), and of the package file with its header.
-fn packed(pairs: &[Pair], codec: Option<Codec>) -> Result<(u64, u64)> {
+/// What one codec (or the smallest) makes of all tensors.
+struct Packed {
+    /// Stored bytes, tensor by tensor.
+    stored: Vec<u64>,
+    /// The package file with its header.
+    file: u64,
+    /// Seconds of one thread.
+    packing: f64,
+    restoring: f64,
+}
+
+impl Packed {
+    fn bytes(&self) -> u64 {
+        self.stored.iter().sum()
+    }
+}
+
+fn packed(pairs: &[Pair], codec: Option<Codec>) -> Result<Packed> {
     let path = std::env::temp_dir().join(format!("xorz-pairs-{}.xorz", std::process::id()));
-    let mut writer = Writer::create(&path, PackOptions { codec, ..PackOptions::default() })?;
+    let start = Instant::now();
+    let mut writer = Writer::create(&path, PackOptions { codec, ..PackOptions::default() })?.jobs(1);
     for p in pairs {
         let side = |bytes| Tensor { name: &p.name, dtype: p.dtype.name(), dims: &p.dims, bytes };
         writer.add(&side(&p.fine_tuned), Some(&side(&p.base)))?;
     }
-    let report = writer.finish()?;
-    let stored = Package::open(&path)?.entries().iter().map(|e| e.stored_bytes).sum();
+    let file = writer.finish()?.package_bytes;
+    let packing = start.elapsed().as_secs_f64();
+    let package = Package::open(&path)?;
+    let mut restoring = 0.0;
+    for p in pairs {
+        let mut out = vec![0; p.fine_tuned.len()];
+        let start = Instant::now();
+        let base = Matrix::new(p.dtype, Shape::of_dims(&p.dims)?, &p.base)?;
+        package.restore(&p.name, Some(&base), &mut out)?;
+        restoring += start.elapsed().as_secs_f64();
+        if out != p.fine_tuned {
+            return Err(Error::internal(format!("`{}` came back wrong", p.name)));
+        }
+    }
     std::fs::remove_file(&path)?;
-    Ok((stored, report.package_bytes))
+    let stored = package.entries().iter().map(|e| e.stored_bytes).collect();
+    Ok(Packed { stored, file, packing, restoring })
 }
 
 fn row(label: &str, pairs: &[Pair]) -> Result<()> {
-    let (mut words, mut changed, mut speed, mut memory) = (0, 0, 0, 0);
+    let (mut words, mut changed, mut speed, mut memory, mut bytes) = (0, 0, 0, 0, 0);
     for p in pairs {
         let shape = Shape::of_dims(&p.dims)?;
         let (b, f) = (Matrix::new(p.dtype, shape, &p.base)?, Matrix::new(p.dtype, shape, &p.fine_tuned)?);
         let w = p.dtype.word_bytes();
         words += shape.words()?;
+        bytes += p.base.len();
         changed += p.base.chunks(w).zip(p.fine_tuned.chunks(w)).filter(|(x, y)| x != y).count();
         speed += encode_pair(&b, &f, Prefer::Speed)?.len();
         memory += encode_pair(&b, &f, Prefer::Memory)?.len();
     }
     let bits = |bytes: u64| 8.0 * bytes as f64 / words as f64;
-    let (smallest, file) = packed(pairs, None)?;
+    let speed_of = |seconds: f64| bytes as f64 / 1e9 / seconds;
+    let (zstd, smallest) = (packed(pairs, Some(Codec::Xor))?, packed(pairs, None)?);
+    let predicted = packed(pairs, Some(Codec::Predicted))?;
+    let above = smallest.stored.iter().zip(&zstd.stored).filter(|(ours, theirs)| ours > theirs).count();
     println!(
-        "{label:<40} {:>6.2} % {:>8.3} | {:>8.3} {:>8.3} | {:>8.3} {:>8.3} {:>8.3} {:>8.3}",
+        "{label:<40} {:>6.2} % {:>8.3} | {:>8.3} {:>8.3} | {:>8.3} {:>8.3} {:>8.3} {:>9.3} {:>8.3} | {:>6.2} {:>8.2} | {:>2} of {:>2}",
         100.0 * changed as f64 / words as f64,
-        bits(packed(pairs, Some(Codec::Xor))?.0),
+        bits(zstd.bytes()),
         bits(speed as u64),
         bits(memory as u64),
-        bits(smallest),
-        bits(packed(pairs, Some(Codec::ResidentZstd))?.0),
-        bits(packed(pairs, Some(Codec::Planes))?.0),
-        bits(file),
+        bits(smallest.bytes()),
+        bits(packed(pairs, Some(Codec::ResidentZstd))?.bytes()),
+        bits(packed(pairs, Some(Codec::Planes))?.bytes()),
+        bits(predicted.bytes()),
+        bits(smallest.file),
+        speed_of(predicted.packing),
+        speed_of(predicted.restoring),
+        above,
+        pairs.len(),
     );
     Ok(())
 }

@@ -470,7 +470,7 @@ def test_arguments_are_checked():
     assert type(model.head) is nn.Linear
     with torch.device("meta"):
         meta = Toy()
-    with pytest.raises(ValueError, match="is on meta"):
+    with pytest.raises(ValueError, match="is on the meta device"):
         xorz.attach(meta)
     _, _, tenants = family(Toy())
     for names, error, match in (

@@ -9,7 +9,7 @@ use super::record::Entry;
 use crate::codec::predicted::{MAX_TILE_WORDS, Predictor, predictable};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype};
-use crate::package::io::temp::Spool;
+use crate::package::io::spool::Spool;
 use crate::package::options::Codec;
 use crate::vector::predicted::{PredictedDecoder, PredictedEncoder};
 use std::ops::Range;

@@ -6,7 +6,7 @@ use super::record;
 use crate::codec::Encoding;
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype};
-use crate::package::io::temp::Spool;
+use crate::package::io::spool::Spool;
 use crate::package::options::Codec;
 use crate::resident::{Assembler, DeltaPiece, Estimate, Finished};
 use std::io::Write;

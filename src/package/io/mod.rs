@@ -6,4 +6,5 @@ pub(crate) mod aligned;
 pub(crate) mod ordered;
 pub(crate) mod pieces;
 pub(crate) mod regular;
+pub(crate) mod spool;
 pub(crate) mod temp;

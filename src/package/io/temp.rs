@@ -8,27 +8,47 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::hash::{BuildHasher, Hasher};
 use std::io;
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-fn within(path: &Path) -> impl Fn(io::Error) -> Error + '_ {
+/// Bytes copied at once.
+const COPIED: usize = 1 << 20;
+
+pub(super) fn within(path: &Path) -> impl Fn(io::Error) -> Error + '_ {
     move |e| Error::from(e).within(path.display())
 }
 
 /// The folder that `path` lies in.
-fn folder(path: &Path) -> &Path {
+pub(super) fn folder(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Sync a folder, so that the names in it outlive a power cut; as far as its file system does so. CIFS and many FUSE file systems
 /// refuse to, and some let nobody read a folder that may be written to. The files in it are synced all the same.
 fn sync_folder(path: &Path) -> io::Result<()> {
-    match File::open(path).and_then(|folder| folder.sync_all()) {
-        Err(e) if refuses(&e) => Ok(()),
-        done => done,
+    Home::open(path)?.sync()
+}
+
+/// A folder to be synced, opened before anything is named in it: after that nothing may fail for want of a file descriptor.
+/// `None` where the file system lets nobody read it.
+struct Home(Option<File>);
+
+impl Home {
+    fn open(path: &Path) -> io::Result<Self> {
+        match File::open(path) {
+            Err(e) if refuses(&e) => Ok(Self(None)),
+            opened => opened.map(|folder| Self(Some(folder))),
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        match self.0.as_ref().map_or(Ok(()), File::sync_all) {
+            Err(e) if refuses(&e) => Ok(()),
+            done => done,
+        }
     }
 }
 
@@ -50,7 +70,7 @@ pub(crate) fn refuses(e: &io::Error) -> bool {
 }
 
 /// A file without a name in `dir`. It is gone when it is closed, however that comes about.
-fn nameless(dir: &Path) -> io::Result<File> {
+pub(super) fn nameless(dir: &Path) -> io::Result<File> {
     let fd = open(dir, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from_raw_mode(0o666))?;
     Ok(File::from(fd))
 }
@@ -66,7 +86,10 @@ fn prefix(path: &Path) -> Result<OsString> {
 }
 
 /// `.NAME.tmp-PID-RANDOM` beside `path`, and what `make` makes of it; never something that exists.
-fn temporary<T>(path: &Path, mut make: impl FnMut(&Path) -> io::Result<T>) -> Result<(T, PathBuf)> {
+pub(super) fn temporary<T>(
+    path: &Path,
+    mut make: impl FnMut(&Path) -> io::Result<T>,
+) -> Result<(T, PathBuf)> {
     let prefix = prefix(path)?;
     let mut last = io::Error::from(ErrorKind::AlreadyExists);
     for _ in 0..16 {
@@ -177,7 +200,7 @@ impl Output {
             Ok(copy)
         })?;
         let fill = || {
-            let (mut room, mut at) = (vec![0; Spool::BUFFER], 0);
+            let (mut room, mut at) = (vec![0; COPIED], 0);
             loop {
                 let n = self.file.read_at(&mut room, at)?;
                 if n == 0 {
@@ -197,8 +220,7 @@ impl Output {
     /// Sync the file, give it its name, sync the folder.
     pub(crate) fn commit(mut self) -> Result<()> {
         self.file.sync_all().map_err(within(&self.path))?;
-        // Opened first: once the file has its name, nothing may fail for want of a file descriptor.
-        let home = File::open(folder(&self.path)).map_err(within(&self.path))?;
+        let home = Home::open(folder(&self.path)).map_err(within(&self.path))?;
         let temp = match self.temp.take() {
             Some(temp) => temp,
             None => {
@@ -207,7 +229,7 @@ impl Output {
                     linkat(CWD, &nameless, CWD, to, AtFlags::SYMLINK_FOLLOW).map_err(io::Error::from)
                 };
                 match link(&self.path) {
-                    Ok(()) => return home.sync_all().map_err(within(&self.path)),
+                    Ok(()) => return home.sync().map_err(within(&self.path)),
                     Err(e) if e.kind() == ErrorKind::AlreadyExists => {
                         temporary(&self.path, |temp| link(temp))?.1
                     }
@@ -221,7 +243,7 @@ impl Output {
         if renamed.is_err() {
             self.temp = Some(temp);
         }
-        renamed.and_then(|()| home.sync_all()).map_err(within(&self.path))
+        renamed.and_then(|()| home.sync()).map_err(within(&self.path))
     }
 }
 
@@ -292,9 +314,9 @@ impl OutputFolder {
     pub(crate) fn commit(mut self) -> Result<()> {
         let rename = || {
             sync_tree(&self.temp)?;
-            let home = File::open(folder(&self.path))?;
+            let home = Home::open(folder(&self.path))?;
             std::fs::rename(&self.temp, &self.path)?;
-            home.sync_all()
+            home.sync()
         };
         rename().map_err(within(&self.path))?;
         self.committed = true;
@@ -334,120 +356,5 @@ impl Drop for OutputFolder {
                 let _ = remove_tree(&self.temp);
             }
         }
-    }
-}
-
-/// Bytes whose place in the output is not known yet: appended to a nameless file, read back when it is.
-#[derive(Debug)]
-pub(crate) struct Spool {
-    file: File,
-    buffer: Vec<u8>,
-    /// Where the buffer's bytes belong.
-    flushed: u64,
-}
-
-impl Spool {
-    const BUFFER: usize = 1 << 20;
-
-    /// In the folder of `beside`, so that what fits here fits there, or among temporary files.
-    pub(crate) fn create(beside: Option<&Path>) -> Result<Self> {
-        let dir = beside.map_or_else(std::env::temp_dir, |p| folder(p).to_path_buf());
-        let named = || {
-            let (file, temp) = temporary(&dir.join("xorz-spool"), |temp| {
-                OpenOptions::new().read(true).write(true).create_new(true).open(temp)
-            })?;
-            std::fs::remove_file(&temp).map_err(within(&temp))?;
-            Ok(file)
-        };
-        let file = nameless(&dir).or_else(|_| named()).map_err(|e: Error| match beside {
-            Some(path) => {
-                Error::io(e.message()).within(format_args!("cannot write beside {}", path.display()))
-            }
-            None => e,
-        })?;
-        Ok(Self { file, buffer: Vec::new(), flushed: 0 })
-    }
-
-    /// Bytes appended so far.
-    pub(crate) fn len(&self) -> u64 {
-        self.flushed + self.buffer.len() as u64
-    }
-
-    /// Append bytes.
-    pub(crate) fn append(&mut self, bytes: &[u8]) -> Result<()> {
-        if self.buffer.len() + bytes.len() > Self::BUFFER {
-            self.flush()?;
-        }
-        if bytes.len() >= Self::BUFFER {
-            self.file.write_all_at(bytes, self.flushed)?;
-            self.flushed += bytes.len() as u64;
-        } else {
-            self.buffer.extend_from_slice(bytes);
-        }
-        Ok(())
-    }
-
-    fn flush(&mut self) -> Result<()> {
-        self.file.write_all_at(&self.buffer, self.flushed)?;
-        self.flushed += self.buffer.len() as u64;
-        self.buffer.clear();
-        Ok(())
-    }
-
-    /// Overwrite bytes that were appended.
-    pub(crate) fn patch(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
-        self.flush()?;
-        Ok(self.file.write_all_at(bytes, at)?)
-    }
-
-    /// Forget what was appended from byte `len` on.
-    pub(crate) fn truncate(&mut self, len: u64) -> Result<()> {
-        self.flush()?;
-        self.flushed = self.flushed.min(len);
-        Ok(self.file.set_len(self.flushed)?)
-    }
-
-    /// Hand the bytes `range` to `take`, piece after piece.
-    pub(crate) fn replay(
-        &mut self,
-        range: std::ops::Range<u64>,
-        mut take: impl FnMut(&[u8]) -> Result<()>,
-    ) -> Result<()> {
-        self.flush()?;
-        let mut buffer = super::aligned::Aligned::default();
-        let mut at = range.start;
-        while at < range.end {
-            let n = (range.end - at).min(Self::BUFFER as u64) as usize;
-            let room = buffer.room(n, at);
-            self.file.read_exact_at(room, at)?;
-            take(room)?;
-            at += n as u64;
-        }
-        Ok(())
-    }
-}
-
-/// A writer at the start of a file, buffered by the caller.
-pub(crate) struct Sequential<'a> {
-    file: &'a File,
-    at: u64,
-}
-
-impl<'a> Sequential<'a> {
-    /// From byte 0 on.
-    pub(crate) fn new(file: &'a File) -> Self {
-        Self { file, at: 0 }
-    }
-}
-
-impl Write for Sequential<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.file.write_all_at(bytes, self.at)?;
-        self.at += bytes.len() as u64;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }

@@ -14,7 +14,7 @@ use crate::package::format::stored::{Choice, StoredBody};
 use crate::package::format::words::{PairSource, TensorWords};
 use crate::package::io::aligned::Aligned;
 use crate::package::io::pieces::Pieces;
-use crate::package::io::temp::Spool;
+use crate::package::io::spool::Spool;
 use crate::package::options::{Codec, PackOptions};
 use crate::resident::{DeltaPiece, Estimate};
 use crate::vector;
@@ -230,7 +230,9 @@ impl<'a> TensorJob<'a> {
                 let step = p.tile_words * dtype.word_bytes();
                 for (base, tuned) in words.chunks(step).zip(fine_tuned.chunks(step)) {
                     let before = s.frames.len();
-                    s.changed += p.encoder.encode(dtype, base, tuned, &mut s.frames)?;
+                    // The predictor knows every step that was counted in these very words.
+                    let encoded = p.encoder.encode(dtype, base, tuned, &mut s.frames);
+                    s.changed += encoded.map_err(|_| changed_meanwhile())?;
                     s.lengths.push((s.frames.len() - before, base.len()));
                 }
                 Ok(())
@@ -412,4 +414,8 @@ impl OpenTensor<'_> {
         }
         Ok(())
     }
+}
+
+fn changed_meanwhile() -> Error {
+    Error::io("its words changed while they were read; try again when they are at rest")
 }

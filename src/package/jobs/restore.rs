@@ -17,7 +17,7 @@ use crate::package::io::pieces::Pieces;
 use crate::package::options::Codec;
 use crate::resident::{Outline, Resident};
 use crate::vector;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// One tensor to be restored.
 pub(crate) struct Restore<'a> {
@@ -26,7 +26,8 @@ pub(crate) struct Restore<'a> {
     entry: &'a Entry,
     base: Option<RestoreBase<'a>>,
     pub(crate) pieces: Pieces,
-    way: OnceLock<Result<StoredWay<'a>>>,
+    /// Kept from its first piece to its last: predictors and outlines of thousands of tensors at once would be much.
+    way: Mutex<Option<Arc<StoredWay<'a>>>>,
 }
 
 #[derive(Clone, Copy)]
@@ -118,7 +119,7 @@ impl<'a> Restore<'a> {
             (_, Some(dtype)) => (None, Pieces::new(dtype, entry.shape()?, bytes)),
             _ => (None, Pieces::flat(bytes)),
         };
-        Ok(Self { container, entry, base, pieces, way: OnceLock::new() })
+        Ok(Self { container, entry, base, pieces, way: Mutex::default() })
     }
 
     fn named(&self, e: Error) -> Error {
@@ -126,8 +127,14 @@ impl<'a> Restore<'a> {
     }
 
     /// What is stored, opened and compared with its digest by the first thread that asks.
-    fn way(&self) -> Result<&StoredWay<'a>> {
-        self.way.get_or_init(|| self.open()).as_ref().map_err(Clone::clone)
+    fn way(&self) -> Result<Arc<StoredWay<'a>>> {
+        let mut way = self.way.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(opened) = &*way {
+            return Ok(Arc::clone(opened));
+        }
+        let opened = Arc::new(self.open()?);
+        *way = Some(Arc::clone(&opened));
+        Ok(opened)
     }
 
     fn open(&self) -> Result<StoredWay<'a>> {
@@ -218,7 +225,7 @@ impl<'a> Restore<'a> {
         let (at, len) = (range.start as u64, range.len());
         s.leaves.clear();
         let Some(base) = self.base else {
-            let StoredWay::Planes(blob) = way else { return Err(stored_alone()) };
+            let StoredWay::Planes(blob) = &*way else { return Err(stored_alone()) };
             let words = s.words.room(len, 0);
             words.fill(0);
             let w = self.entry.word_dtype().map_or(1, Dtype::word_bytes);
@@ -228,7 +235,7 @@ impl<'a> Restore<'a> {
         if base.hashed {
             self.hash(index, &base, s)?;
         }
-        match way {
+        match &*way {
             StoredWay::Unchanged | StoredWay::Xor(_) => Ok(()),
             StoredWay::Planes(blob) => {
                 blob.apply_planes(at, s.words.get_mut(), base.dtype.word_bytes(), &mut s.inflater)
@@ -264,12 +271,12 @@ impl<'a> Restore<'a> {
 
     /// Whether pieces are complete only when they are taken in order.
     pub(crate) fn forwards(&self) -> Result<bool> {
-        Ok(matches!(self.way()?, StoredWay::Xor(_)))
+        Ok(matches!(*self.way()?, StoredWay::Xor(_)))
     }
 
     /// Begin again at the first piece, where pieces are taken in order.
     pub(super) fn rewind(&self) -> Result<()> {
-        if let (StoredWay::Xor(xor), StoredWay::Xor(new)) = (self.way()?, self.xor()?) {
+        if let (StoredWay::Xor(xor), StoredWay::Xor(new)) = (&*self.way()?, self.xor()?) {
             let new = new.into_inner().unwrap_or_else(PoisonError::into_inner);
             *xor.lock().unwrap_or_else(PoisonError::into_inner) = new;
         }
@@ -278,7 +285,7 @@ impl<'a> Restore<'a> {
 
     /// Complete the piece in `s`: the next one in order, where [`Restore::forwards`].
     pub(crate) fn complete(&self, s: &mut RestoreScratch) -> Result<()> {
-        if let StoredWay::Xor(xor) = self.way()? {
+        if let StoredWay::Xor(xor) = &*self.way()? {
             let mut xor = xor.lock().unwrap_or_else(PoisonError::into_inner);
             xor.apply(s.words.get_mut()).map_err(|e| self.named(e))?;
         }
@@ -319,10 +326,14 @@ impl<'a> Restore<'a> {
 }
 
 fn base_digest(base: &RestoreBase<'_>) -> Result<Digest> {
-    let (mut stream, mut room) = (Digest::stream(base.dtype, base.shape), Aligned::default());
-    let bytes = base.words.len()?;
-    for part in frames::cut(0..bytes, 1 << 20) {
-        stream.update(base.words.get(part, &mut room)?);
+    digest_of(&base.words, base.dtype, base.shape)
+}
+
+/// The digest of the matrix that `words` are, read piece by piece.
+pub(super) fn digest_of(words: &TensorWords<'_>, dtype: Dtype, shape: Shape) -> Result<Digest> {
+    let (mut stream, mut room) = (Digest::stream(dtype, shape), Aligned::default());
+    for part in frames::cut(0..words.len()?, 1 << 20) {
+        stream.update(words.get(part, &mut room)?);
     }
     Ok(stream.finish())
 }
@@ -350,6 +361,7 @@ impl Taken<'_, '_> {
     /// After the last piece: was it the right base?
     pub(crate) fn finish(self) -> Result<()> {
         let r = self.restore;
+        *r.way.lock().unwrap_or_else(PoisonError::into_inner) = None;
         if let (Some(stream), Some(base), Some(wanted)) = (self.digest, r.base, &r.entry.base) {
             let found = stream.finish();
             if found != base.want {

@@ -1,7 +1,7 @@
 //! One tensor of an opened package and its base: as a resident delta, or as fine-tuned words.
 
 use super::reencode;
-use super::restore::{Restore, RestoreScratch};
+use super::restore::{Restore, RestoreScratch, digest_of};
 use crate::codec::{Encoding, Prefer};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Matrix};
@@ -13,7 +13,6 @@ use crate::package::format::reader::Package;
 use crate::package::format::record::{Entry, check_delta};
 use crate::package::format::refusals::{another_base, other_kind, stored_alone};
 use crate::package::format::words::TensorWords;
-use crate::package::io::aligned::Aligned;
 use crate::package::options::Codec;
 use crate::resident::Resident;
 
@@ -161,15 +160,9 @@ fn on_disk<'a>(entry: &'a Entry, base: &'a Base) -> Result<Compared<'a>> {
 
 /// The digest of a base tensor that is put together, which no file and no cache has: of its words, as they are read.
 fn joined_digest(entry: &Entry, words: &TensorWords<'_>) -> Result<Digest> {
-    const STEP: usize = 1 << 20;
     let dtype =
         entry.word_dtype().ok_or_else(|| Error::corrupt(format!("a delta of dtype {}", entry.dtype)))?;
-    let mut stream = Digest::stream(dtype, entry.shape()?);
-    let (bytes, mut room) = (words.len()?, Aligned::default());
-    for from in (0..bytes).step_by(STEP) {
-        stream.update(words.get(from..(from + STEP).min(bytes), &mut room)?);
-    }
-    Ok(stream.finish())
+    digest_of(words, dtype, entry.shape()?)
 }
 
 fn compared<'a>(entry: &Entry, words: TensorWords<'a>, found: Digest) -> Result<Compared<'a>> {
