@@ -85,6 +85,8 @@ impl Header {
                 )));
             }
             check_size(t)?;
+            // No words, but rows without end: nothing here could walk along them.
+            Shape::of_dims(&t.dims).map_err(|e| e.of_tensor(&t.name))?;
             at = t.range.end;
         }
         Ok(Self { tensors, metadata: raw.metadata })

@@ -4,6 +4,7 @@
 use super::container::{LENGTH_BYTES, MAX_HEADER_BYTES, TensorInfo};
 use super::record::{self, BaseTensor, Entry, SourceFile};
 use super::totals::Report;
+use crate::codec::{Encoding, Prefer};
 use crate::error::{Error, Result};
 use crate::matrix::Digest;
 use crate::package::io::spool::{Sequential, Spool};
@@ -160,24 +161,42 @@ impl HeaderLength {
         )))
     }
 
-    /// A tensor that is still to be stored, by the shortest record that it can have.
+    /// A tensor that is still to be stored, by `codec` or whichever is the smallest: the shortest record that it can have.
     ///
     /// # Errors
     /// As [`HeaderLength::add`].
-    pub(crate) fn add_least(&mut self, t: &TensorInfo, base: Option<&str>, same: Option<&str>) -> Result<()> {
+    pub(crate) fn add_least(
+        &mut self,
+        t: &TensorInfo,
+        base: Option<&str>,
+        same: Option<&str>,
+        codec: Option<Codec>,
+    ) -> Result<()> {
+        // What is small is never stored as planes, whose record is the shortest.
+        const PLANES_FROM: u64 = 512;
+        // Every delta of some words takes more bytes than that.
+        const LEAST_BYTES: u64 = 10;
         let digest = Digest([0; 16]);
-        let codec = if base.is_some() { Codec::Xor } else { Codec::Alone };
+        let of_delta =
+            codec.unwrap_or(if t.bytes() > PLANES_FROM { Codec::Planes } else { Codec::ResidentZstd });
+        let (delta, resident) = (base.is_some(), matches!(of_delta, Codec::Resident | Codec::ResidentZstd));
+        let not_same = if delta { of_delta } else { Codec::Alone };
+        if delta && t.bytes() > 0 {
+            // The digits of its length, and of the place that it comes to at least.
+            let place = LEAST_BYTES * self.1 as u64;
+            self.0 += (format!("{LEAST_BYTES}{place}{}", place + LEAST_BYTES).len() - "000".len()) as u64;
+        }
         self.add(&Entry {
             name: t.name.clone(),
             key: t.name.clone(),
             dtype: t.dtype.clone(),
             dims: t.dims.clone(),
             bytes: 0,
-            codec: if same.is_some() { Codec::Same } else { codec },
+            codec: if same.is_some() { Codec::Same } else { not_same },
             base: base.map(|name| BaseTensor { name: name.into(), file: None, parts: Vec::new(), digest }),
-            encoding: None,
-            prefer: None,
-            changed: None,
+            encoding: (delta && resident).then_some(Encoding::Raw),
+            prefer: delta.then_some(Prefer::Speed),
+            changed: delta.then_some(0),
             same: same.map(str::to_owned),
             stored_bytes: 0,
             range: 0..0,

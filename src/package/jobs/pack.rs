@@ -17,7 +17,7 @@ use crate::package::io::ordered;
 use crate::package::io::regular::open_regular;
 use crate::package::io::spool::Spool;
 use crate::package::io::temp::check_target;
-use crate::package::options::{Destination, PackOptions, Run};
+use crate::package::options::{Codec, Destination, PackOptions, Run};
 use sha2::{Digest as _, Sha256};
 use std::collections::HashMap;
 use std::io::Read;
@@ -47,9 +47,9 @@ pub fn pack_files(
         refuse_overwrite(path, &base)?;
         refuse_overwrite(path, &ft)?;
     }
-    refuse_long_header(&ft, &[], &[])?;
+    refuse_long_header(&ft, &[], &[], options.codec)?;
     let Pairs { bases, same, removed, lonely } = pair(&base, &ft, options.strip_prefix.as_deref())?;
-    refuse_long_header(&ft, &bases, &same)?;
+    refuse_long_header(&ft, &bases, &same, options.codec)?;
     let digests = BaseDigests::cached(&base);
     let job = Pack { base: &base, ft: &ft, digests: &digests, bases, same, options, run, beside };
     let parts = job.parts()?;
@@ -67,6 +67,7 @@ fn refuse_long_header(
     ft: &Checkpoint,
     bases: &[Vec<Option<Paired<'_>>>],
     same: &[Vec<Option<&str>>],
+    codec: Option<Codec>,
 ) -> Result<()> {
     let mut least = HeaderLength::default();
     for (f, file) in ft.files().iter().enumerate() {
@@ -74,7 +75,7 @@ fn refuse_long_header(
             check_name(&t.name)?;
             let same = same.get(f).and_then(|list| list[i]);
             let base = bases.get(f).and_then(|list| list[i].as_ref()).filter(|_| same.is_none());
-            least.add_least(t, base.map(Paired::name), same)?;
+            least.add_least(t, base.map(Paired::name), same, codec)?;
         }
     }
     Ok(())

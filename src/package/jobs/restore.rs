@@ -105,7 +105,7 @@ impl<'a> Restore<'a> {
                         words.len()?
                     )));
                 }
-                let hashed = known.is_none() || matches!(words, TensorWords::File(..));
+                let hashed = known.is_none() || !matches!(words, TensorWords::Memory(_));
                 let base = RestoreBase { dtype, shape, words, want: wanted.digest, known, hashed };
                 (Some(base), Pieces::new(dtype, shape, bytes))
             }
@@ -202,28 +202,48 @@ impl<'a> Restore<'a> {
 
     /// Make piece `index`: the fine-tuned words, but for codec `xor`, which [`Open::take`] completes.
     pub(crate) fn make(&self, index: usize, s: &mut RestoreScratch) -> Result<()> {
-        self.make_words(index, s).map_err(|e| self.named(self.blame(e)))
+        s.leaves.clear();
+        s.base.clear();
+        self.make_words(index, s).map_err(|e| self.named(self.blame(e, index, s)))
     }
 
-    /// A wrong base makes nonsense of a delta: say that, not what the nonsense looked like.
-    fn blame(&self, e: Error) -> Error {
+    /// A wrong base makes nonsense of a delta, and so does one that changes: say that, not what the nonsense looked like.
+    fn blame(&self, e: Error, index: usize, s: &RestoreScratch) -> Error {
         let nonsense = matches!(e.kind(), Kind::Corrupt | Kind::Truncated);
-        match (self.base, &self.entry.base) {
-            (Some(base @ RestoreBase { hashed: true, .. }), Some(wanted)) if nonsense => {
-                match base_digest(&base) {
-                    Ok(found) if found != base.want => another_base(&wanted.name, base.want, found),
-                    _ => e,
-                }
-            }
-            _ => e,
+        let (Some(base @ RestoreBase { hashed: true, .. }), Some(wanted), true) =
+            (self.base, &self.entry.base, nonsense)
+        else {
+            return e;
+        };
+        let read = !s.leaves.is_empty() || !s.base.is_empty();
+        match (self.digest_around(index, &base, s), base_digest(&base)) {
+            (_, Ok(now)) if now != base.want => another_base(&wanted.name, base.want, now),
+            (Ok(then), _) if !read || then == base.want => e,
+            _ => Error::io(format!(
+                "the base tensor `{}` was changed while it was read; try again when it is at rest",
+                wanted.name
+            )),
         }
+    }
+
+    /// The digest of the base, piece `index` as it was when it was read into `s`.
+    fn digest_around(&self, index: usize, base: &RestoreBase<'_>, s: &RestoreScratch) -> Result<Digest> {
+        let (mut stream, mut room) = (Digest::stream(base.dtype, base.shape), Aligned::default());
+        for i in 0..self.pieces.count() {
+            let range = self.pieces.bytes(i);
+            match (i == index, s.leaves.is_empty()) {
+                (true, false) => stream.leaves(&s.leaves),
+                (true, true) => stream.update(&s.base),
+                _ => stream.update(base.words.get(range, &mut room)?),
+            }
+        }
+        Ok(stream.finish())
     }
 
     fn make_words(&self, index: usize, s: &mut RestoreScratch) -> Result<()> {
         let way = self.way()?;
         let range = self.pieces.bytes(index);
         let (at, len) = (range.start as u64, range.len());
-        s.leaves.clear();
         let Some(base) = self.base else {
             let StoredWay::Planes(blob) = &*way else { return Err(stored_alone()) };
             let words = s.words.room(len, 0);
@@ -326,11 +346,11 @@ impl<'a> Restore<'a> {
 }
 
 fn base_digest(base: &RestoreBase<'_>) -> Result<Digest> {
-    digest_of(&base.words, base.dtype, base.shape)
+    digest_of_words(&base.words, base.dtype, base.shape)
 }
 
 /// The digest of the matrix that `words` are, read piece by piece.
-pub(super) fn digest_of(words: &TensorWords<'_>, dtype: Dtype, shape: Shape) -> Result<Digest> {
+pub(super) fn digest_of_words(words: &TensorWords<'_>, dtype: Dtype, shape: Shape) -> Result<Digest> {
     let (mut stream, mut room) = (Digest::stream(dtype, shape), Aligned::default());
     for part in frames::cut(0..words.len()?, 1 << 20) {
         stream.update(words.get(part, &mut room)?);

@@ -1,7 +1,7 @@
 //! One tensor of an opened package and its base: as a resident delta, or as fine-tuned words.
 
 use super::reencode;
-use super::restore::{Restore, RestoreScratch, digest_of};
+use super::restore::{Restore, RestoreScratch, digest_of_words};
 use crate::codec::{Encoding, Prefer};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Matrix};
@@ -162,7 +162,7 @@ fn on_disk<'a>(entry: &'a Entry, base: &'a Base) -> Result<Compared<'a>> {
 fn joined_digest(entry: &Entry, words: &TensorWords<'_>) -> Result<Digest> {
     let dtype =
         entry.word_dtype().ok_or_else(|| Error::corrupt(format!("a delta of dtype {}", entry.dtype)))?;
-    digest_of(words, dtype, entry.shape()?)
+    digest_of_words(words, dtype, entry.shape()?)
 }
 
 fn compared<'a>(entry: &Entry, words: TensorWords<'a>, found: Digest) -> Result<Compared<'a>> {
