@@ -41,9 +41,12 @@ fn bare(name: &str) -> String {
     ending.unwrap_or(bare)
 }
 
-/// The name and what is left of it without its first parts; at least two parts, unless it has but one.
+/// The name and what is left of it without its first parts; at least two parts, unless it has but one. A number stays: without
+/// it, a layer would be any other layer.
 fn tails(bare: &str) -> impl Iterator<Item = &str> {
     let cuts = bare.match_indices('.').map(|(i, _)| i + 1).filter(|i| bare[*i..].contains('.'));
+    let number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+    let cuts = cuts.take_while(move |i| !bare[..*i].split('.').any(number));
     std::iter::once(0).chain(cuts.take(LEADING)).map(|i| &bare[i..])
 }
 
