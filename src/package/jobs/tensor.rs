@@ -68,6 +68,9 @@ impl Package {
     /// The resident delta of `entry`: as it is stored, or encoded again on `base`.
     fn delta(&self, entry: &Entry, base: Compared<'_>, prefer: Option<Prefer>) -> Result<Vec<u8>> {
         if let Some(bytes) = self.as_stored(entry, prefer)? {
+            if let (words, None) = base {
+                compared(entry, words, joined_digest(entry, &words)?)?;
+            }
             return Ok(bytes);
         }
         let restore = Restore::new(self.container(), entry, Some(base))?;
@@ -147,8 +150,8 @@ fn in_memory<'a>(entry: &Entry, base: &Matrix<'a>) -> Result<Compared<'a>> {
 fn on_disk<'a>(entry: &'a Entry, base: &'a Base) -> Result<Compared<'a>> {
     let wanted = entry.base.as_ref().ok_or_else(stored_alone)?;
     if !wanted.parts.is_empty() {
-        let words = TensorWords::Parts(base.checkpoint(), &wanted.parts, entry.bytes);
-        return compared(entry, words, joined_digest(entry, &words)?);
+        // No file and no cache has its digest: it is that of the words, as they are read.
+        return Ok((TensorWords::Parts(base.checkpoint(), &wanted.parts, entry.bytes), None));
     }
     let (file, info, digest) = base.find(entry, wanted)?;
     let file = &file.tensors;
@@ -158,7 +161,7 @@ fn on_disk<'a>(entry: &'a Entry, base: &'a Base) -> Result<Compared<'a>> {
     compared(entry, TensorWords::File(file, info), digest)
 }
 
-/// The digest of a base tensor that is put together, which no file and no cache has: of its words, as they are read.
+/// The digest of a base tensor that is put together, where no delta is made anew and so none of its words is read otherwise.
 fn joined_digest(entry: &Entry, words: &TensorWords<'_>) -> Result<Digest> {
     let dtype =
         entry.word_dtype().ok_or_else(|| Error::corrupt(format!("a delta of dtype {}", entry.dtype)))?;

@@ -7,11 +7,14 @@ use crate::common::forge::Forge;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use xorz::codec::Prefer;
 use xorz::error::Kind;
-use xorz::matrix::Dtype;
+use xorz::matrix::{Dtype, Matrix, Shape};
 use xorz::package::{
-    Destination, Entry, PackOptions, Package, Report, Run, pack_files, unpack_files, verify_files,
+    Base, Codec, Destination, Entry, PackOptions, Package, Report, Run, pack_files, unpack_files,
+    verify_files,
 };
+use xorz::resident::{Resident, restore};
 
 fn t(name: &str, dtype: &'static str, dims: &[usize], bytes: &[u8]) -> Tensor {
     (name.into(), dtype, dims.to_vec(), bytes.to_vec())
@@ -221,6 +224,43 @@ fn rows_added_or_removed_leave_a_delta_of_those_in_common() {
     // Other weights of the name are no delta at all.
     let ft = [t("model.embed", "BF16", &[n + 8, k], &rng.weights(Dtype::BF16, (n + 8) * k))];
     assert_eq!(Packed::one(&[t("model.embed", "BF16", &[n, k], &old)], &ft).report.alone, 1);
+}
+
+#[test]
+fn a_delta_of_parts_is_given_out_for_its_own_base_only() {
+    let mut rng = Rng::new(75);
+    let (n, k) = (100, 64);
+    let (old, new) = tuned(&mut rng, n * k);
+    let grown = [&new[..], &rng.weights(Dtype::BF16, 4 * k)].concat();
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let write = |name: &str, rows: usize, bytes: &[u8]| {
+        fs::write(path(name), safetensors(&[t("w", "BF16", &[rows, k], bytes)])).unwrap();
+    };
+    write("base", n, &old);
+    write("ft", n + 4, &grown);
+    let mut other = old.clone();
+    other[2 * (n * k - 1)] ^= 1;
+    write("other", n, &other);
+    for codec in Codec::ALL.into_iter().filter(|c| c.delta()) {
+        let options = PackOptions { codec: Some(codec), ..PackOptions::default() };
+        let out = path("p");
+        pack_files(&path("base"), &path("ft"), Destination::Path(&out), &options, &Run::default()).unwrap();
+        let package = Package::open(&out).unwrap();
+        assert!(!package.entry("w").unwrap().base.as_ref().unwrap().parts.is_empty());
+        let open = |name: &str| Base::open(&path(name), &Run::default()).unwrap();
+        for prefer in [None, Some(Prefer::Speed), Some(Prefer::Memory)] {
+            let delta = open("base").resident(&package, "w", prefer).unwrap();
+            // Against what was put together, written down here by hand: the rows in common, and words of 0.
+            let joined = [&old[..], &vec![0; 2 * 4 * k]].concat();
+            let joined = Matrix::new(Dtype::BF16, Shape { n: n + 4, k }, &joined).unwrap();
+            let mut out = vec![0; grown.len()];
+            restore(&Resident::parse(&delta).unwrap(), &joined, &mut out).unwrap();
+            assert!(out == grown, "{codec:?} {prefer:?}");
+            let e = open("other").resident(&package, "w", prefer).unwrap_err();
+            assert!(e.kind() == Kind::Mismatch && e.message().contains("`w`"), "{codec:?} {prefer:?}: {e}");
+        }
+    }
 }
 
 #[test]
