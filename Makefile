@@ -20,6 +20,8 @@ RUST_SOURCES   := $(shell find src -name '*.rs') $(wildcard build.rs cuda/*.cu c
 SHIM_SOURCES   := $(wildcard csrc/*) CMakeLists.txt
 PYTHON_SOURCES := $(shell find python -name '*.py' -o -name py.typed) pyproject.toml README.md
 PYTHON_LINTED  := $(wildcard python tests benches examples)
+# Not what `make fuzz` builds there.
+C_LINTED       = $(shell find csrc cuda tests examples -path tests/fuzz/target -prune -o -type f -print | grep -E '\.(c|cpp|h|cu|cuh)$$')
 
 .PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-vllm test-wheel test-models stress test-smollm cuda-gate cpu-gate lint \
   format bench bench-checkpoint bench-serving bench-vllm notebook changes clean
@@ -141,14 +143,14 @@ lint: $(REQUIREMENTS)
 	RUSTDOCFLAGS="-D warnings" $(NICE) $(CARGO) doc --locked --quiet --no-deps --lib
 	$(PY) -m ruff check $(PYTHON_LINTED)
 	$(PY) -m ruff format --check $(PYTHON_LINTED)
-	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc cuda tests examples -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(VENV)/bin/clang-format --dry-run --Werror $(C_LINTED)
 	@echo "lint: all clean"
 
 format: $(REQUIREMENTS)
 	$(CARGO) fmt
 	$(PY) -m ruff check --fix-only --quiet $(PYTHON_LINTED)
 	$(PY) -m ruff format --quiet $(PYTHON_LINTED)
-	$(VENV)/bin/clang-format -i $$(find csrc cuda tests examples -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(VENV)/bin/clang-format -i $(C_LINTED)
 
 bench: build
 	$(PY) benches/bench.py $(ARGS)
