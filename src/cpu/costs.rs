@@ -131,11 +131,16 @@ impl Costs {
     }
 }
 
-/// Whether torch is to multiply `rows` rows of x of one tenant's bf16 words in `mode = "fast"`, on panels of
-/// restored weights: many rows, on a processor whose matrix units torch uses (AMX).
-pub fn torch_multiplies(rows: usize) -> bool {
+/// The least rows of x of one tenant's bf16 words that torch is to multiply in `mode = "fast"`, on panels of
+/// restored weights: many, on a processor whose matrix units torch uses (AMX); elsewhere `usize::MAX`.
+pub fn least_torch_rows() -> usize {
     let costs = Costs::active();
-    let torchs = costs.torch_panels && rows > costs.packed_above;
+    if costs.torch_panels { costs.packed_above.saturating_add(1) } else { usize::MAX }
+}
+
+/// Whether `rows` are no less than [`least_torch_rows`]. `XORZ_TRACE` says so.
+pub fn torch_multiplies(rows: usize) -> bool {
+    let torchs = rows >= least_torch_rows();
     if torchs && traces() {
         eprintln!(
             "xorz: BF16, {rows} rows of one tenant: torch's product on restored panels, {}",

@@ -37,7 +37,7 @@ mod sparse;
 mod weights;
 
 pub use arena::{ARENA_ALIGN, Arena, Tenant, Tenants};
-pub use costs::torch_multiplies;
+pub use costs::{least_torch_rows, torch_multiplies};
 pub use embedding::{EmbeddingArgs, delta_embedding, delta_embedding_on};
 pub use grad::{delta_linear_grad_input, delta_linear_grad_input_on};
 pub use grouped::{

@@ -158,6 +158,7 @@ pub mod door {
             executor: &Executor,
         ) -> Result<()>;
         fn torch_multiplies(rows: usize) -> bool;
+        fn least_torch_rows() -> usize;
         fn grouped_tenants(m: usize, weight: &HostMatrix<'_>, batch: &Batch<'_>) -> Result<Vec<Tenant>>;
         fn delta_embedding(
             indices: &[i64],
@@ -392,6 +393,11 @@ fn delta_apply(
         let (delta, dtype) = (Resident::parse(delta)?, Dtype::of_code(dtype.into())?);
         vector::delta_apply(&delta, dtype, Shape { n, k }, weight, &Shim(executor))
     })
+}
+
+/// See [`cpu::least_torch_rows`]. As many as there can be where it cannot be told: then we multiply.
+fn least_torch_rows() -> usize {
+    guard(|| Ok(cpu::least_torch_rows())).unwrap_or(usize::MAX)
 }
 
 /// See [`cpu::torch_multiplies`]. False where it cannot be told: then we multiply.

@@ -98,6 +98,51 @@ def test_many_rows_are_torchs_to_multiply_where_it_has_matrix_units():
     run(LINEAR, XORZ_COSTS="torch_panels=0")
 
 
+GROUPED = """
+    import torch, xorz
+    from torch.nn.functional import linear
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    same = []
+    for n, k, biased in ((1100, 256, True), (513, 7, False), (64, 1, True)):
+        base = torch.randn(n, k).bfloat16()
+        tuned = [torch.where(torch.rand(n, k) < 0.1, base * 1.01, base) for _ in range(3)]
+        deltas = [xorz.delta_encode(base, t) for t in tuned]
+        ends = torch.tensor([0] + [d.numel() for d in deltas]).cumsum(0)
+        slots = torch.stack([ends[:-1], ends[1:] - ends[:-1]], 1)
+        biases = torch.randn(4, n).bfloat16() if biased else None
+        # 18 rows of tenant 0, 5 of tenant 1, 20 of the base, 17 of tenant 2; in one call nobody has more than 16.
+        for counts in ((18, 5, 20, 17), (16, 1, 0, 16), (40, 0, 0, 0)):
+            tenants = torch.tensor([0] * counts[0] + [1] * counts[1] + [-1] * counts[2] + [2] * counts[3])
+            tenants = tenants[torch.randperm(len(tenants))].int()
+            x = torch.randn(len(tenants), k).bfloat16()
+            got = torch.ops.xorz.delta_linear_grouped(x, base, biases, torch.cat(deltas), slots, tenants)
+            assert got.dtype == torch.bfloat16 and got.shape == (len(tenants), n)
+            for t in tenants.unique().tolist():
+                rows, w = tenants == t, base if t < 0 else tuned[t]
+                b = biases[t] if biased else None
+                torchs = linear(x[rows], w, b)
+                want = linear(x[rows].double(), w.double(), b.double() if biased else None)
+                size = x[rows].double().abs() @ w.double().abs().T + (b.double().abs() if biased else 0)
+                near = size * (2**-7 + k * 2**-23)
+                assert bool(((got[rows].double() - want).abs() <= near).all()), (n, k, counts, t)
+                if rows.sum() > 16:
+                    same.append(torch.equal(got[rows].view(torch.int16), torchs.view(torch.int16)))
+    with torch.autocast("cpu", dtype=torch.float16):
+        got = torch.ops.xorz.delta_linear_grouped(x, base, biases, torch.cat(deltas), slots, tenants)
+        assert got.dtype == torch.bfloat16
+    print(*same)
+"""
+
+
+def test_many_rows_of_a_tenant_in_a_mixed_batch_are_torchs_to_multiply_where_it_has_matrix_units():
+    same, said = run(GROUPED, XORZ_COSTS="torch_panels=1", XORZ_TRACE="1")
+    assert {f"{rows} rows of one tenant: torch's product" in said for rows in (17, 18, 20, 40)} == {True}
+    assert "16 rows of one tenant: torch's" not in said and "60 rows of one tenant" not in said
+    assert len(same) == 12 and set(same) == {"True"}
+    run(GROUPED, XORZ_COSTS="torch_panels=0")
+
+
 def test_bf16_words_are_widened_where_the_dot_product_is_slow():
     run(LINEAR, XORZ_COSTS="torch_panels=0,widen_from=4")
     run(LINEAR, XORZ_COSTS="torch_panels=0,widen_from=0")
