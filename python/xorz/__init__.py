@@ -5,6 +5,9 @@ directly.
 `apply_` for state_dicts in memory; the `delta_*` functions are the ops of `torch.ops.xorz`.
 """
 
+import importlib
+from typing import Any
+
 from . import _torch as _torch  # first: it says in words that torch is missing
 
 # isort: split
@@ -31,12 +34,31 @@ from .versions import Versions
 
 __version__ = _core.version()
 
+# What needs other libraries (transformers, huggingface_hub) is imported when it is asked for.
+_LATER = {
+    "PublishVersions": "pretrained",
+    "XorzConfig": "pretrained",
+    "from_pretrained": "pretrained",
+    "push": "hub",
+    "save_folder": "hub",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What needs other libraries, from its module; AttributeError where there is none of that name."""
+    if name not in _LATER:
+        raise AttributeError(f"module 'xorz' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+
+
 __all__ = [
     "DeltaInfo",
+    "PublishVersions",
     "StateDelta",
     "Tenants",
     "Versions",
     "XorDeltaLinear",
+    "XorzConfig",
     "apply_",
     "attach",
     "delta_apply_",
@@ -52,12 +74,15 @@ __all__ = [
     "delta_restore",
     "delta_slice",
     "diff",
+    "from_pretrained",
     "include_path",
     "inspect",
     "library_path",
     "load_deltas",
     "pack",
+    "push",
     "restore",
+    "save_folder",
     "unpack",
     "verify",
 ]

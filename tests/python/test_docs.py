@@ -60,17 +60,30 @@ def test_every_block_runs_in_order(tmp_path):
             assert done.returncode == 0, f"{code}\n{done.stderr}"
 
 
-def test_every_block_about_tenants_runs_in_order(tmp_path):
-    text = (cpp.ROOT / "docs" / "tenants.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.S | re.M)
-    assert len(blocks) == text.count("\n```") // 2 == 4
+def shown_by(name, blocks, tmp_path):
+    """What the blocks of a document print, each in a process of its own, in one folder."""
+    text = (cpp.ROOT / "docs" / name).read_text()
+    found = re.findall(r"^```python\n(.*?)^```$", text, re.S | re.M)
+    assert len(found) == text.count("\n```") // 2 == blocks
     env = {**os.environ, "PYTHONPATH": str(pathlib.Path(xorz.__file__).parents[1])}
     shown = ""
-    for code in blocks:
+    for code in found:
         command = [sys.executable, "-W", "error", "-c", code]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{code}\n{done.stderr}"
         shown += done.stdout
+    return shown
+
+
+def test_every_block_about_transformers_runs_in_order(tmp_path):
+    pytest.importorskip("transformers", minversion="5")
+    shown = shown_by("transformers.md", 3, tmp_path)
+    assert "model.embed_tokens                       Embedding" in shown and "alice, bob" in shown
+    assert {"saved", "tenant-alice"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_every_block_about_tenants_runs_in_order(tmp_path):
+    shown = shown_by("tenants.md", 4, tmp_path)
     assert (
         "0                                        Embedding" in shown
         and "alice, bob" in shown

@@ -53,7 +53,8 @@ def attach(
         model: on the CPU, in float32, bfloat16 or float16 where it is to compute on deltas.
         filter_fn: `filter_fn(module, name)`; modules for which it is false are left alone. A fine-tune that changes them
             is refused when it is loaded.
-        default: "base" computes with the base where no tenant is active; None raises there.
+        default: where no tenant is active, "base" computes with the base and None raises; a tenant's name makes calls of the
+            model and its `generate` that tenant's, while calls of modules inside of it raise.
         mode: of every product; see `delta_linear`. "deterministic": a row's bits never depend on the others.
         prefer: what deltas are encoded for when loaded: "auto" ("memory" where this machine decodes it about as fast as it
             reads memory, else "speed"), "speed", "memory", or None for what the package holds.

@@ -150,6 +150,8 @@ def _refuse_copy(self: nn.Module, protocol: Any) -> Any:
     )
 
 
+# Nothing was said, which is not None: that is the base.
+_UNSAID: Any = object()
 _made: set[type] = set()
 _classes = _Classes()
 
@@ -344,6 +346,9 @@ def _guard_root(module: nn.Module) -> None:
 def _root(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
     owner = module.__dict__.get("_xorz_owner")
     rows = None if owner is None else owner.now()
+    if rows is None and owner is not None and owner.serves_by_default:
+        with owner.use(owner.default):
+            return plain(module, *args, **kwargs)
     if rows is None or rows.only is not None:
         return plain(module, *args, **kwargs)
     run = functools.partial(plain, module)
@@ -364,15 +369,21 @@ def _root(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _generate(cls: type) -> Any:
-    """`generate`, after which the names are again those of the prompts."""
+    """`generate`, after which the names are again those of the prompts, and which takes them as `tenants`, too."""
     plain = cls.generate
 
     @functools.wraps(plain)
-    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def generate(self: nn.Module, *args: Any, tenants: Any = _UNSAID, **kwargs: Any) -> Any:
         owner = self.__dict__.get("_xorz_owner")
         if owner is None:
             return plain(self, *args, **kwargs)
-        with owner.active.set(owner.active.get()):
+        if tenants is not _UNSAID:
+            asked = owner.use(tenants)
+        elif owner.serves_by_default and owner.active.get() is None:
+            asked = owner.use(owner.default)
+        else:
+            asked = owner.active.set(owner.active.get())
+        with asked:
             return plain(self, *args, **kwargs)
 
     return generate

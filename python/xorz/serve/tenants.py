@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sources import located
 from . import swap
 from .kept import kept
 from .prepare import Prepared, prepare
@@ -26,7 +27,7 @@ from .verify import verify
 from .watch import Watch
 from .weight import plain
 
-Source = Any  # a package's path, a StateDelta, or name -> resident delta
+Source = Any  # where a package is, a StateDelta, or name -> resident delta
 
 
 class _Tenant:
@@ -35,7 +36,7 @@ class _Tenant:
     def __init__(self, name: str, source: Source) -> None:
         self.name, self.source = name, source
         # Read again wherever the process has gone to by then.
-        self.path = Path(source).absolute() if isinstance(source, (str, os.PathLike)) else None
+        self.path = located(source).absolute() if isinstance(source, (str, os.PathLike)) else None
         self.identity: Any = None
         self.slot: int | None = None
         self.pieces: list[Piece] = []
@@ -53,7 +54,7 @@ class Tenants:
 
     Attributes:
         model: the attached model.
-        default: "base", or None where having no active tenant is an error.
+        default: "base", a tenant's name, or None where having no active tenant is an error.
         mode: of every product.
     """
 
@@ -67,8 +68,8 @@ class Tenants:
         max_copies: int | str | None = None,
     ) -> None:
         """Attach `model`, for which `xorz.attach` is the door; the arguments are those of `attach`."""
-        if default not in (None, "base"):
-            raise ValueError(f'default must be "base" or None, but is {default!r}')
+        if default is not None and not (isinstance(default, str) and default):
+            raise ValueError(f'default must be "base", a tenant\'s name or None, but is {default!r}')
         if mode not in ("fast", "deterministic", "exact"):
             raise ValueError(f"mode must be one of fast, deterministic, exact, but is {mode!r}")
         if prefer not in (None, "auto", "speed", "memory"):
@@ -115,6 +116,11 @@ class Tenants:
         """A module read a weight that is another one's: it must not keep what it makes of it."""
         self._watch.suspect(reader)
 
+    @property
+    def serves_by_default(self) -> bool:
+        """Whether the model's own calls are a tenant's where none is active."""
+        return self.default not in (None, "base")
+
     # Loading.
 
     def load(self, name: str, source: Source) -> None:
@@ -122,7 +128,8 @@ class Tenants:
 
         Args:
             name: any string that is not in use.
-            source: a package's path; a `StateDelta` of `xorz.diff(base, fine_tuned)`; or name -> resident delta.
+            source: a package: its path, a folder with one, a repository of the Hub or an address of fsspec (`sources.located`);
+                a `StateDelta` of `xorz.diff(base, fine_tuned)`; or name -> resident delta.
 
         Raises:
             ValueError: the name is taken, the package is damaged or of another base (tensor and both digests are named), or
@@ -411,10 +418,15 @@ class Tenants:
     def rows(self, site: Site) -> RowMap | None:
         """The active map, or None for the base alone; RuntimeError where neither is meant. For attached modules."""
         rows = self.now()
-        if rows is None and self.default is None:
+        if rows is None and self.default != "base":
+            whole = (
+                ""
+                if self.default is None
+                else f" (only the model itself runs as {self.default!r} by default)"
+            )
             raise RuntimeError(
-                f"xorz: {site.name} is called and no tenant is active here; call the model inside of `with tenants.use(...)` "
-                'in this thread or task, or attach with default="base"'
+                f"xorz: {site.name} is called and no tenant is active here{whole}; call the model inside of "
+                '`with tenants.use(...)` in this thread or task, or attach with default="base"'
             )
         return rows
 
@@ -426,7 +438,7 @@ class Tenants:
         """
         rows = self.active.get()
         if rows is None:
-            if self.default is None:
+            if self.default != "base":
                 raise RuntimeError("xorz: no tenant is active here, so there is nothing to carry")
             rows = RowMap((BASE,), (None,))
         return nullcontext(), _Carried(self, rows)
@@ -494,6 +506,8 @@ class Tenants:
             for module in (*self.methods, *self.modules.values()):
                 swap.restore_class(module)
             self._detached = True
+            if self.model.__dict__.get("xorz") is self:
+                del self.model.__dict__["xorz"]
             return self.model
 
     def _find(self, name: str) -> _Tenant:
