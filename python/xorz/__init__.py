@@ -34,10 +34,12 @@ from .versions import Versions
 
 __version__ = _core.version()
 
-# What needs other libraries (transformers, huggingface_hub) is imported when it is asked for.
+# What needs other libraries (transformers, huggingface_hub, torch.distributed) is imported when it is asked for.
 _LATER = {
     "PublishVersions": "pretrained",
+    "XorzColwiseParallel": "parallel",
     "XorzConfig": "pretrained",
+    "XorzRowwiseParallel": "parallel",
     "from_pretrained": "pretrained",
     "push": "hub",
     "save_folder": "hub",
@@ -58,7 +60,9 @@ __all__ = [
     "Tenants",
     "Versions",
     "XorDeltaLinear",
+    "XorzColwiseParallel",
     "XorzConfig",
+    "XorzRowwiseParallel",
     "apply_",
     "attach",
     "delta_apply_",
