@@ -7,6 +7,8 @@ PY     := $(VENV)/bin/python
 CC     ?= cc
 CARGO  ?= cargo
 NICE   ?=
+# Processes of pytest, each of which takes up to 2 GB; most tests keep one core busy.
+TEST_JOBS ?= 2
 
 # The stamps live inside the environment that they speak about: whoever removes it, removes them.
 REQUIREMENTS := $(VENV)/.xorz-requirements
@@ -65,7 +67,7 @@ test-capi: build
 
 test-python: build
 	@$(MAKE) --no-print-directory build/serve/serve
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(TEST_JOBS) --dist loadfile
 
 # The C++ program of docs/serving.md, against the torch of the environment.
 build/serve/serve: examples/serve.cpp examples/CMakeLists.txt $(wildcard $(VENV)/lib/python3*/site-packages/torch/version.py)

@@ -4,12 +4,14 @@ import os
 import warnings
 from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _core, extra
+from .progress import bar
 
 StateDict = Mapping[str, Tensor]
 PathLike = str | os.PathLike[str]
@@ -61,13 +63,20 @@ def pack(
     if from_files:
         return _advised(_core.pack_files(base, fine_tuned, path, options, run))
     base, fine_tuned = extra.plain("base", base), extra.plain("fine_tuned", fine_tuned)
-    with _core.Writer(path, options) as writer:
+    total = sum(map(_size, fine_tuned.values()))
+    with _core.Writer(path, options) as writer, bar(total=total, unit="B", desc="packing") as shown:
         for name, tensor in fine_tuned.items():
             writer.add(name, tensor, base.get(name))
+            shown.update(_size(tensor))
         for name in base:
             if name not in fine_tuned:
                 writer.removed(name)
         return _advised(writer.finish())
+
+
+def _size(value: Any) -> int:
+    """Bytes of a tensor; of what is none that can be packed, none: whoever packs it says what is wrong."""
+    return value.nbytes if isinstance(value, Tensor) and value.layout == torch.strided else 0
 
 
 def _advised(report: dict[str, Any]) -> dict[str, Any]:
@@ -227,12 +236,18 @@ def _load_each(
         return whole(opened, name, entry) if entry["base_parts"] else resident(opened, name, entry)
 
     workers = _core.run(jobs).jobs or len(os.sched_getaffinity(0))
-    with _core.Package(package) as opened, ThreadPoolExecutor(workers) as pool:
+    with _core.Package(package) as opened, ThreadPoolExecutor(workers) as pool, ExitStack() as stack:
         mine = {n: e for n, e in opened.entries.items() if not e["same"] and n not in skip}
+        total = sum(entry["bytes"] for entry in mine.values())
+        shown = stack.enter_context(bar(total=total, unit="B", desc=f"loading {os.path.basename(package)}"))
         # Large tensors first, so that no large one is begun when all others are done.
         order = sorted(mine, key=lambda name: -mine[name]["bytes"])
         waiting = {name: pool.submit(load, name, mine[name]) for name in order}
         try:
+            for name in order:
+                if waiting[name].exception() is not None:
+                    break
+                shown.update(mine[name]["bytes"])
             out = {name: waiting[name].result() for name in mine}
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -22,6 +22,7 @@ from .prepare import Prepared, prepare
 from .proof import Proofs
 from .residency import Piece, Residency, padded, size_of
 from .rows import BASE, Active, RowMap, Use, lasting, stepping
+from .shown import Memory, Summary, table
 from .site import Site
 from .verify import verify
 from .watch import Watch
@@ -455,10 +456,12 @@ class Tenants:
 
     # Asking what is loaded.
 
-    def memory(self) -> dict[str, int]:
+    def memory(self) -> Memory:
         """Bytes: "base" (the model's own tensors), "deltas", "copies" (small dense tensors of tenants), and their "total"."""
         with self.lock:
-            return self.residency.memory(map(plain, (*self.model.parameters(), *self.model.buffers())))
+            return Memory(
+                self.residency.memory(map(plain, (*self.model.parameters(), *self.model.buffers())))
+            )
 
     def sizes(self) -> dict[str, int]:
         """Name -> bytes of every resident tenant."""
@@ -466,20 +469,29 @@ class Tenants:
             return {t.name: t.bytes for t in self._tenants.values() if t.slot is not None}
 
     def summary(self) -> str:
-        """A table: how each attached module is served, and which tenants change it."""
+        """A table: how each attached module is served, and which tenants change it. A str, and a table in notebooks."""
+        heads, rows = ("module", "class", "served as", "tenants"), []
         with self.lock:
-            lines = [f"{'module':40} {'class':24} {'served as':10} tenants"]
             for name, site in self.sites.items():
                 slots = {s for p in site.pieces.values() for s in p} | set(site.values)
                 who = ", ".join(sorted(self._slots[s].name for s in slots if s in self._slots)) or "-"
-                lines.append(
-                    f"{name or '(model)':40} {site.original.__name__:24} {_SERVED_AS[site.kind]:10} {who}"
-                )
-            lines += [
-                f"{name:40} made dense for {calls} calls, {size:,} bytes each"
+                rows.append((name or "(model)", site.original.__name__, _SERVED_AS[site.kind], who))
+            dense = [
+                (name, f"made dense for {calls} calls, {size:,} bytes each")
                 for name, (calls, size) in self._dense.items()
             ]
-            return "\n".join(lines)
+        lines = [f"{name:40} {kind:24} {served:10} {who}" for name, kind, served, who in (heads, *rows)]
+        lines += [f"{name:40} {text}" for name, text in dense]
+        return Summary("\n".join(lines), heads, [*rows, *((name, "", "", text) for name, text in dense)])
+
+    def _repr_html_(self) -> str:
+        """Each tenant with its bytes, for notebooks."""
+        with self.lock:
+            rows = [
+                (t.name, "in memory" if t.slot is not None else "in its file", f"{t.bytes:,}")
+                for t in self._tenants.values()
+            ]
+        return table(("tenant", "is", "bytes"), rows) + self.memory()._repr_html_()
 
     def __repr__(self) -> str:
         """How many tenants are loaded and resident, and the bytes of base, deltas and copies."""
