@@ -43,5 +43,5 @@ def test_the_survey_would_notice_another_models_numbers(monkeypatch):
         return right(self, rows, input, *place)
 
     monkeypatch.setattr(Site, "linear", wrong)
-    monkeypatch.setattr("xorz.serve.forwards._plan", lambda site, rows: None)
+    monkeypatch.setattr("xorz.serve.forwards._plan", lambda *_: None)
     assert survey.survey("causal", "llama")["verdict"] == "WRONG"

@@ -20,7 +20,12 @@ _transforms = torch._C._are_functorch_transforms_active
 _is_autocast = torch.is_autocast_enabled
 _Below = torch._C._AutoDispatchBelowAutograd
 _plain_linear = torch._C._nn.linear
-_delta_linear = torch.ops.xorz.delta_linear.default
+# What the ops' own `__call__` in Python hands its arguments on to.
+_delta_linear, _grouped = (
+    getattr(op, "_op", op)
+    for op in (torch.ops.xorz.delta_linear.default, torch.ops.xorz.delta_linear_grouped.default)
+)
+_MOST_PLANS = 1 << 16
 
 
 def call(site: Site, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -45,17 +50,17 @@ def call(site: Site, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def linear(site: Site, module: nn.Module, input: Tensor) -> Tensor:
-    """`call` of an `nn.Linear`. Layers of small models take less time than a look at everything that could be: where one tenant
-    is active, what it computes with is known after the first call, and nothing is asked twice.
+    """`call` of an `nn.Linear`. Layers of small models take less time than a look at everything that could be: what it computes
+    with is known after the first call (of a mixed batch: of that shape), and nothing is asked twice.
     """
     owner = site.owner
     rows = owner.active.get()
-    if rows is None:
+    if rows is None or type(input) is not Tensor:
         return call(site, module, input)
-    plan = rows.plans.get(site)
+    key = site if rows.only is not None else (site, input.shape[:-1])
+    plan = rows.plans.get(key)
     if (
         plan is None
-        or type(input) is not Tensor
         or owner.generators
         or _is_grad_enabled()
         or _in_backward() != -1
@@ -65,8 +70,8 @@ def linear(site: Site, module: nn.Module, input: Tensor) -> Tensor:
         or _is_autocast("cpu")
     ):
         out = call(site, module, input)
-        if plan is None and rows.only is not None and rows.probe is None:
-            _plan(site, rows)
+        if plan is None and rows.probe is None:
+            _plan(site, rows, key)
         return out
     root = rows.root
     running = root.running
@@ -74,27 +79,41 @@ def linear(site: Site, module: nn.Module, input: Tensor) -> Tensor:
     try:
         if root.closed:
             raise root.ended()
-        weight, bias, delta, mode = plan
-        if delta is None:
-            return _plain_linear(input, weight, bias)
+        op, given, mode = plan
+        if op is _plain_linear:
+            return op(input, *given)
         with _Below():
-            return _delta_linear(input, weight, bias, delta, mode=mode)
+            return op(input, *given) if mode is None else op(input, *given, mode=mode)
     finally:
         running.pop()
         if root.closed:
             root.give_back()
 
 
-def _plan(site: Site, rows: RowMap) -> None:
-    """Remember what one tenant computes with here, which is the same for as long as it is held; nothing for what is special."""
-    mode, delta = site.owner.mode, site.deltas.get(("weight", rows.only))
-    bias = site.base.get("bias")
+def _plan(site: Site, rows: RowMap, key: Any) -> None:
+    """Remember what these rows are computed with here, which is the same for as long as their tenants are held; nothing for
+    what is special.
+    """
+    if len(rows.plans) > _MOST_PLANS:
+        rows.plans.clear()  # a `use` that stays open meets ever more shapes
+    weight, bias, mode = site.base["weight"], site.base.get("bias"), site.owner.mode
+    # The op's own default is not said again: an argument by name takes half a microsecond.
+    said = None if mode == "fast" else mode
     if not site.serves(rows):
-        rows.plans[site] = (site.base["weight"], bias, None, mode)
-    elif delta is not None and mode != "exact" and not site.alone(rows):
+        rows.plans[key] = (_plain_linear, (weight, bias), None)
+    elif rows.only is None:
+        try:
+            slots = rows.rows(key[1], site.flattens, site.name, site)
+        except Table:
+            return
+        biases = site.biases("bias")
+        rows.plans[key] = (_grouped, (weight, biases, *site.grouped("weight", biases), slots), said)
+    elif mode != "exact" and not site.alone(rows):
+        delta = site.deltas.get(("weight", rows.only))
         if bias is not None:
             bias = site.value("bias", rows.only, bias)
-        rows.plans[site] = (site.base["weight"], bias, delta, mode)
+        if delta is not None:
+            rows.plans[key] = (_delta_linear, (weight, bias, delta), said)
 
 
 def _base(site: Site, module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -89,12 +89,13 @@ class RowMap:
         self._expanded: dict[Any, Tensor] = {}
         # What modules have found out about these slots; it cannot change while their tenants are held in memory.
         self.touching: dict[Any, bool] = {}
-        # What linear layers compute with for these slots.
+        # What linear layers compute with for these slots, of a mixed batch for each shape.
         self.plans: dict[Any, tuple[Any, ...]] = {}
         self.proof: Any = None if parent is None or tokens else parent.proof
         self.together: Any = None if parent is None or tokens else parent.together
         self.probe: Any = None
         self._known: tuple[Any, RowMap] | None = None
+        self._uniform: dict[int, RowMap] = {}
         self.closed = False
         # One entry for each call of a module that runs: appending is one step for all threads.
         self.running: list[None] = []
@@ -275,8 +276,11 @@ class RowMap:
         return RowMap(slots, [n for n in self.names for _ in range(each)], dim=self.dim, parent=self)
 
     def uniform(self, slot: int) -> "RowMap":
-        """A map whose rows are all of one slot."""
-        return RowMap((slot,), self.names, parent=self)
+        """A map whose rows are all of one slot; the same one each time, which keeps what modules found out about it."""
+        found = self._uniform.get(slot)
+        if found is None or found.proof is not self.proof:
+            found = self._uniform[slot] = RowMap((slot,), self.names, parent=self)
+        return found
 
 
 def _list(names: Sequence[str | None]) -> str:

@@ -324,20 +324,25 @@ class Site:
         slots: Tensor,
         only: int | None,
     ) -> Tensor:
-        mode, arena = self.owner.mode, self.owner.arena.tensor
+        mode = self.owner.mode
         if mode == "exact" and only is not None:
             # torch's bits depend on the input's strides, too, so that the input must not be gathered.
             bias, delta = None if biases is None else biases[only], self.delta(param, only)
             if delta is None:
                 return F.linear(input, weight, bias)
             return torch.ops.xorz.delta_linear(input, weight, bias, delta, mode=mode)
+        grouped = self.grouped(param, biases)
+        return _below_autograd(
+            torch.ops.xorz.delta_linear_grouped, input, weight, biases, *grouped, slots, mode=mode
+        )
+
+    def grouped(self, param: str, biases: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The arena, and where each slot's delta of `param` lies in it, for a product with these biases."""
         table = self.slots(param)
         if biases is not None:
             # There may be more slots by now than when the biases were put together.
             table = table[: biases.size(0) - 1]
-        return _below_autograd(
-            torch.ops.xorz.delta_linear_grouped, input, weight, biases, arena, table, slots, mode=mode
-        )
+        return self.owner.arena.tensor, table
 
 
 _LINEAR = torch.ops.xorz.delta_linear

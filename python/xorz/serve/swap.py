@@ -16,6 +16,8 @@ from . import compiled, forwards, split
 from .site import Owner, Site
 from .weight import Weight
 
+_is_compiling = torch.compiler.is_compiling
+
 
 def _tensor(name: str) -> property:
     """A class attribute that gives the module's own tensor, or what a reader is to meet in its place; see `Site.read`."""
@@ -62,7 +64,7 @@ def _forward(self: nn.Module, input: Tensor) -> Any:
 
 
 def _forward_linear(self: nn.Module, input: Tensor) -> Any:
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return compiled.call(self, input, self._xorz_width)
     try:
         site = self._xorz
