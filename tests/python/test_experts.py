@@ -110,3 +110,16 @@ def test_experts_compute_as_their_class_does(name, mode):
             got = tenants.model(ids)
     for row, n in enumerate(names):
         assert float((got[row] - want[n][row]).abs().max()) < near, (row, n)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_exact_gives_the_bits_of_the_implementation_that_the_model_was_told_to_use(implementation):
+    base = tiny("DeepseekV3").bfloat16()
+    base.config._experts_implementation = implementation
+    case, ids = Case(Logits(base), mode="exact"), torch.arange(1, 13).view(2, 6)
+    with torch.no_grad():
+        want = {n: m(ids) for n, m in case.plain.items()}
+        assert not torch.equal(want["a"], want["b"])
+        for name in (None, "a", "b"):
+            with case.tenants.use(name):
+                assert torch.equal(case.model(ids), want[name]), name

@@ -142,6 +142,120 @@ def test_a_tensor_that_a_tenant_has_untied_is_refused_where_its_name_is_unknown(
             next(tenants.model[1].parameters()) + 0
 
 
+class Depthwise(nn.Module):
+    """As Mamba's mixers read their convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(6, 6, 3, groups=6)
+
+    def forward(self, x):
+        weight, x = self.conv.weight.squeeze(1), F.pad(x.transpose(1, 2), (2, 0))
+        return F.conv1d(x, weight.unsqueeze(1), self.conv.bias, groups=6).transpose(1, 2)
+
+
+class StepOfConvolution(Depthwise):
+    """As they do for one token."""
+
+    def forward(self, x):
+        return (x[:, -3:].transpose(1, 2) * self.conv.weight.squeeze(1)).sum(-1) + self.conv.bias
+
+
+class Positions(nn.Module):
+    """As Whisper's decoder, which never calls its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 6)
+
+    def forward(self, x):
+        return x + self.table.weight[2 : 2 + x.size(1)]
+
+
+class PositionsByNumber(Positions):
+    def forward(self, x):
+        return x + self.table.weight[torch.arange(x.size(1))]
+
+
+class Relative(nn.Module):
+    """As DeBERTa's relative embeddings, which go through a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm = nn.Embedding(7, 6), nn.LayerNorm(6)
+
+    def forward(self, x):
+        table = self.norm(self.table.weight)
+        return torch.softmax(x @ table.T, -1) @ table
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scales = nn.ParameterList(nn.Parameter(torch.rand(6) + 0.5) for _ in range(2))
+
+    def forward(self, x):
+        for scale in self.scales:
+            x = x * scale
+        return x
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.held = nn.ParameterDict({"scale": torch.rand(6), "shift": torch.rand(6)})
+
+    def forward(self, x):
+        return x * self.held["scale"] + self.held["shift"]
+
+
+class NormOfAChild(nn.Module):
+    """The parent applies its child's norm by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x):
+        return F.layer_norm(x, (6,), self.norm.weight, self.norm.bias, self.norm.eps)
+
+
+class RootOfNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(6)
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + self.norm.weight)
+
+
+class Bag(nn.Module):
+    """Weights of all layers in one tensor, of which each takes its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.all = nn.Parameter(torch.randn(3, 6, 6))
+
+    def forward(self, x):
+        for weight in self.all.unbind(0):
+            x = torch.tanh(F.linear(x, weight))
+        return x
+
+
+PARTS = [
+    Depthwise, StepOfConvolution, Positions, PositionsByNumber, Relative, Listed, Named, NormOfAChild, RootOfNorm, Bag,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["fast", "deterministic"])
+@pytest.mark.parametrize("made", PARTS)
+def test_what_a_module_computes_with_parts_of_its_weights_is_the_tenants(made, mode):
+    torch.manual_seed(0)
+    case = Case(nn.Sequential(made(), nn.Linear(6, 5)), mode=mode)
+    case.check_alone(torch.randn(2, 5, 6))
+    assert case.check_mixed(torch.randn(4, 5, 6)) == "right"
+
+
 def test_attention_of_linear_layers_of_ones_own_keeps_their_biases():
     """As WavLM calls torch's function: with weights of three layers, and their biases joined."""
 

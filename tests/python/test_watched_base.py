@@ -60,6 +60,24 @@ def test_what_would_change_the_base_through_any_other_name_is_refused_at_once():
                 assert same_bits(case.model(torch.ones(1, 4)), case.base(torch.ones(1, 4)))
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_optimizers_step_is_refused(optimizer, when):
+    """Made before or after attach, it holds the very parameters."""
+    base = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
+    model = copy.deepcopy(base)
+    steps = [optimizer(model.parameters(), lr=0.1)] if when == "before" else []
+    tenants = xorz.attach(model)
+    tenants.load("a", xorz.diff(base, tuned_of(base, 1)))
+    steps = steps or [optimizer(model.parameters(), lr=0.1)]
+    with pytest.raises(RuntimeError, match=r"xorz: .*`0\.(weight|bias)`"):
+        for p in steps[0].param_groups[0]["params"]:
+            p.grad = torch.ones(p.shape)
+        steps[0].step()
+    with tenants.use(None):
+        assert same_bits(model(torch.ones(1, 4)), base(torch.ones(1, 4)))
+
+
 def test_resized_embeddings_are_noticed():
     from transformers import LlamaConfig, LlamaForCausalLM
 
