@@ -5,17 +5,26 @@ or refused?
 fine-tuned twice (AdamW, two steps on random inputs). Then, for each tenant alone, mode="fast" must be close
 to the plain fine-tuned model, and mode="exact" in bfloat16 its very bits; in a batch of several,
 mode="deterministic" must be close to the plain model, and give, bit for bit, what each tenant gives alone.
-Whatever is neither right nor refused is silently wrong.
+`generate`, where the plain model has it, must follow the plain fine-tuned model's, token by token, for one
+tenant and in such a batch. Whatever is neither right nor refused is silently wrong.
 """
 
 import argparse
 import copy
+import gc
+import hashlib
+import inspect
 import json
 import multiprocessing
 import os
 import resource
 import sys
+import textwrap
+import time
 import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +44,7 @@ KINDS = {
     "speech": {**auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, **auto.MODEL_FOR_CTC_MAPPING_NAMES},
 }
 VOCABULARY, LENGTH, IMAGE = 96, 10, 32
-MOST = 6 << 30
+MOST, LONGEST = 6 << 30, 600
 _WIDTHS = "hidden_size d_model n_embd dim embed_dim embedding_size encoder_hidden_size decoder_hidden_size word_embed_proj_dim"
 _INNER = "intermediate_size d_ff n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim moe_intermediate_size ffn_hidden_size"
 _INNER += " hidden_dim shared_expert_intermediate_size block_ff_dim mlp_dim feed_forward_hidden_size intermediate_size_mlp"
@@ -245,8 +254,10 @@ def survey(kind: str, name: str) -> dict[str, str]:
         return {"verdict": "WRONG", "why": str(error)}
     except Exception as error:
         return {"verdict": "fails late", "why": said(error)}
+    gc.collect()  # what is attached refers to itself; addresses are counted
     try:
-        bits = mixed(base, tuned, inputs, want)
+        mixing = attached(base, tuned, "deterministic")
+        bits = mixed(mixing, inputs, want)
         if bits:
             out = {"verdict": "right, not bits", "why": bits}
     except Wrong as error:
@@ -255,7 +266,60 @@ def survey(kind: str, name: str) -> dict[str, str]:
         out = {"verdict": "right alone", "why": said(error)}
     except Exception as error:
         return {"verdict": "WRONG", "why": said(error)}
-    return out
+    try:
+        return {**out, "generate": generates({None: base, **tuned}, tenants, mixing, inputs)}
+    except Wrong as error:
+        return {"verdict": "WRONG", "why": str(error)}
+    except Exception as error:
+        return {"verdict": "fails late", "why": f"generate: {said(error)}"}
+
+
+def generates(plain: dict[Any, Any], tenants: Any, mixing: Any, inputs: dict[str, torch.Tensor]) -> str:
+    """Whether `generate` is right: "mixed", too, or "alone"; "" where the plain model has none."""
+    given = {n: t for n, t in inputs.items() if n != "decoder_input_ids"}
+    try:
+        if not plain[None].can_generate():
+            return ""
+        want = {n: steps(m, given) for n, m in plain.items()}
+    except Exception:
+        return ""
+    for n in (None, "a", "b"):
+        with tenants.use(n):
+            follows(f"alone, {n}", steps(tenants.model, given), want[n], range(len(want[n][0])))
+    names = ["a", None, "b", "b", "a"]
+    try:
+        with mixing.use(names):
+            got = steps(mixing.model, given)
+    except (RuntimeError, ValueError):
+        return "alone"
+    for row, n in enumerate(names):
+        follows(f"mixed, row {row}, {n}", got, want[n], [row])
+    return "mixed"
+
+
+def steps(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, [rows, steps], and the logits that they were taken from, [rows, steps, words]."""
+    torch.manual_seed(0)
+    out = model.generate(
+        **inputs,
+        max_new_tokens=4,
+        do_sample=False,
+        num_beams=1,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.stack(out.logits, 1)
+    return out.sequences[:, -logits.size(1) :], logits
+
+
+def follows(who: str, got: Any, want: Any, rows: Iterable[int]) -> None:
+    """`Wrong` if these rows part from the plain model's before two words are as good as each other."""
+    for row in rows:
+        for step in range(want[0].size(1)):
+            if step >= got[0].size(1) or not near(got[1][row, step], want[1][row, step]):
+                raise Wrong(f"generate, {who}: step {step} of row {row} is not the plain model's")
+            if got[0][row, step] != want[0][row, step]:
+                break  # nearly the same logits, so that both words are the largest
 
 
 def exact(base: Any, tuned: dict[str, Any], inputs: dict[str, torch.Tensor]) -> bool:
@@ -283,10 +347,8 @@ def half(model: Any) -> Any:
     return out
 
 
-def mixed(
-    base: Any, tuned: dict[str, Any], inputs: dict[str, torch.Tensor], want: dict[Any, torch.Tensor]
-) -> str:
-    tenants, names = attached(base, tuned, "deterministic"), ["a", None, "b", "b", "a"]
+def mixed(tenants: Any, inputs: dict[str, torch.Tensor], want: dict[Any, torch.Tensor]) -> str:
+    names = ["a", None, "b", "b", "a"]
     with tenants.use(names):
         together = answer(tenants.model, inputs)
     bits = ""
@@ -309,63 +371,117 @@ def said(error: Exception) -> str:
     return (ours + text)[:300]
 
 
-def one(kind: str, name: str) -> dict[str, str]:
-    """In a process of its own, forked so that torch and transformers are imported once."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
+class Child:
+    """One architecture in a process of its own, forked so that torch and transformers are imported once."""
 
-    def run() -> None:
-        # A config that none of the names here makes small is to be an error, not the end of the machine's
-        # memory.
-        resource.setrlimit(resource.RLIMIT_DATA, (MOST, MOST))
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        theirs.send(survey(kind, name))
+    def __init__(self, key: str) -> None:
+        """Start it."""
+        context = multiprocessing.get_context("fork")
+        self.key, self.until = key, time.monotonic() + LONGEST
+        self.pipe, theirs = context.Pipe(duplex=False)
 
-    process = context.Process(target=run)
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(300):
-            return {"verdict": "not built", "why": "takes too long"}
-        return ours.recv()
-    except EOFError:
-        return {"verdict": "not built", "why": "its process ended"}
-    finally:
-        process.kill()
-        process.join()
+        def run() -> None:
+            # A config that none of the names here makes small is to be an error, not the end of the machine's
+            # memory.
+            resource.setrlimit(resource.RLIMIT_DATA, (MOST, MOST))
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            theirs.send(survey(*key.split("/")))
+
+        self._process = context.Process(target=run)
+        self._process.start()
+        theirs.close()
+
+    def result(self) -> dict[str, str] | None:
+        """What it found, or None if it has time left."""
+        try:
+            if self.pipe.poll():
+                return self._ended(self.pipe.recv())
+        except EOFError:
+            return self._ended({"verdict": "not built", "why": "its process ended"})
+        late = time.monotonic() > self.until
+        return self._ended({"verdict": "not built", "why": "takes too long"}) if late else None
+
+    def _ended(self, result: dict[str, str]) -> dict[str, str]:
+        self._process.kill()
+        self._process.join()
+        self.pipe.close()
+        return result
+
+
+def run_all(keys: list[str], jobs: int, done: Callable[[str, dict[str, str]], None]) -> None:
+    """Run these architectures, so many at once; `done` is told of each as it ends."""
+    waiting, running = list(reversed(keys)), []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            running.append(Child(waiting.pop()))
+        wait([child.pipe for child in running], max(0.1, min(c.until for c in running) - time.monotonic()))
+        for child in list(running):
+            result = child.result()
+            if result is not None:
+                running.remove(child)
+                done(child.key, result)
+
+
+def state() -> str:
+    """A name for the code that a result is of: what serves models, and what is asked of them here."""
+    told = hashlib.sha256()
+    for asked in (survey, tune, attached, exact, mixed, generates, steps, follows, near):
+        told.update(inspect.getsource(asked).encode())
+    for path in sorted(Path(xorz.__file__).parent.glob("serve/*.py")):
+        told.update(path.read_bytes())
+    return told.hexdigest()[:8]
 
 
 def table(results: dict[str, dict[str, str]]) -> str:
     """docs/models.md."""
     built = {n: r for n, r in results.items() if r["verdict"] != "not built"}
-    count = {
-        v: sum(r["verdict"] == v for r in built.values())
-        for v in ("right", "right, not bits", "right alone", "refused", "fails late", "WRONG")
-    }
+    count = Counter(r["verdict"] for r in built.values())
     both = count["right"] + count["right, not bits"]
     alone = both + count["right alone"]
-    lines = [
-        "# Architectures",
-        "",
-        "Made by `make test-models` (`tests/models/survey.py`, which says what each word means), with transformers "
-        f"{transformers.__version__} and torch {torch.__version__.split('+')[0]}: every causal, seq2seq, encoder, vision and",
-        "speech architecture that can be built tiny from its config alone, truly fine-tuned twice.",
-        "",
-        f"Of {len(built)}: {both} ({both / max(1, len(built)):.0%}) are right, alone and in mixed batches, {count['right']} of "
-        "them bit for bit in",
-        f"deterministic mode; {alone} ({alone / max(1, len(built)):.0%}) are right alone; {count['refused']} are refused on",
-        f"load; {count['fails late']} raise with one tenant; {count['WRONG']} are silently wrong. "
-        f"{len(results) - len(built)} were not built.",
-        "",
-        "| architecture | verdict | why not |",
-        "|---|---|---|",
-    ]
+    share = {n: f"{n} ({n / max(1, len(built)):.1%})" for n in (both, alone)}
+    makes = Counter(r.get("generate", "") for r in built.values())
+    made = (
+        f"Made by `make test-models` (`tests/models/survey.py`, which says what each word means), with transformers "
+        f"{transformers.__version__} and torch {torch.__version__.split('+')[0]}: every causal, seq2seq, encoder, vision and "
+        "speech architecture that can be built tiny from its config alone, truly fine-tuned twice."
+    )
+    found = (
+        f"Of {len(built)}: {share[both]} are right, alone and in mixed batches, {count['right']} of them bit for bit in "
+        f"deterministic mode; {share[alone]} are right alone; {count['refused']} are refused on load; {count['fails late']} "
+        f"raise with one tenant; {count['WRONG']} are silently wrong. {makes['mixed'] + makes['alone']} have a `generate`, "
+        f"which is right for one tenant in all of them, and in mixed batches in {makes['mixed']}. "
+        f"{len(results) - len(built)} were not built; why is said at the end."
+    )
+    lines = ["# Architectures", "", *_lines(made), "", *_lines(found), "", *_states(results), ""]
+    lines += ["| architecture | verdict | generate | why not |", "|---|---|---|---|"]
     for name, result in sorted(built.items()):
         why = result["why"].replace("|", "\\|").replace("xorz: ", "")
-        lines.append(f"| {name} | {result['verdict']} | {why} |")
-    missing = sorted(n for n, r in results.items() if r["verdict"] == "not built")
-    lines += ["", f"Not built from a shrunken config: {', '.join(missing)}.", ""]
-    return "\n".join(lines)
+        lines.append(f"| {name} | {result['verdict']} | {result.get('generate', '')} | {why} |")
+    lines += ["", "## Not built from a shrunken config", "", "| architecture | why |", "|---|---|"]
+    for name, result in sorted(results.items()):
+        if result["verdict"] == "not built":
+            why = result["why"].replace("|", "\\|")
+            lines.append(f"| {name} | {why} |")
+    return "\n".join([*lines, ""])
+
+
+def _lines(text: str) -> list[str]:
+    return textwrap.wrap(text, 110, break_long_words=False, break_on_hyphens=False)
+
+
+def _states(results: dict[str, dict[str, str]]) -> list[str]:
+    """Of which code the rows are; the command itself says so."""
+    states = Counter(r.get("code", "?") for r in results.values()).most_common()
+    if len(states) == 1:
+        return [f"All rows are of one run of one state of the code ({states[0][0]})."]
+    lines = [
+        f"{states[0][1]} rows are of one run ({states[0][0]}). After fixes, others were run again, alone:",
+        "",
+    ]
+    for code, number in states[1:]:
+        names = ", ".join(sorted(n for n, r in results.items() if r.get("code", "?") == code))
+        lines += _lines(f"- {number} of state {code}: {names}")
+    return lines
 
 
 def main() -> None:
@@ -375,28 +491,31 @@ def main() -> None:
     parser.add_argument("--only", help="architectures, with commas")
     parser.add_argument("--write", help="where the table goes")
     parser.add_argument("--json", help="where results are kept; those that are there are not run again")
+    parser.add_argument("--again", action="store_true", help="run those of --only again")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once, of one thread each")
     given = parser.parse_args()
-    if given.one:
-        warnings.simplefilter("ignore")
-        torch.set_num_threads(1)
-        print(json.dumps(survey(*given.one.split("/"))))
-        return
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    names = [(k, n) for k, found in KINDS.items() for n in found]
-    if given.only:
-        names = [
-            (k, n) for k, n in names if n in given.only.split(",") or f"{k}/{n}" in given.only.split(",")
-        ]
+    if given.one:
+        print(json.dumps(survey(*given.one.split("/"))))
+        return
+    names = [f"{kind}/{name}" for kind, found in KINDS.items() for name in found]
+    only = set(given.only.split(",")) if given.only else None
+    if only is not None:
+        names = [key for key in names if only & {key, key.split("/")[1]}]
     kept = Path(given.json) if given.json else None
     results = json.loads(kept.read_text()) if kept and kept.exists() else {}
-    for kind, name in names:
-        key = f"{kind}/{name}"
-        if key not in results:
-            results[key] = one(kind, name)
-            print(f"{key:40} {results[key]['verdict']:12} {results[key]['why'][:140]}", flush=True)
+    code = state()
+
+    def done(key: str, result: dict[str, str]) -> None:
+        results[key] = {**result, "code": code}
+        print(f"{key:40} {result['verdict']:12} {result['why'][:140]}", flush=True)
         if kept:
-            kept.write_text(json.dumps(results, indent=1))
+            part = kept.with_suffix(".part")
+            part.write_text(json.dumps(results, indent=1))
+            part.replace(kept)
+
+    run_all([key for key in names if key not in results or given.again], given.jobs, done)
     if given.write:
         Path(given.write).write_text(table(results))
     sys.exit(any(r["verdict"] in ("WRONG", "fails late") for r in results.values()))
