@@ -29,6 +29,7 @@ from .attach import attach
 from .checkpoint import inspect, load_deltas, pack, restore, unpack, verify
 from .diff import StateDelta, apply_, diff
 from .linear import XorDeltaLinear
+from .publisher import Publisher
 from .tenants import Tenants
 from .versions import Versions
 
@@ -56,6 +57,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "DeltaInfo",
     "PublishVersions",
+    "Publisher",
     "StateDelta",
     "Tenants",
     "Versions",

@@ -116,23 +116,36 @@ class Versions:
             TypeError, KeyError, ValueError: `new` is no state_dict, lacks a tensor or has another one, or one of another dtype
                 or shape (named); OSError. The chain is as before then.
         """
-        tensors = tensors_of("new", new)
+        return self.publish_from(None, tensors_of("new", new))[0]
+
+    def publish_from(self, last: tuple[str, StateDict] | None, tensors: dict[str, Tensor]) -> tuple[int, str]:
+        """`publish`, for whoever still has the head's tensors, so that they need not be restored; see `xorz.Publisher`.
+
+        Args:
+            last: the head's digest, and its tensors; where the head is another one by now they are restored all the same.
+            tensors: name -> tensor of the next version, on whatever device.
+
+        Returns:
+            The number and the digest of the version; errors as `publish`.
+        """
         self._check_names("new", {n: (_core.dtype_name(t.dtype), list(t.shape)) for n, t in tensors.items()})
         with self._locked() as versions, ExitStack() as stack:
             number = len(versions) + 1
             part = self._part()
-            chain = self._open(versions, number - 1, stack)
+            held = last[1] if last is not None and last[0] == self._known(versions, number - 1) else None
+            chain = [] if held is not None else self._open(versions, number - 1, stack)
             step = stack.enter_context(_core.Writer(part, _core.options()))
             key = self._key_writer(number, stack)
             digests = {}
             for name, tensor in tensors.items():
                 fresh = _core.on_host(name, tensor)
-                step.add(name, fresh, self._walk(name, chain))
+                step.add(name, fresh, held[name] if held is not None else self._walk(name, chain))
                 if key is not None:
                     key.add(name, fresh, self._base[name])
                 digests[name] = _digest(fresh)
             step.finish()
-            return self._finish(versions, part, key, self._identity(digests))
+            identity = self._identity(digests)
+            return self._finish(versions, part, key, identity), identity
 
     def append(self, package: PathLike) -> int:
         """Make the fine-tune of `package`, a step from the head, the next version, and say its number.

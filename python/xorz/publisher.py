@@ -1,0 +1,162 @@
+"""A training run's half of weight sync: each new policy becomes a version of `xorz.Versions`, written beside the training."""
+
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _core
+from .checkpoint import PathLike
+from .diff import StateDict, place, tensors_of
+from .versions import Versions
+
+
+class Publisher:
+    """Turns a model under training into versions, each a small package that is a step from the one before.
+
+        publisher = xorz.Publisher("base/", "run/")     # base/: the checkpoint that the engines have loaded
+        for step in range(steps):
+            train(model)
+            publisher.publish(model)                    # copies the words, and returns; packing goes on beside the training
+        publisher.close()
+
+    One copy of the last published words is held in host memory, in the dtypes of the base (a second one while a version is
+    written). One process at a time may publish into a folder; any number may read it.
+
+    Attributes:
+        versions: the `xorz.Versions` that is written.
+    """
+
+    def __init__(
+        self, base: StateDict | nn.Module | PathLike, folder: PathLike, *, keyframe: int = 8
+    ) -> None:
+        """Begin or continue the chain in `folder`.
+
+        Args:
+            base: version 0, the words that engines load: the folder of a checkpoint in safetensors files (it is mapped, not
+                read into memory), such a file, a state_dict or a module, which must not change then.
+            folder: of the chain; made if it is missing. Engines read it.
+            keyframe: every so many versions a package against the base is written as well, so that a late engine catches up in
+                few steps.
+
+        Raises:
+            As `xorz.Versions`; ValueError: `base` is a folder without safetensors files.
+        """
+        words = _mapped(base) if isinstance(base, (str, os.PathLike)) else base
+        self.versions = Versions(words, folder, keyframe=keyframe)
+        self._kinds = {name: (t.dtype, tuple(t.shape)) for name, t in tensors_of("base", words).items()}
+        self._last: tuple[str, StateDict] | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="xorz-publisher")
+        self._running: Future[int] | None = None
+        self._closed = False
+
+    def publish(self, new: StateDict | nn.Module) -> "Future[int]":
+        """Make `new` the next version. Its words are copied before this returns, so that training may go on.
+
+        A version that is still being written is waited for. Floating-point tensors are cast to the base's dtypes, as an engine
+        that loads a checkpoint would cast them; names of what is tied to a tensor that the base has are left out.
+
+        Args:
+            new: the model or its state_dict, on whatever device, with the tensors that the base has.
+
+        Returns:
+            A future of the version's number. An error in it is raised by the next call of `publish`, `wait` or `close`, too,
+            and the version does not exist then.
+
+        Raises:
+            KeyError, ValueError: a tensor is missing, unknown or of another shape (named); TypeError: not a state_dict, or a
+            tensor is in pieces on several processes, as FSDP's are (named): gather it first; RuntimeError: it is closed.
+        """
+        if self._closed:
+            raise RuntimeError("this Publisher is closed")
+        self.wait()
+        copied = self._copy(tensors_of("new", new))
+        self._running = self._worker.submit(self._write, copied)
+        return self._running
+
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        kept = {name: t for name, t in tensors.items() if name in self._kinds}
+        places = {place(t) for t in kept.values()}
+        for name, tensor in tensors.items():
+            if name not in kept and place(tensor) not in places:
+                raise ValueError(f"new has a tensor `{name}`, which the base lacks")
+        out: dict[str, Tensor] = {}
+        copies: dict[Any, Tensor] = {}
+        with torch.no_grad():
+            for name, (dtype, shape) in self._kinds.items():
+                if name not in kept:
+                    raise KeyError(f"new lacks the tensor `{name}`, which the base has")
+                tensor = kept[name].detach()
+                if tuple(tensor.shape) != shape:
+                    raise ValueError(
+                        f"new: tensor `{name}` is {list(tensor.shape)}, but the base's is {list(shape)}"
+                    )
+                if tensor.dtype != dtype and not (tensor.is_floating_point() and dtype.is_floating_point):
+                    raise ValueError(
+                        f"new: tensor `{name}` is {_core.dtype_name(tensor.dtype)}, but the base's is "
+                        f"{_core.dtype_name(dtype)}"
+                    )
+                key = (place(tensor), dtype)
+                if key not in copies:
+                    copies[key] = tensor.to("cpu", dtype, copy=True).contiguous()
+                out[name] = copies[key]
+        return out
+
+    def _write(self, copied: dict[str, Tensor]) -> int:
+        number, digest = self.versions.publish_from(self._last, copied)
+        self._last = digest, copied
+        return number
+
+    def wait(self) -> int | None:
+        """Until the last version is written: its number, or None if nothing was published. Raises what went wrong with it."""
+        running = self._running
+        if running is None:
+            return None
+        if running.exception() is not None:
+            self._running = None
+        return running.result()
+
+    def close(self) -> None:
+        """Wait for the last version, and drop the copy of its words."""
+        try:
+            self.wait()
+        finally:
+            self._closed, self._last = True, None
+            self._worker.shutdown()
+
+    def __enter__(self) -> "Publisher":
+        """Use as a context, which closes it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+
+def _mapped(path: PathLike) -> Mapping[str, Tensor]:
+    """The tensors of a safetensors file, or of a folder of them, mapped."""
+    from safetensors import safe_open
+
+    folder = Path(path)
+    if folder.is_dir():
+        index = folder / "model.safetensors.index.json"
+        names = (
+            sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if index.is_file()
+            else sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated"))
+        )
+        files = [folder / name for name in names]
+    else:
+        files = [folder]
+    if not files:
+        raise ValueError(f"{os.fspath(path)} holds no safetensors files, which the base must be in")
+    out: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            out.update({key: opened.get_tensor(key) for key in opened.keys()})
+    return out

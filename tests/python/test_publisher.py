@@ -1,0 +1,153 @@
+"""Promise: what a trainer publishes is, bit for bit, what its model was at that moment, in the dtypes of the base, and the
+chain is one that anybody can read; what cannot be published is refused by name, and nothing is there then.
+"""
+
+import pytest
+import torch
+import xorz
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+SHAPES = {"a.weight": (48, 96), "b.weight": (96, 48), "b.bias": (96,), "table": (40, 48)}
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A checkpoint's folder, in bf16, two files of it."""
+    torch.manual_seed(0)
+    words = {name: torch.randn(shape).bfloat16() for name, shape in SHAPES.items()}
+    folder = tmp_path / "base"
+    folder.mkdir()
+    for i, names in enumerate((["a.weight", "table"], ["b.weight", "b.bias"])):
+        save_file({name: words[name] for name in names}, folder / f"model-{i}.safetensors")
+    return folder
+
+
+def words_of(folder):
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(a[n].view(torch.int16), b[n].view(torch.int16)) for n in a
+    )
+
+
+def test_fp32_masters_are_published_as_the_engine_stores_them(base, tmp_path):
+    masters = {name: word.float() for name, word in words_of(base).items()}
+    run = tmp_path / "run"
+    with xorz.Publisher(base, run, keyframe=2) as publisher:
+        wanted = []
+        for step in range(5):
+            for master in masters.values():
+                master += 3e-3 * torch.randn_like(master)
+            wanted.append({name: master.to(torch.bfloat16) for name, master in masters.items()})
+            future = publisher.publish(masters)
+            # Training goes on at once: the words were copied.
+            for master in masters.values():
+                master.mul_(1.01)
+            assert future.result() == step + 1
+    chain = xorz.Versions(words_of(base), run)
+    assert chain.head == 5
+    for number, words in enumerate(wanted, 1):
+        assert same(chain.state_dict(number), words)
+
+
+def test_steps_are_from_the_copy_that_is_held_and_the_same_as_from_the_chain(base, tmp_path):
+    words = words_of(base)
+    state = {name: word.clone() for name, word in words.items()}
+    plain = xorz.Versions(words, tmp_path / "plain")
+    with xorz.Publisher(base, tmp_path / "run") as publisher:
+        for step in range(3):
+            state["a.weight"][step] += 1
+            plain.publish(state)
+            publisher.publish(state).result()
+            assert publisher.versions.path(step + 1).read_bytes() == plain.path(step + 1).read_bytes()
+            assert publisher.versions.digest(step + 1) == plain.digest(step + 1)
+        # Somebody else has gone back meanwhile: the copy is of another version than the head.
+        publisher.versions.rollback(1)
+        plain.rollback(1)
+        state["b.bias"] += 1
+        publisher.publish(state).result()
+        plain.publish(state)
+        assert same(publisher.versions.state_dict(2), plain.state_dict(2)) and same(
+            plain.state_dict(2), state
+        )
+
+
+def test_a_run_that_goes_on_in_a_new_process(base, tmp_path):
+    state = {name: word.clone() for name, word in words_of(base).items()}
+    for number in (1, 2):
+        with xorz.Publisher(base, tmp_path / "run") as publisher:
+            state["table"] += 1
+            assert publisher.publish(state).result() == number
+    assert same(xorz.Versions(words_of(base), tmp_path / "run").state_dict(2), state)
+
+
+def test_a_module_with_tied_names(base, tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, word in words_of(base).items():
+                self.register_parameter(name.replace(".", "_"), nn.Parameter(word.float()))
+            self.head = self.table
+
+    model = Tied()
+    state = {
+        k.replace("_weight", ".weight").replace("_bias", ".bias"): v for k, v in model.state_dict().items()
+    }
+    assert "head" in state
+    with xorz.Publisher(base, tmp_path / "run") as publisher:
+        publisher.publish(state)
+        assert publisher.wait() == 1
+        state["head"] = state["head"].clone()
+        with pytest.raises(ValueError, match="`head`, which the base lacks"):
+            publisher.publish(state)
+
+
+def test_what_cannot_be_published_is_named_and_nothing_is_there(base, tmp_path):
+    good = words_of(base)
+    with xorz.Publisher(base, tmp_path / "run") as publisher:
+        for name, change, error, match in (
+            ("b.bias", lambda t: None, KeyError, "`b.bias`"),
+            (
+                "table",
+                lambda t: t[:, :-1],
+                ValueError,
+                r"`table` is \[40, 47\], but the base's is \[40, 48\]",
+            ),
+            ("a.weight", lambda t: t.long(), ValueError, "`a.weight` is I64, but the base's is BF16"),
+            ("a.weight", lambda t: t.to_sparse(), TypeError, "`a.weight`"),
+        ):
+            state = dict(good)
+            if change(good[name]) is None:
+                del state[name]
+            else:
+                state[name] = change(good[name])
+            with pytest.raises(error, match=match):
+                publisher.publish(state)
+        with pytest.raises(ValueError, match="`more`, which the base lacks"):
+            publisher.publish(good | {"more": torch.zeros(2)})
+        assert publisher.versions.head == 0 and publisher.wait() is None
+    with pytest.raises(RuntimeError, match="closed"):
+        publisher.publish(good)
+
+
+def test_an_error_while_writing_is_raised_by_the_next_call(base, tmp_path, monkeypatch):
+    state = {name: word.clone() for name, word in words_of(base).items()}
+    with xorz.Publisher(base, tmp_path / "run") as publisher:
+        publisher.publish(state).result()
+
+        def full(*args, **kwargs):
+            raise OSError("No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(xorz.Versions, "publish_from", full)
+            state["table"] += 1
+            future = publisher.publish(state)
+            with pytest.raises(OSError, match="No space"):
+                publisher.wait()
+            assert isinstance(future.exception(), OSError)
+        assert publisher.versions.head == 1
+        assert publisher.publish(state).result() == 2
+        assert same(publisher.versions.state_dict(2), state)
