@@ -98,6 +98,11 @@ def reference(path: Path, **settings: Any) -> list[Said]:
         stop(llm)
 
 
+def references(paths: Sequence[Path]) -> list[list[Said]]:
+    """The same of several models, each in an engine of its own."""
+    return [reference(path) for path in paths]
+
+
 def manager(llm: LLM) -> Any:
     """The engine's XorzManager."""
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager

@@ -16,6 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -47,6 +49,8 @@ KINDS = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SMALL, tie_word_embeddings=True)),
     # Norms of each head.
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SMALL, head_dim=32, tie_word_embeddings=False)),
+    # vLLM runs it as transformers wrote it.
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**_SMALL, tie_word_embeddings=False)),
 }
 
 

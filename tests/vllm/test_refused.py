@@ -2,14 +2,19 @@
 tensor than to cut and copy it when a package changes that tensor.
 """
 
+import pickle
 import re
 from types import SimpleNamespace
 
+import engines
+import models
 import pytest
 import torch
+import xorz.vllm
 from torch import nn
-from xorz.vllm.layers import XorzConfig
-from xorz.vllm.manager import Settings, _check_engine
+from xorz.vllm.layers import Rows, XorzConfig
+from xorz.vllm.manager import Settings, Unfit, _check_engine
+from xorz.vllm.packages import what_is
 from xorz.vllm.plan import plan
 
 
@@ -76,9 +81,77 @@ def test_other_devices():
     ],
 )
 def test_settings(given, words):
-    assert Settings.of(SimpleNamespace(additional_config={})) == Settings("fast", "speed", None)
+    assert Settings.of(SimpleNamespace(additional_config={})) == Settings("fast", "auto", None)
     with pytest.raises(ValueError, match=words):
         Settings.of(SimpleNamespace(additional_config={"xorz": given}))
+
+
+STARTS = {
+    "a mode": (
+        {"additional_config": {"xorz": {"mode": "slow"}}},
+        "mode must be one of fast, .* but is 'slow'",
+    ),
+    "a setting": ({"additional_config": {"xorz": {"speed": 1}}}, r"xorz\.speed"),
+    "no adapters": ({"enable_lora": False}, "serves nothing without --enable-lora"),
+    "another kind of engine": ({"pipeline_parallel_size": 2}, "pipeline parallelism is not served"),
+}
+
+
+@pytest.mark.parametrize("changed, words", STARTS.values(), ids=STARTS)
+def test_before_anything_is_loaded(changed, words, monkeypatch):
+    """Whoever starts the engine is told, not the log of a worker."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    base = models.base("llama", engines.FOLDER)
+    with pytest.raises(Exception, match=words):
+        EngineArgs(str(base), **(engines.SETTINGS | changed)).create_engine_config()
+
+
+def test_an_engine_that_is_only_updated_may_start():
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = engines.SETTINGS | {"enable_lora": False, "weight_transfer_config": {"backend": "xorz"}}
+    config = EngineArgs(str(models.base("llama", engines.FOLDER)), **args).create_engine_config()
+    assert config.lora_config is None and isinstance(config.quant_config, XorzConfig)
+
+
+def test_what_is_no_package_is_said_and_what_to_do(tmp_path):
+    from vllm.lora.request import LoRARequest
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+    full, package = models.tenant("llama", "A", engines.FOLDER)
+    assert what_is(package) is None
+    assert re.search(rf"xorz pack BASE {full} A\.xorz", what_is(full))
+    assert "does not end in .xorz" in what_is(full / "config.json")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "LoRA adapter" in what_is(tmp_path)
+    # An engine without --quantization xorz.
+    with pytest.raises(
+        ValueError, match="xorz package, and the engine was started without --quantization xorz"
+    ):
+        LRUCacheWorkerLoRAManager._load_adapter(None, LoRARequest("A", 1, str(package)))
+    plain = SimpleNamespace(
+        llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(quant_config=None, lora_config=None))
+    )
+    with pytest.raises(ValueError, match="without quantization='xorz'"):
+        xorz.vllm.load(plain, "A", package)
+    error = pickle.loads(pickle.dumps(Unfit("A", "a.xorz", "it is bad")))
+    assert str(error) == "xorz: 'A' (a.xorz): it is bad" and error.why == "it is bad"
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_rows_whose_tenant_nobody_knows(batched):
+    rows = Rows(8, 2, torch.device("cpu"))
+    rows.batched = batched
+    assert rows.count(torch.Size([5])) == 5
+    for shape in ([2, 5], [5, 4, 2], [1, 5, 4]):
+        with pytest.raises(RuntimeError, match="not the step's tokens"):
+            rows.count(torch.Size(shape))
+    if batched:
+        assert rows.count(torch.Size([1, 5])) == 5
+    else:
+        with pytest.raises(RuntimeError, match="not the step's tokens"):
+            rows.count(torch.Size([1, 5]))
 
 
 class Model(nn.Module):

@@ -180,14 +180,62 @@ def test_bad_packages_are_the_client_s_error(server, alone, packages):
     bad = packages / "bad.xorz"
     bad.write_bytes((packages / "A.xorz").read_bytes()[:-50])
     status, text = server.load("bad", bad)
-    assert status == 400 and "'bad'" in text and "follow the header" in text
+    assert (
+        status == 400
+        and text.count("'bad'") == 1
+        and text.count("xorz:") == 1
+        and "follow the header" in text
+    )
+    status, text = server.load("bad", models.tenant("llama", "A", FOLDER)[0])
+    assert status == 400 and "xorz pack BASE" in text
     status, text = server.load("bad", packages / "none.xorz")
     assert status == 404 and "'bad'" in text and "No such file" in text
     other = models.tenant("qwen3", "A", FOLDER)[1]
     status, text = server.load("bad", other)
-    assert status == 400 and "tensor" in text
+    assert status == 400 and "tensor" in text and text.count("'bad'") == 1 and text.count("xorz:") == 1
     assert server.post("/v1/completions", model="bad", prompt="x", max_tokens=1)[0] in (400, 404)
     assert server.complete("A", PROMPTS[0]) == alone["A", PROMPTS[0]]
+
+
+def test_many_loads_at_once_wait_for_each_other(server, alone, packages):
+    """More than are ever read at once."""
+    answers = {}
+
+    def load(name):
+        answers[name] = server.load(name, packages / f"{'ABC'[int(name[4:]) % 3]}.xorz")
+
+    threads = [threading.Thread(target=load, args=(f"many{i}",)) for i in range(48)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {name: answer for name, answer in answers.items() if answer[0] != 200} == {}
+    assert server.complete("many40", PROMPTS[0]) == alone["B", PROMPTS[0]]
+    for name in answers:
+        assert server.post("/v1/unload_lora_adapter", lora_name=name)[0] == 200
+
+
+def held(path):
+    """How often the server's processes hold this file open."""
+    count = 0
+    for folder in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            count += sum(os.path.realpath(link) == str(path) for link in folder.iterdir())
+        except OSError:
+            continue
+    return count
+
+
+def test_an_unloaded_tenant_s_package_is_closed(server, packages):
+    path = packages / "leaving.xorz"
+    shutil.copy(packages / "C.xorz", path)
+    assert server.load("leaving", path)[0] == 200
+    assert held(path) == 1
+    assert server.post("/v1/unload_lora_adapter", lora_name="leaving")[0] == 200
+    deadline = time.monotonic() + 120
+    while held(path) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert held(path) == 0
 
 
 def test_loading_under_traffic(server, alone, packages):

@@ -13,7 +13,7 @@ from .packages import digest, named
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-__all__ = ["load", "register", "request"]
+__all__ = ["digest", "load", "register", "request", "unload"]
 
 _installed = False
 
@@ -65,6 +65,26 @@ def load(llm: Any, name: str, path: Any) -> "LoRARequest":
         OSError, ValueError: as `request`; RuntimeError or ValueError of vLLM's, which says why it does not
             fit the base, or what of it cannot be served.
     """
+    from .layers import XorzConfig
+    from .packages import what_is
+
+    config = llm.llm_engine.vllm_config
+    if not isinstance(config.quant_config, XorzConfig) or config.lora_config is None:
+        raise ValueError(
+            f"xorz: {name!r}: the engine was started without quantization='xorz' and enable_lora=True, which packages need"
+        )
+    why = what_is(path)
+    if why is not None:
+        raise ValueError(f"xorz: {name!r} ({path}): {why}")
     out = request(name, path)
     llm.llm_engine.add_lora(out)
     return out
+
+
+def unload(llm: Any, lora_request: "LoRARequest") -> None:
+    """Take a tenant out of an engine (`vllm.LLM`): its memory is free, and its package closed.
+
+    Call it when no request of the tenant runs. The request can be loaded again with `load`, and means another package
+    then if one was published under its path.
+    """
+    llm.collective_rpc("xorz_forget", args=(lora_request.lora_name,))

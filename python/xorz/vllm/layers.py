@@ -30,11 +30,14 @@ class Rows:
         tokens: int32, of the rows that the model's layers see.
         sampled: int32, of the rows that logits are computed from.
         places: int64, as `tokens`, for tables whose last row is the base's.
+        batched: whether the model's layers see the step's rows as a batch of one, `[1, rows, ...]`, as those of vLLM's
+            Transformers backend do.
     """
 
     def __init__(self, count: int, slots: int, device: torch.device) -> None:
         """For at most `count` rows, all the base's."""
         self.slots = slots
+        self.batched = False
         self.tokens = torch.full((count,), -1, dtype=torch.int32, device=device)
         self.sampled = torch.full((count,), -1, dtype=torch.int32, device=device)
         self.places = torch.full((count,), slots, dtype=torch.int64, device=device)
@@ -47,6 +50,20 @@ class Rows:
             buffer[given.numel() :].fill_(-1)
         self.places[: tokens.numel()].copy_(torch.where(tokens < 0, self.slots, tokens))
         self.places[tokens.numel() :].fill_(self.slots)
+
+    def count(self, shape: torch.Size) -> int:
+        """Rows of the step in a layer's input, of which these are all dimensions but the features'.
+
+        RuntimeError where they are laid out otherwise than by token, so that nobody could say whose they are.
+        """
+        if len(shape) == 1:
+            return shape[0]
+        if self.batched and len(shape) == 2 and shape[0] == 1:
+            return shape[1]
+        raise RuntimeError(
+            f"xorz: a layer is given rows as {list(shape)}, which are not the step's tokens one after another; their tenants "
+            "are unknown"
+        )
 
     def for_logits(self, x: Tensor) -> Tensor:
         """Of the rows of `x`: the sampled ones, or, while prompts are scored, those tokens that `x` is a view of."""
@@ -95,7 +112,7 @@ def _product(
 
 
 def _of_tokens(site: Site, x: Tensor) -> Tensor:
-    return site.rows.tokens[: x.shape[0]]
+    return site.rows.tokens[: site.rows.count(x.shape[:-1])]
 
 
 def _of_logits(site: Site, x: Tensor) -> Tensor:
@@ -109,7 +126,7 @@ class XorzLinearMethod(UnquantizedLinearMethod):
         """Keeps the words: some backends would repack them, and drop the original."""
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x` is [rows, k], a row for each token of the step."""
+        """`x` is [rows, k], a row for each token of the step, or [1, rows, k]."""
         return _product(layer, x, bias, _of_tokens)
 
 
@@ -124,7 +141,7 @@ class XorzEmbeddingMethod(UnquantizedEmbeddingMethod):
         site: Site | None = getattr(layer, "xorz_weight", None)
         if site is None:
             return F.embedding(input_, layer.weight)
-        rows = site.rows.tokens[: input_.shape[0]]
+        rows = site.rows.tokens[: site.rows.count(input_.shape)]
         return torch.ops.xorz.delta_embedding(input_, layer.weight, site.arena, site.slots, rows)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -171,11 +188,13 @@ class XorzRMSNorm(RMSNorm):
     """A norm whose weight is each row's tenant's: vLLM's own formula, with a weight for each row."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        """`x` is [rows, n], or [rows, heads, n]."""
+        """`x` is [rows, n], or [rows, heads, n]; of models that see a batch of one, [1, rows, n]."""
         site: Site = self.xorz_weight
-        weight = site.table.index_select(0, site.rows.places[: x.shape[0]])
+        rows = site.rows
+        of_tokens = x.shape[:-1] if rows.batched or x.dim() == 2 else x.shape[:1]
+        weight = site.table.index_select(0, rows.places[: rows.count(of_tokens)])
         if x.dim() == 3:
-            weight = weight.unsqueeze(1)
+            weight = weight.unsqueeze(0 if rows.batched else 1)
         if residual is None:
             return _NORM(x, weight, self.variance_epsilon, self.variance_size_override)
         return _ADD_NORM(x, residual, weight, self.variance_epsilon, self.variance_size_override)

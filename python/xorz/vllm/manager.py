@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 
 from ..serve.residency import Piece, Residency, size_of
 from .layers import Rows, Site, XorzConfig, XorzEmbeddingMethod, XorzLinearMethod, XorzRMSNorm
-from .packages import Checkpoint, Loader, Prepared, is_package, split_name
+from .packages import Checkpoint, Loader, Prepared, split_name, what_is
 from .plan import plan
 
 logger = init_logger("vllm.xorz")
@@ -33,8 +33,31 @@ logger = init_logger("vllm.xorz")
 _KEPT_OPEN = 256
 """Packages that stay open when vLLM drops their adapters, so that it can take them back whatever became of the name."""
 
-_MOST_AHEAD = 16
-"""Packages that are read, or have been, before the engine takes them."""
+_FORGOTTEN_SECONDS = 120.0
+"""Nobody has asked for so long what became of a package that was to be read: its client has gone."""
+
+
+@dataclass
+class _Ahead:
+    """A package that is read before the engine takes it, under a base of this generation."""
+
+    path: str
+    reading: "Future[Prepared]"
+    generation: int
+    asked: float = field(default_factory=time.monotonic)
+
+
+class Unfit(ValueError):
+    """A package that cannot be served: the message names tenant and path, `why` says only what is wrong."""
+
+    def __init__(self, name: str, path: str, why: str) -> None:
+        """Of the tenant `name`, as its client calls it."""
+        super().__init__(f"xorz: {name!r} ({path}): {why}")
+        self.name, self.path, self.why = name, path, why
+
+    def __reduce__(self) -> Any:
+        """Workers send their errors to other processes."""
+        return type(self), (self.name, self.path, self.why)
 
 
 @dataclass
@@ -123,8 +146,11 @@ class XorzManager(LRUCacheLoRAModelManager):
         self.params = {name: param.data for name, param in self.model.named_parameters()}
         names = {id(param): name for name, param in self.model.named_parameters()}
         found: dict[str, list[tuple[nn.Module, str]]] = {}
+        self.row_map.batched = is_transformers_backend(self.model)
+        # There such norms are given [1, rows, heads, n] or [1, heads, rows, n], as the model's author liked it.
+        of_heads = self._vllm_config.model_config.get_head_size() if self.row_map.batched else None
         for _, module in self.model.named_modules():
-            for attribute in _served(module):
+            for attribute in _served(module, of_heads):
                 param = module._parameters[attribute]
                 found.setdefault(names[id(param)], []).append((module, attribute))
         matrices = [name for name in found if self.params[name].dim() == 2]
@@ -137,6 +163,9 @@ class XorzManager(LRUCacheLoRAModelManager):
             else:
                 site.table = self.params[name].expand(self.lora_slots + 1, -1).clone()
                 self.vectors[name] = site
+                # The base's row is the parameter: whoever writes into it later has changed both.
+                module, attribute = users[0]
+                module._parameters[attribute].data = self.params[name] = site.table[-1]
             for module, attribute in users:
                 setattr(module, f"xorz_{attribute}", site)
                 if type(module) is RMSNorm:
@@ -145,12 +174,30 @@ class XorzManager(LRUCacheLoRAModelManager):
 
     def _make_loader(self) -> Loader:
         """Now, before anything is served: the model's own loader is run, on parameters without data."""
-        base = Checkpoint(_folder(self._vllm_config))
+        base = Checkpoint(folder_of(self._vllm_config))
         began = time.perf_counter()
         kinds = dict.fromkeys(self.matrices, "delta") | dict.fromkeys(self.vectors, "value")
         followed = plan(self.model, base.tensors)
         logger.info("xorz: %s", _summary(followed.refused, len(base.tensors), time.perf_counter() - began))
         return Loader(base, followed, self.params, kinds, self.settings.prefer)
+
+    def base_replaced(self) -> None:
+        """After vLLM has replaced the base's words: no adapter is resident, and nothing is known of the new ones."""
+        self.remove_all_adapters()
+        for name, param in self.model.named_parameters():
+            if param.is_meta:
+                continue  # vLLM has failed half way, and this model serves nobody any more
+            if name in self.vectors and param.data_ptr() != self.vectors[name].table[-1].data_ptr():
+                self.vectors[name].table[-1].copy_(param.data)
+                param.data = self.vectors[name].table[-1]
+            if name in self.params:
+                self.params[name] = param.data
+        try:
+            base = Checkpoint(folder_of(self._vllm_config))
+        except (OSError, ValueError) as error:
+            logger.warning("xorz: the base's files cannot be read again: %s", error)
+            base = None
+        self.loader.replaced(base)
 
     # What vLLM calls.
 
@@ -244,24 +291,48 @@ class XorzManager(LRUCacheLoRAModelManager):
 
     def memory(self) -> dict[str, int]:
         """Bytes: "base" (this process's parameters), "deltas" (of resident adapters), "copies" (vectors), and their "total"."""
-        tables = sum(site.table.nbytes for site in self.vectors.values())
+        # The last row of a table is the base's own vector.
+        vectors = sum(site.table[-1].nbytes for site in self.vectors.values())
+        tables = sum(site.table.nbytes for site in self.vectors.values()) - vectors
         own = sum(v.nbytes for lora in self._registered_adapters.cache.values() for v in lora.values.values())
-        return self.residency.memory(self.params.values(), tables + own)
+        others = [param for name, param in self.params.items() if name not in self.vectors]
+        out = self.residency.memory(others, tables + own)
+        return out | {"base": out["base"] + vectors, "total": out["total"] + vectors}
 
 
-def _served(module: nn.Module) -> list[str]:
-    """The parameters of a module that are served by rows."""
+def is_transformers_backend(model: nn.Module) -> bool:
+    """Whether vLLM runs the model as transformers wrote it, with layers of its own put in."""
+    return any(
+        cls.__module__.startswith("vllm.model_executor.models.transformers") for cls in type(model).__mro__
+    )
+
+
+def _served(module: nn.Module, unserved: int | None = None) -> list[str]:
+    """The parameters of a module that are served by rows; norms of `unserved` words are not."""
     method = getattr(module, "quant_method", None)
     if isinstance(method, (XorzLinearMethod, XorzEmbeddingMethod)):
         names = ["weight"]
         # A bias that vLLM adds elsewhere would be the base's for everyone.
         if not getattr(module, "skip_bias_add", False):
             names.append("bias")
-    elif type(module) is RMSNorm:
+    elif type(module) is RMSNorm and module.weight.numel() != unserved:
         names = ["weight"]
     else:
         return []
     return [name for name in names if isinstance(module._parameters.get(name), nn.Parameter)]
+
+
+def check_config(config: Any) -> None:
+    """Before anything is loaded: ValueError for settings and engines that are refused, and where nothing asks for xorz."""
+    Settings.of(config)
+    transfer = getattr(config, "weight_transfer_config", None)
+    if config.lora_config is not None:
+        _check_engine(config, config.device_config.device)
+    elif transfer is None or transfer.backend != "xorz":
+        raise ValueError(
+            "xorz: --quantization xorz serves nothing without --enable-lora (tenants are vLLM's adapters), or "
+            """--weight-transfer-config '{"backend": "xorz"}' (the base is updated in place)"""
+        )
 
 
 def _check_engine(config: Any, device: Any) -> None:
@@ -287,7 +358,7 @@ def _check_engine(config: Any, device: Any) -> None:
             raise ValueError(f"xorz: {text}")
 
 
-def _folder(config: Any) -> str:
+def folder_of(config: Any) -> str:
     """Where the base lies on disk."""
     model = config.model_config.model
     if os.path.isdir(model):
@@ -313,30 +384,57 @@ class XorzWorkerManager(LRUCacheWorkerLoRAManager):
         """Take vLLM's own arguments, and start the thread that reads packages ahead."""
         super().__init__(*args, **kwargs)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="xorz-reader")
-        self._ahead: OrderedDict[str, Future[Prepared]] = OrderedDict()
+        self._ahead: dict[str, _Ahead] = {}
         self._open: OrderedDict[str, int] = OrderedDict()
         self._opening = threading.Lock()
 
     def prefetch(self, adapter: str, path: str) -> None:
-        """Begin to read a package; `add_adapter` of that name takes what was read."""
+        """Begin to read a package, after those that were asked for before; `add_adapter` of that name takes what was read."""
+        now = time.monotonic()
+        for name, entry in list(self._ahead.items()):
+            if now - entry.asked > _FORGOTTEN_SECONDS:
+                self._ahead.pop(name).reading.cancel()
         if adapter not in self._ahead:
-            self._ahead[adapter] = self._reader.submit(self._read, adapter, path)
-        if len(self._ahead) > _MOST_AHEAD:
-            # The client that asked for it has gone since then.
-            self._ahead.popitem(last=False)[1].cancel()
+            self._read_ahead(adapter, path)
+
+    def _read_ahead(self, adapter: str, path: str) -> None:
+        reading = self._reader.submit(self._read, adapter, path)
+        self._ahead[adapter] = _Ahead(path, reading, self._adapter_manager.loader.generation)
 
     def prefetched(self, adapter: str) -> str | None:
         """None while it is read, "" when it has been, or what is wrong; an unfit one is forgotten."""
-        found = self._ahead.get(adapter)
-        if found is None:
-            return "too many packages are being loaded at once"
-        if not found.done():
+        entry = self._ahead.get(adapter)
+        if entry is None:
+            return "it was forgotten, since nobody asked for it in time; load it again"
+        entry.asked = time.monotonic()
+        if not entry.reading.done():
             return None
-        error = found.exception()
+        if entry.generation != self._adapter_manager.loader.generation:
+            # The base was replaced meanwhile.
+            self._read_ahead(adapter, entry.path)
+            return None
+        error = entry.reading.exception()
         if error is None:
             return ""
         del self._ahead[adapter]
-        return str(error)
+        return error.why if isinstance(error, Unfit) else str(error)
+
+    def forget(self, adapter: str) -> None:
+        """Nobody can ask for this adapter again: its memory is free, and its package is closed."""
+        ahead = self._ahead.pop(adapter, None)
+        if ahead is not None:
+            ahead.reading.cancel()
+        for number, lora in list(self._adapter_manager._registered_adapters.cache.items()):
+            if lora.name == adapter:
+                self.remove_adapter(number)
+        with self._opening:
+            descriptor = self._open.pop(adapter, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def base_replaced(self) -> None:
+        """See `XorzManager.base_replaced`. What is being read ahead is read again when it is asked for."""
+        self._adapter_manager.base_replaced()
 
     def add_adapter(self, adapter_request: LoRARequest) -> bool:
         """As vLLM's, which goes by numbers; two names may not have one."""
@@ -355,17 +453,19 @@ class XorzWorkerManager(LRUCacheWorkerLoRAManager):
             raise ValueError(
                 f"xorz: {path}: load_inplace would mix two fine-tunes' keys and values in the cache"
             )
-        prepared = self._read(name, path) if ahead is None else ahead.result()
+        generation = self._adapter_manager.loader.generation
+        fresh = ahead is not None and ahead.generation == generation
+        prepared = ahead.reading.result() if fresh else self._read(name, path)
         return Adapter(lora_request.lora_int_id, name, prepared)
 
     def _read(self, adapter: str, path: str) -> Prepared:
         began = time.perf_counter()
         name, content = split_name(adapter)
+        if content is None:
+            raise Unfit(
+                name, path, what_is(path) or "its name holds no digest; make it with xorz.vllm.request"
+            )
         try:
-            if content is None:
-                unnamed = "has no digest in its name; make it with xorz.vllm.request"
-                what = unnamed if is_package(path) else "is no .xorz package"
-                raise ValueError(f"this engine serves xorz packages, and this adapter {what}")
             with torch.inference_mode():
                 prepared = self._adapter_manager.loader.load(self._held(adapter, path), content)
         except (
@@ -377,7 +477,7 @@ class XorzWorkerManager(LRUCacheWorkerLoRAManager):
             TypeError,
             ValueError,
         ) as error:
-            raise ValueError(f"xorz: {name!r} ({path}): {self._let_go(adapter, path, error)}") from error
+            raise Unfit(name, path, self._let_go(adapter, path, error)) from error
         seconds = time.perf_counter() - began
         logger.info("xorz: read %s in %.2f s; %d bytes in memory", path, seconds, prepared.bytes)
         return prepared

@@ -30,6 +30,21 @@ def is_package(path: Any) -> bool:
     return os.fspath(path).endswith(".xorz")
 
 
+def what_is(path: Any) -> str | None:
+    """Why a path is no package, and what to do; None if it may be one."""
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file():
+        return "this engine serves xorz packages, and this is a LoRA adapter; serve it without --quantization xorz"
+    if folder.is_dir():
+        return (
+            "this engine serves xorz packages, and this is a folder; make a package of the fine-tune in it, "
+            f"`xorz pack BASE {folder} {folder.name or 'tenant'}.xorz`, and load that"
+        )
+    return (
+        None if is_package(path) else "this engine serves xorz packages, and this path does not end in .xorz"
+    )
+
+
 def digest(path: Any) -> str:
     """32 hexadecimal digits that stand for a package's content: of its header, which holds the digests of all the rest.
 
@@ -97,10 +112,12 @@ class Prepared:
     Attributes:
         deltas: parameter -> resident delta of this process's part of it.
         values: parameter -> this process's part of the fine-tuned vector.
+        generation: of the base that it was checked against, as in `Loader`.
     """
 
     deltas: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
+    generation: int = 0
 
     @property
     def bytes(self) -> int:
@@ -120,6 +137,7 @@ class Loader:
         params: parameter -> its words, as they are served.
         kinds: parameter -> "delta" or "value"; others cannot be served, `why` says so.
         prefer: what deltas are encoded for; None takes what packages hold.
+        generation: how often the base has been replaced. What was prepared under another one must not be served.
     """
 
     base: Checkpoint
@@ -127,7 +145,20 @@ class Loader:
     params: Mapping[str, Tensor]
     kinds: Mapping[str, str]
     prefer: str | None
+    generation: int = 0
     _proved: set[str] = field(default_factory=set)
+
+    def replaced(self, base: Checkpoint | None) -> None:
+        """The parameters hold other words now; nothing is known of them any more.
+
+        Args:
+            base: the checkpoint as it lies on disk now; None, or one of other tensors, leaves the one that there was. Packages
+                are refused then wherever the new words are not its.
+        """
+        # Another set, not an empty one: whoever is proving in another thread must not write what was true before.
+        self.generation, self._proved = self.generation + 1, set()
+        if base is not None and base.tensors == self.base.tensors:
+            self.base = base
 
     def load(self, path: Any, wanted: str) -> Prepared:
         """Read the package at `path`, whose digest must be `wanted`.
@@ -136,26 +167,26 @@ class Loader:
             OSError; ValueError: damaged, republished, of another base (tensor and digests are named), or it changes what
                 cannot be served (named); KeyError: the base lacks a tensor of it.
         """
+        out, proved = Prepared(generation=self.generation), self._proved
         found = digest(path)
         if found != wanted:
             raise ValueError(
                 f"the package was changed since it was named: its digest is {found}, but {wanted} is wanted"
             )
         description = checkpoint.inspect(path)
-        changed = self._changed(description)
+        changed = self.changed(description)
         loaded = checkpoint.load_deltas(self.base.folder, path, prefer=self.prefer)
-        out = Prepared()
         affected = dict.fromkeys(param for name in changed for param in self.plan.users[name])
         for param in affected:
             pieces = self.plan.pieces[param]
-            self._prove(param, pieces)
+            self._prove(param, pieces, proved)
             if self.kinds.get(param) == "value":
                 out.values[param] = self._value(param, pieces, loaded)
             else:
                 out.deltas[param] = self._delta(param, pieces, loaded, changed)
         return out
 
-    def _changed(self, description: dict[str, Any]) -> set[str]:
+    def changed(self, description: dict[str, Any]) -> set[str]:
         """Checkpoint tensors that differ; ValueError if one cannot be served."""
         entries = {entry["name"]: entry for entry in description["entries"]}
         for name in description["removed_names"]:
@@ -197,19 +228,19 @@ class Loader:
                     f"tensor `{name}` is changed, and nothing serves the model's `{param}` by rows"
                 )
 
-    def _prove(self, param: str, pieces: list[Piece]) -> None:
+    def _prove(self, param: str, pieces: list[Piece], proved: set[str]) -> None:
         """That the model computes with the checkpoint's very words, once: what is done to weights after loading is unseen."""
-        if param in self._proved:
+        if param in proved:
             return
         served = _matrix(self.params[param])
         for piece in pieces:
             stored = _cut(_matrix(self.base[piece.name]), piece.rows, piece.cols)
             if not torch.equal(_words(stored), _words(_cut(served, piece.to_rows, piece.to_cols))):
                 raise ValueError(
-                    f"parameter `{param}` is not made of the words of `{piece.name}` in {self.base.folder}: vLLM has repacked "
-                    "or replaced it after loading, and it cannot be served"
+                    f"parameter `{param}` is not made of the words of `{piece.name}` in {self.base.folder}: it was repacked "
+                    "or replaced after loading (by reload_weights or a weight transfer), and packages do not fit it"
                 )
-        self._proved.add(param)
+        proved.add(param)
 
     def _value(self, param: str, pieces: list[Piece], loaded: Mapping[str, Tensor]) -> Tensor:
         out = self.params[param].detach().clone()

@@ -1,4 +1,6 @@
-"""What xorz changes in vLLM's worker: its adapters' manager, three methods more, and which rows prompts are scored by."""
+"""What xorz changes in vLLM: its adapters' manager, methods of workers, which rows prompts are scored by, and what is known
+before anything is loaded.
+"""
 
 import functools
 from typing import Any
@@ -6,14 +8,33 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization import register_quantization_config
 
-from . import layers, manager, serving
+from . import layers, manager, replaced, serving
+from .packages import is_package
 
 
 def install() -> None:
     """Take hold of everything that `hooks` lists."""
     register_quantization_config("xorz")(layers.XorzConfig)
     _worker()
+    _start()
     serving.install()
+    replaced.install()
+
+
+def _start() -> None:
+    """What would be refused by a worker, in its log, is refused before there is one, to whoever starts the engine."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    plain = EngineArgs.create_engine_config
+
+    @functools.wraps(plain)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = plain(self, *args, **kwargs)
+        if isinstance(out.quant_config, layers.XorzConfig):
+            manager.check_config(out)
+        return out
+
+    EngineArgs.create_engine_config = create_engine_config
 
 
 def _worker() -> None:
@@ -28,6 +49,8 @@ def _worker() -> None:
         return (manager.XorzWorkerManager if ours else plain)(vllm_config, *args, **kwargs)
 
     lora_model_runner_mixin.LRUCacheWorkerLoRAManager = chosen
+    plain._load_adapter = _no_packages(plain._load_adapter)
+    worker_base.WorkerBase.xorz_forget = _forget
     worker_base.WorkerBase.xorz_prefetch = _prefetch
     worker_base.WorkerBase.xorz_prefetched = _prefetched
     worker_base.WorkerBase.xorz_memory = _memory
@@ -58,6 +81,25 @@ def _manager(worker: Any) -> manager.XorzWorkerManager:
     if not isinstance(found, manager.XorzWorkerManager):
         raise RuntimeError("xorz: this engine was not started with --quantization xorz --enable-lora")
     return found
+
+
+def _no_packages(plain: Any) -> Any:
+    """vLLM's own adapters are folders; of a package it would only say that it is none."""
+
+    @functools.wraps(plain)
+    def load(self: Any, lora_request: Any) -> Any:
+        if is_package(lora_request.lora_path):
+            raise ValueError(
+                f"xorz: {lora_request.lora_path} is a xorz package, and the engine was started without --quantization xorz"
+            )
+        return plain(self, lora_request)
+
+    return load
+
+
+def _forget(self: Any, adapter: str) -> None:
+    """Of every worker: see `XorzWorkerManager.forget`."""
+    _manager(self).forget(adapter)
 
 
 def _prefetch(self: Any, adapter: str, path: str) -> None:

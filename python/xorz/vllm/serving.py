@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
 from . import layers, request
-from .packages import is_package, split_name
+from .packages import is_package, split_name, what_is
 
 logger = init_logger("vllm.xorz")
 
@@ -25,12 +25,20 @@ FOLDER = "XORZ_VLLM_PACKAGES"
 
 _POLL_SECONDS = 0.02
 
+_MOST_AT_ONCE = 16
+"""Packages that are read, or wait to be taken by the engine; other clients wait until one has been."""
+
+GRACE_SECONDS = 10.0
+"""A request that was let in before its tenant was unloaded may not have reached the engine yet."""
+
 
 def install() -> None:
     """Take hold of the routes that load adapters and that show their names."""
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels as Models
 
+    Models.__init__ = _known_to_its_engine(Models.__init__)
     Models.load_lora_adapter = _loading(Models.load_lora_adapter)
+    Models.unload_lora_adapter = _unloading(Models.unload_lora_adapter)
     Models.model_name = _plain_name(Models.model_name)
     Models.show_available_models = _plain_names(Models.show_available_models)
     Models.resolve_lora = _resolving(Models.resolve_lora)
@@ -54,12 +62,28 @@ def _ours(self: Any) -> bool:
     return isinstance(getattr(config, "quant_config", None), layers.XorzConfig)
 
 
+def _known_to_its_engine(plain: Any) -> Any:
+    """What clients may ask for changes where the engine's base does; see `replaced`."""
+
+    @functools.wraps(plain)
+    def init(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, engine_client, *args, **kwargs)
+        engine_client.xorz_models = self
+        self.xorz_loading = asyncio.Semaphore(_MOST_AT_ONCE)
+        self.xorz_leaving = set()
+
+    return init
+
+
 def _loading(plain: Any) -> Any:
     @functools.wraps(plain)
     async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
-        if not (_ours(self) and is_package(request.lora_path)):
-            return await plain(self, request, base_model_name)
         name = request.lora_name
+        why = _misplaced(self, request.lora_path)
+        if why is not None:
+            return _error(f"xorz: {name!r}: {why}", "BadRequestError", HTTPStatus.BAD_REQUEST)
+        if not _ours(self):
+            return await plain(self, request, base_model_name)
         async with self.lora_resolver_lock[name]:
             refused = await self._check_load_lora_adapter_request(request)
             if refused is not None:
@@ -74,18 +98,64 @@ def _loading(plain: Any) -> Any:
             if base_model_name is not None and self.is_base_model(base_model_name):
                 lora.base_model_name = base_model_name
             # With load_inplace: a new adapter takes the name; requests that run keep the old one.
+            previous = self.lora_requests.get(name)
             self.lora_requests[name] = lora
+            if previous is not None and previous.lora_name != lora.lora_name:
+                _let_go(self, previous)
             logger.info("xorz: loaded %r from %s as %s", name, request.lora_path, lora.lora_name)
             return f"Success: LoRA adapter '{name}' added successfully."
 
     return load_lora_adapter
 
 
+def _misplaced(self: Any, path: Any) -> str | None:
+    """Why this engine can do nothing with what lies there; None for what it may know."""
+    if _ours(self):
+        return what_is(path) if path else None
+    if path and is_package(path):
+        return "this is a xorz package, and the engine was started without --quantization xorz --enable-lora"
+    return None
+
+
 async def _load(self: Any, name: str, path: str) -> LoRARequest:
     lora = await asyncio.to_thread(request, name, path)
-    await prefetch(self.engine_client, lora.lora_name, path)
-    await self.engine_client.add_lora(lora)
+    async with self.xorz_loading:
+        await prefetch(self.engine_client, lora.lora_name, path)
+        await self.engine_client.add_lora(lora)
     return lora
+
+
+def _unloading(plain: Any) -> Any:
+    @functools.wraps(plain)
+    async def unload_lora_adapter(self: Any, request: Any) -> Any:
+        lora = self.lora_requests.get(request.lora_name)
+        answer = await plain(self, request)
+        if lora is not None and _ours(self) and self.lora_requests.get(request.lora_name) is not lora:
+            _let_go(self, lora)
+        return answer
+
+    return unload_lora_adapter
+
+
+def _let_go(self: Any, lora: LoRARequest) -> None:
+    """The name is nobody's or another's; its memory and its file follow when no request needs them any more."""
+    task = asyncio.get_running_loop().create_task(_forget(self, lora))
+    self.xorz_leaving.add(task)
+    task.add_done_callback(self.xorz_leaving.discard)
+
+
+async def _forget(self: Any, lora: LoRARequest) -> None:
+    engine, quiet = self.engine_client, 0.0
+    while quiet < GRACE_SECONDS:
+        await asyncio.sleep(GRACE_SECONDS / 10)
+        states = engine.output_processor.request_states.values()
+        quiet = (
+            0.0 if any(state.lora_name == lora.lora_name for state in states) else quiet + GRACE_SECONDS / 10
+        )
+        if any(other.lora_name == lora.lora_name for other in self.lora_requests.values()):
+            return  # it was loaded again
+    await engine.collective_rpc("xorz_forget", args=(lora.lora_name,))
+    logger.info("xorz: %s is closed, and its memory is free", lora.lora_name)
 
 
 def _resolving(plain: Any) -> Any:
