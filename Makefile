@@ -25,7 +25,8 @@ PYTHON_LINTED  := $(wildcard python tests benches examples)
 # Not what `make fuzz` builds there.
 C_LINTED       = $(shell find csrc cuda tests examples -path tests/fuzz/target -prune -o -type f -print | grep -E '\.(c|cpp|h|cu|cuh)$$')
 
-.PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-vllm test-wheel test-models stress test-smollm cuda-gate cpu-gate lint \
+.PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-vllm test-wheel test-models \
+  test-sanitize fuzz faults soak stress test-smollm cuda-gate cpu-gate lint \
   format bench bench-checkpoint bench-serving bench-vllm notebook changes clean
 .DELETE_ON_ERROR:
 
@@ -118,6 +119,20 @@ stress: build
 # Two minutes of libFuzzer on the stable toolchain, or as many as MINUTES says; tests/fuzz/README.md.
 fuzz:
 	$(NICE) tests/fuzz/run.sh $(or $(MINUTES),2)
+
+# Not part of test, which runs some of these: KILLS (200) of publish and append by SIGKILL.
+faults: build
+	$(NICE) $(PY) tests/faults/kills.py $(or $(KILLS),200)
+
+# Not part of test: the shim and the C program under AddressSanitizer and UndefinedBehaviorSanitizer, with a hot subset of the
+# Python tests; minutes. `make test-sanitize KIND=thread` for ThreadSanitizer, ARGS for other tests.
+test-sanitize: build
+	PY="$(PY)" CC="$(CC)" $(NICE) tests/sanitize/run.sh $(or $(KIND),address) $(ARGS)
+
+# Not part of test: threads, asyncio, swaps, evictions and bad packages for MINUTES (10), each row compared bit by bit; then
+# 10,000 loads.
+soak: build
+	$(NICE) $(PY) tests/soak/soak.py $(or $(MINUTES),10)
 
 # Not part of test, which runs twenty of them: half an hour or more, for docs/models.md. `make test-models ARGS="--only falcon"`
 # for some, without the table.
