@@ -177,6 +177,26 @@ class PositionsByNumber(Positions):
         return x + self.table.weight[torch.arange(x.size(1))]
 
 
+class PositionsGathered(Positions):
+    """As ProphetNet, by an op that nothing here knows, and numbers that are no row's."""
+
+    def forward(self, x):
+        numbers = torch.arange(x.size(1))[:, None].expand(-1, 6)
+        return x + torch.gather(self.table.weight, 0, numbers)
+
+
+class PositionsProjected(nn.Module):
+    """A table of constants through a matrix, by an op that nothing here knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x):
+        table = torch.sin(torch.arange(x.size(1))[:, None] * torch.arange(1, 5) * 0.3)
+        return x + torch.einsum("tk,nk->tn", table, self.matrix)
+
+
 class Relative(nn.Module):
     """As DeBERTa's relative embeddings, which go through a norm."""
 
@@ -243,7 +263,8 @@ class Bag(nn.Module):
 
 
 PARTS = [
-    Depthwise, StepOfConvolution, Positions, PositionsByNumber, Relative, Listed, Named, NormOfAChild, RootOfNorm, Bag,
+    Depthwise, StepOfConvolution, Positions, PositionsByNumber, PositionsGathered, PositionsProjected, Relative, Listed, Named,
+    NormOfAChild, RootOfNorm, Bag,
 ]  # fmt: skip
 
 
@@ -254,6 +275,7 @@ def test_what_a_module_computes_with_parts_of_its_weights_is_the_tenants(made, m
     case = Case(nn.Sequential(made(), nn.Linear(6, 5)), mode=mode)
     case.check_alone(torch.randn(2, 5, 6))
     assert case.check_mixed(torch.randn(4, 5, 6)) == "right"
+    assert case.tenants.apart is None  # row by row, in one run of the model
 
 
 def test_attention_of_linear_layers_of_ones_own_keeps_their_biases():

@@ -197,6 +197,24 @@ def test_an_input_that_is_no_rows_is_not_cut():
         assert strange or said == "right"
 
 
+def test_rows_that_hardly_differ_are_rows():
+    """As what Whisper's decoder takes of the encoder, while it attends to everything alike."""
+
+    class Faint(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.out = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            mean = torch.softmax(1e-5 * x, -1)
+            return torch.relu(self.out(torch.tanh(self.layer(mean))))
+
+    torch.manual_seed(0)
+    case = Case(Faint())
+    case.check_alone(torch.randn(2, 5, 6))
+    assert case.check_mixed(torch.randn(4, 5, 6)) == "right"
+
+
 def test_a_row_has_its_tenant_in_code_that_was_compiled_first():
     torch.manual_seed(0)
     for n in (4, 3):

@@ -194,7 +194,8 @@ def _compute(func: Any, args: Any, kwargs: Any) -> Any:
         )
     if rows.only is None:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if (len(tensors) == len(weights) or _picks(func, args)) and name not in _TELLING:
+        whole = len(tensors) == len(weights) or _picks(func, args) or _beside_tables(func, name, leaves, rows)
+        if whole and name not in _TELLING:
             return derive(lambda slot: _on_dense(func, args, kwargs, slot), weights, name)
         raise Refused(
             f"xorz: {name} reads `{changed[0].full()}` directly while {rows.describe()} are active, and no such op on it is "
@@ -202,6 +203,19 @@ def _compute(func: Any, args: Any, kwargs: Any) -> Any:
         )
     args, kwargs = with_dense(args, kwargs, rows.only)
     return func(*args, **kwargs)
+
+
+def _beside_tables(func: Any, name: str, leaves: list[Any], rows: Any) -> bool:
+    """Whether all that this op is given beside weights is known to belong to no row, as `_try` has noted it."""
+    weights = [leaf for leaf in leaves if isinstance(leaf, Weight)]
+    others = [(i, t) for i, t in enumerate(leaves) if isinstance(t, Tensor) and not isinstance(t, Weight)]
+    return (
+        rows.proof is not None
+        and not _writes(name)
+        and all(
+            rows.where((site, op_of(func), i), t) == TABLE for site in sites_of(weights) for i, t in others
+        )
+    )
 
 
 def _tried(args: Any, kwargs: Any) -> Any:
