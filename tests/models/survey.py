@@ -34,6 +34,7 @@ os.environ.setdefault("XORZ_CACHE_DIR", "")
 import torch
 import transformers
 import xorz
+from tiny import IMAGE, OWN, VOCABULARY, bins, shrink
 from transformers.models.auto import modeling_auto as auto
 
 KINDS = {
@@ -43,110 +44,30 @@ KINDS = {
     "vision": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "speech": {**auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, **auto.MODEL_FOR_CTC_MAPPING_NAMES},
 }
-VOCABULARY, LENGTH, IMAGE = 96, 10, 32
+LENGTH = 10
 MOST, LONGEST = 6 << 30, 600
-_WIDTHS = "hidden_size d_model n_embd dim embed_dim embedding_size encoder_hidden_size decoder_hidden_size word_embed_proj_dim"
-_INNER = "intermediate_size d_ff n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim moe_intermediate_size ffn_hidden_size"
-_INNER += " hidden_dim shared_expert_intermediate_size block_ff_dim mlp_dim feed_forward_hidden_size intermediate_size_mlp"
-_LAYERS = "num_hidden_layers n_layer num_layers n_layers encoder_layers decoder_layers num_decoder_layers num_encoder_layers"
-_HEADS = "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"
-SMALL = {
-    **dict.fromkeys(_WIDTHS.split(), 32),
-    **dict.fromkeys(_INNER.split(), 48),
-    **dict.fromkeys(_LAYERS.split(), 2),
-    **dict.fromkeys(_HEADS.split(), 4),
-    **dict.fromkeys("num_key_value_heads multi_query_group_num num_kv_heads".split(), 2),
-    **dict.fromkeys("num_local_experts num_experts n_routed_experts moe_num_experts".split(), 4),
-    **dict.fromkeys("num_experts_per_tok moe_topk top_k moe_k num_selected_experts".split(), 2),
-    **dict.fromkeys("head_dim d_kv kv_channels".split(), 8),
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 64,
-    "n_positions": 64,
-    "num_experts_shared": 1,
-    "qk_head_dim": 16,
-    "time_step_rank": 4,
-    "depths": [1, 1],
-    "image_size": IMAGE,
-    "patch_size": 8,
-    "n_group": 1,
-    "topk_group": 1,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "pad_token_id": 0,
-    "sliding_window": 16,
-    "attention_window": 4,
-    "state_size": 8,
-    "num_mel_bins": 16,
-    "max_source_positions": 32,
-    "max_target_positions": 32,
-    "conv_dim": [16, 16],
-    "conv_stride": [4, 4],
-    "conv_kernel": [8, 8],
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4,
-    "mamba_n_heads": 8,
-    "mamba_d_head": 8,
-    "mamba_expand": 2,
-    "mamba_d_state": 8,
-    "mamba_n_groups": 1,
-    "n_mamba_heads": 2,
-    "relative_attention_num_buckets": 8,
-}
-
-
-def shrink(config: Any) -> Any:
-    """In place: what has a known name is made small."""
-    for name, value in SMALL.items():
-        if isinstance(getattr(config, name, None), type(value)):
-            try:
-                setattr(config, name, value)
-            except (AttributeError, NotImplementedError, TypeError, ValueError):
-                continue
-    for name in ("layer_types", "layers_block_type", "mlp_layer_types"):
-        kinds = getattr(config, name, None)
-        if isinstance(kinds, list) and kinds:
-            some = list(dict.fromkeys(kinds))[:3]
-            count = max(2, len(some))
-            try:
-                setattr(config, name, (some * 2)[:count])
-                config.num_hidden_layers = count
-            except (AttributeError, NotImplementedError, TypeError, ValueError):
-                continue
-    for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id"):
-        if isinstance(getattr(config, name, None), int):
-            setattr(config, name, 1)
-    if getattr(config, "kv_lora_rank", None) and hasattr(config, "num_key_value_heads"):
-        config.num_key_value_heads = 4  # multi-head latent attention has as many
-    if isinstance(getattr(config, "depths", None), list) and isinstance(
-        getattr(config, "num_heads", None), list
-    ):
-        config.num_heads = [2, 4]
-    for name in getattr(config, "sub_configs", {}):
-        inner = getattr(config, name, None)
-        if inner is not None:
-            shrink(inner)
-    return config
 
 
 def build(kind: str, name: str) -> Any:
     """A tiny model of random weights, or an exception of transformers'."""
     cls_name = KINDS[kind][name]
     cls = getattr(transformers, cls_name if isinstance(cls_name, str) else cls_name[0])
-    config = cls.config_class()
-    shrink(config)
+    own = OWN.get(name, {})
+    config = shrink(cls.config_class(**own), own)
     config._experts_implementation = "eager"
     config.torch_dtype = None
     torch.manual_seed(0)
     model = cls(config).eval().float()
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+        if model.config.is_encoder_decoder:
+            model.generation_config.decoder_start_token_id = 1
     return model
+
+
+def kind_of(model: Any) -> str:
+    """As transformers calls it."""
+    return str(getattr(model.config, "model_type", ""))
 
 
 def inputs_of(kind: str, model: Any, rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -154,21 +75,28 @@ def inputs_of(kind: str, model: Any, rows: int, seed: int = 0) -> dict[str, torc
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY - 8, (rows, LENGTH), generator=g)
     name = getattr(model, "main_input_name", "input_ids")
+    if name == "pixel_values" and kind_of(model) == "siglip2":
+        patches = torch.rand(rows, 4, 3 * model.config.vision_config.patch_size**2, generator=g)
+        shapes = torch.full((rows, 2), 2)
+        return {
+            name: patches,
+            "pixel_attention_mask": torch.ones(rows, 4, dtype=torch.long),
+            "spatial_shapes": shapes,
+        }
     if name == "pixel_values":
         size = getattr(model.config, "image_size", IMAGE) or IMAGE
         size = size if isinstance(size, int) else size[0]
         channels = getattr(model.config, "num_channels", 3) or 3
         return {name: torch.rand(rows, channels, size, size, generator=g)}
     if name == "input_values":
-        return {name: torch.randn(rows, 800, generator=g)}
+        out = {name: torch.randn(rows, 4000 if "moonshine" in kind_of(model) else 800, generator=g)}
+        return {**out, "decoder_input_ids": ids[:, :4]} if model.config.is_encoder_decoder else out
     if name == "input_features":
         length = (
             2 * getattr(model.config, "max_source_positions", 32) if "Whisper" in type(model).__name__ else 64
         )
-        bins = (
-            getattr(model.config, "num_mel_bins", getattr(model.config, "input_feat_per_channel", 80)) or 80
-        )
-        shape = (rows, bins, length) if "Whisper" in type(model).__name__ else (rows, length, bins)
+        each = bins(model.config)
+        shape = (rows, each, length) if "Whisper" in type(model).__name__ else (rows, length, each)
         out = {name: torch.randn(shape, generator=g)}
         return {**out, "decoder_input_ids": ids[:, :4]} if model.config.is_encoder_decoder else out
     out = {"input_ids": ids}
@@ -267,22 +195,27 @@ def survey(kind: str, name: str) -> dict[str, str]:
     except Exception as error:
         return {"verdict": "WRONG", "why": said(error)}
     try:
-        return {**out, "generate": generates({None: base, **tuned}, tenants, mixing, inputs)}
+        makes, why = generates({None: base, **tuned}, tenants, mixing, inputs)
+        if why and out["verdict"] != "right alone":
+            out["why"] += f"{'; ' if out['why'] else ''}generate, mixed: {why}"
+        return {**out, "generate": makes}
     except Wrong as error:
         return {"verdict": "WRONG", "why": str(error)}
     except Exception as error:
         return {"verdict": "fails late", "why": f"generate: {said(error)}"}
 
 
-def generates(plain: dict[Any, Any], tenants: Any, mixing: Any, inputs: dict[str, torch.Tensor]) -> str:
-    """Whether `generate` is right: "mixed", too, or "alone"; "" where the plain model has none."""
+def generates(
+    plain: dict[Any, Any], tenants: Any, mixing: Any, inputs: dict[str, torch.Tensor]
+) -> tuple[str, str]:
+    """Whether `generate` is right: "mixed", too, or "alone", and why; "" where the plain model has none."""
     given = {n: t for n, t in inputs.items() if n != "decoder_input_ids"}
     try:
         if not plain[None].can_generate():
-            return ""
+            return "", ""
         want = {n: steps(m, given) for n, m in plain.items()}
     except Exception:
-        return ""
+        return "", ""
     for n in (None, "a", "b"):
         with tenants.use(n):
             follows(f"alone, {n}", steps(tenants.model, given), want[n], range(len(want[n][0])))
@@ -290,11 +223,11 @@ def generates(plain: dict[Any, Any], tenants: Any, mixing: Any, inputs: dict[str
     try:
         with mixing.use(names):
             got = steps(mixing.model, given)
-    except (RuntimeError, ValueError):
-        return "alone"
+    except (RuntimeError, ValueError) as error:
+        return "alone", said(error)
     for row, n in enumerate(names):
         follows(f"mixed, row {row}, {n}", got, want[n], [row])
-    return "mixed"
+    return "mixed", ""
 
 
 def steps(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
