@@ -26,7 +26,7 @@ from ._ops import (
     delta_slice,
 )
 from .attach import attach
-from .checkpoint import inspect, load_deltas, pack, restore, unpack, verify
+from .checkpoint import inspect, load_deltas, pack, pack_fleet, restore, unpack, verify
 from .diff import StateDelta, apply_, diff
 from .linear import XorDeltaLinear
 from .publisher import Publisher
@@ -86,6 +86,7 @@ __all__ = [
     "library_path",
     "load_deltas",
     "pack",
+    "pack_fleet",
     "push",
     "restore",
     "save_folder",

@@ -143,6 +143,10 @@ _declare("xorz_package_restore", c_void_p, c_char_p, POINTER(_Matrix), c_void_p,
 _declare(
     "xorz_pack_files", c_char_p, c_char_p, c_char_p, POINTER(_Options), POINTER(_Run), POINTER(_Buffer), _E
 )
+_declare(
+    "xorz_pack_fleet", POINTER(c_char_p), c_size_t, POINTER(c_char_p), POINTER(c_char_p), c_size_t, POINTER(_Options),
+    POINTER(_Run), POINTER(_Buffer), _E
+)  # fmt: skip
 _declare("xorz_unpack_files", c_char_p, c_char_p, c_char_p, POINTER(_Run), POINTER(_Buffer), _E)
 _declare("xorz_verify_files", c_char_p, c_char_p, c_char_p, POINTER(_Run), POINTER(_Buffer), _E)
 
@@ -151,7 +155,7 @@ def _call(name: str, *arguments: Any) -> None:
     error = _Error()
     if getattr(_lib, name)(*arguments, byref(error)) != 0:
         text = error.message.decode("utf-8", "replace")
-        raise (OSError if error.kind == _IO else RuntimeError if error.kind >= 7 else ValueError)(text)
+        raise failure(error.kind, text)
 
 
 def _job(call: Callable[["_Run"], _T], run: "_Run") -> _T:
@@ -466,6 +470,28 @@ def pack_files(base: Any, fine_tuned: Any, package: Any, options: _Options, run:
     """Pack a checkpoint; gives the totals."""
     paths = (_path(base), _path(fine_tuned), _path(package))
     return _job(lambda run: _json("xorz_pack_files", *paths, byref(options), byref(run)), run)
+
+
+def pack_fleet(
+    bases: list[Any], fine_tuned: list[Any], packages: list[Any], options: _Options, run: _Run
+) -> dict[str, Any]:
+    """Pack many checkpoints, each into its package; gives what became of each."""
+
+    def strings(paths: list[Any]) -> Any:
+        return (c_char_p * len(paths))(*map(_path, paths))
+
+    old, new, out = strings(bases), strings(fine_tuned), strings(packages)
+    return _job(
+        lambda run: _json(
+            "xorz_pack_fleet", old, len(bases), new, out, len(fine_tuned), byref(options), byref(run)
+        ),
+        run,
+    )
+
+
+def failure(kind: int, text: str) -> Exception:
+    """The exception for an error of that kind."""
+    return (OSError if kind == _IO else RuntimeError if kind >= 7 else ValueError)(text)
 
 
 def unpack_files(base: Any, package: Any, out: Any, run: _Run) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -77,6 +77,56 @@ def pack(
 def _size(value: Any) -> int:
     """Bytes of a tensor; of what is none that can be packed, none: whoever packs it says what is wrong."""
     return value.nbytes if isinstance(value, Tensor) and value.layout == torch.strided else 0
+
+
+def pack_fleet(
+    base: PathLike | Sequence[PathLike],
+    fine_tuned: Mapping[PathLike, PathLike],
+    *,
+    prefer: str = "memory",
+    codec: str | None = None,
+    level: int = 0,
+    jobs: int | None = None,
+) -> list[dict[str, Any]]:
+    """Pack many fine-tunes of one base in one run, which reads the base once; each package is what `pack` makes of it alone.
+
+    Args:
+        base: path of the base, or of several, of which each fine-tune takes the nearest one, by a sample of its words.
+        fine_tuned: for the path of each fine-tune that of its package. Its folder must be there.
+        prefer, codec, level, jobs: as `pack`.
+
+    Returns:
+        For each fine-tune, in order, `fine_tuned`, `package`, `base`, `distances` and `report`, the totals that `pack` gives.
+        Distances, from each base where there are several, are the share of its bits that lie below the highest one in which a
+        word differs from the base's.
+
+    Raises:
+        TypeError: an argument is no path; ValueError, OSError: a base cannot be read, or some fine-tunes could not be packed.
+        The packages of all others are there then; `packages` of the exception lists all, with `error` in place of a `report`.
+    """
+    options, run = _core.options(prefer, codec, level), _core.run(jobs)
+    bases = [base] if isinstance(base, (str, os.PathLike)) else base
+    if not isinstance(bases, (list, tuple)) or not all(isinstance(b, (str, os.PathLike)) for b in bases):
+        raise TypeError(f"base must be a path or a list of paths, but is {type(base).__name__}")
+    if not isinstance(fine_tuned, Mapping):
+        raise TypeError(
+            f"fine_tuned must map the path of each fine-tune to that of its package, but is {type(fine_tuned).__name__}"
+        )
+    found = _core.pack_fleet(list(bases), list(fine_tuned), list(fine_tuned.values()), options, run)[
+        "packages"
+    ]
+    failed = [line for line in found if "error" in line]
+    if failed:
+        told = "; ".join(line["error"] for line in failed)
+        error = _core.failure(
+            failed[0]["kind"], f"{len(failed)} of {len(found)} checkpoints were not packed: {told}"
+        )
+        error.packages = found  # type: ignore[attr-defined]
+        raise error
+    for line in found:
+        if advice := line["report"].get("advice"):
+            warnings.warn(f"xorz.pack_fleet: {line['fine_tuned']}: {advice}", stacklevel=2)
+    return found
 
 
 def _advised(report: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ pub use format::container::{Header, MAX_HEADER_BYTES, SafeTensors, TensorInfo};
 pub use format::reader::Package;
 pub use format::record::{BaseTensor, Entry, SourceFile};
 pub use format::totals::{FileLine, Report, describe_json, inspect_json};
+pub use jobs::fleet::{FleetPackage, FleetReport, pack_fleet};
 pub use jobs::pack::pack_files;
 pub use jobs::unpack::{unpack_files, verify_files};
 pub use jobs::writer::{Tensor, Writer};

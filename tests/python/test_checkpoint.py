@@ -3,6 +3,7 @@ broken package is refused by name; every error is of the class that Python users
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -394,3 +395,59 @@ def test_errors_are_those_of_the_command_line(tmp_path):
         # The command line may add what to type.
         assert done.returncode == code and text.startswith(str(caught.value)), (text, str(caught.value))
     assert not out.exists()
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    """Two bases and three fine-tunes, of the first, the second and the first."""
+    generator = torch.Generator().manual_seed(31)
+    bases = [{"w": 0.02 * torch.randn(300, 200, generator=generator)} for _ in range(2)]
+    for name, state in (("one", bases[0]), ("two", bases[1])):
+        safetensors_torch.save_file(state, tmp_path / name)
+    for name, base in (("a", bases[0]), ("b", bases[1]), ("c", bases[0])):
+        (tmp_path / name).mkdir()
+        tuned = {key: w + 1e-4 * torch.randn(w.shape, generator=generator) for key, w in base.items()}
+        safetensors_torch.save_file(tuned, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text("{}")
+    return tmp_path
+
+
+def test_a_fleet_is_packed_as_each_of_it_alone_against_the_nearest_base(fleet):
+    packages = {fleet / name: fleet / f"{name}.xorz" for name in "abc"}
+    for jobs in (1, 3, None):
+        found = xorz.pack_fleet([fleet / "one", fleet / "two"], packages, jobs=jobs, prefer="speed")
+        assert [Path(line["base"]).name for line in found] == ["one", "two", "one"]
+        for line, name in zip(found, "abc", strict=True):
+            near, far = sorted(line["distances"])
+            assert 0 < near < 0.7 < far <= 1
+            report = xorz.pack(line["base"], fleet / name, fleet / "alone", prefer="speed")
+            assert line["report"] == report and line["fine_tuned"] == str(fleet / name)
+            assert Path(line["package"]).read_bytes() == (fleet / "alone").read_bytes()
+            xorz.unpack(line["base"], line["package"], fleet / f"{name}.{jobs}")
+            assert (fleet / f"{name}.{jobs}" / "model.safetensors").read_bytes() == (
+                fleet / name / "model.safetensors"
+            ).read_bytes()
+    assert xorz.pack_fleet(fleet / "one", {}) == []
+
+
+def test_of_a_fleet_the_failed_ones_are_raised_when_all_others_are_packed(fleet):
+    cut = (fleet / "b" / "model.safetensors").read_bytes()[:-40]
+    (fleet / "b" / "model.safetensors").write_bytes(cut)
+    packages = {str(fleet / name): str(fleet / f"{name}.xorz") for name in ("a", "b", "c", "absent")}
+    with pytest.raises(ValueError, match=r"2 of 4 checkpoints were not packed: .*b/model.*absent") as raised:
+        xorz.pack_fleet(fleet / "one", packages)
+    lines = raised.value.packages
+    assert ["error" in line for line in lines] == [False, True, False, True]
+    assert "absent" in lines[3]["error"]
+    assert sorted(p.name for p in fleet.glob("*.xorz")) == ["a.xorz", "c.xorz"]
+    with pytest.raises(OSError, match=r"1 of 1 .*absent"):
+        xorz.pack_fleet(fleet / "one", {fleet / "absent": fleet / "x.xorz"})
+    with pytest.raises(OSError, match="nothing"):
+        xorz.pack_fleet([fleet / "one", fleet / "nothing"], packages)
+    with pytest.raises(ValueError, match="two packages would go"):
+        xorz.pack_fleet(fleet / "one", {fleet / "a": fleet / "x", fleet / "c": fleet / "x"})
+    with pytest.raises(ValueError, match="no base"):
+        xorz.pack_fleet([], packages)
+    for wrong in ((5, packages), ([5], packages), (fleet / "one", [fleet / "a"])):
+        with pytest.raises(TypeError, match="path"):
+            xorz.pack_fleet(*wrong)

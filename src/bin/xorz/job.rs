@@ -64,6 +64,11 @@ fn exit_code(kind: Kind) -> u8 {
 }
 
 impl Failure {
+    /// The same in other words.
+    pub(crate) fn saying(self, text: String) -> Self {
+        Self { text, ..self }
+    }
+
     /// What to do about it, where another base is what is wrong.
     pub(crate) fn or_another_base(mut self) -> Self {
         if self.hint == Some(Hint::OtherBase) {

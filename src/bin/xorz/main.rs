@@ -4,6 +4,7 @@
 
 mod digest;
 mod estimate;
+mod fleet;
 mod generate;
 mod inspect;
 mod job;
@@ -30,7 +31,8 @@ struct Cli {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 not the same (another base, or verification failed), 2 wrong use,\n\
-                          3 damaged or unreadable input, 4 the system refused (file, disk), 70 a defect of xorz.";
+                          3 damaged or unreadable input, 4 the system refused (file, disk), 70 a defect of xorz.\n\
+                          Of several checkpoints that are packed, that of the first that failed.";
 
 #[derive(Subcommand)]
 enum Verb {
@@ -71,7 +73,7 @@ fn run(cli: Cli) -> Outcome {
     }
 }
 
-fn say(what: Said) -> Result<(), Failure> {
+pub(crate) fn say(what: Said) -> Result<(), Failure> {
     let (done, place) = match what {
         Said::Out(text) => {
             let mut out = std::io::stdout().lock();
@@ -87,7 +89,7 @@ fn say(what: Said) -> Result<(), Failure> {
     }
 }
 
-fn complain(message: &str) {
+pub(crate) fn complain(message: &str) {
     // Nothing is left to tell where even standard error is closed.
     let _ = writeln!(std::io::stderr(), "xorz: {}", print::name(message));
 }

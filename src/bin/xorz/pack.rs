@@ -1,23 +1,32 @@
-//! `xorz pack`: checkpoint against base, into a package.
+//! `xorz pack`: checkpoints against a base, into packages.
 
 use crate::job::{Job, Outcome};
 use crate::pipes::{Inputs, Output};
-use crate::print;
+use crate::{fleet, print};
 use std::path::PathBuf;
 use xorz::codec::Prefer;
 use xorz::package::{Codec, PackOptions, pack_files};
 
-/// Pack a fine-tuned checkpoint against its base.
+/// Pack fine-tuned checkpoints against their base.
+///
+/// One goes into the file that -o names. Of several, each goes into a package of its own in the folder that -o names, called
+/// as the checkpoint is; the base is read once for all of them, one that fails ends no other, and the exit code is that of the
+/// first that failed.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The base: a .safetensors file, or a folder of them, sharded or not; - for a file on standard input.
+    /// The base: a .safetensors file, or a folder of them, sharded or not; - for a file on standard input. A checkpoint to
+    /// pack like the others, where bases are given by --base.
     base: PathBuf,
-    /// The fine-tuned checkpoint: a .safetensors file (- for one on standard input), or a folder such as save_pretrained
-    /// makes; its other files (config, tokenizer) are carried along.
-    fine_tuned: PathBuf,
-    /// The package to write, such as alice.xorz; - for standard output.
+    /// Fine-tuned checkpoints: .safetensors files (- for one on standard input), or folders such as save_pretrained makes;
+    /// their other files (config, tokenizer) are carried along.
+    #[arg(required_unless_present = "bases", value_name = "FINE_TUNED")]
+    fine_tuned: Vec<PathBuf>,
+    /// The package to write, such as alice.xorz, - for standard output; of several checkpoints, the folder for their packages.
     #[arg(short, long)]
     output: PathBuf,
+    /// A base, once for each of several: every checkpoint is packed against the nearest one.
+    #[arg(long = "base", value_name = "BASE", id = "bases")]
+    bases: Vec<PathBuf>,
     /// What deltas are encoded for when loaded: speed or memory.
     #[arg(long, default_value = "memory", value_parser = prefer)]
     prefer: Prefer,
@@ -45,19 +54,37 @@ fn codec(text: &str) -> std::result::Result<Codec, String> {
     text.parse().map_err(|e: xorz::error::Error| e.message().into())
 }
 
+impl Args {
+    fn options(&self) -> PackOptions {
+        PackOptions {
+            prefer: self.prefer,
+            codec: self.codec,
+            fast: self.fast,
+            level: self.level,
+            strip_prefix: self.strip_prefix.clone(),
+        }
+    }
+
+    /// Bases and fine-tunes: the first checkpoint is the base, unless bases are given by name.
+    fn roles(&self) -> (Vec<PathBuf>, Vec<PathBuf>) {
+        let given = std::iter::once(&self.base).chain(&self.fine_tuned).cloned();
+        match self.bases.is_empty() {
+            true => (vec![self.base.clone()], self.fine_tuned.clone()),
+            false => (self.bases.clone(), given.collect()),
+        }
+    }
+}
+
 pub(crate) fn run(args: &Args) -> Outcome {
-    let options = PackOptions {
-        prefer: args.prefer,
-        codec: args.codec,
-        fast: args.fast,
-        level: args.level,
-        strip_prefix: args.strip_prefix.clone(),
+    let (bases, fine_tuned) = args.roles();
+    let ([base], [one], false) = (&*bases, &*fine_tuned, fleet::wants_folder(&args.output)) else {
+        return fleet::run(&bases, &fine_tuned, &args.output, &args.options(), &args.job);
     };
     let mut output = Output::of(&args.output, args.job.json, "-o -")?;
-    let inputs = Inputs::of(&[&args.base, &args.fine_tuned])?;
-    let (base, fine_tuned) = (inputs.path(&args.base), inputs.path(&args.fine_tuned));
+    let inputs = Inputs::of(&[base, one])?;
+    let (base, fine_tuned) = (inputs.path(base), inputs.path(one));
     let report =
-        args.job.run(None, |run| pack_files(&base, &fine_tuned, output.destination(), &options, run));
+        args.job.run(None, |run| pack_files(&base, &fine_tuned, output.destination(), &args.options(), run));
     let report = report.map_err(|e| inputs.told(e))?;
     let mut first = print::row("packed", &print::path(&args.output));
     if let Some(advice) = &report.advice {

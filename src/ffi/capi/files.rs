@@ -2,10 +2,12 @@
 
 use super::pointers::{XorzBuffer, XorzError, call, give_bytes, null, prefer, reference, text};
 use crate::error::{Error, Result};
-use crate::package::{Codec, Destination, PackOptions, Run, pack_files, unpack_files, verify_files};
+use crate::package::{
+    Codec, Destination, PackOptions, Run, pack_files, pack_fleet, unpack_files, verify_files,
+};
 use std::ffi::{CStr, OsStr, c_char};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU32;
 
 /// `xorz_options`: how to pack.
@@ -111,6 +113,51 @@ pub unsafe extern "C" fn xorz_pack_files(
             let (base, fine_tuned) = (path(base, "base")?, path(fine_tuned, "fine_tuned")?);
             let out = Destination::Path(path(package, "package")?);
             let done = pack_files(base, fine_tuned, out, &options(how)?, &run(job)?)?;
+            give_bytes(report, done.to_json()?.into_bytes(), "report")
+        })
+    }
+}
+
+/// # Safety
+/// `p` is null, or `count` pointers as [`path`] takes them.
+unsafe fn paths(p: *const *const c_char, count: usize, what: &str) -> Result<Vec<PathBuf>> {
+    if count == 0 {
+        return Ok(Vec::new());
+    }
+    if p.is_null() {
+        return Err(null(what));
+    }
+    if !p.is_aligned() {
+        return Err(Error::invalid(format!("{what} is not aligned to its pointers")));
+    }
+    // SAFETY: not null, aligned, and the caller's promise for each of them.
+    (0..count).map(|i| Ok(unsafe { path(*p.add(i), what) }?.to_owned())).collect()
+}
+
+/// Pack many checkpoints, each against the nearest of some bases.
+///
+/// # Safety
+/// As `csrc/xorz.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xorz_pack_fleet(
+    bases: *const *const c_char,
+    base_count: usize,
+    fine_tuned: *const *const c_char,
+    packages: *const *const c_char,
+    count: usize,
+    how: *const XorzOptions,
+    job: *const XorzRun,
+    report: *mut XorzBuffer,
+    error: *mut XorzError,
+) -> i32 {
+    // SAFETY: the caller keeps the header's contract.
+    unsafe {
+        call(error, || {
+            let bases = paths(bases, base_count, "bases")?;
+            let (fine_tuned, packages) =
+                (paths(fine_tuned, count, "fine_tuned")?, paths(packages, count, "packages")?);
+            let fleet: Vec<_> = fine_tuned.into_iter().zip(packages).collect();
+            let done = pack_fleet(&bases, &fleet, &options(how)?, &run(job)?)?;
             give_bytes(report, done.to_json()?.into_bytes(), "report")
         })
     }

@@ -9,8 +9,9 @@ use crate::package::format::container::TensorInfo;
 use crate::package::format::record::{BaseTensor, Entry};
 use crate::package::format::refusals::missing_in_base;
 use crate::package::options::Run;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 /// Digests of a base's tensors, file by file.
 #[derive(Debug)]
@@ -18,6 +19,8 @@ pub(crate) struct BaseDigests {
     cache: DigestCache,
     /// What each file was when it was opened, and its digests as far as the cache holds them.
     files: Vec<(Option<Identity>, BTreeMap<String, Digest>)>,
+    /// Files whose digests have been kept by now.
+    stored: Mutex<HashSet<usize>>,
 }
 
 impl BaseDigests {
@@ -32,7 +35,7 @@ impl BaseDigests {
             },
             None => (None, BTreeMap::new()),
         });
-        Self { files: files.collect(), cache }
+        Self { files: files.collect(), cache, stored: Mutex::default() }
     }
 
     /// The digest of tensor `name` of file `file`, if it is known.
@@ -50,7 +53,10 @@ impl BaseDigests {
             all.extend(list);
             let mut tensors = f.tensors.header().tensors.iter();
             let complete = tensors.all(|t| all.contains_key(&t.name));
-            if let (true, Some(file)) = (complete && all.len() > kept.len(), f.tensors.file()) {
+            let mut stored = self.stored.lock().unwrap_or_else(PoisonError::into_inner);
+            if let (true, Some(file)) = (complete && all.len() > kept.len(), f.tensors.file())
+                && stored.insert(i)
+            {
                 self.cache.store(&f.place, file, before, &all);
             }
         }

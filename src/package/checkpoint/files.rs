@@ -11,11 +11,13 @@ use crate::package::format::record;
 use crate::package::format::refusals::missing_in_base;
 use crate::package::format::words::TensorWords;
 use crate::package::io::regular::open_regular;
+use crate::package::io::shared::ReadCache;
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Pickled files up to here are taken for settings (`training_args.bin`) and carried along, never opened.
 const SMALL_PICKLE: u64 = 1 << 20;
@@ -168,6 +170,14 @@ impl Checkpoint {
             }
         }
         Self { files, carried, folder, names, several, left_out: Vec::new() }
+    }
+
+    /// Read through `cache` from now on; its files have the numbers from `first` on there.
+    pub(crate) fn share(mut self, first: u32, cache: &Arc<ReadCache>) -> Self {
+        let shared =
+            |(n, f): (u32, TensorFile)| TensorFile { tensors: f.tensors.share(first + n, cache), ..f };
+        self.files = (0..).zip(self.files).map(shared).collect();
+        self
     }
 
     /// The safetensors files, in order of their paths.

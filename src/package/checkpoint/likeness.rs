@@ -83,6 +83,14 @@ fn alike(dtype: Dtype, a: &[u8], b: &[u8]) -> f64 {
     agree.count() as f64 / (a.len() / w).max(1) as f64
 }
 
+/// The share of the bits of `a` that lie below the highest one in which a word differs from that of `b`, that one included.
+pub(super) fn differing_bits(dtype: Dtype, a: &[u8], b: &[u8]) -> f64 {
+    let w = dtype.word_bytes();
+    let bits = |(x, y): (&[u8], &[u8])| u64::from(u64::BITS - (word(x) ^ word(y)).leading_zeros());
+    let sum: u64 = a.chunks_exact(w).zip(b.chunks_exact(w)).map(bits).sum();
+    sum as f64 / (8 * a.len()).max(1) as f64
+}
+
 /// Whether `a` and `b`, of the same length, are alike, and how much; `None` if they are not.
 pub(super) fn likeness(dtype: Dtype, a: WordRun<'_>, b: WordRun<'_>) -> Result<Option<f64>> {
     let share = alike(dtype, &a.spots()?, &b.spots()?);

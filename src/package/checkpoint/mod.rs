@@ -10,5 +10,6 @@ mod folders;
 pub(crate) mod joined;
 mod likeness;
 pub(crate) mod lonely;
+pub(crate) mod nearest;
 pub(crate) mod pairing;
 mod renames;

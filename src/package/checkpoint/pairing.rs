@@ -51,7 +51,7 @@ impl Paired<'_> {
 
 /// The base tensor of every fine-tuned tensor, file after file, and the base tensors that are left over.
 pub(crate) struct Pairs<'a> {
-    pub(crate) bases: Vec<Vec<Option<Paired<'a>>>>,
+    pub(crate) bases: FoundBases<'a>,
     /// For every fine-tuned tensor the name of an earlier one with the same bytes.
     pub(crate) same: Vec<Vec<Option<&'a str>>>,
     pub(crate) removed: Vec<&'a str>,
@@ -66,36 +66,24 @@ fn strip<'n>(name: &'n str, prefix: Option<&str>) -> &'n str {
 /// Pair the tensors of two checkpoints; `prefix` is dropped from names on both sides.
 pub(crate) fn pair<'a>(base: &'a Checkpoint, ft: &'a Checkpoint, prefix: Option<&str>) -> Result<Pairs<'a>> {
     let mut search = Search::new(base, prefix)?;
-    let mut used: HashSet<&str> = HashSet::new();
-    let (mut bases, mut lonely) = (Vec::new(), Lonely::default());
-    for file in ft.files() {
-        let mut list = Vec::new();
-        for t in &file.tensors.header().tensors {
-            let named = search.named(file, t);
-            let found = search.find(file, t, named).map_err(|e| e.of_tensor(&t.name))?;
-            used.extend(named.map(|(_, b)| b.name.as_str()));
-            match &found {
-                Some(Paired::Whole((_, b))) => drop(used.insert(&b.name)),
-                Some(Paired::Parts(parts)) => {
-                    let names = parts.iter().filter_map(|p| base.find(p.name.as_deref()?));
-                    used.extend(names.map(|(_, b)| b.name.as_str()));
-                }
-                None => {}
-            }
-            match &found {
-                // Whatever its base is made of, it has one.
-                Some(_) => lonely.count_info(t, Some(t)),
-                None => lonely.count_info(t, named.map(|(_, b)| b)),
-            }
-            list.push(found);
-        }
-        bases.push(list);
-    }
+    let (bases, used, lonely) = search.all(ft)?;
     let mut removed: Vec<&str> = base.tensors().map(|(_, t)| t.name.as_str()).collect();
     let mut once = HashSet::new();
     removed.retain(|name| !used.contains(name) && once.insert(*name));
     let named = |f: usize, t: &'a TensorInfo| search.named(&ft.files()[f], t);
     Ok(Pairs { bases, same: same(base, ft, &named)?, removed, lonely })
+}
+
+/// The base tensors of every file's tensors.
+pub(crate) type FoundBases<'a> = Vec<Vec<Option<Paired<'a>>>>;
+
+/// [`pair`] without what else is to be known in order to pack.
+pub(crate) fn find_bases<'a>(
+    base: &'a Checkpoint,
+    ft: &'a Checkpoint,
+    prefix: Option<&str>,
+) -> Result<FoundBases<'a>> {
+    Ok(Search::new(base, prefix)?.all(ft)?.0)
 }
 
 /// The ways of finding a base tensor. What they need is made when the first tensor needs it.
@@ -114,6 +102,37 @@ impl<'a> Search<'a> {
         let (stripped, prefix) = (stripped(base, prefix)?, prefix.map(str::to_owned));
         let (renames, alike, joined) = (OnceCell::new(), HashMap::new(), JoinTables::new(base));
         Ok(Self { base, prefix, stripped, renames, alike, joined })
+    }
+
+    /// The base of every tensor of `ft`, the base tensors in use, and the tensors that have none.
+    fn all(&mut self, ft: &'a Checkpoint) -> Result<(FoundBases<'a>, HashSet<&'a str>, Lonely)> {
+        let base = self.base;
+        let mut used: HashSet<&str> = HashSet::new();
+        let (mut bases, mut lonely) = (Vec::new(), Lonely::default());
+        for file in ft.files() {
+            let mut list = Vec::new();
+            for t in &file.tensors.header().tensors {
+                let named = self.named(file, t);
+                let found = self.find(file, t, named).map_err(|e| e.of_tensor(&t.name))?;
+                used.extend(named.map(|(_, b)| b.name.as_str()));
+                match &found {
+                    Some(Paired::Whole((_, b))) => drop(used.insert(&b.name)),
+                    Some(Paired::Parts(parts)) => {
+                        let names = parts.iter().filter_map(|p| base.find(p.name.as_deref()?));
+                        used.extend(names.map(|(_, b)| b.name.as_str()));
+                    }
+                    None => {}
+                }
+                match &found {
+                    // Whatever its base is made of, it has one.
+                    Some(_) => lonely.count_info(t, Some(t)),
+                    None => lonely.count_info(t, named.map(|(_, b)| b)),
+                }
+                list.push(found);
+            }
+            bases.push(list);
+        }
+        Ok((bases, used, lonely))
     }
 
     /// The base tensor of the name of `t`, of whatever kind.

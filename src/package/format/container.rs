@@ -7,6 +7,7 @@ use super::kinds::{dtype_bits, words_of};
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Shape};
 use crate::package::io::regular::open_regular;
+use crate::package::io::shared::{ReadCache, SharedFile};
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, de};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -16,6 +17,7 @@ use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 
 /// The longest header that is read, in bytes; the limit of the safetensors format itself.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -187,19 +189,17 @@ impl<'de> Deserialize<'de> for RawHeader {
 #[derive(Debug)]
 enum Store {
     File(File),
+    /// A file that others read, too.
+    Shared(SharedFile),
     Bytes(Vec<u8>),
 }
 
 impl Store {
     fn read(&self, at: u64, out: &mut [u8]) -> Result<()> {
+        let end = at + out.len() as u64;
         match self {
-            Self::File(file) => file.read_exact_at(out, at).map_err(|e| match e.kind() {
-                ErrorKind::UnexpectedEof => Error::truncated(format!(
-                    "the file ends before byte {}: it was cut while it was read",
-                    at + out.len() as u64
-                )),
-                _ => e.into(),
-            }),
+            Self::File(file) => file.read_exact_at(out, at).map_err(|e| cut_short(e, end)),
+            Self::Shared(file) => file.read_exact_at(out, at).map_err(|e| cut_short(e, end)),
             Self::Bytes(bytes) => {
                 let from = usize::try_from(at).ok().and_then(|a| bytes.get(a..a.checked_add(out.len())?));
                 out.copy_from_slice(
@@ -208,6 +208,15 @@ impl Store {
                 Ok(())
             }
         }
+    }
+}
+
+fn cut_short(e: std::io::Error, end: u64) -> Error {
+    match e.kind() {
+        ErrorKind::UnexpectedEof => {
+            Error::truncated(format!("the file ends before byte {end}: it was cut while it was read"))
+        }
+        _ => e.into(),
     }
 }
 
@@ -245,9 +254,18 @@ impl SafeTensors {
     /// The open file, if it is one.
     pub(crate) fn file(&self) -> Option<&File> {
         match &self.store {
-            Store::File(file) => Some(file),
+            Store::File(file) | Store::Shared(SharedFile { file, .. }) => Some(file),
             Store::Bytes(_) => None,
         }
+    }
+
+    /// Read through `cache` from now on, as file `number` of those that share it.
+    pub(crate) fn share(mut self, number: u32, cache: &Arc<ReadCache>) -> Self {
+        self.store = match self.store {
+            Store::File(file) => Store::Shared(SharedFile::new(file, number, self.bytes, cache)),
+            other => other,
+        };
+        self
     }
 
     /// Check the header of a file's bytes.
@@ -348,6 +366,18 @@ impl SafeTensors {
             return Err(Error::invalid(format!("{} bytes from {at} are not in the file", out.len())));
         }
         self.store.read(self.data_at() + at, out)
+    }
+
+    /// The same of a piece of a tensor, which is read as a whole and not for a sample.
+    pub(crate) fn read_piece(&self, at: u64, out: &mut [u8]) -> Result<()> {
+        let end = at.checked_add(out.len() as u64);
+        match &self.store {
+            Store::Shared(file) if end.is_some_and(|end| end <= self.header.data_bytes()) => {
+                let from = self.data_at() + at;
+                file.long(out, from).map_err(|e| cut_short(e, from + out.len() as u64))
+            }
+            _ => self.read_at(at, out),
+        }
     }
 }
 

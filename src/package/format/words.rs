@@ -39,7 +39,7 @@ impl TensorWords<'_> {
             Self::Memory(bytes) => Ok(&bytes[range]),
             Self::File(file, info) => {
                 let at = info.range.start + range.start as u64;
-                file.read_at(at, room.room(range.len(), file.data_at() + at))?;
+                file.read_piece(at, room.room(range.len(), file.data_at() + at))?;
                 Ok(room.get())
             }
             Self::Parts(source, parts, _) => {

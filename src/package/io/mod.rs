@@ -3,8 +3,10 @@
 //! checkpoints or of deltas.
 
 pub(crate) mod aligned;
+pub(crate) mod lanes;
 pub(crate) mod ordered;
 pub(crate) mod pieces;
 pub(crate) mod regular;
+pub(crate) mod shared;
 pub(crate) mod spool;
 pub(crate) mod temp;

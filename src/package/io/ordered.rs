@@ -20,7 +20,7 @@ struct Turn {
     error: Option<Error>,
 }
 
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -38,7 +38,10 @@ impl Drop for OnPanic<'_> {
 
 /// Start a thread that helps with `work`, or do without: where the system gives no more threads, those that are there do all
 /// of it.
-fn help<'scope>(scope: &'scope std::thread::Scope<'scope, '_>, work: impl FnOnce() + Send + 'scope) -> bool {
+pub(super) fn help<'scope>(
+    scope: &'scope std::thread::Scope<'scope, '_>,
+    work: impl FnOnce() + Send + 'scope,
+) -> bool {
     std::thread::Builder::new().spawn_scoped(scope, work).is_ok()
 }
 

@@ -15,6 +15,8 @@ pub(crate) struct Spool {
     buffer: Vec<u8>,
     /// Where the buffer's bytes belong.
     flushed: u64,
+    /// Bytes that the buffer holds.
+    room: usize,
 }
 
 impl Spool {
@@ -36,7 +38,12 @@ impl Spool {
             }
             None => e,
         })?;
-        Ok(Self { file, buffer: Vec::new(), flushed: 0 })
+        Ok(Self { file, buffer: Vec::new(), flushed: 0, room: Self::BUFFER })
+    }
+
+    /// The same with a buffer of so many bytes, where there are many.
+    pub(crate) fn with_room(self, room: usize) -> Self {
+        Self { room, ..self }
     }
 
     /// Bytes appended so far.
@@ -46,10 +53,10 @@ impl Spool {
 
     /// Append bytes.
     pub(crate) fn append(&mut self, bytes: &[u8]) -> Result<()> {
-        if self.buffer.len() + bytes.len() > Self::BUFFER {
+        if self.buffer.len() + bytes.len() > self.room {
             self.flush()?;
         }
-        if bytes.len() >= Self::BUFFER {
+        if bytes.len() >= self.room {
             self.file.write_all_at(bytes, self.flushed)?;
             self.flushed += bytes.len() as u64;
         } else {

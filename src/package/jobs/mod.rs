@@ -4,16 +4,19 @@
 //! | file | what |
 //! |---|---|
 //! | `pack`, `unpack` | the jobs over files: side by side, tensors in order, pieces on every thread |
+//! | `fleet`, `walk` | `pack` of many fine-tunes: which base, which of them at once; along one base together |
 //! | `compare` | whether a package and a fine-tune belong together |
 //! | `writer`, `tensor` | the same for one tensor at a time: into a new package, out of an open one |
 //! | `encode`, `predict`, `restore`, `reencode` | a tensor into stored bytes; back to words; to another resident delta |
 
 mod compare;
 pub(crate) mod encode;
+pub(crate) mod fleet;
 pub(crate) mod pack;
 mod predict;
 pub(crate) mod reencode;
 pub(crate) mod restore;
 pub(crate) mod tensor;
 pub(crate) mod unpack;
+mod walk;
 pub(crate) mod writer;

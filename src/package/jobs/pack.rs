@@ -5,10 +5,11 @@ use super::encode::{BaseWords, EncodeScratch, TensorJob};
 use crate::error::{Error, Result};
 use crate::package::checkpoint::bases::BaseDigests;
 use crate::package::checkpoint::files::{CarriedFile, Checkpoint, TensorFile};
-use crate::package::checkpoint::pairing::{Paired, Pairs, pair};
+use crate::package::checkpoint::lonely::Lonely;
+use crate::package::checkpoint::pairing::{FoundBases, Paired, Pairs, pair};
 use crate::package::format::contents::{Contents, ContentsPart, HeaderLength, check_name};
 use crate::package::format::frames::{Deflater, FRAME_BYTES, compress_small};
-use crate::package::format::record::{self, SourceFile};
+use crate::package::format::record::{self, Entry, SourceFile};
 use crate::package::format::stored::FramesBody;
 use crate::package::format::totals::Report;
 use crate::package::format::words::TensorWords;
@@ -42,23 +43,10 @@ pub fn pack_files(
         Destination::Path(path) => Some(*path),
         Destination::Stream(_) => None,
     };
-    if let Some(path) = beside {
-        check_target(path)?;
-        refuse_overwrite(path, &base)?;
-        refuse_overwrite(path, &ft)?;
-    }
-    refuse_long_header(&ft, &[], &[], options.codec)?;
-    let Pairs { bases, same, removed, lonely } = pair(&base, &ft, options.strip_prefix.as_deref())?;
-    refuse_long_header(&ft, &bases, &same, options.codec)?;
     let digests = BaseDigests::cached(&base);
-    let job = Pack { base: &base, ft: &ft, digests: &digests, bases, same, options, run, beside };
+    let job = Pack::plan((&base, &digests), &ft, beside, options, run)?;
     let parts = job.parts()?;
-    base.files().iter().chain(ft.files()).try_for_each(TensorFile::check_unchanged)?;
-    job.remember(&parts);
-    let removed = removed.into_iter().map(str::to_owned).collect();
-    let report = Contents { parts, removed, folder: ft.is_folder() }.write(out)?;
-    let notes: Vec<String> = ft.note().into_iter().chain(lonely.advice()).collect();
-    Ok(Report { advice: (!notes.is_empty()).then(|| notes.join("; ")), ..report })
+    job.write(parts, out)
 }
 
 /// Refuse a checkpoint of so many tensors that the package's header would be longer than any reader takes, before hours of
@@ -91,15 +79,49 @@ pub(crate) fn refuse_overwrite(out: &Path, input: &Checkpoint) -> Result<()> {
     }
 }
 
-struct Pack<'a> {
-    base: &'a Checkpoint,
-    ft: &'a Checkpoint,
+/// One fine-tune on its way into a package.
+pub(super) struct Pack<'a> {
+    pub(super) base: &'a Checkpoint,
+    pub(super) ft: &'a Checkpoint,
     digests: &'a BaseDigests,
-    bases: Vec<Vec<Option<Paired<'a>>>>,
+    pub(super) bases: FoundBases<'a>,
     same: Vec<Vec<Option<&'a str>>>,
+    removed: Vec<&'a str>,
+    lonely: Lonely,
     options: &'a PackOptions,
     run: &'a Run<'a>,
     beside: Option<&'a Path>,
+}
+
+impl<'a> Pack<'a> {
+    /// Find the base of every tensor, and refuse what cannot be packed, before any work.
+    pub(super) fn plan(
+        (base, digests): (&'a Checkpoint, &'a BaseDigests),
+        ft: &'a Checkpoint,
+        beside: Option<&'a Path>,
+        options: &'a PackOptions,
+        run: &'a Run<'a>,
+    ) -> Result<Self> {
+        if let Some(path) = beside {
+            check_target(path)?;
+            refuse_overwrite(path, base)?;
+            refuse_overwrite(path, ft)?;
+        }
+        refuse_long_header(ft, &[], &[], options.codec)?;
+        let Pairs { bases, same, removed, lonely } = pair(base, ft, options.strip_prefix.as_deref())?;
+        refuse_long_header(ft, &bases, &same, options.codec)?;
+        Ok(Self { base, ft, digests, bases, same, removed, lonely, options, run, beside })
+    }
+
+    /// Write the package of its files' parts, if nobody has changed what they were made of.
+    pub(super) fn write(&self, parts: Vec<ContentsPart>, out: Destination<'_>) -> Result<Report> {
+        self.base.files().iter().chain(self.ft.files()).try_for_each(TensorFile::check_unchanged)?;
+        self.remember(&parts);
+        let removed = self.removed.iter().map(|&name| name.to_owned()).collect();
+        let report = Contents { parts, removed, folder: self.ft.is_folder() }.write(out)?;
+        let notes: Vec<String> = self.ft.note().into_iter().chain(self.lonely.advice()).collect();
+        Ok(Report { advice: (!notes.is_empty()).then(|| notes.join("; ")), ..report })
+    }
 }
 
 impl Pack<'_> {
@@ -122,7 +144,8 @@ impl Pack<'_> {
         done.into_iter().map(|m| take(m).ok_or_else(|| Error::internal("a file was left out"))).collect()
     }
 
-    fn jobs<'j>(&'j self, f: usize, file: &'j TensorFile) -> Result<Vec<TensorJob<'j>>> {
+    /// The tensors of file `f`.
+    pub(super) fn jobs<'j>(&'j self, f: usize, file: &'j TensorFile) -> Result<Vec<TensorJob<'j>>> {
         let tensors = &file.tensors.header().tensors;
         let list = tensors.iter().enumerate().map(|(i, t)| {
             check_name(&t.name)?;
@@ -164,10 +187,7 @@ impl Pack<'_> {
             .enumerate()
             .flat_map(|(j, job)| (0..job.pieces.count()).map(move |c| (j, c)))
             .collect();
-        let text = file.tensors.header_text().as_bytes();
-        let mut sha = Sha256::new();
-        sha.update((text.len() as u64).to_le_bytes());
-        sha.update(text);
+        let mut sha = sha256_begun(file);
         let (mut spool, mut entries, mut open) = (Spool::create(self.beside)?, Vec::new(), None);
         ordered::in_order::<EncodeScratch>(
             threads,
@@ -189,21 +209,11 @@ impl Pack<'_> {
                 Ok(())
             },
         )?;
-        let stored = compress_small(text)?;
-        let start = spool.len();
-        spool.append(&stored)?;
-        let source = SourceFile {
-            path: file.path.clone(),
-            sha256: hex(&sha.finalize()),
-            bytes: file.tensors.file_bytes(),
-            executable: file.executable,
-            header_bytes: Some(text.len() as u64),
-            check: record::check_of(&stored).to_string(),
-        };
-        Ok(ContentsPart { entries, file: Some((source, start..spool.len())), spool })
+        file_part(file, sha, spool, entries)
     }
 
-    fn carried_file(&self, file: &CarriedFile) -> Result<ContentsPart> {
+    /// A file without tensors, stored.
+    pub(super) fn carried_file(&self, file: &CarriedFile) -> Result<ContentsPart> {
         let store = || -> Result<ContentsPart> {
             let (mut sha, mut spool, mut body) =
                 (Sha256::new(), Spool::create(self.beside)?, FramesBody::default());
@@ -243,6 +253,37 @@ impl Pack<'_> {
         }
         self.digests.store(self.base, found);
     }
+}
+
+/// The sha256 of a file, as far as its tensors.
+pub(super) fn sha256_begun(file: &TensorFile) -> Sha256 {
+    let text = file.tensors.header_text().as_bytes();
+    let mut sha = Sha256::new();
+    sha.update((text.len() as u64).to_le_bytes());
+    sha.update(text);
+    sha
+}
+
+/// A file of tensors, all of which are on the spool: its header goes there, too.
+pub(super) fn file_part(
+    file: &TensorFile,
+    sha: Sha256,
+    mut spool: Spool,
+    entries: Vec<Entry>,
+) -> Result<ContentsPart> {
+    let text = file.tensors.header_text().as_bytes();
+    let stored = compress_small(text)?;
+    let start = spool.len();
+    spool.append(&stored)?;
+    let source = SourceFile {
+        path: file.path.clone(),
+        sha256: hex(&sha.finalize()),
+        bytes: file.tensors.file_bytes(),
+        executable: file.executable,
+        header_bytes: Some(text.len() as u64),
+        check: record::check_of(&stored).to_string(),
+    };
+    Ok(ContentsPart { entries, file: Some((source, start..spool.len())), spool })
 }
 
 /// Lower-case hexadecimal digits.

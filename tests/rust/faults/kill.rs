@@ -103,6 +103,44 @@ fn killed_packs_of_folders() {
 }
 
 #[test]
+fn killed_packs_of_several() {
+    let dir = folder();
+    let d = dir.path();
+    // Three of them: two that are fine-tunes, and the base itself.
+    let args = ["pack", "base.d", "ft", "ft.d", "base", "-o", "out"];
+    done(d, &[&args[..5], &["-o", "whole"]].concat());
+    let (out, new) = (d.join("out"), tree(&d.join("whole")));
+    assert_eq!(new.keys().collect::<Vec<_>>(), ["base.xorz", "ft.d.xorz", "ft.xorz"]);
+    let before = |round: usize| {
+        for name in new.keys() {
+            match round % 2 {
+                0 => fs::create_dir_all(&out).and_then(|()| fs::write(out.join(name), b"old")).unwrap(),
+                _ => drop(fs::remove_file(out.join(name))),
+            }
+        }
+    };
+    let after = |round: usize| {
+        let found = if out.exists() { tree(&out) } else { Default::default() };
+        let (hidden, found): (Vec<_>, Vec<_>) =
+            found.into_iter().partition(|(name, _)| name.starts_with('.'));
+        assert!(hidden.len() <= 2 * new.len(), "round {round}: {} temporary names", hidden.len());
+        let mut whole = 0;
+        for (name, kept) in found.iter().filter(|(name, _)| !name.ends_with('/')) {
+            let old = kept.1 == b"old" && round.is_multiple_of(2);
+            assert!(
+                old || *kept == new[name],
+                "round {round}: {name} is {} bytes of something",
+                kept.1.len()
+            );
+            whole += usize::from(!old);
+        }
+        whole == new.len()
+    };
+    kill(d, &args, before, after);
+    assert!(tree(&out) == new, "a whole run leaves more than its packages");
+}
+
+#[test]
 fn killed_unpacks_of_files() {
     let dir = folder();
     let new = fs::read(dir.path().join("ft")).unwrap();

@@ -80,6 +80,29 @@ fn one_large_tensor() {
     bounded("one large tensor", &one(base), &one(ft), 0);
 }
 
+/// What several fine-tunes hold together of their base: blocks, more for each thread, and samples.
+const SHARED: u64 = 50 * MIB;
+const SHARED_PER_THREAD: u64 = 2 * MIB;
+
+#[test]
+fn several_fine_tunes_of_one_base() {
+    let (base, ft) = repeated(96 << 20, 2e-5);
+    let one = |bytes| safetensors(&[("w".to_owned(), "BF16", vec![48 << 10, 1024], bytes)]);
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    fs::write(d.join("base"), one(base)).unwrap();
+    let ft = one(ft);
+    let names = ["a", "b", "c", "d"];
+    names.iter().for_each(|name| fs::write(d.join(name), &ft).unwrap());
+    let bound = CONSTANT + JOBS * (PER_THREAD + SHARED_PER_THREAD) + SHARED;
+    assert!(5 * ft.len() as u64 > 3 * bound, "too small to show anything");
+    let jobs = JOBS.to_string();
+    let found = peak(d, &[&["pack", "base"][..], &names, &["-o", "out", "--jobs", &jobs]].concat());
+    println!("several fine-tunes: {:.1} MiB of {} MiB", found as f64 / MIB as f64, bound / MIB);
+    assert!(found <= bound, "{} MiB, bound {} MiB", found / MIB, bound / MIB);
+    assert!(names.iter().all(|name| d.join(format!("out/{name}.xorz")).exists()));
+}
+
 #[test]
 fn many_small_tensors() {
     let (base, ft) = repeated(128 << 20, 2e-5);

@@ -18,6 +18,7 @@ mod checkpoint_roundtrip;
 mod cli;
 mod digest_cache;
 mod estimate;
+mod fleet;
 mod golden;
 mod hostile;
 mod hostile_names;
