@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// How one tensor is stored. SPEC.md says what the bytes are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Codec {
     /// One zstd frame of the raw XOR bytes; the notebook's own decompressor reads it. Only on request.
@@ -24,11 +24,15 @@ pub enum Codec {
     Same = 5,
     /// The change of each word, entropy-coded by what the base word's exponent says of it, in tiles that decode alone.
     Predicted = 6,
+    /// Its XOR words in one zstd frame with those of other small tensors. Never on request.
+    Joint = 7,
+    /// Nothing: the bytes are those of the base tensor. Never on request.
+    Unchanged = 8,
 }
 
 impl Codec {
     /// Every codec, in the order of their codes.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Xor,
         Self::Resident,
         Self::ResidentZstd,
@@ -36,6 +40,8 @@ impl Codec {
         Self::Alone,
         Self::Same,
         Self::Predicted,
+        Self::Joint,
+        Self::Unchanged,
     ];
 
     /// The name in packages and on the command line.
@@ -48,12 +54,24 @@ impl Codec {
             Self::Alone => "alone",
             Self::Same => "same",
             Self::Predicted => "predicted",
+            Self::Joint => "joint",
+            Self::Unchanged => "unchanged",
         }
     }
 
     /// The codec of a name, or `None`.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|c| c.name() == name)
+    }
+
+    /// The codec of a number in a package, or `None`.
+    pub(crate) fn from_code(code: u64) -> Option<Self> {
+        Self::ALL.into_iter().find(|c| *c as u64 == code)
+    }
+
+    /// Whether a caller may ask for it.
+    pub(crate) fn on_request(self) -> bool {
+        self.delta() && !matches!(self, Self::Joint | Self::Unchanged)
     }
 
     /// Whether the tensor is stored as a delta against a base tensor.
@@ -66,7 +84,7 @@ impl std::str::FromStr for Codec {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<Self> {
-        Self::from_name(s).filter(|c| c.delta()).ok_or_else(|| {
+        Self::from_name(s).filter(|c| c.on_request()).ok_or_else(|| {
             Error::invalid(format!("codec `{s}` is none of xor, resident, resident-zstd, planes, predicted"))
         })
     }
@@ -80,7 +98,7 @@ pub struct PackOptions {
     /// One codec for all deltas (planes for those that it cannot hold); `None` takes the smallest of resident-zstd, planes and
     /// predicted for each tensor.
     pub codec: Option<Codec>,
-    /// Leave out codec predicted where none is named: packages are larger, but quicker made and loaded.
+    /// Leave out codecs predicted and xor where none is named: packages are larger, but quicker made and loaded.
     pub fast: bool,
     /// zstd level; `None` is 3 for planes, 1 for resident deltas, and 10 for [`Codec::Xor`], as in the
     /// notebook.

@@ -33,7 +33,7 @@ pub(crate) struct Args {
     /// One codec for all deltas: xor, resident, resident-zstd, planes or predicted [default: the smallest of the last three, tensor by tensor].
     #[arg(long, value_parser = codec)]
     codec: Option<Codec>,
-    /// Leave out codec predicted: the package is larger, but quicker to make and to load.
+    /// Leave out codecs predicted and xor: the package is larger, but quicker to make and to load.
     #[arg(long, conflicts_with = "codec")]
     fast: bool,
     /// zstd level [default: 1 for resident deltas, 3 for planes, 10 for xor].

@@ -69,7 +69,7 @@ fn codec(code: i32) -> Result<Option<Codec>> {
     if code == -1 {
         return Ok(None);
     }
-    let known = Codec::ALL.into_iter().find(|c| *c as i32 == code && c.delta());
+    let known = Codec::ALL.into_iter().find(|c| *c as i32 == code && c.on_request());
     let unknown = || Error::invalid(format!("codec must be -1 (smallest), 0 to 3 or 6, but is {code}"));
     known.map(Some).ok_or_else(unknown)
 }

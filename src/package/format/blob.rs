@@ -79,7 +79,7 @@ impl<'a> Blob<'a> {
             Codec::Resident => (false, resident_limit(e.bytes)),
             Codec::ResidentZstd => (true, resident_limit(e.bytes)),
             Codec::Planes | Codec::Alone => (true, e.bytes),
-            Codec::Xor | Codec::Same | Codec::Predicted => (false, u64::MAX),
+            _ => (false, u64::MAX),
         };
         let mut blob = Self::open(container, e.range.clone(), Some(e.check), framed, limit)?;
         let first = blob.table.as_ref().map_or(0, Table::first_bytes);

@@ -1,12 +1,14 @@
 //! What a package holds, and how it is put together: stored tensors wait in nameless spool files, since the
-//! header that goes first holds their sizes; the whole then appears under its name at once.
+//! table and the header hold their sizes; the whole then appears under its name at once.
 
+use super::columns::check_text;
 use super::container::{LENGTH_BYTES, MAX_HEADER_BYTES, TensorInfo};
-use super::record::{self, BaseTensor, Entry, SourceFile};
+use super::joint::JointWriter;
+use super::record::{self, Entry, JointFrame, Records, SourceFile};
+use super::table_columns::MAX_DIMS;
+use super::table_writer::write_table;
 use super::totals::Report;
-use crate::codec::{Encoding, Prefer};
 use crate::error::{Error, Result};
-use crate::matrix::Digest;
 use crate::package::io::spool::{Sequential, Spool};
 use crate::package::io::temp::Output;
 use crate::package::options::{Codec, Destination};
@@ -21,9 +23,35 @@ const ALIGN: u64 = 64;
 #[derive(Debug)]
 pub(crate) struct ContentsPart {
     pub(crate) spool: Spool,
+    /// Those that wait for their joint frame are incomplete.
     pub(crate) entries: Vec<Entry>,
     /// A source file and where its stored entry lies in the spool.
     pub(crate) file: Option<(SourceFile, Range<u64>)>,
+    joints: Vec<JointFrame>,
+    joint: JointWriter,
+}
+
+impl ContentsPart {
+    /// Nothing yet, to be stored in `spool`.
+    pub(crate) fn new(spool: Spool) -> Self {
+        let (entries, joints, joint) = (Vec::new(), Vec::new(), JointWriter::default());
+        Self { spool, entries, file: None, joints, joint }
+    }
+
+    /// Add a small tensor of the XOR words `words`, whose own frame would be `own`.
+    pub(crate) fn join(&mut self, entry: Entry, words: &[u8], own: &[u8]) -> Result<()> {
+        if !self.joint.has_room(words.len()) {
+            self.flush()?;
+        }
+        self.joint.push(self.entries.len(), words, own);
+        self.entries.push(entry);
+        Ok(())
+    }
+
+    /// Store what waits: no tensor comes any more.
+    pub(crate) fn flush(&mut self) -> Result<()> {
+        self.joint.flush(&mut self.spool, &mut self.entries, &mut self.joints)
+    }
 }
 
 /// All that a package holds.
@@ -34,74 +62,70 @@ pub(crate) struct Contents {
     pub(crate) folder: bool,
 }
 
+/// Stored bytes of a part, in the order of the package's data.
+type Run = (usize, Range<u64>);
+
 impl Contents {
-    /// Every stored range in the order of the package's data: part, range, name.
-    fn order(&self) -> Vec<(usize, Range<u64>, String)> {
-        let tensors = || {
-            let parts = self.parts.iter().enumerate();
-            parts.flat_map(|(p, part)| part.entries.iter().map(move |e| (p, e)))
-        };
-        let place = |(p, e): (usize, &Entry)| (p, e.range.clone(), e.key.clone());
-        // Resident deltas first: they are multiples of 64 bytes, so all of them stay aligned.
-        let mut out: Vec<_> = tensors().filter(|(_, e)| e.codec == Codec::Resident).map(place).collect();
-        out.extend(tensors().filter(|(_, e)| e.codec != Codec::Resident).map(place));
-        for (i, (p, (_, range))) in self.files().enumerate() {
-            out.push((p, range.clone(), record::file_entry(i)));
-        }
-        out
-    }
-
-    fn files(&self) -> impl Iterator<Item = (usize, &(SourceFile, Range<u64>))> {
-        self.parts.iter().enumerate().filter_map(|(p, part)| part.file.as_ref().map(|f| (p, f)))
-    }
-
-    /// The header text, padded so that the data are aligned.
-    fn header(&self, order: &[(usize, Range<u64>, String)]) -> Result<String> {
-        let mut metadata = BTreeMap::from([
-            ("format".to_string(), record::FORMAT.to_string()),
-            ("format_version".to_string(), record::VERSION.to_string()),
-        ]);
-        for e in self.parts.iter().flat_map(|p| &p.entries) {
-            if metadata.insert(record::tensor_key(&e.key), record::encode(e)?).is_some() {
-                return Err(Error::invalid(format!("tensor `{}` was added twice", e.name)));
+    /// What is stored, by its place in the package's data; and where it is to be taken from.
+    fn records(&mut self) -> (Records, Vec<Run>) {
+        // Resident deltas first: they are multiples of 64 bytes, so all of them stay aligned. Joint frames last.
+        let mut classes: [Vec<(usize, Entry)>; 3] = Default::default();
+        let mut records = Records { folder: self.folder, ..Records::default() };
+        for (p, part) in self.parts.iter_mut().enumerate() {
+            let before = records.joints.len();
+            records.joints.append(&mut part.joints);
+            for mut e in std::mem::take(&mut part.entries) {
+                e.joint = e.joint.map(|(frame, at)| (before + frame, at));
+                let class = match e.codec {
+                    Codec::Resident => 0,
+                    Codec::Joint => 2,
+                    _ => 1,
+                };
+                classes[class].push((p, e));
             }
         }
-        if !self.removed.is_empty() {
-            metadata.insert(record::REMOVED.into(), record::to_json(&self.removed)?);
-        }
-        let files: Vec<_> = self.files().map(|(_, (f, _))| f).collect();
-        if !files.is_empty() {
-            metadata.insert(record::FILES.into(), record::to_json(&files)?);
-        }
-        if self.folder {
-            metadata.insert(record::SOURCE.into(), record::FOLDER.into());
-        }
+        let mut runs: Vec<Run> = Vec::new();
         let mut at = 0;
-        let mut infos = Vec::new();
-        for (_, range, name) in order {
-            let bytes = range.end - range.start;
-            let dims = vec![usize::try_from(bytes).map_err(|_| Error::internal("stored bytes"))?];
-            infos.push(TensorInfo { name: name.clone(), dtype: "U8".into(), dims, range: at..at + bytes });
-            at += bytes;
+        let mut place = |p: usize, range: &mut Range<u64>| {
+            let n = range.end - range.start;
+            match runs.last_mut() {
+                Some((last, run)) if *last == p && run.end == range.start => run.end = range.end,
+                _ => runs.push((p, range.clone())),
+            }
+            *range = at..at + n;
+            at += n;
+        };
+        for (p, mut e) in classes.into_iter().flatten() {
+            // The shares of a joint frame's tensors are all of it.
+            place(p, &mut e.range);
+            records.entries.push(e);
         }
-        metadata.insert(record::CHECK.into(), record::header_check(&metadata, &infos).to_string());
-        header_text(&metadata, &infos)
+        for (p, part) in self.parts.iter_mut().enumerate() {
+            if let Some((file, mut range)) = part.file.take() {
+                place(p, &mut range);
+                records.files.push((file, range));
+            }
+        }
+        records.removed = std::mem::take(&mut self.removed);
+        (records, runs)
     }
 
     /// Write the package; gives its totals.
     pub(crate) fn write(mut self, out: Destination<'_>) -> Result<Report> {
-        let order = self.order();
-        let header = self.header(&order)?;
-        let report = self.report(&header, &order);
+        self.parts.iter_mut().try_for_each(ContentsPart::flush)?;
+        let (records, runs) = self.records();
+        let table = write_table(&records)?;
+        let header = package_header(runs.iter().map(|(_, r)| r.end - r.start).sum(), table.len() as u64)?;
+        let report = self.report(&records, &header, &table);
         match out {
             Destination::Stream(stream) => {
-                self.write_to(&order, &header, stream)?;
+                self.write_to(&runs, &header, &table, stream)?;
                 stream.flush()?;
             }
             Destination::Path(path) => {
                 let output = Output::create(path)?;
                 let mut to = BufWriter::with_capacity(1 << 20, Sequential::new(output.file()));
-                let written = self.write_to(&order, &header, &mut to);
+                let written = self.write_to(&runs, &header, &table, &mut to);
                 let flushed = to.flush();
                 drop(to);
                 written.and(flushed.map_err(Error::from)).map_err(|e| e.within(path.display()))?;
@@ -111,99 +135,40 @@ impl Contents {
         Ok(report)
     }
 
-    fn write_to(
-        &mut self,
-        order: &[(usize, Range<u64>, String)],
-        header: &str,
-        out: &mut dyn Write,
-    ) -> Result<()> {
+    fn write_to(&mut self, runs: &[Run], header: &str, table: &[u8], out: &mut dyn Write) -> Result<()> {
         out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(header.as_bytes())?;
-        for (p, range, _) in order {
+        for (p, range) in runs {
             self.parts[*p].spool.replay(range.clone(), |bytes| Ok(out.write_all(bytes)?))?;
         }
-        Ok(())
+        Ok(out.write_all(table)?)
     }
 
-    fn report(&self, header: &str, order: &[(usize, Range<u64>, String)]) -> Report {
+    fn report(&self, records: &Records, header: &str, table: &[u8]) -> Report {
         let mut report = Report::default();
-        self.parts.iter().flat_map(|p| &p.entries).for_each(|e| report.count(e));
-        report.set_files(self.files().map(|(_, (f, _))| f), self.folder);
-        report.removed = self.removed.len();
-        report.package_bytes =
-            LENGTH_BYTES + header.len() as u64 + order.iter().map(|(_, r, _)| r.end - r.start).sum::<u64>();
+        records.entries.iter().for_each(|e| report.count(e));
+        report.set_files(records.files.iter().map(|(file, _)| file), self.folder);
+        report.removed = records.removed.len();
+        let data = records.entries.iter().map(|e| &e.range).chain(records.files.iter().map(|(_, r)| r));
+        let data: u64 = data.map(|r| r.end - r.start).sum();
+        report.package_bytes = LENGTH_BYTES + (header.len() + table.len()) as u64 + data;
         report
     }
 }
 
-/// How long a package's header becomes, tensor by tensor, at least.
-#[derive(Debug, Default)]
-pub(crate) struct HeaderLength(u64, usize);
-
-impl HeaderLength {
-    /// A tensor as it is stored.
-    ///
-    /// # Errors
-    /// `Unsupported` when the header is too long by now.
-    pub(crate) fn add(&mut self, entry: &Entry) -> Result<()> {
-        let key = record::to_json(&entry.key)?.len();
-        // The record is a string in JSON: its quotes are escaped.
-        let text = record::to_json(&record::encode(entry)?)?.len();
-        let record = record::tensor_key("").len() + key + text + r#":,"#.len();
-        let info = key + r#":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"#.len();
-        (self.0, self.1) = (self.0 + (record + info) as u64, self.1 + 1);
-        if self.0 <= MAX_HEADER_BYTES {
-            return Ok(());
-        }
-        Err(Error::unsupported(format!(
-            "{} tensors or more take a header of more than the {MAX_HEADER_BYTES} bytes that safetensors allows; pack it in parts",
-            self.1
-        )))
-    }
-
-    /// A tensor that is still to be stored, by `codec` or whichever is the smallest: the shortest record that it can have.
-    ///
-    /// # Errors
-    /// As [`HeaderLength::add`].
-    pub(crate) fn add_least(
-        &mut self,
-        t: &TensorInfo,
-        base: Option<&str>,
-        same: Option<&str>,
-        codec: Option<Codec>,
-    ) -> Result<()> {
-        // What is small is never stored as planes, whose record is the shortest.
-        const PLANES_FROM: u64 = 512;
-        // Every delta of some words takes more bytes than that.
-        const LEAST_BYTES: u64 = 10;
-        let digest = Digest([0; 16]);
-        let of_delta =
-            codec.unwrap_or(if t.bytes() > PLANES_FROM { Codec::Planes } else { Codec::ResidentZstd });
-        let (delta, resident) = (base.is_some(), matches!(of_delta, Codec::Resident | Codec::ResidentZstd));
-        let not_same = if delta { of_delta } else { Codec::Alone };
-        if delta && t.bytes() > 0 {
-            // The digits of its length, and of the place that it comes to at least.
-            let place = LEAST_BYTES * self.1 as u64;
-            self.0 += (format!("{LEAST_BYTES}{place}{}", place + LEAST_BYTES).len() - "000".len()) as u64;
-        }
-        self.add(&Entry {
-            name: t.name.clone(),
-            key: t.name.clone(),
-            dtype: t.dtype.clone(),
-            dims: t.dims.clone(),
-            bytes: 0,
-            codec: if same.is_some() { Codec::Same } else { not_same },
-            base: base.map(|name| BaseTensor { name: name.into(), file: None, parts: Vec::new(), digest }),
-            encoding: (delta && resident).then_some(Encoding::Raw),
-            prefer: delta.then_some(Prefer::Speed),
-            changed: delta.then_some(0),
-            same: same.map(str::to_owned),
-            stored_bytes: 0,
-            range: 0..0,
-            check: digest,
-            version: record::VERSION,
-        })
-    }
+/// The header of a package whose data and table have so many bytes.
+fn package_header(data: u64, table: u64) -> Result<String> {
+    let metadata = BTreeMap::from([
+        ("format".to_string(), record::FORMAT.to_string()),
+        ("format_version".to_string(), record::VERSION.to_string()),
+    ]);
+    let info = |name: &str, range: Range<u64>| -> Result<TensorInfo> {
+        let bytes = usize::try_from(range.end - range.start);
+        let dims = vec![bytes.map_err(|_| Error::internal("stored bytes"))?];
+        Ok(TensorInfo { name: name.into(), dtype: "U8".into(), dims, range })
+    };
+    let end = data.checked_add(table).ok_or_else(|| Error::internal("stored bytes"))?;
+    header_text(&metadata, &[info(record::DATA, 0..data)?, info(record::TABLE, data..end)?])
 }
 
 /// A safetensors header, padded with spaces so that the data begin at a multiple of 64 bytes.
@@ -238,10 +203,17 @@ pub(crate) fn header_text(metadata: &BTreeMap<String, String>, infos: &[TensorIn
     Ok(text)
 }
 
-/// Refuse a name that belongs to the format.
-pub(crate) fn check_name(name: &str) -> Result<()> {
+/// Refuse a tensor that no table may list, before the work: a name that belongs to the format or is too long, dimensions
+/// without end.
+pub(crate) fn check_listed(name: &str, dims: &[usize]) -> Result<()> {
     if name.starts_with(record::RESERVED) || name == "__metadata__" {
         return Err(Error::invalid("the name is reserved").of_tensor(name));
+    }
+    check_text(name)?;
+    if dims.len() > MAX_DIMS {
+        let have = dims.len();
+        let what = format!("has {have} dimensions, more than the {MAX_DIMS} that a package holds");
+        return Err(Error::unsupported(what).of_tensor(name));
     }
     Ok(())
 }

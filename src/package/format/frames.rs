@@ -27,6 +27,14 @@ pub(crate) fn compress(bytes: &[u8], level: i32) -> Result<Vec<u8>> {
     zstd::bulk::Compressor::new(level).and_then(|mut c| c.compress(bytes)).map_err(zstd_error)
 }
 
+/// Bytes of text up to which zstd is given all the time it wants: a second for each MB.
+const SHORT_TEXT: usize = 2 << 20;
+
+/// One zstd frame of something that is written once, read often, and mostly short.
+pub(super) fn compress_text(text: &[u8]) -> Result<Vec<u8>> {
+    compress(text, if text.len() <= SHORT_TEXT { 19 } else { 9 })
+}
+
 /// Bytes that a small frame may hold, by what it takes: no text of people or tools is compressed further, but for padding, and
 /// a few stored bytes must not ask for a hundred million in memory.
 pub(super) fn most_of_small(stored: u64) -> u64 {
@@ -36,7 +44,7 @@ pub(super) fn most_of_small(stored: u64) -> u64 {
 /// A small text, such as a source file's header, as one zstd frame that [`most_of_small`] allows: of a text that compresses
 /// better than that, as it is.
 pub(crate) fn compress_small(text: &[u8]) -> Result<Vec<u8>> {
-    let frame = compress(text, 19)?;
+    let frame = compress_text(text)?;
     if text.len() as u64 <= most_of_small(frame.len() as u64) {
         return Ok(frame);
     }
@@ -105,6 +113,27 @@ impl Deflater {
             self.skip = if in_order && raw.len() >= FRAME_BYTES { Self::PATIENCE } else { 0 };
         }
         out.extend_from_slice(raw);
+        Ok(())
+    }
+}
+
+/// Makes the frame that the notebook makes of a tensor's XOR: zstd at level 10, whatever the level of other frames.
+#[derive(Default)]
+pub(crate) struct XorDeflater(Option<zstd::bulk::Compressor<'static>>);
+
+impl XorDeflater {
+    pub(crate) const LEVEL: i32 = 10;
+
+    /// The frame of `xor` into `out`.
+    pub(crate) fn frame(&mut self, xor: &[u8], out: &mut Vec<u8>) -> Result<()> {
+        let zstd = match &mut self.0 {
+            Some(zstd) => zstd,
+            none => none.insert(zstd::bulk::Compressor::new(Self::LEVEL).map_err(zstd_error)?),
+        };
+        out.clear();
+        out.resize(zstd::zstd_safe::compress_bound(xor.len()), 0);
+        let n = zstd.compress_to_buffer(xor, &mut out[..]).map_err(zstd_error)?;
+        out.truncate(n);
         Ok(())
     }
 }

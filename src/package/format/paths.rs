@@ -2,7 +2,9 @@
 //! and their tools then work in: a file that tools run by themselves must not come that way, nor one whose name is not what
 //! it looks like. Packing refuses the same paths, so that whatever is packed can be unpacked.
 
-use crate::error::is_harmless;
+use super::record::SourceFile;
+use crate::error::{Error, Result, is_harmless};
+use std::collections::HashSet;
 
 /// Hidden files that tools of model hubs put into models, though others that begin so are refused.
 const HARMLESS: [&str; 3] = [".gitattributes", ".gitignore", ".gitkeep"];
@@ -126,6 +128,38 @@ pub(crate) fn objection(path: &str) -> Option<&'static str> {
     } else {
         None
     }
+}
+
+/// Paths stay inside the folder that they are unpacked to, do no harm there, and none is in the way of another.
+pub(super) fn check_files(files: &[SourceFile], folder: bool) -> Result<()> {
+    let bad = |path: &str, what: &str| Err(Error::corrupt(format!("the source file `{path}` {what}")));
+    let mut paths = HashSet::new();
+    for file in files {
+        let path = file.path.as_str();
+        // The name of a single file says where it came from, not where it goes.
+        if let Some(what) = if folder { objection(path) } else { leads_elsewhere(path) } {
+            return bad(path, what);
+        }
+        if !folder && path.contains('/') {
+            return bad(path, "lies in a folder, but the package was made from a file");
+        }
+        if !paths.insert(path) {
+            return bad(path, "is there twice");
+        }
+    }
+    for path in &paths {
+        let above = path.match_indices('/').find(|(i, _)| paths.contains(&path[..*i]));
+        if above.is_some() {
+            return bad(path, "lies in another file");
+        }
+    }
+    if !folder && files.len() > 1 {
+        return Err(Error::corrupt(format!("made from one file, but {} are listed", files.len())));
+    }
+    if !folder && files.iter().any(|f| f.header_bytes.is_none()) {
+        return Err(Error::corrupt("made from one file, which has no tensors"));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,25 +1,41 @@
 //! Reading a package: every record checked when it is opened, stored bytes checked when they are used.
 
 use super::blob::{Blob, small_frame};
-use super::container::{Header, LENGTH_BYTES, MAX_HEADER_BYTES, SafeTensors, TensorInfo};
-use super::paths::{leads_elsewhere, objection};
-use super::record::{self, Entry, SourceFile};
+use super::container::{Header, LENGTH_BYTES, MAX_HEADER_BYTES, SafeTensors};
+use super::joint_reader::JointReader;
+use super::paths::check_files;
+use super::record::{self, Entry, Records, SourceFile};
 use super::refusals::stored_alone;
+use super::table::read_table;
+use super::table_writer::identity;
+use super::version1::read_version1;
 use crate::error::{Error, Result};
 use crate::matrix::Digest;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::HashMap;
+use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
+use xxhash_rust::xxh3::xxh3_128_with_seed;
 
 /// An opened package. Tensors are read from the file one by one, by any number of threads.
 #[derive(Debug)]
 pub struct Package {
     container: SafeTensors,
     entries: Vec<Entry>,
-    index: HashMap<String, usize>,
+    /// By [`place_of`]. Hashes, since names are in the entries; who finds one compares the name.
+    index: HashMap<u128, usize>,
+    joints: JointReader,
     removed: Vec<String>,
     files: Vec<SourceFile>,
+    /// Where what is stored of each file lies in the data.
+    file_ranges: Vec<Range<u64>>,
     folder: bool,
     version: u32,
+}
+
+/// What tensor `name` is found by: of source file `again`, where an earlier one has a tensor of that name.
+fn place_of(again: Option<usize>, name: &str) -> u128 {
+    xxh3_128_with_seed(name.as_bytes(), again.map_or(0, |i| i as u64 + 1))
 }
 
 impl Package {
@@ -40,40 +56,22 @@ impl Package {
     }
 
     fn new(container: SafeTensors) -> Result<Self> {
-        let Header { tensors, metadata } = container.header();
-        let version = check_header(tensors, metadata)?;
-        let removed: Vec<String> = optional(metadata, record::REMOVED)?;
-        let files: Vec<SourceFile> = optional(metadata, record::FILES)?;
-        let folder = match metadata.get(record::SOURCE).map(String::as_str) {
-            None => false,
-            Some(record::FOLDER) => true,
-            Some(other) => return Err(Error::corrupt(format!("made from a `{other}`, which is unknown"))),
-        };
-        check_files(&files, folder)?;
-        let mut entries = Vec::new();
-        for info in tensors.iter().filter(|t| record::tensor_of(&t.name).is_some()) {
-            let key = record::tensor_key(&info.name);
-            let text =
-                metadata.get(&key).ok_or_else(|| Error::corrupt(format!("metadata `{key}` is missing")))?;
-            entries.push(record::decode(version, info, text)?);
+        let version = check_format(&container)?;
+        let records = if version == 1 { read_version1(&container) } else { read_version2(&container) }?;
+        let Records { entries, joints, removed, files, folder } = records;
+        let (files, file_ranges): (Vec<_>, Vec<_>) = files.into_iter().unzip();
+        if version > 1 {
+            check_files(&files, folder)?;
         }
-        let known = [record::REMOVED, record::FILES, record::SOURCE]
-            .into_iter()
-            .filter(|k| metadata.contains_key(*k));
-        let stored_files =
-            (0..files.len()).filter(|i| container.find(&record::file_entry(*i)).is_some()).count();
-        if metadata.len() != 3 + entries.len() + known.count()
-            || stored_files != files.len()
-            || tensors.len() != entries.len() + files.len()
-        {
-            return Err(Error::corrupt(format!("metadata or entries that version {version} does not know")));
+        let mut index = HashMap::with_capacity(entries.len());
+        for (i, e) in entries.iter().enumerate() {
+            if index.insert(place_of(e.again, &e.name), i).is_some() {
+                return Err(Error::corrupt(format!("tensor `{}` is there twice", e.name)));
+            }
         }
-        let mut index = HashMap::new();
-        // The plain entry of a name comes first; another file's tensor of that name has a key of its own.
-        entries.iter().enumerate().for_each(|(i, e)| {
-            index.insert(e.key.clone(), i);
-        });
-        let package = Self { version, entries, index, removed, files, folder, container };
+        let joints = JointReader::new(joints);
+        let package =
+            Self { version, entries, index, joints, removed, files, file_ranges, folder, container };
         package.entries.iter().try_for_each(|e| package.resolve(e).map(|_| ()))?;
         Ok(package)
     }
@@ -94,17 +92,18 @@ impl Package {
     /// `InvalidArgument` if there is none.
     pub fn entry(&self, name: &str) -> Result<&Entry> {
         let missing = || Error::invalid(format!("the package has no tensor `{name}`"));
-        let i = record::tensor_of(name)
-            .filter(|n| *n == name)
-            .and_then(|n| self.index.get(n))
-            .ok_or_else(missing)?;
-        Ok(&self.entries[*i])
+        self.at(None, name).ok_or_else(missing)
+    }
+
+    fn at(&self, again: Option<usize>, name: &str) -> Option<&Entry> {
+        let e = &self.entries[*self.index.get(&place_of(again, name))?];
+        (e.again == again && e.name == name).then_some(e)
     }
 
     /// Tensor `name` of source file `i`.
     pub(crate) fn entry_of(&self, i: usize, name: &str) -> Result<&Entry> {
-        match self.index.get(&record::again_entry(i, name)) {
-            Some(at) => Ok(&self.entries[*at]),
+        match self.at(Some(i), name) {
+            Some(e) => Ok(e),
             None => self.entry(name).map_err(|e| Error::corrupt(e.message())),
         }
     }
@@ -112,12 +111,17 @@ impl Package {
     /// The entry whose stored bytes are `e`'s: another one's for codec `same`.
     pub(crate) fn resolve<'a>(&'a self, e: &'a Entry) -> Result<&'a Entry> {
         let Some(name) = &e.same else { return Ok(e) };
-        let other = self.entry(name).map_err(|x| x.of_tensor(&e.name))?;
+        let other = self.entry(name).map_err(|x| Error::corrupt(x.message()).of_tensor(&e.name))?;
         if other.same.is_some() || (&other.dtype, &other.dims, other.bytes) != (&e.dtype, &e.dims, e.bytes) {
             return Err(Error::corrupt(format!(
                 "tensor `{}` is said to be `{name}`, which has another dtype or shape, or is no tensor of its own",
                 e.name
             )));
+        }
+        if self.version > 1 && e.check != identity(other) {
+            return Err(
+                Error::corrupt(format!("is said to be `{name}`, whose digest is another")).of_tensor(&e.name)
+            );
         }
         Ok(other)
     }
@@ -155,103 +159,73 @@ impl Package {
         &self.container
     }
 
+    /// The words of the joint frame that `e` is in, and the first of its own among them.
+    pub(crate) fn joint(&self, e: &Entry) -> Result<(Arc<Vec<u8>>, usize)> {
+        self.joints.words(&self.container, e)
+    }
+
+    /// Source file `i` and where what is stored of it lies.
+    fn stored_file(&self, i: usize) -> Result<(&SourceFile, Range<u64>)> {
+        let found = self.files.get(i).zip(self.file_ranges.get(i));
+        let (file, range) = found.ok_or_else(|| Error::internal(format!("no source file {i}")))?;
+        Ok((file, range.clone()))
+    }
+
     /// The safetensors header of source file `i`, byte for byte.
     pub(crate) fn source_header(&self, i: usize) -> Result<Vec<u8>> {
-        let name = record::file_entry(i);
-        let read = || {
-            let (file, info) = self
-                .files
-                .get(i)
-                .zip(self.container.find(&name))
-                .ok_or_else(|| Error::corrupt("is missing from the package"))?;
-            let bytes = file.header_bytes.unwrap_or(0);
-            if bytes > MAX_HEADER_BYTES || bytes > file.bytes {
-                return Err(Error::corrupt(format!("{bytes} bytes are too many")));
-            }
-            small_frame(&self.container, info.range.clone(), bytes, Digest::from_hex(&file.check))
+        let (file, range) = self.stored_file(i)?;
+        let bytes = file.header_bytes.unwrap_or(0);
+        let read = if bytes > MAX_HEADER_BYTES || bytes > file.bytes {
+            Err(Error::corrupt(format!("a header of {bytes} bytes in a file of {}", file.bytes)))
+        } else {
+            small_frame(&self.container, range, bytes, Digest::from_hex(&file.check))
         };
-        read().map_err(|e: Error| e.within(format_args!("`{name}`")))
+        read.map_err(|e| e.within(format_args!("the source file `{}`", file.path)))
     }
 
     /// The bytes of source file `i`, which was carried along as it is.
     pub(crate) fn carried(&self, i: usize) -> Result<Blob<'_>> {
-        let name = record::file_entry(i);
-        let open = || {
-            let (file, info) = self
-                .files
-                .get(i)
-                .zip(self.container.find(&name))
-                .ok_or_else(|| Error::corrupt("is missing from the package"))?;
-            let check = Digest::from_hex(&file.check);
-            let blob = Blob::open(&self.container, info.range.clone(), check, true, file.bytes)?;
-            if blob.len() != file.bytes {
-                return Err(Error::corrupt(format!(
-                    "{} bytes stored for a file of {}",
-                    blob.len(),
-                    file.bytes
-                )));
-            }
-            Ok(blob)
-        };
-        open().map_err(|e: Error| e.within(format_args!("`{name}`")))
+        let (file, range) = self.stored_file(i)?;
+        let check = Digest::from_hex(&file.check);
+        let blob = Blob::open(&self.container, range, check, true, file.bytes);
+        let blob = blob.and_then(|blob| match blob.len() {
+            n if n == file.bytes => Ok(blob),
+            n => Err(Error::corrupt(format!("{n} bytes stored for a file of {}", file.bytes))),
+        });
+        blob.map_err(|e| e.within(format_args!("the source file `{}`", file.path)))
     }
 }
 
-/// Version, known keys and the header's own digest. Gives the version.
-fn check_header(tensors: &[TensorInfo], metadata: &BTreeMap<String, String>) -> Result<u32> {
+/// It is a package; gives its version.
+fn check_format(container: &SafeTensors) -> Result<u32> {
+    let metadata = &container.header().metadata;
     if metadata.get("format").map(String::as_str) != Some(record::FORMAT) {
         return Err(Error::corrupt(
             "a safetensors file, but not a xorz package; `xorz pack BASE FINE_TUNED` makes one",
         ));
     }
-    let version = record::version(metadata)?;
-    let found = metadata.get(record::CHECK).map_or("", String::as_str);
-    let want = record::header_check(metadata, tensors).to_string();
-    if found != want {
-        return Err(Error::corrupt(format!(
-            "the header is damaged: its digest is {want}, it says `{found}`"
-        )));
-    }
-    Ok(version)
+    record::version(metadata)
 }
 
-/// Paths stay inside the folder that they are unpacked to, do no harm there, and none is in the way of another.
-fn check_files(files: &[SourceFile], folder: bool) -> Result<()> {
-    let bad = |path: &str, what: &str| Err(Error::corrupt(format!("the source file `{path}` {what}")));
-    let mut paths = HashSet::new();
-    for file in files {
-        let path = file.path.as_str();
-        // The name of a single file says where it came from, not where it goes.
-        if let Some(what) = if folder { objection(path) } else { leads_elsewhere(path) } {
-            return bad(path, what);
-        }
-        if !folder && path.contains('/') {
-            return bad(path, "lies in a folder, but the package was made from a file");
-        }
-        if !paths.insert(path) {
-            return bad(path, "is there twice");
-        }
+/// What a package of version 2 says: its header has one form, its table the rest.
+fn read_version2(container: &SafeTensors) -> Result<Records> {
+    let Header { tensors, metadata } = container.header();
+    if metadata.contains_key("xorz:check") {
+        return Err(Error::unsupported(
+            "is of an early build's version 2, which had no table and was never released; pack again with this xorz",
+        ));
     }
-    for path in &paths {
-        let above = path.match_indices('/').find(|(i, _)| paths.contains(&path[..*i]));
-        if above.is_some() {
-            return bad(path, "lies in another file");
-        }
+    let unknown = || Error::corrupt("metadata or entries that version 2 does not know");
+    let [data, table] = &tensors[..] else { return Err(unknown()) };
+    let row = |t: &super::container::TensorInfo| t.dtype == "U8" && t.dims.len() == 1;
+    if metadata.len() != 2
+        || (data.name.as_str(), table.name.as_str()) != (record::DATA, record::TABLE)
+        || !row(data)
+        || !row(table)
+    {
+        return Err(unknown());
     }
-    if !folder && files.len() > 1 {
-        return Err(Error::corrupt(format!("made from one file, but {} are listed", files.len())));
-    }
-    if !folder && files.iter().any(|f| f.header_bytes.is_none()) {
-        return Err(Error::corrupt("made from one file, which has no tensors"));
-    }
-    Ok(())
-}
-
-fn optional<T: serde::de::DeserializeOwned>(
-    metadata: &BTreeMap<String, String>,
-    key: &str,
-) -> Result<Vec<T>> {
-    metadata.get(key).map_or(Ok(Vec::new()), |text| record::from_json(key, text))
+    read_table(&container.read(table)?, data.range.end)
 }
 
 /// Parse the source header of a package that unpacks to a file of `bytes` bytes.

@@ -1,7 +1,6 @@
-//! What a package's `__metadata__` says: the version, one record per tensor, the files it was made from, and a digest of
-//! all that. SPEC.md is the meaning; this file is its only reader and writer.
+//! What is known of each tensor of a package, and of the files it was made from, whichever version of the format says it
+//! (`version1`, `table`); and what of it must agree.
 
-use super::container::TensorInfo;
 use super::kinds::{dtype_bits, words_of};
 use super::parts::{BasePart, check_parts};
 use crate::codec::{Encoding, Prefer};
@@ -11,7 +10,7 @@ use crate::package::options::Codec;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ops::Range;
-use xxhash_rust::xxh3::{Xxh3, xxh3_128};
+use xxhash_rust::xxh3::xxh3_128;
 
 /// Everything of ours in a package begins with this, so no tensor's name may.
 pub(super) const RESERVED: &str = "xorz:";
@@ -20,13 +19,9 @@ pub(crate) const FORMAT: &str = "xorz";
 pub(crate) const VERSION: u32 = 2;
 /// Those that it reads, and the layout of the resident deltas that packages of each hold.
 const LAYOUTS: [(u32, u16); 2] = [(1, 0), (VERSION, crate::resident::VERSION)];
-pub(super) const CHECK: &str = "xorz:check";
-pub(super) const REMOVED: &str = "xorz:removed";
-pub(crate) const FILES: &str = "xorz:files";
-pub(super) const SOURCE: &str = "xorz:source";
-/// The value of [`SOURCE`] in a package made from a folder.
-pub(super) const FOLDER: &str = "folder";
-const TENSOR: &str = "xorz:tensor:";
+/// The two entries of a package of version 2: all that is stored, and what it is.
+pub(super) const DATA: &str = "xorz:data";
+pub(super) const TABLE: &str = "xorz:table";
 
 /// The format version that a package's metadata names.
 ///
@@ -40,29 +35,6 @@ pub(crate) fn version(metadata: &BTreeMap<String, String>) -> Result<u32> {
             "package format version {text}, but this xorz reads versions 1 to {VERSION}"
         ))
     })
-}
-
-/// The metadata key of a tensor's record.
-pub(super) fn tensor_key(name: &str) -> String {
-    format!("{TENSOR}{name}")
-}
-
-/// The name of the entry that holds the safetensors header of source file `i`, or the whole file if it has no tensors.
-pub(super) fn file_entry(i: usize) -> String {
-    format!("{RESERVED}file:{i}")
-}
-
-/// The entry of tensor `name` of source file `i`, where an earlier file has a tensor of that name.
-pub(crate) fn again_entry(i: usize, name: &str) -> String {
-    format!("{RESERVED}again:{i}:{name}")
-}
-
-/// The tensor that an entry holds: its name, or `None` for an entry that holds none.
-pub(super) fn tensor_of(entry: &str) -> Option<&str> {
-    let Some(ours) = entry.strip_prefix(RESERVED) else { return Some(entry) };
-    let (number, name) = ours.strip_prefix("again:")?.split_once(':')?;
-    // As `again_entry` writes it, so that no tensor has two names.
-    number.parse::<usize>().is_ok_and(|i| i.to_string() == number).then_some(name)
 }
 
 /// One tensor of a package.
@@ -90,9 +62,14 @@ pub struct Entry {
     pub stored_bytes: u64,
     /// The tensor of the fine-tune whose bytes these are, for codec `same`.
     pub same: Option<String>,
-    pub(crate) key: String,
+    /// The source file that it is of, where an earlier one has a tensor of that name.
+    pub(crate) again: Option<usize>,
+    /// Its bytes in the package's data; of codec `joint` its share of the frame.
     pub(crate) range: Range<u64>,
+    /// Of its stored bytes; of codec `joint` that of the whole frame.
     pub(crate) check: Digest,
+    /// Of codec `joint`: which frame, and the first of its words among those that the frame holds.
+    pub(crate) joint: Option<(usize, u64)>,
     /// The format version of the package it is of.
     pub(crate) version: u32,
 }
@@ -106,8 +83,40 @@ pub struct BaseTensor {
     pub file: Option<String>,
     /// What it is put together of, where it is not one whole tensor of the fine-tuned one's dtype and dimensions.
     pub parts: Vec<BasePart>,
-    /// Its digest, of the words as the delta sees them.
+    /// Its digest, of the words as the delta sees them; only the first [`SHORT_DIGEST`] bytes of it, zeros behind them, where
+    /// a package keeps no more.
     pub digest: Digest,
+    pub(crate) short: bool,
+}
+
+/// Bytes that are kept of a small tensor's base digest, where a whole one would be most of what the tensor takes.
+pub(crate) const SHORT_DIGEST: usize = 8;
+/// Bytes of the largest tensor of which no more are kept.
+const SHORT_BYTES: u64 = 4096;
+
+/// Whether a package keeps a short digest of the base of such a tensor.
+pub(super) fn short_digest(codec: Codec, bytes: u64) -> bool {
+    matches!(codec, Codec::Joint | Codec::Unchanged) && bytes <= SHORT_BYTES
+}
+
+impl BaseTensor {
+    /// Whether a tensor of this digest is the one, as far as the package knows.
+    pub(crate) fn is(&self, found: Digest) -> bool {
+        let known = if self.short { SHORT_DIGEST } else { found.0.len() };
+        self.digest.0[..known] == found.0[..known]
+    }
+
+    /// What is known of the digest, in hexadecimal digits.
+    pub fn digest_text(&self) -> String {
+        self.as_much_of(self.digest)
+    }
+
+    /// As many digits of another digest.
+    pub(super) fn as_much_of(&self, digest: Digest) -> String {
+        let mut text = digest.to_string();
+        text.truncate(if self.short { 2 * SHORT_DIGEST } else { text.len() });
+        text
+    }
 }
 
 impl Entry {
@@ -158,30 +167,25 @@ pub struct SourceFile {
     pub check: String,
 }
 
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Record {
-    dtype: String,
-    shape: Vec<usize>,
-    bytes: u64,
-    codec: String,
-    check: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    base: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    base_name: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    base_file: Option<String>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    base_parts: Vec<BasePart>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    prefer: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    encoding: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    changed: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    same: Option<String>,
+/// A frame that holds the words of several small tensors, one after the other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct JointFrame {
+    /// Where it lies in the package's data.
+    pub(crate) range: Range<u64>,
+    /// Bytes of its tensors together.
+    pub(crate) bytes: u64,
+    pub(crate) check: Digest,
+}
+
+/// All that a package says of what it stores.
+#[derive(Debug, Default)]
+pub(crate) struct Records {
+    pub(crate) entries: Vec<Entry>,
+    pub(crate) joints: Vec<JointFrame>,
+    pub(crate) removed: Vec<String>,
+    /// The files that it was made from, and where what is stored of each lies.
+    pub(crate) files: Vec<(SourceFile, Range<u64>)>,
+    pub(crate) folder: bool,
 }
 
 /// Digest of stored bytes; it finds accidents, not forgeries.
@@ -197,100 +201,17 @@ pub(super) fn prefer_name(prefer: Prefer) -> &'static str {
     }
 }
 
-/// The JSON record of an entry.
-pub(crate) fn encode(e: &Entry) -> Result<String> {
-    let record = Record {
-        dtype: e.dtype.clone(),
-        shape: e.dims.clone(),
-        bytes: e.bytes,
-        codec: e.codec.name().into(),
-        check: e.check.to_string(),
-        base: e.base.as_ref().map(|b| b.digest.to_string()),
-        base_name: e.base.as_ref().filter(|b| b.name != e.name && b.parts.is_empty()).map(|b| b.name.clone()),
-        base_file: e.base.as_ref().and_then(|b| b.file.clone()),
-        base_parts: e.base.as_ref().map(|b| b.parts.clone()).unwrap_or_default(),
-        prefer: e.prefer.map(|p| prefer_name(p).into()),
-        encoding: e.encoding.map(|x| x.name().into()),
-        changed: e.changed,
-        same: e.same.clone(),
-    };
-    to_json(&record)
-}
-
 pub(crate) fn to_json(value: &impl Serialize) -> Result<String> {
     serde_json::to_string(value).map_err(|e| Error::internal(format!("json: {e}")))
 }
 
-/// Parse one metadata value.
-pub(super) fn from_json<'a, T: Deserialize<'a>>(key: &str, text: &'a str) -> Result<T> {
-    serde_json::from_str(text).map_err(|e| Error::corrupt(format!("metadata `{key}` is not valid: {e}")))
-}
-
-/// Parse and check the record of the stored tensor `info`.
-pub(crate) fn decode(version: u32, info: &TensorInfo, text: &str) -> Result<Entry> {
-    let key = tensor_key(&info.name);
-    let r: Record = from_json(&key, text)?;
-    let bad =
-        |what: &str, value: &str| Error::corrupt(format!("metadata `{key}`: {what} `{value}` is unknown"));
-    let codec = Codec::from_name(&r.codec).ok_or_else(|| bad("codec", &r.codec))?;
-    let digest = |hex: &str| Digest::from_hex(hex).ok_or_else(|| bad("digest", hex));
-    let name = tensor_of(&info.name).ok_or_else(|| Error::corrupt(format!("`{}` is reserved", info.name)))?;
-    let renamed = r.base_name.is_some() || r.base_file.is_some() || !r.base_parts.is_empty();
-    if (r.base_name.is_some() || r.base_file.is_some()) && !r.base_parts.is_empty() {
-        return Err(Error::corrupt(format!("metadata `{key}`: a base of parts has a name or a file, too")));
-    }
-    let base = match &r.base {
-        Some(hex) => {
-            let first = r.base_parts.iter().find_map(|p| p.name.clone());
-            Some(BaseTensor {
-                name: r.base_name.or(first).unwrap_or_else(|| name.to_owned()),
-                file: r.base_file,
-                parts: r.base_parts,
-                digest: digest(hex)?,
-            })
-        }
-        None => None,
-    };
-    let prefer = r.prefer.as_deref().map(|p| p.parse().map_err(|_| bad("prefer", p))).transpose()?;
-    let encoding = r
-        .encoding
-        .as_deref()
-        .map(|n| Encoding::ALL.into_iter().find(|e| e.name() == n).ok_or_else(|| bad("encoding", n)))
-        .transpose()?;
-    let entry = Entry {
-        name: name.to_owned(),
-        key: info.name.clone(),
-        same: r.same,
-        dtype: r.dtype,
-        dims: r.shape,
-        bytes: r.bytes,
-        codec,
-        base,
-        encoding,
-        prefer,
-        changed: r.changed,
-        stored_bytes: info.bytes(),
-        range: info.range.clone(),
-        check: digest(&r.check)?,
-        version,
-    };
-    check_entry(&entry, info, renamed).map_err(|e| e.within(format_args!("metadata `{key}`")))?;
-    Ok(entry)
-}
-
 /// What must agree between the fields of one record.
-fn check_entry(e: &Entry, info: &TensorInfo, renamed: bool) -> Result<()> {
-    if info.dtype != "U8" || info.dims.len() != 1 {
-        return Err(Error::corrupt(format!(
-            "stored as {} {:?}, not as one row of U8",
-            info.dtype, info.dims
-        )));
-    }
+pub(super) fn check_entry(e: &Entry) -> Result<()> {
     let bits = e.dims.iter().try_fold(dtype_bits(&e.dtype).unwrap_or(0), |a, &d| a.checked_mul(d as u64));
     if dtype_bits(&e.dtype).is_some() && bits != e.bytes.checked_mul(8) {
         return Err(Error::corrupt(format!("{} {:?} does not take {} bytes", e.dtype, e.dims, e.bytes)));
     }
-    if e.codec == Codec::Predicted && e.version < 2 {
+    if e.codec > Codec::Same && e.version < 2 {
         return Err(Error::corrupt(format!(
             "codec `{}`, which packages of version {} do not have",
             e.codec.name(),
@@ -312,13 +233,11 @@ fn check_entry(e: &Entry, info: &TensorInfo, renamed: bool) -> Result<()> {
             return Err(Error::corrupt(format!("codec `{}` {verb} field `{field}`", e.codec.name())));
         }
     }
-    if renamed && !delta {
-        return Err(Error::corrupt(
-            "a tensor that is no delta has the field `base_name`, `base_file` or `base_parts`",
-        ));
+    if matches!(e.codec, Codec::Same | Codec::Unchanged) && e.stored_bytes > 0 {
+        return Err(Error::corrupt(format!("codec `{}` stores {} bytes", e.codec.name(), e.stored_bytes)));
     }
-    if e.same.is_some() && e.stored_bytes > 0 {
-        return Err(Error::corrupt(format!("codec `same` stores {} bytes", e.stored_bytes)));
+    if e.codec == Codec::Unchanged && e.changed != Some(0) {
+        return Err(Error::corrupt(format!("codec `unchanged` of {:?} changed words", e.changed)));
     }
     if delta {
         let dtype = e.word_dtype().ok_or_else(|| Error::corrupt(format!("a delta of dtype {}", e.dtype)))?;
@@ -344,27 +263,6 @@ fn check_base(e: &Entry) -> Result<()> {
         )));
     }
     if base.parts.is_empty() { Ok(()) } else { check_parts(e.bytes, &base.parts) }
-}
-
-/// The digest of a package's header: every metadata pair but itself in key order, then every tensor in data order.
-pub(super) fn header_check(metadata: &BTreeMap<String, String>, tensors: &[TensorInfo]) -> Digest {
-    let mut h = Xxh3::new();
-    let mut field = |bytes: &[u8]| {
-        h.update(&(bytes.len() as u64).to_le_bytes());
-        h.update(bytes);
-    };
-    for (key, value) in metadata.iter().filter(|(k, _)| *k != CHECK) {
-        field(key.as_bytes());
-        field(value.as_bytes());
-    }
-    for t in tensors {
-        field(t.name.as_bytes());
-        field(t.dtype.as_bytes());
-        t.dims.iter().for_each(|&d| field(&(d as u64).to_le_bytes()));
-        field(&t.range.start.to_le_bytes());
-        field(&t.range.end.to_le_bytes());
-    }
-    Digest(h.digest128().to_le_bytes())
 }
 
 /// A resident delta of a package is what its record says.

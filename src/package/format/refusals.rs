@@ -1,7 +1,7 @@
 //! What is said where a package and a base do not belong together: each sentence once, whoever finds out.
 
 use super::container::TensorInfo;
-use super::record::Entry;
+use super::record::{BaseTensor, Entry};
 use crate::error::{Error, Hint};
 use crate::matrix::Digest;
 
@@ -11,10 +11,13 @@ pub(crate) fn stored_alone() -> Error {
 }
 
 /// The error for a base of another digest.
-pub(crate) fn another_base(name: &str, want: Digest, found: Digest) -> Error {
+pub(crate) fn another_base(want: &BaseTensor, found: Digest) -> Error {
     Error::mismatch(format!(
-        "another base: it was packed against `{name}` of digest {want}, this one has digest {found}; give the base that \
-         it was packed against"
+        "another base: it was packed against `{}` of digest {}, this one has digest {}; give the base that \
+         it was packed against",
+        want.name,
+        want.digest_text(),
+        want.as_much_of(found)
     ))
     .with_hint(Hint::OtherBase)
 }

@@ -20,11 +20,26 @@ pub(crate) enum Choice {
     Planes,
     Xor,
     Predicted,
+    Joint,
     Resident { estimate: Estimate, zstd: bool },
+}
+
+/// How a tensor is stored, and whether one frame of its XOR may be smaller yet.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Chosen {
+    pub(crate) choice: Choice,
+    pub(crate) near: bool,
+}
+
+impl From<Choice> for Chosen {
+    fn from(choice: Choice) -> Self {
+        Self { choice, near: false }
+    }
 }
 
 /// A tensor's stored bytes, by codec.
 pub(crate) enum StoredBody {
+    /// Nothing, or what a joint frame will hold.
     None,
     Frames(Box<FramesBody>),
     Xor(Box<XorBody>),
@@ -41,7 +56,7 @@ impl StoredBody {
         spool: &mut Spool,
     ) -> Result<Self> {
         Ok(match (choice, dtype) {
-            (Choice::Same, _) => Self::None,
+            (Choice::Same | Choice::Joint, _) => Self::None,
             (Choice::Xor, _) => Self::Xor(Box::new(XorBody::new(bytes, level)?)),
             (Choice::Resident { estimate, zstd }, Some(dtype)) => {
                 let assembler = Assembler::new(dtype, &estimate.plan)?;
@@ -65,6 +80,7 @@ impl StoredBody {
         start: u64,
     ) -> Result<(Codec, Digest, Option<Encoding>)> {
         match self {
+            Self::None if matches!(choice, Choice::Joint) => Ok((Codec::Joint, record::check_of(&[]), None)),
             Self::None => Ok((Codec::Same, record::check_of(&[]), None)),
             Self::Frames(body) => {
                 let codec = if matches!(choice, Choice::Planes) { Codec::Planes } else { Codec::Alone };

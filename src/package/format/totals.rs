@@ -171,7 +171,7 @@ fn line<'a>(package: &'a Package, e: &'a Entry) -> Line<'a> {
         base_name: base.map(|b| b.name.as_str()),
         base_file: base.and_then(|b| b.file.as_deref()),
         base_parts: base.map_or(&[], |b| &b.parts),
-        base: base.map(|b| b.digest.to_string()),
+        base: base.map(|b| b.digest_text()),
         encoding: e.encoding.map(|x| x.name()),
         prefer: e.prefer.map(prefer_name),
         changed: e.changed,

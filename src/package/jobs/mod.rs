@@ -7,8 +7,11 @@
 //! | `fleet`, `walk` | `pack` of many fine-tunes: which base, which of them at once; along one base together |
 //! | `compare` | whether a package and a fine-tune belong together |
 //! | `writer`, `tensor` | the same for one tensor at a time: into a new package, out of an open one |
-//! | `encode`, `predict`, `restore`, `reencode` | a tensor into stored bytes; back to words; to another resident delta |
+//! | `encode`, `choose`, `predict`, `append` | a tensor into stored bytes |
+//! | `restore`, `reencode` | back to words; to another resident delta |
 
+mod append;
+mod choose;
 mod compare;
 pub(crate) mod encode;
 pub(crate) mod fleet;

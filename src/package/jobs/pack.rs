@@ -7,9 +7,9 @@ use crate::package::checkpoint::bases::BaseDigests;
 use crate::package::checkpoint::files::{CarriedFile, Checkpoint, TensorFile};
 use crate::package::checkpoint::lonely::Lonely;
 use crate::package::checkpoint::pairing::{FoundBases, Paired, Pairs, pair};
-use crate::package::format::contents::{Contents, ContentsPart, HeaderLength, check_name};
+use crate::package::format::contents::{Contents, ContentsPart, check_listed};
 use crate::package::format::frames::{Deflater, FRAME_BYTES, compress_small};
-use crate::package::format::record::{self, Entry, SourceFile};
+use crate::package::format::record::{self, SourceFile};
 use crate::package::format::stored::FramesBody;
 use crate::package::format::totals::Report;
 use crate::package::format::words::TensorWords;
@@ -18,7 +18,7 @@ use crate::package::io::ordered;
 use crate::package::io::regular::open_regular;
 use crate::package::io::spool::Spool;
 use crate::package::io::temp::check_target;
-use crate::package::options::{Codec, Destination, PackOptions, Run};
+use crate::package::options::{Destination, PackOptions, Run};
 use sha2::{Digest as _, Sha256};
 use std::collections::HashMap;
 use std::io::Read;
@@ -47,26 +47,6 @@ pub fn pack_files(
     let job = Pack::plan((&base, &digests), &ft, beside, options, run)?;
     let parts = job.parts()?;
     job.write(parts, out)
-}
-
-/// Refuse a checkpoint of so many tensors that the package's header would be longer than any reader takes, before hours of
-/// work: by what is known of their bases, and of which are the same as others.
-fn refuse_long_header(
-    ft: &Checkpoint,
-    bases: &[Vec<Option<Paired<'_>>>],
-    same: &[Vec<Option<&str>>],
-    codec: Option<Codec>,
-) -> Result<()> {
-    let mut least = HeaderLength::default();
-    for (f, file) in ft.files().iter().enumerate() {
-        for (i, t) in file.tensors.header().tensors.iter().enumerate() {
-            check_name(&t.name)?;
-            let same = same.get(f).and_then(|list| list[i]);
-            let base = bases.get(f).and_then(|list| list[i].as_ref()).filter(|_| same.is_none());
-            least.add_least(t, base.map(Paired::name), same, codec)?;
-        }
-    }
-    Ok(())
 }
 
 /// An output must not replace what it is made from.
@@ -107,9 +87,8 @@ impl<'a> Pack<'a> {
             refuse_overwrite(path, base)?;
             refuse_overwrite(path, ft)?;
         }
-        refuse_long_header(ft, &[], &[], options.codec)?;
         let Pairs { bases, same, removed, lonely } = pair(base, ft, options.strip_prefix.as_deref())?;
-        refuse_long_header(ft, &bases, &same, options.codec)?;
+        ft.tensors().try_for_each(|(_, t)| check_listed(&t.name, &t.dims))?;
         Ok(Self { base, ft, digests, bases, same, removed, lonely, options, run, beside })
     }
 
@@ -148,7 +127,6 @@ impl Pack<'_> {
     pub(super) fn jobs<'j>(&'j self, f: usize, file: &'j TensorFile) -> Result<Vec<TensorJob<'j>>> {
         let tensors = &file.tensors.header().tensors;
         let list = tensors.iter().enumerate().map(|(i, t)| {
-            check_name(&t.name)?;
             let same = self.same[f][i].map(str::to_owned);
             let delta = match (&self.bases[f][i], t.matrix()) {
                 (Some(paired), Some((dtype, shape))) if same.is_none() => {
@@ -160,7 +138,7 @@ impl Pack<'_> {
                 TensorJob::new((&t.name, &t.dtype, &t.dims), TensorWords::File(&file.tensors, t), delta)?;
             job.same = same;
             if self.ft.find(&t.name).is_some_and(|(at, _)| at != f) {
-                job.key = record::again_entry(f, &t.name);
+                job.again = Some(f);
             }
             Ok(job)
         });
@@ -188,7 +166,7 @@ impl Pack<'_> {
             .flat_map(|(j, job)| (0..job.pieces.count()).map(move |c| (j, c)))
             .collect();
         let mut sha = sha256_begun(file);
-        let (mut spool, mut entries, mut open) = (Spool::create(self.beside)?, Vec::new(), None);
+        let (mut part, mut open) = (ContentsPart::new(Spool::create(self.beside)?), None);
         ordered::in_order::<EncodeScratch>(
             threads,
             items.len(),
@@ -196,27 +174,27 @@ impl Pack<'_> {
             |i, s| {
                 let (j, c) = items[i];
                 if c == 0 {
-                    open = Some(jobs[j].open(self.options, &mut spool)?);
+                    open = Some(jobs[j].open(self.options, &mut part.spool)?);
                 }
                 sha.update(s.fine_tuned());
                 self.run.advance(s.fine_tuned().len() as u64)?;
                 if let Some(o) = &mut open {
-                    o.take(c, &mut spool, s)?;
+                    o.take(c, &mut part.spool, s)?;
                 }
                 if let Some(o) = open.take_if(|_| c + 1 == jobs[j].pieces.count()) {
-                    entries.push(o.finish(&mut spool)?);
+                    o.finish(&mut part)?;
                 }
                 Ok(())
             },
         )?;
-        file_part(file, sha, spool, entries)
+        file_part(file, sha, part)
     }
 
     /// A file without tensors, stored.
     pub(super) fn carried_file(&self, file: &CarriedFile) -> Result<ContentsPart> {
         let store = || -> Result<ContentsPart> {
-            let (mut sha, mut spool, mut body) =
-                (Sha256::new(), Spool::create(self.beside)?, FramesBody::default());
+            let (mut sha, mut part, mut body) =
+                (Sha256::new(), ContentsPart::new(Spool::create(self.beside)?), FramesBody::default());
             let mut deflater = Deflater::new(self.options.level())?;
             let (mut input, mut bytes) = (open_regular(&file.place)?, 0u64);
             let (mut raw, mut frame) = (Vec::new(), Vec::new());
@@ -230,14 +208,15 @@ impl Pack<'_> {
                 bytes += raw.len() as u64;
                 frame.clear();
                 deflater.frame(&raw, true, &mut frame)?;
-                body.push(&mut spool, &frame, &[(frame.len(), raw.len())])?;
+                body.push(&mut part.spool, &frame, &[(frame.len(), raw.len())])?;
                 self.run.advance(raw.len() as u64)?;
             }
-            let check = body.finish(&mut spool, 0)?.to_string();
+            let check = body.finish(&mut part.spool, 0)?.to_string();
             let (path, executable) = (file.path.clone(), file.executable);
             let sha256 = hex(&sha.finalize());
             let source = SourceFile { path, sha256, bytes, executable, header_bytes: None, check };
-            Ok(ContentsPart { entries: Vec::new(), file: Some((source, 0..spool.len())), spool })
+            part.file = Some((source, 0..part.spool.len()));
+            Ok(part)
         };
         store().map_err(|e| e.within(file.place.display()))
     }
@@ -265,16 +244,12 @@ pub(super) fn sha256_begun(file: &TensorFile) -> Sha256 {
 }
 
 /// A file of tensors, all of which are on the spool: its header goes there, too.
-pub(super) fn file_part(
-    file: &TensorFile,
-    sha: Sha256,
-    mut spool: Spool,
-    entries: Vec<Entry>,
-) -> Result<ContentsPart> {
+pub(super) fn file_part(file: &TensorFile, sha: Sha256, mut part: ContentsPart) -> Result<ContentsPart> {
+    part.flush()?;
     let text = file.tensors.header_text().as_bytes();
     let stored = compress_small(text)?;
-    let start = spool.len();
-    spool.append(&stored)?;
+    let start = part.spool.len();
+    part.spool.append(&stored)?;
     let source = SourceFile {
         path: file.path.clone(),
         sha256: hex(&sha.finalize()),
@@ -283,7 +258,8 @@ pub(super) fn file_part(
         header_bytes: Some(text.len() as u64),
         check: record::check_of(&stored).to_string(),
     };
-    Ok(ContentsPart { entries, file: Some((source, start..spool.len())), spool })
+    part.file = Some((source, start..part.spool.len()));
+    Ok(part)
 }
 
 /// Lower-case hexadecimal digits.

@@ -58,8 +58,8 @@ fn encode_restored(source: &mut Restored<'_, '_>, estimate: &Estimate) -> Result
     Ok((out, size))
 }
 
-/// The hash of each piece of the base as it is now, whose digest is the one that it must have.
-fn hash_pieces(restore: &Restore<'_>) -> Result<Vec<u128>> {
+/// The hash of each piece of the base as it is now, and its digest, which is the one that it must have.
+fn hash_pieces(restore: &Restore<'_>) -> Result<(Digest, Vec<u128>)> {
     let (dtype, shape, want) = restore.matrix()?;
     let (words, mut room) = (restore.base_words()?, Aligned::default());
     let (mut stream, mut out) = (Digest::stream(dtype, shape), Vec::new());
@@ -69,7 +69,7 @@ fn hash_pieces(restore: &Restore<'_>) -> Result<Vec<u128>> {
         out.push(xxh3_128(piece));
     }
     let found = stream.finish();
-    if found == want { Ok(out) } else { Err(restore.another_base(found)) }
+    if want.is(found) { Ok((found, out)) } else { Err(restore.another_base(found)) }
 }
 
 /// A piece of both matrices.
@@ -99,9 +99,12 @@ impl<'r, 'a> Restored<'r, 'a> {
     const KEPT: [usize; 2] = [2, 40];
 
     fn new(restore: &'r Restore<'a>) -> Result<Self> {
-        let (dtype, shape, digest) = restore.matrix()?;
+        let (dtype, shape, _) = restore.matrix()?;
         let scratch = RestoreScratch::keeping_base();
-        let pieces = if restore.hashed() { hash_pieces(restore)? } else { Vec::new() };
+        let (digest, pieces) = match restore.hashed() {
+            true => hash_pieces(restore)?,
+            false => (restore.known_digest()?, Vec::new()),
+        };
         Ok(Self { restore, dtype, shape, digest, kept: Vec::new(), pieces, scratch, next: 0 })
     }
 

@@ -5,10 +5,10 @@ use crate::codec::Encoding;
 use crate::error::{Error, Kind, Result};
 use crate::matrix::{Digest, DigestStream, Dtype, Matrix, Shape};
 use crate::package::format::blob::{Blob, compare_check};
-use crate::package::format::container::SafeTensors;
 use crate::package::format::frames::{self, Inflater};
 use crate::package::format::predicted::{PredictedScratch, PredictedTiles};
-use crate::package::format::record::{Entry, check_delta};
+use crate::package::format::reader::Package;
+use crate::package::format::record::{BaseTensor, Entry, check_delta};
 use crate::package::format::refusals::{another_base, stored_alone};
 use crate::package::format::words::TensorWords;
 use crate::package::format::xor::XorStream;
@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// One tensor to be restored.
 pub(crate) struct Restore<'a> {
-    container: &'a SafeTensors,
+    package: &'a Package,
     /// What is stored: the entry itself, or the one whose bytes it shares.
     entry: &'a Entry,
     base: Option<RestoreBase<'a>>,
@@ -36,7 +36,7 @@ struct RestoreBase<'a> {
     shape: Shape,
     words: TensorWords<'a>,
     /// The digest that the base must have.
-    want: Digest,
+    want: &'a BaseTensor,
     /// The digest it is said to have: of words in memory, or from the cache. A base of another one is refused at once.
     known: Option<Digest>,
     /// Whether the words are hashed as they are read. Nothing that was known before vouches for bytes of a file: it may
@@ -50,6 +50,8 @@ enum StoredWay<'a> {
     Planes(Blob<'a>),
     Predicted(Box<PredictedTiles<'a>>),
     Xor(Mutex<XorStream<'a>>),
+    /// The words of a joint frame, and where this tensor's begin.
+    Joint(Arc<Vec<u8>>, usize),
 }
 
 /// What a thread keeps from piece to piece.
@@ -87,7 +89,7 @@ impl<'a> Restore<'a> {
     /// it is known, its digest; its dtype and shape have been compared with the entry's. Words in a file are hashed all the
     /// same, as they are read.
     pub(crate) fn new(
-        container: &'a SafeTensors,
+        package: &'a Package,
         entry: &'a Entry,
         base: Option<(TensorWords<'a>, Option<Digest>)>,
     ) -> Result<Self> {
@@ -106,7 +108,7 @@ impl<'a> Restore<'a> {
                     )));
                 }
                 let hashed = known.is_none() || !matches!(words, TensorWords::Memory(_));
-                let base = RestoreBase { dtype, shape, words, want: wanted.digest, known, hashed };
+                let base = RestoreBase { dtype, shape, words, want: wanted, known, hashed };
                 (Some(base), Pieces::new(dtype, shape, bytes))
             }
             // Without a base nothing but the stored bytes earns the size.
@@ -119,7 +121,7 @@ impl<'a> Restore<'a> {
             (_, Some(dtype)) => (None, Pieces::new(dtype, entry.shape()?, bytes)),
             _ => (None, Pieces::flat(bytes)),
         };
-        Ok(Self { container, entry, base, pieces, way: Mutex::default() })
+        Ok(Self { package, entry, base, pieces, way: Mutex::default() })
     }
 
     fn named(&self, e: Error) -> Error {
@@ -138,28 +140,32 @@ impl<'a> Restore<'a> {
     }
 
     fn open(&self) -> Result<StoredWay<'a>> {
-        if let (Some(base @ RestoreBase { want, known: Some(known), .. }), Some(wanted)) =
-            (self.base, &self.entry.base)
-            && want != known
+        if let Some(base @ RestoreBase { want, known: Some(known), .. }) = self.base
+            && !want.is(known)
         {
             // What was known may be out of date: a right base is not refused for it.
             let found = if base.hashed { base_digest(&base)? } else { known };
-            if want != found {
-                return Err(another_base(&wanted.name, want, found));
+            if !want.is(found) {
+                return Err(another_base(want, found));
             }
         }
-        let e = self.entry;
+        let (e, container) = (self.entry, self.package.container());
         match e.codec {
-            Codec::Planes | Codec::Alone => Ok(StoredWay::Planes(Blob::of(self.container, e)?)),
-            Codec::Resident | Codec::ResidentZstd => self.outline(Blob::of(self.container, e)?),
+            Codec::Unchanged => Ok(StoredWay::Unchanged),
+            Codec::Joint => {
+                let (words, at) = self.package.joint(e)?;
+                Ok(StoredWay::Joint(words, at))
+            }
+            Codec::Planes | Codec::Alone => Ok(StoredWay::Planes(Blob::of(container, e)?)),
+            Codec::Resident | Codec::ResidentZstd => self.outline(Blob::of(container, e)?),
             Codec::Predicted => {
                 let base = self.base.ok_or_else(stored_alone)?;
-                let tiles = PredictedTiles::open(self.container, e, base.dtype, base.shape.words()?)?;
+                let tiles = PredictedTiles::open(container, e, base.dtype, base.shape.words()?)?;
                 Ok(StoredWay::Predicted(Box::new(tiles)))
             }
             Codec::Same => Err(Error::internal("codec `same` was not resolved")),
             Codec::Xor => {
-                compare_check(self.container, e.range.clone(), Some(e.check))?;
+                compare_check(container, e.range.clone(), Some(e.check))?;
                 self.xor()
             }
         }
@@ -188,14 +194,14 @@ impl<'a> Restore<'a> {
             (false, 0) => Err(Error::corrupt("bytes stored for an empty tensor")),
             _ => {
                 let mut start = vec![0u8; (range.end - range.start).min(18) as usize];
-                self.container.read_at(range.start, &mut start)?;
+                self.package.container().read_at(range.start, &mut start)?;
                 let announced = zstd::zstd_safe::get_frame_content_size(&start).ok().flatten();
                 if announced != Some(bytes) {
                     return Err(Error::corrupt(format!(
                         "a zstd frame announces {announced:?} bytes where {bytes} belong"
                     )));
                 }
-                Ok(StoredWay::Xor(Mutex::new(XorStream::new(self.container, range, bytes)?)))
+                Ok(StoredWay::Xor(Mutex::new(XorStream::new(self.package.container(), range, bytes)?)))
             }
         }
     }
@@ -217,8 +223,8 @@ impl<'a> Restore<'a> {
         };
         let read = !s.leaves.is_empty() || !s.base.is_empty();
         match (self.digest_around(index, &base, s), base_digest(&base)) {
-            (_, Ok(now)) if now != base.want => another_base(&wanted.name, base.want, now),
-            (Ok(then), _) if !read || then == base.want => e,
+            (_, Ok(now)) if !wanted.is(now) => another_base(wanted, now),
+            (Ok(then), _) if !read || wanted.is(then) => e,
             _ => Error::io(format!(
                 "the base tensor `{}` was changed while it was read; try again when it is at rest",
                 wanted.name
@@ -257,6 +263,12 @@ impl<'a> Restore<'a> {
         }
         match &*way {
             StoredWay::Unchanged | StoredWay::Xor(_) => Ok(()),
+            StoredWay::Joint(words, from) => {
+                // The frame holds all words of its tensors, as its table was checked.
+                let words = words[from + range.start..].iter();
+                s.words.get_mut().iter_mut().zip(words).for_each(|(w, x)| *w ^= x);
+                Ok(())
+            }
             StoredWay::Planes(blob) => {
                 blob.apply_planes(at, s.words.get_mut(), base.dtype.word_bytes(), &mut s.inflater)
             }
@@ -312,9 +324,14 @@ impl<'a> Restore<'a> {
         Ok(())
     }
 
-    /// Dtype and shape of the matrix, and the digest that its base must have.
-    pub(crate) fn matrix(&self) -> Result<(Dtype, Shape, Digest)> {
+    /// Dtype and shape of the matrix, and the base that it must have.
+    pub(super) fn matrix(&self) -> Result<(Dtype, Shape, &BaseTensor)> {
         self.base.map(|b| (b.dtype, b.shape, b.want)).ok_or_else(stored_alone)
+    }
+
+    /// The whole digest of a base that is not [`Restore::hashed`].
+    pub(super) fn known_digest(&self) -> Result<Digest> {
+        self.base.and_then(|b| b.known).ok_or_else(|| Error::internal("a base of no known digest"))
     }
 
     /// Whether the base's words are in a file, or its digest is not known yet: what is read of them must be hashed.
@@ -324,10 +341,7 @@ impl<'a> Restore<'a> {
 
     /// The error for a base whose words have the digest `found`.
     pub(super) fn another_base(&self, found: Digest) -> Error {
-        match (self.base, &self.entry.base) {
-            (Some(base), Some(wanted)) => another_base(&wanted.name, base.want, found),
-            _ => stored_alone(),
-        }
+        self.base.map_or_else(stored_alone, |base| another_base(base.want, found))
     }
 
     /// The base's words.
@@ -378,16 +392,12 @@ impl Taken<'_, '_> {
         r.complete(s)
     }
 
-    /// After the last piece: was it the right base?
-    pub(crate) fn finish(self) -> Result<()> {
+    /// After the last piece: was it the right base? Gives the digest of what was read of it.
+    pub(crate) fn finish(self) -> Result<Option<Digest>> {
         let r = self.restore;
         *r.way.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        if let (Some(stream), Some(base), Some(wanted)) = (self.digest, r.base, &r.entry.base) {
-            let found = stream.finish();
-            if found != base.want {
-                return Err(r.named(another_base(&wanted.name, base.want, found)));
-            }
-        }
-        Ok(())
+        let Some((stream, base)) = self.digest.zip(r.base) else { return Ok(None) };
+        let found = stream.finish();
+        if base.want.is(found) { Ok(Some(found)) } else { Err(r.named(another_base(base.want, found))) }
     }
 }

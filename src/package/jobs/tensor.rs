@@ -14,7 +14,7 @@ use crate::package::format::record::{Entry, check_delta};
 use crate::package::format::refusals::{another_base, other_kind, stored_alone};
 use crate::package::format::words::TensorWords;
 use crate::package::options::Codec;
-use crate::resident::Resident;
+use crate::resident::{Assembler, Plan, Resident};
 
 /// The words of a base tensor that has been compared with what an entry says of it, and their digest.
 type Compared<'a> = (TensorWords<'a>, Option<Digest>);
@@ -50,14 +50,14 @@ impl Package {
             let (takes, has) = (entry.bytes, out.len());
             return Err(Error::mismatch(format!("takes {takes} bytes, but out has {has}")));
         }
-        let job = Restore::new(self.container(), entry, base)?;
+        let job = Restore::new(self, entry, base)?;
         let (mut taken, mut scratch) = (job.begin(), RestoreScratch::default());
         for index in 0..job.pieces.count() {
             job.make(index, &mut scratch)?;
             taken.take(&mut scratch)?;
             out[job.pieces.bytes(index)].copy_from_slice(scratch.words());
         }
-        taken.finish()
+        taken.finish().map(drop)
     }
 
     /// What `work` makes of the entry that tensor `name` is stored in. Errors name the tensor.
@@ -73,7 +73,13 @@ impl Package {
             }
             return Ok(bytes);
         }
-        let restore = Restore::new(self.container(), entry, Some(base))?;
+        if entry.codec == Codec::Unchanged {
+            let (words, known) = base;
+            let digest = known.map_or_else(|| joined_digest(entry, &words), Ok)?;
+            compared(entry, words, digest)?;
+            return unchanged_delta(entry, digest);
+        }
+        let restore = Restore::new(self, entry, Some(base))?;
         reencode::resident(&restore, prefer.or(entry.prefer).unwrap_or(Prefer::Memory))
     }
 
@@ -129,6 +135,14 @@ impl Base {
     }
 }
 
+/// The resident delta of a tensor that is its base, whose digest is `digest`.
+fn unchanged_delta(entry: &Entry, digest: Digest) -> Result<Vec<u8>> {
+    let dtype =
+        entry.word_dtype().ok_or_else(|| Error::corrupt(format!("a delta of dtype {}", entry.dtype)))?;
+    let done = Assembler::new(dtype, &Plan::unchanged(entry.shape()?))?.finish(digest)?;
+    Ok(done.head)
+}
+
 /// The base tensor of `entry`, which the caller has in memory.
 fn in_memory<'a>(entry: &Entry, base: &Matrix<'a>) -> Result<Compared<'a>> {
     if entry.base.is_none() {
@@ -170,8 +184,8 @@ fn joined_digest(entry: &Entry, words: &TensorWords<'_>) -> Result<Digest> {
 
 fn compared<'a>(entry: &Entry, words: TensorWords<'a>, found: Digest) -> Result<Compared<'a>> {
     let wanted = entry.base.as_ref().ok_or_else(stored_alone)?;
-    if found != wanted.digest {
-        return Err(another_base(&wanted.name, wanted.digest, found));
+    if !wanted.is(found) {
+        return Err(another_base(wanted, found));
     }
     Ok((words, Some(found)))
 }

@@ -229,7 +229,7 @@ impl<'a> Unpack<'a> {
                 }
                 self.run.advance(s.words().len() as u64)?;
                 match taken.take_if(|_| c + 1 == jobs[j].pieces.count()) {
-                    Some(done) => done.finish().map(|()| self.note(order[j].0)),
+                    Some(done) => done.finish().map(|found| self.note(order[j].0, found)),
                     None => Ok(()),
                 }
             },
@@ -334,14 +334,15 @@ impl<'a> Unpack<'a> {
         Err(named(Error::mismatch("base + delta is not the fine-tuned tensor given"), entry))
     }
 
-    fn note(&self, entry: &Entry) {
+    /// Keep the digest of its base.
+    fn note(&self, entry: &Entry, found: Option<Digest>) {
         let stored = self.package.resolve(entry).ok();
-        if let Some(base) = stored.and_then(|e| e.base.as_ref())
+        if let (Some(base), Some(found)) = (stored.and_then(|e| e.base.as_ref()), found)
             && base.parts.is_empty()
             && let Some((f, _)) = stored.and_then(|e| self.base.find_base(e, base))
         {
             let mut right = self.right.lock().unwrap_or_else(PoisonError::into_inner);
-            right.entry(f).or_default().push((base.name.clone(), base.digest));
+            right.entry(f).or_default().push((base.name.clone(), found));
         }
     }
 
@@ -373,7 +374,7 @@ pub(crate) fn restore_on<'a>(
         }
         None => None,
     };
-    Restore::new(package.container(), stored, words).map_err(|e| named(e, entry))
+    Restore::new(package, stored, words).map_err(|e| named(e, entry))
 }
 
 fn named(e: Error, entry: &Entry) -> Error {

@@ -1,13 +1,13 @@
 //! Several fine-tunes along one base: their files' tensors in the order of the base's, piece after piece, so that what one of
 //! them reads of the base serves all. Each goes into a package of its own, and fails alone.
 
-use super::encode::{EncodeScratch, OpenTensor, TensorJob};
+use super::append::OpenTensor;
+use super::encode::{EncodeScratch, TensorJob};
 use super::pack::{Pack, file_part, sha256_begun};
 use crate::error::{Error, Result};
 use crate::package::checkpoint::files::{CarriedFile, TensorFile};
 use crate::package::checkpoint::pairing::Paired;
 use crate::package::format::contents::ContentsPart;
-use crate::package::format::record::Entry;
 use crate::package::format::totals::Report;
 use crate::package::io::lanes::in_lanes;
 use crate::package::io::ordered;
@@ -155,8 +155,7 @@ struct LaneState<'a> {
 
 struct OpenFile<'a> {
     sha: Sha256,
-    spool: Spool,
-    entries: Vec<Entry>,
+    part: ContentsPart,
     tensor: Option<OpenTensor<'a>>,
 }
 
@@ -259,15 +258,15 @@ impl<'a> Walk<'a> {
         let ((_, j, c), s) = (pieces[item], &mut s.encode);
         let job: &'a TensorJob<'a> = &jobs[j];
         if c == 0 {
-            open.tensor = Some(job.open(self.options, &mut open.spool)?);
+            open.tensor = Some(job.open(self.options, &mut open.part.spool)?);
         }
         open.sha.update(s.fine_tuned());
         self.run.advance(s.fine_tuned().len() as u64)?;
         if let Some(tensor) = &mut open.tensor {
-            tensor.take(c, &mut open.spool, s)?;
+            tensor.take(c, &mut open.part.spool, s)?;
         }
         if let Some(tensor) = open.tensor.take_if(|_| c + 1 == job.pieces.count()) {
-            open.entries.push(tensor.finish(&mut open.spool)?);
+            tensor.finish(&mut open.part)?;
         }
         Ok(())
     }
@@ -275,7 +274,7 @@ impl<'a> Walk<'a> {
     fn opened(&self, lane: usize, file: &TensorFile) -> Result<OpenFile<'a>> {
         let beside = self.walkers[self.lanes[lane].walker].package;
         let spool = Spool::create(Some(beside))?.with_room(SPOOL_ROOM);
-        Ok(OpenFile { sha: sha256_begun(file), spool, entries: Vec::new(), tensor: None })
+        Ok(OpenFile { sha: sha256_begun(file), part: ContentsPart::new(spool), tensor: None })
     }
 
     /// All of a lane's file is stored; with the last one of a fine-tune, its package is written.
@@ -296,7 +295,7 @@ impl<'a> Walk<'a> {
         let mut state = self.state(lane);
         if let LaneFile::Tensors { file, .. } = &self.lanes[lane].what {
             let open = state.open.take().map_or_else(|| self.opened(lane, file), Ok)?;
-            state.part = Some(file_part(file, open.sha, open.spool, open.entries)?);
+            state.part = Some(file_part(file, open.sha, open.part)?);
         }
         Ok(())
     }

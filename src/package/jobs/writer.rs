@@ -5,10 +5,9 @@ use crate::error::{Error, Result};
 use crate::package::checkpoint::joined::row_parts;
 use crate::package::checkpoint::lonely::Lonely;
 use crate::package::format::container::TensorInfo;
-use crate::package::format::contents::{Contents, ContentsPart, HeaderLength, check_name};
+use crate::package::format::contents::{Contents, ContentsPart, check_listed};
 use crate::package::format::kinds::{dtype_bits, words_of};
 use crate::package::format::parts::{BasePart, PartSource};
-use crate::package::format::record::Entry;
 use crate::package::format::totals::Report;
 use crate::package::format::words::TensorWords;
 use crate::package::io::ordered;
@@ -44,7 +43,6 @@ pub struct Writer {
     part: ContentsPart,
     removed: Vec<String>,
     names: HashSet<String>,
-    header: HeaderLength,
     /// Tensors that may be met again, by digest, dtype and dimensions; and the digest of the base each had.
     seen: HashMap<Content, (String, Option<u128>)>,
     lonely: Lonely,
@@ -57,10 +55,9 @@ impl Writer {
     /// `Io`; `InvalidArgument` for a directory.
     pub fn create(path: &Path, options: PackOptions) -> Result<Self> {
         check_target(path)?;
-        let part = ContentsPart { spool: Spool::create(Some(path))?, entries: Vec::new(), file: None };
+        let part = ContentsPart::new(Spool::create(Some(path))?);
         let (removed, seen, lonely) = (Vec::new(), HashMap::new(), Lonely::default());
-        let (names, header) = (HashSet::new(), HeaderLength::default());
-        Ok(Self { options, jobs: 0, path: path.into(), part, removed, names, header, seen, lonely })
+        Ok(Self { options, jobs: 0, path: path.into(), part, removed, names: HashSet::new(), seen, lonely })
     }
 
     /// Threads that encode a tensor; 0, the default, takes one per core.
@@ -74,10 +71,9 @@ impl Writer {
     /// stored alone; one that equals an earlier one (a tied weight) is stored once.
     ///
     /// # Errors
-    /// `InvalidArgument` for a name used twice or reserved, or bytes that do not fit dtype and dimensions; `Unsupported` for
-    /// more tensors than a header holds; `Io`.
+    /// `InvalidArgument` for a name used twice or reserved, or bytes that do not fit dtype and dimensions; `Io`.
     pub fn add(&mut self, fine_tuned: &Tensor<'_>, base: Option<&Tensor<'_>>) -> Result<()> {
-        check_name(fine_tuned.name)?;
+        check_listed(fine_tuned.name, fine_tuned.dims)?;
         let given = base;
         let base = base.filter(|b| (b.dtype, b.dims) == (fine_tuned.dtype, fine_tuned.dims));
         [Some(fine_tuned), given]
@@ -105,13 +101,11 @@ impl Writer {
         if job.same.is_some() {
             job.delta = None;
         }
-        let entry = store(&job, &self.options, self.jobs, &mut self.part.spool)?;
-        self.header.add(&entry)?;
+        store(&job, &self.options, self.jobs, &mut self.part)?;
         self.names.insert(fine_tuned.name.to_owned());
         let kind = (fine_tuned.dtype, fine_tuned.dims);
         let named = given.map(|b| if parts.is_some() { kind } else { (b.dtype, b.dims) });
         self.lonely.count(fine_tuned.name, kind, fine_tuned.bytes.len() as u64, named);
-        self.part.entries.push(entry);
         Ok(())
     }
 
@@ -140,7 +134,7 @@ impl Writer {
     /// Write header and data to a temporary file beside the path, sync it and rename it.
     ///
     /// # Errors
-    /// `Io`; `Unsupported` for a header beyond the limit of safetensors. No file is left then.
+    /// `Io`; `Unsupported` for a name longer than a package holds. No file is left then.
     pub fn finish(self) -> Result<Report> {
         let contents = Contents { parts: vec![self.part], removed: self.removed, folder: false };
         let report = contents.write(Destination::Path(&self.path))?;
@@ -204,8 +198,8 @@ fn joined_job<'a>(
     TensorJob::new((ft.name, ft.dtype, ft.dims), TensorWords::Memory(ft.bytes), Some((dtype, shape, base)))
 }
 
-/// Encode one tensor onto the spool with several threads.
-fn store(job: &TensorJob<'_>, options: &PackOptions, jobs: usize, spool: &mut Spool) -> Result<Entry> {
+/// Encode one tensor into `part` with several threads.
+fn store(job: &TensorJob<'_>, options: &PackOptions, jobs: usize, part: &mut ContentsPart) -> Result<()> {
     let pieces = job.pieces;
     let mut open = None;
     ordered::in_order::<EncodeScratch>(
@@ -214,10 +208,10 @@ fn store(job: &TensorJob<'_>, options: &PackOptions, jobs: usize, spool: &mut Sp
         |i, s| job.make(i, options, s),
         |i, s| {
             if i == 0 {
-                open = Some(job.open(options, spool)?);
+                open = Some(job.open(options, &mut part.spool)?);
             }
-            open.as_mut().map_or(Ok(()), |o| o.take(i, spool, s))
+            open.as_mut().map_or(Ok(()), |o| o.take(i, &mut part.spool, s))
         },
     )?;
-    open.ok_or_else(|| Error::internal("a tensor without pieces"))?.finish(spool)
+    open.ok_or_else(|| Error::internal("a tensor without pieces"))?.finish(part)
 }

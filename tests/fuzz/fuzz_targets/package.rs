@@ -2,7 +2,11 @@
 #![no_main]
 
 #[path = "../../rust/common/forge.rs"]
+#[allow(dead_code)]
 mod forge;
+#[path = "../../rust/common/tables.rs"]
+#[allow(dead_code)]
+mod tables;
 
 use forge::Forge;
 use libfuzzer_sys::fuzz_target;
@@ -18,8 +22,11 @@ fuzz_target!(|data: &[u8]| {
     let dtype = Dtype::ALL[usize::from(how >> 4) % Dtype::ALL.len()];
     let base: Vec<u8> = (0..20 * 300 * dtype.word_bytes()).map(|i| (i * 7 + i / 300) as u8).collect();
     let Ok(base) = Matrix::new(dtype, SHAPE, &base) else { return };
-    let codec = Codec::ALL.get(usize::from(how & 7));
-    let bytes = codec.map_or_else(|| rest.to_vec(), |codec| forged(*codec, &base, rest));
+    let bytes = match how & 15 {
+        7 => rest.to_vec(),
+        8 => tabled(rest),
+        n => Codec::ALL.get(usize::from(n & 7)).map_or_else(Vec::new, |codec| forged(*codec, &base, rest)),
+    };
     if let Ok(package) = Package::parse(bytes) {
         walk(&package, &base);
     }
@@ -33,7 +40,8 @@ fn forged(codec: Codec, base: &Matrix<'_>, blob: &[u8]) -> Vec<u8> {
         _ => {
             let encoding = ["unchanged", "sparse", "exponent", "raw"][blob.len() % 4];
             let resident = matches!(codec, Codec::Resident | Codec::ResidentZstd);
-            let encoding = if resident { format!(r#","encoding":"{encoding}""#) } else { String::new() };
+            let more = if codec == Codec::Joint { r#","frame":0"# } else { "" };
+            let encoding = if resident { format!(r#","encoding":"{encoding}""#) } else { more.into() };
             format!(r#","base":"{}","prefer":"memory","changed":{}{encoding}"#, base.digest(), blob.len() % 5)
         }
     };
@@ -43,7 +51,16 @@ fn forged(codec: Codec, base: &Matrix<'_>, blob: &[u8]) -> Vec<u8> {
         base.bytes().len(),
         codec.name()
     );
-    Forge::new().tensor("w", &record, blob.to_vec()).build()
+    Forge::new().tensor("w", &record, blob.to_vec()).try_build().unwrap_or_default()
+}
+
+/// A package whose table has these columns, then the digests: three bytes say how many bytes of the one, and how many of data.
+fn tabled(rest: &[u8]) -> Vec<u8> {
+    let [a, b, stored, rest @ ..] = rest else { return Vec::new() };
+    let (columns, digests) = rest.split_at(usize::from(u16::from_le_bytes([*a, *b])).min(rest.len()));
+    let data: Vec<u8> = digests.iter().cycle().take(usize::from(*stored)).copied().collect();
+    let metadata = [("format", "xorz"), ("format_version", "2")].map(|(k, v)| (k.into(), v.into())).into();
+    forge::packed_table(&metadata, data, tables::sealed(columns.len() as u32, columns, digests))
 }
 
 fn walk(package: &Package, base: &Matrix<'_>) {

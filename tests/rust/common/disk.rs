@@ -1,6 +1,7 @@
 //! Checkpoints on disk, and the built command run on them.
 
 use super::data::{Rng, stepped};
+use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -74,6 +75,12 @@ pub fn tree(dir: &Path) -> BTreeMap<String, (bool, Vec<u8>)> {
     let mut out = BTreeMap::new();
     walk(dir, "", &mut out);
     out
+}
+
+/// Path, sha256, and whether it may be executed, of every file below a folder.
+pub fn sums(dir: &Path) -> BTreeMap<String, (String, bool)> {
+    let sum = |bytes: &[u8]| Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect::<String>();
+    tree(dir).into_iter().map(|(path, (executable, bytes))| (path, (sum(&bytes), executable))).collect()
 }
 
 /// Names in a folder, sorted.

@@ -1,7 +1,7 @@
 //! Promise: what people have in their folders packs: droppings of systems and the state of trainings are left out, caches are
 //! understood, an index of an earlier save is not believed; and what cannot be packed is refused with a sentence that helps.
 
-use crate::common::disk::{complaint, done, matrices, model, names, refused, safetensors, tree, xorz};
+use crate::common::disk::{done, matrices, model, names, refused, safetensors, tree};
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -190,28 +190,4 @@ fn bytes_after_the_last_tensor_are_refused_with_advice() {
     bytes.extend([0; 3]);
     fs::write(&path, bytes).unwrap();
     refused(d, &["pack", "base", "ft", "-o", "q"], 3, &["model-00001", "3 bytes follow", "fetch", "anew"]);
-}
-
-#[test]
-fn more_tensors_than_a_header_holds_are_refused_before_any_work() {
-    let dir = tempfile::tempdir().unwrap();
-    let d = dir.path();
-    let (mut header, count) = (String::from("{"), 260_000);
-    for i in 0..count {
-        header += &format!(
-            r#""model.language_model.layers.{}.mlp.experts.{i}.gate_up_proj.weight_scale":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{}]}},"#,
-            i / 512,
-            i + 1
-        );
-    }
-    header.pop();
-    header.push('}');
-    let file = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &vec![5; count]].concat();
-    fs::write(d.join("base"), &file).unwrap();
-    fs::write(d.join("ft"), &file).unwrap();
-    let out = xorz(d, &["pack", "base", "ft", "-o", "p"]);
-    let text = complaint(&out);
-    assert_eq!(out.status.code(), Some(3), "{text}");
-    assert!(text.contains(" tensors or more") && text.contains("100000000"), "{text}");
-    assert_eq!(names(d), ["base", "ft"]);
 }

@@ -242,7 +242,7 @@ fn a_delta_of_parts_is_given_out_for_its_own_base_only() {
     let mut other = old.clone();
     other[2 * (n * k - 1)] ^= 1;
     write("other", n, &other);
-    for codec in Codec::ALL.into_iter().filter(|c| c.delta()) {
+    for codec in Codec::ALL.into_iter().filter(|c| c.name().parse::<Codec>().is_ok()) {
         let options = PackOptions { codec: Some(codec), ..PackOptions::default() };
         let out = path("p");
         pack_files(&path("base"), &path("ft"), Destination::Path(&out), &options, &Run::default()).unwrap();
@@ -279,7 +279,12 @@ fn parts_that_lie_are_refused() {
         record["base_parts"] = parts;
         forge.metadata.insert("xorz:tensor:w".into(), record.to_string());
         forge.metadata.insert("format_version".into(), version.into());
-        fs::write(d.join("q"), forge.build()).unwrap();
+        // What no table can say is said in version 1.
+        let bytes = forge.try_build().unwrap_or_else(|| {
+            forge.metadata.insert("format_version".into(), "1".into());
+            forge.build()
+        });
+        fs::write(d.join("q"), bytes).unwrap();
         verify_files(&d.join("base"), &d.join("q"), None, &Run::default()).unwrap_err()
     };
     let part = |name: &str, at: u64, bytes: u64| serde_json::json!({"name": name, "at": at, "bytes": bytes});

@@ -94,6 +94,28 @@ fn the_whole_job() {
 }
 
 #[test]
+fn fast_packages_hold_nothing_predicted_and_come_back() {
+    let dir = folder(512 * 64);
+    let d = dir.path();
+    let packed = |to: &str, more: &[&str]| -> (Vec<String>, u64) {
+        let args = [&["pack", "base", "ft", "-o", to, "--json"], more].concat();
+        let value: serde_json::Value = serde_json::from_slice(&xorz(d, &args).stdout).unwrap();
+        let codecs = value["codecs"].as_object().unwrap().keys().cloned().collect();
+        (codecs, value["package_bytes"].as_u64().unwrap())
+    };
+    let (slow, smallest) = packed("p.xorz", &[]);
+    let (fast, larger) = packed("q.xorz", &["--fast"]);
+    assert!(slow.contains(&"predicted".to_owned()), "{slow:?}");
+    assert!(!fast.contains(&"predicted".to_owned()), "{fast:?}");
+    assert!(larger > smallest, "{larger} for {smallest}");
+    let out = xorz(d, &["unpack", "base", "q.xorz", "-o", "out"]);
+    assert!(out.status.success());
+    assert!(fs::read(d.join("out")).unwrap() == fs::read(d.join("ft")).unwrap());
+    let out = xorz(d, &["pack", "base", "ft", "-o", "r.xorz", "--fast", "--codec", "predicted"]);
+    assert!(!out.status.success() && !d.join("r.xorz").exists());
+}
+
+#[test]
 fn json_is_one_object_with_the_same_numbers() {
     let dir = folder(512 * 64);
     let d = dir.path();
@@ -164,13 +186,16 @@ fn exit_codes_tell_what_kind_of_thing_went_wrong() {
 
 #[test]
 fn another_base_is_refused_naming_the_tensor_and_both_digests() {
-    let dir = folder(512 * 4);
-    let d = dir.path();
-    assert!(xorz(d, &["pack", "base", "ft", "-o", "p.xorz"]).status.success());
-    let text = complaint(&xorz(d, &["verify", "other", "p.xorz"]));
-    let digests = text.split(|c: char| !c.is_ascii_hexdigit()).filter(|s| s.len() == 32);
-    assert_eq!(digests.collect::<std::collections::HashSet<_>>().len(), 2, "{text}");
-    assert!(text.contains("`layer.weight`"), "{text}");
+    // Of small tensors a package knows the first half of the digest.
+    for (words, digits) in [(512 * 4, 16), (512 * 8, 32)] {
+        let dir = folder(words);
+        let d = dir.path();
+        assert!(xorz(d, &["pack", "base", "ft", "-o", "p.xorz"]).status.success());
+        let text = complaint(&xorz(d, &["verify", "other", "p.xorz"]));
+        let digests = text.split(|c: char| !c.is_ascii_hexdigit()).filter(|s| s.len() == digits);
+        assert_eq!(digests.collect::<std::collections::HashSet<_>>().len(), 2, "{text}");
+        assert!(text.contains("`layer.weight`"), "{text}");
+    }
 }
 
 #[test]

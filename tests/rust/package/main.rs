@@ -8,6 +8,7 @@ pub mod common {
     pub mod disk;
     pub mod forge;
     pub mod mapping;
+    pub mod tables;
 }
 
 mod checkpoint_folders;
@@ -20,9 +21,12 @@ mod digest_cache;
 mod estimate;
 mod fleet;
 mod golden;
+mod golden_tables;
 mod hostile;
 mod hostile_names;
+mod hostile_tables;
 mod messages;
 mod page;
 mod roundtrip;
 mod small_inputs;
+mod smallest;
