@@ -10,6 +10,7 @@
 //! | `float` | bf16, f16, f32 as lanes |
 //! | `lanes` | the bit streams of `exponent`; `packer` what an instruction set gives to those who write them |
 //! | `bf16dot` | dot products of bf16 words as they are, where the machine has them |
+//! | `bits` | what instruction sets give to code of single registers |
 //! | `encode` | words to tiles and whole deltas, and the estimates that choose how |
 //! | `predicted` | tiles of packages whose changes the base predicts |
 //! | `processor`, `preference`, `trace` | what CPUID says, what `prefer="auto"` comes to, and whether people are told |
@@ -18,6 +19,7 @@
 //! | `exec` | how ops run their tasks |
 
 pub(crate) mod bf16dot;
+pub(crate) mod bits;
 pub(crate) mod dispatch;
 mod encode;
 pub(crate) mod exec;

@@ -9,6 +9,7 @@
 //! and `unsafe` stays inside the architecture folders. This file must hold no intrinsic and no algorithm.
 
 use super::bf16dot::Bf16Task;
+use super::bits::{BitTask, PlainMasks};
 use super::lanes::{Code, LaneBits, Progress, portable};
 use super::packer::{Never, Packer};
 
@@ -153,6 +154,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Run `task` with the machine's bf16 dot product, if it has one.
     fn with_bf16_dot<T: Bf16Task>(self, _task: T) -> Option<T::Out> {
         None
+    }
+
+    /// Run `task` with the instructions for bits that the machine has.
+    fn with_bits<T: BitTask>(self, task: T) -> T::Out {
+        task.call(PlainMasks)
     }
 
     /// What encodes fast on this machine, if anything does.

@@ -54,6 +54,16 @@ impl<'a> BitReader<'a> {
         Ok(Self { bytes, at: first.trailing_zeros() as usize + 1 })
     }
 
+    /// Which bit comes next.
+    pub(crate) fn at(&self) -> usize {
+        self.at
+    }
+
+    /// Go on at bit `at`.
+    pub(crate) fn go_to(&mut self, at: usize) {
+        self.at = at;
+    }
+
     /// The next bits, at least 57 of them, lowest first.
     #[inline(always)]
     pub(crate) fn peek(&self) -> u64 {

@@ -14,9 +14,7 @@ use std::ops::Range;
 /// How often words of each octave make each step, in all of a matrix or in a sample of it.
 pub struct StepCounts {
     dtype: Dtype,
-    /// Words of all octaves, changed or not.
-    words: Vec<u64>,
-    /// By octave and symbol.
+    /// By octave and symbol. The first symbol stands for words that are unchanged.
     steps: Vec<u64>,
     gaps: [u64; GAP_SYMBOLS],
 }
@@ -36,19 +34,21 @@ impl StepCounts {
     /// Nothing counted yet.
     pub fn new(dtype: Dtype) -> Self {
         let steps = vec![0; OCTAVES * STEP_SYMBOLS];
-        Self { dtype, words: vec![0; OCTAVES], steps, gaps: [0; GAP_SYMBOLS] }
+        Self { dtype, steps, gaps: [0; GAP_SYMBOLS] }
     }
 
     /// Count the words of a tile. Gaps are counted between all changed words, dense or not.
+    #[inline(always)]
     pub fn add<W: Word>(&mut self, base: &[W], fine_tuned: &[W]) {
         let shift = octave_shift::<W>(self.dtype);
         for (b, f) in base.iter().zip(fine_tuned) {
-            let octave = octave(*b, shift);
-            self.words[octave] += 1;
-            if b != f {
-                self.steps[octave * STEP_SYMBOLS + step_symbol(step(*b, *f)).0] += 1;
-            }
+            self.steps[octave(*b, shift) * STEP_SYMBOLS + step_symbol(step(*b, *f)).0] += 1;
         }
+    }
+
+    /// Count words of an octave that are unchanged.
+    pub(crate) fn add_unchanged(&mut self, octave: usize, words: u64) {
+        self.steps[octave * STEP_SYMBOLS] += words;
     }
 
     /// Count the gaps of a tile between changed words that are not dense by `p`.
@@ -56,11 +56,17 @@ impl StepCounts {
         let (shift, dense, mut from) = (p.shift::<W>(), p.dense(), 0);
         for (i, (b, f)) in base.iter().zip(fine_tuned).enumerate() {
             if b != f && !dense.contains(&octave(*b, shift)) {
-                self.gaps[number((i - from) as u32).0] += 1;
+                self.add_gap((i - from) as u32);
                 from = i + 1;
             }
         }
-        self.gaps[number((base.len() - from) as u32).0] += 1;
+        self.add_gap((base.len() - from) as u32);
+    }
+
+    /// Count a gap of so many words.
+    #[inline(always)]
+    pub(crate) fn add_gap(&mut self, words: u32) {
+        self.gaps[number(words).0] += 1;
     }
 
     /// Dtype of the words.
@@ -70,11 +76,15 @@ impl StepCounts {
 
     /// Words counted.
     pub fn words(&self) -> u64 {
-        self.words.iter().sum()
+        self.steps.iter().sum()
     }
 
-    fn changed(&self, octave: usize) -> u64 {
-        self.row(octave).iter().sum()
+    /// Words of each octave, and how many of them changed.
+    fn totals(&self) -> [(u64, u64); OCTAVES] {
+        std::array::from_fn(|octave| {
+            let row = self.row(octave);
+            (row.iter().sum(), row[1..].iter().sum())
+        })
     }
 
     fn row(&self, octave: usize) -> &[u64] {
@@ -123,17 +133,17 @@ impl StepCounts {
 
     /// The run of octaves whose words had better have a symbol each: that saves most.
     fn dense_octaves(&self) -> Range<usize> {
-        let total = self.words().max(1) as f64;
+        let (total, totals) = (self.words().max(1) as f64, self.totals());
         let mut dense = 0..0;
         for _ in 0..4 {
-            let outside = (0..OCTAVES).filter(|o| !dense.contains(o)).map(|o| self.changed(o)).sum::<u64>();
+            let outside = (0..OCTAVES).filter(|o| !dense.contains(o)).map(|o| totals[o].1).sum::<u64>();
             // A gap takes about log2 of how far changes are apart, and a bit and a half.
             let gap = (total / outside.max(1) as f64).log2().max(0.5) + 1.5;
             let (mut best, mut sum, mut from) = (0.0, 0.0, 0);
             let before = dense.clone();
             dense = 0..0;
             for octave in 0..OCTAVES {
-                let (n, c) = (self.words[octave] as f64, self.changed(octave) as f64);
+                let (n, c) = (totals[octave].0 as f64, totals[octave].1 as f64);
                 let told = entropy(n) - entropy(c) - entropy(n - c);
                 sum += c * gap - told - DENSE_WORD_BITS * n;
                 if sum <= 0.0 {
@@ -154,8 +164,8 @@ impl StepCounts {
         let mut groups: Vec<Group> = Vec::new();
         for octave in range {
             let mut counts = self.row(octave).to_vec();
-            if is_dense {
-                counts[0] = self.words[octave] - self.changed(octave);
+            if !is_dense {
+                counts[0] = 0;
             }
             match groups.last_mut() {
                 Some(g) if counts.iter().all(|c| *c == 0) => g.last = octave,
@@ -200,7 +210,8 @@ impl StepCounts {
         tile_words: usize,
         whole: bool,
     ) -> (Vec<u16>, f64) {
-        let outside = (0..OCTAVES).filter(|o| !dense.contains(o)).map(|o| self.changed(o)).sum::<u64>();
+        let totals = self.totals();
+        let outside = (0..OCTAVES).filter(|o| !dense.contains(o)).map(|o| totals[o].1).sum::<u64>();
         if outside == 0 && whole {
             return (Vec::new(), 0.0);
         }

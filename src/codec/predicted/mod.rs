@@ -29,7 +29,7 @@ mod tile;
 pub use fit::StepCounts;
 pub use predictor::Predictor;
 pub use step::predictable;
-pub(crate) use tile::{Item, LANES, write_items};
+pub(crate) use tile::{LANES, unknown};
 pub use tile::{decode_predicted, encode_predicted};
 
 /// Most words of a tile.

@@ -61,11 +61,8 @@ pub(crate) fn stepped<W: Word>(base: W, step: i32) -> W {
 /// A number as a symbol, its two leading bits and their place, and how many raw bits follow, which are its lowest.
 #[inline(always)]
 pub(crate) fn number(value: u32) -> (usize, u32) {
-    if value < 2 {
-        return (value as usize, 0);
-    }
-    let top = value.ilog2();
-    (2 * top as usize + (value >> (top - 1) & 1) as usize, top - 1)
+    let raw = (value | 2).ilog2() - 1;
+    (2 * raw as usize + (value >> raw) as usize, raw)
 }
 
 /// Raw bits that follow a number's symbol, and the number if they are zero.

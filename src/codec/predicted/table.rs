@@ -114,6 +114,11 @@ impl State {
         Self { next: next as u16, symbol: symbol as u8, bits: bits as u8, raw: raw as u8 }
     }
 
+    /// The next state without the bits taken for it, how many those are, and how many raw bits follow.
+    pub(crate) fn parts(self) -> (u32, u32, u32) {
+        (u32::from(self.next), u32::from(self.bits), u32::from(self.raw))
+    }
+
     /// Leave this state by what `reader` gives: the next state, and the symbol's raw bits.
     #[inline(always)]
     pub(crate) fn leave(self, reader: &mut BitReader<'_>) -> (u16, u32) {
@@ -133,6 +138,11 @@ pub(crate) struct Coding {
 }
 
 impl Coding {
+    /// For each symbol where its states begin, and its frequency; and the states.
+    pub(crate) fn parts(&self) -> (&[(u32, u32)], &[u16]) {
+        (&self.first, &self.states)
+    }
+
     /// The state before `state` that gives `symbol` and leads to it, and the bits by which it does. `None` for a symbol
     /// that never comes.
     #[inline(always)]

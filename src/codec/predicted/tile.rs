@@ -19,17 +19,17 @@ pub(crate) const LANES: usize = 4;
 
 /// A symbol of a context, and its raw bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Item {
-    pub(crate) context: u8,
-    pub(crate) symbol: u8,
-    pub(crate) raw_bits: u8,
-    pub(crate) raw: u32,
+struct Item {
+    context: u8,
+    symbol: u8,
+    raw_bits: u8,
+    raw: u32,
 }
 
 impl Predictor {
     /// What is coded of the step between two words.
     #[inline(always)]
-    pub(crate) fn item<W: Word>(&self, base: W, fine_tuned: W, shift: u32) -> Item {
+    fn item<W: Word>(&self, base: W, fine_tuned: W, shift: u32) -> Item {
         let context = self.context[octave(base, shift)];
         let step = step(base, fine_tuned);
         let (symbol, raw_bits) = step_symbol(step);
@@ -42,7 +42,7 @@ impl Predictor {
     }
 
     /// What is coded of a gap.
-    pub(crate) fn gap(&self, words: usize) -> Item {
+    fn gap(&self, words: usize) -> Item {
         let (symbol, raw_bits) = number(words as u32);
         let raw = words as u32 & ((1 << raw_bits) - 1);
         Item { context: self.gap_context() as u8, symbol: symbol as u8, raw_bits: raw_bits as u8, raw }
@@ -75,20 +75,28 @@ pub fn encode_predicted<W: Word>(
             from = i + 1;
         }
         items.push(p.gap(base.len() - from));
+    } else if pairs().any(|(b, f)| !is_dense(b) && b != f) {
+        return Err(unknown());
     }
     write_items(p.log(), &p.coding(), &items, out)?;
     Ok(changed)
 }
 
+/// What cannot be coded: the predictor was made of other words.
+#[cold]
+pub(crate) fn unknown() -> Error {
+    Error::internal("a step or a gap that its predictor does not know")
+}
+
 /// Append the stream of `items`.
-pub(crate) fn write_items(log: u32, coding: &[Coding], items: &[Item], out: &mut Vec<u8>) -> Result<()> {
+fn write_items(log: u32, coding: &[Coding], items: &[Item], out: &mut Vec<u8>) -> Result<()> {
     let (mut states, mut bits) = ([0u16; LANES], BitsBackwards::default());
     for (i, item) in items.iter().enumerate().rev() {
         let state = &mut states[i % LANES];
         let (from, value, count) = coding
             .get(usize::from(item.context))
             .and_then(|c| c.enter(usize::from(item.symbol), *state))
-            .ok_or_else(|| Error::internal("a step or a gap that its predictor does not know"))?;
+            .ok_or_else(unknown)?;
         *state = from;
         let raw_bits = u32::from(item.raw_bits);
         if raw_bits + count <= 32 {

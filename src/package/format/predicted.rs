@@ -139,7 +139,7 @@ impl<'a> PredictedTiles<'a> {
         }
         at.push(start + table);
         let predictor = Predictor::read(dtype, words, &bytes)?;
-        Ok(Self { container, dtype, decoder: PredictedDecoder::new(predictor), tile_words, words, at })
+        Ok(Self { container, dtype, decoder: PredictedDecoder::new(predictor)?, tile_words, words, at })
     }
 
     /// Make the base words of the run that begins at word `from` the fine-tuned ones. `base` gives base bytes by position, for
@@ -162,12 +162,12 @@ impl<'a> PredictedTiles<'a> {
             self.load(index, &mut s.stored)
                 .and_then(|()| {
                     if n == tile.len() {
-                        return self.decoder.decode(self.dtype, &s.stored, now);
+                        return self.decoder.decode(self.dtype, &mut s.stored, now);
                     }
                     s.tile.clear();
                     s.tile.resize(tile.len() * w, 0);
                     base(tile.start * w, &mut s.tile)?;
-                    self.decoder.decode(self.dtype, &s.stored, &mut s.tile)?;
+                    self.decoder.decode(self.dtype, &mut s.stored, &mut s.tile)?;
                     now.copy_from_slice(&s.tile[(word - tile.start) * w..][..n * w]);
                     Ok(())
                 })

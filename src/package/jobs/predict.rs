@@ -29,13 +29,13 @@ impl TensorJob<'_> {
         let (_, first, _) = counts.fit(words, tile_words, whole)?;
         let tile_bytes = tile_words * dtype.word_bytes();
         self.count_pieces(dtype, &sample, &mut |base, tuned| {
-            let tiles = base.chunks(tile_bytes).zip(tuned.chunks(tile_bytes));
-            tiles.for_each(|(b, t)| count_gaps(&mut counts, &first, b, t));
+            let mut tiles = base.chunks(tile_bytes).zip(tuned.chunks(tile_bytes));
+            tiles.try_for_each(|(b, t)| count_gaps(&mut counts, &first, b, t))
         })?;
         let (predictor, model, bits) = counts.fit(words, tile_words, whole)?;
         let share = words as f64 / counts.words().max(1) as f64;
         let bytes = bits / 8.0 * share + predictor.len() as f64 + words.div_ceil(tile_words) as f64 * 10.0;
-        let encoder = PredictedEncoder::new(model);
+        let encoder = PredictedEncoder::new(model)?;
         let _ = self.predicted.set(Predicted { predictor, encoder, tile_words });
         Ok(Some(bytes))
     }
@@ -45,7 +45,7 @@ impl TensorJob<'_> {
         &self,
         dtype: Dtype,
         sample: &[usize],
-        count: &mut dyn FnMut(&[u8], &[u8]),
+        count: &mut dyn FnMut(&[u8], &[u8]) -> Result<()>,
     ) -> Result<()> {
         let Some((_, _, base)) = self.delta else { return Ok(()) };
         debug_assert_eq!(self.bytes % dtype.word_bytes(), 0);
@@ -53,7 +53,7 @@ impl TensorJob<'_> {
         for &index in sample {
             let range = self.pieces.bytes(index);
             let base = base.words.get(range.clone(), &mut rooms.0)?;
-            count(base, self.words.get(range, &mut rooms.1)?);
+            count(base, self.words.get(range, &mut rooms.1)?)?;
         }
         Ok(())
     }

@@ -1,7 +1,9 @@
 //! The AVX2 instance (with FMA, F16C and POPCNT): sixteen lanes in two 256-bit registers, low lanes first.
 //! Every method is one or two instructions per register; nothing else belongs here.
 
+use super::bits;
 use super::lanes;
+use crate::vector::bits::BitTask;
 use crate::vector::lanes::{Code, LaneBits, Progress};
 use crate::vector::packer::Packer;
 use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
@@ -312,6 +314,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn lanes32(self, lanes: &mut LaneBits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
         lanes::words32(self, lanes, code, units, words)
+    }
+
+    fn with_bits<T: BitTask>(self, task: T) -> T::Out {
+        bits::with_bits(self, task)
     }
 
     fn packer(self) -> Option<impl Packer> {

@@ -2,7 +2,9 @@
 //! Every method is one or two instructions; nothing else belongs here.
 
 use super::avx2::Avx2;
+use super::bits;
 use super::lanes;
+use crate::vector::bits::BitTask;
 use crate::vector::lanes::{Code, LaneBits, Progress};
 use crate::vector::packer::Packer;
 use crate::vector::simd::{Kernel, SIMD_LANES, Simd};
@@ -201,6 +203,10 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn lanes32(self, lanes: &mut LaneBits<u32>, code: Code<'_>, units: &[u8], words: &mut [u32]) -> Progress {
         lanes::words32(Avx2::from(self), lanes, code, units, words)
+    }
+
+    fn with_bits<T: BitTask>(self, task: T) -> T::Out {
+        bits::with_bits(Avx2::from(self), task)
     }
 
     fn packer(self) -> Option<impl Packer> {

@@ -3,9 +3,11 @@
 
 use super::avx2::Avx2;
 use super::avx512::Avx512;
+use super::bits;
 use super::lanes512::{self, From};
 use super::lanes512_four_byte;
 use crate::vector::bf16dot::Bf16Task;
+use crate::vector::bits::BitTask;
 use crate::vector::lanes::{Code, LaneBits, Progress};
 use crate::vector::packer::Packer;
 use crate::vector::simd::{GROUP, Kernel, SIMD_LANES, Simd};
@@ -142,6 +144,10 @@ macro_rules! instance {
                 acc: &mut [__m512; M],
             ) -> Progress {
                 lanes512_four_byte::decode_dots32(self.into(), lanes, code, units, base, x, acc)
+            }
+
+            fn with_bits<T: BitTask>(self, task: T) -> T::Out {
+                bits::with_bits(<Avx2 as std::convert::From<Avx512>>::from(Into::<Avx512>::into(self)), task)
             }
 
             fn packer(self) -> Option<impl Packer> {

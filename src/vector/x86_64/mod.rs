@@ -6,6 +6,7 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 pub(crate) mod avx512_more;
 mod bf16dot;
+mod bits;
 pub(crate) mod cpuid;
 mod differ;
 mod lanes;
