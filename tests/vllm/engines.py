@@ -99,8 +99,18 @@ def reference(path: Path, **settings: Any) -> list[Said]:
 
 
 def references(paths: Sequence[Path]) -> list[list[Said]]:
-    """The same of several models, each in an engine of its own."""
-    return [reference(path) for path in paths]
+    """The same of several models of one shape: vLLM itself loads them, one after another, into an engine without adapters."""
+    llm = engine(paths[0], enable_lora=False, weight_transfer_config={"backend": "xorz"})
+    out = []
+    try:
+        for i, path in enumerate(paths):
+            if i:
+                llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+                llm.reset_prefix_cache()
+            out.append(ask(llm, PROMPTS))
+    finally:
+        stop(llm)
+    return out
 
 
 def manager(llm: LLM) -> Any:

@@ -62,6 +62,18 @@ HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests", ("self", "request_ids", "finished_status")),
     ("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("self", "method")),
+    (
+        "vllm.distributed.weight_transfer.factory",
+        "WeightTransferEngineFactory.register_engine",
+        ("name", "module_path_or_cls", "class_name"),
+    ),
+    ("vllm.distributed.weight_transfer.factory", "WeightTransferEngineFactory._registry", ()),
+    (
+        "vllm.distributed.weight_transfer.base",
+        "WeightTransferEngine",
+        ("config", "vllm_config", "device", "model"),
+    ),
+    ("vllm.v1.worker.gpu_worker", "Worker.finish_weight_update", ("self",)),
     ("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self",)),
     ("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys", ("request",)),
     (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization import register_quantization_config
 
-from . import layers, manager, replaced, serving
+from . import layers, manager, replaced, rpc, serving
 from .packages import is_package
 
 
@@ -19,6 +19,7 @@ def install() -> None:
     _start()
     serving.install()
     replaced.install()
+    rpc.install()
 
 
 def _start() -> None:

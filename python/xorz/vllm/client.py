@@ -1,0 +1,193 @@
+"""The trainer's side of `xorz.vllm.sync`: one call brings every engine to a version, or none. It imports nothing of vLLM."""
+
+import base64
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_POLL_SECONDS = 0.02
+
+
+class UpdateError(RuntimeError):
+    """An engine has not taken an update; the message says which engine, and why."""
+
+
+class _Served:
+    """An engine behind vLLM's OpenAI server, which was started with VLLM_SERVER_DEV_MODE=1."""
+
+    def __init__(self, address: str, timeout: float) -> None:
+        self.name, self._address, self._timeout = address, address.rstrip("/"), timeout
+
+    def post(self, path: str, **body: Any) -> Any:
+        request = urllib.request.Request(
+            f"{self._address}/{path}", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout) as answer:
+                return json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            text = error.read().decode("utf-8", "replace")
+            raise UpdateError(f"{self.name}: {path}: {error.code} {_message(text)}") from None
+        except OSError as error:
+            raise UpdateError(f"{self.name}: {path}: {error}") from None
+
+    def workers(self, method: str, **kwargs: Any) -> list[Any]:
+        answer = self.post("collective_rpc", method=f"xorz_{method}", kwargs=kwargs)
+        # The route turns what is neither a dict nor None into text.
+        return answer["results"] if answer is not None else []
+
+    def start(self) -> None:
+        self.post("start_weight_update")
+
+    def receive(self, info: dict[str, Any]) -> None:
+        self.post("update_weights", update_info=info)
+
+    def finish(self) -> None:
+        self.post("finish_weight_update")
+
+
+class _Here:
+    """An engine in this process: `vllm.LLM`."""
+
+    def __init__(self, llm: Any) -> None:
+        self.name, self._llm = "the engine", llm
+
+    def _call(self, method: str, **kwargs: Any) -> list[Any]:
+        try:
+            return self._llm.collective_rpc(method, kwargs=kwargs)
+        except Exception as error:
+            raise UpdateError(f"{self.name}: {method}: {error}") from error
+
+    def workers(self, method: str, **kwargs: Any) -> list[Any]:
+        return self._call(f"xorz_{method}", **kwargs)
+
+    def start(self) -> None:
+        self._call("start_weight_update")
+
+    def receive(self, info: dict[str, Any]) -> None:
+        self._call("update_weights", update_info=info)
+
+    def finish(self) -> None:
+        self._call("finish_weight_update")
+
+
+def _message(text: str) -> str:
+    """What an error page says, where it is vLLM's."""
+    try:
+        return json.loads(text)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return text[:2000]
+
+
+def update(
+    engines: Any,
+    source: Any = None,
+    version: str | int | None = None,
+    *,
+    package: bytes | None = None,
+    digest: str | None = None,
+    timeout: float = 600.0,
+) -> list[dict[str, Any]]:
+    """Bring engines to a version, all of them or none.
+
+    Each reads and checks the update beside the requests that it serves; when all have, each changes its words between two
+    steps. If one fails then, those before it are rolled back.
+
+    Args:
+        engines: one or several: `vllm.LLM`, or addresses of servers (`http://host:8000`) with VLLM_SERVER_DEV_MODE=1, started
+            with `--weight-transfer-config '{"backend": "xorz"}'`.
+        source: a package's path or address, or a folder of `xorz.Versions`, as the engines see it.
+        version: of a folder, which; None is the newest. Of a package, what to call it.
+        package: instead of `source`, the package itself, which is sent along.
+        digest: what `xorz.vllm.digest(package)` gave, to be sure of the file.
+        timeout: seconds, of each request, and of reading.
+
+    Returns:
+        For each engine the report of its first worker: version, bytes, changed, words, and the seconds of fetch, check, apply.
+
+    Raises:
+        UpdateError: an engine has refused or failed; all serve what they served before. If that is not so the message says it.
+    """
+    info: dict[str, Any] = {"version": version, "digest": digest}
+    if package is not None:
+        info["package"] = base64.b64encode(package).decode()
+    if source is not None:
+        info["source"] = str(Path(source).absolute()) if "://" not in str(source) else str(source)
+    return _bring(engines, info, timeout)
+
+
+def rollback(
+    engines: Any, version: str | int | None = None, *, timeout: float = 600.0
+) -> list[dict[str, Any]]:
+    """Bring engines back to a version that they served lately, the one before if None; the rest as `update`."""
+    return _bring(engines, {"rollback": True, "version": version}, timeout)
+
+
+def _bring(engines: Any, info: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
+    given = engines if isinstance(engines, Sequence) and not isinstance(engines, str) else [engines]
+    each = [_Served(e, timeout) if isinstance(e, str) else _Here(e) for e in given]
+    info = {key: value for key, value in info.items() if value is not None}
+    for engine in each:
+        _prepare(engine, info)
+    for engine in each:
+        _prepared(engine, timeout)
+    open_: list[Any] = []
+    try:
+        for engine in each:
+            engine.start()
+            open_.append(engine)
+            engine.receive(info)
+    except UpdateError:
+        for engine in open_:
+            engine.workers("sync_abort")
+        raise
+    done: list[Any] = []
+    for engine in each:
+        try:
+            engine.finish()
+        except UpdateError as error:
+            for other in each[len(done) + 1 :]:
+                other.workers("sync_abort")
+            _undo(done, error)
+            raise
+        done.append(engine)
+    return [engine.workers("sync_report")[0] for engine in each]
+
+
+def _prepare(engine: Any, info: dict[str, Any]) -> None:
+    try:
+        engine.workers("sync_prepare", update_info=info)
+    except UpdateError as error:
+        # Its processes would have to do it at the same time; they do when they receive the update.
+        if "tensor parallelism" not in str(error):
+            raise
+
+
+def _prepared(engine: Any, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while True:
+        answers = [None if a in (None, "None") else a for a in engine.workers("sync_prepared")]
+        wrong = [a for a in answers if a and a != "nothing is being prepared"]
+        if wrong:
+            raise UpdateError(f"{engine.name}: {wrong[0]}")
+        if None not in answers:
+            return
+        if time.monotonic() > deadline:
+            raise UpdateError(f"{engine.name}: the update was not read within {timeout:g} s")
+        time.sleep(_POLL_SECONDS)
+
+
+def _undo(done: list[Any], cause: UpdateError) -> None:
+    for engine in done:
+        try:
+            engine.start()
+            engine.receive({"rollback": True})
+            engine.finish()
+        except UpdateError as error:
+            raise UpdateError(
+                f"{cause}; {engine.name} has taken the update before, and could not be rolled back: {error}"
+            ) from error
