@@ -22,7 +22,9 @@ from .. import _core, _ops, checkpoint
 from .plan import Piece, Plan
 
 _NAMED = re.compile(r"(?P<name>.+)@xorz-(?P<digest>[0-9a-f]{32})")
-_LONGEST_HEADER = 100_000_000  # src/package/SPEC.md
+# src/package/SPEC.md
+_LONGEST_HEADER = 100_000_000
+_TABLE = "xorz:table"
 
 
 def is_package(path: Any) -> bool:
@@ -46,19 +48,33 @@ def what_is(path: Any) -> str | None:
 
 
 def digest(path: Any) -> str:
-    """32 hexadecimal digits that stand for a package's content: of its header, which holds the digests of all the rest.
+    """32 hexadecimal digits that stand for a package's content: of its header and its table, which hold the digests of all the
+    rest.
 
     Raises:
         OSError: it cannot be read; ValueError: it is not a package, or it was cut.
     """
     checkpoint.inspect(path)
+    cut = ValueError(f"{os.fspath(path)} is not a xorz package: its header is cut")
     with open(path, "rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else _LONGEST_HEADER + 1
         header = file.read(min(length, _LONGEST_HEADER + 1))
-    if len(header) != length:
-        raise ValueError(f"{os.fspath(path)} is not a xorz package: its header is cut")
-    return hashlib.sha256(start + header).hexdigest()[:32]
+        if len(header) != length:
+            raise cut
+        found = hashlib.sha256(start + header)
+        # Version 1 has none: its header says everything.
+        table = json.loads(header).get(_TABLE)
+        if table is not None:
+            first, end = table["data_offsets"]
+            file.seek(8 + length + first)
+            while first < end:
+                block = file.read(min(end - first, 1 << 20))
+                if not block:
+                    raise cut
+                found.update(block)
+                first += len(block)
+    return found.hexdigest()[:32]
 
 
 def named(name: str, content: str) -> str:

@@ -389,7 +389,8 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
                 update.stage(words, name, whole, delta, out.staged)
                 return None
             there = self._digests.get(name) or update.digest_of(whole)
-            if there != entry["base"]:
+            # Of small tensors packages keep 16 digits.
+            if not there.startswith(entry["base"]):
                 raise ValueError(f"its base has digest {entry['base']}, but the engine's words have {there}")
             out.same[name] = there
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
