@@ -29,6 +29,9 @@ struct DtypeRow {
   const char* name;
 };
 
+// Bytes of a resident delta's header.
+inline constexpr int64_t kLeastDelta = 192;
+
 inline constexpr DtypeRow kDtypes[] = {
     {ScalarType::Float, 1, 4, "float32"},
     {ScalarType::BFloat16, 2, 2, "bfloat16"},
@@ -151,6 +154,10 @@ struct Checks {
     if (known(name, t).torch != ScalarType::Byte || t.dim() != 1)
       refuse(std::string(name) + " must be a 1-D uint8 tensor (a resident delta), but is " + text(t));
     contiguous(name, t);
+    // The host reads no byte of a device's memory; that there are none is known, and no bytes are no delta.
+    if (t.is_cuda() && t.numel() < kLeastDelta)
+      refuse(std::string(name) + " is " + text(t) + ", but a resident delta has at least " +
+             std::to_string(kLeastDelta) + " bytes");
     return {static_cast<const uint8_t*>(t.const_data_ptr()), static_cast<size_t>(t.numel())};
   }
 

@@ -294,6 +294,12 @@ int32_t xorz_unpack_files(const char* base, const char* package, const char* out
 int32_t xorz_verify_files(const char* base, const char* package, const char* fine_tuned, const xorz_run* run,
                           xorz_buffer* report, xorz_error* error);
 
+/* What CUDA kernels on a device have reported since the last call of an op there, or of this: an error, and
+ * the next call knows nothing of it. Ops say it by themselves; this is for processes that only replay
+ * captured graphs. Waits for nothing: synchronise first to hear of all that was launched. XORZ_OK, too, where
+ * no op has run on that device. */
+int32_t xorz_cuda_status(int32_t device, xorz_error* error);
+
 /* ---- counters, process-wide: they prove that products build no matrix ---- */
 
 uint64_t xorz_panels_restored(void);

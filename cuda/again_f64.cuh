@@ -19,16 +19,24 @@
 
 namespace xorz {
 
+// The exceptions of a tile's row, put over its words. False where they do not ascend, and two lanes might have the same
+// word, or lie outside of the tile. The first warp calls.
 template <class W>
-XORZ_DEVICE void override_row(const View& v, uint32_t tile, uint32_t row, uint32_t cols, W* words) {
+XORZ_DEVICE bool override_row(const View& v, uint32_t tile, const Rect& rect, uint32_t row, W* words) {
   Span span;
-  if (!listed_of(v, exceptions_in(v), tile, span)) return;
+  if (!listed_of(v, exceptions_in(v), tile, span)) return false;
   const uint16_t* positions = reinterpret_cast<const uint16_t*>(v.bytes + v.exception_positions);
   const W* overriding = reinterpret_cast<const W*>(v.bytes + v.exception_words);
-  for (uint32_t e = span.from + thread_index(); e < span.to; e += kWarps * 32) {
-    const uint32_t position = load_once(positions + e), c = position & (v.tile_cols() - 1);
-    if (position >> v.cols_log2 == row && c < cols) words[c] = load_once(overriding + e);
+  for (uint32_t from = span.from; from < span.to; from += 32) {
+    const uint32_t e = from + thread_index();
+    const bool there = e < span.to;
+    const uint32_t position = there ? load_once(positions + e) : 0;
+    const uint32_t r = position >> v.cols_log2, c = position & (v.tile_cols() - 1);
+    const bool ascends = e == span.from || !there || load_once(positions + e - 1) < position;
+    if (warp_ballot(!ascends || r >= rect.rows || c >= rect.cols) != 0) return false;
+    if (there && r == row) words[c] = load_once(overriding + e);
   }
+  return true;
 }
 
 // As the oracle does it (src/codec/sparse.rs): one lane, entry after entry.
@@ -57,11 +65,11 @@ struct AgainF64 {
   double part[kWarps * 32];
 };
 
-// The row of words `row` (of the matrix), columns c0 .., that the rows of a tenant are multiplied with;
-// `cols` of them, within one tile. The block calls.
+// The row of words `row` (of the matrix), columns c0 .., that the rows of the tenant of `slot` are multiplied with;
+// `cols` of them, within one tile. NaN and a report where exceptions contradict themselves. The block calls.
 template <class D>
-XORZ_DEVICE void fetch_row(const View& v, uint32_t way, const Product<typename D::Word>& p, uint64_t row,
-                           uint64_t c0, uint32_t cols, typename D::Word* words) {
+XORZ_DEVICE void fetch_row(const View& v, uint32_t way, int32_t slot, const Product<typename D::Word>& p,
+                           uint64_t row, uint64_t c0, uint32_t cols, typename D::Word* words) {
   using W = typename D::Word;
   const W* from =
       (way == kOnOwnWords ? reinterpret_cast<const W*>(v.bytes + v.payload) : p.weight) + row * p.k + c0;
@@ -81,7 +89,11 @@ XORZ_DEVICE void fetch_row(const View& v, uint32_t way, const Product<typename D
     };
     if (way == kOnStream) add_differences<W>(v, tile, rect, thread_index(), kWarps * 32, edit);
     block_sync();
-    override_row(v, tile, r, cols, words);
+    if (thread_index() < 32 && !override_row(v, tile, rect, r, words)) {
+      for (uint32_t c = thread_index(); c < cols; c += 32) words[c] = nan_word<W>();
+      if (thread_index() == 0)
+        report(p.status, kTileCorrupt, p.slots == nullptr ? 0 : static_cast<uint32_t>(slot));
+    }
     block_sync();
   }
 }
@@ -123,7 +135,7 @@ XORZ_DEVICE void compute_again(AgainF64<M>& f64, typename D::Word* words, const 
       for (uint64_t c0 = 0; c0 < p.k; c0 += width) {
         const uint32_t cols = p.k - c0 < width ? static_cast<uint32_t>(p.k - c0) : width;
         block_sync();
-        fetch_row<D>(batch.view[t], batch.way[t], p, r0 + r, c0, cols, words);
+        fetch_row<D>(batch.view[t], batch.way[t], batch.slot[t], p, r0 + r, c0, cols, words);
         XORZ_NO_UNROLL
         for (uint32_t left = again; left != 0; left &= left - 1) {
           const uint32_t j = first_bit(left);

@@ -48,7 +48,7 @@ XORZ_DEVICE void compute_tile_again(AgainF64Tile<typename D::Word>& f64,
     for (uint64_t c0 = 0; c0 < p.k; c0 += width) {
       const uint32_t cols = p.k - c0 < width ? static_cast<uint32_t>(p.k - c0) : width;
       block_sync();
-      fetch_row<D>(tenant.view, tenant.way, p, r0 + r, c0, cols, f64.words);
+      fetch_row<D>(tenant.view, tenant.way, tenant.slot, p, r0 + r, c0, cols, f64.words);
       XORZ_NO_UNROLL
       for (uint32_t part = 0; part < kParts; part++) {
         for (uint32_t left = again.bits[r][part]; left != 0; left &= left - 1) {

@@ -49,13 +49,14 @@ struct Batch {
   XORZ_DEVICE uint32_t rows(uint32_t tenant) const { return first[tenant + 1] - first[tenant]; }
 };
 
-// Where a slot's delta lies; `bytes` stays null where the slot is empty.
+// Where a slot's delta lies; `bytes` stays null where the slot is empty. A delta on its own is never empty: no bytes are
+// no delta, and not the base.
 template <class W>
 XORZ_DEVICE uint32_t place_of(const Product<W>& p, int32_t slot, const uint8_t*& bytes, uint64_t& length) {
   if (p.slots == nullptr) {
     bytes = p.arena;
     length = p.arena_bytes;
-    return kOk;
+    return bytes == nullptr ? kNotADelta : kOk;
   }
   const int64_t offset = load_once(p.slots + 2 * static_cast<uint64_t>(slot));
   const int64_t size = load_once(p.slots + 2 * static_cast<uint64_t>(slot) + 1);
@@ -82,6 +83,8 @@ XORZ_DEVICE uint32_t open_tenant(const Product<W>& p, int32_t slot, uint32_t dty
   uint32_t way = kOnBase;
   if (code == kOk && bytes != nullptr) {
     code = open_delta(bytes, length, p.n, p.k, dtype, view);
+    // Where any dtype is accepted, it is still one of words of this size.
+    if (code == kOk && dtype == 0 && word_bytes_of(view.dtype) != sizeof(W)) code = kMismatch;
     if (code == kOk) {
       way = view.encoding == kSparse     ? kOnEntries
             : view.encoding == kExponent ? kOnStream

@@ -16,6 +16,7 @@ from ._core import DeltaInfo, delta_info
 from ._grouped import delta_embedding, delta_linear_grouped, delta_linear_grouped_grad_input
 from ._library import include_path, library_path
 from ._ops import (
+    cuda_status,
     delta_apply_,
     delta_check,
     delta_concat,
@@ -67,6 +68,7 @@ __all__ = [
     "XorzRowwiseParallel",
     "apply_",
     "attach",
+    "cuda_status",
     "delta_apply_",
     "delta_check",
     "delta_concat",

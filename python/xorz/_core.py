@@ -120,6 +120,7 @@ def _declare(name: str, *arguments: Any, result: Any = c_int32) -> None:
 _E = POINTER(_Error)
 _declare("xorz_version", result=c_char_p)
 _declare("xorz_prefer_auto")
+_declare("xorz_cuda_status", c_int32, _E)
 _declare("xorz_buffer_free", POINTER(_Buffer), result=None)
 _declare("xorz_panels_restored", result=c_uint64)
 _declare("xorz_scratch_peak_bytes", result=c_uint64)
@@ -464,6 +465,11 @@ def run(jobs: int | None = None, sha256: bool = True) -> _Run:
     if jobs is not None and not 1 <= jobs <= 1024:
         raise ValueError(f"jobs must be 1 to 1024 or None (one per core), but is {jobs}")
     return _Run(jobs or 0, 0 if sha256 else _NO_SHA256)
+
+
+def cuda_status(device: int) -> None:
+    """Raise what kernels on a CUDA device have reported: ValueError or RuntimeError by its kind."""
+    _call("xorz_cuda_status", device)
 
 
 def pack_files(base: Any, fine_tuned: Any, package: Any, options: _Options, run: _Run) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _library, _transforms  # noqa: F401
+from . import _core, _library, _transforms  # noqa: F401
 
 _library.load()
 _ops = torch.ops.xorz
@@ -263,6 +263,31 @@ def delta_concat(deltas: Sequence[Tensor], bases: Sequence[Tensor], dim: int) ->
     if not deltas:
         raise RuntimeError("xorz::delta_concat: deltas is empty")
     return _ops.delta_concat(list(deltas), list(bases), dim)
+
+
+def cuda_status(device: torch.device | int | str | None = None) -> None:
+    """Raise what kernels on a CUDA device have reported since the last op there, or the last call of this.
+
+    A kernel that meets a delta it must refuse writes NaN and reports; the next op on the device raises that, and then it is
+    forgotten. A process that only replays CUDA graphs calls no op, and asks here. Nothing is waited for: call
+    `torch.cuda.synchronize()` first to hear of all that was launched.
+
+    Args:
+        device: None is torch's current one.
+
+    Raises:
+        RuntimeError: the report, which names the op, the device and the slot; ValueError: no CUDA device is meant.
+    """
+    if device is None:
+        device = torch.cuda.current_device()
+    found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if found.type != "cuda":
+        raise ValueError(f"device must be a CUDA device, but is {found}")
+    index = torch.cuda.current_device() if found.index is None else found.index
+    try:
+        _core.cuda_status(index)
+    except ValueError as error:
+        raise RuntimeError(str(error)) from None
 
 
 def delta_check(delta: Tensor, base: Tensor) -> None:

@@ -124,6 +124,13 @@ fn open_libcuda() -> Result<c_int> {
     Ok(driver)
 }
 
+/// Whether functions can be loaded before their first launch, which may be inside of a capture, where the driver's lazy
+/// loading must not wait: drivers of CUDA 12.4 and newer.
+fn has_func_load() -> bool {
+    // SAFETY: libcuda is there, or no device would be made; the address is asked for and not used.
+    unsafe { sys::culib().get::<*const c_void>(b"cuFuncLoad") }.is_ok()
+}
+
 fn libcuda() -> Result<c_int> {
     static DRIVER: OnceLock<Result<c_int>> = OnceLock::new();
     DRIVER.get_or_init(open_libcuda).clone()
@@ -279,10 +286,18 @@ fn load(ordinal: c_int, driver: c_int, image: &Image) -> Result<Vec<sys::CUfunct
         let name = CString::new(*name).map_err(|e| Error::internal(e.to_string()))?;
         let text = format!("the kernels have no {}", name.to_string_lossy());
         // SAFETY: a module that was just loaded and is never unloaded.
-        unsafe { result::module::get_function(module, name) }.map_err(|e| failed(&text, e))
+        let function = unsafe { result::module::get_function(module, name) }.map_err(|e| failed(&text, e))?;
+        if has_func_load() {
+            // SAFETY: a function of that module; libcuda has `cuFuncLoad`.
+            unsafe { sys::cuFuncLoad(function) }.result().map_err(|e| failed(&text, e))?;
+        }
+        Ok(function)
     };
     ENTRIES.iter().map(function).collect()
 }
+
+/// Those that were made ready, for the life of the process.
+static DEVICES: Mutex<Vec<&'static Device>> = Mutex::new(Vec::new());
 
 impl Device {
     fn open(ordinal: c_int) -> Result<Self> {
@@ -307,7 +322,6 @@ impl Device {
     /// `Device`, with what to do: no libcuda, no such device, too old a driver or device, no kernels. Asked
     /// anew next time.
     pub(super) fn get(ordinal: c_int) -> Result<&'static Self> {
-        static DEVICES: Mutex<Vec<&'static Device>> = Mutex::new(Vec::new());
         // Held while a device is made: another thread that wants it waits, and loads nothing.
         let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(device) = devices.iter().find(|d| d.ordinal == ordinal) {
@@ -316,6 +330,11 @@ impl Device {
         let device: &'static Self = Box::leak(Box::new(Self::open(ordinal)?));
         devices.push(device);
         Ok(device)
+    }
+
+    /// Device `ordinal` if it was made ready before; nothing is asked of the driver.
+    pub(super) fn made(ordinal: c_int) -> Option<&'static Self> {
+        DEVICES.lock().unwrap_or_else(PoisonError::into_inner).iter().find(|d| d.ordinal == ordinal).copied()
     }
 
     /// Its multiprocessors.

@@ -237,6 +237,16 @@ pub unsafe fn delta_apply(place: Place, weight: DeviceMatrix, delta: u64, delta_
     unsafe { device.launch(launch, place.stream, params.pack()) }
 }
 
+/// What kernels on a device have reported since the last call of an op there, or of this: one report, which is then
+/// forgotten. For processes that only replay captured graphs, whose launches pass by the host. Waits for nothing: what has
+/// not run yet has not reported.
+///
+/// # Errors
+/// The report.
+pub fn reported(device: i32) -> Result<()> {
+    Device::made(device).map_or(Ok(()), Device::raise)
+}
+
 fn check_linear(args: &Linear, out: u64) -> Result<()> {
     let word = args.weight.dtype.word_bytes() as u64;
     for (what, address) in
@@ -245,6 +255,10 @@ fn check_linear(args: &Linear, out: u64) -> Result<()> {
         check_aligned(what, address, word)?;
     }
     check_aligned(if args.rows.is_some() { "arena" } else { "delta" }, args.arena, DELTA_ALIGN)?;
+    // To a kernel no address would be no delta, and that the base.
+    if args.rows.is_none() && (args.arena == 0 || args.arena_bytes == 0) {
+        return Err(Error::corrupt("delta has no bytes, so it is no resident delta"));
+    }
     args.rows.map_or(Ok(()), |rows| rows.check(args.m))
 }
 

@@ -25,5 +25,5 @@ pub mod status;
 
 pub use launch::{
     BatchRows, DeviceMatrix, Embedding, Linear, Place, delta_apply, delta_embedding, delta_linear,
-    delta_restore,
+    delta_restore, reported,
 };

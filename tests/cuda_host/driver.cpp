@@ -51,6 +51,8 @@ struct Function {
   Context* context;
   std::string name;
   const host::Entry* entry;
+  // Lazily, as drivers do: by cuFuncLoad, or at the first launch, which a capture forbids.
+  bool loaded = false;
 };
 struct Pinned {
   uint8_t *host, *device;
@@ -276,6 +278,16 @@ API cuModuleGetFunction(void** function, void* module, const char* name) {
   *function = &call.m.functions.back();
   return kSuccess;
 }
+API cuFuncLoad(void* handle) {
+  Call call("cuFuncLoad");
+  call.forbid_in_capture();
+  call.need_context();
+  if (!call.ok()) return call.result;
+  Function* function = find(call.m.functions, handle);
+  if (function == nullptr) return kInvalidHandle;
+  function->loaded = true;
+  return kSuccess;
+}
 API cuThreadExchangeStreamCaptureMode(int* mode) {
   Call call("cuThreadExchangeStreamCaptureMode", std::to_string(*mode));
   std::swap(*mode, capture_mode);
@@ -285,13 +297,15 @@ API cuLaunchKernel(void* handle, unsigned x, unsigned y, unsigned z, unsigned bx
                    unsigned shared, void* stream, void** params, void** extra) {
   Machine& m = machine();
   std::ostringstream what;
-  const Function* function = find(m.functions, handle);
+  Function* function = find(m.functions, handle);
   what << (function ? function->name : "?") << " grid " << x << " " << y << " " << z << " block " << bx << " "
        << by << " " << bz << " shared " << shared << " stream " << stream << " device "
        << (current ? current->device : -1);
   Call call("cuLaunchKernel", what.str());
   if (!call.ok()) return call.result;
   if (function == nullptr || function->context != current) return kInvalidHandle;
+  if (!function->loaded && m.capturing != nullptr) return kCaptureUnsupported;
+  function->loaded = true;
   Stream* on = find(m.streams, stream);
   if (stream != nullptr && (on == nullptr || on->context != current)) return kInvalidHandle;
   if (x < 1 || x > 0x7FFFFFFF || y < 1 || y > 65535 || z != 1 || bx * by * bz < 1 || bx * by * bz > 1024 ||

@@ -425,6 +425,26 @@ def refusals() -> None:
         g[2],
     )
     assert same_bits(to_cpu(ops.delta_restore(g[1], g[2])), tuned)
+    # Or of whoever asks, once.
+    for device in (0, "cuda:0", torch.device("cuda", 0)):
+        xorz.cuda_status(device)
+        ops.delta_restore(g[1], foreign)
+        said(
+            "^an earlier delta_restore on cuda:0 reported: the delta is of another", xorz.cuda_status, device
+        )
+        xorz.cuda_status(device)
+    ops.delta_restore(g[1], foreign)
+    xorz.cuda_status(1)
+    said("an earlier delta_restore on cuda:0 reported", xorz.cuda_status, 0)
+    with pytest.raises(ValueError, match="device must be a CUDA device, but is cpu"):
+        xorz.cuda_status("cpu")
+    # No bytes are no delta, and not the base.
+    empty = torch.empty(0, dtype=torch.uint8)
+    x = random_weight(2, 300, torch.bfloat16)
+    for op, arguments in ((ops.delta_linear, (to_cuda(x), g[0], None)), (ops.delta_restore, (g[0],))):
+        said(
+            "delta is uint8 [0], but a resident delta has at least 192 bytes", op, *arguments, to_cuda(empty)
+        )
 
 
 def checks() -> None:

@@ -5,6 +5,7 @@ use super::pointers::{
     matrix, mode, null, parse, prefer, reference,
 };
 use crate::cpu;
+use crate::cuda;
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Shape};
 use crate::resident::{self, Resident};
@@ -41,6 +42,16 @@ pub struct XorzPart {
     pub delta_bytes: usize,
     /// Its base.
     pub base: XorzMatrix,
+}
+
+/// What kernels on a device have reported: one report, as an error, which is then forgotten.
+///
+/// # Safety
+/// As `csrc/xorz.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xorz_cuda_status(device: i32, error: *mut XorzError) -> i32 {
+    // SAFETY: the caller keeps the header's contract.
+    unsafe { call(error, || cuda::reported(device)) }
 }
 
 /// Read the header of a resident delta.

@@ -98,7 +98,8 @@ impl Tables {
             Param::U64(indices.len() as u64),
             Param::U64(self.shape.n as u64),
             Param::U64(self.shape.k as u64),
-            Param::U32(self.dtype as u32),
+            // Words that are bits may be those of any dtype of their size, as the host says it.
+            Param::U32(if matches!(self.dtype, Dtype::I16 | Dtype::I32) { 0 } else { self.dtype as u32 }),
             Param::Out(vec![0; 4], 0),
         ];
         let kernel = format!("xorz_delta_embedding_{}", 8 * self.dtype.word_bytes());

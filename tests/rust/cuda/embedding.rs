@@ -106,6 +106,35 @@ fn what_does_not_fit_gives_all_bits_set_and_a_status_and_leaves_the_others_alone
     }
 }
 
+#[test]
+fn a_delta_of_words_of_another_size_is_refused_where_the_table_is_bits() {
+    let (device, mut rng) = (device(), Rng::new(124));
+    let shape = Shape { n: 40, k: 96 };
+    for (table, foreign) in [(Dtype::I32, Dtype::U8), (Dtype::I32, Dtype::BF16), (Dtype::I16, Dtype::F32)] {
+        let tables = Tables::new(&mut rng, table, shape);
+        let base = rng.weights(foreign, shape.n * shape.k);
+        for encoding in [Encoding::Unchanged, Encoding::Sparse, Encoding::Raw] {
+            let tuned = match encoding {
+                Encoding::Unchanged => base.clone(),
+                _ => tuned(&mut rng, foreign, &base, 0.05),
+            };
+            let blob = Case::new(foreign, shape, encoding, &base, &tuned).blob;
+            let mut tables = tables.clone();
+            tables.slots[0] = [tables.arena.len() as i64, blob.len() as i64];
+            tables.arena.extend_from_slice(&blob);
+            let (indices, map) = ([5, 39, 19], [1, 0, 2]);
+            let after = device.run(&[tables.launch(&indices, &map, (3, 1), 1)]).unwrap().remove(0);
+            assert_eq!(status(&after, LOOKUP_STATUS), 6 << 24, "{table} of {foreign}, {encoding:?}");
+            for (i, got) in after[LOOKUP_OUT].bytes.chunks(tables.row_bytes()).enumerate() {
+                match i {
+                    1 => assert!(got.iter().all(|b| *b == 0xFF), "{table} of {foreign}, {encoding:?}"),
+                    _ => assert!(got == tables.row(map[i], indices[i]), "row {i}"),
+                }
+            }
+        }
+    }
+}
+
 /// Blobs broken byte by byte, each `head`th of the header and up to `most` others of a blob: the oracle's
 /// rows, or a status.
 fn hostile(device: &Device, seed: u64, head: usize, most: usize) {

@@ -80,6 +80,70 @@ fn what_does_not_fit_gives_nan_and_a_status_and_leaves_the_others_alone() {
     }
 }
 
+#[test]
+fn exceptions_that_do_not_ascend_give_nan_and_a_status_in_products_of_few_rows_and_of_many() {
+    let (device, mut rng) = (device(), Rng::new(92));
+    let shape = Shape { n: 20, k: 300 };
+    for dtype in [Dtype::F32, Dtype::BF16] {
+        // Infinities turned to other words have no difference, and are stored apart.
+        let size = dtype.word_bytes();
+        let (mut base, infinite) =
+            (integers(&mut rng, dtype, shape.n * shape.k, 3), word(dtype, f64::INFINITY));
+        for c in [3, 4, 90, 91, 92, 200] {
+            base[(shape.k + c) * size..][..size].copy_from_slice(&infinite);
+        }
+        let mut fine_tuned = base.clone();
+        for c in [3, 4, 90, 91, 92, 200] {
+            fine_tuned[(shape.k + c) * size..][..size].copy_from_slice(&word(dtype, f64::from(c as u32)));
+        }
+        let x = integers(&mut rng, dtype, 2 * shape.k, 2);
+        for encoding in [Encoding::Sparse, Encoding::Exponent] {
+            let case = Case::new(dtype, shape, encoding, &base, &fine_tuned);
+            let at = u64::from_le_bytes(case.blob[88..96].try_into().unwrap()) as usize;
+            let count = u64::from_le_bytes(case.blob[48..56].try_into().unwrap());
+            assert_eq!(count, 6, "{dtype} {encoding:?}");
+            let mut blobs = vec![(case.blob.clone(), 0)];
+            for (to, from) in [(1, 0), (5, 2), (0, 5)] {
+                let mut bad = case.blob.clone();
+                bad.copy_within(at + 2 * from..at + 2 * from + 2, at + 2 * to);
+                blobs.push((bad, 1));
+            }
+            for (blob, code) in blobs {
+                let linear = Linear {
+                    dtype,
+                    shape,
+                    base: &base,
+                    x: &x,
+                    m: 2,
+                    arena: &blob,
+                    slots: None,
+                    tenant_of_row: None,
+                    biases: None,
+                    rows: 4,
+                    seed: 1,
+                };
+                let small = device.run(&[linear.launch()]).unwrap().remove(0);
+                let large = run_large(&device, &[linear.large(None, true)]).unwrap().remove(0);
+                for (after, name) in [(small, "few"), (large, "many")] {
+                    assert_eq!(
+                        status(&after, LINEAR_STATUS) >> 24,
+                        code,
+                        "{dtype} {encoding:?}, {name} rows"
+                    );
+                    let y = values(dtype, &after[LINEAR_OUT].bytes);
+                    for m in 0..2 {
+                        assert_eq!(
+                            y[m * shape.n + 1].is_nan(),
+                            code == 1,
+                            "{dtype} {encoding:?}, {name} rows"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// As a product of few rows, and of many.
 fn both(linear: &Linear<'_>) -> (Launch, Large) {
     (linear.launch(), linear.large(None, true))

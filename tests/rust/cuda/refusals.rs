@@ -200,6 +200,7 @@ fn child_errors() {
         ("cuThreadExchangeStreamCaptureMode", "capture mode"),
         ("cuModuleLoadData", "loading the kernels"),
         ("cuModuleGetFunction", "the kernels have no xorz_"),
+        ("cuFuncLoad", "the kernels have no xorz_"),
         ("cuMemHostAlloc", "pinned memory"),
         ("cuMemHostGetDevicePointer_v2", "status words"),
     ] {
