@@ -120,8 +120,10 @@ stress: build
 fuzz:
 	$(NICE) tests/fuzz/run.sh $(or $(MINUTES),2)
 
-# Not part of test, which runs some of these: KILLS (200) of publish and append by SIGKILL.
+# Not part of test, which runs 200 kills of each verb and some of these: KILLS (200) of pack, unpack, publish and append by
+# SIGKILL, and a third of that each by SIGINT, SIGTERM and SIGHUP.
 faults: build
+	XORZ_KILLS=$(or $(KILLS),200) $(NICE) $(CARGO) test --locked --test faults -- kill:: signals:: --nocapture
 	$(NICE) $(PY) tests/faults/kills.py $(or $(KILLS),200)
 
 # Not part of test: the shim and the C program under AddressSanitizer and UndefinedBehaviorSanitizer, with a hot subset of the

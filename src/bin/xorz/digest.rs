@@ -24,7 +24,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Outcome {
     let inputs = Inputs::of(&[&args.base])?;
     let base = inputs.path(&args.base);
-    let digests = args.job.run(None, |run| digest_files(&base, &DigestCache::user(), run));
+    let digests = args.job.run(None, None, |run| digest_files(&base, &DigestCache::user(), run));
     let digests = digests.map_err(|e| inputs.told(e))?;
     if args.job.json {
         let named: BTreeMap<&str, String> =

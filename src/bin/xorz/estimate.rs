@@ -51,7 +51,7 @@ pub(crate) fn run(args: &Args) -> Outcome {
         strip_prefix: args.strip_prefix.clone(),
     };
     let base = inputs.path(&args.base);
-    let found = args.job.run(None, |run| estimate_files(&base, &fine_tuned, &options, run));
+    let found = args.job.run(None, None, |run| estimate_files(&base, &fine_tuned, &options, run));
     let mut found = found.map_err(|e| inputs.told(e))?;
     found.fine_tunes.iter_mut().zip(&args.fine_tuned).for_each(|(f, path)| f.path = inputs.name(path));
     if args.job.json {

@@ -2,7 +2,7 @@
 
 use crate::job::{Job, Outcome, Said};
 use crate::pipes::Inputs;
-use crate::{complain, print, say};
+use crate::{complain, print, say, signals};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Component, Path, PathBuf};
 use xorz::error::{Error, Result};
@@ -36,8 +36,9 @@ pub(crate) fn run(
     let fleet: Vec<(PathBuf, PathBuf)> =
         fine_tuned.iter().zip(&names).map(|(ft, name)| (inputs.path(ft), folder.join(name))).collect();
     let real: Vec<PathBuf> = bases.iter().map(|b| inputs.path(b)).collect();
-    let mut found =
-        job.run(None, |run| pack_fleet(&real, &fleet, options, run)).map_err(|e| inputs.told(e))?;
+    let mut found = job
+        .run(None, signals::watch(), |run| pack_fleet(&real, &fleet, options, run))
+        .map_err(|e| inputs.told(e))?;
     found.bases = bases.to_vec();
     found.packages.iter_mut().zip(fine_tuned).for_each(|(p, given)| p.fine_tuned.clone_from(given));
     say(if job.json {

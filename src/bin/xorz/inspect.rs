@@ -49,7 +49,8 @@ fn page(args: &Args, inputs: &Inputs, to: &Path) -> std::result::Result<(), crat
     let packages: Vec<PagePackage> = packages.collect();
     let base = args.base.as_ref().map(|b| inputs.path(b));
     let mut output = Output::of(to, args.job.json, "--html -")?;
-    let done = args.job.run(None, |run| report_html(&packages, base.as_deref(), output.destination(), run));
+    let done =
+        args.job.run(None, None, |run| report_html(&packages, base.as_deref(), output.destination(), run));
     done.map_err(|e| inputs.told(e).or_another_base())
 }
 

@@ -2,6 +2,7 @@
 
 use crate::print;
 use crate::progress::Bar;
+use std::sync::atomic::AtomicU32;
 use xorz::error::{Error, Hint, Kind};
 use xorz::package::{Progress, Report, Run};
 
@@ -80,16 +81,18 @@ impl Failure {
 }
 
 impl Job {
-    /// Call `work` with how it is to run, a progress bar shown meanwhile on a terminal.
+    /// Call `work` with how it is to run, a progress bar shown meanwhile on a terminal. `stop` ends it: only for what writes
+    /// under a name, since a signal that ends the process at once is sooner, and a stalled pipe hears of no flag.
     pub(crate) fn run<T>(
         &self,
         sha256: Option<&Sha256>,
+        stop: Option<&AtomicU32>,
         work: impl FnOnce(&Run<'_>) -> xorz::error::Result<T>,
     ) -> xorz::error::Result<T> {
         let bar = if self.quiet { None } else { Bar::on_terminal() };
         let progress = bar.as_ref().map(|b| b as &dyn Progress);
         let jobs = self.jobs.map_or(0, usize::from);
-        work(&Run { jobs, progress, sha256: sha256.is_none_or(|s| !s.no), ..Run::default() })
+        work(&Run { jobs, progress, sha256: sha256.is_none_or(|s| !s.no), stop, ..Run::default() })
     }
 
     /// What is said only to those who want to hear it.

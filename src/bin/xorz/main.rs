@@ -12,6 +12,7 @@ mod pack;
 mod pipes;
 mod print;
 mod progress;
+mod signals;
 mod unpack;
 mod verify;
 
@@ -53,6 +54,10 @@ fn main() -> ExitCode {
     ExitCode::from(match result {
         Ok(Ok(())) => 0,
         Ok(Err(failure)) => {
+            if let Some((signal, name)) = signals::caught() {
+                complain(&format!("ended by {name}; nothing is left of what was being written"));
+                signals::end(signal);
+            }
             complain(&failure.text);
             failure.code
         }

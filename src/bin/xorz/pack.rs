@@ -2,7 +2,7 @@
 
 use crate::job::{Job, Outcome};
 use crate::pipes::{Inputs, Output};
-use crate::{fleet, print};
+use crate::{fleet, print, signals};
 use std::path::PathBuf;
 use xorz::codec::Prefer;
 use xorz::package::{Codec, PackOptions, pack_files};
@@ -83,8 +83,10 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let mut output = Output::of(&args.output, args.job.json, "-o -")?;
     let inputs = Inputs::of(&[base, one])?;
     let (base, fine_tuned) = (inputs.path(base), inputs.path(one));
+    let stop = if output.is_stdout() { None } else { signals::watch() };
+    let options = args.options();
     let report =
-        args.job.run(None, |run| pack_files(&base, &fine_tuned, output.destination(), &args.options(), run));
+        args.job.run(None, stop, |run| pack_files(&base, &fine_tuned, output.destination(), &options, run));
     let report = report.map_err(|e| inputs.told(e))?;
     let mut first = print::row("packed", &print::path(&args.output));
     if let Some(advice) = &report.advice {

@@ -3,6 +3,7 @@
 use crate::job::{Job, Outcome, Sha256};
 use crate::pipes::{Inputs, Output};
 use crate::print;
+use crate::signals;
 use std::path::PathBuf;
 use xorz::package::unpack_files;
 
@@ -28,8 +29,10 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let mut output = Output::of(&args.output, args.job.json, "-o -")?;
     let inputs = Inputs::of(&[&args.base, &args.package])?;
     let (base, package) = (inputs.path(&args.base), inputs.path(&args.package));
-    let report =
-        args.job.run(Some(&args.sha256), |run| unpack_files(&base, &package, output.destination(), run));
+    let stop = if output.is_stdout() { None } else { signals::watch() };
+    let report = args
+        .job
+        .run(Some(&args.sha256), stop, |run| unpack_files(&base, &package, output.destination(), run));
     let report = report.map_err(|e| inputs.told(e).or_another_base())?;
     let exact = match (report.files.len(), args.sha256.skipped()) {
         (0, _) => "exact: every tensor; the package was not made from a file".into(),

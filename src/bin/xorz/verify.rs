@@ -32,8 +32,9 @@ pub(crate) fn run(args: &Args) -> Outcome {
     let inputs = Inputs::of(&named)?;
     let (base, package) = (inputs.path(&args.base), inputs.path(&args.package));
     let fine_tuned = args.fine_tuned.as_ref().map(|p| inputs.path(p));
-    let report =
-        args.job.run(Some(&args.sha256), |run| verify_files(&base, &package, fine_tuned.as_deref(), run));
+    let report = args
+        .job
+        .run(Some(&args.sha256), None, |run| verify_files(&base, &package, fine_tuned.as_deref(), run));
     let report = report.map_err(|e| inputs.told(e).or_another_base())?;
     let files = report.files.len();
     let what = match (files, args.sha256.skipped(), &fine_tuned) {

@@ -9,10 +9,13 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-const KILLS: usize = 200;
+/// How often each verb is killed: 200 times, or as often as XORZ_KILLS says (`make faults KILLS=1000`).
+pub(crate) fn kills() -> usize {
+    std::env::var("XORZ_KILLS").map_or(200, |n| n.parse().expect("XORZ_KILLS is a number"))
+}
 
 /// `base`, `ft` (files), `base.d`, `ft.d` (folders), `p.whole`, `d.whole` (packages of each).
-fn folder() -> tempfile::TempDir {
+pub(crate) fn folder() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let d = dir.path();
     let (base, ft) = matrices(21, 8, 512, 512);
@@ -34,7 +37,7 @@ struct Met {
     most_left: usize,
 }
 
-/// Run `args` [`KILLS`] times, killing it after a random part of the time it takes. `before` sets the stage,
+/// Run `args` [`kills`] times, killing it after a random part of the time it takes. `before` sets the stage,
 /// `after` says whether the new result is there, whole, and fails if it is half.
 fn kill(d: &Path, args: &[&str], before: impl Fn(usize), after: impl Fn(usize) -> bool) -> Met {
     let (mut rng, mut met) = (Rng::new(args.len() as u64), Met::default());
@@ -42,7 +45,8 @@ fn kill(d: &Path, args: &[&str], before: impl Fn(usize), after: impl Fn(usize) -
     before(1);
     done(d, args);
     let mut takes = start.elapsed().as_secs_f64();
-    for round in 0..KILLS {
+    let kills = kills();
+    for round in 0..kills {
         before(round);
         let mut child = command(d, args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         std::thread::sleep(Duration::from_secs_f64(takes * 1.1 * rng.unit()));
@@ -59,8 +63,8 @@ fn kill(d: &Path, args: &[&str], before: impl Fn(usize), after: impl Fn(usize) -
     println!("{args:?}: {met:?}");
     before(1);
     done(d, args);
-    assert!(met.killed >= KILLS / 3, "{args:?}: only {} of {KILLS} runs were killed", met.killed);
-    assert!(met.untouched >= KILLS / 5 && met.whole >= 3, "{args:?}: {met:?}");
+    assert!(met.killed >= kills / 3, "{args:?}: only {} of {kills} runs were killed", met.killed);
+    assert!(met.untouched >= kills / 5 && met.whole >= 3, "{args:?}: {met:?}");
     assert!(met.most_left <= 2, "{args:?}: {} temporary names at once", met.most_left);
     let left: Vec<_> = names(d).into_iter().filter(|n| n.starts_with('.')).collect();
     assert!(left.is_empty(), "{args:?}: a whole run leaves {left:?}");

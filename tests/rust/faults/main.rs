@@ -14,4 +14,5 @@ mod kill;
 mod limits;
 mod memory_bound;
 mod network;
+mod signals;
 mod system;
