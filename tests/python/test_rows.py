@@ -410,6 +410,47 @@ def test_positions_as_many_as_rows_are_positions():
     assert Case(Labels()).check_mixed(torch.randint(0, 9, (4, 2))) == "right"
 
 
+@pytest.mark.parametrize("mode", ["fast", "deterministic"])
+def test_positions_are_looked_up_in_whatever_shape_and_module(mode):
+    """[1, T] numbers, also of a part that is called on its own (`generate` does so with encoders), and sinusoids that no
+    checkpoint holds.
+    """
+
+    class Sinusoids(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.sin(torch.arange(54.0)).view(9, 6), persistent=False)
+
+        def forward(self, numbers):
+            return self.table[numbers]
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.place, self.waves = nn.Embedding(9, 6), nn.Embedding(9, 6), Sinusoids()
+
+        def forward(self, ids):
+            numbers = torch.arange(ids.size(1))[None]
+            return self.embed(ids) + self.place(numbers) + self.waves(numbers)
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part, self.layer = Part(), nn.Linear(6, 6)
+
+        def forward(self, ids):
+            return self.layer(self.part(ids))
+
+    torch.manual_seed(0)
+    case = Case(Whole(), mode=mode)
+    case.check_alone(torch.randint(0, 9, (2, 5)))
+    for length in (5, 4, 3):
+        ids = torch.randint(0, 9, (4, length))
+        assert case.check_mixed(ids, call=lambda m, ids: m.part(ids)) == "right"
+        assert case.check_mixed(ids) == "right"
+    assert case.tenants.apart is None
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2, "temperature": 1e-4}],
                          ids=["beams", "returned"])  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "t5"])

@@ -190,7 +190,11 @@ def _try(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) ->
 
 
 def _of_table(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) -> Any:
-    """A module that is given what belongs to no row (positions, learned queries): what it gives is as each tenant has it."""
+    """A module that is given what belongs to no row (positions, learned queries): what it gives is as each tenant has it, or,
+    if it holds nothing that a tenant could change, everyone's.
+    """
+    if not site.weights:
+        return _base(site, module, args, kwargs)
 
     def values(slot: int) -> Any:
         with site.owner.active.set(rows.uniform(slot)):

@@ -143,7 +143,7 @@ def embedding_rows(site: Site, rows: RowMap, ids: Tensor, param: str = "weight",
 
 
 def _look_up_one(site: Site, ids: Tensor, param: str, slot: int) -> Tensor:
-    slots = torch.full(ids.shape, slot, dtype=torch.int32)
+    slots = torch.full((ids.numel(),), slot, dtype=torch.int32)
     return torch.ops.xorz.delta_embedding(
         ids, site.base[param], site.owner.arena.tensor, site.slots(param), slots
     )
