@@ -8,6 +8,7 @@ are read.
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,22 @@ def folder_of(source: str | os.PathLike[str]) -> Path | None:
     return None if str(named).endswith(SUFFIX) else found.parent
 
 
-def only(names: Any, where: str) -> str:
+def is_elsewhere(source: str | os.PathLike[str]) -> bool:
+    """Whether `located` would look for it somewhere else: an address, or what may be a repository of the Hub."""
+    text = str(source)
+    if os.path.lexists(text):
+        return False
+    return bool(_SCHEME.match(text)) or (not text.endswith(SUFFIX) and bool(_HUB.fullmatch(text)))
+
+
+def packages(names: Iterable[str]) -> list[str]:
+    """Those of a folder's files that are packages by their names, in order; none that are hidden, as macOS's droppings are."""
+    return sorted(n for n in names if n.endswith(SUFFIX) and not n.startswith("."))
+
+
+def only(names: Iterable[str], where: str) -> str:
     """The one package among the names of a folder's files."""
-    found = sorted(n for n in names if n.endswith(SUFFIX) and not n.startswith("."))
+    found = packages(names)
     if not found:
         raise FileNotFoundError(
             f"{where} holds no package ({SUFFIX}); `xorz pack BASE FINE_TUNED OUT{SUFFIX}` makes one"

@@ -125,6 +125,10 @@ def test_what_is_no_package_is_said_and_what_to_do(tmp_path):
     assert "does not end in .xorz" in what_is(full / "config.json")
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "LoRA adapter" in what_is(tmp_path)
+    # A folder with a package is one, whatever lies beside it; addresses and names of the Hub are looked for.
+    (tmp_path / "A.xorz").write_bytes(b"")
+    assert [what_is(p) for p in (tmp_path, "org/alice", "hf://org/alice", "s3://bucket/alice")] == [None] * 4
+    (tmp_path / "A.xorz").unlink()
     # An engine without --quantization xorz.
     with pytest.raises(
         ValueError, match="xorz package, and the engine was started without --quantization xorz"

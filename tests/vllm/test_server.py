@@ -176,6 +176,24 @@ def test_a_package_published_under_the_same_path(server, alone, packages):
         assert [server.complete("news", p) for p in PROMPTS] == [alone[name, p] for p in PROMPTS]
 
 
+def test_a_folder_with_a_package_is_a_tenant(server, alone, packages, tmp_path):
+    import xorz
+
+    folder = xorz.save_folder(packages / "A.xorz", tmp_path / "a", "base")
+    status, text = server.load("ann", folder)
+    assert status == 200, text
+    assert server.complete("ann", PROMPTS[0]) == alone["A", PROMPTS[0]]
+    # Found when it is first asked for, in the folder of packages.
+    shutil.copytree(folder, packages / "late")
+    assert server.complete("late", PROMPTS[1]) == alone["A", PROMPTS[1]]
+    shutil.rmtree(packages / "late")
+    for name in ("ann", "late"):
+        assert server.post("/v1/unload_lora_adapter", lora_name=name)[0] == 200
+    (folder / "B.xorz").write_bytes(b"")
+    status, text = server.load("ann", folder)
+    assert status == 400 and "holds 2 packages" in text, text
+
+
 def test_bad_packages_are_the_client_s_error(server, alone, packages):
     bad = packages / "bad.xorz"
     bad.write_bytes((packages / "A.xorz").read_bytes()[:-50])

@@ -8,6 +8,7 @@ xorz` imports nothing of this.
 import hashlib
 from typing import TYPE_CHECKING, Any
 
+from ..sources import located
 from .packages import digest, named
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def request(name: str, path: Any) -> "LoRARequest":
 
     Args:
         name: of the tenant; its name for the engine ends in the package's digest.
-        path: of the package. What it holds now is what the request stands for, whatever is published there
+        path: of the package, or what else `xorz.sources.located` takes (a folder with one, a repository of the Hub, an address
+            of fsspec). What it holds now is what the request stands for, whatever is published there
             later.
 
     Raises:
@@ -53,6 +55,7 @@ def request(name: str, path: Any) -> "LoRARequest":
     """
     from vllm.lora.request import LoRARequest
 
+    path = located(path)
     adapter = named(name, digest(path))
     number = int.from_bytes(hashlib.sha256(adapter.encode()).digest()[:4], "big") % (2**31 - 1) + 1
     return LoRARequest(adapter, number, str(path))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _core, _ops, checkpoint
+from .. import _core, _ops, checkpoint, sources
 from .plan import Piece, Plan
 
 _NAMED = re.compile(r"(?P<name>.+)@xorz-(?P<digest>[0-9a-f]{32})")
@@ -28,13 +28,16 @@ _TABLE = "xorz:table"
 
 
 def is_package(path: Any) -> bool:
-    """Whether a path is meant as a package: it ends in `.xorz`."""
-    return os.fspath(path).endswith(".xorz")
+    """Whether a path is meant as a package: it ends in `.xorz`, or is a folder with such a file."""
+    path = os.fspath(path)
+    return path.endswith(sources.SUFFIX) or (os.path.isdir(path) and any(sources.packages(os.listdir(path))))
 
 
 def what_is(path: Any) -> str | None:
     """Why a path is no package, and what to do; None if it may be one."""
     folder = Path(path)
+    if is_package(path) or (sources.is_elsewhere(path) and not folder.is_dir()):
+        return None
     if (folder / "adapter_config.json").is_file():
         return "this engine serves xorz packages, and this is a LoRA adapter; serve it without --quantization xorz"
     if folder.is_dir():
@@ -42,9 +45,7 @@ def what_is(path: Any) -> str | None:
             "this engine serves xorz packages, and this is a folder; make a package of the fine-tune in it, "
             f"`xorz pack BASE {folder} {folder.name or 'tenant'}.xorz`, and load that"
         )
-    return (
-        None if is_package(path) else "this engine serves xorz packages, and this path does not end in .xorz"
-    )
+    return "this engine serves xorz packages, and this path does not end in .xorz"
 
 
 def digest(path: Any) -> str:

@@ -21,7 +21,8 @@ from .packages import is_package, split_name, what_is
 logger = init_logger("vllm.xorz")
 
 FOLDER = "XORZ_VLLM_PACKAGES"
-"""Environment variable: a folder whose `alice.xorz` is loaded when a client first asks for the model `alice`."""
+"""Environment variable: a folder whose `alice.xorz`, or the package in whose folder `alice`, is loaded when a client first asks
+for the model `alice`."""
 
 _POLL_SECONDS = 0.02
 
@@ -120,7 +121,7 @@ def _misplaced(self: Any, path: Any) -> str | None:
 async def _load(self: Any, name: str, path: str) -> LoRARequest:
     lora = await asyncio.to_thread(request, name, path)
     async with self.xorz_loading:
-        await prefetch(self.engine_client, lora.lora_name, path)
+        await prefetch(self.engine_client, lora.lora_name, lora.lora_path)
         await self.engine_client.add_lora(lora)
     return lora
 
@@ -166,7 +167,9 @@ def _resolving(plain: Any) -> Any:
         folder, fits = os.environ.get(FOLDER), "/" not in lora_name and not lora_name.startswith(".")
         if lora_name not in self.lora_requests and folder and fits and _ours(self):
             path = Path(folder) / f"{lora_name}.xorz"
-            if await asyncio.to_thread(path.is_file):
+            if not await asyncio.to_thread(path.is_file):
+                path = Path(folder) / lora_name
+            if await asyncio.to_thread(is_package, path):
                 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
                 wanted = LoadLoRAAdapterRequest(lora_name=lora_name, lora_path=str(path))
