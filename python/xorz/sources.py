@@ -33,7 +33,7 @@ def located(source: str | os.PathLike[str]) -> Path:
             exists here is never looked for elsewhere.
 
     Raises:
-        FileNotFoundError: there is none, or no package in it; ValueError: several packages, or what was fetched is none;
+        FileNotFoundError: there is none; ValueError: a folder with no package or several, or what was fetched is none;
         ModuleNotFoundError: the address needs a library that is not installed; OSError, and what the library raises.
     """
     text = os.fspath(source)
@@ -81,8 +81,8 @@ def only(names: Iterable[str], where: str) -> str:
     """The one package among the names of a folder's files."""
     found = packages(names)
     if not found:
-        raise FileNotFoundError(
-            f"{where} holds no package ({SUFFIX}); `xorz pack BASE FINE_TUNED OUT{SUFFIX}` makes one"
+        raise ValueError(
+            f"{where} is a folder that holds no package ({SUFFIX}); `xorz pack BASE {where} OUT{SUFFIX}` makes one"
         )
     if len(found) > 1:
         raise ValueError(

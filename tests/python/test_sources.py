@@ -89,7 +89,7 @@ def test_a_folder_with_one_package_is_that_package(package, tmp_path):
         and right(str(folder), tuned)
     )
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == BASE
-    with pytest.raises(FileNotFoundError, match=r"empty holds no package \(\.xorz\); `xorz pack"):
+    with pytest.raises(ValueError, match=r"empty is a folder that holds no package \(\.xorz\); `xorz pack"):
         (tmp_path / "empty").mkdir()
         sources.located(tmp_path / "empty")
     (folder / "bob.xorz").write_bytes(path.read_bytes())
@@ -146,7 +146,7 @@ def test_what_is_on_no_hub_and_in_no_folder_says_so(hub, tmp_path, monkeypatch):
     ):
         sources.located("org/nobody")
     hub.files["org/other"] = {"config.json": b"{}"}
-    with pytest.raises(FileNotFoundError, match="org/other holds no package"):
+    with pytest.raises(ValueError, match="org/other is a folder that holds no package"):
         sources.located("org/other")
     hub.files["org/bad"] = {"bad.xorz": b"not a package"}
     with pytest.raises(ValueError, match="what org/bad gave is no package"):
@@ -157,7 +157,7 @@ def test_what_is_on_no_hub_and_in_no_folder_says_so(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "other").mkdir(parents=True)
     asked = len(hub.served)
-    with pytest.raises(FileNotFoundError, match="org/other holds no package"):
+    with pytest.raises(ValueError, match="org/other is a folder that holds no package"):
         sources.located("org/other")
     assert sources.located("nothing.xorz").name == "nothing.xorz" and len(hub.served) == asked
 

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::matrix::Digest;
 use std::collections::HashMap;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
@@ -38,12 +38,37 @@ fn place_of(again: Option<usize>, name: &str) -> u128 {
     xxh3_128_with_seed(name.as_bytes(), again.map_or(0, |i| i as u64 + 1))
 }
 
+/// The package in a folder: a tenant's, with a card and a config beside it. Hidden files are none, as macOS's droppings are.
+fn in_folder(folder: &Path) -> Result<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(|e| Error::from(e).within(folder.display()))? {
+        let name = entry?.file_name();
+        let bytes = name.as_encoded_bytes();
+        if bytes.ends_with(b".xorz") && !bytes.starts_with(b".") {
+            found.push(folder.join(&name));
+        }
+    }
+    found.sort();
+    match &*found {
+        [one] => Ok(one.clone()),
+        [] => Err(Error::invalid(format!("{} is a folder that holds no package (.xorz)", folder.display()))),
+        [first, ..] => Err(Error::invalid(format!(
+            "{} holds {} packages ({}, ...); name one of them",
+            folder.display(),
+            found.len(),
+            first.display()
+        ))),
+    }
+}
+
 impl Package {
-    /// Open a package file and check everything in its header.
+    /// Open a package file, or the one in a folder, and check everything in its header.
     ///
     /// # Errors
-    /// `Io`, `Corrupt`, `Truncated`, or `Unsupported` for another format version. Messages name the path.
+    /// `Io`, `Corrupt`, `Truncated`, `Unsupported` for another format version, or `InvalidArgument` for a folder with no package
+    /// or several. Messages name the path.
     pub fn open(path: &Path) -> Result<Self> {
+        let path = &if path.is_dir() { in_folder(path)? } else { path.to_owned() };
         Self::new(SafeTensors::open(path)?).map_err(|e| e.within(path.display()))
     }
 
