@@ -395,6 +395,10 @@ def table(results: dict[str, dict[str, str]]) -> str:
         if result["verdict"] == "not built":
             why = result["why"].replace("|", "\\|")
             lines.append(f"| {name} | {why} |")
+    others = [f"{kind}/{name}" for kind, found in KINDS.items() for name in found]
+    others = [name for name in others if name not in results]
+    if others:
+        lines += ["", *_lines(f"Not run: {', '.join(others)}.")]
     return "\n".join([*lines, ""])
 
 
