@@ -146,7 +146,7 @@ def test_what_does_not_fit_changes_nothing(llm, made, tmp_path):
     assert all(torch.equal(before[n].view(torch.int16), after[n].view(torch.int16)) for n in before)
     assert llm.get_weight_version() == "1"
     says(llm, said, 1)
-    by_hand(llm, source=str(step[2]), version=2)
+    by_hand(llm, source=step[2].as_uri(), version=2)
     says(llm, said, 2)
     client.update(llm, package=step[3].read_bytes(), digest=xorz.vllm.digest(step[3]))
     says(llm, said, 3)
@@ -200,6 +200,19 @@ def test_an_engine_whose_words_somebody_else_has_replaced(llm, made):
     client.update(llm, chain, 3)
     says(llm, said, 3)
     client.update(llm, chain, 0)
+
+
+def test_what_was_prepared_for_other_words_is_not_applied(llm, made):
+    paths, chain, said = made
+    to(llm, chain, 0)
+    info = {"source": str(chain), "version": 1}
+    llm.collective_rpc("xorz_sync_prepare", kwargs={"update_info": info})
+    while llm.collective_rpc("xorz_sync_prepared") == [None]:
+        pass
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(paths[2])})
+    says(llm, said, 2)
+    by_hand(llm, **info)  # from version 2, read anew
+    says(llm, said, 1)
 
 
 def test_many_updates_leave_memory_as_it_was(llm, made):

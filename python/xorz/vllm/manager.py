@@ -168,7 +168,7 @@ class XorzManager(LRUCacheLoRAModelManager):
                 module._parameters[attribute].data = self.params[name] = site.table[-1]
             for module, attribute in users:
                 setattr(module, f"xorz_{attribute}", site)
-                if type(module) is RMSNorm:
+                if _is_norm(module):
                     module.__class__ = XorzRMSNorm
         self.loader = self._make_loader()
 
@@ -307,6 +307,13 @@ def is_transformers_backend(model: nn.Module) -> bool:
     )
 
 
+def _is_norm(module: nn.Module) -> bool:
+    """vLLM's own, or that of its Transformers backend where it has the whole row and does nothing more."""
+    if type(module) is RMSNorm:
+        return True
+    return type(module).__name__ == "TPAwareRMSNorm" and isinstance(module, RMSNorm) and module.tp_size == 1
+
+
 def _served(module: nn.Module, unserved: int | None = None) -> list[str]:
     """The parameters of a module that are served by rows; norms of `unserved` words are not."""
     method = getattr(module, "quant_method", None)
@@ -315,7 +322,7 @@ def _served(module: nn.Module, unserved: int | None = None) -> list[str]:
         # A bias that vLLM adds elsewhere would be the base's for everyone.
         if not getattr(module, "skip_bias_add", False):
             names.append("bias")
-    elif type(module) is RMSNorm and module.weight.numel() != unserved:
+    elif _is_norm(module) and module.weight.numel() != unserved:
         names = ["weight"]
     else:
         return []

@@ -121,6 +121,7 @@ class _Next:
     info: XorzUpdateInfo
     staged: update.Staged
     report: Report
+    generation: int
     identity: str | None = None
     same: dict[str, str] = field(default_factory=dict)
     back: int = 0
@@ -164,6 +165,8 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
         self._digests: dict[str, str] = {}
         self._chains: dict[str, Versions] = {}
         self._own = False
+        # Counts what the words have been: what was checked against other words is not applied.
+        self._generation = 0
         self._preparing = threading.Lock()
         self._prepared: _Next | Exception | None = None
         model.xorz_sync = self
@@ -195,7 +198,8 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
         if self._next is not None:
             raise ValueError("xorz: an update is one package; finish it before the next")
         ready, self._prepared = self._prepared, None
-        if isinstance(ready, _Next) and ready.info == update_info and ready.report.since == self.version:
+        fresh = isinstance(ready, _Next) and ready.generation == self._generation
+        if fresh and ready.info == update_info:
             self._next = ready
         else:
             self._next = self._prepare(update_info)
@@ -229,7 +233,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
             self._past.popleft()
         self._digests = ready.same
         self.version, self.identity, self.report = ready.report.version, ready.identity, ready.report
-        self._own = True
+        self._own, self._generation = True, self._generation + 1
         logger.info("xorz: version %s is served: %s", self.version, asdict(ready.report))
 
     def shutdown(self) -> None:
@@ -242,6 +246,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
             self._own = False
             return
         self._past.clear()
+        self._generation += 1
         self._digests, self._chains, self._words = {}, {}, None
         self._next = self._prepared = None
         self.version, self.identity, self.took_back = "unknown", None, True
@@ -332,7 +337,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
     ) -> _Next:
         """A step from the words that are there. Collective with tensor parallelism, also where it fails."""
         words, error, changed = self._words, None, []
-        out = _Next(info, update.Staged(), Report("", self.version), identity)
+        out = _Next(info, update.Staged(), Report("", self.version), self._generation, identity)
         try:
             content = packages.digest(path)
             if info.digest is not None and info.digest != content:
@@ -418,7 +423,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
 
     def _jump(self, info: XorzUpdateInfo, chain: Versions, at: int, number: int, wanted: str) -> _Next:
         words, error = self._words, None
-        out = _Next(info, update.Staged(), Report(str(number), self.version), wanted)
+        out = _Next(info, update.Staged(), Report(str(number), self.version), self._generation, wanted)
         try:
             lacking = update.missing(words.plan, chain._base)
             if lacking:
@@ -484,7 +489,8 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
         self._words.group.agree(error)
         past = list(self._past)[-count:]
         staged = update.backwards(self._words, [p.ways for p in reversed(past)])
-        return _Next(info, staged, Report(past[0].version, self.version), past[0].identity, {}, count)
+        report = Report(past[0].version, self.version)
+        return _Next(info, staged, report, self._generation, past[0].identity, {}, count)
 
 
 def _number(version: Any) -> int:
