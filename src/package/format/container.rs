@@ -102,8 +102,9 @@ impl Header {
 
 fn check_size(t: &TensorInfo) -> Result<()> {
     let Some(bits) = dtype_bits(&t.dtype) else { return Ok(()) };
-    let want = t.dims.iter().try_fold(bits, |a, &d| a.checked_mul(d as u64));
-    if want != t.bytes().checked_mul(8) {
+    // In wide numbers: two that both overflow are not equal.
+    let want = t.dims.iter().try_fold(u128::from(bits), |a, &d| a.checked_mul(d as u128));
+    if want != Some(u128::from(t.bytes()) * 8) {
         return Err(Error::corrupt(format!(
             "tensor `{}` of {} {:?} takes {} bytes, but its data offsets hold {}",
             t.name,

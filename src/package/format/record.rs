@@ -207,8 +207,10 @@ pub(crate) fn to_json(value: &impl Serialize) -> Result<String> {
 
 /// What must agree between the fields of one record.
 pub(super) fn check_entry(e: &Entry) -> Result<()> {
-    let bits = e.dims.iter().try_fold(dtype_bits(&e.dtype).unwrap_or(0), |a, &d| a.checked_mul(d as u64));
-    if dtype_bits(&e.dtype).is_some() && bits != e.bytes.checked_mul(8) {
+    // In wide numbers: two that both overflow are not equal.
+    let bits = dtype_bits(&e.dtype)
+        .map(|bits| e.dims.iter().try_fold(u128::from(bits), |a, &d| a.checked_mul(d as u128)));
+    if bits.is_some_and(|bits| bits != Some(u128::from(e.bytes) * 8)) {
         return Err(Error::corrupt(format!("{} {:?} does not take {} bytes", e.dtype, e.dims, e.bytes)));
     }
     if e.codec > Codec::Same && e.version < 2 {

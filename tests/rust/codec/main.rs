@@ -10,6 +10,7 @@ pub mod common {
     pub mod seal;
 }
 
+mod arithmetic;
 mod documents;
 mod encode_parity;
 mod ffi_contract;
