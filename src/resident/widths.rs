@@ -110,10 +110,13 @@ impl Widths {
         let free: [u8; 32] = std::array::from_fn(|c| {
             (0..=self.word_bits).min_by_key(|w| costs[c][usize::from(*w)]).unwrap_or(0)
         });
+        // What a class without words costs is nothing whatever its width; of a small matrix nearly all are such.
+        let met: Vec<(usize, &Vec<u64>)> =
+            costs.iter().enumerate().filter(|(_, costs)| costs.iter().any(|&c| c > 0)).collect();
         let cost = |table: &dyn Fn(usize) -> u8, limit: u64| {
             let mut sum = 0;
-            for (class, costs) in costs.iter().enumerate() {
-                sum += costs[usize::from(table(class))];
+            for (class, costs) in &met {
+                sum += costs[usize::from(table(*class))];
                 // Most tables are far too dear, which soon shows.
                 if sum > limit {
                     return None;
