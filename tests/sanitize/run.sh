@@ -17,8 +17,8 @@ build=${XORZ_BUILD:-build/cmake}
 CXX=${CXX:-c++}
 CC=${CC:-cc}
 case $kind in
-  address) flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined" runtime=libasan.so ;;
-  thread) flags="-fsanitize=thread" runtime=libtsan.so ;;
+  address) flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined" runtime=libasan.so controls="beyond overflow" ;;
+  thread) flags="-fsanitize=thread" runtime=libtsan.so controls="race" ;;
   *) echo "sanitize: $kind is neither address nor thread" >&2; exit 2 ;;
 esac
 out=build/sanitize/$kind
@@ -67,6 +67,16 @@ unset PYTHONMALLOC 2> /dev/null || true
 set -- "${@:-}"
 test -n "$1" || set -- tests/python/test_ops.py tests/python/test_grouped.py tests/python/test_embedding.py \
   tests/python/test_misuse.py tests/python/test_threads.py tests/python/test_bookkeeping.py
-LD_PRELOAD="$preload $stdcxx" PYTHONPATH="$PWD/$out/site" OMP_NUM_THREADS=2 \
-  setarch -R "$PY" -m pytest -x "$@"
-LD_PRELOAD= "$PY" -c "print('sanitize: no finding')"
+run() {
+  LD_PRELOAD="$preload $stdcxx" PYTHONPATH="$PWD/$out/site" OMP_NUM_THREADS=2 setarch -R "$PY" "$@"
+}
+"$CXX" -std=c++20 -O1 -g -fPIC -shared $flags tests/sanitize/control.cpp -o "$out/control.so"
+for control in $controls; do
+  if run -c "import torch, ctypes, sys; ctypes.CDLL(sys.argv[1])[sys.argv[2]](10000)" "$out/control.so" "$control" \
+    > "$out/$control.log" 2>&1 || ! grep -qE "Sanitizer|runtime error" "$out/$control.log"; then
+    echo "sanitize: $control was not noticed, so that nothing would be: $out/$control.log" >&2
+    exit 1
+  fi
+done
+run -m pytest -x "$@"
+echo "sanitize: no finding, and $controls noticed"
