@@ -20,13 +20,13 @@ INSTALLED    := $(PLAIN)$(if $(filter 1,$(CUDA)),-cuda)
 
 RUST_SOURCES   := $(shell find src -name '*.rs') $(wildcard build.rs cuda/*.cu cuda/*.cuh cuda/CMakeLists.txt) Cargo.toml Cargo.lock
 SHIM_SOURCES   := $(wildcard csrc/*) CMakeLists.txt
-PYTHON_SOURCES := $(shell find python -name '*.py' -o -name py.typed) pyproject.toml README.md
+PYTHON_SOURCES := $(shell find python -name '*.py' -o -name py.typed) pyproject.toml README.md THIRD-PARTY-LICENSES
 PYTHON_LINTED  := $(wildcard python tests benches examples)
 # Not what `make fuzz` builds there.
 C_LINTED       = $(shell find csrc cuda tests examples -path tests/fuzz/target -prune -o -type f -print | grep -E '\.(c|cpp|h|cu|cuh)$$')
 
-.PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-vllm test-wheel test-models \
-  test-sanitize fuzz faults soak stress test-smollm cuda-gate cpu-gate lint \
+.PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-vllm test-wheel test-reproducible test-models \
+  test-sanitize fuzz faults soak supply licenses sbom stress test-smollm cuda-gate cpu-gate lint \
   format bench bench-checkpoint bench-serving bench-vllm notebook changes clean
 .DELETE_ON_ERROR:
 
@@ -111,6 +111,20 @@ cpu-gate: build
 # Not part of test: fetches torch twice, and compiles everything in a clean folder.
 test-wheel: build
 	PY="$(PY)" $(NICE) tests/wheel/run.sh
+
+# Not part of test: builds everything twice, in folders of different names, and compares the wheels byte by byte.
+test-reproducible: $(REQUIREMENTS)
+	PY="$(PY)" $(NICE) tests/wheel/reproducible.sh
+
+# What xorz is built of: held against deny.toml; its licences, after a change of Cargo.lock; a CycloneDX SBOM. Seconds, offline.
+supply: $(REQUIREMENTS)
+	$(PY) tests/supply/supply.py
+
+licenses: $(REQUIREMENTS)
+	$(PY) tests/supply/supply.py --licenses
+
+sbom: $(REQUIREMENTS)
+	$(PY) tests/supply/supply.py --sbom build/xorz.cdx.json
 
 # Not part of test, which runs 2500 of them: minutes.
 stress: build

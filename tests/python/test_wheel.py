@@ -78,7 +78,7 @@ def test_the_wheel_is_for_any_python_and_holds_what_it_should():
     headers = {f for f in files if re.fullmatch(r"xorz/include/[\w.]+\.h", f)}
     assert files - headers == sources | {"xorz/libxorz_torch.so", "../../../bin/xorz"}
     licences = {Path(f).name for f in wheel.files if "/licenses/" in str(f)}
-    assert licences == {"LICENSE-APACHE", "LICENSE-MIT"}
+    assert licences == {"LICENSE-APACHE", "LICENSE-MIT", "THIRD-PARTY-LICENSES"}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def sdist(tmp_path_factory):
 
 def test_the_source_archive_holds_what_a_build_and_its_tests_need(sdist):
     needed = "Cargo.toml Cargo.lock build.rs CMakeLists.txt pyproject.toml LICENSE-APACHE LICENSE-MIT README.md Makefile"
-    assert set(needed.split()) <= set(sdist)
+    assert {*needed.split(), "THIRD-PARTY-LICENSES", "deny.toml"} <= set(sdist)
     for folder in ("src", "csrc", "python", "tests", "benches", "examples"):
         for path in (ROOT / folder).rglob("*"):
             name = str(path.relative_to(ROOT))
