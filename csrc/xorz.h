@@ -78,7 +78,7 @@ typedef enum xorz_prefer {
 /* Order of summation: fast, or one order for a row whatever the other rows are. */
 typedef enum xorz_mode { XORZ_MODE_FAST = 0, XORZ_MODE_DETERMINISTIC = 1 } xorz_mode;
 
-/* How a package stores a delta. XORZ_CODEC_SMALLEST: the smallest of 2, 3 and 6, tensor by tensor. */
+/* How a package stores a delta. XORZ_CODEC_SMALLEST: the smallest, tensor by tensor. */
 typedef enum xorz_codec {
   XORZ_CODEC_SMALLEST = -1,
   XORZ_CODEC_XOR = 0, /* one zstd frame of the raw XOR bytes, for exchange */

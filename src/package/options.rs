@@ -70,7 +70,7 @@ impl Codec {
     }
 
     /// Whether a caller may ask for it.
-    pub(crate) fn on_request(self) -> bool {
+    pub fn on_request(self) -> bool {
         self.delta() && !matches!(self, Self::Joint | Self::Unchanged)
     }
 

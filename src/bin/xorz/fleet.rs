@@ -55,9 +55,7 @@ fn failures(found: &FleetReport, folder: &Path, inputs: &Inputs) -> Outcome {
     for p in &found.packages {
         let Err(e) = &p.report else { continue };
         let failure = inputs.told(e.clone());
-        let given = p.fine_tuned.display().to_string();
-        let named = failure.text.starts_with(&given);
-        complain(&if named { failure.text.clone() } else { format!("{given}: {}", failure.text) });
+        complain(&format!("{}: {}", p.fine_tuned.display(), failure.text));
         first = first.or(Some(failure));
     }
     let failed = found.packages.iter().filter(|p| p.report.is_err()).count();

@@ -185,15 +185,24 @@ fn copy_of(block: &[u8], from: usize, out: &mut [u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::OpenOptions;
+    use std::io::Write;
+
+    /// An open file without a name, which nobody has to remove.
+    fn nameless(test: &str) -> File {
+        let path = std::env::temp_dir().join(format!("xorz-shared-{test}-{}", std::process::id()));
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).unwrap();
+        std::fs::remove_file(path).unwrap();
+        file
+    }
 
     #[test]
     fn every_read_gives_the_files_bytes_and_each_byte_is_read_once_by_any_number_of_readers() {
         let bytes: Vec<u8> = (0..3 * BLOCK + 77).map(|i| (i * i >> 7) as u8).collect();
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("file");
-        std::fs::write(&path, &bytes).unwrap();
+        let mut file = nameless("reads");
+        file.write_all(&bytes).unwrap();
         let cache = Arc::new(ReadCache::new(4));
-        let shared = SharedFile::new(File::open(&path).unwrap(), 7, bytes.len() as u64, &cache);
+        let shared = SharedFile::new(file, 7, bytes.len() as u64, &cache);
         let read = |at: usize, n: usize| {
             let mut out = vec![1; n];
             shared.read_exact_at(&mut out, at as u64).unwrap();
@@ -217,12 +226,10 @@ mod tests {
     #[test]
     fn no_more_is_kept_than_was_said_and_short_reads_are_repeated_from_memory() {
         let blocks = BLOCKS + 4 * BLOCKS_PER_THREAD + 9;
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("file");
-        let file = File::create_new(&path).unwrap();
+        let file = nameless("kept");
         file.set_len(blocks as u64 * BLOCK).unwrap();
         let cache = Arc::new(ReadCache::new(4));
-        let shared = SharedFile::new(File::open(&path).unwrap(), 0, blocks as u64 * BLOCK, &cache);
+        let shared = SharedFile::new(file, 0, blocks as u64 * BLOCK, &cache);
         let mut few = [0; 64];
         (0..5).for_each(|_| shared.read_exact_at(&mut few, 3 * BLOCK).unwrap());
         assert_eq!(cache.bytes_read(), 64);

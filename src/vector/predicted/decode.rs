@@ -5,7 +5,7 @@
 //! bytes two symbols take 56 bits at most, and there are 57); 2 for the step on vectors. At 4.5 a cycle that is 6 cycles. A
 //! lane waits 16 cycles for itself (state, bits taken, new bits, next state), four lanes in turn 4 a word.
 
-use super::dense::{DenseWords, HEADS, Places, heads};
+use super::dense::{DenseWords, HEADS, ListedPlaces, heads};
 use crate::codec::predicted::bits::BitReader;
 use crate::codec::predicted::step::{ESCAPE, number_of, step_of, stepped};
 use crate::codec::predicted::table::State;
@@ -208,7 +208,7 @@ impl PredictedDecoder {
         lanes: &mut [u32; LANES],
         stream: &mut StreamAt<'_>,
     ) -> usize {
-        let (mut places, mut turn) = (Places::new(), 0usize);
+        let (mut places, mut turn) = (ListedPlaces::new(), 0usize);
         let all = words.len();
         for from in (0..all).step_by(RUN) {
             let run = &mut words[from..(from + RUN).min(all)];

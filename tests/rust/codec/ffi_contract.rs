@@ -161,7 +161,7 @@ fn constants_are_equal() {
     pairs.extend(
         Codec::ALL
             .iter()
-            .filter(|c| c.delta())
+            .filter(|c| c.on_request())
             .map(|c| (format!("XORZ_CODEC_{}", c.name().to_uppercase().replace('-', "_")), *c as i64)),
     );
     let kinds = [
