@@ -71,3 +71,35 @@ def test_an_unknown_vllm_is_left_alone_and_says_why():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     first, second = done.stdout.splitlines()[-2:]
     assert first == "False" and "worker_base has no Gone" in second
+
+
+def test_answers_of_several_workers_stay_in_step():
+    """All refuse the first call; what the second one gives are its own answers."""
+    from collections import deque
+    from types import SimpleNamespace
+
+    xorz.vllm.register()
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor, WorkerProc
+    from xorz.vllm.layers import XorzConfig
+
+    good, bad = WorkerProc.ResponseStatus.SUCCESS, WorkerProc.ResponseStatus.FAILURE
+
+    class Queue(deque):
+        def dequeue(self, timeout=None):
+            return self.popleft()
+
+        def enqueue(self, message):
+            self.append(message)
+
+    executor = SimpleNamespace(
+        is_failed=False,
+        rpc_broadcast_mq=Queue(),
+        response_mqs=[Queue([(bad, f"no, says {rank}"), (good, rank)]) for rank in range(3)],
+        futures_queue=deque(),
+        vllm_config=SimpleNamespace(quant_config=XorzConfig(), weight_transfer_config=None),
+    )
+    queues = executor.response_mqs
+    with pytest.raises(RuntimeError, match="no, says 0"):
+        MultiprocExecutor.collective_rpc(executor, "first")
+    assert executor.response_mqs is queues
+    assert MultiprocExecutor.collective_rpc(executor, "second") == [0, 1, 2]

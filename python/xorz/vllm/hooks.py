@@ -47,6 +47,11 @@ HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("vllm.v1.worker.worker_base", "WorkerBase", ()),
     ("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.reset_lora_state", ("self",)),
+    (
+        "vllm.v1.executor.multiproc_executor",
+        "MultiprocExecutor.collective_rpc",
+        ("self", "method", "timeout", "args", "kwargs", "non_block", "unique_reply_rank"),
+    ),
     ("vllm.v1.engine.core", "EngineCore.collective_rpc", ("self", "method", "timeout", "args", "kwargs")),
     ("vllm.v1.engine.core", "EngineCore.add_request", ("self", "request", "request_wave")),
     (
@@ -68,6 +73,7 @@ HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("name", "module_path_or_cls", "class_name"),
     ),
     ("vllm.distributed.weight_transfer.factory", "WeightTransferEngineFactory._registry", ()),
+    ("vllm.distributed.weight_transfer.factory", "WeightTransferTrainerFactory._registry", ()),
     (
         "vllm.distributed.weight_transfer.base",
         "WeightTransferEngine",

@@ -470,7 +470,7 @@ class XorzWorkerManager(LRUCacheWorkerLoRAManager):
         name, content = split_name(adapter)
         if content is None:
             raise Unfit(
-                name, path, what_is(path) or "its name holds no digest; make it with xorz.vllm.request"
+                name, path, what_is(path) or "it has no digest in its name; make it with xorz.vllm.request"
             )
         try:
             with torch.inference_mode():

@@ -3,6 +3,7 @@ before anything is loaded.
 """
 
 import functools
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 
 from . import layers, manager, replaced, rpc, serving
 from .packages import is_package
+
+_PATIENCE_SECONDS = 300.0
+"""For the answer of a worker beside one that has failed already."""
 
 
 def install() -> None:
@@ -38,7 +42,59 @@ def _start() -> None:
     EngineArgs.create_engine_config = create_engine_config
 
 
+class _Answers:
+    """A worker's queue of answers, and whether the one that is waited for was taken."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue, self.taken = queue, False
+
+    def dequeue(self, *args: Any, **kwargs: Any) -> Any:
+        out = self._queue.dequeue(*args, **kwargs)
+        self.taken = True
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._queue, name)
+
+
+def _in_step(plain: Any) -> Any:
+    """Where several workers refuse something, vLLM reads the answer of the first one alone.
+
+    The others' would be taken for those to what is asked next, and so on ever after.
+    """
+
+    @functools.wraps(plain)
+    def collective_rpc(
+        self: Any,
+        method: Any,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        non_block: bool = False,
+        unique_reply_rank: int | None = None,
+        **more: Any,
+    ) -> Any:
+        if non_block or unique_reply_rank is not None or not replaced.ours(self.vllm_config):
+            return plain(self, method, timeout, args, kwargs, non_block, unique_reply_rank, **more)
+        queues, answers = self.response_mqs, [_Answers(queue) for queue in self.response_mqs]
+        self.response_mqs = answers
+        try:
+            return plain(self, method, timeout, args, kwargs, **more)
+        except RuntimeError:
+            if any(answer.taken for answer in answers):
+                for answer in answers:
+                    if not answer.taken:
+                        with suppress(TimeoutError):
+                            answer.dequeue(timeout=_PATIENCE_SECONDS if timeout is None else timeout)
+            raise
+        finally:
+            self.response_mqs = queues
+
+    return collective_rpc
+
+
 def _worker() -> None:
+    from vllm.v1.executor import multiproc_executor
     from vllm.v1.worker import gpu_model_runner, lora_model_runner_mixin, worker_base
 
     plain = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
@@ -55,6 +111,9 @@ def _worker() -> None:
     worker_base.WorkerBase.xorz_prefetch = _prefetch
     worker_base.WorkerBase.xorz_prefetched = _prefetched
     worker_base.WorkerBase.xorz_memory = _memory
+    multiproc_executor.MultiprocExecutor.collective_rpc = _in_step(
+        multiproc_executor.MultiprocExecutor.collective_rpc
+    )
     runner = gpu_model_runner.GPUModelRunner
     runner._get_prompt_logprobs_dict = _scoring_prompts(runner._get_prompt_logprobs_dict)
 

@@ -5,11 +5,18 @@ from typing import Any
 
 def install() -> None:
     """Make vLLM know the weight transfer `xorz`, once, and its workers the methods below."""
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.distributed.weight_transfer.factory import (
+        WeightTransferEngineFactory,
+        WeightTransferTrainerFactory,
+    )
     from vllm.v1.worker.worker_base import WorkerBase
 
     if "xorz" not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine("xorz", "xorz.vllm.sync", "XorzWeightTransferEngine")
+    if "xorz" not in WeightTransferTrainerFactory._registry:
+        WeightTransferTrainerFactory.register_engine(
+            "xorz", "xorz.vllm.trainer", "XorzTrainerWeightTransferEngine"
+        )
     WorkerBase.xorz_version = _version
     WorkerBase.xorz_sync_report = _sync_report
     WorkerBase.xorz_sync_prepare = _sync_prepare
