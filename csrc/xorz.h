@@ -281,9 +281,9 @@ int32_t xorz_pack_files(const char* base, const char* fine_tuned, const char* pa
                         const xorz_options* options, const xorz_run* run, xorz_buffer* report,
                         xorz_error* error);
 
-/* Many fine-tunes, each against the nearest of base_count bases; fine_tuned[i] goes into packages[i]. Each base's
- * words are read once for many of them. One that cannot be packed ends no other: report, a JSON object, has
- * "packages", each with its "report", or "error" and "kind". */
+/* Many fine-tunes, each against the nearest of base_count bases; fine_tuned[i] goes into packages[i]. Each
+ * base's words are read once for many of them. One that cannot be packed ends no other: report, a JSON
+ * object, has "packages", each with its "report", or "error" and "kind". */
 int32_t xorz_pack_fleet(const char* const* bases, size_t base_count, const char* const* fine_tuned,
                         const char* const* packages, size_t count, const xorz_options* options,
                         const xorz_run* run, xorz_buffer* report, xorz_error* error);

@@ -117,7 +117,7 @@ def pack_fleet(
     ]
     failed = [line for line in found if "error" in line]
     if failed:
-        told = "; ".join(line["error"] for line in failed)
+        told = "; ".join(f"{line['fine_tuned']}: {line['error']}" for line in failed)
         error = _core.failure(
             failed[0]["kind"], f"{len(failed)} of {len(found)} checkpoints were not packed: {told}"
         )

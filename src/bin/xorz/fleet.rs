@@ -14,9 +14,9 @@ const PARTS: usize = 8;
 /// From this distance on a base is no base of a fine-tune: unrelated weights differ by about 0.95.
 const FAR: f64 = 0.9;
 
-/// Whether packages are to go into the folder `output`, however few they are.
+/// Whether packages are to go into the folder `output`, however few they are: a pattern of the shell's may mean one.
 pub(crate) fn wants_folder(output: &Path) -> bool {
-    output.is_dir() || output.as_os_str().as_encoded_bytes().ends_with(b"/")
+    output.as_os_str().as_encoded_bytes().ends_with(b"/")
 }
 
 pub(crate) fn run(
@@ -55,7 +55,7 @@ fn failures(found: &FleetReport, folder: &Path, inputs: &Inputs) -> Outcome {
     for p in &found.packages {
         let Err(e) = &p.report else { continue };
         let failure = inputs.told(e.clone());
-        complain(&format!("{}: {}", p.fine_tuned.display(), failure.text));
+        complain(&format!("{} is not packed: {}", p.fine_tuned.display(), failure.text));
         first = first.or(Some(failure));
     }
     let failed = found.packages.iter().filter(|p| p.report.is_err()).count();

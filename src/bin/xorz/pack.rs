@@ -21,7 +21,8 @@ pub(crate) struct Args {
     /// their other files (config, tokenizer) are carried along.
     #[arg(required_unless_present = "bases", value_name = "FINE_TUNED")]
     fine_tuned: Vec<PathBuf>,
-    /// The package to write, such as alice.xorz, - for standard output; of several checkpoints, the folder for their packages.
+    /// The package to write, such as alice.xorz, - for standard output; of several checkpoints, and with a / at its end, the
+    /// folder for their packages.
     #[arg(short, long)]
     output: PathBuf,
     /// A base, once for each of several: every checkpoint is packed against the nearest one.

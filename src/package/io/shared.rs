@@ -198,7 +198,7 @@ mod tests {
 
     #[test]
     fn every_read_gives_the_files_bytes_and_each_byte_is_read_once_by_any_number_of_readers() {
-        let bytes: Vec<u8> = (0..3 * BLOCK + 77).map(|i| (i * i >> 7) as u8).collect();
+        let bytes: Vec<u8> = (0..3 * BLOCK + 77).map(|i| ((i * i) >> 7) as u8).collect();
         let mut file = nameless("reads");
         file.write_all(&bytes).unwrap();
         let cache = Arc::new(ReadCache::new(4));

@@ -50,7 +50,7 @@ pub(super) fn walk(
     let left = |w: usize| AtomicUsize::new(lanes.iter().filter(|lane| lane.walker == w).count());
     let states = lanes.iter().map(|_| Mutex::default()).collect();
     let left = (0..walkers.len()).map(left).collect();
-    let walk = Walk { walkers, lanes: &lanes, states, left, ends: &ends, options, run };
+    let walk = FleetWalk { walkers, lanes: &lanes, states, left, ends: &ends, options, run };
     walk.all()?;
     drop(walk);
     let lost = || Err(Error::internal("a fine-tune was left out"));
@@ -167,7 +167,7 @@ struct WalkScratch {
     error: Option<Error>,
 }
 
-struct Walk<'a> {
+struct FleetWalk<'a> {
     walkers: &'a [Walker<'a>],
     lanes: &'a [WalkLane<'a>],
     states: Vec<Mutex<LaneState<'a>>>,
@@ -178,7 +178,7 @@ struct Walk<'a> {
     run: &'a Run<'a>,
 }
 
-impl<'a> Walk<'a> {
+impl<'a> FleetWalk<'a> {
     fn all(&self) -> Result<()> {
         // Files without tensors, and packages of nothing else.
         for (lane, _) in self.lanes.iter().enumerate().filter(|(_, lane)| lane.items() == 0) {

@@ -181,8 +181,13 @@ fn one_that_fails_ends_no_other_and_is_named() {
     let told = String::from_utf8(out.stderr).unwrap();
     let lines: Vec<_> = told.lines().collect();
     assert_eq!(lines.len(), 5, "{told}");
-    let wanted =
-        ["cut/model-00002-of-00002.safetensors: ", "absent: ", "nothing: ", "pickle.bin: ", "4 of 6"];
+    let wanted = [
+        "cut is not packed: cut/model-00002-of-00002.safetensors: ",
+        "absent is not packed: absent: ",
+        "nothing is not packed: nothing: ",
+        "pickle.bin is not packed: pickle.bin: ",
+        "4 of 6",
+    ];
     for (line, wanted) in lines.iter().zip(wanted) {
         assert!(line.starts_with(&format!("xorz: {wanted}")), "{told}");
     }
@@ -318,8 +323,9 @@ fn packages_are_called_as_the_checkpoints_are_and_replace_no_input() {
         ],
     );
     assert_eq!(names(&d.join("files")), ["model-00001-of-00001.xorz", "model.xorz"]);
-    // One goes into a folder that is there, too: a pattern of the shell's may mean one.
-    done(d, &["pack", "base", "runs/a/checkpoint-100", "-o", "out"]);
+    // One goes into a folder, too, where that is meant for sure: a pattern of the shell's may mean one.
+    refused(d, &["pack", "base", "runs/a/checkpoint-100", "-o", "out"], 2, &["directory"]);
+    done(d, &["pack", "base", "runs/a/checkpoint-100", "-o", "out/"]);
     assert_eq!(names(&d.join("out")).last().unwrap(), "final.xorz");
     assert!(names(&d.join("out")).contains(&"checkpoint-100.xorz".into()));
     refused(
