@@ -11,6 +11,7 @@ use crate::package::format::stored::{Choice, Chosen};
 use crate::package::format::words::PairSource;
 use crate::package::options::{Codec, PackOptions};
 use crate::vector;
+use std::ops::Range;
 
 /// Planes must be this much smaller than the resident delta: they decode several times slower.
 const PLANES_WORTH: f64 = 0.97;
@@ -28,6 +29,8 @@ const XOR_WORTH: f64 = 0.9;
 const XOR_SAMPLE: usize = 2;
 /// What a frame takes whatever is in it, about: a piece of the sample has it once, and so has the whole.
 const XOR_HEAD: f64 = 32.0;
+/// Bytes of a piece that level 1 looks at before the piece is compressed at level 10.
+const XOR_LOOK: usize = 128 << 10;
 /// Level 1 takes at most so much of what level 10 takes, or else there is little in it to find for either.
 const XOR_QUICK: f64 = 1.5;
 /// Words that do not compress are stored as planes up to here: in larger tensors what is around them weighs nothing.
@@ -112,20 +115,26 @@ impl TensorJob<'_> {
     fn sample_xor(&self, smallest: f64) -> Result<f64> {
         let Some((_, _, base)) = self.delta else { return Ok(f64::INFINITY) };
         let (count, mut s) = (self.pieces.count(), EncodeScratch::default());
-        let step = count.div_ceil(XOR_SAMPLE);
-        let (mut quick, mut stored, mut raw) = (0.0, 0.0, 0usize);
-        for index in (0..count).skip(step / 2).step_by(step) {
-            let range = self.pieces.bytes(index);
-            raw += range.len();
+        let xor = |range: Range<usize>, s: &mut EncodeScratch| -> Result<()> {
             let fine_tuned = self.words.get(range.clone(), &mut s.fine_tuned)?;
             planes::xor(base.words.get(range, &mut s.base)?, fine_tuned, &mut s.difference);
-            let share = self.bytes as f64 / raw as f64;
-            quick += compress(&s.difference, 1)?.len() as f64 - XOR_HEAD;
-            if quick * share > smallest * XOR_QUICK + XOR_HEAD {
+            Ok(())
+        };
+        let step = count.div_ceil(XOR_SAMPLE);
+        let (mut stored, mut raw) = (0.0, 0usize);
+        for index in (0..count).skip(step / 2).step_by(step) {
+            let piece = self.pieces.bytes(index);
+            let look = piece.start..piece.end.min(piece.start + XOR_LOOK);
+            xor(look.clone(), &mut s)?;
+            let quick = compress(&s.difference, 1)?.len() as f64 - XOR_HEAD;
+            if quick * self.bytes as f64 / look.len() as f64 > smallest * XOR_QUICK + XOR_HEAD {
                 return Ok(f64::INFINITY);
             }
+            if look != piece {
+                xor(piece.clone(), &mut s)?;
+            }
             s.xor.frame(&s.difference, &mut s.own)?;
-            stored += s.own.len() as f64 - XOR_HEAD;
+            (stored, raw) = (stored + s.own.len() as f64 - XOR_HEAD, raw + piece.len());
         }
         Ok(XOR_HEAD + stored * self.bytes as f64 / raw.max(1) as f64)
     }

@@ -19,7 +19,7 @@ use crate::vector;
 use std::sync::OnceLock;
 
 /// Up to so many bytes, a tensor's own zstd frame of its XOR is made beside what was chosen, and taken where it is smaller.
-pub(super) const XOR_TENSOR: usize = 256 << 10;
+pub(super) const XOR_TENSOR: usize = 64 << 10;
 
 /// The base tensor of a delta. Its digest is that of the words which are encoded, whatever was known of it before.
 #[derive(Clone, Copy, Debug)]
