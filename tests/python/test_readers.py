@@ -278,6 +278,32 @@ def test_what_a_module_computes_with_parts_of_its_weights_is_the_tenants(made, m
     assert case.tenants.apart is None  # row by row, in one run of the model
 
 
+@pytest.mark.parametrize("mode", ["fast", "deterministic"])
+@pytest.mark.parametrize(
+    "ids", [torch.tensor([[3, 1, 3], [1, 2, 4], [3, 3, 3], [0, 3, 8]]), torch.full((4, 3), 3)]
+)
+def test_a_parameter_that_is_written_to_places_of_each_row_is_its_tenants(ids, mode):
+    """As T5Gemma 2's embedding does, and as models of images and sound put their placeholders."""
+
+    class Marked(nn.Embedding):
+        def __init__(self):
+            super().__init__(9, 6)
+            self.special = nn.Parameter(torch.randn(6))
+
+        def forward(self, ids):
+            out = super().forward(ids)
+            out[ids == 3] = self.special
+            return out
+
+    torch.manual_seed(0)
+    case = Case(nn.Sequential(Marked(), nn.Linear(6, 5)), mode=mode)
+    case.check_alone(ids)
+    other = torch.arange(12).view(4, 3) % 9
+    for given in (other, ids):
+        assert case.check_mixed(given) == "right"
+    assert case.tenants.apart is None
+
+
 def test_attention_of_linear_layers_of_ones_own_keeps_their_biases():
     """As WavLM calls torch's function: with weights of three layers, and their biases joined."""
 

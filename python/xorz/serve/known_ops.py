@@ -243,6 +243,29 @@ def in_place(func: Any) -> Callable[..., Any]:
     return served
 
 
+def set_masked(first: Any, index: Any, value: Any) -> Any:
+    """`x[mask] = weight`: places that a parameter is written to, in each row its tenant's."""
+    masked = isinstance(index, Tensor) and not isinstance(index, Weight) and index.dtype == torch.bool
+    if isinstance(first, Weight) or not masked or not _changed(value):
+        return NotImplemented
+    rows, dims = value.rows(), index.dim()
+    fits = dims > 0 and index.shape == first.shape[:dims] and value.dim() <= first.dim() - dims
+    if rows.only is not None or rows.dim != 0 or not fits:
+        return NotImplemented
+    try:
+        given, op = [(0, first), (1, index)], Tensor.__setitem__
+        # Places of a row of `first` are that row's, whatever the mask is; a mask that no row has on or off shows none.
+        known_first = rows.where((value.places[0][0], op_of(op), 0), first) == ("dim", 0)
+        slots, _ = _whose(value, op, given, [first] if known_first else [first, index], lambda tensor: 0)
+    except Table:
+        return NotImplemented
+    for slot, mine in groups(slots, rows.used, False):
+        part = first.index_select(0, mine)
+        part[index.index_select(0, mine)] = value.dense(slot)
+        first.index_copy_(0, mine, part)
+    return None
+
+
 def own_rows(func: Any, dims: int | None = None) -> Callable[..., Any]:
     """An op whose first tensor has the batch, and that keeps its rows apart; `dims`: only if it has that many dimensions."""
 
@@ -417,6 +440,7 @@ known.update(
     {
         F.linear: linear,
         F.embedding: embedding,
+        Tensor.__setitem__: set_masked,
         F.multi_head_attention_forward: lambda *args, **kwargs: attention.forward(*args, **kwargs),
         torch.matmul: matmul,
         Tensor.matmul: matmul,
