@@ -411,13 +411,13 @@ def _states(results: dict[str, dict[str, str]]) -> list[str]:
     states = Counter(r.get("code", "?") for r in results.values()).most_common()
     if len(states) == 1:
         return [f"All rows are of one run of one state of the code ({states[0][0]})."]
-    lines = [
-        f"{states[0][1]} rows are of one run ({states[0][0]}). After fixes, others were run again, alone:",
-        "",
-    ]
-    for code, number in states[1:]:
+    lines = _lines(
+        f"The run went on over {len(states)} states of the code, fixes in between; that of now is {state()}:"
+    )
+    lines.append("")
+    for code, number in states:
         names = ", ".join(sorted(n for n, r in results.items() if r.get("code", "?") == code))
-        lines += _lines(f"- {number} of state {code}: {names}")
+        lines += _lines(f"- {number} rows of state {code}: {names}")
     return lines
 
 

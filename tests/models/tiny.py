@@ -59,6 +59,8 @@ SMALL = {
     "n_mamba_heads": 2,
     "relative_attention_num_buckets": 8,
     "vocab_size_per_layer_input": VOCABULARY,
+    "entity_vocab_size": VOCABULARY,
+    "entity_emb_size": 16,
     "hidden_size_per_layer_input": 8,
 }
 
