@@ -63,11 +63,11 @@ pub(crate) struct Contents {
 }
 
 /// Stored bytes of a part, in the order of the package's data.
-type Run = (usize, Range<u64>);
+type StoredRun = (usize, Range<u64>);
 
 impl Contents {
     /// What is stored, by its place in the package's data; and where it is to be taken from.
-    fn records(&mut self) -> (Records, Vec<Run>) {
+    fn records(&mut self) -> (Records, Vec<StoredRun>) {
         // Resident deltas first: they are multiples of 64 bytes, so all of them stay aligned. Joint frames last.
         let mut classes: [Vec<(usize, Entry)>; 3] = Default::default();
         let mut records = Records { folder: self.folder, ..Records::default() };
@@ -84,7 +84,7 @@ impl Contents {
                 classes[class].push((p, e));
             }
         }
-        let mut runs: Vec<Run> = Vec::new();
+        let mut runs: Vec<StoredRun> = Vec::new();
         let mut at = 0;
         let mut place = |p: usize, range: &mut Range<u64>| {
             let n = range.end - range.start;
@@ -135,7 +135,13 @@ impl Contents {
         Ok(report)
     }
 
-    fn write_to(&mut self, runs: &[Run], header: &str, table: &[u8], out: &mut dyn Write) -> Result<()> {
+    fn write_to(
+        &mut self,
+        runs: &[StoredRun],
+        header: &str,
+        table: &[u8],
+        out: &mut dyn Write,
+    ) -> Result<()> {
         out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(header.as_bytes())?;
         for (p, range) in runs {

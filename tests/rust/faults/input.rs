@@ -294,7 +294,7 @@ impl Loading {
         let (base, ft) = matrices(29, 3, SIDE, SIDE);
         fs::write(path("base"), safetensors(&base)).unwrap();
         fs::write(path("ft"), safetensors(&ft)).unwrap();
-        let packages = Codec::ALL.into_iter().filter(|c| c.delta()).map(|codec| {
+        let packages = Codec::ALL.into_iter().filter(|c| c.on_request()).map(|codec| {
             let options = PackOptions { codec: Some(codec), ..PackOptions::default() };
             let to = path(codec.name());
             let out = Destination::Path(&to);
