@@ -383,14 +383,16 @@ def table(results: dict[str, dict[str, str]]) -> str:
         f"deterministic mode; {share[alone]} are right alone; {count['refused']} are refused on load; {count['fails late']} "
         f"raise with one tenant; {count['WRONG']} are silently wrong. {makes['mixed'] + makes['alone']} have a `generate`, "
         f"which is right for one tenant in all of them, and in mixed batches in {makes['mixed']}. "
-        f"{len(results) - len(built)} were not built; why is said at the end."
+        f"{len(results) - len(built)} were not built, as is said at the end."
     )
     lines = ["# Architectures", "", *_lines(made), "", *_lines(found), "", *_states(results), ""]
-    lines += ["| architecture | verdict | generate | why not |", "|---|---|---|---|"]
+    lines += ["| architecture | verdict | generate | state | why not |", "|---|---|---|---|---|"]
     for name, result in sorted(built.items()):
         why = result["why"].replace("|", "\\|").replace("xorz: ", "")
-        lines.append(f"| {name} | {result['verdict']} | {result.get('generate', '')} | {why} |")
-    lines += ["", "## Not built from a shrunken config", "", "| architecture | why |", "|---|---|"]
+        how = result.get("generate", "")
+        lines.append(f"| {name} | {result['verdict']} | {how} | {result.get('code', '?')} | {why} |")
+    if len(built) < len(results):
+        lines += ["", "## Not built from a shrunken config", "", "| architecture | why |", "|---|---|"]
     for name, result in sorted(results.items()):
         if result["verdict"] == "not built":
             why = result["why"].replace("|", "\\|")
@@ -411,14 +413,11 @@ def _states(results: dict[str, dict[str, str]]) -> list[str]:
     states = Counter(r.get("code", "?") for r in results.values()).most_common()
     if len(states) == 1:
         return [f"All rows are of one run of one state of the code ({states[0][0]})."]
-    lines = _lines(
-        f"The run went on over {len(states)} states of the code, fixes in between; that of now is {state()}:"
+    counts = ", ".join(f"{number} of {code}" for code, number in states)
+    return _lines(
+        f"The run went on over {len(states)} states of the code, with fixes in between, which the column `state` names "
+        f"({counts}); that of now is {state()}."
     )
-    lines.append("")
-    for code, number in states:
-        names = ", ".join(sorted(n for n, r in results.items() if r.get("code", "?") == code))
-        lines += _lines(f"- {number} rows of state {code}: {names}")
-    return lines
 
 
 def main() -> None:
