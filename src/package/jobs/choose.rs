@@ -1,9 +1,10 @@
 //! How a tensor is stored: by the codec that takes the fewest bytes, as far as the whole of it or a sample tells.
 
 use super::append::XOR_WHOLE;
-use super::encode::{EncodeScratch, TensorJob, XOR_TENSOR};
+use super::encode::{BaseWords, EncodeScratch, TensorJob, XOR_TENSOR};
 use crate::codec::Encoding;
 use crate::error::{Error, Result};
+use crate::matrix::{Dtype, Shape};
 use crate::package::format::frames::compress;
 use crate::package::format::joint::JOINT_TENSOR;
 use crate::package::format::planes;
@@ -35,6 +36,12 @@ const XOR_LOOK: usize = 128 << 10;
 const XOR_QUICK: f64 = 1.5;
 /// Words that do not compress are stored as planes up to here: in larger tensors what is around them weighs nothing.
 const PLAIN_TENSOR: usize = 16 << 20;
+
+/// Tensors from here on are worth a look where their XOR takes more than this share of them, and are stored by another codec
+/// than `joint` where that takes less than so much of what the XOR takes: it has a digest of its own, too.
+const DENSE_TENSOR: usize = 1024;
+const DENSE_FROM: f64 = 0.25;
+const DENSE_WORTH: f64 = 0.9;
 
 /// Predicted tiles must be this much smaller than the resident delta: loading them reads the base.
 const PREDICTED_WORTH: f64 = 0.97;
@@ -81,10 +88,36 @@ impl TensorJob<'_> {
                 let found = self.predict(dtype)?;
                 return Ok((if found.is_some() { Choice::Predicted } else { Choice::Planes }, all));
             }
-            None if (1..=JOINT_TENSOR).contains(&self.bytes) => return Ok((Choice::Joint, all)),
+            None if (1..=JOINT_TENSOR).contains(&self.bytes) => return self.choose_small(options),
             _ if !self.pieces.tiled() => return Ok((Choice::Planes, self.sample_planes(options)?)),
             _ => {}
         }
+        self.smallest((dtype, shape, base), options)
+    }
+
+    /// A share of a joint frame, unless the tensor is one whose words nearly all changed, of which another codec may know more.
+    fn choose_small(&self, options: &PackOptions) -> Result<(Choice, f64)> {
+        let (joint, Some(delta)) = ((Choice::Joint, self.bytes as f64), self.delta) else {
+            return Err(Error::internal("a joint frame of no delta"));
+        };
+        if self.bytes < DENSE_TENSOR || options.fast {
+            return Ok(joint);
+        }
+        let xor = self.sample_xor(f64::INFINITY)?;
+        if xor < DENSE_FROM * self.bytes as f64 {
+            return Ok(joint);
+        }
+        let (choice, bytes) = self.smallest(delta, options)?;
+        Ok(if bytes < DENSE_WORTH * xor { (choice, bytes) } else { joint })
+    }
+
+    /// Of the codecs that tell what changed, the one that takes the fewest bytes.
+    fn smallest(
+        &self,
+        (dtype, shape, base): (Dtype, Shape, BaseWords<'_>),
+        options: &PackOptions,
+    ) -> Result<(Choice, f64)> {
+        let all = self.bytes as f64;
         let mut source = PairSource { dtype, shape, base: base.words, fine_tuned: self.words };
         let estimate = vector::estimate(&mut source, options.prefer)?;
         let zstd = options.codec != Some(Codec::Resident);
