@@ -27,7 +27,7 @@ C_LINTED       = $(shell find csrc cuda tests examples -path tests/fuzz/target -
 
 .PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-vllm test-wheel test-reproducible test-models \
   test-sanitize fuzz faults soak supply licenses sbom stress test-smollm cuda-gate cpu-gate lint \
-  format bench bench-checkpoint test-ray bench-serving bench-vllm notebook changes clean
+  format bench bench-checkpoint bench-sizes test-ray bench-serving bench-vllm notebook changes clean
 .DELETE_ON_ERROR:
 
 build: $(INSTALLED)
@@ -216,6 +216,10 @@ changes: $(INSTALLED) $(SMOLLM)
 # Minutes, and a few GB of disk or memory; `make bench-checkpoint ARGS="--gb 0.1 --dir /dev/shm"` for less.
 bench-checkpoint: $(BENCH_VENV)/.xorz-requirements
 	$(BENCH_VENV)/bin/python benches/checkpoint.py $(ARGS)
+
+# A fine-tune by everybody's scheme, sizes and times (docs/results.md): half an hour; `make bench-sizes ARGS="--gb 0.1"` for less.
+bench-sizes: $(BENCH_VENV)/.xorz-requirements
+	$(BENCH_VENV)/bin/python benches/sizes.py $(ARGS)
 
 # Not part of test: Ray takes 285 MB. It comes into the examples' own environment, which sees the developer's.
 test-ray: $(INSTALLED) $(NOTEBOOK_VENV)/.xorz-requirements
