@@ -31,6 +31,12 @@ pub(crate) trait Masks: Copy {
     }
 }
 
+/// Run `task` by portable code. Not inlined, so that it is compiled once.
+#[inline(never)]
+pub(crate) fn plainly<T: BitTask>(task: T) -> T::Out {
+    task.call(PlainMasks)
+}
+
 /// The portable comparisons.
 #[derive(Clone, Copy)]
 pub(crate) struct PlainMasks;

@@ -9,7 +9,7 @@
 //! and `unsafe` stays inside the architecture folders. This file must hold no intrinsic and no algorithm.
 
 use super::bf16dot::Bf16Task;
-use super::bits::{BitTask, PlainMasks};
+use super::bits::{BitTask, plainly};
 use super::lanes::{Code, LaneBits, Progress, portable};
 use super::packer::{Never, Packer};
 
@@ -158,7 +158,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
     /// Run `task` with the instructions for bits that the machine has.
     fn with_bits<T: BitTask>(self, task: T) -> T::Out {
-        task.call(PlainMasks)
+        plainly(task)
     }
 
     /// What encodes fast on this machine, if anything does.

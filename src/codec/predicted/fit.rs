@@ -142,8 +142,8 @@ impl StepCounts {
             let (mut best, mut sum, mut from) = (0.0, 0.0, 0);
             let before = dense.clone();
             dense = 0..0;
-            for octave in 0..OCTAVES {
-                let (n, c) = (totals[octave].0 as f64, totals[octave].1 as f64);
+            for (octave, &(n, c)) in totals.iter().enumerate() {
+                let (n, c) = (n as f64, c as f64);
                 let told = entropy(n) - entropy(c) - entropy(n - c);
                 sum += c * gap - told - DENSE_WORD_BITS * n;
                 if sum <= 0.0 {

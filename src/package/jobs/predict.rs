@@ -25,10 +25,10 @@ impl TensorJob<'_> {
         let step = if whole { 1 } else { count.div_ceil(PREDICTED_SAMPLE) };
         let sample: Vec<usize> = (0..count).skip(step / 2).step_by(step).collect();
         let mut counts = StepCounts::new(dtype);
-        self.count_pieces(dtype, &sample, &mut |base, tuned| count_steps(&mut counts, base, tuned))?;
+        self.count_pieces(dtype, &sample, |base, tuned| count_steps(&mut counts, base, tuned))?;
         let (_, first, _) = counts.fit(words, tile_words, whole)?;
         let tile_bytes = tile_words * dtype.word_bytes();
-        self.count_pieces(dtype, &sample, &mut |base, tuned| {
+        self.count_pieces(dtype, &sample, |base, tuned| {
             let mut tiles = base.chunks(tile_bytes).zip(tuned.chunks(tile_bytes));
             tiles.try_for_each(|(b, t)| count_gaps(&mut counts, &first, b, t))
         })?;
@@ -45,7 +45,7 @@ impl TensorJob<'_> {
         &self,
         dtype: Dtype,
         sample: &[usize],
-        count: &mut dyn FnMut(&[u8], &[u8]) -> Result<()>,
+        mut count: impl FnMut(&[u8], &[u8]) -> Result<()>,
     ) -> Result<()> {
         let Some((_, _, base)) = self.delta else { return Ok(()) };
         debug_assert_eq!(self.bytes % dtype.word_bytes(), 0);

@@ -59,7 +59,7 @@ impl<W: Word> BitTask for CountTask<'_, W> {
     fn call(self, masks: impl Masks) {
         let shift = octave_shift::<W>(self.counts.dtype());
         // Four tables, so that equal octaves in a row do not wait for one another.
-        let mut unchanged = [[0u64; OCTAVES]; 4];
+        let mut unchanged = [[0i64; OCTAVES]; 4];
         for (b, f) in self.base.chunks(RUN).zip(self.fine_tuned.chunks(RUN)) {
             let mut differ = differing(masks, b, f);
             if differ.count_ones() > FEW {
@@ -74,14 +74,13 @@ impl<W: Word> BitTask for CountTask<'_, W> {
             while differ != 0 {
                 let i = differ.trailing_zeros() as usize;
                 differ &= differ - 1;
-                let octave = octave(b[i], shift);
-                unchanged[0][octave] = unchanged[0][octave].wrapping_sub(1);
+                unchanged[0][octave(b[i], shift)] -= 1;
                 self.counts.add(&b[i..=i], &f[i..=i]);
             }
         }
         for octave in 0..OCTAVES {
-            let words = unchanged.iter().fold(0u64, |sum, table| sum.wrapping_add(table[octave]));
-            self.counts.add_unchanged(octave, words);
+            let words: i64 = unchanged.iter().map(|table| table[octave]).sum();
+            self.counts.add_unchanged(octave, words as u64);
         }
     }
 }

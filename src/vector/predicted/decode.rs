@@ -5,7 +5,7 @@
 //! bytes two symbols take 56 bits at most, and there are 57); 2 for the step on vectors. At 4.5 a cycle that is 6 cycles. A
 //! lane waits 16 cycles for itself (state, bits taken, new bits, next state), four lanes in turn 4 a word.
 
-use super::dense::{DenseWords, HEADS, ListedPlaces, heads};
+use super::dense::{DensePlaces, DenseWords, HEADS, heads};
 use crate::codec::predicted::bits::BitReader;
 use crate::codec::predicted::step::{ESCAPE, number_of, step_of, stepped};
 use crate::codec::predicted::table::State;
@@ -38,7 +38,7 @@ struct WideState(u64);
 impl WideState {
     fn new(state: State, start: u32, negative: bool) -> Self {
         let (next, bits, raw) = state.parts();
-        let low = bits + raw | bits << 8 | next << 16 | u32::from(negative) << 31;
+        let low = (bits + raw) | bits << 8 | next << 16 | u32::from(negative) << 31;
         Self(u64::from(low) | u64::from(start) << 32)
     }
 
@@ -208,7 +208,7 @@ impl PredictedDecoder {
         lanes: &mut [u32; LANES],
         stream: &mut StreamAt<'_>,
     ) -> usize {
-        let (mut places, mut turn) = (ListedPlaces::new(), 0usize);
+        let (mut places, mut turn) = (DensePlaces::new(), 0usize);
         let all = words.len();
         for from in (0..all).step_by(RUN) {
             let run = &mut words[from..(from + RUN).min(all)];
@@ -292,7 +292,7 @@ impl PredictedDecoder {
         let (states, mut bits) = (&self.states[..], 0);
         let mut one = |i: usize, word: W, lane: &mut u32| {
             // A symbol takes 12 bits and a word's at most.
-            if i % 2 == 0 || W::BITS > 16 {
+            if i.is_multiple_of(2) || W::BITS > 16 {
                 bits = stream.peek();
             }
             let state = states[(self.begin(word, shift) + *lane) as usize];

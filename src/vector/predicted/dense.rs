@@ -48,7 +48,7 @@ impl DenseWords {
         }
         match words.try_into() {
             Ok(run) => masks.within(run, self.low, self.len),
-            Err(_) => masks.within(&padded_run(words), self.low, self.len) & there,
+            Err(_) => masks.within(&whole_run(words), self.low, self.len) & there,
         }
     }
 }
@@ -58,13 +58,13 @@ impl DenseWords {
 pub(super) fn differing<W: Word>(masks: impl Masks, base: &[W], fine_tuned: &[W]) -> u64 {
     match (base.try_into(), fine_tuned.try_into()) {
         (Ok(b), Ok(f)) => masks.differ(b, f),
-        _ => masks.differ(&padded_run(base), &padded_run(fine_tuned)),
+        _ => masks.differ(&whole_run(base), &whole_run(fine_tuned)),
     }
 }
 
 /// A run that is not whole, followed by zeros.
 #[cold]
-fn padded_run<W: Word>(words: &[W]) -> [W; RUN] {
+fn whole_run<W: Word>(words: &[W]) -> [W; RUN] {
     let mut run = [W::default(); RUN];
     run[..words.len()].copy_from_slice(words);
     run
@@ -75,7 +75,7 @@ const PLACES: usize = 1024;
 
 /// Places of words of runs that are not dense throughout, until there are enough of them: a loop over few words of a run ends
 /// where no machine foresees it, which costs more than those words.
-pub(super) struct ListedPlaces {
+pub(super) struct DensePlaces {
     list: [u32; PLACES + RUN + EIGHT],
     count: usize,
 }
@@ -83,7 +83,7 @@ pub(super) struct ListedPlaces {
 /// Places listed at a time.
 const EIGHT: usize = 8;
 
-impl ListedPlaces {
+impl DensePlaces {
     pub(super) fn new() -> Self {
         Self { list: [0; PLACES + RUN + EIGHT], count: 0 }
     }

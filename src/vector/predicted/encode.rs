@@ -6,7 +6,7 @@
 
 use super::backwards::{Backwards, BackwardsAt};
 use super::count::{TileChanges, with_words};
-use super::dense::{DenseWords, HEADS, ListedPlaces, heads};
+use super::dense::{DensePlaces, DenseWords, HEADS, heads};
 use crate::codec::predicted::step::{ESCAPE, number, step};
 use crate::codec::predicted::{LANES, Predictor, unknown};
 use crate::codec::word::{Word, with_word};
@@ -200,7 +200,7 @@ impl PredictedEncoder {
     /// The dense words, by the masks of their runs.
     #[inline(always)]
     fn dense<W: Word>(&self, masks: &[u64], shift: u32, words: (&[W], &[W]), to: &mut Backwards) {
-        let mut places = ListedPlaces::new();
+        let mut places = DensePlaces::new();
         for (i, &mask) in masks.iter().enumerate().rev() {
             if mask == u64::MAX
                 && places.is_empty()

@@ -5,7 +5,7 @@
 use super::avx2::Avx2;
 use super::pack::{Step16, Step32, halves, in_order, quarters};
 use crate::codec::word::Word;
-use crate::vector::bits::{BitTask, Masks, PlainMasks, RUN};
+use crate::vector::bits::{BitTask, Masks, PlainMasks, RUN, plainly};
 use std::arch::x86_64::*;
 
 /// Run `task` with those instructions, where the machine has them all.
@@ -19,7 +19,7 @@ pub(super) fn with_bits<T: BitTask>(s: Avx2, task: T) -> T::Out {
         && is_x86_feature_detected!("lzcnt")
         && is_x86_feature_detected!("popcnt");
     if !has {
-        return task.call(PlainMasks);
+        return plainly(task);
     }
     // SAFETY: the token proves AVX2, the rest was detected just now.
     unsafe { inner(s, task) }
