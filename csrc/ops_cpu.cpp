@@ -165,7 +165,7 @@ void delta_check_cpu(const Tensor& delta, const Tensor& base) {
   const Checks checks{"delta_check"};
   const auto bytes = checks.delta("delta", delta);
   const HostMatrix words = checks.base("base", base, checks.info("delta", bytes));
-  core(checks, [&] { delta_check(bytes, words); });
+  core(checks, [&] { delta_check(bytes, words, threads); });
 }
 
 }  // namespace xorz

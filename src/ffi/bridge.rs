@@ -210,7 +210,7 @@ pub mod door {
             end: usize,
         ) -> Result<Vec<u8>>;
         fn delta_concat(parts: &[Part<'_>], dim: usize) -> Result<Vec<u8>>;
-        fn delta_check(delta: &[u8], base: &HostMatrix<'_>) -> Result<()>;
+        fn delta_check(delta: &[u8], base: &HostMatrix<'_>, executor: &Executor) -> Result<()>;
         fn note_exact_panel(bytes: usize);
 
         /// # Safety
@@ -431,10 +431,10 @@ fn delta_concat(parts: &[Part<'_>], dim: usize) -> Result<Vec<u8>> {
     })
 }
 
-fn delta_check(delta: &[u8], base: &HostMatrix<'_>) -> Result<()> {
+fn delta_check(delta: &[u8], base: &HostMatrix<'_>, executor: &Executor) -> Result<()> {
     guard(|| {
         let base = base.matrix()?;
-        Resident::parse(delta)?.check_full(&base)
+        vector::delta_check(&Resident::parse(delta)?, &base, &Shim(executor))
     })
 }
 

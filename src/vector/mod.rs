@@ -11,6 +11,7 @@
 //! | `lanes` | the bit streams of `exponent`; `packer` what an instruction set gives to those who write them |
 //! | `bf16dot` | dot products of bf16 words as they are, where the machine has them |
 //! | `bits` | what instruction sets give to code of single registers |
+//! | `check` | a delta and its base looked at in full |
 //! | `encode` | words to tiles and whole deltas, and the estimates that choose how |
 //! | `predicted` | tiles of packages whose changes the base predicts |
 //! | `processor`, `preference`, `trace` | what CPUID says, what `prefer="auto"` comes to, and whether people are told |
@@ -20,6 +21,7 @@
 
 pub(crate) mod bf16dot;
 pub(crate) mod bits;
+mod check;
 pub(crate) mod dispatch;
 mod encode;
 pub(crate) mod exec;
@@ -40,6 +42,7 @@ pub(crate) mod trace;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86_64;
 
+pub use check::{delta_check, delta_check_on};
 pub use dispatch::Isa;
 pub use encode::{encode, encode_on, encode_tiles, encode_tiles_on, estimate, estimate_exactly, estimate_on};
 pub use exec::{Executor, Serial};

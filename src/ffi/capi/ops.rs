@@ -341,7 +341,11 @@ pub unsafe extern "C" fn xorz_delta_check(
     error: *mut XorzError,
 ) -> i32 {
     // SAFETY: the caller keeps the header's contract.
-    unsafe { call(error, || parse(delta, delta_bytes)?.check_full(&matrix(base, "base")?)) }
+    unsafe {
+        call(error, || {
+            vector::delta_check(&parse(delta, delta_bytes)?, &matrix(base, "base")?, &vector::Serial)
+        })
+    }
 }
 
 /// What `xorz_delta_apply` checks before the first word changes.

@@ -66,11 +66,7 @@ impl<W: Word> BitTask for CountTask<'_, W> {
                 self.counts.add(b, f);
                 continue;
             }
-            for (i, b) in b.iter().enumerate() {
-                let words = &mut unchanged[i % 4][octave(*b, shift)];
-                // One table alone may be below 0: only their sum is a count.
-                *words = words.wrapping_add(1);
-            }
+            b.iter().enumerate().for_each(|(i, b)| unchanged[i % 4][octave(*b, shift)] += 1);
             while differ != 0 {
                 let i = differ.trailing_zeros() as usize;
                 differ &= differ - 1;

@@ -11,6 +11,7 @@ pub mod common {
 }
 
 mod arithmetic;
+mod checks;
 mod documents;
 mod encode_parity;
 mod ffi_contract;
