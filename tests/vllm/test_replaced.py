@@ -23,7 +23,9 @@ def said():
 
 
 @pytest.fixture(scope="module")
-def llm():
+def llm(said):
+    """After the references: an engine that stops takes the process's groups with it."""
+    del said
     out = engines.engine(models.base(KIND, engines.FOLDER))
     yield out
     engines.stop(out)

@@ -132,7 +132,7 @@ def _bring(engines: Any, info: dict[str, Any], timeout: float) -> list[dict[str,
     each = [_Served(e, timeout) if isinstance(e, str) else _Here(e) for e in given]
     info = {key: value for key, value in info.items() if value is not None}
     for engine in each:
-        _prepare(engine, info)
+        engine.workers("sync_prepare", update_info=info)
     for engine in each:
         _prepared(engine, timeout)
     open_: list[Any] = []
@@ -158,19 +158,11 @@ def _bring(engines: Any, info: dict[str, Any], timeout: float) -> list[dict[str,
     return [engine.workers("sync_report")[0] for engine in each]
 
 
-def _prepare(engine: Any, info: dict[str, Any]) -> None:
-    try:
-        engine.workers("sync_prepare", update_info=info)
-    except UpdateError as error:
-        # Its processes would have to do it at the same time; they do when they receive the update.
-        if "tensor parallelism" not in str(error):
-            raise
-
-
 def _prepared(engine: Any, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while True:
         answers = [None if a in (None, "None") else a for a in engine.workers("sync_prepared")]
+        # With tensor parallelism nothing is: the processes do it when they receive the update.
         wrong = [a for a in answers if a and a != "nothing is being prepared"]
         if wrong:
             raise UpdateError(f"{engine.name}: {wrong[0]}")

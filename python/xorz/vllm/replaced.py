@@ -81,11 +81,20 @@ def _base_replaced(self: Any, by: str) -> bool:
 
 def _in_engine(plain: Any) -> Any:
     @functools.wraps(plain)
-    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+    def collective_rpc(
+        self: Any,
+        method: Any,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if method == "xorz_forget":
+            # Whoever asks for it again has it loaded before the request is let in, as at first.
+            self.__dict__.setdefault("xorz_known", set()).difference_update(args)
         if method not in _REPLACING or not ours(self.vllm_config):
-            return plain(self, method, *args, **kwargs)
+            return plain(self, method, timeout, args, kwargs)
         try:
-            out = plain(self, method, *args, **kwargs)
+            out = plain(self, method, timeout, args, kwargs)
         except BaseException:
             if any(plain(self, "xorz_base_replaced", None, (method,))):
                 _start_anew(self)

@@ -44,9 +44,9 @@ def _sync_report(self: Any) -> dict[str, Any] | None:
     return None if report is None else dict(vars(report))
 
 
-def _sync_prepare(self: Any, update_info: dict[str, Any]) -> None:
+def _sync_prepare(self: Any, update_info: dict[str, Any]) -> bool:
     """Of every worker: see `XorzWeightTransferEngine.prepare`."""
-    _sync(self).prepare(update_info)
+    return _sync(self).prepare(update_info)
 
 
 def _sync_prepared(self: Any) -> str | None:

@@ -253,14 +253,14 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
 
     # Beside it.
 
-    def prepare(self, update_info: dict[str, Any]) -> None:
+    def prepare(self, update_info: dict[str, Any]) -> bool:
         """Do what `receive_weights` does in a thread, while requests are served; it then takes what was prepared.
 
-        RuntimeError with tensor parallelism, where the processes would have to do it at the same time.
+        False with tensor parallelism, where the processes have to do it at the same time: `receive_weights` will.
         """
         info = self.parse_update_info(update_info)
         if self._model().group.size > 1:
-            raise RuntimeError("xorz: an update cannot be prepared beside requests with tensor parallelism")
+            return False
         if not self._preparing.acquire(blocking=False):
             raise RuntimeError("xorz: another update is being prepared")
         self._prepared = None
@@ -274,6 +274,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
                 self._preparing.release()
 
         threading.Thread(target=work, name="xorz-update", daemon=True).start()
+        return True
 
     def prepared(self) -> str | None:
         """None while it is prepared, "" when it has been, or what is wrong."""
