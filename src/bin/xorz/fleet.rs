@@ -16,7 +16,8 @@ const FAR: f64 = 0.9;
 
 /// Whether packages are to go into the folder `output`, however few they are: a pattern of the shell's may mean one.
 pub(crate) fn wants_folder(output: &Path) -> bool {
-    output.as_os_str().as_encoded_bytes().ends_with(b"/")
+    // Nobody means the root of all folders.
+    output.as_os_str().as_encoded_bytes().ends_with(b"/") && output.parent().is_some()
 }
 
 pub(crate) fn run(

@@ -1,5 +1,10 @@
 //! `pack`: two checkpoints into a package. Files side by side, each in order on several threads; memory holds a piece of a
 //! tensor per thread and never a tensor.
+//!
+//! A file's sha256 is computed by the thread that takes a piece, in order, while the other threads make theirs: on two cores
+//! nobody waits for it as long as it takes less time than the rest of a piece. It is never taken from the name of a blob in a
+//! Hugging Face cache, which is the sha256 that was downloaded: that is no word about the bytes that are read now, and a
+//! package that tells another sha256 than that of its own words is refused when it is unpacked, when it is too late.
 
 use super::encode::{BaseWords, EncodeScratch, TensorJob};
 use crate::error::{Error, Result};

@@ -1,13 +1,13 @@
 //! A stored delta as a resident delta for another preference: restored and encoded again piece by piece, never as a whole.
 //!
-//! The words of a base on disk are read several times, and somebody may write to it meanwhile. So its pieces are hashed once,
-//! together, and compared with the digest that the base must have; and each time a piece is read it must hash as it did.
-//! What is encoded is what was hashed.
+//! The words of a base on disk may be written to meanwhile. So each piece is hashed as it is read, and must hash the same
+//! each time that it is read; and the hashes of all pieces together must be the digest that the base must have. What is
+//! encoded is what was hashed. Most pieces are read once: the few that the estimate looks at are kept until they are encoded.
 
 use super::restore::{Restore, RestoreScratch};
 use crate::codec::Prefer;
 use crate::error::{Error, Result};
-use crate::matrix::{Digest, Dtype, Shape};
+use crate::matrix::{Digest, DigestStream, Dtype, Shape};
 use crate::package::io::aligned::Aligned;
 use crate::resident::{self, Assembler, DeltaPiece, Estimate, Source};
 use crate::vector;
@@ -21,6 +21,7 @@ use xxhash_rust::xxh3::xxh3_128;
 pub(crate) fn resident(restore: &Restore<'_>, prefer: Prefer) -> Result<Vec<u8>> {
     let mut source = Restored::new(restore)?;
     if !restore.pieces.tiled() {
+        source.hash_all()?;
         return resident::encode(&mut source, prefer);
     }
     let estimate = vector::estimate(&mut source, prefer)?;
@@ -32,21 +33,33 @@ pub(crate) fn resident(restore: &Restore<'_>, prefer: Prefer) -> Result<Vec<u8>>
     if exact.plan == estimate.plan { Ok(bytes) } else { Ok(encode_restored(&mut source, &exact)?.0) }
 }
 
-/// The delta by the estimate's plan, and its bytes before what equals was dropped.
+/// The delta by the estimate's plan, and its bytes before what equals was dropped. Reads every piece, and so knows whether
+/// they are the base's.
 fn encode_restored(source: &mut Restored<'_, '_>, estimate: &Estimate) -> Result<(Vec<u8>, u64)> {
     let (dtype, plan) = (source.dtype(), &estimate.plan);
     let mut assembler = Assembler::new(dtype, plan)?;
     let head = assembler.head_bytes();
     let (mut out, mut piece) = (vec![0; head], DeltaPiece::default());
     let pieces = source.restore.pieces;
+    let mut digest = source.restore.hashed().then(|| Digest::stream(dtype, source.shape));
     for index in 0..pieces.count() {
-        source.load(index)?;
+        let at = source.load(index)?;
         piece.clear();
         let tiles = pieces.tiles(&plan.grid, index);
-        let (base, words) = source.loaded();
+        let (base, words) = source.words(at)?;
+        if let Some(digest) = &mut digest {
+            match pieces.whole_leaves() {
+                true => digest.leaves(&source.hashes[index]),
+                false => digest.update(base),
+            }
+        }
         vector::encode_tiles(plan, dtype, tiles, base, words, &mut piece)?;
         assembler.add(&piece)?;
         out.extend_from_slice(&piece.payload);
+        source.free(at);
+    }
+    if let Some(found) = digest.map(DigestStream::finish) {
+        source.found(found)?;
     }
     let size = assembler.bytes();
     let done = assembler.finish(source.base_digest())?;
@@ -58,107 +71,148 @@ fn encode_restored(source: &mut Restored<'_, '_>, estimate: &Estimate) -> Result
     Ok((out, size))
 }
 
-/// The hash of each piece of the base as it is now, and its digest, which is the one that it must have.
-fn hash_pieces(restore: &Restore<'_>) -> Result<(Digest, Vec<u128>)> {
-    let (dtype, shape, want) = restore.matrix()?;
-    let (words, mut room) = (restore.base_words()?, Aligned::default());
-    let (mut stream, mut out) = (Digest::stream(dtype, shape), Vec::new());
-    for index in 0..restore.pieces.count() {
-        let piece = words.get(restore.pieces.bytes(index), &mut room)?;
-        stream.update(piece);
-        out.push(xxh3_128(piece));
-    }
-    let found = stream.finish();
-    if want.is(found) { Ok((found, out)) } else { Err(restore.another_base(found)) }
-}
-
 /// A piece of both matrices.
 #[derive(Default)]
 struct RestoredPiece {
-    index: usize,
-    words: Vec<u8>,
-    base: Vec<u8>,
+    /// Which one; `None` where its room is free.
+    index: Option<usize>,
+    words: Aligned,
+    /// Empty where the base is in memory and need not be hashed.
+    base: Aligned,
 }
 
-/// Base and restored words, by rectangles; keeps the pieces restored last.
+/// Base and restored words, by rectangles; keeps some of the pieces that it restored.
 struct Restored<'r, 'a> {
     restore: &'r Restore<'a>,
     dtype: Dtype,
     shape: Shape,
     digest: Digest,
     kept: Vec<RestoredPiece>,
-    /// The hash of each piece of a base whose words may change, all of which were compared with `digest` together.
-    pieces: Vec<u128>,
+    /// Most pieces kept.
+    room: usize,
+    /// How each piece of a base whose words may change hashed when it was first read: the leaves of the base's digest that it
+    /// is, or a hash of its own. Empty for one that was not read yet.
+    hashes: Vec<Vec<[u8; 16]>>,
     scratch: RestoreScratch,
     /// The next piece of a stream that is only read forwards.
     next: usize,
 }
 
 impl<'r, 'a> Restored<'r, 'a> {
-    /// Pieces kept where a rectangle is in one, and where its rows are in many.
-    const KEPT: [usize; 2] = [2, 40];
+    /// Bytes of base and words that are kept at most, but for the two pieces that it takes.
+    const KEPT_BYTES: usize = 16 << 20;
+    /// Pieces kept where a row is in many.
+    const KEPT_FLAT: usize = 40;
 
     fn new(restore: &'r Restore<'a>) -> Result<Self> {
         let (dtype, shape, _) = restore.matrix()?;
+        // Of words that are hashed it is known when all of them were.
+        let digest = if restore.hashed() { Digest([0; 16]) } else { restore.known_digest()? };
         let scratch = RestoreScratch::keeping_base();
-        let (digest, pieces) = match restore.hashed() {
-            true => hash_pieces(restore)?,
-            false => (restore.known_digest()?, Vec::new()),
+        let pieces = restore.pieces;
+        let room = match pieces.tiled() {
+            true => (Self::KEPT_BYTES / (2 * pieces.bytes(0).len()).max(1)).max(2),
+            false => Self::KEPT_FLAT,
         };
-        Ok(Self { restore, dtype, shape, digest, kept: Vec::new(), pieces, scratch, next: 0 })
+        let hashes = vec![Vec::new(); if restore.hashed() { pieces.count() } else { 0 }];
+        Ok(Self { restore, dtype, shape, digest, kept: Vec::new(), room, hashes, scratch, next: 0 })
     }
 
-    /// Have piece `index` at the end of those kept.
-    fn load(&mut self, index: usize) -> Result<()> {
-        if let Some(i) = self.kept.iter().position(|p| p.index == index) {
-            self.kept[i..].rotate_left(1);
+    /// Hash every piece as it is now, and compare the base's digest, before any is restored.
+    fn hash_all(&mut self) -> Result<()> {
+        if !self.restore.hashed() {
             return Ok(());
         }
-        if self.restore.forwards()? {
-            if index < self.next {
-                self.restore.rewind()?;
-                self.next = 0;
-            }
-            while self.next <= index {
-                self.restore.make(self.next, &mut self.scratch)?;
-                self.compare(self.next)?;
-                self.restore.complete(&mut self.scratch)?;
-                self.next += 1;
-            }
-        } else {
-            self.restore.make(index, &mut self.scratch)?;
-            self.compare(index)?;
+        let (words, mut room) = (self.restore.base_words()?, Aligned::default());
+        let mut stream = Digest::stream(self.dtype, self.shape);
+        for (index, hash) in self.hashes.iter_mut().enumerate() {
+            let piece = words.get(self.restore.pieces.bytes(index), &mut room)?;
+            stream.update(piece);
+            hash.push(xxh3_128(piece).to_le_bytes());
         }
-        let most = Self::KEPT[usize::from(!self.restore.pieces.tiled())];
-        let mut piece = if self.kept.len() < most { RestoredPiece::default() } else { self.kept.remove(0) };
-        piece.index = index;
-        piece.words.clear();
-        piece.words.extend_from_slice(self.scratch.words());
-        piece.base.clear();
-        match self.restore.hashed() {
-            true => piece.base.extend_from_slice(self.scratch.base()),
-            false => {
-                let (words, mut room) = (self.restore.base_words()?, Aligned::default());
-                piece.base.extend_from_slice(words.get(self.restore.pieces.bytes(index), &mut room)?);
-            }
+        let found = stream.finish();
+        self.found(found)
+    }
+
+    /// The base's whole digest, of which a package may know the beginning only.
+    fn found(&mut self, found: Digest) -> Result<()> {
+        if !self.restore.matrix()?.2.is(found) {
+            return Err(self.restore.another_base(found));
         }
-        self.kept.push(piece);
+        self.digest = found;
         Ok(())
     }
 
-    /// The words of the base that piece `index` was made from just now are those that were compared with its digest.
-    fn compare(&self, index: usize) -> Result<()> {
-        match self.pieces.get(index) {
-            Some(hash) if *hash != xxh3_128(self.scratch.base()) => {
-                Err(Error::io("the base was changed while it was read; try again when it is at rest"))
-            }
-            _ => Ok(()),
+    /// Have piece `index` among those kept, and say where.
+    fn load(&mut self, index: usize) -> Result<usize> {
+        if let Some(at) = self.kept.iter().position(|p| p.index == Some(index)) {
+            return Ok(at);
         }
+        let at = self.place();
+        self.kept[at].index = None;
+        let forwards = self.restore.forwards()?;
+        if forwards && index < self.next {
+            self.restore.rewind()?;
+            self.next = 0;
+        }
+        let first = if forwards { self.next } else { index };
+        for i in first..=index {
+            self.restore.make(i, &mut self.scratch)?;
+            self.compare(i)?;
+            self.restore.complete(&mut self.scratch)?;
+            self.next = i + 1;
+        }
+        let piece = &mut self.kept[at];
+        piece.index = Some(index);
+        self.scratch.swap(&mut piece.words, &mut piece.base);
+        Ok(at)
     }
 
-    /// Base and restored words of the piece loaded last.
-    fn loaded(&self) -> (&[u8], &[u8]) {
-        self.kept.last().map_or((&[], &[]), |p| (&p.base, &p.words))
+    /// Where the next piece goes: into free room; then in place of the one that was loaded last, so that those before are there
+    /// when they are asked for again, in the same order; of a row in many pieces in place of the oldest.
+    fn place(&mut self) -> usize {
+        if let Some(free) = self.kept.iter().position(|p| p.index.is_none()) {
+            return free;
+        }
+        if self.kept.len() < self.room {
+            self.kept.push(RestoredPiece::default());
+        } else if !self.restore.pieces.tiled() {
+            self.kept.rotate_left(1);
+        }
+        self.kept.len() - 1
+    }
+
+    /// The room of a piece that is not asked for again.
+    fn free(&mut self, at: usize) {
+        self.kept[at].index = None;
+    }
+
+    /// The words of the base that piece `index` was made from just now are those that it had when it was read first.
+    fn compare(&mut self, index: usize) -> Result<()> {
+        let Some(known) = self.hashes.get_mut(index) else { return Ok(()) };
+        let own = match self.restore.pieces.whole_leaves() {
+            true => None,
+            false => Some([xxh3_128(self.scratch.base()).to_le_bytes()]),
+        };
+        let found = own.as_ref().map_or(self.scratch.leaves(), |own| &own[..]);
+        if known.is_empty() {
+            known.extend_from_slice(found);
+        }
+        if known == found {
+            return Ok(());
+        }
+        Err(Error::io("the base was changed while it was read; try again when it is at rest"))
+    }
+
+    /// Base and restored words of the piece at place `at` of those kept.
+    fn words(&self, at: usize) -> Result<(&[u8], &[u8])> {
+        let piece = &self.kept[at];
+        let index = piece.index.ok_or_else(|| Error::internal("a piece that was not loaded"))?;
+        let base = match self.restore.base_in_memory() {
+            Some(words) => &words[self.restore.pieces.bytes(index)],
+            None => piece.base.get(),
+        };
+        Ok((base, piece.words.get()))
     }
 
     /// Fill `base` and `out` with the bytes of both from `at` on.
@@ -166,13 +220,13 @@ impl<'r, 'a> Restored<'r, 'a> {
         while !out.is_empty() {
             let index = self.restore.pieces.find(at);
             let range = self.restore.pieces.bytes(index);
-            self.load(index)?;
+            let place = self.load(index)?;
             let from = at - range.start;
             let n = (range.len() - from).min(out.len());
             if n == 0 {
                 return Err(Error::internal("bytes beyond the last piece"));
             }
-            let (old, new) = self.loaded();
+            let (old, new) = self.words(place)?;
             base[..n].copy_from_slice(&old[from..from + n]);
             out[..n].copy_from_slice(&new[from..from + n]);
             (base, out) = (&mut base[n..], &mut out[n..]);

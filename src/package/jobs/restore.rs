@@ -58,9 +58,9 @@ enum StoredWay<'a> {
 #[derive(Default)]
 pub(crate) struct RestoreScratch {
     words: Aligned,
-    /// Whether the words of the base are kept in place of the leaves of their digest.
+    /// Whether the words of the base are kept beside the leaves of their digest.
     keep_base: bool,
-    base: Vec<u8>,
+    base: Aligned,
     band: Vec<u8>,
     inflater: Inflater,
     predicted: PredictedScratch,
@@ -73,14 +73,25 @@ impl RestoreScratch {
         self.words.get()
     }
 
-    /// One that keeps the words of the base, to be hashed by its owner.
+    /// One that keeps the words of the base, too.
     pub(super) fn keeping_base() -> Self {
         Self { keep_base: true, ..Self::default() }
     }
 
     /// The very words of the base that this piece was made from, where the base is [`Restore::hashed`].
     pub(super) fn base(&self) -> &[u8] {
-        &self.base
+        self.base.get()
+    }
+
+    /// The leaves of the base's digest that those words are; none where a leaf is in several pieces.
+    pub(super) fn leaves(&self) -> &[[u8; 16]] {
+        &self.leaves
+    }
+
+    /// Change the rooms of words and base for others.
+    pub(super) fn swap(&mut self, words: &mut Aligned, base: &mut Aligned) {
+        std::mem::swap(&mut self.words, words);
+        std::mem::swap(&mut self.base, base);
     }
 }
 
@@ -209,7 +220,7 @@ impl<'a> Restore<'a> {
     /// Make piece `index`: the fine-tuned words, but for codec `xor`, which [`Open::take`] completes.
     pub(crate) fn make(&self, index: usize, s: &mut RestoreScratch) -> Result<()> {
         s.leaves.clear();
-        s.base.clear();
+        s.base.room(0, 0);
         self.make_words(index, s).map_err(|e| self.named(self.blame(e, index, s)))
     }
 
@@ -221,7 +232,7 @@ impl<'a> Restore<'a> {
         else {
             return e;
         };
-        let read = !s.leaves.is_empty() || !s.base.is_empty();
+        let read = !s.leaves.is_empty() || !s.base().is_empty();
         match (self.digest_around(index, &base, s), base_digest(&base)) {
             (_, Ok(now)) if !wanted.is(now) => another_base(wanted, now),
             (Ok(then), _) if !read || wanted.is(then) => e,
@@ -239,7 +250,7 @@ impl<'a> Restore<'a> {
             let range = self.pieces.bytes(i);
             match (i == index, s.leaves.is_empty()) {
                 (true, false) => stream.leaves(&s.leaves),
-                (true, true) => stream.update(&s.base),
+                (true, true) => stream.update(s.base()),
                 _ => stream.update(base.words.get(range, &mut room)?),
             }
         }
@@ -290,10 +301,10 @@ impl<'a> Restore<'a> {
     /// Leaves of the base's digest, or the base itself to be hashed in order.
     fn hash(&self, index: usize, base: &RestoreBase<'_>, s: &mut RestoreScratch) -> Result<()> {
         if s.keep_base || !self.pieces.whole_leaves() {
-            s.base.clear();
-            s.base.extend_from_slice(s.words.get());
+            let words = s.words.get();
+            s.base.room(words.len(), 0).copy_from_slice(words);
         }
-        if !s.keep_base && self.pieces.whole_leaves() {
+        if self.pieces.whole_leaves() {
             let part = Matrix::new(base.dtype, self.pieces.shape(index), s.words.get())?;
             let leaves = part.shape().n.div_ceil(Digest::LEAF_ROWS);
             s.leaves.extend((0..leaves).map(|i| part.digest_leaf(i)));
@@ -344,6 +355,14 @@ impl<'a> Restore<'a> {
         self.base.map_or_else(stored_alone, |base| another_base(base.want, found))
     }
 
+    /// The base's words where they are in memory and need not be hashed.
+    pub(super) fn base_in_memory(&self) -> Option<&'a [u8]> {
+        match self.base {
+            Some(RestoreBase { words: TensorWords::Memory(words), hashed: false, .. }) => Some(words),
+            _ => None,
+        }
+    }
+
     /// The base's words.
     pub(crate) fn base_words(&self) -> Result<TensorWords<'a>> {
         self.base.map(|b| b.words).ok_or_else(stored_alone)
@@ -386,7 +405,7 @@ impl Taken<'_, '_> {
             if r.pieces.whole_leaves() {
                 stream.leaves(&s.leaves);
             } else {
-                stream.update(&s.base);
+                stream.update(s.base());
             }
         }
         r.complete(s)

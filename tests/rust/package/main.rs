@@ -25,6 +25,7 @@ mod golden_tables;
 mod hostile;
 mod hostile_names;
 mod hostile_tables;
+mod loads;
 mod messages;
 mod page;
 mod roundtrip;
