@@ -25,11 +25,23 @@ for target in $targets; do
   mkdir -p "corpus/$target" "artifacts/$target" "target/seeds/$target" "cases/$target"
   for file in ../golden/*; do
     case $target in
-      # Two bytes that say what follows: a package as it is.
-      package) { printf '\000\000'; cat "$file"; } > "target/seeds/$target/$(basename "$file")" ;;
+      # `package` takes a byte that says what follows: 7 is a package as it is.
+      package) { printf '\007'; cat "$file"; } > "target/seeds/$target/$(basename "$file")" ;;
       checkpoint) head -c 65536 "$file" > "target/seeds/$target/$(basename "$file")" ;;
     esac
   done
+  # After 8 it takes the columns of a table, whose length comes first, and its digests: those of a golden one that has no zstd.
+  test "$target" != package || python3 - "target/seeds/$target" ../golden/v2_*_plain_table.xorz <<'END'
+import json, pathlib, sys
+for path in map(pathlib.Path, sys.argv[2:]):
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    first, end = json.loads(data[8:start])["xorz:table"]["data_offsets"]
+    table = data[start + first : start + end]
+    columns = int.from_bytes(table[16:20], "little")
+    head = bytes([8]) + columns.to_bytes(2, "little") + bytes([255])
+    pathlib.Path(sys.argv[1], path.stem).write_bytes(head + table[24:])
+END
   # After 8 it takes the columns of a table, whose length comes first, and its digests: those of a golden one that has no zstd.
   test "$target" != package || python3 - "target/seeds/$target" ../golden/v2_*_plain_table.xorz <<'END'
 import json, pathlib, sys

@@ -8,7 +8,7 @@ use libfuzzer_sys::fuzz_target;
 use support::{Choices, bounded, edit, folder, pair};
 use xorz::codec::Prefer;
 use xorz::matrix::Dtype;
-use xorz::package::{Codec, Destination, Header, PackOptions, Run, Trust, pack_files, unpack_files};
+use xorz::package::{Codec, Destination, Header, PackOptions, Run, pack_files, unpack_files};
 
 const NAMES: [&str; 8] =
     ["w", "layers.0.w", "layers.1.w", "model.layers.0.w", "experts.w", "é", "lm_head.weight", "w "];
@@ -79,14 +79,13 @@ fuzz_target!(|data: &[u8]| {
         codec,
         prefer: choices.of_list(&[Prefer::Speed, Prefer::Memory]),
         fast: choices.byte() & 1 == 0,
-        trust: choices.of_list(&[Trust::Digest, Trust::Sha256]),
         ..PackOptions::default()
     };
     let place = folder();
     let [b, f, p] = ["base", "tuned", "p.xorz"].map(|name| place.join(name));
     std::fs::write(&b, &base).expect("written");
     std::fs::write(&f, &tuned).expect("written");
-    let run = Run { jobs: 1, trust: options.trust, ..Run::default() };
+    let run = Run { jobs: 1, ..Run::default() };
     let (mut package, mut back) = (Vec::new(), Vec::new());
     bounded(data.len() + base.len() + 2 * tuned.len(), || {
         if pack_files(&b, &f, Destination::Stream(&mut package), &options, &run).is_err() {
