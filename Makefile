@@ -65,6 +65,9 @@ test-capi: build
 	$(CC) -std=c11 -Wall -Wextra -Werror -O1 -g -Icsrc tests/capi/test_capi.c build/cmake/libxorz.a \
 	  -lm -lpthread -ldl -o build/capi/test_capi
 	build/capi/test_capi build/capi
+	@if command -v valgrind > /dev/null; then set -x; valgrind --quiet --error-exitcode=66 --leak-check=full \
+	  --errors-for-leak-kinds=definite,indirect build/capi/test_capi build/capi; \
+	else echo "SKIPPED valgrind on the C program: it is not installed"; fi
 
 test-python: build
 	@$(MAKE) --no-print-directory build/serve/serve

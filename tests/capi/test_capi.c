@@ -298,6 +298,10 @@ static void test_packages(const char* folder) {
   CHECK(memcmp(out, want, sizeof out) == 0);
   xorz_buffer_free(&delta);
   xorz_package_close(package);
+
+  /* Where there is no place for a result, none is left. */
+  REFUSED(xorz_delta_encode(&from, &wrong, XORZ_PREFER_SPEED, NULL, NULL, &error), XORZ_INVALID_ARGUMENT,
+          "delta is NULL");
 }
 
 int main(int argc, char** argv) {

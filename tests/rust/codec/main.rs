@@ -15,6 +15,7 @@ mod checks;
 mod documents;
 mod encode_parity;
 mod ffi_contract;
+mod ffi_leaks;
 mod golden;
 mod hostile;
 mod layers;

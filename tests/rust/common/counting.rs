@@ -58,6 +58,8 @@ pub struct Held {
     pub most: usize,
     /// The largest single request.
     pub largest: usize,
+    /// What it held when it was done, beyond what was held before: less than 0 where it freed what others had made.
+    pub left: isize,
 }
 
 /// Do `work` on this thread.
@@ -69,5 +71,6 @@ pub fn held_by<T>(work: impl FnOnce() -> T) -> (T, Held) {
     });
     let result = work();
     let after = COUNTS.with(Cell::get);
-    (result, Held { most: (after.most_held - before).max(0) as usize, largest: after.largest })
+    let most = (after.most_held - before).max(0) as usize;
+    (result, Held { most, largest: after.largest, left: after.held - before })
 }
