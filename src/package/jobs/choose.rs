@@ -36,6 +36,8 @@ const XOR_LOOK: usize = 128 << 10;
 const XOR_QUICK: f64 = 1.5;
 /// Words that do not compress are stored as planes up to here: in larger tensors what is around them weighs nothing.
 const PLAIN_TENSOR: usize = 16 << 20;
+/// And up to here what is around the words of one zstd frame may be less than what is around planes.
+const PLAIN_FRAME: usize = 1 << 20;
 
 /// Tensors from here on are worth a look where their XOR takes more than this share of them, and are stored by another codec
 /// than `joint` where that takes less than so much of what the XOR takes: it has a digest of its own, too.
@@ -63,7 +65,7 @@ impl TensorJob<'_> {
         }
         // What does not compress at all takes the fewest bytes as it is.
         if bytes > 0.999 * self.bytes as f64 && self.bytes <= PLAIN_TENSOR {
-            return Ok(Choice::Planes.into());
+            return Ok(Chosen { choice: Choice::Planes, near: self.bytes <= PLAIN_FRAME });
         }
         let xor = self.sample_xor(bytes)?;
         if xor < bytes * XOR_WORTH - XOR_HEAD && self.bytes > XOR_WHOLE {
