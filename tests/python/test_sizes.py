@@ -113,3 +113,13 @@ def test_the_tables_name_the_best_and_say_where_xorz_loses(tmp_path):
     page.write_text("nothing")
     with pytest.raises(SystemExit, match="marks"):
         sizes.insert(page, "new")
+
+
+def test_the_results_hold_the_tables_that_the_command_makes():
+    page = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
+    inside = page.partition(sizes.MARKS[0])[2].partition(sizes.MARKS[1])[0]
+    names = [s.name for s in sizes.schemes("xorz", Path(__file__), Path(__file__))]
+    assert len(names) == 12
+    for name in names:
+        assert inside.count(f"| {name} |") >= 2, name
+    assert "Where xorz loses, as counted" in inside and "python benches/sizes.py" in inside
