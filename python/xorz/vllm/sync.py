@@ -159,6 +159,8 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
         self.took_back = True
         self.version, self.identity, self.keep = "0", None, 1
         self.report: Report | None = None
+        # What versions are counted from, whatever vLLM loads later.
+        self._folder = folder_of(vllm_config)
         self._words: update.Words | None = None
         self._next: _Next | None = None
         self._past: deque[_Past] = deque()
@@ -292,7 +294,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
 
             tp = get_tp_group()
             group = update.Group(tp.cpu_group, tp.rank_in_group, tp.world_size)
-            base = packages.Checkpoint(folder_of(self.vllm_config))
+            base = packages.Checkpoint(self._folder)
             _check_words(self.model)
             self._words = update.Words(self.model, base, plan(self.model, base.tensors), group)
         return self._words
