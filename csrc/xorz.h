@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-#define XORZ_ABI_VERSION 3
+#define XORZ_ABI_VERSION 4
 
 /* What went wrong, and on whose side. */
 typedef enum xorz_kind {
@@ -208,10 +208,16 @@ typedef struct xorz_tensor {
   size_t bytes;
 } xorz_tensor;
 
+/* What must speak for a base beside the digests of its tensors, which are compared in any case and find
+ * mistakes. XORZ_TRUST_SHA256: the sha256 of each base tensor, which nobody can forge. Packages have them
+ * where they were packed so; others are refused. */
+typedef enum xorz_trust { XORZ_TRUST_DIGEST = 0, XORZ_TRUST_SHA256 = 1 } xorz_trust;
+
 typedef struct xorz_options {
   int32_t prefer;           /* XORZ_PREFER_SPEED, _MEMORY or _AUTO */
   int32_t codec;            /* xorz_codec */
   int32_t level;            /* of zstd; 0 is the default */
+  int32_t trust;            /* xorz_trust: what the package says of its base */
   const char* strip_prefix; /* dropped from names on both sides before xorz_pack_files pairs them, or NULL */
 } xorz_options;
 
@@ -219,13 +225,16 @@ typedef struct xorz_options {
  */
 typedef struct xorz_run {
   uint32_t jobs;        /* threads; 0 takes one per core */
-  uint32_t flags;       /* XORZ_RUN_NO_SHA256 or 0 */
+  uint32_t flags;       /* XORZ_RUN_... or 0 */
   const uint32_t* stop; /* ends the job, soon, when it is no longer 0: store atomically; or NULL */
 } xorz_run;
 
 /* Unpack and verify do not compare the sha256 of each restored file; tensors are still compared by the
  * digests of base and delta. */
 #define XORZ_RUN_NO_SHA256 1u
+
+/* Unpack and verify go by XORZ_TRUST_SHA256. */
+#define XORZ_RUN_TRUST_SHA256 2u
 
 typedef struct xorz_writer xorz_writer;
 typedef struct xorz_package xorz_package;
@@ -250,6 +259,9 @@ void xorz_writer_free(xorz_writer* writer);
 
 int32_t xorz_package_open(const char* path, xorz_package** package, xorz_error* error);
 void xorz_package_close(xorz_package* package);
+
+/* From now on the package gives nothing before `trust` (xorz_trust) speaks for the base that is given. */
+int32_t xorz_package_trust(xorz_package* package, int32_t trust, xorz_error* error);
 
 /* json: totals, removed names and one entry per tensor. */
 int32_t xorz_package_describe(const xorz_package* package, xorz_buffer* json, xorz_error* error);

@@ -47,7 +47,13 @@ class _Tensor(ctypes.Structure):
 
 
 class _Options(ctypes.Structure):
-    _fields_ = [("prefer", c_int32), ("codec", c_int32), ("level", c_int32), ("strip_prefix", c_char_p)]
+    _fields_ = [
+        ("prefer", c_int32),
+        ("codec", c_int32),
+        ("level", c_int32),
+        ("trust", c_int32),
+        ("strip_prefix", c_char_p),
+    ]
 
 
 class _Run(ctypes.Structure):
@@ -72,6 +78,8 @@ _CODECS = {None: -1, "xor": 0, "resident": 1, "resident-zstd": 2, "planes": 3}
 _ENCODINGS = ("unchanged", "sparse", "exponent", "raw")
 _IO = 6
 _NO_SHA256 = 1
+_RUN_TRUST_SHA256 = 2
+_TRUST = {"digest": 0, "sha256": 1}
 
 # safetensors name, code in csrc/xorz.h.
 DTYPES = {
@@ -134,6 +142,7 @@ _declare("xorz_writer_finish", c_void_p, POINTER(_Buffer), _E)
 _declare("xorz_writer_free", c_void_p, result=None)
 _declare("xorz_package_open", c_char_p, POINTER(c_void_p), _E)
 _declare("xorz_package_close", c_void_p, result=None)
+_declare("xorz_package_trust", c_void_p, c_int32, _E)
 _declare("xorz_package_describe", c_void_p, POINTER(_Buffer), _E)
 _declare("xorz_package_resident", c_void_p, c_char_p, POINTER(_Matrix), c_int32, POINTER(_Buffer), _E)
 _declare("xorz_base_open", c_char_p, POINTER(_Run), POINTER(c_void_p), _E)
@@ -326,12 +335,16 @@ def resolved(prefer: str) -> str:
 
 
 def options(
-    prefer: str = "memory", codec: str | None = None, level: int = 0, strip_prefix: str | None = None
+    prefer: str = "memory",
+    codec: str | None = None,
+    level: int = 0,
+    strip_prefix: str | None = None,
+    trust: str = "digest",
 ) -> _Options:
     """How to pack; ValueError for words that do not exist."""
     code = _choice("prefer", prefer, {k: v for k, v in _PREFER.items() if k})
     prefix = None if strip_prefix is None else strip_prefix.encode()
-    return _Options(code, _choice("codec", codec, _CODECS), level, prefix)
+    return _Options(code, _choice("codec", codec, _CODECS), level, _choice("trust", trust, _TRUST), prefix)
 
 
 class Writer:
@@ -415,10 +428,16 @@ class Base:
 class Package:
     """An open package, read only."""
 
-    def __init__(self, path: Any) -> None:
-        """Open `path`: OSError if it cannot be read, ValueError if it is no package."""
-        self._handle = c_void_p()
+    def __init__(self, path: Any, trust: str = "digest") -> None:
+        """Open `path`: OSError if it cannot be read, ValueError if it is no package, or has no sha256 to be trusted by."""
+        self._handle, code = c_void_p(), _choice("trust", trust, _TRUST)
         _call("xorz_package_open", _path(path), byref(self._handle))
+        if code:
+            try:
+                _call("xorz_package_trust", self._handle, code)
+            except BaseException:
+                self.__exit__()
+                raise
         self.description = _json("xorz_package_describe", self._handle)
         self.entries: dict[str, dict[str, Any]] = {e["name"]: e for e in self.description["entries"]}
 
@@ -458,13 +477,15 @@ class Package:
         _lib.xorz_package_close(handle)
 
 
-def run(jobs: int | None = None, sha256: bool = True) -> _Run:
-    """How a job over files runs: `jobs` threads (None: one per core), with or without the sha256 of restored files."""
+def run(jobs: int | None = None, sha256: bool = True, trust: str = "digest") -> _Run:
+    """How a job over files runs: `jobs` threads (None: one per core), with or without the sha256 of restored files, and what
+    must speak for the base."""
     if jobs is not None and (not isinstance(jobs, int) or isinstance(jobs, bool)):
         raise TypeError(f"jobs must be an int or None, but is {type(jobs).__name__}")
     if jobs is not None and not 1 <= jobs <= 1024:
         raise ValueError(f"jobs must be 1 to 1024 or None (one per core), but is {jobs}")
-    return _Run(jobs or 0, 0 if sha256 else _NO_SHA256)
+    flags = _RUN_TRUST_SHA256 if _choice("trust", trust, _TRUST) else 0
+    return _Run(jobs or 0, flags | (0 if sha256 else _NO_SHA256))
 
 
 def cuda_status(device: int) -> None:

@@ -34,6 +34,7 @@ def pack(
     codec: str | None = None,
     level: int = 0,
     jobs: int | None = None,
+    trust: str = "digest",
 ) -> dict[str, Any]:
     """Write the package `path`, from which `base` gives `fine_tuned` back bit for bit.
 
@@ -47,6 +48,7 @@ def pack(
         codec: None (the smallest, tensor by tensor), "resident", "resident-zstd", "planes" or "xor".
         level: of zstd; 0 is the default.
         jobs: threads for paths; None is one per core. State_dicts take the calling thread. The bytes are the same.
+        trust: "sha256" keeps the sha256 of each base tensor, which others can trust a base by; it takes longer.
 
     Returns:
         Totals: tensors, changed, words, tensor_bytes, package_bytes and more. Where most of the fine-tune is no delta (another
@@ -56,7 +58,7 @@ def pack(
         TypeError: an argument is neither state_dict nor path, or of both kinds; ValueError: a broken file or unknown option;
         OSError: a file that cannot be read or written.
     """
-    options, run = _core.options(prefer, codec, level), _core.run(jobs)
+    options, run = _core.options(prefer, codec, level, trust=trust), _core.run(jobs)
     from_files = _is_path("base", base)
     if from_files != _is_path("fine_tuned", fine_tuned):
         raise TypeError("base and fine_tuned must both be state_dicts or both be paths")
@@ -87,13 +89,14 @@ def pack_fleet(
     codec: str | None = None,
     level: int = 0,
     jobs: int | None = None,
+    trust: str = "digest",
 ) -> list[dict[str, Any]]:
     """Pack many fine-tunes of one base in one run, which reads the base once; each package is what `pack` makes of it alone.
 
     Args:
         base: path of the base, or of several, of which each fine-tune takes the nearest one, by a sample of its words.
         fine_tuned: for the path of each fine-tune that of its package. Its folder must be there.
-        prefer, codec, level, jobs: as `pack`.
+        prefer, codec, level, jobs, trust: as `pack`.
 
     Returns:
         For each fine-tune, in order, `fine_tuned`, `package`, `base`, `distances` and `report`, the totals that `pack` gives.
@@ -104,7 +107,7 @@ def pack_fleet(
         TypeError: an argument is no path; ValueError, OSError: a base cannot be read, or some fine-tunes could not be packed.
         The packages of all others are there then; `packages` of the exception lists all, with `error` in place of a `report`.
     """
-    options, run = _core.options(prefer, codec, level), _core.run(jobs)
+    options, run = _core.options(prefer, codec, level, trust=trust), _core.run(jobs)
     bases = [base] if isinstance(base, (str, os.PathLike)) else base
     if not isinstance(bases, (list, tuple)) or not all(isinstance(b, (str, os.PathLike)) for b in bases):
         raise TypeError(f"base must be a path or a list of paths, but is {type(base).__name__}")
@@ -137,7 +140,13 @@ def _advised(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def unpack(
-    base: PathLike, package: PathLike, out: PathLike, *, jobs: int | None = None, sha256: bool = True
+    base: PathLike,
+    package: PathLike,
+    out: PathLike,
+    *,
+    jobs: int | None = None,
+    sha256: bool = True,
+    trust: str = "digest",
 ) -> dict[str, Any]:
     """Write the fine-tuned checkpoint, byte for byte the packed one, from the base's path and a package.
 
@@ -147,14 +156,17 @@ def unpack(
         out: a safetensors file, or a folder (new or empty) if the package was made from one; appears when it is complete.
         jobs: threads; None is one per core.
         sha256: whether to compute and compare each restored file's; tensors are compared by digest in any case.
+        trust: "sha256" compares that of each base tensor, too, before anything is made of it: a digest finds mistakes, but who
+            wants to can make other words of the same one. Needs a package that was packed so.
 
     Returns:
         Totals, as `pack`.
 
     Raises:
-        ValueError: another base (tensor and both digests are named) or a damaged package; OSError: as `pack`.
+        ValueError: another base (tensor and both digests are named), a damaged package, or one without the sha256 asked for;
+        OSError: as `pack`.
     """
-    return _core.unpack_files(base, package, out, _core.run(jobs, sha256))
+    return _core.unpack_files(base, package, out, _core.run(jobs, sha256, trust))
 
 
 def verify(
@@ -164,9 +176,10 @@ def verify(
     *,
     jobs: int | None = None,
     sha256: bool = True,
+    trust: str = "digest",
 ) -> dict[str, Any]:
     """Restore everything without writing it, comparing digests, and `fine_tuned` if given; the rest as `unpack`."""
-    return _core.verify_files(base, package, fine_tuned, _core.run(jobs, sha256))
+    return _core.verify_files(base, package, fine_tuned, _core.run(jobs, sha256, trust))
 
 
 def _base_of(entry: dict[str, Any], base: StateDict) -> Tensor | None:
@@ -217,8 +230,9 @@ def _joined(entry: dict[str, Any], base: StateDict) -> Tensor:
     return out
 
 
-def restore(base: StateDict, package: PathLike) -> dict[str, Tensor]:
-    """The fine-tune's state_dict, bit for bit, on the CPU; tensors that were the same one in its file are one.
+def restore(base: StateDict, package: PathLike, *, trust: str = "digest") -> dict[str, Tensor]:
+    """The fine-tune's state_dict, bit for bit, on the CPU; tensors that were the same one in its file are one. `trust` as
+    `unpack`.
 
     Raises:
         KeyError: `base` lacks a tensor; ValueError: it has another one (both digests are named), or the package is damaged;
@@ -227,7 +241,7 @@ def restore(base: StateDict, package: PathLike) -> dict[str, Tensor]:
     if _is_path("base", base):
         raise TypeError("base must be a state_dict; for files there is unpack()")
     base = extra.plain("base", base)
-    with _core.Package(package) as opened:
+    with _core.Package(package, trust) as opened:
         out = {
             name: opened.restore(name, _base_of(entry, base))
             for name, entry in opened.entries.items()
@@ -243,6 +257,7 @@ def load_deltas(
     prefer: str | None = "auto",
     jobs: int | None = None,
     skip: Container[str] = (),
+    trust: str = "digest",
 ) -> dict[str, Tensor]:
     """Per tensor name its resident delta (1-D uint8), checked against `base`; tensors stored alone are given whole, and so are
     those that are no delta of one tensor of the base, but of one with other rows, of several or of a piece (`base_parts`).
@@ -250,12 +265,13 @@ def load_deltas(
     No dense matrix is made on the way. `prefer` re-encodes for "speed" or "memory" where the package holds the other;
     None takes what it holds, which is the fastest. A base given by its path is read only for what must be encoded anew,
     and once for its digests, which the user's cache keeps. `jobs` threads; None is one per core. Tensors named in `skip` are
-    left out. Errors as `restore`.
+    left out. `trust` as `unpack`; with "sha256" every base tensor is read. Errors as `restore`.
     """
     if _is_path("base", base):
         with _core.Base(base, _core.run(jobs)) as old:
             return _load_each(
                 package,
+                trust,
                 jobs,
                 lambda opened, name, _: opened.resident_from(name, old, prefer),
                 lambda opened, name, _: opened.restore_from(name, old),
@@ -264,6 +280,7 @@ def load_deltas(
     base = extra.plain("base", base)
     return _load_each(
         package,
+        trust,
         jobs,
         lambda opened, name, entry: opened.resident(name, _base_of(entry, base), prefer),
         lambda opened, name, entry: opened.restore(name, _base_of(entry, base)),
@@ -273,6 +290,7 @@ def load_deltas(
 
 def _load_each(
     package: PathLike,
+    trust: str,
     jobs: int | None,
     resident: Callable[[_core.Package, str, dict[str, Any]], Tensor],
     whole: Callable[[_core.Package, str, dict[str, Any]], Tensor],
@@ -286,7 +304,7 @@ def _load_each(
         return whole(opened, name, entry) if entry["base_parts"] else resident(opened, name, entry)
 
     workers = _core.run(jobs).jobs or len(os.sched_getaffinity(0))
-    with _core.Package(package) as opened, ThreadPoolExecutor(workers) as pool, ExitStack() as stack:
+    with _core.Package(package, trust) as opened, ThreadPoolExecutor(workers) as pool, ExitStack() as stack:
         mine = {n: e for n, e in opened.entries.items() if not e["same"] and n not in skip}
         total = sum(entry["bytes"] for entry in mine.values())
         shown = stack.enter_context(bar(total=total, unit="B", desc=f"loading {os.path.basename(package)}"))

@@ -90,6 +90,28 @@ impl std::str::FromStr for Codec {
     }
 }
 
+/// What must speak for a base, beside the digests of its tensors, which are compared in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Trust {
+    /// Nothing more: xxh3-128 finds mistakes, but who wants to can make other words of the same digest.
+    #[default]
+    Digest,
+    /// The sha256 of each base tensor's words. Packages have them where they were packed so; others are refused.
+    Sha256,
+}
+
+impl std::str::FromStr for Trust {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "digest" => Ok(Self::Digest),
+            "sha256" => Ok(Self::Sha256),
+            _ => Err(Error::invalid(format!("trust `{s}` is neither digest nor sha256"))),
+        }
+    }
+}
+
 /// How to pack.
 #[derive(Clone, Debug)]
 pub struct PackOptions {
@@ -105,11 +127,20 @@ pub struct PackOptions {
     pub level: Option<i32>,
     /// A prefix that is dropped from tensor names on both sides before they are paired, such as `bert.`.
     pub strip_prefix: Option<String>,
+    /// What the package says of its base: [`Trust::Sha256`] keeps the sha256 of each base tensor, which takes time.
+    pub trust: Trust,
 }
 
 impl Default for PackOptions {
     fn default() -> Self {
-        Self { prefer: Prefer::Memory, codec: None, fast: false, level: None, strip_prefix: None }
+        Self {
+            prefer: Prefer::Memory,
+            codec: None,
+            fast: false,
+            level: None,
+            strip_prefix: None,
+            trust: Trust::Digest,
+        }
     }
 }
 
@@ -139,13 +170,15 @@ pub struct Run<'a> {
     /// Whether `unpack` and `verify` compare the sha256 of each restored file; without, tensors are still
     /// compared by the digests of base and delta.
     pub sha256: bool,
+    /// What `unpack` and `verify` ask of the base before they read it for anything else.
+    pub trust: Trust,
     /// Ends the job, with an error and nothing left behind, soon after it is no longer 0.
     pub stop: Option<&'a AtomicU32>,
 }
 
 impl Default for Run<'_> {
     fn default() -> Self {
-        Self { jobs: 0, progress: None, sha256: true, stop: None }
+        Self { jobs: 0, progress: None, sha256: true, trust: Trust::Digest, stop: None }
     }
 }
 

@@ -257,7 +257,7 @@ static void test_packages(const char* folder) {
   xorz_tensor w = {"w", "F32", dims, 2, base, sizeof base},
               f = {"w", "F32", dims, 2, fine_tuned, sizeof fine_tuned},
               b = {"b", "F32", bias_dims, 1, bias, sizeof bias};
-  xorz_options options = {XORZ_PREFER_SPEED, XORZ_CODEC_SMALLEST, 0, NULL};
+  xorz_options options = {XORZ_PREFER_SPEED, XORZ_CODEC_SMALLEST, 0, XORZ_TRUST_SHA256, NULL};
   xorz_writer* writer = NULL;
   REFUSED(xorz_writer_new(absent, &options, &writer, &error), XORZ_IO, "");
   REFUSED(xorz_writer_new(NULL, &options, &writer, &error), XORZ_INVALID_ARGUMENT, "path is NULL");
@@ -279,6 +279,8 @@ static void test_packages(const char* folder) {
   CHECK(xorz_package_describe(package, &json, &error) == XORZ_OK);
   CHECK(json.length > 2 && json.data[0] == '{');
   xorz_buffer_free(&json);
+  REFUSED(xorz_package_trust(package, 7, &error), XORZ_INVALID_ARGUMENT, "trust");
+  CHECK(xorz_package_trust(package, XORZ_TRUST_SHA256, &error) == XORZ_OK);
   xorz_matrix from = matrix(base, N, K), wrong = matrix(fine_tuned, N, K);
   memset(restored, 0, sizeof restored);
   CHECK(xorz_package_restore(package, "w", &from, restored, sizeof restored, &error) == XORZ_OK);
@@ -299,6 +301,14 @@ static void test_packages(const char* folder) {
   xorz_buffer_free(&delta);
   xorz_package_close(package);
 
+  /* One that was packed without cannot be trusted. */
+  options.trust = XORZ_TRUST_DIGEST;
+  CHECK(xorz_writer_new(path, &options, &writer, &error) == XORZ_OK);
+  CHECK(xorz_writer_add(writer, &f, &w, &error) == XORZ_OK);
+  CHECK(xorz_writer_finish(writer, NULL, &error) == XORZ_OK);
+  CHECK(xorz_package_open(path, &package, &error) == XORZ_OK);
+  REFUSED(xorz_package_trust(package, XORZ_TRUST_SHA256, &error), XORZ_MISMATCH, "`w`");
+  xorz_package_close(package);
   /* Where there is no place for a result, none is left. */
   REFUSED(xorz_delta_encode(&from, &wrong, XORZ_PREFER_SPEED, NULL, NULL, &error), XORZ_INVALID_ARGUMENT,
           "delta is NULL");

@@ -270,7 +270,7 @@ def test_the_number_of_threads_may_change_between_calls(digest):
 
 def test_it_loads_without_the_package():
     run(f"    import sys, torch\n    torch.ops.load_library(sys.argv[1])\n{CHECK}", xorz.library_path)
-    assert ctypes.CDLL(str(xorz.library_path)).xorz_abi_version() == 3
+    assert ctypes.CDLL(str(xorz.library_path)).xorz_abi_version() == 4
 
 
 ALONE = """

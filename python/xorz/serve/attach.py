@@ -40,6 +40,7 @@ def attach(
     flattening: Iterable[str] = (),
     max_copies: int | str | None = None,
     example: Any = None,
+    trust: str = "digest",
 ) -> Tenants:
     """Attach tenants to `model`: the same object serves its base and any number of loaded fine-tunes, row by row.
 
@@ -64,6 +65,8 @@ def attach(
             does not fit is kept as a delta, and made dense for each call that needs it.
         example: inputs of the model, two rows or more: a tuple, or a dict of named ones. Each tenant is verified with them when
             it is loaded (`Tenants.verify`), and refused if it cannot be served, alone and in a mixed batch.
+        trust: "sha256" compares the model's weights by sha256 whenever a package is loaded, beside the digests, which find
+            mistakes but not forgeries. Needs packages that were packed so; deltas without a package are refused.
         flattening: names of further classes that flatten [batch, length, k] to [batch * length, k] for modules inside.
 
     Returns:
@@ -102,7 +105,7 @@ def attach(
                 f"`{name}` is TorchScript, whose code reads its weights past Python and would compute with the base's for "
                 "every tenant; attach the model before it is scripted or traced, or leave this part out with filter_fn"
             )
-    owner = Tenants(model, default, mode, prefer, budget, max_copies)
+    owner = Tenants(model, default, mode, prefer, budget, max_copies, trust)
     flat = FLATTENING | set(flattening)
     for name, module in chosen:
         _attach(owner, name, module)

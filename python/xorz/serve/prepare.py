@@ -51,16 +51,17 @@ def prepare(
     prefer: str | None,
     max_copies: int | None = None,
     kept: Mapping[str, str] = MappingProxyType({}),
+    trust: str = "digest",
 ) -> Prepared:
     """Read, check against the model's own tensors, and say who serves what; errors as `Tenants.load`. `kept`: what modules made
-    of the base's weights before it was attached; see `kept.kept`.
+    of the base's weights before it was attached; see `kept.kept`. `trust` as `attach`.
     """
     base = {
         name: plain(tensor).detach()
         for name, tensor in model.state_dict(keep_vars=True).items()
         if torch.is_tensor(tensor)
     }
-    entries = _entries(model, base, source, prefer)
+    entries = _entries(model, base, source, prefer, trust)
     where = _places(model)
     out = Prepared()
     base_bytes = sum({t.untyped_storage().data_ptr(): t.nbytes for t in base.values()}.values())
@@ -104,13 +105,13 @@ def _copy(
 
 
 def _entries(
-    model: nn.Module, base: dict[str, Tensor], source: Any, prefer: str | None
+    model: nn.Module, base: dict[str, Tensor], source: Any, prefer: str | None, trust: str
 ) -> dict[str, tuple[str, Any]]:
     """Name in the model -> ("delta", resident delta), ("experts", one of them or None for each) or ("alone", tensor).
 
     Changed ones only, ties made whole.
     """
-    deltas, alone, removed = _read(model, base, source, prefer)
+    deltas, alone, removed = _read(model, base, source, prefer, trust)
     tied = _ties(base)
     for name in removed:
         if name in base and not any(alias in deltas or alias in alone for alias in tied[name]):
@@ -141,10 +142,15 @@ def _entries(
 
 
 def _read(
-    model: nn.Module, base: dict[str, Tensor], source: Any, prefer: str | None
+    model: nn.Module, base: dict[str, Tensor], source: Any, prefer: str | None, trust: str
 ) -> tuple[dict[str, Tensor | Experts], dict[str, Tensor], list[str]]:
     """Deltas, each checked against its base, tensors stored alone, and missing ones, by their names in the model."""
     if isinstance(source, (StateDelta, Mapping)):
+        if trust != "digest" and not isinstance(source, StateDelta):
+            raise ValueError(
+                "resident deltas have no sha256 of their base to trust it by (trust='sha256'); load a package that was packed "
+                "so"
+            )
         deltas, alone, removed = _in_memory(source)
         found, ignored = names.matched(model, base, (*deltas, *alone, *removed))
         if found or ignored:
@@ -172,7 +178,7 @@ def _read(
             name = entry["base_name"] or entry["name"]
             if entry["base"] is not None and name in words and list(words[name].shape) == entry["shape"]:
                 _same_dtype(name, entry["dtype"], words[name])
-        loaded = checkpoint.load_deltas(words, source, prefer=prefer, skip=frozenset(ignored))
+        loaded = checkpoint.load_deltas(words, source, prefer=prefer, skip=frozenset(ignored), trust=trust)
         # What is a delta of several base tensors, or of one with other rows, is given whole.
         apart = {e["name"] for e in entries if (e["base"] is None or e["base_parts"]) and not e["same"]}
         apart |= {e["name"] for e in entries if e["same"] in apart}
@@ -181,6 +187,8 @@ def _read(
         removed = [name for name in description["removed_names"] if name not in ignored]
         # Loading has checked a delta against the tensor that it was made of, which need not be the one of its own name.
         unchecked = {e["name"] for e in entries if e["same"] or e["base_name"] not in (None, e["name"])}
+        if trust != "digest":
+            _same_words(entries, unchecked & set(deltas), words)
         names.report([n for n in ignored if n in {e["name"] for e in entries}])
     for name, delta in deltas.items():
         if name in unchecked and name in words:
@@ -192,6 +200,20 @@ def _read(
         return deltas, alone, removed
     lost = [files.whole(name) for name in removed if name in files.base]
     return files.deltas(deltas), {files.whole(name): t for name, t in alone.items()}, lost
+
+
+def _same_words(entries: list[dict[str, Any]], mine: set[str], words: Mapping[str, Tensor]) -> None:
+    """ValueError unless a tensor whose delta was made of another name's base has that base's words, of which loading has
+    compared the sha256.
+    """
+    for name, base_name in ((e["name"], e["base_name"] or e["name"]) for e in entries if e["name"] in mine):
+        if name not in words or base_name not in words or words[name] is words[base_name]:
+            continue
+        one, other = (words[n].contiguous().view(-1).view(torch.uint8) for n in (name, base_name))
+        if not torch.equal(one, other):
+            raise ValueError(
+                f"tensor `{name}`: its delta is one of the base's `{base_name}`, whose words it does not have here"
+            )
 
 
 def _described(source: Any) -> dict[str, Any]:

@@ -67,6 +67,7 @@ class Tenants:
         prefer: str | None,
         budget: int | str | None,
         max_copies: int | str | None = None,
+        trust: str = "digest",
     ) -> None:
         """Attach `model`, for which `xorz.attach` is the door; the arguments are those of `attach`."""
         if default is not None and not (isinstance(default, str) and default):
@@ -75,7 +76,10 @@ class Tenants:
             raise ValueError(f"mode must be one of fast, deterministic, exact, but is {mode!r}")
         if prefer not in (None, "auto", "speed", "memory"):
             raise ValueError(f'prefer must be "auto", "speed", "memory" or None, but is {prefer!r}')
+        if trust not in ("digest", "sha256"):
+            raise ValueError(f'trust must be "digest" or "sha256", but is {trust!r}')
         self.model, self.default, self.mode, self.prefer = model, default, mode, prefer
+        self.trust = trust
         self.budget = size_of(budget)
         self.max_copies = size_of(max_copies, "max_copies")
         self.lock = threading.RLock()
@@ -216,7 +220,7 @@ class Tenants:
             )
         with lasting():
             source = tenant.source if tenant.path is None else tenant.path
-            prepared = prepare(self.model, source, self.prefer, self.max_copies, self._kept)
+            prepared = prepare(self.model, source, self.prefer, self.max_copies, self._kept, self.trust)
         if tenant.path is not None and _identity(tenant.path) != before:
             raise ValueError(f"tenant {tenant.name!r}: {tenant.path} was changed while it was read")
         tenant.identity = before

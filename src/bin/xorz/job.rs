@@ -4,7 +4,7 @@ use crate::print;
 use crate::progress::Bar;
 use std::sync::atomic::AtomicU32;
 use xorz::error::{Error, Hint, Kind};
-use xorz::package::{Progress, Report, Run};
+use xorz::package::{Progress, Report, Run, Trust};
 
 /// Options of every verb that takes a while.
 #[derive(clap::Args)]
@@ -20,13 +20,22 @@ pub(crate) struct Job {
     pub(crate) json: bool,
 }
 
-/// Not comparing files, where every tensor has been compared.
+/// What is compared by sha256 beside the digests: by default each file, where every tensor has been compared.
 #[derive(clap::Args)]
 pub(crate) struct Sha256 {
     /// Do not compute and compare the sha256 of each restored file. Every tensor is compared all the same: its base by
     /// digest, its stored bytes by digest; not compared is how they are put together into the file.
     #[arg(long = "no-sha256")]
     no: bool,
+    /// Compare the base's tensors by sha256, too, before anything is made of them. Their digests (digest) find mistakes, but
+    /// who wants to can make other words of the same digest. Needs a package of `pack --trust sha256`; others are refused.
+    #[arg(long, default_value = "digest", value_parser = trust)]
+    trust: Trust,
+}
+
+/// What `--trust` takes.
+pub(crate) fn trust(text: &str) -> std::result::Result<Trust, String> {
+    text.parse().map_err(|e: Error| e.message().into())
 }
 
 /// Where the report of a verb goes.
@@ -92,7 +101,8 @@ impl Job {
         let bar = if self.quiet { None } else { Bar::on_terminal() };
         let progress = bar.as_ref().map(|b| b as &dyn Progress);
         let jobs = self.jobs.map_or(0, usize::from);
-        work(&Run { jobs, progress, sha256: sha256.is_none_or(|s| !s.no), stop, ..Run::default() })
+        let trust = sha256.map_or_else(Trust::default, |s| s.trust);
+        work(&Run { jobs, progress, sha256: sha256.is_none_or(|s| !s.no), trust, stop, ..Run::default() })
     }
 
     /// What is said only to those who want to hear it.

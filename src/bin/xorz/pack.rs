@@ -1,11 +1,11 @@
 //! `xorz pack`: checkpoints against a base, into packages.
 
-use crate::job::{Job, Outcome};
+use crate::job::{Job, Outcome, trust};
 use crate::pipes::{Inputs, Output};
 use crate::{fleet, print, signals};
 use std::path::PathBuf;
 use xorz::codec::Prefer;
-use xorz::package::{Codec, PackOptions, pack_files};
+use xorz::package::{Codec, PackOptions, Trust, pack_files};
 
 /// Pack fine-tuned checkpoints against their base.
 ///
@@ -43,6 +43,10 @@ pub(crate) struct Args {
     /// Drop this prefix from names on both sides before pairing them, such as "bert.".
     #[arg(long, value_name = "PREFIX")]
     strip_prefix: Option<String>,
+    /// Keep the sha256 of each base tensor in the package, so that `unpack --trust sha256` can tell a forged base (sha256), or
+    /// do without (digest). Takes longer.
+    #[arg(long, default_value = "digest", value_parser = trust)]
+    trust: Trust,
     #[command(flatten)]
     job: Job,
 }
@@ -63,6 +67,7 @@ impl Args {
             fast: self.fast,
             level: self.level,
             strip_prefix: self.strip_prefix.clone(),
+            trust: self.trust,
         }
     }
 

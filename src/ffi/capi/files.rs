@@ -3,7 +3,7 @@
 use super::pointers::{XorzBuffer, XorzError, call, give_bytes, null, prefer, reference, text};
 use crate::error::{Error, Result};
 use crate::package::{
-    Codec, Destination, PackOptions, Run, pack_files, pack_fleet, unpack_files, verify_files,
+    Codec, Destination, PackOptions, Run, Trust, pack_files, pack_fleet, unpack_files, verify_files,
 };
 use std::ffi::{CStr, OsStr, c_char};
 use std::os::unix::ffi::OsStrExt;
@@ -19,6 +19,8 @@ pub struct XorzOptions {
     pub codec: i32,
     /// zstd level; 0 is the default.
     pub level: i32,
+    /// 0 digest, 1 sha256: what the package says of its base.
+    pub trust: i32,
     /// Dropped from names on both sides before they are paired, or null.
     pub strip_prefix: *const c_char,
 }
@@ -28,7 +30,7 @@ pub struct XorzOptions {
 pub struct XorzRun {
     /// Threads; 0 takes one per core.
     pub jobs: u32,
-    /// 0 or [`NO_SHA256`].
+    /// 0, [`NO_SHA256`], [`TRUST_SHA256`] or both.
     pub flags: u32,
     /// Ends the job when it is no longer 0, or null.
     pub stop: *const u32,
@@ -36,6 +38,9 @@ pub struct XorzRun {
 
 /// Flag of [`XorzRun`]: unpack and verify do not compare the sha256 of restored files.
 pub const NO_SHA256: u32 = 1;
+
+/// Flag of [`XorzRun`]: unpack and verify compare the sha256 of each base tensor before they take anything of it.
+pub const TRUST_SHA256: u32 = 2;
 
 /// # Safety
 /// `p` is null or a zero-terminated string for `'a`.
@@ -61,7 +66,16 @@ pub(super) unsafe fn options(p: *const XorzOptions) -> Result<PackOptions> {
             fast: false,
             level,
             strip_prefix: strip.map(str::to_owned),
+            trust: trust(o.trust)?,
         })
+    }
+}
+
+pub(super) fn trust(code: i32) -> Result<Trust> {
+    match code {
+        0 => Ok(Trust::Digest),
+        1 => Ok(Trust::Sha256),
+        _ => Err(Error::invalid(format!("trust must be 0 (digest) or 1 (sha256), but is {code}"))),
     }
 }
 
@@ -84,13 +98,14 @@ pub(super) unsafe fn run<'a>(p: *const XorzRun) -> Result<Run<'a>> {
     }
     // SAFETY: null or valid and aligned; an atomic is laid out as its integer, and is only loaded here.
     let stop = unsafe { stop.cast::<AtomicU32>().as_ref() };
-    if flags & !NO_SHA256 != 0 {
+    if flags & !(NO_SHA256 | TRUST_SHA256) != 0 {
         return Err(Error::invalid(format!(
-            "run.flags is {flags}, but only 0 and {NO_SHA256} have a meaning"
+            "run.flags is {flags}, but only {NO_SHA256} and {TRUST_SHA256}, and both together, have a meaning"
         )));
     }
+    let trust = if flags & TRUST_SHA256 == 0 { Trust::Digest } else { Trust::Sha256 };
     let jobs = usize::try_from(jobs).map_err(|_| Error::invalid(format!("run.jobs is {jobs}")))?;
-    Ok(Run { jobs, stop, sha256: flags & NO_SHA256 == 0, ..Run::default() })
+    Ok(Run { jobs, stop, sha256: flags & NO_SHA256 == 0, trust, ..Run::default() })
 }
 
 /// Pack a checkpoint.

@@ -24,7 +24,7 @@ pub use pointers::{MESSAGE_BYTES, XorzBuffer, XorzError, XorzExecutor, XorzMatri
 /// The version of this C ABI; it grows when a declaration changes.
 #[unsafe(no_mangle)]
 pub extern "C" fn xorz_abi_version() -> u32 {
-    3
+    4
 }
 
 /// What `XORZ_PREFER_AUTO` comes to on this machine: 0 (speed) or 1 (memory); speed where `XORZ_ISA` is

@@ -1,6 +1,6 @@
 //! Packages of the C ABI: written and read tensor by tensor.
 
-use super::files::{XorzOptions, XorzRun, options, path, run};
+use super::files::{XorzOptions, XorzRun, options, path, run, trust};
 use super::pointers::{
     XorzBuffer, XorzError, XorzMatrix, bytes, bytes_mut, call, free, give_box, give_bytes, matrix, null,
     prefer, reference, text,
@@ -176,6 +176,25 @@ pub unsafe extern "C" fn xorz_package_open(
 pub unsafe extern "C" fn xorz_package_close(package: *mut XorzPackage) {
     // SAFETY: the caller's promise.
     unsafe { free(package) }
+}
+
+/// From now on the package gives nothing before `trust` speaks for the base.
+///
+/// # Safety
+/// As `csrc/xorz.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xorz_package_trust(
+    package: *mut XorzPackage,
+    trust_code: i32,
+    error: *mut XorzError,
+) -> i32 {
+    // SAFETY: the caller keeps the header's contract: nothing else reads the package meanwhile.
+    unsafe {
+        call(error, || {
+            let package = package.as_mut().ok_or_else(|| null("package"))?;
+            package.0.trust_in(trust(trust_code)?)
+        })
+    }
 }
 
 /// What a package holds, as JSON.

@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `container`, `kinds` | safetensors files; the words that a tensor of any dtype is |
 //! | `words`, `parts` | where a tensor's words are; a base put together of several tensors |
-//! | `record`, `totals`, `refusals` | what is known of each tensor, the totals, what is said of a base that is another one |
+//! | `record`, `sums`, `totals`, `refusals` | what is known of each tensor; totals; what is said of a base that is another one |
 //! | `columns`, `table_columns`, `table`, `table_writer` | the table of a package; `version1`: what was in its place before |
 //! | `frames`, `planes`, `xor` | zstd frames and their table, byte planes, the notebook's one frame |
 //! | `predicted` | tiles whose changes the base predicts |
@@ -30,6 +30,7 @@ pub(crate) mod reader;
 pub(crate) mod record;
 pub(crate) mod refusals;
 pub(crate) mod stored;
+pub(crate) mod sums;
 mod table;
 mod table_columns;
 mod table_writer;

@@ -5,12 +5,13 @@ use super::container::{Header, LENGTH_BYTES, MAX_HEADER_BYTES, SafeTensors};
 use super::joint_reader::JointReader;
 use super::paths::check_files;
 use super::record::{self, Entry, Records, SourceFile};
-use super::refusals::stored_alone;
+use super::refusals::{stored_alone, untold_sum};
 use super::table::read_table;
 use super::table_writer::identity;
 use super::version1::read_version1;
 use crate::error::{Error, Result};
 use crate::matrix::Digest;
+use crate::package::options::Trust;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -31,6 +32,8 @@ pub struct Package {
     file_ranges: Vec<Range<u64>>,
     folder: bool,
     version: u32,
+    /// What must speak for each base.
+    trust: Trust,
 }
 
 /// What tensor `name` is found by: of source file `again`, where an earlier one has a tensor of that name.
@@ -94,9 +97,9 @@ impl Package {
                 return Err(Error::corrupt(format!("tensor `{}` is there twice", e.name)));
             }
         }
-        let joints = JointReader::new(joints);
+        let (joints, trust) = (JointReader::new(joints), Trust::Digest);
         let package =
-            Self { version, entries, index, joints, removed, files, file_ranges, folder, container };
+            Self { version, entries, index, joints, removed, files, file_ranges, folder, container, trust };
         package.entries.iter().try_for_each(|e| package.resolve(e).map(|_| ()))?;
         Ok(package)
     }
@@ -173,6 +176,25 @@ impl Package {
     /// Whether it was made from a folder.
     pub fn is_folder(&self) -> bool {
         self.folder
+    }
+
+    /// Give no delta and no tensor from now on before `trust` speaks for the base that is given with it.
+    ///
+    /// # Errors
+    /// `Mismatch` if it was packed without, naming the first tensor: nothing in it tells of the base's sha256. It gives
+    /// nothing that has a base then.
+    pub fn trust_in(&mut self, trust: Trust) -> Result<()> {
+        self.trust = trust;
+        let bases = self.entries.iter().filter_map(|e| Some((e, e.base.as_ref()?)));
+        match bases.filter(|_| trust == Trust::Sha256).find(|(_, base)| base.sha256.is_none()) {
+            Some((e, base)) => Err(untold_sum(&base.name).of_tensor(&e.name)),
+            None => Ok(()),
+        }
+    }
+
+    /// What must speak for each base.
+    pub(crate) fn trust(&self) -> Trust {
+        self.trust
     }
 
     /// Length of the whole package in bytes.

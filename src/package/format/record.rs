@@ -3,6 +3,7 @@
 
 use super::kinds::{dtype_bits, words_of};
 use super::parts::{BasePart, check_parts};
+use super::sums::Sum;
 use crate::codec::{Encoding, Prefer};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Shape};
@@ -87,6 +88,8 @@ pub struct BaseTensor {
     /// a package keeps no more.
     pub digest: Digest,
     pub(crate) short: bool,
+    /// The sha256 of the same words, whole, where the package was made with [`crate::package::Trust::Sha256`].
+    pub sha256: Option<Sum>,
 }
 
 /// Bytes that are kept of a small tensor's base digest, where a whole one would be most of what the tensor takes.
@@ -186,6 +189,13 @@ pub(crate) struct Records {
     /// The files that it was made from, and where what is stored of each lies.
     pub(crate) files: Vec<(SourceFile, Range<u64>)>,
     pub(crate) folder: bool,
+}
+
+impl Records {
+    /// Whether the sha256 of bases are kept.
+    pub(super) fn has_sums(&self) -> bool {
+        self.entries.iter().filter_map(|e| e.base.as_ref()).any(|base| base.sha256.is_some())
+    }
 }
 
 /// Digest of stored bytes; it finds accidents, not forgeries.

@@ -2,6 +2,7 @@
 
 use super::container::TensorInfo;
 use super::record::{BaseTensor, Entry};
+use super::sums::Sum;
 use crate::error::{Error, Hint};
 use crate::matrix::Digest;
 
@@ -20,6 +21,22 @@ pub(crate) fn another_base(want: &BaseTensor, found: Digest) -> Error {
         want.as_much_of(found)
     ))
     .with_hint(Hint::OtherBase)
+}
+
+/// The error for a base of the right digest, but another sha256: no mistake makes one.
+pub(crate) fn another_sum(name: &str, want: Sum, found: Sum) -> Error {
+    Error::mismatch(format!(
+        "another base: it was packed against `{name}` of sha256 {want}, this one has sha256 {found}; get the base from \
+         where you trust it"
+    ))
+    .with_hint(Hint::OtherBase)
+}
+
+/// The error for asking the sha256 of a base where none was kept.
+pub(crate) fn untold_sum(name: &str) -> Error {
+    Error::mismatch(format!(
+        "the package has no sha256 of the base's `{name}` to trust it by; `xorz pack --trust sha256` makes one that has"
+    ))
 }
 
 /// The error for a base without the tensor `name`.

@@ -8,9 +8,10 @@ use super::record::{
     BaseTensor, Entry, JointFrame, RESERVED, Records, SHORT_DIGEST, SourceFile, VERSION, check_entry,
     check_of, short_digest,
 };
+use super::sums::Sum;
 use super::table_columns::{
     EntryColumns, FILE_EXECUTABLE, FILE_TENSORS, MAX_DIMS, MAX_JOINT_BYTES, PART_FILE, PART_NAME,
-    TABLE_FOLDER, TABLE_HEAD, base_kind, most_columns, most_parts,
+    TABLE_FOLDER, TABLE_HEAD, TABLE_SUMS, base_kind, most_columns, most_parts,
 };
 use crate::error::{Error, Result};
 use crate::matrix::Digest;
@@ -66,6 +67,8 @@ struct TableReader<'a> {
     at: u64,
     /// Pieces of bases that may still come.
     parts: usize,
+    /// Whether each delta has the sha256 of its base among the digests.
+    sums: bool,
     /// Tensors, joint frames, files, removed tensors, kinds.
     counts: [usize; 5],
     records: Records,
@@ -75,7 +78,7 @@ impl<'a> TableReader<'a> {
     fn new(columns: &'a [u8], digests: &'a [u8], bytes: usize, data: u64) -> Result<Self> {
         let mut from = ColumnReader::new("counts", columns);
         let flags = from.number()?;
-        if flags & !TABLE_FOLDER != 0 {
+        if flags & !(TABLE_FOLDER | TABLE_SUMS) != 0 {
             return Err(Error::unsupported(format!(
                 "the table has flags {flags}, which this xorz does not know"
             )));
@@ -92,7 +95,8 @@ impl<'a> TableReader<'a> {
         let texts = TextReader::new(&mut from, most_columns(bytes))?;
         let digests = ColumnReader::new("digests", digests);
         let records = Records { folder: flags & TABLE_FOLDER != 0, ..Records::default() };
-        Ok(Self { columns: from, texts, digests, data, at: 0, parts: most_parts(bytes), counts, records })
+        let (parts, sums) = (most_parts(bytes), flags & TABLE_SUMS != 0);
+        Ok(Self { columns: from, texts, digests, data, at: 0, parts, sums, counts, records })
     }
 
     fn read(mut self) -> Result<Records> {
@@ -138,6 +142,12 @@ impl<'a> TableReader<'a> {
         let mut digest = Digest([0; 16]);
         digest.0[..bytes].copy_from_slice(self.digests.take(bytes)?);
         Ok(digest)
+    }
+
+    fn sum(&mut self) -> Result<Sum> {
+        let mut sum = Sum([0; 32]);
+        sum.0.copy_from_slice(self.digests.take(32)?);
+        Ok(sum)
     }
 
     /// The next `stored` bytes of the data.
@@ -214,6 +224,7 @@ impl<'a> TableReader<'a> {
         }
         let joint = self.joint(codec, *bytes, &range, columns, open)?;
         let digest = self.digest(if short_digest(codec, *bytes) { SHORT_DIGEST } else { 16 })?;
+        let sha256 = if self.sums && codec.delta() { Some(self.sum()?) } else { None };
         let check = match codec {
             Codec::Joint => self.records.joints.last().map_or(digest, |j| j.check),
             Codec::Alone | Codec::Same | Codec::Unchanged => digest,
@@ -226,7 +237,7 @@ impl<'a> TableReader<'a> {
             dims: dims.clone(),
             bytes: *bytes,
             codec,
-            base: self.base(name, base, codec, digest, short_digest(codec, *bytes))?,
+            base: self.base(name, base, codec, (digest, short_digest(codec, *bytes), sha256))?,
             encoding: columns.encoding()?,
             prefer: columns.prefer()?,
             changed: codec.delta().then_some(changed),
@@ -292,11 +303,11 @@ impl<'a> TableReader<'a> {
         name: &str,
         kind: u64,
         codec: Codec,
-        digest: Digest,
-        short: bool,
+        (digest, short, sha256): (Digest, bool, Option<Sum>),
     ) -> Result<Option<BaseTensor>> {
         use base_kind::{FILE, OTHER_NAME, OWN_NAME, PARTS};
-        let mut base = BaseTensor { name: String::new(), file: None, parts: Vec::new(), digest, short };
+        let mut base =
+            BaseTensor { name: String::new(), file: None, parts: Vec::new(), digest, short, sha256 };
         match (codec.delta(), kind & !FILE) {
             (false, 0) if kind == 0 => return Ok(None),
             (true, OWN_NAME) => name.clone_into(&mut base.name),

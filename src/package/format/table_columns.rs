@@ -34,8 +34,9 @@ pub(super) mod base_kind {
 /// Bits of a base part: it has a name, its tensor's file is named.
 pub(super) const PART_NAME: u64 = 1;
 pub(super) const PART_FILE: u64 = 2;
-/// Bit of a table: made from a folder.
+/// Bits of a table: made from a folder; the sha256 of each delta's base is among the digests.
 pub(super) const TABLE_FOLDER: u64 = 1;
+pub(super) const TABLE_SUMS: u64 = 2;
 /// Bits of a source file: it may be executed, it holds tensors.
 pub(super) const FILE_EXECUTABLE: u64 = 1;
 pub(super) const FILE_TENSORS: u64 = 2;

@@ -4,8 +4,8 @@ use super::columns::{TextWriter, put_number};
 use super::frames::compress_text;
 use super::record::{Entry, Records, SHORT_DIGEST, check_of, short_digest};
 use super::table_columns::{
-    FILE_EXECUTABLE, FILE_TENSORS, PART_FILE, PART_NAME, TABLE_FOLDER, TABLE_HEAD, base_kind, most_columns,
-    most_parts,
+    FILE_EXECUTABLE, FILE_TENSORS, PART_FILE, PART_NAME, TABLE_FOLDER, TABLE_HEAD, TABLE_SUMS, base_kind,
+    most_columns, most_parts,
 };
 use crate::codec::Prefer;
 use crate::error::{Error, Result};
@@ -66,7 +66,7 @@ fn digests(records: &Records) -> Result<Vec<u8>> {
         false => HashMap::new(),
     };
     let mut joints = records.joints.iter().enumerate();
-    let mut next = joints.next();
+    let (mut next, sums) = (joints.next(), records.has_sums());
     for e in &records.entries {
         if let (Some((frame, _)), Some((i, joint))) = (e.joint, next)
             && frame == i
@@ -85,6 +85,10 @@ fn digests(records: &Records) -> Result<Vec<u8>> {
                 out.extend_from_slice(&identity(e).0[..SHORT_DIGEST]);
             }
             _ => out.extend_from_slice(&identity(e).0),
+        }
+        if let Some(base) = e.base.as_ref().filter(|_| sums) {
+            let lacks = || Error::internal("a delta without the sha256 that others have").of_tensor(&e.name);
+            out.extend_from_slice(&base.sha256.ok_or_else(lacks)?.0);
         }
         if !matches!(e.codec, Codec::Alone | Codec::Same | Codec::Unchanged | Codec::Joint) {
             out.extend_from_slice(&e.check.0);
@@ -217,7 +221,8 @@ impl<'a> ColumnsWriter<'a> {
 
     fn finish(self, records: &Records) -> Vec<u8> {
         let mut out = Vec::new();
-        let flags = if records.folder { TABLE_FOLDER } else { 0 };
+        let (folder, sums) = (u64::from(records.folder), u64::from(records.has_sums()));
+        let flags = folder * TABLE_FOLDER + sums * TABLE_SUMS;
         let counts =
             [records.entries.len(), records.joints.len(), records.files.len(), records.removed.len()];
         put_number(flags, &mut out);

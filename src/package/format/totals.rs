@@ -3,6 +3,7 @@
 use super::parts::BasePart;
 use super::reader::Package;
 use super::record::{Entry, prefer_name, to_json};
+use super::sums::Sum;
 use crate::error::Result;
 use crate::package::options::Codec;
 use serde::Serialize;
@@ -128,6 +129,8 @@ struct Line<'a> {
     base_file: Option<&'a str>,
     base_parts: &'a [BasePart],
     base: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    base_sha256: Option<Sum>,
     encoding: Option<&'static str>,
     prefer: Option<&'static str>,
     changed: Option<u64>,
@@ -172,6 +175,7 @@ fn line<'a>(package: &'a Package, e: &'a Entry) -> Line<'a> {
         base_file: base.and_then(|b| b.file.as_deref()),
         base_parts: base.map_or(&[], |b| &b.parts),
         base: base.map(|b| b.digest_text()),
+        base_sha256: base.and_then(|b| b.sha256),
         encoding: e.encoding.map(|x| x.name()),
         prefer: e.prefer.map(prefer_name),
         changed: e.changed,

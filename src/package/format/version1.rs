@@ -111,7 +111,14 @@ fn decode(info: &TensorInfo, (again, name): (Option<usize>, &str), key: &str, te
     let renamed = r.base_name.is_some();
     let base = r.base.as_deref().map(|hex| -> Result<BaseTensor> {
         let of = r.base_name.clone().unwrap_or_else(|| name.to_owned());
-        Ok(BaseTensor { name: of, file: None, parts: Vec::new(), digest: digest(hex)?, short: false })
+        Ok(BaseTensor {
+            name: of,
+            file: None,
+            parts: Vec::new(),
+            digest: digest(hex)?,
+            short: false,
+            sha256: None,
+        })
     });
     let prefer = r.prefer.as_deref().map(|p| p.parse().map_err(|_| bad("prefer", p))).transpose()?;
     let encoding = r

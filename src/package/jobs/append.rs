@@ -9,10 +9,12 @@ use crate::package::format::frames::XorDeflater;
 use crate::package::format::predicted::PredictedBody;
 use crate::package::format::record::{self, BaseTensor, Entry};
 use crate::package::format::stored::{Choice, Chosen, StoredBody};
+use crate::package::format::sums::Sum;
 use crate::package::format::words::PairSource;
 use crate::package::io::spool::Spool;
-use crate::package::options::{Codec, PackOptions};
+use crate::package::options::{Codec, PackOptions, Trust};
 use crate::vector;
+use sha2::{Digest as _, Sha256};
 
 /// Up to so many bytes the frame of a tensor's XOR is made of all of it at once, which saves a few bytes; of larger ones piece by
 /// piece.
@@ -23,6 +25,7 @@ impl TensorJob<'_> {
     pub(super) fn open<'j>(&'j self, options: &'j PackOptions, spool: &mut Spool) -> Result<OpenTensor<'j>> {
         let Chosen { choice, near } = self.choice(options).map_err(|e| self.named(e))?;
         let digest = self.delta.map(|(dtype, shape, _)| Digest::stream(dtype, shape));
+        let sha256 = (digest.is_some() && options.trust == Trust::Sha256).then(Sha256::new);
         let mut open = OpenTensor {
             job: self,
             options,
@@ -32,6 +35,7 @@ impl TensorJob<'_> {
             start: spool.len(),
             changed: 0,
             digest,
+            sha256,
             difference: Vec::new(),
             own: Vec::new(),
         };
@@ -50,6 +54,8 @@ pub(super) struct OpenTensor<'j> {
     start: u64,
     changed: u64,
     digest: Option<DigestStream>,
+    /// Of the same words, where it is kept.
+    sha256: Option<Sha256>,
     /// Of a small tensor, its XOR and the frame of it.
     difference: Vec<u8>,
     own: Vec<u8>,
@@ -77,11 +83,13 @@ impl OpenTensor<'_> {
     /// Append piece `index`, which is in `s`: the next one in order.
     pub(super) fn take(&mut self, index: usize, spool: &mut Spool, s: &mut EncodeScratch) -> Result<()> {
         if let (Some(stream), Some((_, _, base))) = (&mut self.digest, &self.job.delta) {
+            let words = base.words.kept(self.job.pieces.bytes(index), &s.base);
             if s.leaves.is_empty() {
-                stream.update(base.words.kept(self.job.pieces.bytes(index), &s.base));
+                stream.update(words);
             } else {
                 stream.leaves(&s.leaves);
             }
+            self.sha256.iter_mut().for_each(|sha| sha.update(words));
         }
         self.append(spool, s).map_err(|e| self.job.named(e))
     }
@@ -168,6 +176,7 @@ impl OpenTensor<'_> {
         let (codec, check, encoding) = body.finish(spool, self.choice, digest, self.start)?;
         let job = self.job;
         let delta = job.delta.as_ref().zip(digest);
+        let sha256 = self.sha256.take().map(|sha| Sum(sha.finalize().into()));
         Ok(Entry {
             name: job.name.into(),
             again: job.again,
@@ -182,6 +191,7 @@ impl OpenTensor<'_> {
                 parts: base.parts.to_vec(),
                 digest,
                 short: false,
+                sha256,
             }),
             encoding,
             prefer: delta.map(|_| self.options.prefer),

@@ -13,7 +13,7 @@ use crate::package::format::reader::Package;
 use crate::package::format::record::{Entry, check_delta};
 use crate::package::format::refusals::{another_base, other_kind, stored_alone};
 use crate::package::format::words::TensorWords;
-use crate::package::options::Codec;
+use crate::package::options::{Codec, Trust};
 use crate::resident::{Assembler, Plan, Resident};
 
 /// The words of a base tensor that has been compared with what an entry says of it, and their digest.
@@ -50,6 +50,9 @@ impl Package {
             let (takes, has) = (entry.bytes, out.len());
             return Err(Error::mismatch(format!("takes {takes} bytes, but out has {has}")));
         }
+        if let Some((words, _)) = &base {
+            self.check_trust(entry, words)?;
+        }
         let job = Restore::new(self, entry, base)?;
         let (mut taken, mut scratch) = (job.begin(), RestoreScratch::default());
         for index in 0..job.pieces.count() {
@@ -67,6 +70,7 @@ impl Package {
 
     /// The resident delta of `entry`: as it is stored, or encoded again on `base`.
     fn delta(&self, entry: &Entry, base: Compared<'_>, prefer: Option<Prefer>) -> Result<Vec<u8>> {
+        self.check_trust(entry, &base.0)?;
         if let Some(bytes) = self.as_stored(entry, prefer)? {
             if let (words, None) = base {
                 compared(entry, words, joined_digest(entry, &words)?)?;
@@ -111,7 +115,9 @@ impl Base {
     pub fn restore(&self, package: &Package, name: &str, out: &mut [u8]) -> Result<()> {
         package.of_tensor(name, |entry| {
             let base = entry.base.is_some().then(|| on_disk(entry, self)).transpose()?;
-            package.restored(entry, base, out)
+            package.restored(entry, base, out)?;
+            // Words that were trusted were read once more to be used.
+            if package.trust() == Trust::Sha256 { self.check_untouched(entry) } else { Ok(()) }
         })
     }
 
@@ -125,13 +131,18 @@ impl Base {
         package.of_tensor(name, |entry| {
             let made = package.delta(entry, on_disk(entry, self)?, prefer)?;
             // A delta that was taken as it is stored belongs to the base as it was when its digests were computed.
-            match &entry.base {
-                Some(wanted) if wanted.parts.is_empty() => self.find(entry, wanted)?.0.check_unchanged()?,
-                Some(_) => self.checkpoint().files().iter().try_for_each(TensorFile::check_unchanged)?,
-                None => {}
-            }
+            self.check_untouched(entry)?;
             Ok(made)
         })
+    }
+
+    /// The files that `entry` takes its base from are as they were when they were opened.
+    fn check_untouched(&self, entry: &Entry) -> Result<()> {
+        match &entry.base {
+            Some(wanted) if wanted.parts.is_empty() => self.find(entry, wanted)?.0.check_unchanged(),
+            Some(_) => self.checkpoint().files().iter().try_for_each(TensorFile::check_unchanged),
+            None => Ok(()),
+        }
     }
 }
 

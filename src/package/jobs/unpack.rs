@@ -12,14 +12,14 @@ use crate::package::format::container::{LENGTH_BYTES, TensorInfo};
 use crate::package::format::contents;
 use crate::package::format::frames::{FRAME_BYTES, Inflater};
 use crate::package::format::reader::{Package, parse_source_header};
-use crate::package::format::record::Entry;
+use crate::package::format::record::{BaseTensor, Entry};
 use crate::package::format::refusals::{missing_in_base, other_kind};
 use crate::package::format::totals::Report;
 use crate::package::format::words::TensorWords;
 use crate::package::io::aligned::Aligned;
 use crate::package::io::ordered;
 use crate::package::io::temp::{Output, OutputFolder, refuses};
-use crate::package::options::{Destination, Run};
+use crate::package::options::{Destination, Run, Trust};
 use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, Permissions};
@@ -36,12 +36,14 @@ use std::sync::{Mutex, PoisonError};
 /// `InvalidArgument` for an `out` that is an input, or a folder that is not empty; `Unsupported` for a folder to a stream.
 /// Nothing appears at a path then.
 pub fn unpack_files(base: &Path, package: &Path, out: Destination<'_>, run: &Run<'_>) -> Result<Report> {
-    let (checkpoint, opened) = (Checkpoint::open_base(base)?, Package::open(package)?);
+    let within = |e: Error| e.within(package.display());
+    let (checkpoint, mut opened) = (Checkpoint::open_base(base)?, Package::open(package)?);
+    opened.trust_in(run.trust).map_err(within)?;
+    opened.check_trust_in(&checkpoint, run).map_err(within)?;
     let mut job = Unpack::new(&checkpoint, &opened, None, run);
     if let Destination::Path(path) = &out {
         job.out = Some(path);
     }
-    let within = |e: Error| e.within(package.display());
     match out {
         Destination::Stream(_) if opened.is_folder() => {
             return Err(within(Error::unsupported(
@@ -82,12 +84,14 @@ pub fn unpack_files(base: &Path, package: &Path, out: Destination<'_>, run: &Run
 /// # Errors
 /// As [`unpack_files`]; `Mismatch` naming the first tensor or file that differs from `fine_tuned`.
 pub fn verify_files(base: &Path, package: &Path, fine_tuned: Option<&Path>, run: &Run<'_>) -> Result<Report> {
-    let (checkpoint, opened) = (Checkpoint::open_base(base)?, Package::open(package)?);
-    let ft = fine_tuned.map(Checkpoint::open).transpose()?;
     let within = |e: Error| e.within(package.display());
+    let (checkpoint, mut opened) = (Checkpoint::open_base(base)?, Package::open(package)?);
+    opened.trust_in(run.trust).map_err(within)?;
+    let ft = fine_tuned.map(Checkpoint::open).transpose()?;
     if let Some(ft) = &ft {
         compare_names(&opened, ft).map_err(within)?;
     }
+    opened.check_trust_in(&checkpoint, run).map_err(within)?;
     let job = Unpack::new(&checkpoint, &opened, ft.as_ref(), run);
     if opened.files().is_empty() {
         job.begin("verify");
@@ -241,10 +245,10 @@ impl<'a> Unpack<'a> {
         self.compare_sha(i, sha)
     }
 
-    /// Where no sha256 is compared, digests from the cache are all that speaks for the base: it must still be what it was when
-    /// it was opened.
+    /// Where no sha256 of the result is compared, digests from the cache are all that speaks for the base, and where its own is,
+    /// it has been read once before: it must still be what it was when it was opened.
     fn check_base(&self) -> Result<()> {
-        if self.run.sha256 && !self.package.files().is_empty() {
+        if self.run.trust == Trust::Digest && self.run.sha256 && !self.package.files().is_empty() {
             return Ok(());
         }
         self.base.files().iter().try_for_each(TensorFile::check_unchanged)
@@ -360,21 +364,28 @@ pub(crate) fn restore_on<'a>(
     entry: &'a Entry,
 ) -> Result<Restore<'a>> {
     let stored = package.resolve(entry)?;
-    let words = match &stored.base {
-        Some(wanted) if !wanted.parts.is_empty() => {
-            Some((TensorWords::Parts(base, &wanted.parts, stored.bytes), None))
-        }
-        Some(wanted) => {
-            let missing = || named(missing_in_base(&wanted.name), entry);
-            let (f, info) = base.find_base(stored, wanted).ok_or_else(missing)?;
-            if (&info.dtype, &info.dims, info.bytes()) != (&stored.dtype, &stored.dims, stored.bytes) {
-                return Err(named(other_kind(stored, info), entry));
-            }
-            Some((TensorWords::File(&base.files()[f].tensors, info), digests.get(f, &wanted.name)))
-        }
-        None => None,
+    let known = |(words, wanted, f): (_, &BaseTensor, Option<usize>)| {
+        (words, f.and_then(|f| digests.get(f, &wanted.name)))
     };
-    Restore::new(package, stored, words).map_err(|e| named(e, entry))
+    let words = words_on(base, stored).map(|found| found.map(known));
+    words.and_then(|words| Restore::new(package, stored, words)).map_err(|e| named(e, entry))
+}
+
+/// The words in `base` that `entry` is a delta of, as far as names and shapes tell, what it says of them, and the file of a
+/// whole tensor.
+pub(super) fn words_on<'a>(
+    base: &'a Checkpoint,
+    entry: &'a Entry,
+) -> Result<Option<(TensorWords<'a>, &'a BaseTensor, Option<usize>)>> {
+    let Some(wanted) = &entry.base else { return Ok(None) };
+    if !wanted.parts.is_empty() {
+        return Ok(Some((TensorWords::Parts(base, &wanted.parts, entry.bytes), wanted, None)));
+    }
+    let (f, info) = base.find_base(entry, wanted).ok_or_else(|| missing_in_base(&wanted.name))?;
+    if (&info.dtype, &info.dims, info.bytes()) != (&entry.dtype, &entry.dims, entry.bytes) {
+        return Err(other_kind(entry, info));
+    }
+    Ok(Some((TensorWords::File(&base.files()[f].tensors, info), wanted, Some(f))))
 }
 
 fn named(e: Error, entry: &Entry) -> Error {

@@ -177,6 +177,7 @@ fn constants_are_equal() {
     pairs.extend(kinds.map(|(n, k)| (format!("XORZ_{n}"), k as i64)));
     pairs.push(("XORZ_OK".into(), 0));
     pairs.push(("XORZ_RUN_NO_SHA256".into(), i64::from(capi::NO_SHA256)));
+    pairs.push(("XORZ_RUN_TRUST_SHA256".into(), i64::from(capi::TRUST_SHA256)));
     pairs.push(("XORZ_ABI_VERSION".into(), i64::from(capi::xorz_abi_version())));
     pairs.push(("XORZ_MESSAGE_BYTES".into(), capi::MESSAGE_BYTES as i64));
     compare(pairs);
@@ -213,7 +214,7 @@ fn structs_have_one_layout() {
     layout!(pairs, "xorz_run", capi::XorzRun, jobs, flags);
     layout!(pairs, "xorz_part", capi::XorzPart, delta, delta_bytes, base);
     layout!(pairs, "xorz_tensor", capi::XorzTensor, name, dtype, dims, rank, data, bytes);
-    layout!(pairs, "xorz_options", capi::XorzOptions, prefer, codec, level, strip_prefix);
+    layout!(pairs, "xorz_options", capi::XorzOptions, prefer, codec, level, trust, strip_prefix);
     compare(pairs);
 }
 

@@ -112,7 +112,7 @@ fn nothing_is_left_of_packages_and_bases_that_nobody_takes() {
         data: words.as_ptr().cast(),
         bytes: words.len(),
     };
-    let how = XorzOptions { prefer: 1, codec: 1, level: 0, strip_prefix: null::<c_char>() };
+    let how = XorzOptions { prefer: 1, codec: 1, level: 0, trust: 1, strip_prefix: null::<c_char>() };
     let mut writer = null_mut();
     let new = &mut |out: *mut *mut XorzWriter| unsafe {
         // SAFETY: path and options are valid.

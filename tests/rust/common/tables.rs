@@ -9,6 +9,8 @@ pub const CODECS: [&str; 9] =
     ["xor", "resident", "resident-zstd", "planes", "alone", "same", "predicted", "joint", "unchanged"];
 const ENCODINGS: [&str; 4] = ["unchanged", "sparse", "exponent", "raw"];
 const JOINT: u64 = 7;
+/// The flag of a table that has the sha256 of each delta's base.
+pub const SUMS: u64 = 2;
 
 pub type Kind = (String, Vec<u64>, u64);
 pub type Part = (Option<String>, Option<String>, u64, u64);
@@ -30,6 +32,8 @@ pub struct Row {
     pub parts: Vec<Part>,
     pub same: Option<String>,
     pub digest: Vec<u8>,
+    /// Of its base's words; empty where the table has none.
+    pub sha256: Vec<u8>,
     pub check: Vec<u8>,
 }
 
@@ -126,7 +130,7 @@ impl Table {
                 left = *members;
             }
             left = left.saturating_sub(u64::from(row.codec == JOINT));
-            out.extend(row.digest.iter().chain(&row.check));
+            out.extend(row.digest.iter().chain(&row.sha256).chain(&row.check));
         }
         self.files.iter().for_each(|f| out.extend(&f.2));
         out
@@ -141,7 +145,7 @@ impl Table {
         table.flags = match forge.metadata.get("xorz:source").map(String::as_str) {
             None => 0,
             Some("folder") => 1,
-            Some(_) => 2,
+            Some(_) => 4,
         };
         for name in list("xorz:removed")? {
             table.removed.push(name.as_str()?.to_owned());
@@ -183,10 +187,7 @@ impl Table {
             Some(v) => Some(names.iter().position(|n| Some(*n) == v.as_str())? as u64 + 1),
         };
         let base = text(take("base"))?;
-        let digest = |text: &str| -> Option<Vec<u8>> {
-            let byte = |i: usize| u8::from_str_radix(text.get(i..i + 2)?, 16).ok();
-            (0..text.len()).step_by(2).map(byte).collect::<Option<Vec<u8>>>().filter(|d| d.len() == 16)
-        };
+        let digest = |text: &str| unhex(text, 16);
         let mut row = Row {
             name: name.into(),
             kind: self.kinds.iter().position(|k| *k == kind).unwrap_or(self.kinds.len()) as u64,
@@ -222,6 +223,10 @@ impl Table {
         if !matches!(codec, 4 | 5 | 7 | 8) {
             row.check = of_blob;
         }
+        if let Some(sha256) = text(take("base_sha256"))? {
+            row.sha256 = unhex(&sha256, 32)?;
+            self.flags |= SUMS;
+        }
         take("check");
         if codec == JOINT {
             let frame = usize::try_from(take("frame")?.as_u64()?).ok().filter(|f| *f < 1000)?;
@@ -234,6 +239,12 @@ impl Table {
         self.rows.push(row);
         fields.is_empty().then_some(())
     }
+}
+
+/// The `n` bytes that so many pairs of hexadecimal digits are.
+fn unhex(text: &str, n: usize) -> Option<Vec<u8>> {
+    let byte = |i: usize| u8::from_str_radix(text.get(i..i + 2)?, 16).ok();
+    (0..text.len()).step_by(2).map(byte).collect::<Option<Vec<u8>>>().filter(|d| d.len() == n)
 }
 
 fn base_part(part: Value) -> Option<Part> {
@@ -251,11 +262,7 @@ fn file_row(file: &Value, blob: &[u8]) -> Option<(String, [u64; 4], Vec<u8>)> {
     let header = file.get("header_bytes").map_or(Some(None), |v| v.as_u64().map(Some))?;
     let executable = file.get("executable").map_or(Some(false), Value::as_bool)?;
     let flags = u64::from(executable) + 2 * u64::from(header.is_some());
-    let bytes = |text: &str, n: usize| -> Option<Vec<u8>> {
-        let byte = |i: usize| u8::from_str_radix(text.get(i..i + 2)?, 16).ok();
-        (0..text.len()).step_by(2).map(byte).collect::<Option<Vec<u8>>>().filter(|d| d.len() == n)
-    };
-    let digests = [bytes(file["sha256"].as_str()?, 32)?, bytes(file["check"].as_str()?, 16)?].concat();
+    let digests = [unhex(file["sha256"].as_str()?, 32)?, unhex(file["check"].as_str()?, 16)?].concat();
     let numbers = [flags, file["bytes"].as_u64()?, header.unwrap_or(0), blob.len() as u64];
     Some((file["path"].as_str()?.to_owned(), numbers, digests))
 }
@@ -360,6 +367,7 @@ pub fn take_table(bytes: &[u8]) -> Table {
         row.same = (codec == 5).then(|| texts.next().unwrap());
         let short = matches!(codec, 7 | 8) && kinds[kind as usize].2 <= 4096;
         row.digest = d.bytes(if short { 8 } else { 16 }).to_vec();
+        row.sha256 = d.bytes(if flags & SUMS > 0 && !matches!(codec, 4 | 5) { 32 } else { 0 }).to_vec();
         row.check = d.bytes(if matches!(codec, 4 | 5 | 7 | 8) { 0 } else { 16 }).to_vec();
         rows.push(row);
     }
@@ -429,6 +437,9 @@ impl Table {
             digest.resize(16, 0);
             record["base"] = text(&digest).into();
             record["changed"] = row.changed.into();
+        }
+        if !row.sha256.is_empty() {
+            record["base_sha256"] = text(&row.sha256).into();
         }
         if row.prefer > 0 {
             record["prefer"] = ["speed", "memory"][row.prefer as usize - 1].into();

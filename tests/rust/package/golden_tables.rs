@@ -3,7 +3,8 @@
 
 use crate::common::data::{Rng, perturbed, stepped};
 use crate::common::disk::{Tensor, safetensors, sums};
-use crate::common::tables::{CODECS, Table, take_table};
+use crate::common::tables::{CODECS, Row, SUMS, Table, take_table};
+use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 use xorz::codec::Prefer;
 use xorz::matrix::Dtype;
 use xorz::package::{
-    Codec, Destination, PackOptions, Run, SafeTensors, pack_files, unpack_files, verify_files,
+    Codec, Destination, PackOptions, Run, SafeTensors, Trust, pack_files, unpack_files, verify_files,
 };
 
 fn golden(name: &str) -> PathBuf {
@@ -35,8 +36,10 @@ const FOLDERS: [(Option<Codec>, &str); 2] =
     [(None, "v2_folder.xorz"), (Some(Codec::ResidentZstd), "v2_folder_resident_zstd.xorz")];
 /// The first one once more, put together by another hand, its table as it is without zstd.
 const PLAIN: &str = "v2_folder_plain_table.xorz";
+/// The first of these, with the sha256 of each delta's base.
+const TRUSTED: &str = "v2_folder_sha256.xorz";
 const BASE: &str = "v2_base";
-const SUMS: &str = "v2_folder_files.json";
+const SUMS_OF_FILES: &str = "v2_folder_files.json";
 
 fn table(name: &str) -> Table {
     let file = SafeTensors::open(&golden(name)).unwrap();
@@ -66,7 +69,7 @@ fn golden_packages_of_version_2_give_back_every_bit() {
         assert!(fs::read(&out).unwrap() == fs::read(&ft).unwrap(), "{name}");
     }
     let want: BTreeMap<String, (String, bool)> =
-        serde_json::from_slice(&fs::read(golden(SUMS)).unwrap()).unwrap();
+        serde_json::from_slice(&fs::read(golden(SUMS_OF_FILES)).unwrap()).unwrap();
     for name in FOLDERS.iter().map(|(_, name)| *name).chain([PLAIN]) {
         let table = note(name);
         assert_eq!((table.flags, table.removed), (1, vec!["gone".to_owned()]), "{name}");
@@ -83,6 +86,53 @@ fn golden_packages_of_version_2_give_back_every_bit() {
     // None, by its own name, by another one, parts without zeros and with, by its own name and that of its file.
     let all = [(0, false), (1, false), (2, false), (3, false), (3, true), (5, false)];
     assert_eq!(bases.into_iter().collect::<Vec<_>>(), all);
+}
+
+/// The bytes of the base that a row is a delta of, taken from the files by hand.
+fn base_words(files: &BTreeMap<String, SafeTensors>, row: &Row) -> Vec<u8> {
+    let tensor = |name: &str, file: Option<&String>| {
+        let mut found = files.iter().filter(|(path, _)| file.is_none_or(|f| f == *path));
+        found.find_map(|(_, f)| Some(f.read(f.find(name)?).unwrap())).unwrap()
+    };
+    if row.base != 3 {
+        return tensor(row.base_name.as_ref().unwrap_or(&row.name), row.base_file.as_ref());
+    }
+    let part = |(name, file, at, bytes): &(Option<String>, Option<String>, u64, u64)| match name {
+        Some(name) => tensor(name, file.as_ref())[*at as usize..][..*bytes as usize].to_vec(),
+        None => vec![0; *bytes as usize],
+    };
+    row.parts.iter().flat_map(part).collect()
+}
+
+#[test]
+fn a_golden_package_with_the_sha256_of_its_bases_is_trusted_by_them() {
+    let open = |path: &str| (path.to_owned(), SafeTensors::open(&golden(BASE).join(path)).unwrap());
+    let files: BTreeMap<_, _> = ["enc/model.safetensors", "unet/model.safetensors"].map(open).into();
+    let (trusted, mut without) = (table(TRUSTED), table(FOLDERS[0].1));
+    assert_eq!(trusted.flags, 1 | SUMS);
+    let (mut codecs, mut bases) = (BTreeSet::new(), BTreeSet::new());
+    for (row, plain) in trusted.rows.iter().zip(&mut without.rows) {
+        if row.base > 0 {
+            assert_eq!(row.sha256, Sha256::digest(base_words(&files, row))[..], "{}", row.name);
+            codecs.insert(CODECS[row.codec as usize]);
+            bases.insert(row.base);
+        }
+        plain.sha256.clone_from(&row.sha256);
+    }
+    assert!(codecs.contains("joint") && codecs.contains("unchanged") && codecs.len() > 2, "{codecs:?}");
+    assert_eq!(bases, [1, 2, 3, 5].into());
+    // Beside these, it is the package without.
+    without.flags |= SUMS;
+    assert_eq!(format!("{trusted:?}"), format!("{without:?}"));
+    let run = Run { trust: Trust::Sha256, ..Run::default() };
+    verify_files(&golden(BASE), &golden(TRUSTED), None, &run).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    unpack_files(&golden(BASE), &golden(TRUSTED), Destination::Path(&out), &run).unwrap();
+    let want: BTreeMap<String, (String, bool)> =
+        serde_json::from_slice(&fs::read(golden(SUMS_OF_FILES)).unwrap()).unwrap();
+    assert_eq!(sums(&out), want);
+    assert!(verify_files(&golden(BASE), &golden(FOLDERS[0].1), None, &run).is_err(), "trusted by nothing");
 }
 
 /// The base folder and the fine-tune: path of each file, and its tensors.
@@ -157,13 +207,13 @@ fn write_folder(to: &Path, files: &Files) {
 fn write_missing_golden_tables() {
     let dir = tempfile::tempdir().unwrap();
     let (out, ft, run) = (dir.path().join("out"), dir.path().join("ft"), Run::default());
-    let pack = |base: &Path, ft: &Path, prefer, codec, name: &str| {
-        let options = PackOptions { prefer, codec, ..PackOptions::default() };
+    let pack = |base: &Path, ft: &Path, prefer, codec, trust, name: &str| {
+        let options = PackOptions { prefer, codec, trust, ..PackOptions::default() };
         pack_files(base, ft, Destination::Path(&out), &options, &run).unwrap();
         write_if_missing(name, &fs::read(&out).unwrap());
     };
     for (codec, prefer, name) in FILES {
-        pack(&golden("base.safetensors"), &golden("ft.safetensors"), prefer, codec, name);
+        pack(&golden("base.safetensors"), &golden("ft.safetensors"), prefer, codec, Trust::Digest, name);
     }
     let (base, tuned) = folders(&mut Rng::new(20_262));
     if !golden(BASE).exists() {
@@ -174,10 +224,11 @@ fn write_missing_golden_tables() {
     fs::write(ft.join("config.json"), "{\"model_type\": \"llama\"}\n".repeat(9)).unwrap();
     fs::write(ft.join("run.sh"), b"#!/bin/sh\n").unwrap();
     fs::set_permissions(ft.join("run.sh"), fs::Permissions::from_mode(0o755)).unwrap();
-    write_if_missing(SUMS, (serde_json::to_string_pretty(&sums(&ft)).unwrap() + "\n").as_bytes());
+    write_if_missing(SUMS_OF_FILES, (serde_json::to_string_pretty(&sums(&ft)).unwrap() + "\n").as_bytes());
     for (codec, name) in FOLDERS {
-        pack(&golden(BASE), &ft, Prefer::Memory, codec, name);
+        pack(&golden(BASE), &ft, Prefer::Memory, codec, Trust::Digest, name);
     }
+    pack(&golden(BASE), &ft, Prefer::Memory, None, Trust::Sha256, TRUSTED);
 }
 
 fn write_if_missing(name: &str, bytes: &[u8]) {

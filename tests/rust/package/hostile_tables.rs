@@ -4,18 +4,19 @@
 use crate::common::counting::held_by;
 use crate::common::data::{Rng, matrix, perturbed};
 use crate::common::forge::packed_table;
-use crate::common::tables::{Row, Table, number, packed, put_table, sealed, take_table, texts};
-use std::collections::BTreeMap;
+use crate::common::tables::{Row, SUMS, Table, number, packed, put_table, sealed, take_table, texts};
+use sha2::{Digest as _, Sha256};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 use xorz::error::Kind;
 use xorz::matrix::{Dtype, Shape};
-use xorz::package::{Codec, PackOptions, Package, SafeTensors, Tensor, Writer};
+use xorz::package::{Codec, PackOptions, Package, SafeTensors, Tensor, Trust, Writer};
 
 /// A package with tensors of several codecs, those of one joint frame among them: its table and its data, and its base.
-fn sound_on() -> (Table, Vec<u8>, BTreeMap<String, Vec<u8>>) {
+fn sound_on(trust: Trust) -> (Table, Vec<u8>, BTreeMap<String, Vec<u8>>) {
     let dir = tempfile::tempdir().unwrap();
     let (path, mut rng) = (dir.path().join("p"), Rng::new(31));
-    let mut writer = Writer::create(&path, PackOptions::default()).unwrap();
+    let mut writer = Writer::create(&path, PackOptions { trust, ..PackOptions::default() }).unwrap();
     let mut bases = BTreeMap::new();
     let mut add = |name: &str, dims: &[usize], share: f64, based: bool| {
         let base = rng.weights(Dtype::F32, dims.iter().product());
@@ -36,7 +37,7 @@ fn sound_on() -> (Table, Vec<u8>, BTreeMap<String, Vec<u8>>) {
 }
 
 fn sound() -> (Table, Vec<u8>) {
-    let (table, data, _) = sound_on();
+    let (table, data, _) = sound_on(Trust::Digest);
     (table, data)
 }
 
@@ -184,6 +185,48 @@ fn tables_that_lie_are_refused_naming_the_tensor_and_both_values() {
 }
 
 #[test]
+fn the_sha256_of_bases_are_there_where_the_flag_says_so_and_nowhere_else() {
+    let (good, data, bases) = sound_on(Trust::Sha256);
+    assert_eq!(good.flags, SUMS);
+    let opened = Package::parse(package(put_table(&good), &data)).unwrap();
+    let mut codecs = BTreeSet::new();
+    for e in opened.entries().iter().filter(|e| e.codec.delta()) {
+        // Whole, of those too whose digest is short; as another implementation of it has them.
+        let sum = e.base.as_ref().unwrap().sha256.unwrap();
+        assert_eq!(sum.0[..], Sha256::digest(&bases[&e.name])[..], "{}", e.name);
+        codecs.insert(e.codec.name());
+    }
+    assert!(codecs.len() > 2 && codecs.contains("joint") && codecs.contains("unchanged"), "{codecs:?}");
+    let lies: [(&str, fn(&mut Table)); 9] = [
+        ("bytes without the flag", |t| t.flags = 0),
+        ("the flag without bytes", |t| t.rows.iter_mut().for_each(|r| r.sha256.clear())),
+        ("one that is missing", |t| t.rows[0].sha256.clear()),
+        ("one of a joint frame that is missing", |t| last(t, "layers.3.bias").sha256.clear()),
+        ("one that is missing where nothing changed", |t| last(t, "layers.0.norm").sha256.clear()),
+        ("one that is cut", |t| t.rows[0].sha256.truncate(31)),
+        ("one that is longer", |t| t.rows[0].sha256.push(0)),
+        ("as long as a digest", |t| t.rows.iter_mut().for_each(|r| r.sha256.truncate(16))),
+        ("one of what is no delta", |t| last(t, "new").sha256 = vec![7; 32]),
+    ];
+    for (what, lie) in lies {
+        let mut table = good.clone();
+        lie(&mut table);
+        let e = refused(what, package(put_table(&table), &data));
+        let said = ["the table ends within its digests", "follow the table's digests"];
+        assert!(said.iter().any(|s| e.message().contains(s)), "{what}: {e}");
+    }
+    let (columns, digests) = (good.columns(), good.digests());
+    for n in 0..digests.len() {
+        refused("cut digests", package(packed(&columns, &digests[..n]), &data));
+    }
+    // In a package that has none, the flag alone.
+    let (mut without, data) = sound();
+    without.flags = SUMS;
+    let e = refused("the flag alone", package(put_table(&without), &data));
+    assert!(e.message().contains("digests"), "{e}");
+}
+
+#[test]
 fn numbers_and_texts_have_one_form() {
     let (good, data) = sound();
     let (columns, digests) = (good.columns(), good.digests());
@@ -266,7 +309,7 @@ fn writers_keep_what_is_very_alike_within_the_limits_of_readers() {
 
 #[test]
 fn joint_frames_that_are_not_what_the_table_says_are_refused() {
-    let (good, data, bases) = sound_on();
+    let (good, data, bases) = sound_on(Trust::Digest);
     let joint: Vec<&Row> = good.rows.iter().filter(|r| r.codec == 7).collect();
     let before: u64 = good.rows.iter().take_while(|r| r.codec != 7).map(|r| r.stored).sum();
     let frame = &data[before as usize..];

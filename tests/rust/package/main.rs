@@ -3,11 +3,13 @@
 #[path = "../common"]
 #[allow(missing_docs, reason = "public only to the tests of this binary")]
 pub mod common {
+    pub mod alone;
     pub mod counting;
     pub mod data;
     pub mod disk;
     pub mod forge;
     pub mod mapping;
+    pub mod seal;
     pub mod tables;
 }
 
@@ -31,3 +33,4 @@ mod page;
 mod roundtrip;
 mod small_inputs;
 mod smallest;
+mod trust;
