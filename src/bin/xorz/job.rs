@@ -102,7 +102,7 @@ impl Job {
         let progress = bar.as_ref().map(|b| b as &dyn Progress);
         let jobs = self.jobs.map_or(0, usize::from);
         let trust = sha256.map_or_else(Trust::default, |s| s.trust);
-        work(&Run { jobs, progress, sha256: sha256.is_none_or(|s| !s.no), trust, stop, ..Run::default() })
+        work(&Run { jobs, progress, sha256: sha256.is_none_or(|s| !s.no), trust, stop })
     }
 
     /// What is said only to those who want to hear it.

@@ -46,9 +46,9 @@ mod tests {
         let base: Vec<W> = (0..n).map(|_| word(next())).collect();
         let tuned = base.iter().map(|&b| {
             let low = (b.to_u64() & ((1 << (W::BITS - 1)) - 1)) >> shift;
-            let moves = low % 128 < 117 || next() % rare == 0;
+            let moves = low % 128 < 117 || next().is_multiple_of(rare);
             // Some far away, over zero.
-            let far = if next() % 500 == 0 { next() } else { next() % 5 };
+            let far = if next().is_multiple_of(500) { next() } else { next() % 5 };
             if moves { b.plus(W::from_u64(far)) } else { b }
         });
         let tuned = tuned.collect();

@@ -63,6 +63,7 @@ fn nothing_is_left_of_a_delta_that_nobody_takes() {
     let mut delta = empty();
     // SAFETY: matrices, buffers and lengths are those of the vectors above, here and in every call below.
     assert_eq!(
+        // SAFETY: matrices, executor and out pointers are valid; `none` asks for no error.
         unsafe { xorz_delta_encode(&raw const base, &raw const ft, 1, &raw mut delta, serial, none) },
         0
     );

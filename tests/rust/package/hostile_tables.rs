@@ -197,7 +197,8 @@ fn the_sha256_of_bases_are_there_where_the_flag_says_so_and_nowhere_else() {
         codecs.insert(e.codec.name());
     }
     assert!(codecs.len() > 2 && codecs.contains("joint") && codecs.contains("unchanged"), "{codecs:?}");
-    let lies: [(&str, fn(&mut Table)); 9] = [
+    type Lie = fn(&mut Table);
+    let lies: [(&str, Lie); 9] = [
         ("bytes without the flag", |t| t.flags = 0),
         ("the flag without bytes", |t| t.rows.iter_mut().for_each(|r| r.sha256.clear())),
         ("one that is missing", |t| t.rows[0].sha256.clear()),
