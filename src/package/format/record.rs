@@ -84,7 +84,7 @@ pub struct BaseTensor {
     pub file: Option<String>,
     /// What it is put together of, where it is not one whole tensor of the fine-tuned one's dtype and dimensions.
     pub parts: Vec<BasePart>,
-    /// Its digest, of the words as the delta sees them; only the first [`SHORT_DIGEST`] bytes of it, zeros behind them, where
+    /// Its digest, of the words as the delta sees them; only the first 8 bytes of it, zeros behind them, where
     /// a package keeps no more.
     pub digest: Digest,
     pub(crate) short: bool,
