@@ -134,7 +134,7 @@ class Publisher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close."""
+        """Close it, and wait for what is being written."""
         self.close()
 
 

@@ -429,9 +429,7 @@ def refusals() -> None:
     for device in (0, "cuda:0", torch.device("cuda", 0)):
         xorz.cuda_status(device)
         ops.delta_restore(g[1], foreign)
-        said(
-            "^an earlier delta_restore on cuda:0 reported: the delta is of another", xorz.cuda_status, device
-        )
+        said("an earlier delta_restore on cuda:0 reported: the delta is of another", xorz.cuda_status, device)
         xorz.cuda_status(device)
     ops.delta_restore(g[1], foreign)
     xorz.cuda_status(1)

@@ -459,7 +459,8 @@ def test_arguments_are_checked():
     with pytest.raises(TypeError, match=r"must be an nn.Module, but is dict"):
         xorz.attach({})
     for options, match in (
-        ({"default": "alice"}, "default must be"),
+        ({"default": ""}, "default must be"),
+        ({"default": 7}, "default must be"),
         ({"mode": "quick"}, "mode must be one of"),
         ({"prefer": "size"}, "prefer must be"),
         ({"budget": "many"}, "budget must be bytes"),

@@ -239,7 +239,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
         logger.info("xorz: version %s is served: %s", self.version, asdict(ready.report))
 
     def shutdown(self) -> None:
-        """Nothing is open."""
+        """No file or connection stays open between updates."""
         self._next = self._prepared = None
 
     def base_replaced(self) -> None:

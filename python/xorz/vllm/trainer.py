@@ -97,6 +97,6 @@ class XorzTrainerWeightTransferEngine(TrainerWeightTransferEngine[XorzTrainerIni
         self.number = number
 
     def shutdown(self) -> None:
-        """Close the publisher."""
+        """Close the publisher, which waits for what it writes."""
         if self.publisher is not None:
             self.publisher.close()

@@ -117,8 +117,8 @@ const LINEAR: [Mutant; 18] = [
         "decode path without exceptions",
         "again_f64.cuh",
         "fetch_row(",
-        "    override_row(v, tile, r, cols, words);\n",
-        "",
+        "!override_row(v, tile, rect, r, words)",
+        "false",
     ),
     ("the base's bias", "batch.cuh", "bias_row(", "slot < 0 ? p.slot_count", "slot < 0 ? 0"),
 ];
