@@ -161,7 +161,9 @@ impl TensorJob<'_> {
             let piece = self.pieces.bytes(index);
             let look = piece.start..piece.end.min(piece.start + XOR_LOOK);
             xor(look.clone(), &mut s)?;
-            let quick = compress(&s.difference, 1)?.len() as f64 - XOR_HEAD;
+            // What its second half adds to the first, so that what repeats over the whole tensor is not counted as new each time.
+            let half = &s.difference[..s.difference.len() / 2];
+            let quick = 2.0 * (compress(&s.difference, 1)?.len() as f64 - compress(half, 1)?.len() as f64);
             if quick * self.bytes as f64 / look.len() as f64 > smallest * XOR_QUICK + XOR_HEAD {
                 return Ok(f64::INFINITY);
             }
