@@ -18,7 +18,7 @@ use sha2::{Digest as _, Sha256};
 
 /// Up to so many bytes the frame of a tensor's XOR is made of all of it at once, which saves a few bytes; of larger ones piece by
 /// piece.
-pub(super) const XOR_WHOLE: usize = 2 << 20;
+pub(super) const XOR_WHOLE: usize = 8 << 20;
 
 impl TensorJob<'_> {
     /// Begin to append what `make` makes.
