@@ -1,6 +1,7 @@
 //! The pieces of a tensor appended in order, until it is an entry of the package: by the codec that was chosen, or by what has
 //! turned out to be smaller.
 
+use super::choose::PLAIN_FROM;
 use super::encode::{EncodeScratch, TensorJob};
 use crate::error::Result;
 use crate::matrix::{Digest, DigestStream};
@@ -142,7 +143,10 @@ impl OpenTensor<'_> {
     /// Make the frame of a large tensor's XOR behind what was stored, and take it if it is smaller.
     fn rival(&mut self, spool: &mut Spool, entry: &mut Entry) -> Result<()> {
         let (end, whole) = (spool.len(), self.job.bytes <= XOR_WHOLE);
-        let mut body = StoredBody::new(Choice::Xor, None, self.job.bytes, XorDeflater::LEVEL, spool)?;
+        // Of words that do not compress every level makes the same, and the first one holds the least memory.
+        let plain = !whole && entry.stored_bytes as f64 > PLAIN_FROM * self.job.bytes as f64;
+        let level = if plain { 1 } else { XorDeflater::LEVEL };
+        let mut body = StoredBody::new(Choice::Xor, None, self.job.bytes, level, spool)?;
         let (mut scratch, mut words) = (EncodeScratch::default(), Vec::new());
         for index in 0..self.job.pieces.count() {
             self.job.make_as(Choice::Xor, index, self.options, &mut scratch)?;

@@ -34,6 +34,8 @@ const XOR_HEAD: f64 = 32.0;
 const XOR_LOOK: usize = 128 << 10;
 /// Level 1 takes at most so much of what level 10 takes, or else there is little in it to find for either.
 const XOR_QUICK: f64 = 1.5;
+/// Words do not compress that take more than this share of themselves.
+pub(super) const PLAIN_FROM: f64 = 0.999;
 /// Words that do not compress are stored as planes up to here: in larger tensors what is around them weighs nothing.
 const PLAIN_TENSOR: usize = 16 << 20;
 /// And up to here what is around the words of one zstd frame may be less than what is around planes.
@@ -64,7 +66,7 @@ impl TensorJob<'_> {
             return Ok(choice.into());
         }
         // What does not compress at all takes the fewest bytes as it is.
-        if bytes > 0.999 * self.bytes as f64 && self.bytes <= PLAIN_TENSOR {
+        if bytes > PLAIN_FROM * self.bytes as f64 && self.bytes <= PLAIN_TENSOR {
             return Ok(Chosen { choice: Choice::Planes, near: self.bytes <= PLAIN_FRAME });
         }
         let xor = self.sample_xor(bytes)?;
@@ -166,6 +168,11 @@ impl TensorJob<'_> {
             let quick = 2.0 * (compress(&s.difference, 1)?.len() as f64 - compress(half, 1)?.len() as f64);
             if quick * self.bytes as f64 / look.len() as f64 > smallest * XOR_QUICK + XOR_HEAD {
                 return Ok(f64::INFINITY);
+            }
+            if quick > PLAIN_FROM * look.len() as f64 {
+                // Level 10, whose tables are large, would find nothing either.
+                (stored, raw) = (stored + piece.len() as f64, raw + piece.len());
+                continue;
             }
             if look != piece {
                 xor(piece.clone(), &mut s)?;

@@ -56,9 +56,7 @@ fn bounded(what: &str, base: &[Tensor], ft: &[Tensor], extra: u64) {
     ] {
         // zstd's own tables at the notebook's level, one for each tensor in hand.
         let zstd = args[0] == "estimate" && !args.contains(&"--no-zstd");
-        // And one for whoever appends, where the frame of a tensor's XOR may be the smaller one.
-        let contexts = if zstd { JOBS } else { u64::from(args[0] == "pack") };
-        let bound = bound + contexts * ZSTD_10;
+        let bound = bound + if zstd { JOBS * ZSTD_10 } else { 0 };
         let found = peak(d, args);
         println!("{what}: {args:?}: {:.1} MiB of {} MiB", found as f64 / MIB as f64, bound / MIB);
         assert!(found <= bound, "{what}: {args:?}: {} MiB, bound {} MiB", found / MIB, bound / MIB);
