@@ -17,6 +17,7 @@ A tensor that the base lacks, or has in another dtype or shape, takes zstd at th
 
 from __future__ import annotations
 
+import abc
 import json
 import os
 import pathlib
@@ -68,7 +69,7 @@ def words(raw: Bytes, width: int) -> np.ndarray[Any, Any]:
     return np.ascontiguousarray(raw).view(f"<u{width}")
 
 
-class Scheme:
+class Scheme(abc.ABC):
     """What a scheme does; one object for each job."""
 
     level = 3
@@ -78,13 +79,13 @@ class Scheme:
         self.deflate = zstandard.ZstdCompressor(level=self.level).compress
         self.inflate = zstandard.ZstdDecompressor().decompress
 
+    @abc.abstractmethod
     def encode(self, base: Bytes, tuned: Bytes, width: int) -> Blobs:
         """What is stored of a tensor."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, base: Bytes, blobs: Blobs, width: int) -> Bytes:
         """The tensor back."""
-        raise NotImplementedError
 
     def alone(self, tuned: Bytes, width: int) -> Blobs:
         """What is stored of a tensor that has no base."""

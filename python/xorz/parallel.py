@@ -9,6 +9,7 @@ Sharding as in Megatron-LM (Shoeybi et al. 2019, "Megatron-LM: Training Multi-Bi
 Parallelism").
 """
 
+from abc import abstractmethod
 from functools import partial
 from typing import Any
 
@@ -81,8 +82,8 @@ class _Style(ParallelStyle):
         module._xorz_whole = whole
         self._cut_bias(module, start, end)
 
-    def _cut_bias(self, module: XorDeltaLinear, start: int, end: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _cut_bias(self, module: XorDeltaLinear, start: int, end: int) -> None: ...
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...], *, mesh: DeviceMesh) -> tuple[Any, ...]:
         x = inputs[0]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import TrainerCallback
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -222,9 +223,10 @@ class PublishVersions(TrainerCallback):
     def _publish(self, state: Any, model: Any) -> None:
         if not state.is_world_process_zero or self._last == state.global_step:
             return
-        while hasattr(model, "module"):
-            model = model.module
-        self.versions.publish(getattr(model, "_orig_mod", model))
+        wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        while isinstance(model, wrappers) or "_orig_mod" in model._modules:
+            model = model.module if isinstance(model, wrappers) else model._orig_mod
+        self.versions.publish(model)
         self._last = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

@@ -42,18 +42,6 @@ for path in map(pathlib.Path, sys.argv[2:]):
     head = bytes([8]) + columns.to_bytes(2, "little") + bytes([255])
     pathlib.Path(sys.argv[1], path.stem).write_bytes(head + table[24:])
 END
-  # After 8 it takes the columns of a table, whose length comes first, and its digests: those of a golden one that has no zstd.
-  test "$target" != package || python3 - "target/seeds/$target" ../golden/v2_*_plain_table.xorz <<'END'
-import json, pathlib, sys
-for path in map(pathlib.Path, sys.argv[2:]):
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    first, end = json.loads(data[8:start])["xorz:table"]["data_offsets"]
-    table = data[start + first : start + end]
-    columns = int.from_bytes(table[16:20], "little")
-    head = bytes([8]) + columns.to_bytes(2, "little") + bytes([255])
-    pathlib.Path(sys.argv[1], path.stem).write_bytes(head + table[24:])
-END
   # `resident` takes deltas as they are: those in golden safetensors files, which begin with XORZDLT.
   test "$target" != resident || python3 - "target/seeds/$target" ../golden/layout*.safetensors <<'END'
 import json, pathlib, sys

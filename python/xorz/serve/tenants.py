@@ -24,6 +24,7 @@ from .residency import Piece, Residency, padded, size_of
 from .rows import BASE, Active, RowMap, Use, lasting, stepping
 from .shown import Memory, Summary, table
 from .site import Site
+from .streams import LaterStream, Stream
 from .verify import verify
 from .watch import Watch
 from .weight import plain
@@ -343,9 +344,9 @@ class Tenants:
             TypeError: `iterator` is none; in a step, as `use`.
         """
         if hasattr(iterator, "__anext__"):
-            return _LaterStream(self, name, iterator, dim)
+            return LaterStream(self, name, iterator, dim)
         if hasattr(iterator, "__next__"):
-            return _Stream(self, name, iterator, dim)
+            return Stream(self, name, iterator, dim)
         raise TypeError(
             f"iterator must be an iterator or an asynchronous one, but is {type(iterator).__name__}"
         )
@@ -538,44 +539,6 @@ class Tenants:
             raise ValueError("these tenants are detached; attach the model again")
         if not isinstance(name, str) or not name:
             raise TypeError(f"a tenant's name must be a str that is not empty, but is {name!r}")
-
-
-class _Stream:
-    """An iterator whose tenant is active during each of its steps; made by `Tenants.stream`."""
-
-    def __init__(self, owner: Tenants, name: Any, iterator: Any, dim: int) -> None:
-        self._owner, self._name, self._iterator, self._dim = owner, name, iterator, dim
-
-    def __iter__(self) -> "_Stream":
-        return self
-
-    def __next__(self) -> Any:
-        with self._owner.use(self._name, dim=self._dim):
-            return next(self._iterator)
-
-    def close(self) -> None:
-        close = getattr(self._iterator, "close", None)
-        if close is not None:
-            close()
-
-
-class _LaterStream:
-    """An asynchronous iterator whose tenant is active during each of its steps; made by `Tenants.stream`."""
-
-    def __init__(self, owner: Tenants, name: Any, iterator: Any, dim: int) -> None:
-        self._owner, self._name, self._iterator, self._dim = owner, name, iterator, dim
-
-    def __aiter__(self) -> "_LaterStream":
-        return self
-
-    async def __anext__(self) -> Any:
-        with self._owner.use(self._name, dim=self._dim):
-            return await self._iterator.__anext__()
-
-    async def aclose(self) -> None:
-        close = getattr(self._iterator, "aclose", None)
-        if close is not None:
-            await close()
 
 
 class _Carried:
