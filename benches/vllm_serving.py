@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT = ROOT / "build" / "smollm2-135m-1"
+KEPT = ROOT / "build" / "smollm2-135m-2"
 LENGTHS = (3, 6, 9, 12, 15)
 RANK = 16
 KV_CACHE = 1 << 30

@@ -27,7 +27,7 @@ logging.disable_progress_bar()
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOT = Path(__file__).parents[2]
-KEPT = ROOT / "build" / "smollm2-135m-1"
+KEPT = ROOT / "build" / "smollm2-135m-2"
 """The last number changes with whatever changes the fine-tunes."""
 
 TEXTS = {

@@ -14,7 +14,7 @@ import xorz.vllm
 from engines import score
 from safetensors.torch import load_file, save_file
 
-KEPT = Path(__file__).resolve().parents[2] / "build" / "smollm2-135m-1"
+KEPT = Path(__file__).resolve().parents[2] / "build" / "smollm2-135m-2"
 NAMES = ("kitchen-0", "law-1", "sea-2")
 SETTINGS = {"skip_tokenizer_init": True, "max_num_seqs": 8, "enable_prefix_caching": False}
 TEXTS = [list(range(start, start + n)) for start, n in ((100, 40), (5000, 7))]
