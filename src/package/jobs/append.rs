@@ -1,8 +1,7 @@
 //! The pieces of a tensor appended in order, until it is an entry of the package: by the codec that was chosen, or by what has
 //! turned out to be smaller.
 
-use super::choose::PLAIN_FROM;
-use super::encode::{EncodeScratch, TensorJob};
+use super::encode::{EncodeScratch, PLAIN_FROM, TensorJob, XOR_WHOLE};
 use crate::error::Result;
 use crate::matrix::{Digest, DigestStream};
 use crate::package::format::contents::ContentsPart;
@@ -16,10 +15,6 @@ use crate::package::io::spool::Spool;
 use crate::package::options::{Codec, PackOptions, Trust};
 use crate::vector;
 use sha2::{Digest as _, Sha256};
-
-/// Up to so many bytes the frame of a tensor's XOR is made of all of it at once, which saves a few bytes; of larger ones piece by
-/// piece.
-pub(super) const XOR_WHOLE: usize = 8 << 20;
 
 impl TensorJob<'_> {
     /// Begin to append what `make` makes.

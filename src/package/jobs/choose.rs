@@ -1,7 +1,6 @@
 //! How a tensor is stored: by the codec that takes the fewest bytes, as far as the whole of it or a sample tells.
 
-use super::append::XOR_WHOLE;
-use super::encode::{BaseWords, EncodeScratch, TensorJob, XOR_TENSOR};
+use super::encode::{BaseWords, EncodeScratch, PLAIN_FROM, TensorJob, XOR_TENSOR, XOR_WHOLE};
 use crate::codec::Encoding;
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Shape};
@@ -34,8 +33,6 @@ const XOR_HEAD: f64 = 32.0;
 const XOR_LOOK: usize = 128 << 10;
 /// Level 1 takes at most so much of what level 10 takes, or else there is little in it to find for either.
 const XOR_QUICK: f64 = 1.5;
-/// Words do not compress that take more than this share of themselves.
-pub(super) const PLAIN_FROM: f64 = 0.999;
 /// Words that do not compress are stored as planes up to here: in larger tensors what is around them weighs nothing.
 const PLAIN_TENSOR: usize = 16 << 20;
 /// And up to here what is around the words of one zstd frame may be less than what is around planes.

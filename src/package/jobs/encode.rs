@@ -21,6 +21,13 @@ use std::sync::OnceLock;
 /// Up to so many bytes, a tensor's own zstd frame of its XOR is made beside what was chosen, and taken where it is smaller.
 pub(super) const XOR_TENSOR: usize = 64 << 10;
 
+/// Up to so many bytes the frame of a tensor's XOR is made of all of it at once, which saves a few bytes; of larger ones piece by
+/// piece.
+pub(super) const XOR_WHOLE: usize = 8 << 20;
+
+/// Words do not compress that take more than this share of themselves.
+pub(super) const PLAIN_FROM: f64 = 0.999;
+
 /// The base tensor of a delta. Its digest is that of the words which are encoded, whatever was known of it before.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BaseWords<'a> {
