@@ -42,7 +42,9 @@ class Versions:
     tensor by tensor: besides what they return, a few copies of the largest tensor are held, never a model.
     """
 
-    def __init__(self, base: StateDict | nn.Module, folder: PathLike, *, keyframe: int = 8) -> None:
+    def __init__(
+        self, base: StateDict | nn.Module, folder: PathLike, *, keyframe: int = 8, trust: str = "digest"
+    ) -> None:
         """Open the chain in `folder`, or begin one there.
 
         Args:
@@ -51,6 +53,8 @@ class Versions:
             folder: made if it is missing.
             keyframe: every so many versions, publish and append also write a package against the base. 1 makes jumps
                 cheapest and takes the most disk.
+            trust: "sha256" writes steps that keep the sha256 of each tensor they are a step from, and takes only such steps,
+                each compared before it is used; digests find mistakes, but not who makes a tensor with the digest of another.
 
         Raises:
             TypeError: `base` is neither, or has a tensor that packages cannot hold (named); ValueError: the chain in `folder`
@@ -60,6 +64,9 @@ class Versions:
             raise TypeError(f"keyframe must be an int, but is {type(keyframe).__name__}")
         if keyframe < 1:
             raise ValueError(f"keyframe must be at least 1, but is {keyframe}")
+        if trust not in ("digest", "sha256"):
+            raise ValueError(f'trust must be "digest" or "sha256", but is {trust!r}')
+        self.trust = trust
         self._base = {name: tensor.detach() for name, tensor in tensors_of("base", base).items()}
         for name, tensor in self._base.items():
             if tensor.dtype not in _core.DTYPES:
@@ -134,7 +141,7 @@ class Versions:
             part = self._part()
             held = last[1] if last is not None and last[0] == self._known(versions, number - 1) else None
             chain = [] if held is not None else self._open(versions, number - 1, stack)
-            step = stack.enter_context(_core.Writer(part, _core.options()))
+            step = stack.enter_context(_core.Writer(part, _core.options(trust=self.trust)))
             key = self._key_writer(number, stack)
             digests = {}
             for name, tensor in tensors.items():
@@ -166,7 +173,7 @@ class Versions:
             stack.enter_context(_named(part, package))
             shutil.copyfile(package, part)
             locks.sync(part)
-            opened = stack.enter_context(_core.Package(part))
+            opened = stack.enter_context(_core.Package(part, self.trust))
             self._check_names(
                 str(package), {n: (e["dtype"], e["shape"]) for n, e in opened.entries.items()}, ties=True
             )
@@ -238,7 +245,7 @@ class Versions:
 
         A tenant loaded from such a file can be evicted to it. Errors as `delta`.
         """
-        with _core.Writer(path, _core.options(prefer)) as writer:
+        with _core.Writer(path, _core.options(prefer, trust=self.trust)) as writer:
             for name, old, new in self._pairs(number, since):
                 writer.add(name, new, old)
             return writer.finish()
@@ -293,7 +300,7 @@ class Versions:
                 paths.append(self._key(v, digest))
                 break
             paths.append(self._step(v, digest))
-        return [stack.enter_context(_core.Package(path)) for path in reversed(paths)]
+        return [stack.enter_context(_core.Package(path, self.trust)) for path in reversed(paths)]
 
     # Digests.
 
@@ -371,7 +378,7 @@ class Versions:
     def _key_writer(self, number: int, stack: ExitStack) -> _core.Writer | None:
         if number % self.keyframe or number == 1:
             return None
-        return stack.enter_context(_core.Writer(self._part(key=True), _core.options()))
+        return stack.enter_context(_core.Writer(self._part(key=True), _core.options(trust=self.trust)))
 
     def _finish(
         self, versions: list[dict[str, Any]], part: Path, key: _core.Writer | None, digest: str

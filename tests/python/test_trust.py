@@ -155,3 +155,35 @@ def test_a_tie_that_the_model_does_not_have_is_refused(pair):
     xorz.attach(Headed(base["0.weight"]), trust="sha256").load("alice", str(package))
     with pytest.raises(ValueError, match=r"head\.weight"):
         xorz.attach(Headed(base["0.weight"] + 1), trust="sha256").load("alice", str(package))
+
+
+def test_a_chain_of_versions_takes_and_makes_only_steps_whose_parents_sha256_fits(pair):
+    base, tuned, folder = pair
+    sha256 = {"trust": "sha256"}
+    run = xorz.Versions(base, folder / "run", keyframe=2, **sha256)
+    run.publish(tuned)
+    last = {name: tensor * 2 for name, tensor in tuned.items()}
+    run.publish(last)
+    for number, want in ((1, tuned), (2, last)):
+        entries = xorz.inspect(run.path(number))["entries"]
+        parent = base if number == 1 else tuned
+        for entry in entries:
+            assert entry["base_sha256"] == hashlib.sha256(parent[entry["name"]].numpy().tobytes()).hexdigest()
+        got = run.state_dict(number)
+        assert all(torch.equal(got[name], want[name]) for name in want)
+    # A step whose digests fit, but which was made from another tensor.
+    step = folder / "step.xorz"
+    xorz.pack(base, tuned, step, codec="resident", trust="sha256")
+    made = forged(step, "1.weight")
+    xorz.Versions(base, folder / "by_digest").append(made)
+    wary = xorz.Versions(base, folder / "by_sha256", **sha256)
+    with pytest.raises(ValueError, match=r"1\.weight.*sha256"):
+        wary.append(made)
+    assert wary.head == 0
+    assert wary.append(step) == 1
+    # A chain whose steps keep none.
+    xorz.Versions(base, folder / "plain").publish(tuned)
+    with pytest.raises(ValueError, match="--trust sha256"):
+        xorz.Versions(base, folder / "plain", **sha256).state_dict(1)
+    with pytest.raises(ValueError, match="'md5'"):
+        xorz.Versions(base, folder / "other", trust="md5")

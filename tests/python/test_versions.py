@@ -174,9 +174,9 @@ def test_a_jump_opens_few_packages_and_holds_few_tensors(tmp_path, monkeypatch):
     opened, live = [], {"now": 0, "most": 0}
     init, restore = _core.Package.__init__, _core.Package.restore
 
-    def count(self, path):
+    def count(self, path, *more):
         opened.append(path)
-        init(self, path)
+        init(self, path, *more)
 
     def track(self, name, old):
         out = restore(self, name, old)
