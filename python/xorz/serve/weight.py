@@ -242,8 +242,21 @@ def _try(func: Any, args: Any, kwargs: Any, rows: Any) -> Any:
         noted = [rows.probe.note((site, op_of(func), i), t) for site in sites_of(weights) for i, t in others]
         if all(layout == TABLE for layout in noted) and not _writes(_called(func)):
             return _of_tables(func, args, kwargs)
-    args, kwargs = tree_map(plain, (args, kwargs))
+    args, kwargs = tree_map(_telling, (args, kwargs))
     return func(*args, **kwargs)
+
+
+def _telling(leaf: Any) -> Any:
+    """As `plain`; but zeros (gates, scales and last layers that training began with) hide every row of what they are
+    multiplied with, so that other numbers stand for them.
+    """
+    if not isinstance(leaf, Weight):
+        return leaf
+    base = leaf.base
+    if not base.is_floating_point() or not base.numel() or base[(0,) * base.dim()] != 0 or base.any():
+        return base
+    g = torch.Generator().manual_seed(base.numel())
+    return (0.5 * torch.randn(base.shape, generator=g) + 0.1).to(base)
 
 
 def sites_of(weights: list[Weight]) -> list[Any]:
