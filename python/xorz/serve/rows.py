@@ -218,6 +218,14 @@ class RowMap:
             numbers = numbers.repeat(lead[0] // batch)
         return numbers.reshape(shape).expand(tuple(lead))
 
+    def picked(self, layout: Layout, lead: Sequence[int], values: Sequence[Tensor]) -> Tensor:
+        """Each row of its own tenant's value: there is one for each of `used`, all of one shape that begins with `lead`."""
+        out, whose = values[0], self._tensor[self.index(layout, lead)]
+        whose = whose.reshape(*whose.shape, *[1] * (out.dim() - whose.dim()))
+        for slot, mine in zip(self.used, values, strict=True):
+            out = torch.where(whose == slot, mine, out)
+        return out
+
     def _layouts(self) -> Any:
         """What is known of the model."""
         known = self.together if self.proof is None else self.proof

@@ -336,8 +336,7 @@ def _picked(
     owner: Any, rows: RowMap, run: Callable[..., Any], args: Any, kwargs: Any, why: RuntimeError
 ) -> Any:
     """Each tenant's rows of what the model gives with that tenant on the whole batch."""
-    slots, merged = torch.tensor(rows.slots), []
-    each = []
+    merged, each = [], []
     for slot in rows.used:
         with owner.active.set(rows.uniform(slot)):
             each.append(opened(run(*args, **kwargs)))
@@ -353,18 +352,8 @@ def _picked(
         layout = rows.where(("output", i), first)
         if layout is None or layout == TABLE or any(t.shape != first.shape for t in values):
             raise why
-        merged.append(_by_rows(rows, slots, layout, values))
+        merged.append(rows.picked(layout, lead_of(first), values))
     return each[0][0](merged)
-
-
-def _by_rows(rows: RowMap, slots: Tensor, layout: Any, values: Any) -> Tensor:
-    """Each tenant's rows of its own value, one for each of `rows.used`."""
-    out, lead = values[0], lead_of(values[0])
-    whose = slots[rows.index(layout, lead)]
-    whose = whose.reshape(*whose.shape, *[1] * (out.dim() - whose.dim()))
-    for slot, mine in zip(rows.used, values, strict=True):
-        out = torch.where(whose == slot, mine, out)
-    return out
 
 
 def _shape(leaf: Any) -> Any:
@@ -474,7 +463,7 @@ def _whole(
         with site.owner.active.set(rows.uniform(slot)):
             outputs.append(tree_flatten(one(site, module, slot, args, kwargs)))
     spec = outputs[0][1]
-    slots, merged = torch.tensor(rows.slots), []
+    merged = []
     for i, first in enumerate(outputs[0][0]):
         if not isinstance(first, Tensor):
             merged.append(first)
@@ -488,7 +477,7 @@ def _whole(
         layout = rows.where((site, "out", i), first)
         if layout is None or layout == TABLE:
             raise rows.unproven(lead_of(first), f"whoever takes what {site.name} gives")
-        merged.append(_by_rows(rows, slots, layout, each))
+        merged.append(rows.picked(layout, lead_of(first), each))
     return tree_unflatten(merged, spec)
 
 

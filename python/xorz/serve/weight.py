@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from .rows import TABLE, Table
+from .rows import TABLE, Table, lead_of
 
 trials: list[None] = []
 """As many entries as there are runs that find out where rows are, in any thread."""
@@ -96,6 +96,10 @@ class Weight(Tensor):
                 out = served(*args, **kwargs)
             except Table:
                 return _of_tables(func, args, kwargs)
+            except Refused:
+                out = _once_each(func, args, kwargs)
+                if out is NotImplemented:
+                    raise
             if out is not NotImplemented:
                 return out
         return _compute(func, args, kwargs)
@@ -197,12 +201,42 @@ def _compute(func: Any, args: Any, kwargs: Any) -> Any:
         whole = len(tensors) == len(weights) or _picks(func, args) or _beside_tables(func, name, leaves, rows)
         if whole and name not in _TELLING:
             return derive(lambda slot: _on_dense(func, args, kwargs, slot), weights, name)
+        out = _once_each(func, args, kwargs)
+        if out is not NotImplemented:
+            return out
         raise Refused(
             f"xorz: {name} reads `{changed[0].full()}` directly while {rows.describe()} are active, and no such op on it is "
             "served row by row; use one tenant at a time"
         )
     args, kwargs = with_dense(args, kwargs, rows.only)
     return func(*args, **kwargs)
+
+
+def _once_each(func: Any, args: Any, kwargs: Any) -> Any:
+    """Any op, once for each tenant on all rows, of which each row's is taken: where its rows are proven in what it gives."""
+    name, weights = _called(func), [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Weight)]
+    rows = weights[0].rows()
+    if rows is None or rows.only is not None or rows.proof is None or rows.tokens:
+        return NotImplemented
+    if _writes(name) or name in _TELLING or func in _ADDRESSES or kwargs.get("out") is not None:
+        return NotImplemented
+    each, spec = [], None
+    for slot in rows.used:
+        leaves, spec = tree_flatten(_on_dense(func, args, kwargs, slot))
+        each.append(leaves)
+    merged = []
+    for i, values in enumerate(zip(*each, strict=True)):
+        if not all(isinstance(value, Tensor) and value.shape == values[0].shape for value in values):
+            return NotImplemented
+        if all(torch.equal(value, values[0]) for value in values[1:]):
+            merged.append(values[0])
+            continue
+        layouts = {rows.where((site, op_of(func), "out", i), values[0]) for site in sites_of(weights)}
+        layout = layouts.pop()
+        if layouts or layout in (None, TABLE):
+            return NotImplemented
+        merged.append(rows.picked(layout, lead_of(values[0]), values))
+    return tree_unflatten(merged, spec)
 
 
 def _beside_tables(func: Any, name: str, leaves: list[Any], rows: Any) -> bool:
@@ -243,7 +277,12 @@ def _try(func: Any, args: Any, kwargs: Any, rows: Any) -> Any:
         if all(layout == TABLE for layout in noted) and not _writes(_called(func)):
             return _of_tables(func, args, kwargs)
     args, kwargs = tree_map(_telling, (args, kwargs))
-    return func(*args, **kwargs)
+    out = func(*args, **kwargs)
+    if others:
+        for i, leaf in enumerate(tree_leaves(out)):
+            for site in sites_of(weights):
+                rows.probe.note((site, op_of(func), "out", i), leaf)
+    return out
 
 
 def _telling(leaf: Any) -> Any:
