@@ -127,6 +127,10 @@ def attach(
         root = root._orig_mod
     swap.swap_root(root, owner)
     owner.methods.append(root)
+    encoder = _encoder(root)
+    if encoder is not None:
+        swap.swap_encoder_root(encoder, owner, next(n for n, m in model.named_modules() if m is encoder))
+        owner.methods.append(encoder)
     try:
         owner.begin()
     except BaseException:
@@ -135,6 +139,20 @@ def attach(
     if example is not None:
         owner.example = ((), dict(example)) if isinstance(example, dict) else (tuple(example), {})
     return owner
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    """What `generate` of transformers calls before the model, if there is such a thing and it is no layer of its own."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(
+        model, "generate"
+    ):
+        return None
+    try:
+        found = model.get_encoder()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    fits = isinstance(found, nn.Module) and found is not model and found in set(model.modules())
+    return found if fits and not any(name.startswith("_xorz") for name in found.__dict__) else None
 
 
 def _attach(owner: Tenants, name: str, module: nn.Module) -> None:

@@ -81,7 +81,8 @@ def _prove(given: list[Tensor], number: int, how: str) -> None:
         else:
             args.append(value)
     run = functools.partial(type(module)._xorz_plain, module)
-    owner.proofs.of(owner, run, rows, tuple(args), kwargs, getattr(module, "main_input_name", ""))
+    main = getattr(module, "main_input_name", "")
+    owner.proofs.of(owner, module, run, rows, tuple(args), kwargs, main)
 
 
 _TENSOR = "a tensor"

@@ -10,14 +10,18 @@ Anything else is not served row by row.
 import copy
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from . import enclosing
+from .moves import Listing, Moves, verdicts
 from .rows import TABLE, Layout, RowMap, lead_of, pattern
 from .split import opened
+from .state import KeptState
 from .weight import Weight, trials
 
 _MOST_INPUTS = 6
@@ -29,16 +33,21 @@ class Proof:
 
     Attributes:
         layouts: (place, pattern of sizes) -> where; None if that is not known, or not always the same.
+        seen: all that was seen of each.
         why: what kept the model from being tried.
+        whole: names of the modules that are run once per tenant; see `enclosing`.
     """
 
     def __init__(self) -> None:
         """Begin with no layout at all."""
         self.layouts: dict[Any, Layout | None] = {}
+        self.seen: dict[Any, set[Layout | None]] = {}
         self.why: str | None = None
+        self.whole: frozenset[str] = frozenset()
 
     def add(self, key: Any, layout: Layout | None) -> None:
         """Take one observation: where the rows were; two that differ leave `key` unknown."""
+        self.seen.setdefault(key, set()).add(layout)
         self.layouts[key] = layout if self.layouts.get(key, layout) == layout else None
 
 
@@ -47,12 +56,15 @@ class Recorder:
 
     Attributes:
         batch: rows of the batch; layouts: what is known of them by now.
+        moves: follows this run, if that is asked for; moved: what was given that is not to be believed, see `moves`.
     """
 
     def __init__(self, batch: int, layouts: Mapping[Any, Layout | None]) -> None:
         """A recorder that has seen nothing yet, for a batch of `batch` rows."""
         self.batch, self.layouts = batch, layouts
         self.seen: dict[Any, Tensor] = {}
+        self.moves: Moves | None = None
+        self.moved: set[Any] = set()
         self._times: dict[Any, int] = {}
 
     def note(self, place: Any, x: Any) -> Layout | None:
@@ -60,6 +72,8 @@ class Recorder:
         if not isinstance(x, Tensor) or x.is_nested or isinstance(x, Weight):
             return None
         key = (place, pattern(lead_of(x), self.batch))
+        if self.moves is not None and self.moves.moved(x):
+            self.moved.add(key)
         times = self._times[key] = self._times.get(key, 0) + 1
         self.seen[key, times] = told = _told(x)
         if x.dim() == 1 and x.is_floating_point():
@@ -96,10 +110,17 @@ class Proofs:
         """Of all kinds, where they agree: for compiled code, which does not say what it was given."""
 
     def of(
-        self, owner: Any, run: Callable[..., Any], rows: RowMap, args: Any, kwargs: Any, main: str
+        self,
+        owner: Any,
+        module: nn.Module,
+        run: Callable[..., Any],
+        rows: RowMap,
+        args: Any,
+        kwargs: Any,
+        main: str,
     ) -> Proof:
-        """Of batches like this one; `run` is the model, `main` the name of its first input."""
-        kind = _kind(rows, args, kwargs, owner.model.training)
+        """Of batches like this one; `run` calls `module`, the model or its encoder, `main` is the name of its first input."""
+        kind = (module is owner.model, *_kind(rows, args, kwargs, owner.model.training))
         found = self._found.get(kind)
         if found is None:
             with self._lock:
@@ -139,56 +160,6 @@ def _holds_something(leaf: Any) -> bool:
         return False
 
 
-class _Kept:
-    """What modules hold beside parameters and saved buffers, so that a run leaves nothing there: attributes, what is in their
-    lists and dicts, and tensors that are written to (caches, counts).
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._attributes: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
-        self._tensors: list[tuple[Tensor, int, Tensor]] = []
-        for module in model.modules():
-            state = module.__dict__
-            lists = {n: v for n, v in state.items() if type(v) in (dict, list, set)}
-            inside = {n: copy.copy(v) for n, v in lists.items() if n not in ("_parameters", "_modules")}
-            self._attributes.append((state, dict(state), inside))
-            held = [v for n, v in state.items() if n not in _SAVED] + list(module._buffers.values())
-            for leaf in tree_leaves(held):
-                if isinstance(leaf, Tensor) and not isinstance(leaf, Weight) and not leaf.is_inference():
-                    self._tensors.append((leaf, leaf._version, leaf.detach().clone()))
-
-    def restore(self) -> None:
-        """Set every tensor and flag back to what it was before the run."""
-        for state, before, inside in self._attributes:
-            for name in [n for n in state if n not in before]:
-                del state[name]
-            for name, value in before.items():
-                if state.get(name, self) is not value:
-                    state[name] = value
-            for name, content in inside.items():
-                value = before[name]
-                if value == content if isinstance(value, set) else _same(value, content):
-                    continue
-                value.clear()
-                (value.extend if isinstance(value, list) else value.update)(content)
-        with torch.no_grad():
-            for tensor, version, words in self._tensors:
-                if tensor._version != version:
-                    tensor.copy_(words)
-
-
-_SAVED = ("_parameters", "_buffers", "_modules")
-
-
-def _same(value: Any, content: Any) -> bool:
-    """Whether a list or dict holds the same objects in the same places."""
-    if len(value) != len(content):
-        return False
-    if isinstance(value, list):
-        return all(a is b for a, b in zip(value, content, strict=True))
-    return all(content.get(key, value) is item for key, item in value.items())
-
-
 class _Trial:
     """The runs of one kind of batch."""
 
@@ -203,6 +174,11 @@ class _Trial:
         self._numbers = torch.arange(1, self._batch + 1)
         self._others: dict[tuple[int, int], Tensor] = {}
         self._where = 0
+        self._watch: enclosing.Watch | None = None
+        self._follows = False
+        self._verdicts: dict[Any, bool] | None = None
+        self._places: set[Any] = set()
+        self._moved: set[Any] = set()
 
     def _rows_of(self, args: Any, kwargs: Any, main: str) -> list[int]:
         """The inputs that may have a row for each name and words that can be exchanged, the first one first."""
@@ -249,7 +225,37 @@ class _Trial:
             if out.layouts == layouts:
                 break
             layouts = out.layouts
+        moving = self._moving(layouts, [main, *beside])
+        self._forget_moved(out, moving)
+        modules = enclosing.around(self._owner.model, out.layouts)
+        if modules:
+            self._watch = enclosing.Watch(modules)
+            out.layouts = {**layouts, **self._round(layouts, [main, *beside]).layouts}
+            self._forget_moved(out, moving)
+            out.whole = frozenset(self._watch.smallest(out))
+            for name in out.whole:
+                self._owner.enclose(name, modules[name])
         return out
+
+    def _moving(self, layouts: Mapping[Any, Layout | None], inputs: list[int]) -> dict[Any, bool]:
+        """Of each place where rows may move by what is in them, whether they were not seen to."""
+        self._follows, self._verdicts, self._places = True, None, set()
+        try:
+            self._once(layouts, {})
+            found = self._round(layouts, inputs).seen if self._places else {}
+        finally:
+            self._follows = False
+        return verdicts(self._places, found)
+
+    def _forget_moved(self, proof: Proof, moving: dict[Any, bool]) -> None:
+        """Take back what is said of rows that may be elsewhere in the next batch."""
+        if any(moving.values()):
+            self._follows, self._verdicts = True, moving
+            try:
+                self._once(proof.layouts, {})
+            finally:
+                self._follows = False
+            proof.layouts.update(dict.fromkeys(self._moved))
 
     def _round(self, layouts: Mapping[Any, Layout | None], inputs: list[int]) -> Proof:
         first = self._once(layouts, {})
@@ -335,7 +341,7 @@ class _Trial:
             leaves.append(leaf)
         args, kwargs = tree_unflatten(leaves, self._spec)
         recorder, rows = Recorder(self._batch, layouts), self._rows
-        kept = _Kept(self._owner.model)
+        kept = KeptState(self._owner.model)
         trials.append(None)
         try:
             with (
@@ -344,12 +350,23 @@ class _Trial:
                 self._owner.active.set(rows.trial(recorder)),
             ):
                 torch.manual_seed(0)
-                out = self._run(*args, **kwargs)
+                with ExitStack() as stack:
+                    if self._watch is not None:
+                        stack.enter_context(self._watch.noting(recorder))
+                    if self._follows:
+                        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+                        recorder.moves = Moves(recorder, given, self._verdicts)
+                        stack.enter_context(Listing(recorder.moves))
+                        stack.enter_context(recorder.moves)
+                    out = self._run(*args, **kwargs)
         finally:
             trials.pop()
             kept.restore()
         for i, leaf in enumerate(opened(out)[1]):
             recorder.note(("output", i), leaf)
+        if recorder.moves is not None:
+            self._places |= recorder.moves.places
+            self._moved = recorder.moved
         return recorder.seen
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import compiled, forwards, split
+from . import compiled, enclosing, forwards, split
+from .rows import RowMap
 from .site import Owner, Site
 from .weight import Weight
 
@@ -302,6 +303,34 @@ def _block(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
     return split.block(owner, module._xorz_block, rows, functools.partial(plain, module), args, kwargs)
 
 
+def swap_whole(module: nn.Module, owner: Owner, name: str) -> None:
+    """For a module that is run once per tenant in some batches; see `enclosing`."""
+    key = (type(module), "whole")
+    if key not in _classes:
+        plain = type(module).forward
+
+        @functools.wraps(plain)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            owner = self.__dict__.get("_xorz_owner")
+            rows = None if owner is None or _is_compiling() else owner.now()
+            return _whole(self, plain, rows, args, kwargs)
+
+        body = {"forward": forward, "__module__": type(module).__module__}
+        _classes[key] = _made_of(type(module), body)
+    module.__dict__["_xorz_whole"] = name
+    module.__dict__["_xorz_owner"] = owner
+    module.__class__ = _classes[key]
+
+
+def _whole(module: nn.Module, plain: Any, rows: RowMap | None, args: Any, kwargs: Any) -> Any:
+    name = module.__dict__.get("_xorz_whole")
+    mixed = rows is not None and rows.only is None and rows.proof is not None and not rows.tokens
+    if mixed and name in rows.proof.whole and any(site.serves(rows) for site in _inside(module)):
+        run = functools.partial(plain, module)
+        return enclosing.run(name, rows, run, module._xorz_owner, args, kwargs)
+    return plain(module, *args, **kwargs)
+
+
 def swap_root(module: nn.Module, owner: Owner) -> None:
     """For the model itself: what cannot be served row by row inside of it may be served by running it once per tenant."""
     key = (type(module), "root")
@@ -327,6 +356,27 @@ def swap_root(module: nn.Module, owner: Owner) -> None:
     _rebind(module, type(module))
     if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], types.MethodType):
         _guard_root(module)
+
+
+def swap_encoder_root(module: nn.Module, owner: Owner, name: str) -> None:
+    """For an encoder, which `generate` calls on its own: where its rows are is found as for a whole model."""
+    key = (type(module), "encoder root")
+    if key not in _classes:
+        plain = type(module).forward
+
+        @functools.wraps(plain)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            owner = self.__dict__.get("_xorz_owner")
+            rows = None if owner is None or _is_compiling() else owner.now()
+            if rows is not None and rows.only is None and rows.proof is None and not rows.tokens:
+                return _root(self, plain, args, kwargs)
+            return _whole(self, plain, rows, args, kwargs)
+
+        body = {"forward": forward, "__module__": type(module).__module__}
+        _classes[key] = _made_of(type(module), body)
+    module.__dict__["_xorz_whole"] = name
+    module.__dict__["_xorz_owner"] = owner
+    module.__class__ = _classes[key]
 
 
 def _guard_root(module: nn.Module) -> None:
@@ -358,7 +408,7 @@ def _root(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
     # torch's own layers say themselves where their batch is.
     if not rows.tokens and not isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
         main = getattr(module, "main_input_name", "")
-        rows = rows.known(owner.proofs.of(owner, run, rows, args, kwargs, main))
+        rows = rows.known(owner.proofs.of(owner, module, run, rows, args, kwargs, main))
     if why is None:
         try:
             with owner.active.set(rows):
@@ -481,5 +531,5 @@ def restore_class(module: nn.Module) -> None:
     own = module.__dict__.get("forward")
     if hasattr(own, "_xorz_inner"):
         module.__dict__["forward"] = own._xorz_inner
-    for name in ("_xorz", "_xorz_number", "_xorz_width", "_xorz_owner", "_xorz_block", "_xorz_root"):
-        module.__dict__.pop(name, None)
+    for name in ("", "_number", "_width", "_owner", "_block", "_whole", "_root"):
+        module.__dict__.pop(f"_xorz{name}", None)

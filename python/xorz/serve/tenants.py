@@ -122,6 +122,13 @@ class Tenants:
         """A module read a weight that is another one's: it must not keep what it makes of it."""
         self._watch.suspect(reader)
 
+    def enclose(self, name: str, module: nn.Module) -> None:
+        """From now on a module is run once per tenant in batches of which it was proven that it can be; see `enclosing`."""
+        with self.lock:
+            if "_xorz_whole" not in module.__dict__ and not self._detached:
+                self.methods.append(module)
+                swap.swap_whole(module, self, name)
+
     @property
     def serves_by_default(self) -> bool:
         """Whether the model's own calls are a tenant's where none is active."""

@@ -220,6 +220,8 @@ def _once_each(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if _writes(name) or name in _TELLING or func in _ADDRESSES or kwargs.get("out") is not None:
         return NotImplemented
+    if name.startswith("embedding"):
+        return NotImplemented  # With max_norm it writes to the table.
     each, spec = [], None
     for slot in rows.used:
         leaves, spec = tree_flatten(_on_dense(func, args, kwargs, slot))
