@@ -13,12 +13,12 @@ TEST_JOBS ?= 2
 # The stamps live inside the environment that they speak about: whoever removes it, removes them.
 REQUIREMENTS := $(VENV)/.xorz-requirements
 PLAIN        := $(VENV)/.xorz-installed
-# `make build CUDA=1` compiles the CUDA kernels, which takes minutes, with an nvcc that it fetches once (313 MB, into the
-# user's cache). Once built, they stay until `make clean`, and are compiled anew when they change.
-CUDA         ?=
+# `make build CUDA=1` has the CUDA kernels, as `pip install .` and wheels do, with an nvcc that is fetched once (313 MB) and
+# kernels that are compiled once (minutes), both into the user's cache. Once built in, they stay until `make clean`.
+CUDA         ?= $(if $(wildcard $(PLAIN)-cuda),1,0)
 INSTALLED    := $(PLAIN)$(if $(filter 1,$(CUDA)),-cuda)
 
-RUST_SOURCES   := $(shell find src -name '*.rs') $(wildcard build.rs cuda/*.cu cuda/*.cuh cuda/CMakeLists.txt) Cargo.toml Cargo.lock
+RUST_SOURCES   := $(shell find src -name '*.rs') $(wildcard build.rs cuda/*.cu cuda/*.cuh cuda/*.cmake cuda/CMakeLists.txt) Cargo.toml Cargo.lock
 SHIM_SOURCES   := $(wildcard csrc/*) CMakeLists.txt
 PYTHON_SOURCES := $(shell find python -name '*.py' -o -name py.typed) pyproject.toml README.md THIRD-PARTY-LICENSES
 PYTHON_LINTED  := $(wildcard python tests benches examples)
@@ -44,11 +44,10 @@ $(INSTALLED): $(REQUIREMENTS) $(RUST_SOURCES) $(SHIM_SOURCES) $(PYTHON_SOURCES)
 	@command -v $(CARGO) >/dev/null || { echo "xorz: cargo is missing; install Rust 1.90 or newer" >&2; exit 1; }
 	@command -v $(CC) >/dev/null || { echo "xorz: a C compiler ($(CC)) is missing; install gcc or clang" >&2; exit 1; }
 	@command -v c++ >/dev/null || { echo "xorz: a C++ compiler (c++) is missing; install g++ or clang" >&2; exit 1; }
-	$(if $(filter 1,$(CUDA)),export XORZ_NVCC="$$($(PYTHON) cuda/toolchain.py)" && test -n "$$XORZ_NVCC" &&) \
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(NICE) $(PY) -m pip install --quiet --disable-pip-version-check \
+	@$(if $(filter 1,$(CUDA)),:,rm -f $(PLAIN)-cuda)
+	XORZ_CUDA=$(or $(filter 1,$(CUDA)),0) PATH="$(abspath $(VENV))/bin:$$PATH" $(NICE) $(PY) -m pip install --quiet --disable-pip-version-check \
 	  --no-build-isolation --no-deps --force-reinstall .
-	@grep -q '^XORZ_NVCC:[A-Z]*=/' build/cmake/CMakeCache.txt || \
-	  echo "xorz: no nvcc, so built without CUDA kernels; \`make build CUDA=1\` fetches one"
+	@$(if $(filter 1,$(CUDA)),:,echo "xorz: built without CUDA kernels; \`make build CUDA=1\` has them")
 	@touch $@ $(PLAIN)
 
 demo: build

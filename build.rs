@@ -1,5 +1,6 @@
 //! Compiles the C++ half of the typed door (`src/ffi/bridge.rs`), if the feature `bridge` is on; and the CUDA kernels, if
-//! `XORZ_NVCC` names the nvcc to do it with. CMakeLists.txt, which builds the library for torch, looks for one.
+//! `XORZ_NVCC` names the nvcc to do it with. CMakeLists.txt, which builds the library for torch, looks for one, and says in
+//! `XORZ_WITHOUT_KERNELS` why there is none.
 
 use std::path::Path;
 
@@ -9,11 +10,12 @@ fn main() {
     println!("cargo::rerun-if-env-changed=XORZ_NVCC");
     match std::env::var_os("XORZ_NVCC").filter(|nvcc| !nvcc.is_empty()) {
         Some(nvcc) => kernels(Path::new(&nvcc)),
-        // Only the library for torch has ops that launch them.
-        None if cfg!(feature = "bridge") => {
-            println!("cargo::warning=xorz is built without CUDA kernels: no nvcc (XORZ_NVCC) was given");
+        None => {
+            println!("cargo::rerun-if-env-changed=XORZ_WITHOUT_KERNELS");
+            let why = std::env::var("XORZ_WITHOUT_KERNELS").unwrap_or_default();
+            let why = if why.is_empty() { "no nvcc was named (XORZ_NVCC)" } else { &why };
+            println!("cargo::rustc-env=XORZ_WITHOUT_KERNELS={why}");
         }
-        None => {}
     }
     #[cfg(feature = "bridge")]
     {

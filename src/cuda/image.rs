@@ -18,14 +18,16 @@ pub(super) struct Image {
     pub toolkit: Option<i32>,
 }
 
+/// The kernels and the CUDA version of their compiler, or why this build has none.
 #[cfg(xorz_cuda)]
-fn embedded() -> Option<(&'static [u8], i32)> {
-    Some((include_bytes!(env!("XORZ_FATBIN")), env!("XORZ_CUDA_TOOLKIT").parse().ok()?))
+fn embedded() -> std::result::Result<(&'static [u8], i32), &'static str> {
+    let toolkit = env!("XORZ_CUDA_TOOLKIT").parse().map_err(|_| "the compiler's version is no number")?;
+    Ok((include_bytes!(env!("XORZ_FATBIN")), toolkit))
 }
 
 #[cfg(not(xorz_cuda))]
-fn embedded() -> Option<(&'static [u8], i32)> {
-    None
+fn embedded() -> std::result::Result<(&'static [u8], i32), &'static str> {
+    Err(env!("XORZ_WITHOUT_KERNELS"))
 }
 
 fn aligned(bytes: &[u8]) -> Vec<u64> {
@@ -48,11 +50,11 @@ pub(super) fn image() -> Result<Image> {
         }
         return Ok(Image { words: aligned(&bytes), toolkit: None });
     }
-    let (bytes, toolkit) = embedded().ok_or_else(|| {
-        Error::device(
-            "xorz was built without CUDA kernels; build it where nvcc is (`make build CUDA=1` fetches one; or set \
-             XORZ_NVCC to its path), or move the tensors to the CPU",
-        )
+    let (bytes, toolkit) = embedded().map_err(|why| {
+        Error::device(format!(
+            "xorz was built without CUDA kernels: {why}; build it again with XORZ_CUDA=1, which fetches nvcc or says why \
+             it cannot (XORZ_NVCC names one that is there), or move the tensors to the CPU"
+        ))
     })?;
     Ok(Image { words: aligned(bytes), toolkit: Some(toolkit) })
 }

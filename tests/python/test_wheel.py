@@ -99,7 +99,7 @@ def sdist(tmp_path_factory):
 def test_the_source_archive_holds_what_a_build_and_its_tests_need(sdist):
     needed = "Cargo.toml Cargo.lock build.rs CMakeLists.txt pyproject.toml LICENSE-APACHE LICENSE-MIT README.md Makefile"
     assert {*needed.split(), "THIRD-PARTY-LICENSES", "deny.toml"} <= set(sdist)
-    for folder in ("src", "csrc", "python", "tests", "benches", "examples"):
+    for folder in ("src", "csrc", "cuda", "python", "tests", "benches", "examples"):
         for path in (ROOT / folder).rglob("*"):
             name = str(path.relative_to(ROOT))
             ignored = re.search(

@@ -15,7 +15,7 @@ build() {  # build FOLDER UMASK: the wheel of the sources, copied there
   # What git knows or would take: edits of the tree are part of it, what was built is not.
   git ls-files -z --cached --others --exclude-standard | tar -cf - --null --ignore-failed-read -T - 2> /dev/null \
     | tar -xf - -C "$tmp/$1/source"
-  ( cd "$tmp/$1/source" && umask "$2" && PATH="$(dirname "$PY"):$PATH" XORZ_NVCC=OFF "$PY" -m pip wheel --quiet \
+  ( cd "$tmp/$1/source" && umask "$2" && PATH="$(dirname "$PY"):$PATH" XORZ_CUDA=0 "$PY" -m pip wheel --quiet \
       --disable-pip-version-check --no-deps --no-build-isolation -w "$tmp/$1/wheel" . )
 }
 

@@ -150,7 +150,7 @@ fn whatever_is_missing_is_said_and_what_to_do() {
     if std::env::var_os("XORZ_NVCC").is_some_and(|v| !v.is_empty()) {
         println!("SKIPPED: this build has CUDA kernels");
     } else {
-        let wanted = "Device|built without CUDA kernels|make build CUDA=1|XORZ_NVCC";
+        let wanted = "Device|built without CUDA kernels|XORZ_CUDA=1|XORZ_NVCC";
         passes_as(child_refused, "", |c| {
             c.env_remove("XORZ_CUDA_IMAGE").env("XORZ_WANTED", wanted);
         });
