@@ -1,6 +1,7 @@
 """Memory for the resident deltas of one attached model: one tensor at a fixed address, from which pieces are lent.
 
-Address space is reserved, not memory: pages become real when a delta is written and are given back when it is freed.
+On the host address space is reserved, not memory: pages become real when a delta is written and are given back when it is
+freed. On a GPU the memory is taken at once, for as long as the model is attached.
 """
 
 import bisect
@@ -10,6 +11,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from .rows import HOST, lasting
+
 ALIGN = 64
 _PAGE = mmap.PAGESIZE
 _NORESERVE = 0x4000  # MAP_NORESERVE of Linux; Python's mmap does not name it
@@ -18,14 +21,23 @@ _NORESERVE = 0x4000  # MAP_NORESERVE of Linux; Python's mmap does not name it
 class Arena:
     """A 1-D uint8 tensor of `capacity` bytes, and which of them are free. Not thread-safe: its owner locks."""
 
-    def __init__(self, capacity: int) -> None:
-        """Reserves address space; OSError where not even that is to be had."""
+    def __init__(self, capacity: int, device: torch.device = HOST) -> None:
+        """Reserves address space, OSError where not even that is to be had; memory on a GPU, torch's own error where there is
+        none.
+        """
         self.capacity = -(-capacity // _PAGE) * _PAGE
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-        self._map = mmap.mmap(-1, self.capacity, flags=flags)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.tensor: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.tensor: Tensor
+        if device.type == "cpu":
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+            self._map: mmap.mmap | None = mmap.mmap(-1, self.capacity, flags=flags)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        else:
+            self._map = None
+            with lasting():
+                self.tensor = torch.empty(self.capacity, dtype=torch.uint8, device=device)
+        self._lent_before = False
         self.used = 0
         self._free: list[tuple[int, int]] = [(0, self.capacity)]  # offset, length; sorted, never touching
 
@@ -43,7 +55,12 @@ class Arena:
         )
 
     def write(self, offset: int, data: Tensor) -> None:
-        """Copy a delta to where it was allocated."""
+        """Copy a delta to where it was allocated. On a GPU it is there, for every stream, when this returns."""
+        if self._map is None and self._lent_before:
+            # A forward has ended for the host when its kernels are on their way: they may still read what was lent here
+            # before. Who loads waits for them, not they for it.
+            torch.cuda.synchronize(self.tensor.device)
+            self._lent_before = False
         self.tensor[offset : offset + data.numel()].copy_(data)
 
     def free(self, offset: int, length: int) -> None:
@@ -57,6 +74,9 @@ class Arena:
             i -= 1
             start = self._free.pop(i)[0]
         self._free.insert(i, (start, end - start))
+        if self._map is None:
+            self._lent_before = True
+            return
         first, last = -(-start // _PAGE) * _PAGE, end // _PAGE * _PAGE
         if last > first and hasattr(mmap, "MADV_DONTNEED"):
             self._drop(first, last, offset, length)

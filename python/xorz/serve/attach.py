@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import experts, swap
+from .rows import HOST
 from .site import FLOATS, Site
 from .tenants import Tenants
 
@@ -51,7 +52,7 @@ def attach(
     base; see `xorz.serve.weight`.
 
     Args:
-        model: on the CPU, in float32, bfloat16 or float16 where it is to compute on deltas.
+        model: on the CPU or whole on one CUDA device, in float32, bfloat16 or float16 where it is to compute on deltas.
         filter_fn: `filter_fn(module, name)`; modules for which it is false are left alone. A fine-tune that changes them
             is refused when it is loaded.
         default: where no tenant is active, "base" computes with the base and None raises; a tenant's name makes calls of the
@@ -60,7 +61,7 @@ def attach(
         prefer: what deltas are encoded for when loaded: "auto" ("memory" where this machine decodes it about as fast as it
             reads memory, else "speed"), "speed", "memory", or None for what the package holds.
         budget: most bytes for all tenants, as a number or such as "8 GiB"; the least recently used that came from a
-            file make room. None: no limit.
+            file make room. None: no limit. On CUDA it must be given, and is taken of the device's memory at once.
         max_copies: most bytes of small dense copies for each tenant, as `budget`; None: 1 % of the base's, or 64 KiB. What
             does not fit is kept as a delta, and made dense for each call that needs it.
         example: inputs of the model, two rows or more: a tuple, or a dict of named ones. Each tenant is verified with them when
@@ -73,20 +74,23 @@ def attach(
         The model's tenants; `detach()` gives the plain model back.
 
     Raises:
-        TypeError: `model` is no module; ValueError: it is attached already, not on the CPU, or an option is unknown.
+        TypeError: `model` is no module; ValueError: it is attached already, spread over several devices, or an option is
+        unknown or not to be had on its device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, but is {type(model).__name__}")
+    device = _device_of(model)
+    if device.type != "cpu" and mode == "exact":
+        raise ValueError(
+            f'mode="exact" is for models on the CPU, but this one is on {device}, where a batch of several tenants has no such '
+            'product; use "fast" or "deterministic"'
+        )
+    if device.type != "cpu" and budget is None:
+        raise ValueError(
+            f"the model is on {device}, whose memory is taken for tenants when it is attached: say how much with budget, such "
+            'as budget="4 GiB"'
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise ValueError(
-                f"`{name}` is on the meta device, where it has no words: load the model whole on the CPU, without offload to "
-                "CPU or disk (accelerate), before it is attached"
-            )
-        if tensor.device.type != "cpu":
-            raise ValueError(
-                f"model must be on the CPU, but `{name}` is on {tensor.device}; whole models are not served on CUDA yet"
-            )
         if is_traceable_wrapper_subclass(tensor):
             raise ValueError(
                 f"`{name}` is a {type(tensor).__name__}, which holds no plain words that a delta could be of (a quantized "
@@ -105,7 +109,7 @@ def attach(
                 f"`{name}` is TorchScript, whose code reads its weights past Python and would compute with the base's for "
                 "every tenant; attach the model before it is scripted or traced, or leave this part out with filter_fn"
             )
-    owner = Tenants(model, default, mode, prefer, budget, max_copies, trust)
+    owner = Tenants(model, default, mode, prefer, budget, max_copies, trust, device)
     flat = FLATTENING | set(flattening)
     for name, module in chosen:
         _attach(owner, name, module)
@@ -155,6 +159,28 @@ def _encoder(model: nn.Module) -> nn.Module | None:
     return found if fits and not any(name.startswith("_xorz") for name in found.__dict__) else None
 
 
+def _device_of(model: nn.Module) -> torch.device:
+    """Where all its tensors are; ValueError, by name, if they are in several places or in one that is not served."""
+    first: tuple[str, torch.device] | None = None
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"`{name}` is on the meta device, where it has no words: load the model whole on the CPU, without offload to "
+                "CPU or disk (accelerate), before it is attached"
+            )
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"`{name}` is on {tensor.device}; models are served on the CPU or on a CUDA device"
+            )
+        first = first or (name, tensor.device)
+        if tensor.device != first[1]:
+            raise ValueError(
+                f"`{first[0]}` is on {first[1]}, but `{name}` is on {tensor.device}; a model that is spread over devices is "
+                "not served yet: put it on one"
+            )
+    return HOST if first is None else first[1]
+
+
 def _attach(owner: Tenants, name: str, module: nn.Module) -> None:
     own: list[Any] = [*module._parameters.values(), *module._buffers.values()]
     if not any(t is not None for t in own):
@@ -165,7 +191,7 @@ def _attach(owner: Tenants, name: str, module: nn.Module) -> None:
             owner.methods.append(module)
             swap.swap_method(module, owner)
         return
-    site = Site(owner, name or type(module).__name__, module, _kind(module))
+    site = Site(owner, name or type(module).__name__, module, _kind(module, owner.device))
     owner.sites[name] = site
     owner.modules[name] = module
     swap.swap(module, site)
@@ -189,7 +215,7 @@ def _block(owner: Tenants, name: str, module: nn.Module) -> None:
         swap.swap_block(module, owner, name)
 
 
-def _kind(module: nn.Module) -> str:
+def _kind(module: nn.Module, device: torch.device) -> str:
     """How the module is served; see `Site`."""
     weight = module._parameters.get("weight")
     computes = weight is not None and weight.dim() == 2 and weight.dtype in FLOATS and weight.is_contiguous()
@@ -203,7 +229,8 @@ def _kind(module: nn.Module) -> str:
     ):
         return "embedding"
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and computes:
-        return "conv1d"
+        # Its product is the one that gradients are: the ops have no CUDA kernel for it. There its weight is made dense.
+        return "conv1d" if device.type == "cpu" else "split"
     if isinstance(module, nn.MultiheadAttention):
         return "attention"
     if experts.serves(module):

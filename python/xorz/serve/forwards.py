@@ -67,7 +67,7 @@ def linear(site: Site, module: nn.Module, input: Tensor) -> Tensor:
         or _tracing() is not None
         or forward_ad._current_level >= 0
         or _transforms()
-        or _is_autocast("cpu")
+        or _is_autocast(owner.device.type)
     ):
         out = call(site, module, input)
         if plan is None and rows.probe is None:

@@ -42,7 +42,7 @@ def kept(model: nn.Module) -> dict[str, str]:
 
 
 def _has_words(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.numel() > 0
+    return tensor.device.type in ("cpu", "cuda") and tensor.layout == torch.strided and tensor.numel() > 0
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -20,11 +20,14 @@ from .weight import Refused, Weight, derive, known, op_of
 F = torch.nn.functional
 
 
-def groups(slots: Tensor, used: Any, one_by_one: bool) -> list[tuple[int, Tensor]]:
-    """(slot, its rows' numbers) of each tenant, or of each row."""
+def groups(slots: Tensor, rows: RowMap, one_by_one: bool) -> list[tuple[int, Tensor]]:
+    """(slot, its rows' numbers) of each tenant, or of each row. On a GPU waits for it, but where these are the batch's rows."""
+    if slots is rows.tensor:
+        return rows.groups(one_by_one)
     if one_by_one:
-        return [(int(slot), torch.tensor([row])) for row, slot in enumerate(slots)]
-    found = [(slot, (slots == slot).nonzero()[:, 0]) for slot in used]
+        numbers = torch.arange(slots.numel(), device=slots.device).view(-1, 1).unbind()
+        return list(zip(slots.tolist(), numbers, strict=True))
+    found = [(slot, (slots == slot).nonzero()[:, 0]) for slot in rows.used]
     return [(slot, index) for slot, index in found if index.numel()]
 
 
@@ -38,7 +41,7 @@ def by_tokens(
     slots = rows.rows(lead, site.flattens, site.name, (site, *place))
     flat, out = x.reshape(-1, x.size(-1)), None
     # By token, each product has the same sums in the same order whatever is beside it.
-    for slot, index in groups(slots, rows.used, site.owner.mode == "deterministic"):
+    for slot, index in groups(slots, rows, site.owner.mode == "deterministic"):
         part = op(flat.index_select(0, index), slot)
         out = part.new_empty(flat.size(0), *part.shape[1:]) if out is None else out
         out = out.index_copy(0, index, part)
@@ -87,7 +90,7 @@ def matmul(left: Any, right: Any, is_second: bool = False, **more: Any) -> Any:
         slots = rows.rows(left.shape[:-1], site.flattens, site.name, (site, *place))
         if turned:
             return site.product(left, site.base[param], None, param, slots, rows.only)
-        if site.owner.mode != "exact":
+        if site.owner.mode != "exact" and site.owner.device.type == "cpu":
             table = site.slots(param)
             return torch.ops.xorz.delta_linear_grouped_grad_input(
                 left, site.base[param], site.owner.arena.tensor, table, slots
@@ -143,7 +146,7 @@ def embedding_rows(site: Site, rows: RowMap, ids: Tensor, param: str = "weight",
 
 
 def _look_up_one(site: Site, ids: Tensor, param: str, slot: int) -> Tensor:
-    slots = torch.full((ids.numel(),), slot, dtype=torch.int32)
+    slots = torch.full((ids.numel(),), slot, dtype=torch.int32, device=ids.device)
     return torch.ops.xorz.delta_embedding(
         ids, site.base[param], site.owner.arena.tensor, site.slots(param), slots
     )
@@ -259,7 +262,7 @@ def set_masked(first: Any, index: Any, value: Any) -> Any:
         slots, _ = _whose(value, op, given, [first] if known_first else [first, index], lambda tensor: 0)
     except Table:
         return NotImplemented
-    for slot, mine in groups(slots, rows.used, False):
+    for slot, mine in groups(slots, rows, False):
         part = first.index_select(0, mine)
         part[index.index_select(0, mine)] = value.dense(slot)
         first.index_copy_(0, mine, part)
@@ -305,14 +308,14 @@ def convolution(func: Any, dims: int) -> Callable[..., Any]:
         if rows is None or (rows.only is None and rows.dim != 0) or not found.is_worth_it(rows):
             return apart(input, weight, bias, *rest)
         if rows.only is not None:
-            whose = torch.full((input.size(0),), rows.only, dtype=torch.int32)
+            whose = torch.full((input.size(0),), rows.only, dtype=torch.int32, device=input.device)
             return found(input, whose, rows.only)
         whose, _ = _whose(weight, func, [(0, input)], [input], lambda tensor: 0)
         has = torch.tensor([found.site.delta(found.param, slot) is not None for slot in whose.tolist()])
         if bool(has.all()):
             return found(input, whose, None)
         # Rows of the base, and of tenants with copies.
-        index, others = has.nonzero()[:, 0], (~has).nonzero()[:, 0]
+        index, others = (which.nonzero()[:, 0].to(input.device) for which in (has, ~has))
         mine = found(input[index], whose[index], None)
         out = mine.new_empty(input.size(0), *mine.shape[1:]).index_copy(0, index, mine)
         return _on_others(func, out, others, whose, input, weight, bias, *rest)
@@ -331,7 +334,7 @@ def _on_others(
     *rest: Any,
 ) -> Tensor:
     """`out` with the rows `others` of a convolution on dense weights."""
-    for slot, part in groups(whose[others], weight.rows().used, _row_by_row(weight, func)):
+    for slot, part in groups(whose[others], weight.rows(), _row_by_row(weight, func)):
         own = [w.dense(slot) if isinstance(w, Weight) else w for w in (weight, bias)]
         out = out.index_copy(0, others[part], func(input[others[part]], *own, *rest))
     return out
@@ -367,7 +370,7 @@ def _rowwise(func: Any, args: Any, kwargs: Any, weight: Weight, width: int | Non
     slots, flat = _whose(weight, func, plain, vast, at, leaves)
     one_by_one = _row_by_row(weight, func)
     result = None
-    for slot, index in groups(slots, rows.used, one_by_one):
+    for slot, index in groups(slots, rows, one_by_one):
 
         def own(leaf: Any, slot: int = slot, index: Tensor = index) -> Any:
             if not isinstance(leaf, Tensor):

@@ -33,6 +33,12 @@ class Prepared:
         self.values: list[tuple[Site, str, Tensor]] = []
         self.alone = False
 
+    def move(self, device: torch.device) -> None:
+        """Put the dense values where the model is, tied ones once; the deltas go into its arena later."""
+        if device.type != "cpu":
+            there = {id(value): value.to(device) for _, _, value in self.values}
+            self.values = [(site, param, there[id(value)]) for site, param, value in self.values]
+
     @property
     def copies(self) -> int:
         """Bytes of the dense values; tied ones once."""
@@ -56,11 +62,13 @@ def prepare(
     """Read, check against the model's own tensors, and say who serves what; errors as `Tenants.load`. `kept`: what modules made
     of the base's weights before it was attached; see `kept.kept`. `trust` as `attach`.
     """
-    base = {
-        name: plain(tensor).detach()
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if torch.is_tensor(tensor)
-    }
+    base = _on_host(
+        {
+            name: plain(tensor).detach()
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if torch.is_tensor(tensor)
+        }
+    )
     entries = _entries(model, base, source, prefer, trust)
     where = _places(model)
     out = Prepared()
@@ -80,6 +88,20 @@ def prepare(
             )
     _copy(out, small, base, base_bytes if max_copies is None else max_copies, max_copies is None)
     return out
+
+
+def _on_host(base: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The base's words where packages are read; of a model on a GPU a copy, for as long as one tenant is prepared."""
+    made: dict[Any, Tensor] = {}
+    for tensor in base.values():
+        if tensor.device.type != "cpu":
+            made.setdefault(_key(tensor), tensor.cpu())
+    return {n: t if t.device.type == "cpu" else made[_key(t)] for n, t in base.items()}
+
+
+def _key(tensor: Tensor) -> Any:
+    """What tied tensors have in common; those without words are not tied."""
+    return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else id(tensor)
 
 
 def _copy(
@@ -298,8 +320,7 @@ def _ties(base: dict[str, Tensor]) -> dict[str, list[str]]:
     """Name -> the other names of the same tensor."""
     groups: dict[Any, list[str]] = {}
     for name, tensor in base.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
-        groups.setdefault(key, []).append(name)
+        groups.setdefault(_key(tensor), []).append(name)
     return {name: [other for other in group if other != name] for group in groups.values() for name in group}
 
 

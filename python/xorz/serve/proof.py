@@ -75,7 +75,8 @@ class Recorder:
         if self.moves is not None and self.moves.moved(x):
             self.moved.add(key)
         times = self._times[key] = self._times.get(key, 0) + 1
-        self.seen[key, times] = told = _told(x)
+        # Compared on the host, wherever the model is.
+        self.seen[key, times] = told = _told(x).cpu()
         if x.dim() == 1 and x.is_floating_point():
             # One row alone is given to layers like this, too.
             self.seen[(place, ()), times] = told.norm()
@@ -96,7 +97,7 @@ def _told(x: Tensor) -> Tensor:
     if x.dim() < 2 or not x.is_floating_point():
         return x.double()
     g = torch.Generator().manual_seed(x.size(-1))
-    return x.double() @ torch.randn(x.size(-1), generator=g, dtype=torch.float64)
+    return x.double() @ torch.randn(x.size(-1), generator=g, dtype=torch.float64).to(x.device)
 
 
 class Proofs:
@@ -148,7 +149,8 @@ def _kind(rows: RowMap, args: Any, kwargs: Any, training: bool) -> Any:
 
     kinds = tuple(type(value) for value in (*args, *kwargs.values()))
     leaves = tuple(of(leaf) for leaf in tree_leaves((args, kwargs)))
-    return rows.dim, tuple(kwargs), kinds, leaves, torch.is_autocast_enabled("cpu"), training
+    is_autocast = torch.is_autocast_enabled(rows.device.type)
+    return rows.dim, tuple(kwargs), kinds, leaves, is_autocast, training
 
 
 def _holds_something(leaf: Any) -> bool:
@@ -166,7 +168,7 @@ class _Trial:
     def __init__(
         self, owner: Any, run: Callable[..., Any], rows: RowMap, args: Any, kwargs: Any, main: str
     ) -> None:
-        self._owner, self._run, self._rows = owner, run, rows
+        self._owner, self._run, self._rows, self._device = owner, run, rows, owner.device
         self._leaves, self._spec = tree_flatten((args, kwargs))
         self._batch = len(rows.slots)
         self._inputs = self._rows_of(args, kwargs, main)
@@ -318,7 +320,7 @@ class _Trial:
             if layout in (None, TABLE) or after is None or after.shape != told.shape:
                 continue
             changed = _differs(told, after)
-            mine = rows[self._rows.index(layout, changed.shape)]
+            mine = rows[self._rows.index(layout, changed.shape).cpu()]
             if bool((changed & ~mine).any()):
                 return False
             acts |= bool(changed.any())
@@ -335,7 +337,8 @@ class _Trial:
                         self._others[i, self._where] = _other(leaf, self._where)
                     shape = [1] * leaf.dim()
                     shape[self._rows.dim] = -1
-                    leaf = torch.where(changes[i].reshape(shape), self._others[i, self._where], leaf)
+                    mine = changes[i].reshape(shape).to(leaf.device)
+                    leaf = torch.where(mine, self._others[i, self._where], leaf)
             elif leaf is not None and not isinstance(leaf, (bool, int, float, str)):
                 leaf = copy.deepcopy(leaf)
             leaves.append(leaf)
@@ -346,7 +349,7 @@ class _Trial:
         try:
             with (
                 torch.no_grad(),
-                torch.random.fork_rng(devices=[]),
+                torch.random.fork_rng(devices=[] if self._device.type == "cpu" else [self._device]),
                 self._owner.active.set(rows.trial(recorder)),
             ):
                 torch.manual_seed(0)
@@ -385,7 +388,8 @@ def _other(x: Tensor, where: int = 0) -> Tensor | None:
     if x.is_floating_point():
         finite = x[x.isfinite()].float()
         spread = float(finite.std()) if finite.numel() > 1 else 0.0
-        out = (x.float() + (spread + 0.1) * (torch.rand(x.shape, generator=g) + 0.5)).to(x.dtype)
+        noise = torch.rand(x.shape, generator=g).to(x.device)
+        out = (x.float() + (spread + 0.1) * (noise + 0.5)).to(x.dtype)
     else:
         low, high = int(x.min()), int(x.max())
         if high < 2:
@@ -394,10 +398,10 @@ def _other(x: Tensor, where: int = 0) -> Tensor | None:
         elif low == high:
             out = x - 1
         else:
-            step = torch.randint(1, high - low + 1, x.shape, generator=g)
+            step = torch.randint(1, high - low + 1, x.shape, generator=g).to(x.device)
             out = ((x.long() - low + step) % (high - low + 1) + low).to(x.dtype)
     if where and x.dim() > 1:
         kept = torch.ones(x.shape[-1], dtype=torch.bool)
         kept[-1 if where == 1 else 0] = False
-        out = torch.where(kept, x, out)
+        out = torch.where(kept.to(x.device), x, out)
     return out

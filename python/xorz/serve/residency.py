@@ -7,9 +7,11 @@ import re
 import resource
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 from .arena import ALIGN, Arena
+from .rows import HOST
 
 Piece = tuple[int, int]
 """Offset and length in the arena."""
@@ -64,7 +66,10 @@ def _addresses(size: int, budgeted: bool) -> Iterable[int]:
     return [t for t in times if t == 1 or t * size <= _MOST_ADDRESSES]
 
 
-def _reserved(size: int, budgeted: bool) -> Arena:
+def _reserved(size: int, budgeted: bool, device: torch.device) -> Arena:
+    if device.type != "cpu":
+        # Of a GPU's memory nothing can be reserved that is not taken.
+        return Arena(size, device)
     for times in _addresses(size, budgeted):
         try:
             return Arena(times * size)
@@ -86,11 +91,11 @@ class Residency:
         copies: bytes of dense tensors beside the arena, which the owner counts.
     """
 
-    def __init__(self, limit: int | None) -> None:
-        """Reserves addresses, no memory; MemoryError if there are not so many."""
+    def __init__(self, limit: int | None, device: torch.device = HOST) -> None:
+        """Reserves addresses, no memory; MemoryError if there are not so many. On a GPU takes `limit` bytes of it."""
         self.limit, self.copies = limit, 0
         self.capacity = limit or machine()
-        self.arena = _reserved(self.capacity, limit is not None)
+        self.arena = _reserved(self.capacity, limit is not None, device)
 
     @property
     def used(self) -> int:

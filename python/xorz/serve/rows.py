@@ -18,6 +18,8 @@ from torch import Tensor
 BASE = -1
 """The slot of the base."""
 
+HOST = torch.device("cpu")
+
 Layout = tuple[str, int]
 """Where the batch's rows are in a tensor: ("dim", d), a dimension; ("flat", 0), dimension 0, so many positions for each row;
 ("inner", 0), dimension 0, all rows so many times over; or `TABLE`.
@@ -72,8 +74,11 @@ class RowMap:
         tokens: bool = False,
         release: Callable[[], None] | None = None,
         parent: "RowMap | None" = None,
+        device: torch.device = HOST,
     ) -> None:
-        """`tokens`: the rows are single tokens in an order of the module's own; shapes must then match exactly."""
+        """`tokens`: the rows are single tokens in an order of the module's own; shapes must then match exactly. `device`: where
+        the model is; a map made from another one is where that is.
+        """
         self.slots = tuple(slots)
         self.names = tuple(names)
         self.dim = dim
@@ -84,8 +89,11 @@ class RowMap:
         self.root: RowMap = self if parent is None else parent.root
         self.carried = parent.carried if parent is not None else False
         self._release = release
-        with lasting():
-            self._tensor = torch.tensor(self.slots, dtype=torch.int32)
+        self.device = device if parent is None else parent.device
+        # A map of the same rows has the same tensors: to a GPU they are copied once, when the `use` begins.
+        same = parent is not None and parent.slots == self.slots
+        self._tensor: Tensor | None = parent._tensor if same else None
+        self._groups: dict[bool, list[tuple[int, Tensor]]] = parent._groups if same else {}
         self._expanded: dict[Any, Tensor] = {}
         # What modules have found out about these slots; it cannot change while their tenants are held in memory.
         self.touching: dict[Any, bool] = {}
@@ -102,6 +110,31 @@ class RowMap:
         self.frame: Any = None
         self.outer: RowMap | None = None
         self._lock = threading.Lock()
+
+    @property
+    def tensor(self) -> Tensor:
+        """`slots` as int32, on the model's device."""
+        if self._tensor is None:
+            with lasting():
+                self._tensor = torch.tensor(self.slots, dtype=torch.int32).to(self.device)
+        return self._tensor
+
+    def groups(self, one_by_one: bool) -> list[tuple[int, Tensor]]:
+        """(slot, the numbers of its batch rows, int64 on the model's device) of each tenant, or of each row."""
+        if one_by_one not in self._groups:
+            if one_by_one:
+                found = [(slot, [row]) for row, slot in enumerate(self.slots)]
+            else:
+                found = [(slot, [r for r, s in enumerate(self.slots) if s == slot]) for slot in self.used]
+            with lasting():
+                self._groups[one_by_one] = [(slot, torch.tensor(r).to(self.device)) for slot, r in found]
+        return self._groups[one_by_one]
+
+    def ready(self) -> None:
+        """Copy to the model's device what forwards read, so that none of them does: a graph may be capturing it."""
+        if self.only is None and self.device.type != "cpu":
+            self.groups(False)
+            _ = self.tensor
 
     def begin(self) -> None:
         """A call of a module starts; RuntimeError if the `use` has ended."""
@@ -167,7 +200,7 @@ class RowMap:
         for size in lead:
             count *= size
         if self.only is not None:
-            return torch.full((count,), self.only, dtype=torch.int32)
+            return torch.full((count,), self.only, dtype=torch.int32, device=self.device)
         batch = len(self.slots)
         known = self._layouts()
         at = (place, pattern(lead, batch))
@@ -175,21 +208,25 @@ class RowMap:
             layout = known.get(at)
             if layout == TABLE:
                 raise Table
+            if layout == ("dim", 0) and lead == (batch,):
+                return self.tensor
             if layout is not None and (layout[0] == "dim" or lead[0] % batch == 0):
                 # Layers that are given the same share one tensor.
                 key = (layout, *lead)
                 if key not in self._expanded:
-                    self._expanded[key] = self._tensor[self.index(layout, lead).reshape(-1)]
+                    self._expanded[key] = self.tensor[self.index(layout, lead).reshape(-1)]
                 return self._expanded[key]
             raise self.unproven(lead, who)
         if self.tokens:
             if lead == (batch,):
-                return self._tensor
+                return self.tensor
         elif len(lead) > self.dim and lead[self.dim] == batch and not (len(lead) == 1 and self.dim):
+            if len(lead) == 1:
+                return self.tensor
             shape = [batch if i == self.dim else 1 for i in range(len(lead))]
-            return self._tensor.reshape(shape).expand(lead).reshape(-1)
+            return self.tensor.reshape(shape).expand(lead).reshape(-1)
         elif len(lead) == 1 and flattens and lead[0] % batch == 0 and self.dim == 0:
-            return self._tensor.repeat_interleave(lead[0] // batch)
+            return self.tensor.repeat_interleave(lead[0] // batch)
         raise self.unproven(lead, who)
 
     def unproven(self, lead: Sequence[int], who: str) -> RuntimeError:
@@ -210,7 +247,7 @@ class RowMap:
     def index(self, layout: Layout, lead: Sequence[int]) -> Tensor:
         """The number of the batch row at each position of this shape, int64."""
         (kind, dim), batch = layout, len(self.slots)
-        numbers, shape = torch.arange(batch), [1] * len(lead)
+        numbers, shape = torch.arange(batch, device=self.device), [1] * len(lead)
         shape[dim] = lead[dim]
         if kind == "flat":
             numbers = numbers.repeat_interleave(lead[0] // batch)
@@ -220,7 +257,7 @@ class RowMap:
 
     def picked(self, layout: Layout, lead: Sequence[int], values: Sequence[Tensor]) -> Tensor:
         """Each row of its own tenant's value: there is one for each of `used`, all of one shape that begins with `lead`."""
-        out, whose = values[0], self._tensor[self.index(layout, lead)]
+        out, whose = values[0], self.tensor[self.index(layout, lead)]
         whose = whose.reshape(*whose.shape, *[1] * (out.dim() - whose.dim()))
         for slot, mine in zip(self.used, values, strict=True):
             out = torch.where(whose == slot, mine, out)

@@ -21,6 +21,7 @@ class Owner(Protocol):
     """What a site needs of the `Tenants` that it belongs to."""
 
     mode: str
+    device: torch.device
     capacity: int
     arena: Arena
     lock: Any
@@ -125,11 +126,12 @@ class Site:
 
     def _fill(self, param: str) -> None:
         # A new tensor each time: forwards that run in other threads keep the one that they have.
+        # Made on the host and copied whole, so that nobody meets it half written.
         with lasting():
             table = torch.zeros(self.owner.capacity, 2, dtype=torch.int64)
             for slot, piece in self.pieces.get(param, {}).items():
                 table[slot] = torch.tensor(piece)
-        self.table[param] = table
+            self.table[param] = table.to(self.owner.device)
 
     # What forwards read.
 

@@ -205,9 +205,9 @@ def _recurrent(site: Site, module: Any, rows: RowMap, input: Tensor, hx: Any = N
         )
     if rows.only is None:
         rows.aligned([(site, input, dim)], site.name)
-    slots = torch.full((count,), rows.only) if rows.only is not None else torch.tensor(rows.slots)
+    slots = rows.rows((count,), False, site.name) if rows.only is not None else rows.tensor
     outputs, states, order = [], [], []
-    for slot, index in groups(slots, rows.used, site.row_by_row):
+    for slot, index in groups(slots, rows, site.row_by_row):
         part = None
         if hx is not None:
             part = (
@@ -288,7 +288,7 @@ def apart(
     leaves, spec = tree_flatten((args, kwargs))
     if rows.tokens or rows.proof is None or any(not isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
         raise why
-    found = groups(torch.tensor(rows.slots), rows.used, owner.mode == "deterministic")
+    found = groups(rows.tensor, rows, owner.mode == "deterministic")
     fits = [
         isinstance(t, Tensor) and t.dim() > rows.dim and t.size(rows.dim) == len(rows.slots) for t in leaves
     ]
@@ -396,7 +396,7 @@ def settled(out: Any, rows: RowMap) -> Any:
     if not any(isinstance(leaf, Weight) for leaf in tree_leaves(opened(out)[1])):
         return out
     build, leaves = opened(out)
-    slots, done = torch.tensor(rows.slots), []
+    slots, done = rows.tensor, []
     for leaf in leaves:
         if isinstance(leaf, Weight):
             if rows.tokens or rows.proof is not None or not _has(leaf, rows.dim, len(rows.slots)):
@@ -404,7 +404,7 @@ def settled(out: Any, rows: RowMap) -> Any:
                     f"xorz: an output {list(leaf.shape)} is made of `{leaf.full()}` alone; use one tenant at a time"
                 )
             whole = leaf.dense(rows.used[0]).clone()
-            for slot, index in groups(slots, rows.used, False):
+            for slot, index in groups(slots, rows, False):
                 part = leaf.dense(slot).index_select(rows.dim, index)
                 whole = whole.index_copy(rows.dim, index, part)
             leaf = whole

@@ -21,7 +21,7 @@ from .kept import kept
 from .prepare import Prepared, prepare
 from .proof import Proofs
 from .residency import Piece, Residency, padded, size_of
-from .rows import BASE, Active, RowMap, Use, lasting, stepping
+from .rows import BASE, HOST, Active, RowMap, Use, lasting, stepping
 from .shown import Memory, Summary, table
 from .site import Site
 from .streams import LaterStream, Stream
@@ -69,8 +69,9 @@ class Tenants:
         budget: int | str | None,
         max_copies: int | str | None = None,
         trust: str = "digest",
+        device: torch.device = HOST,
     ) -> None:
-        """Attach `model`, for which `xorz.attach` is the door; the arguments are those of `attach`."""
+        """Attach `model`, for which `xorz.attach` is the door; the arguments are those of `attach`, and where the model is."""
         if default is not None and not (isinstance(default, str) and default):
             raise ValueError(f'default must be "base", a tenant\'s name or None, but is {default!r}')
         if mode not in ("fast", "deterministic", "exact"):
@@ -89,7 +90,8 @@ class Tenants:
         self.sites: dict[str, Site] = {}
         self.modules: dict[str, nn.Module] = {}
         self.methods: list[nn.Module] = []
-        self.residency = Residency(self.budget)
+        self.device = device
+        self.residency = Residency(self.budget, device)
         self.arena = self.residency.arena
         self._tenants: dict[str, _Tenant] = {}
         self._slots: dict[int, _Tenant] = {}
@@ -99,7 +101,7 @@ class Tenants:
         self.apart: RuntimeError | None = None
         self.cut: dict[Any, list[bool]] = {}
         self.proofs = Proofs()
-        self.of_base = RowMap((BASE,), (None,))
+        self.of_base = RowMap((BASE,), (None,), device=device)
         self.generators: dict[int, RowMap] = {}
         self._shrouded: list[Tensor] = []
         self._kept: dict[str, str] = {}
@@ -229,6 +231,7 @@ class Tenants:
         with lasting():
             source = tenant.source if tenant.path is None else tenant.path
             prepared = prepare(self.model, source, self.prefer, self.max_copies, self._kept, self.trust)
+            prepared.move(self.device)
         if tenant.path is not None and _identity(tenant.path) != before:
             raise ValueError(f"tenant {tenant.name!r}: {tenant.path} was changed while it was read")
         tenant.identity = before
@@ -375,7 +378,8 @@ class Tenants:
                 )
             slots = [BASE if name is None else held[name].slot for name in names]
             tenants = tuple(held.values())
-            out = RowMap(slots, names, dim=dim, release=lambda: self._release(tenants))
+            out = RowMap(slots, names, dim=dim, release=lambda: self._release(tenants), device=self.device)
+            out.ready()
             out.together = self.proofs.together
             return out
         except BaseException:
@@ -453,7 +457,7 @@ class Tenants:
         if rows is None:
             if self.default != "base":
                 raise RuntimeError("xorz: no tenant is active here, so there is nothing to carry")
-            rows = RowMap((BASE,), (None,))
+            rows = self.of_base
         return nullcontext(), _Carried(self, rows)
 
     def regroup(self, index: Tensor, lead: Sequence[int]) -> AbstractContextManager[None]:
@@ -463,7 +467,7 @@ class Tenants:
         rows = self.active.get()
         if rows is None:
             return nullcontext()
-        slots = rows.rows(tuple(lead), False, "regroup")[index.reshape(-1).cpu()]
+        slots = rows.rows(tuple(lead), False, "regroup")[index.reshape(-1).to(self.device)]
         return self.active.set(rows.regroup(slots.tolist()))
 
     # Asking what is loaded.
@@ -557,7 +561,7 @@ class _Carried:
             self._held = tuple(owner._slots[slot] for slot in rows.used if slot != BASE)
             for tenant in self._held:
                 tenant.pins += 1
-        self._rows = RowMap(rows.slots, rows.names, dim=rows.dim, tokens=rows.tokens)
+        self._rows = RowMap(rows.slots, rows.names, dim=rows.dim, tokens=rows.tokens, device=rows.device)
         self._rows.carried = True
         self._open: list[Any] = []
 

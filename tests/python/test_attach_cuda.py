@@ -1,0 +1,249 @@
+"""Promise: a model on a GPU is attached as one on the CPU is: each row has its tenant's weights, what tenants hold lies on the
+device, a forward waits for nothing, and what is not served there is refused when it is attached.
+
+No GPU is needed: `gpu_double` stands for one. It knows what a driver would be asked, and nothing of time.
+"""
+
+import copy
+
+import gpu_double
+import pytest
+import torch
+import xorz
+from gpu_double import CUDA, OnGpu, to_gpu
+from torch import nn
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a double of a GPU, beside a real one")
+F = nn.functional
+
+
+class Block(nn.Module):
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(k), nn.Linear(k, 2 * k), nn.Linear(2 * k, k, bias=False)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    """A table, blocks with norms, and a head that is the table again."""
+
+    def __init__(self, k: int = 48, words: int = 50) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(words, k), nn.Linear(k, words, bias=False)
+        self.blocks = nn.Sequential(Block(k), Block(k))
+        self.head.weight = self.table.weight
+
+    def forward(self, ids):
+        return self.head(self.blocks(self.table(ids)))
+
+
+def tuned(base: nn.Module, seed: int, share: float = 0.3) -> nn.Module:
+    out, g = copy.deepcopy(base), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in out.parameters():
+            step = (torch.randn(p.shape, generator=g) * 0.2).to(p.dtype)
+            p.copy_(torch.where(torch.rand(p.shape, generator=g) < share, p + step, p))
+    return out
+
+
+def made(dtype: torch.dtype = torch.float32):
+    """A base and its fine-tunes, plain and as deltas."""
+    torch.manual_seed(0)
+    base = Model().to(dtype).eval()
+    plain = {"alice": tuned(base, 1), "bob": tuned(base, 2, 0.1), None: base}
+    deltas = {n: xorz.diff(base.state_dict(), m.state_dict()) for n, m in plain.items() if n}
+    return base, plain, deltas
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    with gpu_double.machine(monkeypatch) as ledger, torch.no_grad():
+        yield ledger
+
+
+NAMES = ["alice", None, "bob", "bob", "alice"]
+IDS = torch.randint(0, 50, (5, 7), generator=torch.Generator().manual_seed(3))
+NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def near(got, want) -> bool:
+    got = got.words if isinstance(got, OnGpu) else got
+    return got.shape == want.shape and float((got - want).abs().max()) <= NEAR[want.dtype] * float(
+        want.abs().max()
+    )
+
+
+@pytest.mark.parametrize("mode", ["fast", "deterministic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_row_is_computed_with_its_tenants_weights(gpu, dtype, mode):
+    base, plain, deltas = made(dtype)
+    model = to_gpu(copy.deepcopy(base))
+    tenants = xorz.attach(model, budget="16 MiB", mode=mode)
+    for name, delta in deltas.items():
+        tenants.load(name, delta)
+    apart = {name: plain[name](IDS) for name in plain}
+    pairs = (("alice", None), ("bob", None), ("bob", "alice"))
+    assert not any(near(apart[one], apart[other]) for one, other in pairs)
+    for name in plain:
+        with tenants.use(name):
+            assert near(model(OnGpu(IDS)), apart[name]), name
+    want = torch.stack([apart[name][row] for row, name in enumerate(NAMES)])
+    with tenants.use(NAMES):
+        assert near(model(OnGpu(IDS)), want)
+    # As the attached model on the CPU does, bit for bit: the double computes by the same kernels.
+    cpu = copy.deepcopy(base)
+    there = xorz.attach(cpu, mode=mode)
+    for name, delta in deltas.items():
+        there.load(name, delta)
+    with there.use(NAMES), tenants.use(NAMES):
+        assert torch.equal(model(OnGpu(IDS)).words, cpu(IDS))
+    # The model's own tensors, where they were, and nothing of tenants left in them.
+    assert tenants.detach() is model
+    assert all(type(p) in (OnGpu, nn.Parameter) and p.device == CUDA for p in model.parameters())
+    assert near(model(OnGpu(IDS)), apart[None])
+
+
+def test_what_tenants_hold_lies_on_the_device(gpu):
+    base, _, deltas = made()
+    model = to_gpu(copy.deepcopy(base))
+    tenants = xorz.attach(model, budget="16 MiB")
+    tenants.load("alice", deltas["alice"])
+    assert isinstance(tenants.arena.tensor, OnGpu) and tenants.arena.tensor.numel() == 16 << 20
+    kinds = {"tables": 0, "values": 0, "deltas": 0}
+    for site in tenants.sites.values():
+        for kind, held in (
+            ("tables", site.table),
+            ("values", site.values.get(0, {})),
+            ("deltas", site.deltas),
+        ):
+            assert all(isinstance(t, OnGpu) for t in held.values()), (site.name, kind)
+            kinds[kind] += len(held)
+    assert all(kinds.values()), kinds
+    with tenants.use(["alice", None]):
+        rows = tenants.active.get()
+        assert isinstance(rows.tensor, OnGpu)
+    assert tenants.memory()["deltas"] > 0
+
+
+def test_a_forward_waits_for_nothing(gpu):
+    base, _, deltas = made()
+    model = to_gpu(copy.deepcopy(base))
+    tenants = xorz.attach(model, budget="16 MiB")
+    for name, delta in deltas.items():
+        tenants.load(name, delta)
+    x = OnGpu(IDS)
+    for names in ("alice", None, NAMES):
+        # The first batch of a kind is tried, to find out where its rows are.
+        with tenants.use(names):
+            model(x)
+    for names in ("bob", None, NAMES, NAMES[::-1]):
+        gpu.waits.clear()
+        with tenants.use(names):
+            # One tenant needs nothing; of several it is copied now who has which row.
+            assert all("copy to the device" in wait for wait in gpu.waits), gpu.waits
+            assert bool(gpu.waits) == (len(names or "") == len(NAMES)), gpu.waits
+            gpu.waits.clear()
+            gpu.ops.clear()
+            model(x)
+            assert gpu.waits == [], (names, gpu.waits)
+            assert {"delta_linear", "delta_linear_grouped"} & set(gpu.ops) or names is None
+
+
+def test_memory_that_kernels_may_still_read_is_not_written_to(gpu):
+    base, _, deltas = made()
+    model = to_gpu(copy.deepcopy(base))
+    tenants = xorz.attach(model, budget="16 MiB")
+    for name, delta in deltas.items():
+        tenants.load(name, delta)
+    # Nothing was lent before.
+    assert gpu.synchronized == 0
+    tenants.unload("alice")
+    tenants.load("carol", deltas["alice"])
+    assert gpu.synchronized == 1
+    # Also where a tenant takes another one's place.
+    tenants.swap("carol", deltas["bob"])
+    tenants.swap("carol", deltas["alice"])
+    assert gpu.synchronized >= 2
+    with tenants.use("carol"):
+        got = model(OnGpu(IDS))
+    assert near(got, made()[1]["alice"](IDS))
+
+
+def test_packages_are_loaded_and_make_room_for_others(gpu, tmp_path):
+    base, plain, _ = made()
+    paths = {name: tmp_path / f"{name}.xorz" for name in ("alice", "bob")}
+    for name, path in paths.items():
+        xorz.pack(base.state_dict(), plain[name].state_dict(), path)
+    model = to_gpu(copy.deepcopy(base))
+    # Room for one of them: alice's deltas are nearly all of it.
+    first = xorz.attach(model, budget="16 MiB")
+    first.load("alice", paths["alice"])
+    size = first.sizes()["alice"]
+    first.detach()
+    tenants = xorz.attach(model, budget=size + (size >> 4))
+    for name, path in paths.items():
+        tenants.load(name, path)
+    for name in ("alice", "bob", "alice"):
+        with tenants.use(name):
+            assert near(model(OnGpu(IDS)), plain[name](IDS)), name
+    assert not tenants.resident("bob") or not tenants.resident("alice")
+    tenants.verify("alice", OnGpu(IDS))
+
+
+def test_models_of_transformers(gpu):
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 60, "attn_implementation": "eager"}
+    configs = {
+        "llama": transformers.LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            **small,
+        ),
+        # Whose Conv1D has no CUDA kernel, and is computed on dense weights made for the call.
+        "gpt2": transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=32, **small),
+    }
+    for kind, config in configs.items():
+        torch.manual_seed(1)
+        base = transformers.AutoModelForCausalLM.from_config(config).eval()
+        plain = {"alice": tuned(base, 1), "bob": tuned(base, 2), None: base}
+        model = to_gpu(copy.deepcopy(base))
+        tenants = xorz.attach(model, budget="16 MiB", max_copies="1 MiB")
+        for name in ("alice", "bob"):
+            tenants.load(name, xorz.diff(base.state_dict(), plain[name].state_dict()))
+        apart = {name: m(IDS, use_cache=False).logits for name, m in plain.items()}
+        for name in plain:
+            with tenants.use(name):
+                assert near(model(OnGpu(IDS), use_cache=False).logits, apart[name]), (kind, name)
+        with tenants.use(NAMES):
+            got = model(OnGpu(IDS), use_cache=False).logits
+        want = torch.stack([apart[name][row] for row, name in enumerate(NAMES)])
+        assert near(got, want), kind
+
+
+def test_what_is_not_served_there_is_refused_by_name(gpu):
+    base, _, _ = made()
+
+    def refused(sentence, model, **options):
+        with pytest.raises(ValueError, match=sentence):
+            xorz.attach(model, **options)
+        assert not any("_xorz" in module.__dict__ for module in model.modules())
+
+    model = to_gpu(copy.deepcopy(base))
+    refused(
+        'mode="exact" is for models on the CPU, but this one is on cuda:0',
+        model,
+        mode="exact",
+        budget="1 MiB",
+    )
+    refused('the model is on cuda:0, .* such as budget="4 GiB"', model)
+    model.blocks[1].up.bias = nn.Parameter(base.blocks[1].up.bias.detach().clone())
+    refused(
+        "`table.weight` is on cuda:0, but `blocks.1.up.bias` is on cpu; .* spread over devices",
+        model,
+        budget="1 MiB",
+    )
