@@ -2,16 +2,20 @@
 // output: the tests' side is tests/rust/common/device.rs. A launch, little-endian:
 //
 //   u32 length and bytes of the kernel's name; u32 blocks x, blocks y, threads; u64 seed; u32 1 to count
-//     sectors + 2 for asynchronous copies that land late
+//     sectors + 2 for asynchronous copies that land late + 4 to run one block of the grid alone: u32 x, y
 //   u32 parameters; each: u32 kind; 0, 1: u32, u64 value; 2: null; 3, 4: input, output: u64 size, u64 offset
-//     of its
-//     address from a multiple of 256, bytes
+//     of its address from a multiple of 256, bytes; 5: memory of zeros that may be larger than the machine's, of
+//     which only touched pages are real: u64 size; u32 places and for each u64 offset, u64 size, bytes; u32
+//     places to give back (none: an input) and for each u64 offset, u64 size
 //
-// and back, for each parameter of kind 3, 4: u64 sectors of the launch, u64 sectors of its blocks; of kind 4:
-// bytes.
+// and back, for each parameter of kind 3 to 5: u64 sectors of the launch, u64 sectors of its blocks; of kind 4:
+// bytes; of kind 5: the bytes of its places.
+#include <sys/mman.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "table.h"
@@ -38,7 +42,25 @@ struct Param {
   uint64_t value = 0;
   void* block = nullptr;
   size_t buffer = 0;
+  std::vector<std::pair<uint64_t, uint64_t>> back = {};
 };
+
+host::Buffer vast(Param& param) {
+  const uint64_t size = read<uint64_t>();
+  param.block = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (param.block == MAP_FAILED) host::fail("no addresses");
+  uint8_t* at = static_cast<uint8_t*>(param.block);
+  for (uint32_t places = read<uint32_t>(); places > 0; places--) {
+    const uint64_t offset = read<uint64_t>(), bytes = read<uint64_t>();
+    read(at + offset, bytes);
+  }
+  param.back.resize(read<uint32_t>());
+  for (auto& [offset, bytes] : param.back) {
+    offset = read<uint64_t>();
+    bytes = read<uint64_t>();
+  }
+  return {at, size, !param.back.empty()};
+}
 
 void one(uint32_t name_bytes) {
   std::string name(name_bytes, 0);
@@ -54,6 +76,11 @@ void one(uint32_t name_bytes) {
   const uint32_t ways = read<uint32_t>();
   launch.count = (ways & 1) != 0;
   launch.late = (ways & 2) != 0;
+  launch.alone = (ways & 4) != 0;
+  if (launch.alone) {
+    launch.alone_x = read<uint32_t>();
+    launch.alone_y = read<uint32_t>();
+  }
   std::vector<Param> params(read<uint32_t>());
   if (params.size() != found->second.params) host::fail(name + " takes other parameters");
   std::vector<host::Buffer> buffers;
@@ -62,12 +89,17 @@ void one(uint32_t name_bytes) {
     if (param.kind == 0) param.value = read<uint32_t>();
     if (param.kind == 1) param.value = read<uint64_t>();
     if (param.kind < 3) continue;
+    param.buffer = buffers.size();
+    if (param.kind == 5) {
+      buffers.push_back(vast(param));
+      param.value = reinterpret_cast<uintptr_t>(param.block);
+      continue;
+    }
     const uint64_t size = read<uint64_t>(), offset = read<uint64_t>();
     if (posix_memalign(&param.block, 256, size + offset + (size + offset == 0)) != 0) host::fail("no memory");
     uint8_t* at = static_cast<uint8_t*>(param.block) + offset;
     read(at, size);
     param.value = reinterpret_cast<uintptr_t>(at);
-    param.buffer = buffers.size();
     buffers.push_back({at, size, param.kind == 4});
   }
   std::vector<void*> pointers;
@@ -81,7 +113,11 @@ void one(uint32_t name_bytes) {
     write(&buffer.launch_sectors, 8);
     write(&buffer.block_sectors, 8);
     if (param.kind == 4) write(buffer.at, buffer.size);
-    std::free(param.block);
+    for (const auto& [offset, bytes] : param.back) write(buffer.at + offset, bytes);
+    if (param.kind == 5)
+      munmap(param.block, buffer.size);
+    else
+      std::free(param.block);
   }
   std::fflush(stdout);
 }

@@ -274,8 +274,11 @@ void run(const Launch& launch) {
   random_.seed(static_cast<uint32_t>(launch.seed));
   if (launch.threads % 32 != 0 || launch.threads > kMostThreads)
     fail("a block of " + std::to_string(launch.threads) + " threads");
-  for (block_y_ = 0; block_y_ < launch.blocks_y; block_y_++)
-    for (block_x_ = 0; block_x_ < launch.blocks_x; block_x_++) {
+  const uint32_t from_x = launch.alone ? launch.alone_x : 0, from_y = launch.alone ? launch.alone_y : 0;
+  const uint32_t to_x = launch.alone ? from_x + 1 : launch.blocks_x;
+  const uint32_t to_y = launch.alone ? from_y + 1 : launch.blocks_y;
+  for (block_y_ = from_y; block_y_ < to_y; block_y_++)
+    for (block_x_ = from_x; block_x_ < to_x; block_x_++) {
       for (Buffer& buffer : *launch.buffers)
         std::fill(buffer.seen_by_block.begin(), buffer.seen_by_block.end(), 0);
       run_block();

@@ -43,6 +43,8 @@ struct Launch {
   bool count;  // sectors
   bool late;   // asynchronous copies land when waited for, as late as they may; else at once
   std::vector<Buffer>* buffers;
+  bool alone;  // of the grid, only this block runs
+  uint32_t alone_x, alone_y;
 };
 void run(const Launch& launch);
 

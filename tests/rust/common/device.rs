@@ -17,6 +17,9 @@ pub enum Param {
     In(Vec<u8>, u64),
     /// Bytes that it may write, too.
     Out(Vec<u8>, u64),
+    /// As many bytes, of which only those that are touched take memory: zeros, but for the bytes at some
+    /// offsets. Written to if some of them, offset and length each, are to come back.
+    Vast(u64, Vec<(u64, Vec<u8>)>, Vec<(u64, u64)>),
 }
 
 /// One launch of 256 threads a block.
@@ -30,6 +33,8 @@ pub struct Launch {
     pub count: bool,
     /// Whether asynchronous copies land as late as they may; else at once.
     pub late: bool,
+    /// Of the grid, this block alone.
+    pub only: Option<(u32, u32)>,
     pub params: Vec<Param>,
 }
 
@@ -188,6 +193,17 @@ fn take<'a>(left: &mut &'a [u8], bytes: usize) -> &'a [u8] {
     now
 }
 
+fn vast(size: u64, given: &[(u64, Vec<u8>)], back: &[(u64, u64)]) -> Vec<u8> {
+    let mut out = size.to_le_bytes().to_vec();
+    out.extend((given.len() as u32).to_le_bytes());
+    for (at, bytes) in given {
+        out.extend([&at.to_le_bytes(), &(bytes.len() as u64).to_le_bytes(), &bytes[..]].concat());
+    }
+    out.extend((back.len() as u32).to_le_bytes());
+    back.iter().for_each(|(at, bytes)| out.extend([at.to_le_bytes(), bytes.to_le_bytes()].concat()));
+    out
+}
+
 impl Launch {
     fn write(&self, to: &mut Vec<u8>) {
         let mut word = |v: u32| to.extend(v.to_le_bytes());
@@ -197,9 +213,9 @@ impl Launch {
         [self.blocks.0, self.blocks.1, 256].into_iter().for_each(&mut word);
         to.extend(self.seed.to_le_bytes());
         let mut word = |v: u32| to.extend(v.to_le_bytes());
-        [u32::from(self.count) + 2 * u32::from(self.late), self.params.len() as u32]
-            .into_iter()
-            .for_each(&mut word);
+        let ways = u32::from(self.count) + 2 * u32::from(self.late) + 4 * u32::from(self.only.is_some());
+        let only = self.only.map_or(vec![], |(x, y)| vec![x, y]);
+        [vec![ways], only, vec![self.params.len() as u32]].concat().into_iter().for_each(&mut word);
         for param in &self.params {
             let (kind, rest) = match param {
                 Param::U32(v) => (0u32, v.to_le_bytes().to_vec()),
@@ -211,6 +227,7 @@ impl Launch {
                 Param::Out(b, offset) => {
                     (4, [&(b.len() as u64).to_le_bytes(), &offset.to_le_bytes(), &b[..]].concat())
                 }
+                Param::Vast(size, given, back) => (5, vast(*size, given, back)),
             };
             to.extend(kind.to_le_bytes());
             to.extend(rest);
@@ -223,6 +240,7 @@ impl Launch {
             let out = match param {
                 Param::In(..) => 0,
                 Param::Out(bytes, _) => bytes.len(),
+                Param::Vast(_, _, back) => back.iter().map(|place| place.1 as usize).sum(),
                 _ => return After::default(),
             };
             let sectors = (number(left), number(left));

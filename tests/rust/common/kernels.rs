@@ -89,7 +89,7 @@ pub fn restore(
     params.push(Param::U32(dtype));
     params.push(Param::Out(vec![0; 4], 0));
     let kernel = format!("xorz_delta_{}_{bits}", if apply { "apply" } else { "restore" });
-    Launch { kernel, blocks: (blocks, 1), seed, count: false, late: false, params }
+    Launch { kernel, blocks: (blocks, 1), seed, count: false, late: false, only: None, params }
 }
 
 /// Many tenants' rows, or one tenant's.
@@ -147,6 +147,7 @@ impl Linear<'_> {
             seed: self.seed,
             count: false,
             late: false,
+            only: None,
             params,
         }
     }

@@ -103,6 +103,6 @@ impl Tables {
             Param::Out(vec![0; 4], 0),
         ];
         let kernel = format!("xorz_delta_embedding_{}", 8 * self.dtype.word_bytes());
-        Launch { kernel, blocks, seed, count: false, late: false, params }
+        Launch { kernel, blocks, seed, count: false, late: false, only: None, params }
     }
 }

@@ -17,6 +17,7 @@ pub mod common {
 
 mod budget;
 mod bytes;
+mod edges;
 mod embedding;
 mod hostile;
 mod kernels;
@@ -25,5 +26,6 @@ mod large_mutants;
 mod launch;
 mod layout0;
 mod mutants;
+mod offsets;
 mod plan;
 mod refusals;
