@@ -47,7 +47,8 @@ struct Param {
 
 host::Buffer vast(Param& param) {
   const uint64_t size = read<uint64_t>();
-  param.block = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  param.block =
+      mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (param.block == MAP_FAILED) host::fail("no addresses");
   uint8_t* at = static_cast<uint8_t*>(param.block);
   for (uint32_t places = read<uint32_t>(); places > 0; places--) {

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -20,6 +21,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "cuda"
+sys.path.insert(0, str(ROOT / "tests" / "wheel"))
+import kernels  # noqa: E402
+
 SCRIPTS = Path(sys.executable).parent
 CMAKE = shutil.which("cmake", path=os.pathsep.join([str(SCRIPTS), os.environ.get("PATH", "")]))
 
@@ -246,3 +250,29 @@ def test_nvcc_is_fetched_once_whoever_else_builds_and_wherever_pip_installs_to(m
     # Then it is there, network or not.
     done = machine.chosen(XORZ_CUDA_TOOLS=env["XORZ_CUDA_TOOLS"], XORZ_CUDA="1", **OFFLINE)
     assert done.returncode == 0 and both[0].stdout.strip() in done.stdout, done.stderr
+
+
+def fatbin(images: list[tuple[int, int, int]]) -> bytes:
+    """Images of kind, compute capability and size, as nvcc writes them."""
+    body = b"".join(
+        struct.pack("<HHIQIIHHI", kind, 257, 64, size, size, 64, 8, 1, arch) + bytes(32) + b"\xb5" * size
+        for kind, arch, size in images
+    )
+    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body
+
+
+def test_a_library_without_some_kernels_is_told_from_one_with_all(tmp_path, capsys):
+    whole = [(1, 80, 300), *((2, arch, 100 + arch) for arch in (80, 86, 89, 90, 100, 120))]
+    junk = b"\x7fELF" + b"\x50\xed\x55\xba" * 5 + bytes(77)
+    for images, lacks in ((whole, None), (whole[1:], "ptx80"), (whole[:-1], "sm120"), ([], "sm80")):
+        library = junk + (fatbin(images) if images else b"") + junk
+        names = {f"{'ptx' if kind == 1 else 'sm'}{arch}": 64 + size for kind, arch, size in images}
+        assert kernels.images(library) == names
+        path = tmp_path / "xorz-0.whl"
+        with zipfile.ZipFile(path, "w") as wheel:
+            wheel.writestr("xorz/libxorz_torch.so", library)
+        assert kernels.main([str(path)]) == (0 if lacks is None else 1)
+        said = capsys.readouterr()
+        assert (lacks is None and not said.err) or lacks in said.err
+    # What is cut ends the search, and nothing else.
+    assert kernels.images(junk + fatbin(whole)[:-1]) == {}

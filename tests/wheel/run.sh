@@ -1,7 +1,7 @@
 #!/bin/sh
 # Promise: the source archive alone, outside any git tree, becomes a working install: `pip install .` with build isolation in
-# a clean environment gives the ops, the library and the command, and the same files as the wheel that the tree builds.
-# Minutes, and 15 GB of disk for a while: pip fetches torch twice (for the build and for the environment; its cache is used).
+# a clean environment gives the ops, the library with the CUDA kernels and the command, and the same files as the wheel that
+# the tree builds. Minutes, and 15 GB of disk for a while: pip fetches torch twice (for the build and for the environment; its cache is used).
 # XORZ_WHEEL_PYTHON: another interpreter for the clean environment.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -56,6 +56,8 @@ began=$(date +%s)
 ( cd "$tmp/source" && "$tmp/venv/bin/python" -m pip install $pip_options . )
 echo "pip install . with build isolation: $(($(date +%s) - began)) s"
 check "from the source archive"
+# nvcc was fetched, if none was there, and the kernels are in it.
+"$PY" tests/wheel/kernels.py "$("$tmp/venv/bin/python" -c 'import xorz; print(xorz.library_path)')"
 "$tmp/venv/bin/python" -m pip check
 files > "$tmp/from-sdist"
 
@@ -64,6 +66,7 @@ case $(ls "$tmp/wheel") in
   xorz-*-py3-none-linux_x86_64.whl) ;;
   *) echo "test-wheel: the wheel is called $(ls "$tmp/wheel")" >&2; exit 1 ;;
 esac
+"$PY" tests/wheel/kernels.py "$tmp"/wheel/*.whl
 "$tmp/venv/bin/python" -m pip install $pip_options --no-deps --force-reinstall "$tmp"/wheel/*.whl
 check "from the wheel"
 files > "$tmp/from-wheel"
