@@ -124,7 +124,7 @@ fn far_rows_of_x(device: &Device) -> Checked {
         segments: of_kernel("xorz_linear_segments_bf16"),
         product: of_kernel("xorz_linear_large_bf16"),
     };
-    let mut left = device.run(&[large.segments.clone()])?.remove(0);
+    let mut left = device.run(std::slice::from_ref(&large.segments))?.remove(0);
     let order = workspace(M, SLOTS as usize).1;
     let place = (0..M)
         .map(|i| order + 4 * i)
