@@ -55,7 +55,7 @@ class Publisher:
         self._running: Future[int] | None = None
         self._closed = False
 
-    def publish(self, new: StateDict | nn.Module) -> "Future[int]":
+    def publish(self, new: StateDict | nn.Module, *, as_tenant: bool = False) -> "Future[int]":
         """Make `new` the next version. Its words are copied before this returns, so that training may go on.
 
         A version that is still being written is waited for. Floating-point tensors are cast to the base's dtypes, as an engine
@@ -63,6 +63,8 @@ class Publisher:
 
         Args:
             new: the model or its state_dict, on whatever device, with the tensors that the base has.
+            as_tenant: write a package against the base, too, so that engines can serve the version beside others, as the tenant
+                whose path is `FOLDER@NUMBER`. It takes as long again.
 
         Returns:
             A future of the version's number. An error in it is raised by the next call of `publish`, `wait` or `close`, too,
@@ -76,7 +78,7 @@ class Publisher:
             raise RuntimeError("this Publisher is closed")
         self.wait()
         copied = self._copy(tensors_of("new", new))
-        self._running = self._worker.submit(self._write, copied)
+        self._running = self._worker.submit(self._write, copied, as_tenant)
         return self._running
 
     def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -107,8 +109,8 @@ class Publisher:
                 out[name] = copies[key]
         return out
 
-    def _write(self, copied: dict[str, Tensor]) -> int:
-        number, digest = self.versions.publish_from(self._last, copied)
+    def _write(self, copied: dict[str, Tensor], as_tenant: bool) -> int:
+        number, digest = self.versions.publish_from(self._last, copied, as_tenant=as_tenant)
         self._last = digest, copied
         return number
 

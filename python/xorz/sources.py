@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import _core, locks
+from . import _core, locks, versions
 from .progress import bar
 
 SUFFIX = ".xorz"
@@ -26,7 +26,8 @@ def located(source: str | os.PathLike[str]) -> Path:
     """The package's path on this machine.
 
     Args:
-        source: a package; a folder with one `.xorz` in it; `owner/name` or `hf://owner/name` of the Hub, with
+        source: a package; a folder with one `.xorz` in it; a folder of `xorz.Versions`, of which it is the newest version, or
+            `FOLDER@NUMBER` for another (published with `as_tenant`); `owner/name` or `hf://owner/name` of the Hub, with
             `/FILE.xorz` where it holds several and `@REVISION` for another than main, fetched by huggingface_hub into its cache
             (private ones with its token); or an address that fsspec opens (`s3://`, `gs://`, `https://`, ...), of a package or
             of a folder with one, fetched into `$XORZ_CACHE_DIR/fetched` (`~/.cache/xorz/fetched` by default). A path that
@@ -39,6 +40,9 @@ def located(source: str | os.PathLike[str]) -> Path:
     text = os.fspath(source)
     if not isinstance(text, str):
         return Path(os.fsdecode(text))
+    chain = versions.chain_of(text)
+    if chain is not None:
+        return versions.against_base(*chain)[1]
     scheme = _SCHEME.match(text)
     if scheme is None or os.path.exists(text):
         path = Path(text)
@@ -67,7 +71,7 @@ def folder_of(source: str | os.PathLike[str]) -> Path | None:
 def is_elsewhere(source: str | os.PathLike[str]) -> bool:
     """Whether `located` would look for it somewhere else: an address, or what may be a repository of the Hub."""
     text = str(source)
-    if os.path.lexists(text):
+    if os.path.lexists(text) or versions.chain_of(text) is not None:
         return False
     return bool(_SCHEME.match(text)) or (not text.endswith(SUFFIX) and bool(_HUB.fullmatch(text)))
 

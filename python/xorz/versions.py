@@ -27,6 +27,7 @@ _LIST, _LOCK = "versions.json", "versions.lock"
 _FORMAT, _FORMAT_VERSION = "xorz-versions", 1
 _OURS = re.compile(r"[0-9]{6,}-[0-9a-f]{32}(\.key)?\.xorz|\.part-[0-9]+(\.key)?\.xorz|\.versions\.json")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
+_NUMBERED = re.compile(r"(?P<folder>.+)@(?P<number>[0-9]{1,18})", re.DOTALL)
 
 
 class Versions:
@@ -105,6 +106,14 @@ class Versions:
             raise KeyError("version 0 is the base, which is no step from another")
         return self._step(number, versions[number - 1]["digest"])
 
+    def tenant(self, number: int) -> Path:
+        """The package of a version against the base: what servers load as a tenant. `FOLDER@NUMBER` names it, too.
+
+        KeyError: no such version; ValueError: it has no such package, since it was published without `as_tenant`.
+        """
+        self._known(self._read(), number)
+        return against_base(self.folder, number)[1]
+
     def __repr__(self) -> str:
         """The folder, the number of versions, and the bytes that they take."""
         versions = self._read()
@@ -113,24 +122,28 @@ class Versions:
 
     # Adding and dropping.
 
-    def publish(self, new: StateDict | nn.Module) -> int:
+    def publish(self, new: StateDict | nn.Module, *, as_tenant: bool = False) -> int:
         """Make `new` the next version, and say its number. It must not change meanwhile.
 
         Args:
             new: a state_dict or module with the tensors that the base has.
+            as_tenant: write the package against the base, too, so that the version can be served beside others; see `tenant`.
 
         Raises:
             TypeError, KeyError, ValueError: `new` is no state_dict, lacks a tensor or has another one, or one of another dtype
                 or shape (named); OSError. The chain is as before then.
         """
-        return self.publish_from(None, tensors_of("new", new))[0]
+        return self.publish_from(None, tensors_of("new", new), as_tenant=as_tenant)[0]
 
-    def publish_from(self, last: tuple[str, StateDict] | None, tensors: dict[str, Tensor]) -> tuple[int, str]:
+    def publish_from(
+        self, last: tuple[str, StateDict] | None, tensors: dict[str, Tensor], *, as_tenant: bool = False
+    ) -> tuple[int, str]:
         """`publish`, for whoever still has the head's tensors, so that they need not be restored; see `xorz.Publisher`.
 
         Args:
             last: the head's digest, and its tensors; where the head is another one by now they are restored all the same.
             tensors: name -> tensor of the next version, on whatever device.
+            as_tenant: as in `publish`.
 
         Returns:
             The number and the digest of the version; errors as `publish`.
@@ -142,7 +155,7 @@ class Versions:
             held = last[1] if last is not None and last[0] == self._known(versions, number - 1) else None
             chain = [] if held is not None else self._open(versions, number - 1, stack)
             step = stack.enter_context(_core.Writer(part, _core.options(trust=self.trust)))
-            key = self._key_writer(number, stack)
+            key = self._key_writer(number, stack, as_tenant)
             digests = {}
             for name, tensor in tensors.items():
                 fresh = _core.on_host(name, tensor)
@@ -367,16 +380,17 @@ class Versions:
     # Files.
 
     def _step(self, number: int, digest: str) -> Path:
-        return self.folder / f"{number:06d}-{digest}.xorz"
+        return _step_in(self.folder, number, digest)
 
     def _key(self, number: int, digest: str) -> Path:
-        return self.folder / f"{number:06d}-{digest}.key.xorz"
+        return _key_in(self.folder, number, digest)
 
     def _part(self, key: bool = False) -> Path:
         return self.folder / f".part-{os.getpid()}{'.key' if key else ''}.xorz"
 
-    def _key_writer(self, number: int, stack: ExitStack) -> _core.Writer | None:
-        if number % self.keyframe or number == 1:
+    def _key_writer(self, number: int, stack: ExitStack, wanted: bool = False) -> _core.Writer | None:
+        # The first step is against the base as it is.
+        if number == 1 or (number % self.keyframe and not wanted):
             return None
         return stack.enter_context(_core.Writer(self._part(key=True), _core.options(trust=self.trust)))
 
@@ -436,20 +450,69 @@ class Versions:
         locks.sync(self.folder)
 
     def _read(self) -> list[dict[str, Any]]:
-        path = self.folder / _LIST
-        try:
-            if path.exists() and not path.is_file():
-                raise ValueError("it is no regular file")
-            content = json.loads(path.read_bytes())
-            _check_list(content)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+        content = _listed(self.folder)
         base = self._identity(self._digests)
         if content["base"] != base:
             raise ValueError(
                 f"{self.folder} holds versions of another base: theirs has digest {content['base']}, this one {base}"
             )
         return content["versions"]
+
+
+def chain_of(source: PathLike) -> tuple[Path, int | None] | None:
+    """The folder of versions that a path names, and which: `run/` is its newest (None), `run@17` that one; else None."""
+    text = os.fsdecode(source)
+    if os.path.lexists(text):
+        return (Path(text), None) if os.path.isfile(os.path.join(text, _LIST)) else None
+    named = _NUMBERED.fullmatch(text)
+    if named is None or not os.path.isfile(os.path.join(named["folder"], _LIST)):
+        return None
+    return Path(named["folder"]), int(named["number"])
+
+
+def against_base(folder: PathLike, number: int | None = None) -> tuple[int, Path]:
+    """A version (the newest) of the chain in `folder`, and its package against the base, which need not be at hand.
+
+    Raises:
+        OSError: there is no such version; ValueError: it has no such package, or the list is damaged.
+    """
+    versions = _listed(Path(folder))["versions"]
+    number = len(versions) if number is None else number
+    if not 0 <= number <= len(versions):
+        raise FileNotFoundError(f"there is no version {number} in {folder}, only 0 to {len(versions)}")
+    if number == 0:
+        raise ValueError(f"version 0 in {folder} is the base itself, and no tenant of it")
+    version = versions[number - 1]
+    path = _key_in(Path(folder), number, version["digest"])
+    if number == 1:
+        path = _step_in(Path(folder), number, version["digest"])
+    elif not version["key"] or not path.exists():
+        raise ValueError(
+            f"version {number} in {folder} has no package against the base, which a tenant is: publish versions with "
+            f"as_tenant=True, or load what Versions.pack({number}, PATH) writes"
+        )
+    return number, path
+
+
+def _step_in(folder: Path, number: int, digest: str) -> Path:
+    return folder / f"{number:06d}-{digest}.xorz"
+
+
+def _key_in(folder: Path, number: int, digest: str) -> Path:
+    return folder / f"{number:06d}-{digest}.key.xorz"
+
+
+def _listed(folder: Path) -> dict[str, Any]:
+    """The list of the chain in `folder`: the base's digest, and the versions."""
+    path = folder / _LIST
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no regular file")
+        content = json.loads(path.read_bytes())
+        _check_list(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return content
 
 
 def _check_list(content: Any) -> None:

@@ -2,11 +2,15 @@
 chain is one that anybody can read; what cannot be published is refused by name, and nothing is there then.
 """
 
+import os
+import resource
+
 import pytest
 import torch
 import xorz
 from safetensors.torch import load_file, save_file
 from torch import nn
+from xorz import sources
 
 SHAPES = {"a.weight": (48, 96), "b.weight": (96, 48), "b.bias": (96,), "table": (40, 48)}
 
@@ -151,3 +155,66 @@ def test_an_error_while_writing_is_raised_by_the_next_call(base, tmp_path, monke
         assert publisher.versions.head == 1
         assert publisher.publish(state).result() == 2
         assert same(publisher.versions.state_dict(2), state)
+
+
+def test_a_full_disk_leaves_the_chain_as_it_was(base, tmp_path):
+    """The kernel itself refuses to let a file grow; no part of it stays."""
+    state = {name: word.clone() for name, word in words_of(base).items()}
+    with xorz.Publisher(base, tmp_path / "run") as publisher:
+        publisher.publish(state).result()
+        files = sorted(os.listdir(tmp_path / "run"))
+        # Nothing of the words is left, so that the step is long.
+        state = {name: torch.randn_like(word) for name, word in state.items()}
+        _soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                publisher.publish(state).result()
+            with pytest.raises(OSError, match="File too large"):
+                publisher.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert sorted(os.listdir(tmp_path / "run")) == files and publisher.versions.head == 1
+        assert publisher.publish(state).result() == 2
+        assert same(publisher.versions.state_dict(2), state)
+
+
+def test_versions_that_are_tenants_lie_against_the_base(base, tmp_path):
+    words = words_of(base)
+    run, state, wanted = tmp_path / "run", dict(words), []
+    with xorz.Publisher(base, run, keyframe=4) as publisher:
+        for step in range(6):
+            state["table"] = state["table"] + 1
+            publisher.publish(state, as_tenant=step in (1, 2, 4)).result()
+            wanted.append(dict(state))
+        versions = publisher.versions
+    # The first step is against the base as it is, the fourth is a keyframe.
+    for number in (1, 2, 3, 4, 5):
+        path = versions.tenant(number)
+        assert sources.located(f"{run}@{number}") == path and path.parent == run
+        for name, word in words.items():
+            delta = xorz.load_deltas(words, path).get(name)
+            got = word if delta is None else xorz.delta_restore(word, delta)
+            assert torch.equal(got.view(torch.int16), wanted[number - 1][name].view(torch.int16))
+    for call in (
+        lambda: versions.tenant(6),
+        lambda: sources.located(run),
+        lambda: sources.located(f"{run}@6"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"version 6 in .* has no package against the base.*as_tenant=True"
+        ):
+            call()
+    with pytest.raises(ValueError, match=r"version 0 in .* is the base itself"):
+        versions.tenant(0)
+    with pytest.raises(FileNotFoundError, match=r"there is no version 7 in .*, only 0 to 6"):
+        sources.located(f"{run}@7")
+    versions.rollback(5)
+    assert sources.located(run) == versions.tenant(5)
+    # What is no folder of versions is what it was: a file of that name, or nothing.
+    odd = tmp_path / "alice@3"
+    odd.write_bytes(b"")
+    assert sources.located(odd) == odd and not sources.is_elsewhere(f"{run}@3")
+    (run / "versions.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"versions\.json is damaged"):
+        sources.located(f"{run}@3")
