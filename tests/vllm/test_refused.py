@@ -78,6 +78,8 @@ def test_other_devices():
         ({"mode": "slow"}, "'slow'"),
         ({"prefer": "x"}, "'x'"),
         ({"memory": "much"}, "'much'"),
+        ({"max_staleness": -1}, "max_staleness must be .* but is -1"),
+        ({"max_staleness": True}, "max_staleness must be .* but is True"),
     ],
 )
 def test_settings(given, words):

@@ -9,12 +9,13 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from ..sources import located
+from . import policies
 from .packages import digest, named
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
-__all__ = ["digest", "load", "register", "request", "unload"]
+__all__ = ["digest", "load", "newest", "publish", "register", "request", "unload"]
 
 _installed = False
 
@@ -91,3 +92,56 @@ def unload(llm: Any, lora_request: "LoRARequest") -> None:
     then if one was published under its path.
     """
     llm.collective_rpc("xorz_forget", args=(lora_request.lora_name,))
+
+
+def publish(llm: Any, name: str, folder: Any, version: int | None = None) -> "LoRARequest":
+    """Serve a version of a policy beside those before it: the tenant `NAME-vVERSION`, which `newest` gives from now on.
+
+    Requests that run keep their version. Those that are older than the setting `max_staleness` allows leave when no request
+    needs them any more: with the next call, if one does now.
+
+    Args:
+        llm: as in `load`.
+        name: of the policy.
+        folder: of `xorz.Versions` whose version was published with `as_tenant`; its base is the one that the engine has loaded.
+        version: its number; None is the newest.
+
+    Raises:
+        As `load`; ValueError: `folder` is none, or the version has no package against the base. The policy is as before then.
+    """
+    from .manager import Settings
+
+    found = policies.found(folder, version)
+    if found is None:
+        raise ValueError(f"{folder} is no folder of versions")
+    number, path = found
+    versions = _policies(llm).setdefault(name, {})
+    out = load(llm, policies.named(name, number), path)
+    gone = llm.__dict__.setdefault("xorz_leaving", {})
+    names = {policies.named(name, n): n for n in versions}
+    allowed = Settings.of(llm.llm_engine.vllm_config).max_staleness
+    for old in policies.leaving(names, name, number, allowed):
+        lora = versions.pop(names[old])
+        gone[lora.lora_name] = lora
+    replaced = versions.pop(number, None)
+    if replaced is not None:
+        gone[replaced.lora_name] = replaced
+    versions[number] = out
+    gone.pop(out.lora_name, None)
+    running = {state.lora_name for state in llm.llm_engine.output_processor.request_states.values()}
+    for adapter in [adapter for adapter in gone if adapter not in running]:
+        unload(llm, gone.pop(adapter))
+    return out
+
+
+def newest(llm: Any, name: str) -> "LoRARequest":
+    """The version of a policy that was published last; KeyError if none was."""
+    versions = _policies(llm).get(name)
+    if not versions:
+        raise KeyError(f"no version of {name!r} was published to this engine")
+    return versions[next(reversed(versions))]
+
+
+def _policies(llm: Any) -> "dict[str, dict[int, LoRARequest]]":
+    """By policy, the versions that may be asked for; the last one comes last."""
+    return llm.__dict__.setdefault("xorz_policies", {})

@@ -68,27 +68,33 @@ class Settings:
         mode: of every product, as in `xorz.attach`.
         prefer: what packages are encoded for on loading, as there.
         memory: bytes that adapters may take, or such as "8 GiB"; None is the machine's.
+        max_staleness: of a policy whose versions are tenants, so many before the newest can be asked for; see `policies`.
     """
 
     mode: str = "fast"
     prefer: str | None = "auto"
     memory: int | str | None = None
+    max_staleness: int = 1
 
     @classmethod
     def of(cls, vllm_config: Any) -> "Settings":
         """The settings in vLLM's `additional_config`; ValueError for names and values that do not exist."""
         extra = vllm_config.additional_config
         given = extra.get("xorz", {}) if isinstance(extra, dict) else {}
-        unknown = set(given) - {"mode", "prefer", "memory"}
+        unknown = set(given) - {"mode", "prefer", "memory", "max_staleness"}
         if unknown:
             raise ValueError(
-                f"xorz: additional_config has xorz.{min(unknown)}; there are mode, prefer and memory"
+                f"xorz: additional_config has xorz.{min(unknown)}; there are mode, prefer, memory and max_staleness"
             )
         out = cls(**given)
         if out.mode not in ("fast", "deterministic", "exact"):
             raise ValueError(f"xorz: mode must be one of fast, deterministic, exact, but is {out.mode!r}")
         if out.prefer not in (None, "auto", "speed", "memory"):
             raise ValueError(f'xorz: prefer must be "auto", "speed", "memory" or null, but is {out.prefer!r}')
+        if type(out.max_staleness) is not int or out.max_staleness < 0:
+            raise ValueError(
+                f"xorz: max_staleness must be a number of versions, 0 or more, but is {out.max_staleness!r}"
+            )
         size_of(out.memory)
         return out
 

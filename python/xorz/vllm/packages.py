@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _core, _ops, checkpoint, sources
+from ..versions import chain_of
 from .plan import Piece, Plan
 
 _NAMED = re.compile(r"(?P<name>.+)@xorz-(?P<digest>[0-9a-f]{32})")
@@ -28,8 +29,10 @@ _TABLE = "xorz:table"
 
 
 def is_package(path: Any) -> bool:
-    """Whether a path is meant as a package: it ends in `.xorz`, or is a folder with such a file."""
+    """Whether a path is meant as a package: it ends in `.xorz`, is a folder with such a file, or a version of a chain."""
     path = os.fspath(path)
+    if chain_of(path) is not None:
+        return True
     return path.endswith(sources.SUFFIX) or (os.path.isdir(path) and any(sources.packages(os.listdir(path))))
 
 
