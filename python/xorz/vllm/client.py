@@ -6,6 +6,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class _Served:
         )
         try:
             with urllib.request.urlopen(request, timeout=self._timeout) as answer:
-                return json.loads(answer.read() or b"null")
+                return _content(answer.read())
         except urllib.error.HTTPError as error:
             text = error.read().decode("utf-8", "replace")
             raise UpdateError(f"{self.name}: {path}: {error.code} {_message(text)}") from None
@@ -48,6 +49,19 @@ class _Served:
 
     def finish(self) -> None:
         self.post("finish_weight_update")
+
+    def tenants(self) -> set[str]:
+        try:
+            with urllib.request.urlopen(f"{self._address}/v1/models", timeout=self._timeout) as answer:
+                return {card["id"] for card in json.load(answer)["data"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UpdateError(f"{self.name}: v1/models: {error}") from None
+
+    def load(self, name: str, path: str) -> None:
+        self.post("v1/load_lora_adapter", lora_name=name, lora_path=path, load_inplace=True)
+
+    def unload(self, name: str) -> None:
+        self.post("v1/unload_lora_adapter", lora_name=name)
 
 
 class _Here:
@@ -73,6 +87,14 @@ class _Here:
 
     def finish(self) -> None:
         self._call("finish_weight_update")
+
+
+def _content(answer: bytes) -> Any:
+    """Of some routes it is JSON, of some a sentence."""
+    try:
+        return json.loads(answer or b"null")
+    except ValueError:
+        return answer.decode("utf-8", "replace")
 
 
 def _message(text: str) -> str:
@@ -156,6 +178,47 @@ def _bring(engines: Any, info: dict[str, Any], timeout: float) -> list[dict[str,
             raise
         done.append(engine)
     return [engine.workers("sync_report")[0] for engine in each]
+
+
+def publish(engines: Any, name: str, source: Any, version: int, *, timeout: float = 600.0) -> str:
+    """Serve a version beside those before it: the tenant `NAME-vVERSION`, which `name` means from now on. No request waits.
+
+    Each engine first loads the version; where one cannot, no engine's `name` means another version than before, and it is
+    unloaded from the others. Answers say in `model` which version they are of.
+
+    Args:
+        engines: addresses of servers that were started with `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.
+        name: of the policy. How many versions before the newest can be asked for is each engine's setting `max_staleness`.
+        source: the folder of `xorz.Versions`, as the engines see it, whose version was published with `as_tenant`.
+        version: its number.
+        timeout: seconds, of each request.
+
+    Returns:
+        The name of the version's tenant.
+
+    Raises:
+        UpdateError: an engine has refused, or was lost when all had the version; those before it serve it as `name` then.
+    """
+    given = [engines] if isinstance(engines, str) else list(engines)
+    each = [_Served(address, timeout) for address in given]
+    path, tenant = f"{Path(source).absolute()}@{version}", f"{name}-v{version}"
+    fresh: list[Any] = []
+    moved: list[Any] = []
+    try:
+        for engine in each:
+            known = tenant in engine.tenants()
+            engine.load(tenant, path)
+            if not known:
+                fresh.append(engine)
+        for engine in each:
+            engine.load(name, path)
+            moved.append(engine)
+    except UpdateError:
+        for engine in fresh if not moved else ():
+            with suppress(UpdateError):
+                engine.unload(tenant)
+        raise
+    return tenant
 
 
 def _prepared(engine: Any, timeout: float) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
-from . import layers, request
+from . import layers, manager, policies, request
 from .packages import is_package, split_name, what_is
 
 logger = init_logger("vllm.xorz")
@@ -85,28 +85,61 @@ def _loading(plain: Any) -> Any:
             return _error(f"xorz: {name!r}: {why}", "BadRequestError", HTTPStatus.BAD_REQUEST)
         if not _ours(self):
             return await plain(self, request, base_model_name)
+        try:
+            found = await asyncio.to_thread(policies.found, request.lora_path)
+        except (OSError, ValueError) as error:
+            return _refused(name, error)
+        if found is not None and not name.endswith(policies.named("", found[0])):
+            return await _serve_policy(self, request, *found, base_model_name)
         async with self.lora_resolver_lock[name]:
             refused = await self._check_load_lora_adapter_request(request)
             if refused is not None:
                 return refused
             try:
                 lora = await _load(self, name, request.lora_path)
-            except OSError as error:
-                return _error(f"xorz: {name!r}: {error}", "NotFoundError", HTTPStatus.NOT_FOUND)
             except Exception as error:
-                # vLLM shows no paths to clients; the name tells them which tenant is meant.
-                return _error(f"xorz: {name!r}: {error}", "BadRequestError", HTTPStatus.BAD_REQUEST)
+                return _refused(name, error)
             if base_model_name is not None and self.is_base_model(base_model_name):
                 lora.base_model_name = base_model_name
             # With load_inplace: a new adapter takes the name; requests that run keep the old one.
             previous = self.lora_requests.get(name)
             self.lora_requests[name] = lora
-            if previous is not None and previous.lora_name != lora.lora_name:
-                _let_go(self, previous)
+            _let_go(self, previous)
             logger.info("xorz: loaded %r from %s as %s", name, request.lora_path, lora.lora_name)
             return f"Success: LoRA adapter '{name}' added successfully."
 
     return load_lora_adapter
+
+
+async def _serve_policy(self: Any, request: Any, number: int, path: str, base_model_name: str | None) -> Any:
+    """Load a version of a policy under its own name, have the policy's name mean it, and let go of those that are too old."""
+    name = request.lora_name
+    async with self.lora_resolver_lock[name]:
+        refused = await self._check_load_lora_adapter_request(request)
+        if refused is not None:
+            return refused
+        version = policies.named(name, number)
+        wanted = request.model_copy(update={"lora_name": version, "lora_path": path, "load_inplace": True})
+        answer = await self.load_lora_adapter(wanted, base_model_name)
+        lora = self.lora_requests.get(version)
+        if not isinstance(answer, str) or lora is None:
+            return answer
+        gone = [self.lora_requests.get(name)]
+        self.lora_requests[name] = lora
+        allowed = manager.Settings.of(self.engine_client.vllm_config).max_staleness
+        for old in policies.leaving(self.lora_requests, name, number, allowed):
+            gone.append(self.lora_requests.pop(old))
+        for lora in {lora.lora_name: lora for lora in gone if lora is not None}.values():
+            _let_go(self, lora)
+        logger.info("xorz: %r is %r from now on", name, version)
+        return f"Success: {name!r} is {version!r} from now on."
+
+
+def _refused(name: str, error: Exception) -> Any:
+    # vLLM shows no paths to clients; the name tells them which tenant is meant.
+    if isinstance(error, OSError):
+        return _error(f"xorz: {name!r}: {error}", "NotFoundError", HTTPStatus.NOT_FOUND)
+    return _error(f"xorz: {name!r}: {error}", "BadRequestError", HTTPStatus.BAD_REQUEST)
 
 
 def _misplaced(self: Any, path: Any) -> str | None:
@@ -120,6 +153,9 @@ def _misplaced(self: Any, path: Any) -> str | None:
 
 async def _load(self: Any, name: str, path: str) -> LoRARequest:
     lora = await asyncio.to_thread(request, name, path)
+    served = self.lora_requests.get(name)
+    if served is not None and (served.lora_name, served.lora_path) == (lora.lora_name, lora.lora_path):
+        return served
     async with self.xorz_loading:
         await prefetch(self.engine_client, lora.lora_name, lora.lora_path)
         await self.engine_client.add_lora(lora)
@@ -138,8 +174,10 @@ def _unloading(plain: Any) -> Any:
     return unload_lora_adapter
 
 
-def _let_go(self: Any, lora: LoRARequest) -> None:
-    """The name is nobody's or another's; its memory and its file follow when no request needs them any more."""
+def _let_go(self: Any, lora: LoRARequest | None) -> None:
+    """A name is nobody's or another's; its memory and its file follow when no name and no request needs them any more."""
+    if lora is None or any(other.lora_name == lora.lora_name for other in self.lora_requests.values()):
+        return
     task = asyncio.get_running_loop().create_task(_forget(self, lora))
     self.xorz_leaving.add(task)
     task.add_done_callback(self.xorz_leaving.discard)
@@ -200,8 +238,13 @@ def _plain_names(plain: Any) -> Any:
     @functools.wraps(plain)
     async def show_available_models(self: Any) -> Any:
         out = await plain(self)
-        for card in out.data:
-            card.id = split_name(card.id)[0]
+        if not _ours(self):
+            return out
+        names = list(self.lora_requests)
+        # The same tenant may have two names, a policy's and that of its version.
+        for name, card in zip(names, out.data[len(out.data) - len(names) :], strict=True):
+            served, card.id = split_name(card.id)[0], name
+            card.parent = card.parent if name == served else served
         return out
 
     return show_available_models
