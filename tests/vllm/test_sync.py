@@ -3,6 +3,8 @@ cache; an update that does not fit, is torn, comes twice or in another order, or
 that was served can be gone back to; fine-tunes of another version than the one served are never answered.
 """
 
+import resource
+
 import engines
 import pytest
 import runs
@@ -14,8 +16,8 @@ from safetensors.torch import load_file
 from xorz import _ops
 from xorz.vllm import client
 
-KINDS = ("qwen2", "llama")
-"""Tied, with biases; and a head of its own."""
+KINDS = ("qwen2", "llama", "qwen3")
+"""Tied, with biases; a head of its own; norms of heads."""
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -113,10 +115,16 @@ def test_what_does_not_fit_changes_nothing(llm, made, tmp_path):
     old, new = (load_file(paths[n] / "model.safetensors") for n in (1, 2))
     less = {n: w for n, w in new.items() if n != "model.norm.weight"}
     xorz.pack({n: old[n] for n in less}, less, part)
+    with xorz.Publisher(paths[2], tmp_path / "other") as publisher:
+        publisher.publish(load_file(paths[3] / "model.safetensors"))
     wrong = {
         "a version that is served": (dict(source=str(chain), version=1), "version 1 is served already"),
         "the same step again": (dict(source=str(step[1])), "tensor .* digest"),
         "a step from a later version": (dict(source=str(step[3])), r"must be a step from version 1"),
+        "a chain from another base": (
+            dict(source=str(tmp_path / "other")),
+            "of another base: theirs has digest",
+        ),
         "no such version": (dict(source=str(chain), version=9), "there is no version 9"),
         "a torn file": (dict(source=str(torn)), "torn.xorz|header"),
         "a flipped bit": (dict(source=str(flipped)), "tensor|flipped"),
@@ -227,8 +235,45 @@ def test_many_updates_leave_memory_as_it_was(llm, made):
     for number in (1, 2, 1, 2, 1, 2):
         client.update(llm, chain, number)
     before = resident()
-    for _ in range(20):
+    for _ in range(100):
         for number in (1, 2):
             client.update(llm, chain, number)
     assert resident() - before < 20 << 20
     says(llm, said, 2)
+
+
+def test_a_trainer_that_was_killed_does_not_lock_out_the_next(llm, made):
+    """In the middle of an update, and while one is prepared."""
+    _paths, chain, said = made
+    to(llm, chain, 0)
+    for number in (1, 2):
+        llm.start_weight_update()
+        llm.update_weights({"update_info": {"source": str(chain), "version": 3}})
+        says(llm, said, number - 1)
+        if number == 1:
+            client.update(llm, chain, number)
+        else:
+            by_hand(llm, source=str(chain), version=number)
+        says(llm, said, number)
+    llm.collective_rpc("xorz_sync_prepare", kwargs={"update_info": {"source": str(chain), "version": 4}})
+    while llm.collective_rpc("xorz_sync_prepared") == [None]:
+        pass
+    client.update(llm, chain, 3)
+    says(llm, said, 3)
+
+
+def test_a_full_disk_changes_nothing(llm, made):
+    """What is sent along is written to a file; the kernel itself refuses to let it grow."""
+    paths, chain, said = made
+    to(llm, chain, 0)
+    step = xorz.Versions(load_file(paths[0] / "model.safetensors"), chain).path(1).read_bytes()
+    _soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(step) // 2, hard))
+    try:
+        with pytest.raises(client.UpdateError, match="File too large"):
+            client.update(llm, package=step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    says(llm, said, 0)
+    client.update(llm, package=step)
+    says(llm, said, 1)

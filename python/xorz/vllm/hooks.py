@@ -79,6 +79,7 @@ HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "WeightTransferEngine",
         ("config", "vllm_config", "device", "model"),
     ),
+    ("vllm.v1.worker.gpu_worker", "Worker.start_weight_update", ("self",)),
     ("vllm.v1.worker.gpu_worker", "Worker.finish_weight_update", ("self",)),
     ("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self",)),
     ("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys", ("request",)),

@@ -1,5 +1,6 @@
 """What workers are asked about updates of their words, by `client` and by vLLM's engine; see `sync`."""
 
+import functools
 from typing import Any
 
 
@@ -9,6 +10,7 @@ def install() -> None:
         WeightTransferEngineFactory,
         WeightTransferTrainerFactory,
     )
+    from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.worker_base import WorkerBase
 
     if "xorz" not in WeightTransferEngineFactory._registry:
@@ -17,6 +19,7 @@ def install() -> None:
         WeightTransferTrainerFactory.register_engine(
             "xorz", "xorz.vllm.trainer", "XorzTrainerWeightTransferEngine"
         )
+    Worker.start_weight_update = _starting(Worker.start_weight_update)
     WorkerBase.xorz_version = _version
     WorkerBase.xorz_sync_report = _sync_report
     WorkerBase.xorz_sync_prepare = _sync_prepare
@@ -31,6 +34,20 @@ def _sync(worker: Any) -> Any:
             """xorz: the engine was not started with --weight-transfer-config '{"backend": "xorz"}'"""
         )
     return engine
+
+
+def _starting(plain: Any) -> Any:
+    """A trainer that was killed in the middle of an update must not lock out the next one: nothing had changed."""
+
+    @functools.wraps(plain)
+    def start_weight_update(self: Any) -> None:
+        engine = getattr(self, "weight_transfer_engine", None)
+        if hasattr(engine, "took_back") and self._weight_update_active:
+            self._weight_update_active = False
+            engine.reset_weight_update_target()
+        plain(self)
+
+    return start_weight_update
 
 
 def _version(self: Any) -> str:
