@@ -1,6 +1,7 @@
 """`python -m xorz.gpu_check`: does this GPU compute what the CPU does, and how fast? For the first day on a new device.
 
-    python -m xorz.gpu_check [--device cuda:0] [--quick] [--json FILE] [--no-timings] [--no-memcheck] [--minutes 8]
+    python -m xorz.gpu_check [--device cuda:0] [--quick] [--json FILE] [--no-timings] [--no-memcheck] [--no-graphs]
+                             [--minutes 8]
 
 Runs every op that takes CUDA tensors on data that it makes, beside the CPU by the promises of the README (weights bit for bit,
 exact sums bit for bit, a bound elsewhere) and beside torch; a whole model with tenants, alone, mixed, swapped, generating, in a
@@ -50,8 +51,8 @@ def check_memory(report: Report, device: torch.device) -> None:
         report.leave_out(f"the memory checker: {SANITIZER} (of CUDA's toolkit) is not on PATH")
         return
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "xorz.gpu_check"]
-    command += ["--device", str(device), "--quick", "--no-timings", "--no-memcheck"]
-    # torch's allocator hands out parts of large pieces, in which the checker would see no end.
+    command += ["--device", str(device), "--quick", "--no-timings", "--no-memcheck", "--no-graphs"]
+    # torch's allocator hands out parts of large pieces, in which the checker would see no end; without it nothing is captured.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(
@@ -65,8 +66,9 @@ def check_memory(report: Report, device: torch.device) -> None:
     report.check(f"{SANITIZER} finds no access out of bounds", wrong)
 
 
-def run(device: torch.device, quick: bool, timings: bool, memcheck: bool, minutes: float) -> Report:
+def run(device: torch.device, args: argparse.Namespace) -> Report:
     """Every check, then the timings."""
+    quick = args.quick
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
     report = Report(name)
@@ -101,14 +103,15 @@ def run(device: torch.device, quick: bool, timings: bool, memcheck: bool, minute
     report.attempt("generate", check_generate, device)
     if on_gpu:
         report.attempt("reports", check_reports, device)
-        report.attempt("graphs", check_graph, device)
-        report.attempt("a graph of a model", check_model_graph, device, 256)
-        if memcheck:
+        if not args.no_graphs:
+            report.attempt("graphs", check_graph, device)
+            report.attempt("a graph of a model", check_model_graph, device, 256)
+        if not args.no_memcheck:
             report.attempt("memory", check_memory, device)
-    if timings:
+    if not args.no_timings:
         shapes = [(256, 512)] if quick else [(4096, 4096), (11008, 4096), (4096, 11008)]
         rows, rounds = ([1, 8], 3) if quick else ([1, 8, 16, 64, 512], 30)
-        report.attempt("timings", time_all, device, shapes, rows, 8, rounds, 60 * minutes, quick)
+        report.attempt("timings", time_all, device, shapes, rows, 8, rounds, 60 * args.minutes, quick)
     return report
 
 
@@ -135,6 +138,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write what was found to this file")
     parser.add_argument("--no-timings", action="store_true")
     parser.add_argument("--no-memcheck", action="store_true")
+    parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--minutes", type=float, default=8, help="no timing begins later than this")
     args = parser.parse_args(arguments)
     why = cannot_run(args.device)
@@ -142,7 +146,7 @@ def main(arguments: list[str]) -> int:
         print(f"xorz: {why}", file=sys.stderr)
         return 2
     with torch.no_grad():
-        report = run(args.device, args.quick, not args.no_timings, not args.no_memcheck, args.minutes)
+        report = run(args.device, args)
     failed = sum(not c["passed"] for c in report.checks)
     left = f", {len(report.left_out)} left out" if report.left_out else ""
     print(f"\n{len(report.checks)} checks, {failed} failed{left}; {report.seconds():.0f} s")
