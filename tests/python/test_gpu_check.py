@@ -99,7 +99,8 @@ def test_the_memory_checker_is_asked_where_there_is_one(tmp_path, monkeypatch):
     )
     asked = (tmp_path / "compute-sanitizer.asked").read_text()
     assert (
-        report.passed and "-m xorz.gpu_check --device cuda:0 --quick --no-timings --no-memcheck --no-graphs\n1\n" in asked
+        report.passed
+        and "-m xorz.gpu_check --device cuda:0 --quick --no-timings --no-memcheck --no-graphs\n1\n" in asked
     )
     report = sanitizer(tmp_path, monkeypatch, 'echo "Invalid __global__ read of size 2 bytes"; exit 9')
     assert not report.passed and "exit code 9: Invalid __global__ read" in report.checks[0]["wrong"]

@@ -85,12 +85,11 @@ class Moves(TorchDispatchMode):
             label |= _DATA
         leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         taken = self._place(name, args, kwargs, leaves[0]) if label & _DATA and leaves else 0
-        if label:
-            for i, leaf in enumerate(leaves):
-                # What comes second is an order, not what is ordered.
-                self._labels[leaf] = label | (0 if i else taken)
-                if leaf._is_view() and name.endswith("_") and leaf._base is not None:
-                    self._labels[leaf._base] = label | taken
+        for i, leaf in enumerate(leaves):
+            # What comes second is an order, not what is ordered.
+            self._labels[leaf] = label | (0 if i else taken)
+            if label and leaf._is_view() and name.endswith("_") and leaf._base is not None:
+                self._labels[leaf._base] = self._labels.get(leaf._base, 0) | label | taken
         return out
 
     def _place(self, name: str, args: Any, kwargs: Any, out: Tensor) -> int:
@@ -110,8 +109,8 @@ class Moves(TorchDispatchMode):
     def _source(self, name: str, args: Any, kwargs: Any, out: Tensor) -> tuple[Tensor | None, list[int]]:
         """The tensor that something is taken of, and the dimensions along which the inputs say what."""
         x = args[0] if args else None
-        if name == "cat" and self._listed:
-            # Pieces whose lengths Python has read.
+        if name in ("cat", "stack") and self._listed:
+            # Pieces whose lengths or order Python has read.
             dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
             return out, [dim % max(out.dim(), 1)]
         if not isinstance(x, Tensor):
@@ -122,13 +121,17 @@ class Moves(TorchDispatchMode):
             at, by = _ALONG[name]
             dim = args[at] if len(args) > at else kwargs.get("dim", -1)
             index = args[by] if 0 < by < len(args) else kwargs.get("index")
-            followed = not by or (isinstance(index, Tensor) and self._labels.get(index, 0))
+            followed = not by or (isinstance(index, Tensor) and self._tells(index))
             return (x, [dim % max(x.dim(), 1)]) if followed and isinstance(dim, int) else (None, [])
         if name in _ALL:
             by = args[1] if len(args) > 1 else None
-            followed = isinstance(by, Tensor) and self._labels.get(by, 0)
+            followed = isinstance(by, Tensor) and self._tells(by)
             return (x, list(range(x.dim()))) if followed else (None, [])
         return None, []
+
+    def _tells(self, index: Tensor) -> bool:
+        """Whether positions depend on the inputs: those that no op gave may be made of what Python has read."""
+        return bool(self._labels.get(index, _DATA if self._listed else 0))
 
     def _indexed(self, indices: Any) -> list[int]:
         dims, at = [], 0
@@ -136,7 +139,7 @@ class Moves(TorchDispatchMode):
             spans = (
                 index.dim() if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) else 1
             )
-            if isinstance(index, Tensor) and self._labels.get(index, 0):
+            if isinstance(index, Tensor) and self._tells(index):
                 dims += range(at, at + spans)
             at += spans
         return dims
