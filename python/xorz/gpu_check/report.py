@@ -46,7 +46,7 @@ class Report:
             self.check(f"{name} runs", f"{type(error).__name__}: {error}")
 
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the report began."""
         return time.monotonic() - self.began
 
     @property
@@ -55,7 +55,7 @@ class Report:
         return bool(self.checks) and all(c["passed"] for c in self.checks)
 
     def json(self, **more: Any) -> str:
-        """All of it."""
+        """The whole report, as JSON."""
         found = {k: v for k, v in asdict(self).items() if k != "began"}
         return (
             json.dumps({**more, "passed": self.passed, "seconds": self.seconds(), **found}, indent=1) + "\n"

@@ -49,7 +49,7 @@ class Watch:
     """Notes what these modules are given and give in the runs that find out where rows are."""
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
-        """`modules`: by name."""
+        """Watch these modules, which are given by name."""
         self._names = {module: name for name, module in modules.items()}
         self._unfit: set[str] = set()
 

@@ -154,7 +154,7 @@ class Listing(TorchFunctionMode):
         self._moves = moves
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the op."""
+        """Run the op, and tell of what becomes a list."""
         if func in _LISTS and args and isinstance(args[0], Tensor):
             self._moves.listed(args[0])
         return func(*args, **(kwargs or {}))
