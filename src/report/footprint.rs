@@ -110,8 +110,7 @@ pub(crate) fn footprint(
             file.tensors.header().tensors.iter().enumerate().filter(|(i, _)| same[f][*i].is_none())
         {
             let delta = bases[f][i].as_ref().zip(info.matrix());
-            let delta =
-                delta.map(|(base_of, (dtype, shape))| (dtype, shape, base_of.words(base, info.bytes())));
+            let delta = delta.map(|(base_of, (dtype, shape))| (dtype, shape, base_of.words(base)));
             tensors.push(Tensor { file, info, delta, zstd, run });
         }
     }

@@ -1,6 +1,5 @@
-//! Bases put together where no base tensor is as large as the fine-tuned one: of a tensor that has gained or lost rows, of
-//! several in a stack, or of a piece of one. Found by the words, so that it matters little who joined or split them, and how
-//! the names were changed.
+//! Bases put together where no base tensor is as large as the fine-tuned one: of several in a stack, or of a piece of one. Found
+//! by the words, so that it matters little who joined or split them, and how the names were changed.
 
 use super::files::{Checkpoint, Found, TensorFile, words};
 use super::likeness::{MarkPlaces, MarkTable, WordRun, likeness};
@@ -8,15 +7,11 @@ use super::renames::{Fitness, closeness};
 use crate::error::Result;
 use crate::matrix::Dtype;
 use crate::package::format::container::TensorInfo;
-use crate::package::format::parts::{BasePart, too_hollow};
+use crate::package::format::parts::BasePart;
 use crate::package::format::words::TensorWords;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-/// From here on two runs are surely one aligned with the other.
-const SURELY: f64 = 0.9;
-/// Bytes of rows that tell where rows were put in.
-const PROBE_BYTES: usize = 1024;
 /// Pieces of one base tensor that are looked at.
 const PIECES: u64 = 1 << 14;
 
@@ -37,118 +32,6 @@ pub(super) struct JoinTables<'a> {
 fn part(base: &Checkpoint, (f, b): Found<'_>, at: u64, bytes: u64) -> BasePart {
     let file = base.has_several(&b.name).then(|| base.files()[f].path.clone());
     BasePart { name: Some(b.name.clone()), file, at, bytes }
-}
-
-/// The base of `t` in base tensor `b`, of which it has more rows or fewer.
-pub(super) fn resized(
-    base: &Checkpoint,
-    file: &TensorFile,
-    t: &TensorInfo,
-    b: Found<'_>,
-) -> Result<Option<Vec<BasePart>>> {
-    let Some(mut parts) = row_parts(t, TensorWords::File(&file.tensors, t), b.1, words(base, b))? else {
-        return Ok(None);
-    };
-    for p in parts.iter_mut().filter(|p| p.name.is_some()) {
-        *p = part(base, b, p.at, p.bytes);
-    }
-    Ok(Some(parts))
-}
-
-/// The parts of tensor `b`, whose words are `old`, that make a base of `t`, whose words are `new`, if they differ in some rows
-/// that one of them lacks.
-pub(crate) fn row_parts(
-    t: &TensorInfo,
-    new: TensorWords<'_>,
-    b: &TensorInfo,
-    old: TensorWords<'_>,
-) -> Result<Option<Vec<BasePart>>> {
-    let Some((dtype, rows)) = row_counts(t, b) else { return Ok(None) };
-    let row = b.bytes() / rows.1 as u64;
-    let (new, old) = (WordRun::whole(new)?, WordRun::whole(old)?);
-    let aligned = Rows { dtype, row: row as usize, new, old, rows };
-    let parts = aligned.place()?.map(|place| {
-        let of = |from: usize, count: usize| BasePart {
-            name: Some(b.name.clone()),
-            file: None,
-            at: from as u64 * row,
-            bytes: count as u64 * row,
-        };
-        let gap = rows.0.saturating_sub(rows.1);
-        let lost = rows.1.saturating_sub(rows.0);
-        let tail = rows.0.min(rows.1) - place;
-        let parts = [of(0, place), BasePart::zeros(gap as u64 * row), of(place + lost, tail)];
-        parts.into_iter().filter(|p| p.bytes > 0).collect::<Vec<_>>()
-    });
-    Ok(parts.filter(|p| !too_hollow(p)))
-}
-
-/// Rows of both, where that is all in which they differ.
-fn row_counts(t: &TensorInfo, b: &TensorInfo) -> Option<(Dtype, (usize, usize))> {
-    let ((n, of), (m, other)) = (t.dims.split_first()?, b.dims.split_first()?);
-    let (n, m) = (*n, *m);
-    if t.dtype != b.dtype || of != other || n == m || n == 0 || m == 0 {
-        return None;
-    }
-    let each = |bytes: u64, rows: usize| bytes.is_multiple_of(rows as u64).then(|| bytes / rows as u64);
-    let (row, same) = (each(t.bytes(), n)?, each(b.bytes(), m)?);
-    (row == same && row > 0).then_some((t.matrix()?.0, (n, m)))
-}
-
-/// Two tensors of the same rows, but for some that one of them lacks.
-struct Rows<'a> {
-    dtype: Dtype,
-    row: usize,
-    new: WordRun<'a>,
-    old: WordRun<'a>,
-    /// How many rows they have.
-    rows: (usize, usize),
-}
-
-impl Rows<'_> {
-    /// How alike `count` rows from row `a` of the one and from row `b` of the other are.
-    fn alike(&self, a: usize, b: usize, count: usize) -> Result<f64> {
-        let (a, b, bytes) = (a * self.row, b * self.row, count * self.row);
-        let found = likeness(self.dtype, self.new.part(a..a + bytes), self.old.part(b..b + bytes))?;
-        Ok(found.unwrap_or(0.0))
-    }
-
-    /// After how many rows the other ones were put in, or taken out; `None` if the two have nothing in common.
-    fn place(&self) -> Result<Option<usize>> {
-        let (n, m) = self.rows;
-        let common = n.min(m);
-        let (front, back) = (self.alike(0, 0, common)?, self.alike(n - common, m - common, common)?);
-        if front.max(back) < SURELY
-            && let Some(place) = self.middle(common)?
-        {
-            return Ok(Some(place));
-        }
-        Ok((front.max(back) > 0.0).then_some(if front >= back { common } else { 0 }))
-    }
-
-    /// The same, where it is neither at the end nor at the front.
-    fn middle(&self, common: usize) -> Result<Option<usize>> {
-        let (n, m) = self.rows;
-        let probe = (PROBE_BYTES / self.row).clamp(1, common);
-        let (mut low, mut high) = (probe, common);
-        if self.alike(0, 0, probe)? == 0.0 {
-            return Ok(None);
-        }
-        // The rows before `low` are aligned from the front, those before `high` are not.
-        while high - low > 1 {
-            let half = low.midpoint(high);
-            let aligned = self.alike(half - probe.min(half), half - probe.min(half), probe.min(half))? > 0.0;
-            (low, high) = if aligned { (half, high) } else { (low, half) };
-        }
-        // The last probe may reach over the place by as many rows as half of it.
-        let start = low.saturating_sub(probe);
-        let mut place = start;
-        while place < low && self.alike(place, place, 1)? > 0.0 {
-            place += 1;
-        }
-        let tail = common - place;
-        Ok((tail > 0 && self.alike(n - tail, m - tail, tail)? > 0.0).then_some(place))
-    }
 }
 
 impl<'a> JoinTables<'a> {

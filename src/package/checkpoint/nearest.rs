@@ -40,6 +40,6 @@ fn share(
 ) -> Result<f64> {
     let Some(paired) = &found[f][i] else { return Ok(1.0) };
     let new = WordRun::whole(TensorWords::File(&ft.files()[f].tensors, t))?.spots()?;
-    let old = WordRun::whole(paired.words(base, t.bytes()))?.spots()?;
+    let old = WordRun::whole(paired.words(base))?.spots()?;
     Ok(differing_bits(dtype, &new, &old))
 }

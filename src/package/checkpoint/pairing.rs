@@ -4,14 +4,15 @@
 //! which tensors of the fine-tune are one.
 
 use super::files::{Checkpoint, Found, TensorFile, words};
-use super::joined::{JoinTables, resized};
+use super::joined::JoinTables;
 use super::likeness::{MarkPlaces, MarkTable, WordRun, likeness};
 use super::lonely::Lonely;
 use super::renames::{Fitness, RenameTable, closeness};
+use super::resized::{resizable, resized};
 use crate::error::{Error, Result};
 use crate::package::format::container::{SafeTensors, TensorInfo};
 use crate::package::format::frames::cut;
-use crate::package::format::parts::BasePart;
+use crate::package::format::parts::BaseParts;
 use crate::package::format::words::TensorWords;
 use crate::package::io::aligned::Aligned;
 use std::cell::OnceCell;
@@ -28,7 +29,7 @@ pub(crate) enum Paired<'a> {
     /// A tensor of its dtype and dimensions.
     Whole(Found<'a>),
     /// Put together.
-    Parts(Vec<BasePart>),
+    Parts(BaseParts),
 }
 
 impl Paired<'_> {
@@ -40,11 +41,11 @@ impl Paired<'_> {
         }
     }
 
-    /// Its words in `base`, where the tensor has `bytes` bytes.
-    pub(crate) fn words<'w>(&'w self, base: &'w Checkpoint, bytes: u64) -> TensorWords<'w> {
+    /// Its words in `base`.
+    pub(crate) fn words<'w>(&'w self, base: &'w Checkpoint) -> TensorWords<'w> {
         match self {
             Self::Whole(found) => words(base, *found),
-            Self::Parts(parts) => TensorWords::Parts(base, parts, bytes),
+            Self::Parts(parts) => TensorWords::Parts(base, parts),
         }
     }
 }
@@ -170,7 +171,7 @@ impl<'a> Search<'a> {
         if let Some(parts) = self.resized(file, t, named)? {
             return Ok(Some(Paired::Parts(parts)));
         }
-        Ok(self.joined.find(file, t)?.map(Paired::Parts))
+        Ok(self.joined.find(file, t)?.map(|parts| Paired::Parts(parts.into())))
     }
 
     /// By names alone.
@@ -196,14 +197,14 @@ impl<'a> Search<'a> {
         file: &TensorFile,
         t: &TensorInfo,
         named: Option<Found<'a>>,
-    ) -> Result<Option<Vec<BasePart>>> {
+    ) -> Result<Option<BaseParts>> {
         let meant = match named {
             Some(found) => vec![found],
-            None => self.renames().meant(t, |b| b.dtype == t.dtype && b.dims.get(1..) == t.dims.get(1..)),
+            None => self.renames().meant(t, |b| resizable(t, b)),
         };
         for found in meant {
             if let Some(parts) = resized(self.base, file, t, found)? {
-                return Ok(Some(parts));
+                return Ok(Some(parts.into()));
             }
         }
         Ok(None)

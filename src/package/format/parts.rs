@@ -5,6 +5,8 @@
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
+use std::ops::Deref;
+use std::sync::Arc;
 
 /// A run of bytes of a delta's base.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +37,56 @@ impl BasePart {
     }
 }
 
+/// All parts of a delta's base, one after the other; none where the base is one whole tensor.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BaseParts(Option<Arc<PartList>>);
+
+/// Parts, and the byte of the tensor that each of them ends before.
+#[derive(Debug, PartialEq, Eq)]
+struct PartList {
+    parts: Vec<BasePart>,
+    ends: Vec<u64>,
+}
+
+/// Those of a base that is one whole tensor.
+pub(crate) static NO_PARTS: BaseParts = BaseParts(None);
+
+impl From<Vec<BasePart>> for BaseParts {
+    fn from(parts: Vec<BasePart>) -> Self {
+        let mut at = 0u64;
+        let end = |p: &BasePart| {
+            at = at.saturating_add(p.bytes);
+            at
+        };
+        let ends = parts.iter().map(end).collect();
+        Self((!parts.is_empty()).then(|| Arc::new(PartList { parts, ends })))
+    }
+}
+
+impl Deref for BaseParts {
+    type Target = [BasePart];
+
+    fn deref(&self) -> &[BasePart] {
+        self.0.as_ref().map_or(&[], |list| &list.parts)
+    }
+}
+
+impl BaseParts {
+    /// Bytes that they make.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.0.as_ref().and_then(|list| list.ends.last().copied()).unwrap_or(0)
+    }
+
+    /// The parts from the one on that byte `at` of the tensor is in, and which of its bytes that is.
+    pub(crate) fn from_byte(&self, at: u64) -> (&[BasePart], u64) {
+        let Some(list) = &self.0 else { return (&[], 0) };
+        // There may be a part for each row.
+        let first = list.ends.partition_point(|end| *end <= at);
+        let start = first.checked_sub(1).map_or(0, |before| list.ends[before]);
+        (&list.parts[first..], at - start)
+    }
+}
+
 /// What has base tensors by name.
 pub(crate) trait PartSource: Debug + Sync {
     /// Fill `out` with the bytes of `part` from its byte `at` on, which has that many; a part of a name only.
@@ -44,17 +96,14 @@ pub(crate) trait PartSource: Debug + Sync {
 /// Fill `out` with the bytes that `parts` make, from byte `at` on.
 pub(crate) fn read_parts(
     source: &dyn PartSource,
-    parts: &[BasePart],
-    mut at: u64,
+    parts: &BaseParts,
+    at: u64,
     mut out: &mut [u8],
 ) -> Result<()> {
+    let (parts, mut at) = parts.from_byte(at);
     for part in parts {
         if out.is_empty() {
             return Ok(());
-        }
-        if at >= part.bytes {
-            at -= part.bytes;
-            continue;
         }
         let n = (part.bytes - at).min(out.len() as u64) as usize;
         let (now, later) = out.split_at_mut(n);

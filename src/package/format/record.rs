@@ -2,7 +2,7 @@
 //! (`version1`, `table`); and what of it must agree.
 
 use super::kinds::{dtype_bits, words_of};
-use super::parts::{BasePart, check_parts};
+use super::parts::{BaseParts, check_parts};
 use super::sums::Sum;
 use crate::codec::{Encoding, Prefer};
 use crate::error::{Error, Result};
@@ -83,7 +83,7 @@ pub struct BaseTensor {
     /// The file of the base that has it, where several had a tensor of that name.
     pub file: Option<String>,
     /// What it is put together of, where it is not one whole tensor of the fine-tuned one's dtype and dimensions.
-    pub parts: Vec<BasePart>,
+    pub parts: BaseParts,
     /// Its digest, of the words as the delta sees them; only the first 8 bytes of it, zeros behind them, where
     /// a package keeps no more.
     pub digest: Digest,

@@ -3,7 +3,7 @@
 
 use super::columns::{ColumnReader, TextReader};
 use super::frames::{MAX_RATIO, check_frame};
-use super::parts::BasePart;
+use super::parts::{BasePart, BaseParts};
 use super::record::{
     BaseTensor, Entry, JointFrame, RESERVED, Records, SHORT_DIGEST, SourceFile, VERSION, check_entry,
     check_of, short_digest,
@@ -306,14 +306,20 @@ impl<'a> TableReader<'a> {
         (digest, short, sha256): (Digest, bool, Option<Sum>),
     ) -> Result<Option<BaseTensor>> {
         use base_kind::{FILE, OTHER_NAME, OWN_NAME, PARTS};
-        let mut base =
-            BaseTensor { name: String::new(), file: None, parts: Vec::new(), digest, short, sha256 };
+        let mut base = BaseTensor {
+            name: String::new(),
+            file: None,
+            parts: BaseParts::default(),
+            digest,
+            short,
+            sha256,
+        };
         match (codec.delta(), kind & !FILE) {
             (false, 0) if kind == 0 => return Ok(None),
             (true, OWN_NAME) => name.clone_into(&mut base.name),
             (true, OTHER_NAME) => base.name = self.texts.next()?,
             (true, PARTS) if kind == PARTS => {
-                base.parts = self.parts()?;
+                base.parts = self.parts()?.into();
                 let first = base.parts.iter().find_map(|p| p.name.as_deref());
                 first.unwrap_or(name).clone_into(&mut base.name);
             }

@@ -203,7 +203,7 @@ impl<'a> ColumnsWriter<'a> {
         if !base.parts.is_empty() {
             put_number(base.parts.len() as u64, &mut self.parts);
             self.part_count += base.parts.len();
-            for part in &base.parts {
+            for part in base.parts.iter() {
                 let named = part.name.iter().map(|_| PART_NAME).chain(part.file.iter().map(|_| PART_FILE));
                 [named.sum(), part.at, part.bytes].iter().for_each(|n| put_number(*n, &mut self.parts));
                 part.name.iter().chain(&part.file).try_for_each(|text| self.texts.push(text))?;

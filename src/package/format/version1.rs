@@ -2,6 +2,7 @@
 //! record in `__metadata__` for each tensor, and a digest of all that.
 
 use super::container::{SafeTensors, TensorInfo};
+use super::parts::BaseParts;
 use super::paths::check_files;
 use super::record::{BaseTensor, Entry, RESERVED, Records, SourceFile, check_entry};
 use crate::codec::Encoding;
@@ -114,7 +115,7 @@ fn decode(info: &TensorInfo, (again, name): (Option<usize>, &str), key: &str, te
         Ok(BaseTensor {
             name: of,
             file: None,
-            parts: Vec::new(),
+            parts: BaseParts::default(),
             digest: digest(hex)?,
             short: false,
             sha256: None,

@@ -5,7 +5,7 @@
 //! is cut while it is read gives an error instead of SIGBUS, which a library cannot handle in somebody else's process.
 
 use super::container::{SafeTensors, TensorInfo};
-use super::parts::{BasePart, PartSource, read_parts};
+use super::parts::{BaseParts, PartSource, read_parts};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Shape};
 use crate::package::io::aligned::Aligned;
@@ -19,8 +19,8 @@ pub(crate) enum TensorWords<'a> {
     Memory(&'a [u8]),
     /// In a file.
     File(&'a SafeTensors, &'a TensorInfo),
-    /// Put together of so many bytes of a base's tensors.
-    Parts(&'a dyn PartSource, &'a [BasePart], u64),
+    /// Put together of a base's tensors.
+    Parts(&'a dyn PartSource, &'a BaseParts),
 }
 
 impl TensorWords<'_> {
@@ -29,7 +29,7 @@ impl TensorWords<'_> {
         match self {
             Self::Memory(bytes) => Ok(bytes.len()),
             Self::File(_, TensorInfo { range: Range { start, end }, .. }) => size(end - start),
-            Self::Parts(_, _, bytes) => size(*bytes),
+            Self::Parts(_, parts) => size(parts.bytes()),
         }
     }
 
@@ -42,7 +42,7 @@ impl TensorWords<'_> {
                 file.read_piece(at, room.room(range.len(), file.data_at() + at))?;
                 Ok(room.get())
             }
-            Self::Parts(source, parts, _) => {
+            Self::Parts(source, parts) => {
                 read_parts(*source, parts, range.start as u64, room.room(range.len(), 0))?;
                 Ok(room.get())
             }
@@ -73,7 +73,7 @@ impl TensorWords<'_> {
                 Ok(())
             }
             Self::File(file, info) => file.read_at(info.range.start + at as u64, out),
-            Self::Parts(source, parts, _) => read_parts(*source, parts, at as u64, out),
+            Self::Parts(source, parts) => read_parts(*source, parts, at as u64, out),
         }
     }
 }

@@ -187,7 +187,7 @@ impl OpenTensor<'_> {
             base: delta.map(|((_, _, base), digest)| BaseTensor {
                 name: base.name.into(),
                 file: base.file.map(str::to_owned),
-                parts: base.parts.to_vec(),
+                parts: base.parts.clone(),
                 digest,
                 short: false,
                 sha256,

@@ -6,7 +6,7 @@ use crate::matrix::{Digest, Dtype, Matrix, Shape};
 use crate::package::format::frames::{Deflater, FRAME_BYTES, XorDeflater, cut};
 use crate::package::format::joint::JOINT_TENSOR;
 use crate::package::format::kinds::words_of;
-use crate::package::format::parts::BasePart;
+use crate::package::format::parts::BaseParts;
 use crate::package::format::planes;
 use crate::package::format::predicted::Predicted;
 use crate::package::format::stored::{Choice, Chosen};
@@ -28,6 +28,10 @@ pub(super) const XOR_WHOLE: usize = 8 << 20;
 /// Words do not compress that take more than this share of themselves.
 pub(super) const PLAIN_FROM: f64 = 0.999;
 
+/// Up to so many bytes a tensor without a base is compressed closely: its planes lie in one block of zstd, which level 3 takes as one.
+const ALONE_CLOSELY: usize = 256 << 10;
+const ALONE_LEVEL: i32 = 10;
+
 /// The base tensor of a delta. Its digest is that of the words which are encoded, whatever was known of it before.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BaseWords<'a> {
@@ -35,7 +39,7 @@ pub(super) struct BaseWords<'a> {
     /// Its file, where the base has several tensors of that name.
     pub(super) file: Option<&'a str>,
     /// What it is put together of, where it is not one whole tensor.
-    pub(super) parts: &'a [BasePart],
+    pub(super) parts: &'a BaseParts,
     pub(super) words: TensorWords<'a>,
 }
 
@@ -165,10 +169,11 @@ impl<'a> TensorJob<'a> {
         let word_bytes = self.word_bytes;
         let level = options.level();
         let Some((dtype, _, base)) = self.delta else {
+            let closely = options.level.is_none() && !options.fast && self.bytes <= ALONE_CLOSELY;
             return match choice {
                 Choice::Same => Ok(()),
                 _ => deflate(
-                    level,
+                    if closely { ALONE_LEVEL } else { level },
                     &mut s.deflater,
                     fine_tuned,
                     word_bytes,

@@ -14,6 +14,7 @@ use crate::package::checkpoint::lonely::Lonely;
 use crate::package::checkpoint::pairing::{FoundBases, Paired, Pairs, pair};
 use crate::package::format::contents::{Contents, ContentsPart, check_listed};
 use crate::package::format::frames::{Deflater, FRAME_BYTES, compress_small};
+use crate::package::format::parts::NO_PARTS;
 use crate::package::format::record::{self, SourceFile};
 use crate::package::format::stored::FramesBody;
 use crate::package::format::totals::Report;
@@ -135,7 +136,7 @@ impl Pack<'_> {
             let same = self.same[f][i].map(str::to_owned);
             let delta = match (&self.bases[f][i], t.matrix()) {
                 (Some(paired), Some((dtype, shape))) if same.is_none() => {
-                    Some((dtype, shape, self.base_words(paired, t.bytes())))
+                    Some((dtype, shape, self.base_words(paired)))
                 }
                 _ => None,
             };
@@ -150,13 +151,13 @@ impl Pack<'_> {
         list.collect()
     }
 
-    fn base_words<'j>(&'j self, paired: &'j Paired<'_>, bytes: u64) -> BaseWords<'j> {
-        let words = paired.words(self.base, bytes);
+    fn base_words<'j>(&'j self, paired: &'j Paired<'_>) -> BaseWords<'j> {
+        let words = paired.words(self.base);
         match paired {
             Paired::Whole((at, b)) => {
                 let path = self.base.files()[*at].path.as_str();
                 let file = self.base.has_several(&b.name).then_some(path);
-                BaseWords { name: &b.name, file, parts: &[], words }
+                BaseWords { name: &b.name, file, parts: &NO_PARTS, words }
             }
             Paired::Parts(parts) => BaseWords { name: paired.name(), file: None, parts, words },
         }

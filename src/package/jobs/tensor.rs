@@ -176,7 +176,7 @@ fn on_disk<'a>(entry: &'a Entry, base: &'a Base) -> Result<Compared<'a>> {
     let wanted = entry.base.as_ref().ok_or_else(stored_alone)?;
     if !wanted.parts.is_empty() {
         // No file and no cache has its digest: it is that of the words, as they are read.
-        return Ok((TensorWords::Parts(base.checkpoint(), &wanted.parts, entry.bytes), None));
+        return Ok((TensorWords::Parts(base.checkpoint(), &wanted.parts), None));
     }
     let (file, info, digest) = base.find(entry, wanted)?;
     let file = &file.tensors;

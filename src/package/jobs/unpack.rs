@@ -379,7 +379,7 @@ pub(super) fn words_on<'a>(
 ) -> Result<Option<(TensorWords<'a>, &'a BaseTensor, Option<usize>)>> {
     let Some(wanted) = &entry.base else { return Ok(None) };
     if !wanted.parts.is_empty() {
-        return Ok(Some((TensorWords::Parts(base, &wanted.parts, entry.bytes), wanted, None)));
+        return Ok(Some((TensorWords::Parts(base, &wanted.parts), wanted, None)));
     }
     let (f, info) = base.find_base(entry, wanted).ok_or_else(|| missing_in_base(&wanted.name))?;
     if (&info.dtype, &info.dims, info.bytes()) != (&entry.dtype, &entry.dims, entry.bytes) {

@@ -92,15 +92,12 @@ fn lanes_of<'a>(w: usize, walker: &'a Walker<'_>) -> Result<Vec<WalkLane<'a>>> {
 
 impl Pack<'_> {
     /// Where byte `at` of a tensor's base lies.
-    fn place(&self, paired: &Paired<'_>, mut at: u64) -> Option<Place> {
+    fn place(&self, paired: &Paired<'_>, at: u64) -> Option<Place> {
         match paired {
             Paired::Whole((f, b)) => Some((*f, b.range.start + at)),
             Paired::Parts(parts) => {
-                let here = parts.iter().find(|p| {
-                    let inside = at < p.bytes;
-                    at -= if inside { 0 } else { p.bytes };
-                    inside
-                })?;
+                let (parts, at) = parts.from_byte(at);
+                let here = parts.first()?;
                 let (f, b) = self.base.find_near(here.name.as_deref()?, here.file.as_deref(), |_| true)?;
                 Some((f, b.range.start + here.at + at))
             }

@@ -2,12 +2,12 @@
 
 use super::encode::{BaseWords, EncodeScratch, TensorJob};
 use crate::error::{Error, Result};
-use crate::package::checkpoint::joined::row_parts;
 use crate::package::checkpoint::lonely::Lonely;
+use crate::package::checkpoint::resized::resized_parts;
 use crate::package::format::container::TensorInfo;
 use crate::package::format::contents::{Contents, ContentsPart, check_listed};
 use crate::package::format::kinds::{dtype_bits, words_of};
-use crate::package::format::parts::{BasePart, PartSource};
+use crate::package::format::parts::{BasePart, BaseParts, NO_PARTS, PartSource};
 use crate::package::format::totals::Report;
 use crate::package::format::words::TensorWords;
 use crate::package::io::ordered;
@@ -84,7 +84,7 @@ impl Writer {
             return Err(Error::invalid(format!("tensor `{}` was added twice", fine_tuned.name)));
         }
         let parts = match given.filter(|_| base.is_none()) {
-            Some(b) => row_parts(
+            Some(b) => resized_parts(
                 &info(fine_tuned),
                 TensorWords::Memory(fine_tuned.bytes),
                 &info(b),
@@ -92,8 +92,9 @@ impl Writer {
             )?,
             None => None,
         };
+        let parts = parts.map(BaseParts::from);
         let source = InMemory(given.map_or(&[], |b| b.bytes));
-        let mut job = match parts.as_deref().zip(given) {
+        let mut job = match parts.as_ref().zip(given) {
             Some((parts, b)) => joined_job(fine_tuned, b.name, &source, parts)?,
             None => job(fine_tuned, base)?,
         };
@@ -155,7 +156,7 @@ fn job<'a>(ft: &Tensor<'a>, base: Option<&Tensor<'a>>) -> Result<TensorJob<'a>> 
     let delta = match (base, words_of(ft.dtype, ft.dims, ft.bytes.len() as u64)) {
         (Some(b), Some((dtype, shape))) if b.bytes.len() == ft.bytes.len() => {
             let words = TensorWords::Memory(b.bytes);
-            Some((dtype, shape, BaseWords { name: b.name, file: None, parts: &[], words }))
+            Some((dtype, shape, BaseWords { name: b.name, file: None, parts: &NO_PARTS, words }))
         }
         _ => None,
     };
@@ -188,12 +189,12 @@ fn joined_job<'a>(
     ft: &Tensor<'a>,
     name: &'a str,
     source: &'a InMemory<'a>,
-    parts: &'a [BasePart],
+    parts: &'a BaseParts,
 ) -> Result<TensorJob<'a>> {
     let bytes = ft.bytes.len() as u64;
     let (dtype, shape) =
         words_of(ft.dtype, ft.dims, bytes).ok_or_else(|| Error::internal("a tensor without words"))?;
-    let words = TensorWords::Parts(source, parts, bytes);
+    let words = TensorWords::Parts(source, parts);
     let base = BaseWords { name, file: None, parts, words };
     TensorJob::new((ft.name, ft.dtype, ft.dims), TensorWords::Memory(ft.bytes), Some((dtype, shape, base)))
 }

@@ -1,79 +1,17 @@
-//! Promise: whatever names, shards and dtypes a fine-tune has, and whether rows came or went, experts were stacked or split: what
-//! is in the base costs little, and the same comes back.
+//! Promise: whatever names, shards and dtypes a fine-tune has, and whether experts were stacked or split: what is in the base costs
+//! little, and the same comes back.
 
-use crate::common::data::{Rng, stepped};
-use crate::common::disk::{Tensor, names, safetensors, tree};
+use crate::common::data::Rng;
+use crate::common::disk::{Tensor, safetensors};
 use crate::common::forge::Forge;
+use crate::common::packed::{Packed, t, tuned};
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 use xorz::codec::Prefer;
 use xorz::error::Kind;
 use xorz::matrix::{Dtype, Matrix, Shape};
-use xorz::package::{
-    Base, Codec, Destination, Entry, PackOptions, Package, Report, Run, pack_files, unpack_files,
-    verify_files,
-};
+use xorz::package::{Base, Codec, Destination, PackOptions, Package, Run, pack_files, verify_files};
 use xorz::resident::{Resident, restore};
-
-fn t(name: &str, dtype: &'static str, dims: &[usize], bytes: &[u8]) -> Tensor {
-    (name.into(), dtype, dims.to_vec(), bytes.to_vec())
-}
-
-/// Files of a folder by path.
-type Files<'a> = [(&'a str, Vec<Tensor>)];
-
-fn write(dir: &Path, files: &Files<'_>) {
-    for (path, tensors) in files {
-        fs::create_dir_all(dir.join(path).parent().unwrap()).unwrap();
-        fs::write(dir.join(path), safetensors(tensors)).unwrap();
-    }
-}
-
-struct Packed {
-    report: Report,
-    dir: tempfile::TempDir,
-}
-
-impl Packed {
-    /// Pack `ft` against `base`, give it back, verify it, and compare everything.
-    fn of(base: &Files<'_>, ft: &Files<'_>) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let at = |name: &str| dir.path().join(name);
-        write(&at("base"), base);
-        write(&at("ft"), ft);
-        let (run, options) = (Run { jobs: 2, ..Run::default() }, PackOptions::default());
-        let report = pack_files(&at("base"), &at("ft"), Destination::Path(&at("p")), &options, &run).unwrap();
-        unpack_files(&at("base"), &at("p"), Destination::Path(&at("out")), &run).unwrap();
-        assert!(tree(&at("out")) == tree(&at("ft")));
-        verify_files(&at("base"), &at("p"), Some(&at("ft")), &run).unwrap();
-        verify_files(&at("base"), &at("p"), None, &run).unwrap();
-        assert!(names(dir.path()).iter().all(|n| !n.starts_with('.')));
-        Self { report, dir }
-    }
-
-    /// Of single files.
-    fn one(base: &[Tensor], ft: &[Tensor]) -> Self {
-        Self::of(&[("model.safetensors", base.to_vec())], &[("model.safetensors", ft.to_vec())])
-    }
-
-    /// It takes at most this share of its tensors, and a KiB and a half for each.
-    fn takes(&self, share: f64) {
-        let most = self.report.tensor_bytes as f64 * share + 1536.0 * (1 + self.report.tensors) as f64;
-        assert!((self.report.package_bytes as f64) < most, "{most}: {:?}", self.report);
-    }
-
-    fn entry(&self, name: &str) -> Entry {
-        Package::open(&self.dir.path().join("p")).unwrap().entry(name).unwrap().clone()
-    }
-}
-
-/// `words` weights and a fine-tune of them.
-fn tuned(rng: &mut Rng, words: usize) -> (Vec<u8>, Vec<u8>) {
-    let base = rng.weights(Dtype::BF16, words);
-    let ft = stepped(rng, Dtype::BF16, &base, 1e-6);
-    (base, ft)
-}
 
 #[test]
 fn components_with_the_same_names_are_paired_by_their_paths() {
@@ -186,44 +124,6 @@ fn tensors_of_any_dtype_are_deltas_by_the_size_of_their_words() {
     let odd = [t("a", "NEW", &[64, 64], &rng.bytes(8192))];
     let packed = Packed::one(&odd, &[t("a", "NEW", &[64, 64], &rng.bytes(16384))]);
     assert_eq!(packed.report.alone, 1);
-}
-
-/// Rows of `k` words, some of them left out or put in.
-fn rows(all: &[u8], k: usize, ranges: &[(usize, usize)]) -> Vec<u8> {
-    ranges.iter().flat_map(|(from, to)| all[from * 2 * k..to * 2 * k].to_vec()).collect()
-}
-
-#[test]
-fn rows_added_or_removed_leave_a_delta_of_those_in_common() {
-    let mut rng = Rng::new(74);
-    let (n, k) = (1000, 64);
-    let (old, new) = tuned(&mut rng, n * k);
-    let fresh = rng.weights(Dtype::BF16, 8 * k);
-    let cases: [(&str, Vec<u8>); 7] = [
-        ("8 rows more", [&new[..], &fresh].concat()),
-        ("8 in front", [&fresh[..], &new].concat()),
-        ("8 inside", [&rows(&new, k, &[(0, 333)])[..], &fresh, &rows(&new, k, &[(333, n)])].concat()),
-        ("8 fewer", rows(&new, k, &[(0, n - 8)])),
-        ("8 fewer in front", rows(&new, k, &[(8, n)])),
-        ("8 fewer inside", rows(&new, k, &[(0, 500), (508, n)])),
-        ("half", rows(&new, k, &[(0, n / 2)])),
-    ];
-    for (what, bytes) in cases {
-        println!("{what}");
-        let have = bytes.len() / 2 / k;
-        let base = [t("model.embed", "BF16", &[n, k], &old), t("bias", "BF16", &[n], &old[..2 * n])];
-        let bias = [&old[..2 * n.min(have)], &vec![0; 2 * have.saturating_sub(n)]].concat();
-        for name in ["model.embed", "wrapped.model.embed"] {
-            let ft = [t(name, "BF16", &[have, k], &bytes), t("bias", "BF16", &[have], &bias)];
-            let packed = Packed::one(&base, &ft);
-            assert_eq!((packed.report.alone, packed.report.removed), (0, 0), "{what}: {:?}", packed.report);
-            assert!(!packed.entry(name).base.unwrap().parts.is_empty());
-            packed.takes(0.15);
-        }
-    }
-    // Other weights of the name are no delta at all.
-    let ft = [t("model.embed", "BF16", &[n + 8, k], &rng.weights(Dtype::BF16, (n + 8) * k))];
-    assert_eq!(Packed::one(&[t("model.embed", "BF16", &[n, k], &old)], &ft).report.alone, 1);
 }
 
 #[test]

@@ -9,6 +9,7 @@ pub mod common {
     pub mod disk;
     pub mod forge;
     pub mod mapping;
+    pub mod packed;
     pub mod seal;
     pub mod tables;
 }
@@ -17,6 +18,7 @@ mod checkpoint_folders;
 mod checkpoint_golden;
 mod checkpoint_hostile;
 mod checkpoint_pairing;
+mod checkpoint_resized;
 mod checkpoint_roundtrip;
 mod cli;
 mod digest_cache;
