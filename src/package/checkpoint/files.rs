@@ -4,7 +4,7 @@
 use super::cache::Identity;
 use super::folders::{self, pickled};
 use crate::error::{Error, Result};
-use crate::package::format::container::{MAX_HEADER_BYTES, SafeTensors, TensorInfo};
+use crate::package::format::container::{MAX_HEADER_BYTES, SafeTensors, TensorInfo, name_digest};
 use crate::package::format::parts::{BasePart, PartSource};
 use crate::package::format::paths::objection;
 use crate::package::format::record;
@@ -83,7 +83,8 @@ pub struct Checkpoint {
     files: Vec<TensorFile>,
     carried: Vec<CarriedFile>,
     folder: bool,
-    names: HashMap<String, (usize, usize)>,
+    /// By the digest of the name: file, and which of its tensors.
+    names: HashMap<u128, (u32, u32)>,
     /// All places of the names that several files have, the one in `names` first.
     several: HashMap<String, Vec<(usize, usize)>>,
     /// Files of a fine-tune that are no part of it and were left out, with their lengths.
@@ -116,7 +117,7 @@ impl Checkpoint {
             refuse_pickle(path)?;
             let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
             let file = TensorFile::open(name, path.into()).map_err(|e| on_a_hub(path, e))?;
-            return Ok(Self::new(vec![file], Vec::new(), false));
+            return Self::new(vec![file], Vec::new(), false);
         }
         let path = &*folders::snapshot(path)?;
         let (weights, rest): (Vec<_>, Vec<_>) =
@@ -134,7 +135,7 @@ impl Checkpoint {
             })?;
         }
         let files = weights.into_iter().map(|(path, place)| TensorFile::open(path, place));
-        let mut checkpoint = Self::new(files.collect::<Result<_>>()?, Vec::new(), true);
+        let mut checkpoint = Self::new(files.collect::<Result<_>>()?, Vec::new(), true)?;
         for (path, place) in rest {
             if path.ends_with(INDEX_ENDING) {
                 checkpoint.check_index(&path, &place)?;
@@ -156,20 +157,30 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    fn new(files: Vec<TensorFile>, carried: Vec<CarriedFile>, folder: bool) -> Self {
-        let (mut names, mut several) = (HashMap::new(), HashMap::<String, Vec<_>>::new());
+    fn new(files: Vec<TensorFile>, carried: Vec<CarriedFile>, folder: bool) -> Result<Self> {
+        let count = files.iter().map(|f| f.tensors.header().tensors.len()).sum();
+        let mut names = HashMap::<u128, (u32, u32)>::with_capacity(count);
+        let mut several = HashMap::<String, Vec<_>>::new();
         let mut order: Vec<usize> = (0..files.len()).collect();
         // Where two files have a tensor of one name, the model's own file is meant, not a copy in another layout.
         order.sort_by_key(|&f| !files[f].path.starts_with("model"));
         for f in order {
             for (i, t) in files[f].tensors.header().tensors.iter().enumerate() {
-                let first = *names.entry(t.name.clone()).or_insert((f, i));
-                if first != (f, i) {
-                    several.entry(t.name.clone()).or_insert_with(|| vec![first]).push((f, i));
+                let here = (f as u32, i as u32);
+                let first = *names.entry(name_digest(&t.name)).or_insert(here);
+                if first == here {
+                    continue;
                 }
+                let first = (first.0 as usize, first.1 as usize);
+                let other = &files[first.0].tensors.header().tensors[first.1].name;
+                if *other != t.name {
+                    let what = format!("the names `{other}` and `{}` have one digest", t.name);
+                    return Err(Error::corrupt(what).within(files[f].place.display()));
+                }
+                several.entry(t.name.clone()).or_insert_with(|| vec![first]).push((f, i));
             }
         }
-        Self { files, carried, folder, names, several, left_out: Vec::new() }
+        Ok(Self { files, carried, folder, names, several, left_out: Vec::new() })
     }
 
     /// Read through `cache` from now on; its files have the numbers from `first` on there.
@@ -197,8 +208,9 @@ impl Checkpoint {
 
     /// The tensor called `name`, and which of the files holds it.
     pub fn find(&self, name: &str) -> Option<(usize, &TensorInfo)> {
-        let (f, i) = *self.names.get(name)?;
-        Some((f, &self.files[f].tensors.header().tensors[i]))
+        let (f, i) = *self.names.get(&name_digest(name))?;
+        let found = &self.files[f as usize].tensors.header().tensors[i as usize];
+        (found.name == name).then_some((f as usize, found))
     }
 
     /// Of several tensors called `name`, as the components of a pipeline have them, the one that `file` means: one that `fits`

@@ -17,7 +17,8 @@ use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use xxhash_rust::xxh3::xxh3_128;
 
 /// The longest header that is read, in bytes; the limit of the safetensors format itself.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -167,7 +168,8 @@ impl<'de> Deserialize<'de> for RawHeader {
                 let mut seen = HashSet::new();
                 let mut out = RawHeader { tensors: Vec::new(), metadata: BTreeMap::new() };
                 while let Some(name) = map.next_key::<String>()? {
-                    if !seen.insert(name.clone()) {
+                    // By digests, of which a name takes a whole copy less; two names of one digest are refused, too.
+                    if !seen.insert(name_digest(&name)) {
                         return Err(de::Error::custom(format!("duplicate tensor `{name}`")));
                     }
                     if name == "__metadata__" {
@@ -184,6 +186,11 @@ impl<'de> Deserialize<'de> for RawHeader {
         }
         d.deserialize_map(V)
     }
+}
+
+/// What a name is found by: no two tensors of a header have the same.
+pub(crate) fn name_digest(name: &str) -> u128 {
+    xxh3_128(name.as_bytes())
 }
 
 /// Where a container's bytes are.
@@ -226,7 +233,8 @@ fn cut_short(e: std::io::Error, end: u64) -> Error {
 pub struct SafeTensors {
     store: Store,
     header: Header,
-    index: HashMap<String, usize>,
+    /// By the digest of their names; made when somebody asks for a name.
+    index: OnceLock<HashMap<u128, u32>>,
     text: String,
     bytes: u64,
 }
@@ -316,8 +324,7 @@ impl SafeTensors {
                 LENGTH_BYTES + length + want
             )));
         }
-        let index = header.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
-        Ok(Self { store, header, index, text, bytes })
+        Ok(Self { store, header, index: OnceLock::new(), text, bytes })
     }
 
     /// The checked header.
@@ -337,7 +344,10 @@ impl SafeTensors {
 
     /// The tensor called `name`.
     pub fn find(&self, name: &str) -> Option<&TensorInfo> {
-        self.index.get(name).map(|i| &self.header.tensors[*i])
+        let tensors = &self.header.tensors;
+        let digests = || (0..).zip(tensors).map(|(i, t)| (name_digest(&t.name), i)).collect();
+        let i = self.index.get_or_init(digests).get(&name_digest(name))?;
+        tensors.get(*i as usize).filter(|t| t.name == name)
     }
 
     /// Read one tensor's bytes.

@@ -69,20 +69,27 @@ impl Contents {
     /// What is stored, by its place in the package's data; and where it is to be taken from.
     fn records(&mut self) -> (Records, Vec<StoredRun>) {
         // Resident deltas first: they are multiples of 64 bytes, so all of them stay aligned. Joint frames last.
-        let mut classes: [Vec<(usize, Entry)>; 3] = Default::default();
         let mut records = Records { folder: self.folder, ..Records::default() };
+        let mut of_part: Vec<usize> = Vec::new();
         for (p, part) in self.parts.iter_mut().enumerate() {
             let before = records.joints.len();
             records.joints.append(&mut part.joints);
-            for mut e in std::mem::take(&mut part.entries) {
-                e.joint = e.joint.map(|(frame, at)| (before + frame, at));
-                let class = match e.codec {
-                    Codec::Resident => 0,
-                    Codec::Joint => 2,
-                    _ => 1,
-                };
-                classes[class].push((p, e));
+            part.entries.iter_mut().for_each(|e| e.joint = e.joint.map(|(frame, at)| (before + frame, at)));
+            of_part.resize(of_part.len() + part.entries.len(), p);
+            match records.entries.is_empty() {
+                true => records.entries = std::mem::take(&mut part.entries),
+                false => records.entries.append(&mut part.entries),
             }
+        }
+        let class = |e: &Entry| match e.codec {
+            Codec::Resident => 0,
+            Codec::Joint => 2,
+            _ => 1,
+        };
+        if !records.entries.is_sorted_by_key(class) {
+            let mut both: Vec<_> = of_part.into_iter().zip(std::mem::take(&mut records.entries)).collect();
+            both.sort_by_key(|(_, e)| class(e));
+            (of_part, records.entries) = both.into_iter().unzip();
         }
         let mut runs: Vec<StoredRun> = Vec::new();
         let mut at = 0;
@@ -95,10 +102,9 @@ impl Contents {
             *range = at..at + n;
             at += n;
         };
-        for (p, mut e) in classes.into_iter().flatten() {
+        for (&p, e) in of_part.iter().zip(&mut records.entries) {
             // The shares of a joint frame's tensors are all of it.
             place(p, &mut e.range);
-            records.entries.push(e);
         }
         for (p, part) in self.parts.iter_mut().enumerate() {
             if let Some((file, mut range)) = part.file.take() {

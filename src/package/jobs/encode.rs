@@ -59,7 +59,8 @@ pub(super) struct TensorJob<'a> {
     word_bytes: usize,
     pub(super) bytes: usize,
     pub(super) choice: OnceLock<Result<Chosen>>,
-    pub(super) predicted: OnceLock<Predicted>,
+    /// In a box: few of very many tensors have one.
+    pub(super) predicted: OnceLock<Box<Predicted>>,
 }
 
 /// What a thread keeps from piece to piece.

@@ -36,7 +36,7 @@ impl TensorJob<'_> {
         let share = words as f64 / counts.words().max(1) as f64;
         let bytes = bits / 8.0 * share + predictor.len() as f64 + words.div_ceil(tile_words) as f64 * 10.0;
         let encoder = PredictedEncoder::new(model)?;
-        let _ = self.predicted.set(Predicted { predictor, encoder, tile_words });
+        let _ = self.predicted.set(Box::new(Predicted { predictor, encoder, tile_words }));
         Ok(Some(bytes))
     }
 
@@ -60,6 +60,6 @@ impl TensorJob<'_> {
 
     /// What [`TensorJob::predict`] has made.
     pub(super) fn prediction(&self) -> Result<&Predicted> {
-        self.predicted.get().ok_or_else(|| Error::internal("no predictor was made"))
+        self.predicted.get().map(|made| &**made).ok_or_else(|| Error::internal("no predictor was made"))
     }
 }
