@@ -78,8 +78,10 @@ typedef enum xorz_prefer {
 /* Order of summation: fast, or one order for a row whatever the other rows are. */
 typedef enum xorz_mode { XORZ_MODE_FAST = 0, XORZ_MODE_DETERMINISTIC = 1 } xorz_mode;
 
-/* How a package stores a delta. XORZ_CODEC_SMALLEST: the smallest, tensor by tensor. */
+/* How a package stores a delta. XORZ_CODEC_SMALLEST: the smallest, tensor by tensor. XORZ_CODEC_FAST: the
+ * smallest of those that are quickly made and loaded. */
 typedef enum xorz_codec {
+  XORZ_CODEC_FAST = -2,
   XORZ_CODEC_SMALLEST = -1,
   XORZ_CODEC_XOR = 0, /* one zstd frame of the raw XOR bytes, for exchange */
   XORZ_CODEC_RESIDENT = 1,
@@ -235,6 +237,17 @@ typedef struct xorz_run {
 
 /* Unpack and verify go by XORZ_TRUST_SHA256. */
 #define XORZ_RUN_TRUST_SHA256 2u
+
+/* `stop` is not NULL and that of a xorz_watch, into which the job writes how far it is. */
+#define XORZ_RUN_WATCHED 4u
+
+/* What another thread may read, by atomic loads, while a job runs. A job has one stage or several. */
+typedef struct xorz_watch {
+  uint32_t stop;   /* what `stop` of xorz_run points to */
+  uint32_t stages; /* how many have begun */
+  uint64_t total;  /* bytes of the last one that has begun, and how many of them are done */
+  uint64_t done;
+} xorz_watch;
 
 typedef struct xorz_writer xorz_writer;
 typedef struct xorz_package xorz_package;

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _library
+from .progress import bar, seen
 
 _lib = _library.load()
 _T = TypeVar("_T")
@@ -60,6 +61,10 @@ class _Run(ctypes.Structure):
     _fields_ = [("jobs", c_uint32), ("flags", c_uint32), ("stop", POINTER(c_uint32))]
 
 
+class _Watch(ctypes.Structure):
+    _fields_ = [("stop", c_uint32), ("stages", c_uint32), ("total", c_uint64), ("done", c_uint64)]
+
+
 class _Info(ctypes.Structure):
     _fields_ = [
         ("encoding", c_uint32),
@@ -74,11 +79,15 @@ class _Info(ctypes.Structure):
 
 
 _PREFER = {None: -1, "speed": 0, "memory": 1, "auto": 2}
-_CODECS = {None: -1, "xor": 0, "resident": 1, "resident-zstd": 2, "planes": 3}
+_CODECS = {None: -1, "xor": 0, "resident": 1, "resident-zstd": 2, "planes": 3, "predicted": 6}
+_CODEC_FAST = -2
 _ENCODINGS = ("unchanged", "sparse", "exponent", "raw")
 _IO = 6
 _NO_SHA256 = 1
 _RUN_TRUST_SHA256 = 2
+_RUN_WATCHED = 4
+# Seconds between two looks at how far a job is, and those after which it is worth a bar.
+_LOOK, _WORTH_A_BAR = 0.1, 0.5
 _TRUST = {"digest": 0, "sha256": 1}
 
 # safetensors name, code in csrc/xorz.h.
@@ -168,16 +177,18 @@ def _call(name: str, *arguments: Any) -> None:
         raise failure(error.kind, text)
 
 
-def _job(call: Callable[["_Run"], _T], run: "_Run") -> _T:
-    """What `call` gives for a job over files, which Ctrl-C and other signals end: soon, and nothing is left behind.
+def _job(call: Callable[["_Run"], _T], run: "_Run", doing: str) -> _T:
+    """What `call` gives for a job over files, which Ctrl-C and other signals end: soon, and nothing is left behind. `doing` is
+    what its bar is called.
 
     Python sees a signal only between two steps of the main thread, and the whole job would be one. So another thread does it
     while the main thread waits.
     """
     if threading.current_thread() is not threading.main_thread():
         return call(run)
-    stop, done = c_uint32(0), []
-    watched = _Run(run.jobs, run.flags, ctypes.pointer(stop))
+    watch, done = _Watch(), []
+    stop = ctypes.cast(ctypes.pointer(watch), POINTER(c_uint32))
+    watched = _Run(run.jobs, run.flags | _RUN_WATCHED, stop)
 
     def work() -> None:
         try:
@@ -191,15 +202,33 @@ def _job(call: Callable[["_Run"], _T], run: "_Run") -> _T:
     except RuntimeError:
         return call(run)  # no more threads are to be had
     try:
-        thread.join()
+        _show(thread, watch, doing)
     except BaseException:
-        stop.value = 1
+        watch.stop = 1
         thread.join()
         raise
     result, error = done[0]
     if error is not None:
         raise error
     return result
+
+
+def _show(thread: threading.Thread, watch: _Watch, doing: str) -> None:
+    """Wait for the job that `thread` does; show how far it is, if it takes long and somebody looks."""
+    thread.join(_WORTH_A_BAR)
+    if not thread.is_alive():
+        return
+    with bar(total=watch.total, unit="B", desc=doing) as shown:
+        stages, told = watch.stages, 0
+        while thread.is_alive():
+            thread.join(_LOOK if seen(shown) else None)
+            # The total is written before the stage is counted, and what is done of it last.
+            if watch.stages != stages:
+                stages, told = watch.stages, 0
+                shown.reset(watch.total)
+            done = min(watch.done, watch.total)
+            shown.update(max(0, done - told))
+            told = max(told, done)
 
 
 def _take(buffer: _Buffer) -> bytes:
@@ -340,11 +369,19 @@ def options(
     level: int = 0,
     strip_prefix: str | None = None,
     trust: str = "digest",
+    fast: bool = False,
 ) -> _Options:
     """How to pack; ValueError for words that do not exist."""
     code = _choice("prefer", prefer, {k: v for k, v in _PREFER.items() if k})
+    if not isinstance(fast, bool):
+        raise TypeError(f"fast must be a bool, but is {type(fast).__name__}")
+    if fast and codec is not None:
+        raise ValueError(
+            f"fast leaves codecs out where none is named, but codec is {codec!r}; give one of them, not both"
+        )
     prefix = None if strip_prefix is None else strip_prefix.encode()
-    return _Options(code, _choice("codec", codec, _CODECS), level, _choice("trust", trust, _TRUST), prefix)
+    codec_code = _CODEC_FAST if fast else _choice("codec", codec, _CODECS)
+    return _Options(code, codec_code, level, _choice("trust", trust, _TRUST), prefix)
 
 
 class Writer:
@@ -413,7 +450,7 @@ class Base:
     def __init__(self, path: Any, run: "_Run") -> None:
         """Open `path`, a safetensors file or a folder."""
         self.handle, encoded = c_void_p(), _path(path)
-        _job(lambda run: _call("xorz_base_open", encoded, byref(run), byref(self.handle)), run)
+        _job(lambda run: _call("xorz_base_open", encoded, byref(run), byref(self.handle)), run, "opening")
 
     def __enter__(self) -> "Base":
         """Use as a context, which closes it."""
@@ -496,7 +533,7 @@ def cuda_status(device: int) -> None:
 def pack_files(base: Any, fine_tuned: Any, package: Any, options: _Options, run: _Run) -> dict[str, Any]:
     """Pack a checkpoint; gives the totals."""
     paths = (_path(base), _path(fine_tuned), _path(package))
-    return _job(lambda run: _json("xorz_pack_files", *paths, byref(options), byref(run)), run)
+    return _job(lambda run: _json("xorz_pack_files", *paths, byref(options), byref(run)), run, "packing")
 
 
 def pack_fleet(
@@ -513,6 +550,7 @@ def pack_fleet(
             "xorz_pack_fleet", old, len(bases), new, out, len(fine_tuned), byref(options), byref(run)
         ),
         run,
+        "packing",
     )
 
 
@@ -524,13 +562,13 @@ def failure(kind: int, text: str) -> Exception:
 def unpack_files(base: Any, package: Any, out: Any, run: _Run) -> dict[str, Any]:
     """Give the fine-tuned checkpoint back; gives the totals."""
     paths = (_path(base), _path(package), _path(out))
-    return _job(lambda run: _json("xorz_unpack_files", *paths, byref(run)), run)
+    return _job(lambda run: _json("xorz_unpack_files", *paths, byref(run)), run, "unpacking")
 
 
 def verify_files(base: Any, package: Any, fine_tuned: Any, run: _Run) -> dict[str, Any]:
     """Restore everything without writing it, and compare; gives the totals."""
     paths = (_path(base), _path(package), None if fine_tuned is None else _path(fine_tuned))
-    return _job(lambda run: _json("xorz_verify_files", *paths, byref(run)), run)
+    return _job(lambda run: _json("xorz_verify_files", *paths, byref(run)), run, "verifying")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -35,20 +35,23 @@ def pack(
     level: int = 0,
     jobs: int | None = None,
     trust: str = "digest",
+    fast: bool = False,
 ) -> dict[str, Any]:
     """Write the package `path`, from which `base` gives `fine_tuned` back bit for bit.
 
     Args:
         base: state_dict of the base, or its path: a safetensors file, or a folder of them, sharded or not.
         fine_tuned: the same of the fine-tune; a folder's other files (config, tokenizer) are carried along.
-            Tensors that the base lacks, or has in another dtype or shape, are stored alone; of those with more rows or fewer
-            the rows in common are a delta. Extra state that is bytes is kept as a uint8 tensor, None is left out.
+            Tensors that the base lacks, or has in another dtype or shape, are stored alone; of those that have more or fewer
+            rows (or columns, channels, positions) those in common are a delta. Extra state that is bytes is kept as a uint8
+            tensor, None is left out.
         path: the package; it appears when it is complete.
         prefer: what deltas are encoded for, "memory" or "speed".
-        codec: None (the smallest, tensor by tensor), "resident", "resident-zstd", "planes" or "xor".
+        codec: None (the smallest, tensor by tensor), "resident", "resident-zstd", "planes", "predicted" or "xor".
         level: of zstd; 0 is the default.
         jobs: threads for paths; None is one per core. State_dicts take the calling thread. The bytes are the same.
         trust: "sha256" keeps the sha256 of each base tensor, which others can trust a base by; it takes longer.
+        fast: leave out the codecs that take long to make and to load, "predicted" and "xor": the package is larger.
 
     Returns:
         Totals: tensors, changed, words, tensor_bytes, package_bytes and more. Where most of the fine-tune is no delta (another
@@ -58,7 +61,7 @@ def pack(
         TypeError: an argument is neither state_dict nor path, or of both kinds; ValueError: a broken file or unknown option;
         OSError: a file that cannot be read or written.
     """
-    options, run = _core.options(prefer, codec, level, trust=trust), _core.run(jobs)
+    options, run = _core.options(prefer, codec, level, trust=trust, fast=fast), _core.run(jobs)
     from_files = _is_path("base", base)
     if from_files != _is_path("fine_tuned", fine_tuned):
         raise TypeError("base and fine_tuned must both be state_dicts or both be paths")
@@ -90,13 +93,14 @@ def pack_fleet(
     level: int = 0,
     jobs: int | None = None,
     trust: str = "digest",
+    fast: bool = False,
 ) -> list[dict[str, Any]]:
     """Pack many fine-tunes of one base in one run, which reads the base once; each package is what `pack` makes of it alone.
 
     Args:
         base: path of the base, or of several, of which each fine-tune takes the nearest one, by a sample of its words.
         fine_tuned: for the path of each fine-tune that of its package. Its folder must be there.
-        prefer, codec, level, jobs, trust: as `pack`.
+        prefer, codec, level, jobs, trust, fast: as `pack`.
 
     Returns:
         For each fine-tune, in order, `fine_tuned`, `package`, `base`, `distances` and `report`, the totals that `pack` gives.
@@ -107,7 +111,7 @@ def pack_fleet(
         TypeError: an argument is no path; ValueError, OSError: a base cannot be read, or some fine-tunes could not be packed.
         The packages of all others are there then; `packages` of the exception lists all, with `error` in place of a `report`.
     """
-    options, run = _core.options(prefer, codec, level, trust=trust), _core.run(jobs)
+    options, run = _core.options(prefer, codec, level, trust=trust, fast=fast), _core.run(jobs)
     bases = [base] if isinstance(base, (str, os.PathLike)) else base
     if not isinstance(bases, (list, tuple)) or not all(isinstance(b, (str, os.PathLike)) for b in bases):
         raise TypeError(f"base must be a path or a list of paths, but is {type(base).__name__}")

@@ -18,6 +18,9 @@ class _Silent:
     def update(self, amount: float = 1) -> None:
         """Whatever was done is not shown."""
 
+    def reset(self, total: float | None = None) -> None:
+        """Whatever begins is not shown."""
+
 
 def bar(**options: Any) -> Any:
     """tqdm's bar with these options (`total`, `desc`, `unit`, ...), or one that shows nothing: without tqdm, where stderr is no
@@ -32,6 +35,11 @@ def bar(**options: Any) -> Any:
     if options.get("unit") == "B":
         options |= {"unit_scale": True, "unit_divisor": 1000}
     return tqdm(leave=False, **options)
+
+
+def seen(shown: Any) -> bool:
+    """Whether anybody sees what a bar shows."""
+    return not isinstance(shown, _Silent)
 
 
 def _disabled() -> bool:

@@ -158,6 +158,10 @@ def test_errors_are_of_the_expected_class(tmp_path):
         xorz.pack(base, tuned, package, prefer="size")
     with pytest.raises(ValueError, match=r"codec must be one of .* but is 'zip'"):
         xorz.pack(base, tuned, package, codec="zip")
+    with pytest.raises(ValueError, match=r"fast .* codec is 'planes'"):
+        xorz.pack(base, tuned, package, codec="planes", fast=True)
+    with pytest.raises(TypeError, match="fast must be a bool, but is str"):
+        xorz.pack(base, tuned, package, fast="yes")
     with pytest.raises(TypeError, match="base and fine_tuned must both be"):
         xorz.pack(base, "tuned.safetensors", package)
     with pytest.raises(TypeError, match="base must be a state_dict or a path, but is list"):
@@ -451,3 +455,23 @@ def test_of_a_fleet_the_failed_ones_are_raised_when_all_others_are_packed(fleet)
     for wrong in ((5, packages), ([5], packages), (fleet / "one", [fleet / "a"])):
         with pytest.raises(TypeError, match="path"):
             xorz.pack_fleet(*wrong)
+
+
+def test_fast_leaves_slow_codecs_out_of_state_dicts_files_and_fleets(tmp_path):
+    torch.manual_seed(2)
+    base = {"w": torch.randn(256, 512).bfloat16()}
+    tuned = {"w": base["w"] + 1e-3 * torch.randn(256, 512).bfloat16()}
+    safetensors_torch.save_file(base, tmp_path / "base")
+    safetensors_torch.save_file(tuned, tmp_path / "tuned")
+    paths = tmp_path / "base", tmp_path / "tuned"
+    for fast in (False, True):
+        found = [
+            xorz.pack(base, tuned, tmp_path / "a", fast=fast),
+            xorz.pack(*paths, tmp_path / "b", fast=fast),
+            xorz.pack_fleet(paths[0], {paths[1]: tmp_path / "c"}, fast=fast)[0]["report"],
+        ]
+        assert [("predicted" in report["codecs"]) for report in found] == [not fast] * 3, found
+        for name in "abc":
+            assert torch.equal(xorz.restore(base, tmp_path / name)["w"], tuned["w"])
+    report = xorz.pack(base, tuned, tmp_path / "a", codec="predicted")
+    assert list(report["codecs"]) == ["predicted"]

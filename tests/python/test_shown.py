@@ -15,7 +15,7 @@ import pytest
 import torch
 import xorz
 from torch import nn
-from xorz import progress
+from xorz import _core, progress
 
 EVIL = "<script>alert(1)</script>"
 
@@ -102,3 +102,44 @@ def test_nothing_is_shown_without_a_stderr_or_without_tqdm(monkeypatch):
     with progress.bar(total=3, unit="B") as shown:
         shown.update()
     assert sys.stderr.getvalue() == ""
+
+
+def test_jobs_over_files_tell_how_far_they_are_and_count_each_byte_once(tmp_path, monkeypatch):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    torch.manual_seed(1)
+    base = {f"w{i}": torch.randn(512, 1024).bfloat16() for i in range(32)}
+    save_file(base, tmp_path / "base")
+    save_file({n: w + 1e-3 * torch.randn(w.shape).bfloat16() for n, w in base.items()}, tmp_path / "tuned")
+    size = os.path.getsize(tmp_path / "tuned")
+    bars = []
+
+    class Bar:
+        def __init__(self, total, unit, desc):
+            self.desc, self.totals, self.done, self.updates = desc, [total], 0, 0
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, amount):
+            self.done, self.updates = self.done + amount, self.updates + (amount > 0)
+
+        def reset(self, total):
+            self.totals.append(total)
+            self.done = 0
+
+    monkeypatch.setattr(_core, "bar", Bar)
+    monkeypatch.setattr(_core, "_WORTH_A_BAR", 0.0)
+    monkeypatch.setattr(_core, "_LOOK", 0.002)
+    report = xorz.pack(tmp_path / "base", tmp_path / "tuned", tmp_path / "p", jobs=1)
+    xorz.unpack(tmp_path / "base", tmp_path / "p", tmp_path / "out", jobs=1)
+    xorz.verify(tmp_path / "base", tmp_path / "p", jobs=1)
+    xorz.pack_fleet(tmp_path / "base", {tmp_path / "tuned": tmp_path / "q"}, jobs=1)
+    assert report["files"][0]["bytes"] == size
+    assert [b.desc for b in bars] == ["packing", "unpacking", "verifying", "packing"]
+    for shown in bars:
+        assert shown.totals[-1] == shown.done == size, (shown.desc, shown.totals, shown.done)
+        assert shown.updates > 3, f"{shown.desc}: told {shown.updates} times"

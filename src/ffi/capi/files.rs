@@ -3,19 +3,19 @@
 use super::pointers::{XorzBuffer, XorzError, call, give_bytes, null, prefer, reference, text};
 use crate::error::{Error, Result};
 use crate::package::{
-    Codec, Destination, PackOptions, Run, Trust, pack_files, pack_fleet, unpack_files, verify_files,
+    Codec, Destination, PackOptions, Progress, Run, Trust, pack_files, pack_fleet, unpack_files, verify_files,
 };
 use std::ffi::{CStr, OsStr, c_char};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// `xorz_options`: how to pack.
 #[repr(C)]
 pub struct XorzOptions {
     /// 0 speed, 1 memory.
     pub prefer: i32,
-    /// -1 the smallest, or a codec's code.
+    /// -2 the smallest of those that are quickly made and loaded, -1 the smallest, or a codec's code.
     pub codec: i32,
     /// zstd level; 0 is the default.
     pub level: i32,
@@ -30,7 +30,7 @@ pub struct XorzOptions {
 pub struct XorzRun {
     /// Threads; 0 takes one per core.
     pub jobs: u32,
-    /// 0, [`NO_SHA256`], [`TRUST_SHA256`] or both.
+    /// 0, or the sum of some of [`NO_SHA256`], [`TRUST_SHA256`] and [`WATCHED`].
     pub flags: u32,
     /// Ends the job when it is no longer 0, or null.
     pub stop: *const u32,
@@ -41,6 +41,36 @@ pub const NO_SHA256: u32 = 1;
 
 /// Flag of [`XorzRun`]: unpack and verify compare the sha256 of each base tensor before they take anything of it.
 pub const TRUST_SHA256: u32 = 2;
+
+/// Flag of [`XorzRun`]: `stop` is that of a [`XorzWatch`].
+pub const WATCHED: u32 = 4;
+
+/// `xorz_watch`: how far a job is, for the caller's other threads.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub struct XorzWatch {
+    /// Ends the job when it is no longer 0.
+    pub stop: AtomicU32,
+    /// Stages that have begun.
+    pub stages: AtomicU32,
+    /// Bytes of the last one that has begun.
+    pub total: AtomicU64,
+    /// How many of them are done.
+    pub done: AtomicU64,
+}
+
+impl Progress for XorzWatch {
+    fn begin(&self, _: &str, bytes: u64) {
+        // Who reads between two of these sees a stage of which nothing is done.
+        self.done.store(0, Ordering::Release);
+        self.total.store(bytes, Ordering::Release);
+        self.stages.fetch_add(1, Ordering::Release);
+    }
+
+    fn advance(&self, bytes: u64) {
+        self.done.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
 
 /// # Safety
 /// `p` is null or a zero-terminated string for `'a`.
@@ -59,11 +89,11 @@ pub(super) unsafe fn options(p: *const XorzOptions) -> Result<PackOptions> {
     unsafe {
         let o = reference(p, "options")?;
         let strip = if o.strip_prefix.is_null() { None } else { Some(text(o.strip_prefix, "strip_prefix")?) };
-        let (codec, level) = (codec(o.codec)?, (o.level != 0).then_some(o.level));
+        let ((codec, fast), level) = (codec(o.codec)?, (o.level != 0).then_some(o.level));
         Ok(PackOptions {
             prefer: prefer(o.prefer)?,
             codec,
-            fast: false,
+            fast,
             level,
             strip_prefix: strip.map(str::to_owned),
             trust: trust(o.trust)?,
@@ -79,33 +109,55 @@ pub(super) fn trust(code: i32) -> Result<Trust> {
     }
 }
 
-fn codec(code: i32) -> Result<Option<Codec>> {
-    if code == -1 {
-        return Ok(None);
-    }
+/// Stands for the smallest codec of those that are quickly made and loaded.
+pub const CODEC_FAST: i32 = -2;
+
+/// Stands for the smallest codec.
+pub const CODEC_SMALLEST: i32 = -1;
+
+/// The codec that is asked for, and whether some are left out where none is.
+fn codec(code: i32) -> Result<(Option<Codec>, bool)> {
     let known = Codec::ALL.into_iter().find(|c| *c as i32 == code && c.on_request());
-    let unknown = || Error::invalid(format!("codec must be -1 (smallest), 0 to 3 or 6, but is {code}"));
-    known.map(Some).ok_or_else(unknown)
+    match (code, known) {
+        (CODEC_FAST, _) => Ok((None, true)),
+        (CODEC_SMALLEST, _) => Ok((None, false)),
+        (_, Some(codec)) => Ok((Some(codec), false)),
+        _ => {
+            Err(Error::invalid(format!("codec must be -2 (fast), -1 (smallest), 0 to 3 or 6, but is {code}")))
+        }
+    }
 }
 
 /// # Safety
-/// `p` is null, for the defaults, or valid, and so is its `stop` for `'a`, written to by atomic stores alone.
+/// `p` is null, for the defaults, or valid, and so is its `stop` for `'a`, written to by atomic stores alone; the whole of a
+/// [`XorzWatch`] where it is said to be that of one.
 pub(super) unsafe fn run<'a>(p: *const XorzRun) -> Result<Run<'a>> {
     // SAFETY: the caller's promise.
     let Some(&XorzRun { jobs, flags, stop }) = (unsafe { p.as_ref() }) else { return Ok(Run::default()) };
     if !stop.is_aligned() {
         return Err(Error::invalid("run.stop is not aligned to its 4 bytes"));
     }
-    // SAFETY: null or valid and aligned; an atomic is laid out as its integer, and is only loaded here.
-    let stop = unsafe { stop.cast::<AtomicU32>().as_ref() };
-    if flags & !(NO_SHA256 | TRUST_SHA256) != 0 {
+    if flags & !(NO_SHA256 | TRUST_SHA256 | WATCHED) != 0 {
         return Err(Error::invalid(format!(
-            "run.flags is {flags}, but only {NO_SHA256} and {TRUST_SHA256}, and both together, have a meaning"
+            "run.flags is {flags}, but only {NO_SHA256}, {TRUST_SHA256} and {WATCHED}, and sums of these, have a meaning"
         )));
     }
+    let mut progress: Option<&'a dyn Progress> = None;
+    if flags & WATCHED != 0 {
+        let watch = stop.cast::<XorzWatch>();
+        if watch.is_null() || !watch.is_aligned() {
+            return Err(Error::invalid(
+                "run.stop is that of no xorz_watch: it is NULL, or not aligned to 8 bytes",
+            ));
+        }
+        // SAFETY: valid, as the caller promises, and aligned; its fields are atomics, laid out as their integers.
+        progress = unsafe { watch.as_ref() }.map(|watch| watch as &dyn Progress);
+    }
+    // SAFETY: null or valid and aligned; an atomic is laid out as its integer, and is only loaded here.
+    let stop = unsafe { stop.cast::<AtomicU32>().as_ref() };
     let trust = if flags & TRUST_SHA256 == 0 { Trust::Digest } else { Trust::Sha256 };
     let jobs = usize::try_from(jobs).map_err(|_| Error::invalid(format!("run.jobs is {jobs}")))?;
-    Ok(Run { jobs, stop, sha256: flags & NO_SHA256 == 0, trust, ..Run::default() })
+    Ok(Run { jobs, progress, stop, sha256: flags & NO_SHA256 == 0, trust })
 }
 
 /// Pack a checkpoint.

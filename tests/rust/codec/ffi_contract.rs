@@ -178,6 +178,9 @@ fn constants_are_equal() {
     pairs.push(("XORZ_OK".into(), 0));
     pairs.push(("XORZ_RUN_NO_SHA256".into(), i64::from(capi::NO_SHA256)));
     pairs.push(("XORZ_RUN_TRUST_SHA256".into(), i64::from(capi::TRUST_SHA256)));
+    pairs.push(("XORZ_RUN_WATCHED".into(), i64::from(capi::WATCHED)));
+    pairs.push(("XORZ_CODEC_FAST".into(), i64::from(capi::CODEC_FAST)));
+    pairs.push(("XORZ_CODEC_SMALLEST".into(), i64::from(capi::CODEC_SMALLEST)));
     pairs.push(("XORZ_ABI_VERSION".into(), i64::from(capi::xorz_abi_version())));
     pairs.push(("XORZ_MESSAGE_BYTES".into(), capi::MESSAGE_BYTES as i64));
     compare(pairs);
@@ -211,7 +214,8 @@ fn structs_have_one_layout() {
         changed,
         base_digest
     );
-    layout!(pairs, "xorz_run", capi::XorzRun, jobs, flags);
+    layout!(pairs, "xorz_run", capi::XorzRun, jobs, flags, stop);
+    layout!(pairs, "xorz_watch", capi::XorzWatch, stop, stages, total, done);
     layout!(pairs, "xorz_part", capi::XorzPart, delta, delta_bytes, base);
     layout!(pairs, "xorz_tensor", capi::XorzTensor, name, dtype, dims, rank, data, bytes);
     layout!(pairs, "xorz_options", capi::XorzOptions, prefer, codec, level, trust, strip_prefix);
