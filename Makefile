@@ -27,7 +27,7 @@ C_LINTED       = $(shell find csrc cuda tests examples -path tests/fuzz/target -
 
 .PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-vllm test-wheel test-reproducible test-models \
   test-sanitize fuzz faults soak supply licenses sbom stress test-smollm cuda-gate cpu-gate lint \
-  format bench bench-checkpoint bench-sizes test-ray bench-serving bench-vllm notebook changes clean
+  format bench bench-checkpoint bench-sizes test-ray bench-serving bench-vllm bench-rl notebook changes clean
 .DELETE_ON_ERROR:
 
 build: $(INSTALLED)
@@ -97,6 +97,10 @@ test-vllm: build
 # Nor this: tokens a second and memory, beside an engine for each model and vLLM's LoRA. Needs `make test-smollm` once.
 bench-vllm: build
 	python="$$($(PY) tests/vllm/environment.py --only 0.32.0)" && $(NICE) "$$python" benches/vllm_serving.py $(ARGS)
+
+# Nor this: an update of a 0.5 B model in a running engine, beside four other ways. 6 GB in build/, and half an hour.
+bench-rl: build
+	python="$$($(PY) tests/vllm/environment.py --only 0.32.0)" && $(NICE) "$$python" benches/rl_sync.py $(ARGS)
 
 # Part of CI, not of test: nvcc takes 313 MB, kept in the user's cache ($XORZ_CUDA_TOOLS), and minutes. No GPU is needed. A table
 # of other sources than those in cuda/ is noticed by test, too.
