@@ -11,7 +11,7 @@ import torch
 import xorz
 from torch import nn
 from xorz.vllm.packages import digest, named, split_name
-from xorz.vllm.plan import Piece, plan
+from xorz.vllm.plan import Piece, parameters, plan
 
 F32 = torch.float32
 
@@ -88,6 +88,72 @@ def test_what_cannot_be_followed_is_refused_by_name(weird, stored, refused, why)
     found = plan(Fused(weird=weird), stored)
     assert why in found.refused[refused]
     assert "down.weight" not in found.refused or refused == "down.weight"
+
+
+class Experts(nn.Module):
+    """Gates above ups of three experts, and what process `rank` of two holds of them; `weird`: see below."""
+
+    def __init__(self, rank=0, weird=None):
+        super().__init__()
+        self.w13 = nn.Parameter(torch.randn(3, 8, 6))
+        self.w2 = nn.Parameter(torch.randn(3, 6, 4))
+        self.rank, self.weird = rank, weird
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            if tensor.dim() == 3:
+                self.w2.data.copy_(tensor[:, :, :4])
+                continue
+            expert, what = name.split(".")
+            expert = int(expert)
+            if what == "down":
+                self.w2.data[expert].copy_(tensor.narrow(1, 4 * self.rank, 4))
+                continue
+            to = self.w13.data[expert].narrow(0, 0 if what == "gate" else 4, 4)
+            part = tensor.narrow(0, 4 * self.rank, 4)
+            if self.weird == "across" and name == "1.up":
+                # The last rows of one expert and the first of the next.
+                to = self.w13.data.view(24, 6).narrow(0, 14, 4)
+            to.copy_(part)
+
+
+EXPERTS = {f"{e}.{what}": (F32, (8, 6)) for e in range(3) for what in ("gate", "up")}
+EXPERTS |= {f"{e}.down": (F32, (6, 8)) for e in range(3)}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_experts_in_a_stack_are_followed_one_by_one(rank):
+    model = Experts(rank)
+    found = plan(model, EXPERTS)
+    assert found.refused == {}
+    rows = (4 * rank, 4 * rank + 4)
+    for e in range(3):
+        assert found.pieces[f"w13[{e}]"] == [
+            Piece(f"{e}.gate", rows, (0, 6), (0, 4), (0, 6)),
+            Piece(f"{e}.up", rows, (0, 6), (4, 8), (0, 6)),
+        ]
+        assert found.pieces[f"w2[{e}]"] == [Piece(f"{e}.down", (0, 6), rows, (0, 6), (0, 4))]
+    assert found.users["2.up"] == ["w13[2]"] and set(found.pieces) == set(parameters(model))
+    torch.manual_seed(0)
+    words = {name: torch.randn(shape) for name, (_, shape) in EXPERTS.items()}
+    model.load_weights(words.items())
+    for name, held in parameters(model).items():
+        for p in found.pieces[name]:
+            stored = words[p.name][slice(*p.rows), slice(*p.cols)]
+            assert torch.equal(held[slice(*p.to_rows), slice(*p.to_cols)], stored)
+
+
+def test_experts_that_cannot_be_followed_are_refused_by_name():
+    missing = plan(Experts(), {n: s for n, s in EXPERTS.items() if n != "1.gate"})
+    assert set(missing.refused) == {"1.up"} and "leaves gaps" in missing.refused["1.up"]
+    across = plan(Experts(weird="across"), EXPERTS)
+    assert "reorders" in across.refused["1.up"]
+    stacked = plan(
+        Experts(), {n: s for n, s in EXPERTS.items() if "down" not in n} | {"down": (F32, (3, 6, 8))}
+    )
+    assert "it has 3 dimensions" in stacked.refused["down"] and set(stacked.refused) == {"down"}
+    other = plan(Experts(), EXPERTS | {"0.up": (torch.float8_e4m3fn, (8, 6))})
+    assert "torch.float8_e4m3fn, but the model computes in torch.float32" in other.refused["0.up"]
 
 
 def test_a_package_s_adapter_is_another_one_when_it_is_published_anew(tmp_path):

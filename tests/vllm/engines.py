@@ -58,6 +58,11 @@ def engine(path: Path, mode: str = "exact", **settings: Any) -> LLM:
     return LLM(str(path), additional_config=extra, **(SETTINGS | settings))
 
 
+def plain(path: Path, **settings: Any) -> LLM:
+    """vLLM's own engine, with its own products."""
+    return LLM(str(path), **(SETTINGS | {"quantization": None, "enable_lora": False} | settings))
+
+
 def stop(llm: LLM) -> None:
     """Give its memory back."""
     llm.llm_engine.engine_core.shutdown()
@@ -98,7 +103,7 @@ def reference(path: Path, **settings: Any) -> list[Said]:
         stop(llm)
 
 
-def references(paths: Sequence[Path]) -> list[list[Said]]:
+def references(paths: Sequence[Path], prompts: Sequence[str] = PROMPTS) -> list[list[Said]]:
     """The same of several models of one shape: vLLM itself loads them, one after another, into an engine without adapters."""
     llm = engine(paths[0], enable_lora=False, weight_transfer_config={"backend": "xorz"})
     out = []
@@ -107,7 +112,7 @@ def references(paths: Sequence[Path]) -> list[list[Said]]:
             if i:
                 llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
                 llm.reset_prefix_cache()
-            out.append(ask(llm, PROMPTS))
+            out.append(ask(llm, prompts))
     finally:
         stop(llm)
     return out

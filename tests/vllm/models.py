@@ -16,6 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     PreTrainedTokenizerFast,
@@ -23,6 +25,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +53,23 @@ KINDS = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SMALL, tie_word_embeddings=True)),
     # Norms of each head.
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SMALL, head_dim=32, tie_word_embeddings=False)),
+    # Eight experts in the place of each MLP, two for a token.
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(**_SMALL, num_local_experts=8, num_experts_per_tok=2, tie_word_embeddings=False)
+    ),
+    # The first layer has an MLP; the other one experts, whose weights do not add up to one.
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **_SMALL,
+            head_dim=32,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=96,
+            norm_topk_prob=False,
+            mlp_only_layers=[0],
+            tie_word_embeddings=False,
+        )
+    ),
     # vLLM runs it as transformers wrote it.
     "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**_SMALL, tie_word_embeddings=False)),
 }

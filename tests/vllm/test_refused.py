@@ -29,10 +29,15 @@ def config(**changed):
             decode_context_parallel_size=1,
             enable_expert_parallel=False,
             enable_dbo=False,
+            data_parallel_size=2,
         ),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         model_config=SimpleNamespace(
-            runner_type="generate", use_mla=False, is_multimodal_model=False, is_encoder_decoder=False
+            runner_type="generate",
+            use_mla=False,
+            is_multimodal_model=False,
+            is_encoder_decoder=False,
+            is_moe=False,
         ),
     )
     for path, value in changed.items():
@@ -58,6 +63,7 @@ def config(**changed):
         ({"model_config__use_mla": True}, "MLA"),
         ({"model_config__is_multimodal_model": True}, "multimodal"),
         ({"model_config__is_encoder_decoder": True}, "encoder"),
+        ({"model_config__is_moe": True}, "data parallelism of mixtures"),
     ],
 )
 def test_engines(changed, words):

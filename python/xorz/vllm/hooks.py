@@ -38,6 +38,47 @@ HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("self", "layer", "x", "bias"),
     ),
     ("vllm.model_executor.layers.layernorm", "RMSNorm.forward_native", ("self", "x", "residual")),
+    ("vllm.model_executor.layers.linear", "ReplicatedLinear.__init__", ("self", "input_size", "output_size")),
+    (
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "VocabParallelEmbedding.__init__",
+        ("self", "num_embeddings", "embedding_dim"),
+    ),
+    ("vllm.model_executor.layers.fused_moe", "GateLinear", ("input_size", "output_size")),
+    (
+        "vllm.model_executor.layers.fused_moe",
+        "MoERunner.__init__",
+        (
+            *("self", "layer_name", "moe_config", "router", "routed_experts", "enable_dbo", "gate"),
+            *("shared_experts", "shared_expert_gate"),
+        ),
+    ),
+    (
+        "vllm.model_executor.layers.fused_moe",
+        "RoutedExperts.forward_modular",
+        ("self", "x", "topk_weights", "topk_ids"),
+    ),
+    (
+        "vllm.model_executor.layers.fused_moe.fused_moe_method_base",
+        "FusedMoEMethodBase.apply",
+        ("self", "layer", "x", "topk_weights", "topk_ids"),
+    ),
+    (
+        "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method",
+        "UnquantizedFusedMoEMethod.create_weights",
+        ("self", "layer", "num_experts", "hidden_size", "intermediate_size_per_partition", "params_dtype"),
+    ),
+    (
+        "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method",
+        "UnquantizedFusedMoEMethod.get_fused_moe_quant_config",
+        ("self", "layer"),
+    ),
+    (
+        "vllm.model_executor.layers.fused_moe.activation",
+        "apply_moe_activation",
+        ("activation", "output", "input"),
+    ),
+    ("vllm.config.vllm", "get_current_vllm_config_or_none", ()),
     ("vllm.ir.ops", "rms_norm.impls.native.impl_fn", ()),
     ("vllm.ir.ops", "fused_add_rms_norm.impls.native.impl_fn", ()),
     (

@@ -21,12 +21,15 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import AdapterLRUCache, LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 from ..serve.residency import Piece, Residency, size_of
-from .layers import Rows, Site, XorzConfig, XorzEmbeddingMethod, XorzLinearMethod, XorzRMSNorm
+from .experts import XorzExpertsMethod
+from .layers import XorzConfig, XorzEmbeddingMethod, XorzLinearMethod, XorzRMSNorm
 from .packages import Checkpoint, Loader, Prepared, split_name, what_is
-from .plan import plan
+from .plan import matrices_of, parameters, plan
+from .rows import Rows, Site
 
 logger = init_logger("vllm.xorz")
 
@@ -147,36 +150,45 @@ class XorzManager(LRUCacheLoRAModelManager):
         self.arena = self.residency.arena
         rows = max(self.max_num_batched_tokens, self.max_num_seqs)
         self.row_map = Rows(rows, self.lora_slots, self.device)
-        self.matrices: list[str] = []
         self.vectors: dict[str, Site] = {}
-        self.params = {name: param.data for name, param in self.model.named_parameters()}
-        names = {id(param): name for name, param in self.model.named_parameters()}
-        found: dict[str, list[tuple[nn.Module, str]]] = {}
+        self.params = parameters(self.model)
         self.row_map.batched = is_transformers_backend(self.model)
-        # There such norms are given [1, rows, heads, n] or [1, heads, rows, n], as the model's author liked it.
-        of_heads = self._vllm_config.model_config.get_head_size() if self.row_map.batched else None
-        for _, module in self.model.named_modules():
-            for attribute in _served(module, of_heads):
-                param = module._parameters[attribute]
-                found.setdefault(names[id(param)], []).append((module, attribute))
-        matrices = [name for name in found if self.params[name].dim() == 2]
-        self.matrices = matrices
-        self.offsets = torch.zeros(len(matrices), self.lora_slots, 2, dtype=torch.int64, device=self.device)
-        for name, users in found.items():
+        found = self._found()
+        self.matrices = [m for name, param in found if param.dim() > 1 for m in matrices_of(name, param)]
+        self.offsets = torch.zeros(
+            len(self.matrices), self.lora_slots, 2, dtype=torch.int64, device=self.device
+        )
+        first = 0
+        for (name, param), users in found.items():
             site = Site(self.arena.tensor, self.row_map, self.settings.mode)
-            if name in matrices:
-                site.slots = self.offsets[matrices.index(name)]
-            else:
+            if param.dim() == 1:
                 site.table = self.params[name].expand(self.lora_slots + 1, -1).clone()
                 self.vectors[name] = site
                 # The base's row is the parameter: whoever writes into it later has changed both.
                 module, attribute = users[0]
                 module._parameters[attribute].data = self.params[name] = site.table[-1]
+            else:
+                count = len(matrices_of(name, param))
+                slots = self.offsets[first : first + count]
+                site.slots, first = slots if param.dim() == 3 else slots[0], first + count
             for module, attribute in users:
                 setattr(module, f"xorz_{attribute}", site)
                 if _is_norm(module):
                     module.__class__ = XorzRMSNorm
         self.loader = self._make_loader()
+
+    def _found(self) -> dict[tuple[str, nn.Parameter], list[tuple[nn.Module, str]]]:
+        """The parameters that are served by rows, by name, and the modules that compute with each."""
+        names = {id(param): name for name, param in self.model.named_parameters()}
+        # There such norms are given [1, rows, heads, n] or [1, heads, rows, n], as the model's author liked it.
+        of_heads = self._vllm_config.model_config.get_head_size() if self.row_map.batched else None
+        unread = _read_by_others(self.model)
+        out: dict[tuple[str, nn.Parameter], list[tuple[nn.Module, str]]] = {}
+        for _, module in self.model.named_modules():
+            for attribute in _served(module, of_heads) if id(module) not in unread else ():
+                param = module._parameters[attribute]
+                out.setdefault((names[id(param)], param), []).append((module, attribute))
+        return out
 
     def _make_loader(self) -> Loader:
         """Now, before anything is served: the model's own loader is run, on parameters without data."""
@@ -196,8 +208,8 @@ class XorzManager(LRUCacheLoRAModelManager):
             if name in self.vectors and param.data_ptr() != self.vectors[name].table[-1].data_ptr():
                 self.vectors[name].table[-1].copy_(param.data)
                 param.data = self.vectors[name].table[-1]
-            if name in self.params:
-                self.params[name] = param.data
+        # In place: the loader has the same dictionary.
+        self.params |= {name: p for name, p in parameters(self.model).items() if not p.is_meta}
         try:
             base = Checkpoint(folder_of(self._vllm_config))
         except (OSError, ValueError) as error:
@@ -323,7 +335,9 @@ def _is_norm(module: nn.Module) -> bool:
 def _served(module: nn.Module, unserved: int | None = None) -> list[str]:
     """The parameters of a module that are served by rows; norms of `unserved` words are not."""
     method = getattr(module, "quant_method", None)
-    if isinstance(method, (XorzLinearMethod, XorzEmbeddingMethod)):
+    if isinstance(method, XorzExpertsMethod):
+        names = ["w13_weight", "w2_weight"]
+    elif isinstance(method, (XorzLinearMethod, XorzEmbeddingMethod)):
         names = ["weight"]
         # A bias that vLLM adds elsewhere would be the base's for everyone.
         if not getattr(module, "skip_bias_add", False):
@@ -333,6 +347,13 @@ def _served(module: nn.Module, unserved: int | None = None) -> list[str]:
     else:
         return []
     return [name for name in names if isinstance(module._parameters.get(name), nn.Parameter)]
+
+
+def _read_by_others(model: nn.Module) -> set[int]:
+    """Ids of linear layers whose weights are read past them: two gates that a runner of experts multiplies at once."""
+    runners = (m for m in model.modules() if isinstance(m, MoERunner))
+    gates = ((m.gate, m.shared_expert_gate) for m in runners)
+    return {id(gate) for both in gates if None not in both for gate in both}
 
 
 def check_config(config: Any) -> None:
@@ -358,6 +379,8 @@ def _check_engine(config: Any, device: Any) -> None:
         "context parallelism is not served": parallel.prefill_context_parallel_size > 1
         or parallel.decode_context_parallel_size > 1,
         "expert parallelism is not served": parallel.enable_expert_parallel,
+        "data parallelism of mixtures of experts, which mixes the processes' rows, is not served": model.is_moe
+        and parallel.data_parallel_size > 1,
         "dual batch overlap is not served": parallel.enable_dbo,
         "speculative decoding is not served": config.speculative_config is not None,
         "fast prefill of shared keys and values is not served": config.cache_config.kv_sharing_fast_prefill,

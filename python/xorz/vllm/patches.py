@@ -21,6 +21,7 @@ def install() -> None:
     register_quantization_config("xorz")(layers.XorzConfig)
     _worker()
     _start()
+    _unquantized()
     serving.install()
     replaced.install()
     rpc.install()
@@ -40,6 +41,44 @@ def _start() -> None:
         return out
 
     EngineArgs.create_engine_config = create_engine_config
+
+
+def _unquantized() -> None:
+    """What models give no quantization to, as Mixtral does not its gates and embeddings: fine-tunes change that as all else.
+
+    Other linear layers are left alone: a model may read their weights past them, as it does those of convolutions.
+    """
+    from vllm.model_executor.layers import linear, vocab_parallel_embedding
+    from vllm.model_executor.layers.fused_moe import GateLinear
+
+    def is_gate(layer: Any) -> bool:
+        return isinstance(layer, GateLinear) or layer.prefix.endswith(".shared_expert_gate")
+
+    for cls, plain, ours, fits in (
+        (linear.ReplicatedLinear, linear.UnquantizedLinearMethod, layers.XorzLinearMethod, is_gate),
+        (
+            vocab_parallel_embedding.VocabParallelEmbedding,
+            vocab_parallel_embedding.UnquantizedEmbeddingMethod,
+            layers.XorzEmbeddingMethod,
+            lambda _layer: True,
+        ),
+    ):
+        cls.__init__ = _in_place_of(cls.__init__, plain, ours, fits)
+
+
+def _in_place_of(init: Any, plain: type, ours: type, fits: Any) -> Any:
+    from vllm.config.vllm import get_current_vllm_config_or_none
+
+    @functools.wraps(init)
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if type(self.quant_method) is plain and fits(self):
+            config = get_current_vllm_config_or_none()
+            if isinstance(getattr(config, "quant_config", None), layers.XorzConfig):
+                # Its words lie as they would have, and are kept so.
+                self.quant_method = ours()
+
+    return made
 
 
 class _Answers:

@@ -9,7 +9,7 @@ computes with weights is found out.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Plan:
     """What a model's loader does.
 
     Attributes:
-        pieces: parameter -> what it is made of, by row; parameters under their first name.
+        pieces: parameter -> what it is made of, by row; parameters are called as in `parameters`.
         refused: checkpoint tensor -> why a change of it cannot be followed into the model.
         users: checkpoint tensor -> the parameters made of it.
     """
@@ -48,6 +48,20 @@ class Plan:
     pieces: dict[str, list[Piece]]
     refused: dict[str, str]
     users: dict[str, list[str]]
+
+
+def matrices_of(name: str, param: Tensor) -> list[str]:
+    """What the matrices of a parameter are called: those of a stack [E, n, k] one by one."""
+    return [f"{name}[{i}]" for i in range(param.size(0))] if param.dim() == 3 else [name]
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters by their first names; of stacks [E, n, k], such as experts', the E matrices one by one."""
+    out = {}
+    for name, param in model.named_parameters():
+        stacked = param.data.unbind() if param.dim() == 3 else [param.data]
+        out |= dict(zip(matrices_of(name, param), stacked, strict=True))
+    return out
 
 
 # Functions that only make another view of the same memory.
@@ -113,7 +127,11 @@ class _Watch(TorchDispatchMode):
         param, whole = self._params[_memory(to)]
         name, tensor = source
         a, b = _rectangle(of, tensor), _rectangle(to, whole)
-        if of.dtype != to.dtype:
+        if tensor.dim() > 2:
+            self.refused[name] = (
+                f"it has {tensor.dim()} dimensions, and only vectors and matrices are followed"
+            )
+        elif of.dtype != to.dtype:
             self.refused[name] = f"the checkpoint holds {of.dtype}, but the model computes in {to.dtype}"
         elif a is None or b is None or of.shape != to.shape:
             self.refused[name] = "the model's loader reorders its elements"
@@ -130,20 +148,24 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _rectangle(view: Tensor, whole: Tensor) -> tuple[Range, Range] | None:
-    """Rows and columns of `whole`, contiguous and of one or two dimensions, that `view` shows as they lie there."""
-    if whole.dim() not in (1, 2) or view.dim() != whole.dim() or not view.numel():
+    """Rows and columns of `whole`, contiguous and of one to three dimensions, that `view` shows as they lie there.
+
+    The matrices of a stack are counted as if one lay below the other; a view shows one of them, or a part of it.
+    """
+    dims = min(whole.dim(), 2)
+    if not 1 <= whole.dim() <= 3 or view.dim() != dims or not view.numel():
         return None
-    k = whole.size(1) if whole.dim() == 2 else 1
+    k = whole.size(-1) if dims == 2 else 1
     at = view.storage_offset()
     shape = (*view.shape, 1)[:2]
     fits = [
         size == 1 or stride == wanted
-        for size, stride, wanted in zip(
-            view.shape, view.stride(), (k, 1) if whole.dim() == 2 else (1,), strict=True
-        )
+        for size, stride, wanted in zip(view.shape, view.stride(), (k, 1)[-dims:], strict=True)
     ]
     row, col = divmod(at, k)
-    if not all(fits) or col + shape[1] > k or row + shape[0] > whole.size(0):
+    # The matrix's own rows, and where it begins.
+    n = whole.size(-2) if whole.dim() == 3 else whole.size(0)
+    if not all(fits) or col + shape[1] > k or row % n + shape[0] > n or row >= whole.numel() // k:
         return None
     return (row, row + shape[0]), (col, col + shape[1])
 
@@ -186,9 +208,8 @@ def plan(model: nn.Module, checkpoint: Mapping[str, tuple[torch.dtype, tuple[int
         with watch:
             model.load_weights(iter(tensors.items()))
     pieces, refused = {}, watch.refused
-    for param, found in watch.pieces.items():
-        whole = params[param]
-        why = _incomplete(found, (*whole.shape, 1)[:2])
+    for param, found, shape in _by_matrix(params, watch.pieces):
+        why = _incomplete(found, shape)
         if why:
             refused.update(dict.fromkeys((piece.name for piece in found), f"{why} of `{param}`"))
         pieces[param] = sorted(found, key=lambda piece: piece.to_rows)
@@ -200,6 +221,22 @@ def plan(model: nn.Module, checkpoint: Mapping[str, tuple[torch.dtype, tuple[int
         if name not in users and name not in refused:
             refused[name] = "the model's loader makes no parameter of it"
     return Plan(pieces, refused, users)
+
+
+def _by_matrix(
+    params: Mapping[str, Tensor], pieces: Mapping[str, list[Piece]]
+) -> Iterator[tuple[str, list[Piece], tuple[int, int]]]:
+    """Each matrix's name, pieces and shape; a vector is one column."""
+    for param, found in pieces.items():
+        whole = params[param]
+        n, k = (*whole.shape, 1)[:2] if whole.dim() < 3 else whole.shape[1:]
+        apart: dict[int, list[Piece]] = {}
+        for piece in found:
+            first, end = piece.to_rows
+            own = replace(piece, to_rows=(first % n, first % n + end - first))
+            apart.setdefault(first // n, []).append(own)
+        names = matrices_of(param, whole)
+        yield from ((names[i], mine, (n, k)) for i, mine in sorted(apart.items()))
 
 
 def _incomplete(pieces: list[Piece], shape: tuple[int, int]) -> str | None:

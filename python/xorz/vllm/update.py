@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import _core, _ops
 from .packages import Checkpoint
-from .plan import Piece, Plan
+from .plan import Piece, Plan, parameters
 
 _BLOCK_BYTES = 4 << 20
 _BLOCK_ROWS = 256  # whole tiles of any encoding, so that none is decoded for two blocks
@@ -124,7 +124,7 @@ class Words:
 
     def read(self) -> None:
         """Look at the parameters anew: vLLM may have put others in their place."""
-        self.params = {name: param.data for name, param in self.model.named_parameters()}
+        self.params = parameters(self.model)
 
     def _shape(self, name: str) -> tuple[int, int]:
         return (*self.base.tensors[name][1], 1, 1)[:2] if self.base.tensors[name][1] else (1, 1)
