@@ -34,6 +34,7 @@ _WRITES = (
 )
 # Op -> which argument is the dimension, and which the index; 0 where the op finds an order itself.
 _ALONG = {"index_select": (1, 2), "gather": (1, 2), "sort": (1, 0), "topk": (2, 0)}
+_ALONG |= {"unique_dim": (1, 0), "unique_dim_consecutive": (1, 0), "unique_consecutive": (3, 0)}
 _ALL = ("take", "masked_select")
 
 
