@@ -8,7 +8,7 @@ use crate::package::checkpoint::pairing::{Pairs, pair};
 use crate::package::format::planes;
 use crate::package::format::words::{PairSource, TensorWords};
 use crate::package::io::aligned::Aligned;
-use crate::package::io::ordered;
+use crate::package::io::ordered::{self, Crew};
 use crate::package::io::pieces::Pieces;
 use crate::package::jobs::encode::count_changed;
 use crate::package::{Checkpoint, Run, TensorFile, TensorInfo};
@@ -121,8 +121,8 @@ pub(crate) fn footprint(
     let sum =
         Footprint { path, zstd_bytes: zstd.then_some(0), advice: lonely.advice(), ..Footprint::default() };
     let sum = Mutex::new(sum);
-    ordered::side_by_side(ordered::threads(run.jobs), tensors.len(), |i, threads| {
-        let sizes = tensors[i].measure(threads).map_err(|e| tensors[i].named(e))?;
+    ordered::side_by_side(ordered::threads(run.jobs), tensors.len(), |i, crew| {
+        let sizes = tensors[i].measure(crew).map_err(|e| tensors[i].named(e))?;
         sum.lock().unwrap_or_else(PoisonError::into_inner).add(&sizes);
         Ok(())
     })?;
@@ -161,7 +161,7 @@ impl Tensor<'_> {
         e.of_tensor(&self.info.name).within(self.file.place.display())
     }
 
-    fn measure(&self, threads: usize) -> Result<Sizes> {
+    fn measure(&self, crew: &Crew) -> Result<Sizes> {
         let bytes = self.info.bytes();
         let Some((dtype, shape, base)) = self.delta else {
             self.run.advance(bytes)?;
@@ -170,7 +170,7 @@ impl Tensor<'_> {
         let fine_tuned = TensorWords::File(&self.file.tensors, self.info);
         let source = PairSource { dtype, shape, base, fine_tuned };
         let job =
-            CountJob { source, pieces: Pieces::new(dtype, shape, fine_tuned.len()?), threads, tensor: self };
+            CountJob { source, pieces: Pieces::new(dtype, shape, fine_tuned.len()?), crew, tensor: self };
         let (resident, changed, zstd) = job.resident()?;
         let coo = [4, 8].map(|index| changed * (dtype.word_bytes() as u64 + 2 * index));
         let words = shape.words()? as u64;
@@ -184,7 +184,7 @@ const PREFERENCES: [Prefer; 2] = [Prefer::Memory, Prefer::Speed];
 struct CountJob<'a> {
     source: PairSource<'a>,
     pieces: Pieces,
-    threads: usize,
+    crew: &'a Crew,
     tensor: &'a Tensor<'a>,
 }
 
@@ -234,7 +234,7 @@ impl<'a> CountJob<'a> {
         let mut frame = if zstd { Some(Frame::new(fine_tuned.len()?)?) } else { None };
         let mut changed = 0;
         ordered::in_order::<CountScratch>(
-            self.threads,
+            self.crew,
             self.pieces.count(),
             |index, s| {
                 let range = self.pieces.bytes(index);

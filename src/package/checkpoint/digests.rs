@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::matrix::{Digest, Dtype, Shape};
 use crate::package::format::container::{SafeTensors, TensorInfo};
 use crate::package::io::aligned::Aligned;
-use crate::package::io::ordered;
+use crate::package::io::ordered::{self, Crew};
 use crate::package::options::Run;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -133,7 +133,7 @@ fn compute(
     let mut of_tensor: Vec<Leaves> =
         tensors.iter().map(|t| Vec::with_capacity(t.leaves().min(1 << 20))).collect();
     ordered::in_order::<(Aligned, Leaves)>(
-        ordered::threads(run.jobs),
+        &Crew::of(run.jobs),
         pieces.len(),
         |i, (room, made)| {
             let t = &tensors[pieces[i].tensor];

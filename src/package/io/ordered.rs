@@ -45,28 +45,69 @@ pub(super) fn help<'scope>(
     std::thread::Builder::new().spawn_scoped(scope, work).is_ok()
 }
 
-/// Call `make(i)` for every `i < items` on `jobs` threads, then `take(i)` one after the other in order of `i`; both get the
-/// scratch of the thread that made the piece.
+/// The threads of a job. Lanes share them; who has nothing left to do goes where something is left.
+#[derive(Debug)]
+pub(crate) struct Crew {
+    jobs: usize,
+    /// Threads that have nothing to do.
+    idle: AtomicUsize,
+    /// Lanes at work.
+    lanes: AtomicUsize,
+}
+
+impl Crew {
+    /// The threads that `jobs` asks for, the calling one among them, for one lane.
+    pub(crate) fn of(jobs: usize) -> Self {
+        Self::sharing(threads(jobs), 1)
+    }
+
+    fn sharing(jobs: usize, lanes: usize) -> Self {
+        Self { jobs, idle: AtomicUsize::new(jobs.saturating_sub(lanes)), lanes: AtomicUsize::new(lanes) }
+    }
+
+    /// Take an idle thread for a lane that has `mine`, if that is not more than its share.
+    fn recruit(&self, mine: usize) -> bool {
+        let share = self.jobs.div_ceil(self.lanes.load(Ordering::Relaxed).max(1));
+        let one = |idle: usize| idle.checked_sub(1);
+        mine < share && self.idle.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one).is_ok()
+    }
+
+    /// So many threads have nothing to do any more.
+    fn dismiss(&self, count: usize) {
+        self.idle.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// A lane has come to its end, or could not be begun.
+    fn leave(&self) {
+        self.lanes.fetch_sub(1, Ordering::Relaxed);
+        self.dismiss(1);
+    }
+}
+
+/// Call `make(i)` for every `i < items` on the threads of `crew` that are due to this lane, then `take(i)` one after the other
+/// in order of `i`; both get the scratch of the thread that made the piece. Threads that other lanes do without join in midway.
 ///
 /// # Errors
 /// That of the lowest item; nothing of later items has been taken then.
 pub(crate) fn in_order<S: Default>(
-    jobs: usize,
+    crew: &Crew,
     items: usize,
     make: impl Fn(usize, &mut S) -> Result<()> + Sync,
     mut take: impl FnMut(usize, &mut S) -> Result<()> + Send,
 ) -> Result<()> {
-    if jobs.min(items) <= 1 {
+    if crew.jobs.min(items) <= 1 {
         let mut scratch = S::default();
         return (0..items).try_for_each(|i| make(i, &mut scratch).and_then(|()| take(i, &mut scratch)));
     }
     let (claim, ready) = (AtomicUsize::new(0), Condvar::new());
     let turn = Mutex::new(Turn { next: 0, stop: false, error: None });
     let take = Mutex::new(take);
-    let work = || {
+    // `before` is called before each item.
+    let work = |before: &mut dyn FnMut()| {
         let _guard = OnPanic(&turn, &ready);
         let mut scratch = S::default();
         loop {
+            before();
             let i = claim.fetch_add(1, Ordering::Relaxed);
             if i >= items || lock(&turn).stop {
                 return;
@@ -87,36 +128,48 @@ pub(crate) fn in_order<S: Default>(
             ready.notify_all();
         }
     };
+    let mut mine = 1;
     std::thread::scope(|scope| {
+        let (work, claim) = (&work, &claim);
         // Neither is there one for the next where there was none for one.
-        let _ = (1..jobs.min(items)).all(|_| help(scope, work));
-        work();
+        let mut more = true;
+        work(&mut || {
+            while more && mine < items.saturating_sub(claim.load(Ordering::Relaxed)) && crew.recruit(mine) {
+                more = help(scope, move || work(&mut || ()));
+                match more {
+                    true => mine += 1,
+                    false => crew.dismiss(1),
+                }
+            }
+        });
     });
+    crew.dismiss(mine - 1);
     lock(&turn).error.take().map_or(Ok(()), Err)
 }
 
-/// Call `work(i, threads)` for every `i < items`, several at once, the `jobs` threads shared out among them.
+/// Call `work(i, crew)` for every `i < items`, several at once, the `jobs` threads shared out among them.
 ///
 /// # Errors
 /// That of the lowest item that failed; the others may have run or not.
 pub(crate) fn side_by_side(
     jobs: usize,
     items: usize,
-    work: impl Fn(usize, usize) -> Result<()> + Sync,
+    work: impl Fn(usize, &Crew) -> Result<()> + Sync,
 ) -> Result<()> {
-    let lanes = jobs.min(items);
-    if lanes <= 1 {
-        return (0..items).try_for_each(|i| work(i, jobs));
+    let lanes = jobs.min(items).max(1);
+    let crew = &Crew::sharing(jobs, lanes);
+    if lanes == 1 {
+        return (0..items).try_for_each(|i| work(i, crew));
     }
     let claim = AtomicUsize::new(0);
     let failed: Mutex<Option<(usize, Error)>> = Mutex::new(None);
-    let lane = |threads: usize| {
+    let lane = || {
         loop {
             let i = claim.fetch_add(1, Ordering::Relaxed);
             if i >= items || lock(&failed).is_some() {
-                return;
+                return crew.leave();
             }
-            if let Err(e) = work(i, threads) {
+            if let Err(e) = work(i, crew) {
                 let mut first = lock(&failed);
                 if first.as_ref().is_none_or(|(at, _)| i < *at) {
                     *first = Some((i, e));
@@ -125,9 +178,9 @@ pub(crate) fn side_by_side(
         }
     };
     std::thread::scope(|scope| {
-        let lane = &lane;
-        let _ = (1..lanes).all(|l| help(scope, move || lane(jobs / lanes + usize::from(l < jobs % lanes))));
-        lane(jobs / lanes + usize::from(!jobs.is_multiple_of(lanes)));
+        let begun = (1..lanes).take_while(|_| help(scope, lane)).count();
+        (begun + 1..lanes).for_each(|_| crew.leave());
+        lane();
     });
     lock(&failed).take().map_or(Ok(()), |(_, e)| Err(e))
 }
@@ -145,7 +198,7 @@ mod tests {
                 *s = i * i;
                 Ok(())
             };
-            in_order::<usize>(jobs, 200, make, |i, s| {
+            in_order::<usize>(&Crew::of(jobs), 200, make, |i, s| {
                 seen.push((i, *s));
                 Ok(())
             })
@@ -161,7 +214,7 @@ mod tests {
             let make = |i: usize, _: &mut ()| {
                 if i == 13 || i == 14 { Err(Error::invalid(format!("{i}"))) } else { Ok(()) }
             };
-            let e = in_order::<()>(jobs, 100, make, |_, ()| {
+            let e = in_order::<()>(&Crew::of(jobs), 100, make, |_, ()| {
                 taken += 1;
                 Ok(())
             });
@@ -171,8 +224,14 @@ mod tests {
 
     #[test]
     fn a_panic_ends_all_threads() {
-        let run =
-            || in_order::<()>(3, 50, |i, ()| if i == 7 { panic!("seven") } else { Ok(()) }, |_, ()| Ok(()));
+        let run = || {
+            in_order::<()>(
+                &Crew::of(3),
+                50,
+                |i, ()| if i == 7 { panic!("seven") } else { Ok(()) },
+                |_, ()| Ok(()),
+            )
+        };
         assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err());
     }
 
@@ -180,13 +239,50 @@ mod tests {
     fn lanes_do_every_item_and_share_the_threads() {
         for (jobs, items) in [(1, 3), (2, 5), (7, 3), (4, 1), (3, 0)] {
             let done: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
-            side_by_side(jobs, items, |i, threads| {
-                assert!(threads >= 1 && threads <= jobs);
+            side_by_side(jobs, items, |i, _| {
                 done[i].fetch_add(1, Ordering::Relaxed);
                 Ok(())
             })
             .unwrap();
             assert!(done.iter().all(|d| d.load(Ordering::Relaxed) == 1));
+        }
+    }
+
+    /// Those that are at work at once, and the most that have been.
+    #[derive(Default)]
+    struct AtOnce(AtomicUsize, AtomicUsize);
+
+    impl AtOnce {
+        fn with(&self, work: impl FnOnce()) {
+            self.1.fetch_max(self.0.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            work();
+            self.0.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn threads_whose_lanes_are_at_their_end_help_those_that_are_not_and_never_are_there_more() {
+        // Lanes and their lengths; the last one that ends is long enough to be joined by all.
+        for (jobs, lengths) in [(2, &[20, 20, 60][..]), (3, &[5, 90]), (4, &[120]), (5, &[2, 2, 2, 2, 200])] {
+            let (all, last) = (AtOnce::default(), AtOnce::default());
+            side_by_side(jobs, lengths.len(), |i, crew| {
+                let nap = || std::thread::sleep(std::time::Duration::from_millis(2));
+                let make = |_: usize, (): &mut ()| {
+                    all.with(|| if i + 1 == lengths.len() { last.with(nap) } else { nap() });
+                    Ok(())
+                };
+                let mut seen = 0;
+                in_order::<()>(crew, lengths[i], make, |j, ()| {
+                    assert_eq!(j, seen);
+                    seen += 1;
+                    Ok(())
+                })?;
+                assert_eq!(seen, lengths[i]);
+                Ok(())
+            })
+            .unwrap();
+            let most = [&all, &last].map(|at_once| at_once.1.load(Ordering::SeqCst));
+            assert_eq!(most, [jobs, jobs], "{lengths:?}");
         }
     }
 }

@@ -33,7 +33,9 @@ impl Package {
         if self.trust() == Trust::Digest {
             return Ok(());
         }
-        let deltas: Vec<&Entry> = self.entries().iter().filter(|e| e.base.is_some()).collect();
+        let mut deltas: Vec<&Entry> = self.entries().iter().filter(|e| e.base.is_some()).collect();
+        // A sha256 is computed by one thread: no long one is begun when all others are done.
+        deltas.sort_by_key(|e| std::cmp::Reverse(e.bytes));
         run.begin("trust", deltas.iter().fold(0u64, |all, e| all.saturating_add(e.bytes)));
         ordered::side_by_side(ordered::threads(run.jobs), deltas.len(), |i, _| {
             let entry = deltas[i];

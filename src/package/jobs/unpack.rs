@@ -17,7 +17,7 @@ use crate::package::format::refusals::{missing_in_base, other_kind};
 use crate::package::format::totals::Report;
 use crate::package::format::words::TensorWords;
 use crate::package::io::aligned::Aligned;
-use crate::package::io::ordered;
+use crate::package::io::ordered::{self, Crew};
 use crate::package::io::temp::{Output, OutputFolder, refuses};
 use crate::package::options::{Destination, Run, Trust};
 use sha2::{Digest as _, Sha256};
@@ -52,7 +52,7 @@ pub fn unpack_files(base: &Path, package: &Path, out: Destination<'_>, run: &Run
         }
         Destination::Stream(stream) => {
             job.begin("unpack");
-            job.tensor_file(0, Sink::Stream(stream), ordered::threads(run.jobs)).map_err(within)?;
+            job.tensor_file(0, Sink::Stream(stream), &Crew::of(run.jobs)).map_err(within)?;
         }
         Destination::Path(path) if opened.is_folder() => {
             let folder = OutputFolder::create(path)?;
@@ -70,7 +70,7 @@ pub fn unpack_files(base: &Path, package: &Path, out: Destination<'_>, run: &Run
             }
             let output = Output::create(path)?;
             job.begin("unpack");
-            job.tensor_file(0, Sink::File(output.file()), ordered::threads(run.jobs)).map_err(within)?;
+            job.tensor_file(0, Sink::File(output.file()), &Crew::of(run.jobs)).map_err(within)?;
             output.commit()?;
         }
     }
@@ -95,7 +95,7 @@ pub fn verify_files(base: &Path, package: &Path, fine_tuned: Option<&Path>, run:
     let job = Unpack::new(&checkpoint, &opened, ft.as_ref(), run);
     if opened.files().is_empty() {
         job.begin("verify");
-        job.tensor_file(0, Sink::Nothing, ordered::threads(run.jobs)).map_err(within)?;
+        job.tensor_file(0, Sink::Nothing, &Crew::of(run.jobs)).map_err(within)?;
     } else {
         job.all("verify", &|_| Ok(None)).map_err(within)?;
     }
@@ -155,11 +155,11 @@ impl<'a> Unpack<'a> {
     fn all(&self, what: &str, open: &(dyn Fn(usize) -> Result<Option<File>> + Sync)) -> Result<()> {
         self.begin(what);
         let files = self.package.files();
-        ordered::side_by_side(ordered::threads(self.run.jobs), files.len(), |i, threads| {
+        ordered::side_by_side(ordered::threads(self.run.jobs), files.len(), |i, crew| {
             let file = open(i)?;
             let done = match (files[i].header_bytes, &file) {
-                (Some(_), Some(file)) => self.tensor_file(i, Sink::File(file), threads),
-                (Some(_), None) => self.tensor_file(i, Sink::Nothing, threads),
+                (Some(_), Some(file)) => self.tensor_file(i, Sink::File(file), crew),
+                (Some(_), None) => self.tensor_file(i, Sink::Nothing, crew),
                 (None, file) => self.carried_file(i, file.as_ref()),
             };
             done.map_err(
@@ -179,7 +179,7 @@ impl<'a> Unpack<'a> {
     }
 
     /// Restore source file `i`, or the tensors in order of their names if there is none.
-    fn tensor_file(&self, i: usize, mut sink: Sink<'_>, threads: usize) -> Result<()> {
+    fn tensor_file(&self, i: usize, mut sink: Sink<'_>, crew: &Crew) -> Result<()> {
         let (header, order) = self.plan(i)?;
         let jobs = order.iter().map(|(e, _)| self.restore(e)).collect::<Result<Vec<_>>>()?;
         let items: Vec<(usize, usize)> = jobs
@@ -213,7 +213,7 @@ impl<'a> Unpack<'a> {
         };
         let mut taken = None;
         ordered::in_order::<RestoreScratch>(
-            threads,
+            crew,
             items.len(),
             |i, s| {
                 let (j, c) = items[i];

@@ -10,7 +10,7 @@ use crate::package::format::kinds::{dtype_bits, words_of};
 use crate::package::format::parts::{BasePart, BaseParts, NO_PARTS, PartSource};
 use crate::package::format::totals::Report;
 use crate::package::format::words::TensorWords;
-use crate::package::io::ordered;
+use crate::package::io::ordered::{self, Crew};
 use crate::package::io::spool::Spool;
 use crate::package::io::temp::check_target;
 use crate::package::options::{Destination, PackOptions};
@@ -204,7 +204,7 @@ fn store(job: &TensorJob<'_>, options: &PackOptions, jobs: usize, part: &mut Con
     let pieces = job.pieces;
     let mut open = None;
     ordered::in_order::<EncodeScratch>(
-        ordered::threads(jobs),
+        &Crew::of(jobs),
         pieces.count(),
         |i, s| job.make(i, options, s),
         |i, s| {

@@ -77,14 +77,14 @@ pub(super) fn shares(base: &Checkpoint, package: &Package, run: &Run<'_>) -> Res
     entries.sort_by_key(|(e, _)| std::cmp::Reverse(e.bytes));
     run.begin("compare", entries.iter().fold(0, |sum, (e, _)| e.bytes.saturating_add(sum)));
     let (digests, sum) = (BaseDigests::cached(base), Mutex::new(Shares::new()));
-    ordered::side_by_side(ordered::threads(run.jobs), entries.len(), |i, threads| {
+    ordered::side_by_side(ordered::threads(run.jobs), entries.len(), |i, crew| {
         let (entry, dtype) = entries[i];
         let job = restore_on(base, &digests, package, entry)?;
         let words = job.base_words()?;
         let mut taken = job.begin();
         let mut counts = vec![[0u64; 2]; 1 << fields(dtype).map_or(0, |f| f.1)];
         ordered::in_order::<PageScratch>(
-            threads,
+            crew,
             job.pieces.count(),
             |index, s| {
                 job.make(index, &mut s.restore)?;
