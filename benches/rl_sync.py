@@ -459,7 +459,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shares", default="0.01,0.03,0.1", help="of words that an update changes")
+    parser.add_argument("--shares", default="0.03,0.01,0.1", help="of words that an update changes")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "rl_sync", help="5 GB")
@@ -491,7 +491,6 @@ def main() -> None:
             for file in base.iterdir():
                 if file.name != FILE:
                     shutil.copy(file, task["out"])
-    tasks.sort(key=lambda task: WAYS.index(task["way"]))
     for task, each in zip(
         tasks, run("engine", {"base": str(base), "tasks": tasks, "rounds": args.rounds}), strict=True
     ):
