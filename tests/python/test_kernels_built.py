@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "cuda"
 sys.path.insert(0, str(ROOT / "tests" / "wheel"))
-import kernels  # noqa: E402
+import fatbin_images  # noqa: E402
 
 SCRIPTS = Path(sys.executable).parent
 CMAKE = shutil.which("cmake", path=os.pathsep.join([str(SCRIPTS), os.environ.get("PATH", "")]))
@@ -267,12 +267,12 @@ def test_a_library_without_some_kernels_is_told_from_one_with_all(tmp_path, caps
     for images, lacks in ((whole, None), (whole[1:], "ptx80"), (whole[:-1], "sm120"), ([], "sm80")):
         library = junk + (fatbin(images) if images else b"") + junk
         names = {f"{'ptx' if kind == 1 else 'sm'}{arch}": 64 + size for kind, arch, size in images}
-        assert kernels.images(library) == names
+        assert fatbin_images.images(library) == names
         path = tmp_path / "xorz-0.whl"
         with zipfile.ZipFile(path, "w") as wheel:
             wheel.writestr("xorz/libxorz_torch.so", library)
-        assert kernels.main([str(path)]) == (0 if lacks is None else 1)
+        assert fatbin_images.main([str(path)]) == (0 if lacks is None else 1)
         said = capsys.readouterr()
         assert (lacks is None and not said.err) or lacks in said.err
     # What is cut ends the search, and nothing else.
-    assert kernels.images(junk + fatbin(whole)[:-1]) == {}
+    assert fatbin_images.images(junk + fatbin(whole)[:-1]) == {}

@@ -57,7 +57,7 @@ began=$(date +%s)
 echo "pip install . with build isolation: $(($(date +%s) - began)) s"
 check "from the source archive"
 # nvcc was fetched, if none was there, and the kernels are in it.
-"$PY" tests/wheel/kernels.py "$("$tmp/venv/bin/python" -c 'import xorz; print(xorz.library_path)')"
+"$PY" tests/wheel/fatbin_images.py "$("$tmp/venv/bin/python" -c 'import xorz; print(xorz.library_path)')"
 "$tmp/venv/bin/python" -m pip check
 files > "$tmp/from-sdist"
 
@@ -66,7 +66,7 @@ case $(ls "$tmp/wheel") in
   xorz-*-py3-none-linux_x86_64.whl) ;;
   *) echo "test-wheel: the wheel is called $(ls "$tmp/wheel")" >&2; exit 1 ;;
 esac
-"$PY" tests/wheel/kernels.py "$tmp"/wheel/*.whl
+"$PY" tests/wheel/fatbin_images.py "$tmp"/wheel/*.whl
 "$tmp/venv/bin/python" -m pip install $pip_options --no-deps --force-reinstall "$tmp"/wheel/*.whl
 check "from the wheel"
 files > "$tmp/from-wheel"

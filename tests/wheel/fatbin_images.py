@@ -1,6 +1,6 @@
 """Promise: a library that is given away holds the CUDA kernels for every architecture that cuda/README.md names.
 
-    kernels.py FILE...      wheels or libraries; prints what each holds, exits with 1 where a kernel image is missing
+    fatbin_images.py FILE...      wheels or libraries; prints what each holds, exits with 1 where a kernel image is missing
 
 The images are looked for in the bytes themselves, with no tool of CUDA's: a fatbin is a header (magic, version, size of the
 header, size of what follows) and images, each with a header of its own (kind, sizes, version, compute capability).
