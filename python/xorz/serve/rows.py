@@ -126,8 +126,11 @@ class RowMap:
                 found = [(slot, [row]) for row, slot in enumerate(self.slots)]
             else:
                 found = [(slot, [r for r, s in enumerate(self.slots) if s == slot]) for slot in self.used]
+            # One copy for all of them.
             with lasting():
-                self._groups[one_by_one] = [(slot, torch.tensor(r).to(self.device)) for slot, r in found]
+                numbers = torch.tensor([row for _, mine in found for row in mine]).to(self.device)
+                parts = numbers.split([len(mine) for _, mine in found])
+            self._groups[one_by_one] = [(slot, part) for (slot, _), part in zip(found, parts, strict=True)]
         return self._groups[one_by_one]
 
     def ready(self) -> None:
