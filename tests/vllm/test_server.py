@@ -29,16 +29,18 @@ OPTIONS += " --enforce-eager --max-model-len 256 --max-num-seqs 8 --block-size 3
 class Server:
     """vLLM's own, in a process."""
 
-    def __init__(self, base, log, packages=None, options=OPTIONS):
+    def __init__(self, base, log, packages=None, options=OPTIONS, mode="deterministic", env=None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        env = os.environ | {
+        env = {
+            **os.environ,
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "XORZ_CACHE_DIR": "",
+            **(env or {}),
         }
         if packages:
             env["XORZ_VLLM_PACKAGES"] = str(packages)
@@ -52,7 +54,7 @@ class Server:
             str(self.port),
             *options.split(),
         ]
-        extra = json.dumps({"xorz": {"mode": "deterministic", "memory": "256 MiB"}})
+        extra = json.dumps({"xorz": {"mode": mode, "memory": "256 MiB"}})
         self.log = log
         with log.open("w") as out:
             self.process = subprocess.Popen(

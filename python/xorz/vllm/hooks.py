@@ -141,6 +141,22 @@ HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("self", "request"),
     ),
     ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.resolve_lora", ("self", "lora_name")),
+    ("vllm.lora.resolver", "LoRAResolver.resolve_lora", ("self", "base_model_name", "lora_name")),
+    (
+        "vllm.lora.resolver",
+        "LoRAResolverRegistry.register_resolver",
+        ("resolver_name", "resolver"),
+    ),
+    (
+        "vllm.plugins.lora_resolvers.filesystem_resolver",
+        "FilesystemResolver.resolve_lora",
+        ("self", "base_model_name", "lora_name"),
+    ),
+    (
+        "vllm.plugins.lora_resolvers.filesystem_resolver",
+        "FilesystemResolver._get_lora_req_from_path",
+        ("self", "lora_name", "lora_path", "base_model_name"),
+    ),
     ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.show_available_models", ("self",)),
     ("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.model_name", ("self", "lora_request")),
 )

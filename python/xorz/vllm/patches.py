@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization import register_quantization_config
 
-from . import layers, manager, replaced, rpc, serving
+from . import layers, manager, replaced, resolvers, rpc, serving
 from .packages import is_package
 
 _PATIENCE_SECONDS = 300.0
@@ -23,6 +23,7 @@ def install() -> None:
     _start()
     _unquantized()
     serving.install()
+    resolvers.register()
     replaced.install()
     rpc.install()
 

@@ -7,22 +7,17 @@ engine's loop, which goes on serving; only what has turned out to be whole and t
 
 import asyncio
 import functools
-import os
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
-from . import layers, manager, policies, request
+from . import layers, manager, policies, request, resolvers
 from .packages import is_package, split_name, what_is
 
 logger = init_logger("vllm.xorz")
-
-FOLDER = "XORZ_VLLM_PACKAGES"
-"""Environment variable: a folder whose `alice.xorz`, or the package in whose folder `alice`, is loaded when a client first asks
-for the model `alice`."""
 
 _POLL_SECONDS = 0.02
 
@@ -69,6 +64,8 @@ def _known_to_its_engine(plain: Any) -> Any:
     @functools.wraps(plain)
     def init(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
         plain(self, engine_client, *args, **kwargs)
+        fitting = resolvers.taking_packages if _ours(self) else resolvers.without_packages
+        self.lora_resolvers = fitting(self.lora_resolvers)
         engine_client.xorz_models = self
         self.xorz_loading = asyncio.Semaphore(_MOST_AT_ONCE)
         self.xorz_leaving = set()
@@ -198,24 +195,29 @@ async def _forget(self: Any, lora: LoRARequest) -> None:
 
 
 def _resolving(plain: Any) -> Any:
-    """A tenant that nobody has loaded is looked for in the folder of packages."""
+    """A tenant that nobody has loaded is looked for by vLLM's resolvers, whose answer may be a package."""
 
     @functools.wraps(plain)
     async def resolve_lora(self: Any, lora_name: str) -> Any:
-        folder, fits = os.environ.get(FOLDER), "/" not in lora_name and not lora_name.startswith(".")
-        if lora_name not in self.lora_requests and folder and fits and _ours(self):
-            path = Path(folder) / f"{lora_name}.xorz"
-            if not await asyncio.to_thread(path.is_file):
-                path = Path(folder) / lora_name
-            if await asyncio.to_thread(is_package, path):
-                from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
-
-                wanted = LoadLoRAAdapterRequest(lora_name=lora_name, lora_path=str(path))
-                answer = await self.load_lora_adapter(wanted)
-                # Another client's request may have loaded it first.
-                if lora_name not in self.lora_requests:
-                    return answer
-        return await plain(self, lora_name)
+        if not _ours(self) or lora_name in self.lora_requests:
+            return await plain(self, lora_name)
+        refused = None
+        for resolver in self.lora_resolvers:
+            try:
+                found = await resolver.resolve_lora(self.model_config.model, lora_name)
+            except (OSError, ValueError) as error:
+                refused = _error(f"xorz: {lora_name!r}: {error}", "BadRequestError", HTTPStatus.BAD_REQUEST)
+                continue
+            if found is None:
+                continue
+            wanted = LoadLoRAAdapterRequest(lora_name=lora_name, lora_path=found.lora_path)
+            refused = await self.load_lora_adapter(wanted)
+            # Another client's request may have loaded it first.
+            if lora_name in self.lora_requests:
+                return self.lora_requests[lora_name]
+        return refused or _error(
+            f"LoRA adapter {lora_name} does not exist", "NotFoundError", HTTPStatus.NOT_FOUND
+        )
 
     return resolve_lora
 
