@@ -1,9 +1,10 @@
-//! `cargo bench --bench tensors`: a million tensors of 64 f32 (an argument names another number), 3 % of whose words are changed:
-//! what packing and opening them take, and what each of them takes in the package. One thread and two, seconds by the clock and by
-//! the process's own time, and the most memory that was held beyond what was before. What was packed is unpacked and compared.
+//! `cargo bench --bench tensors`: a million tensors of 64 f32 (an argument names another number), 3 % of whose words are
+//! changed: what packing, unpacking and opening them take, and what each of them takes in the package. One thread and two,
+//! seconds by the clock and by the process's own time, and the most memory that was held beyond what was before. What was
+//! packed is unpacked and compared.
 //!
-//! Opening is what stands between a package and its first tensor: the whole table is read, checked and indexed by name. Each time is
-//! the best of five.
+//! Opening is what stands between a package and its first tensor: the whole table is read, checked and indexed by name. The
+//! best of five is shown.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
