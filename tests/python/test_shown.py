@@ -1,5 +1,6 @@
 """Promise: what notebooks show is what the text says, harmless whatever names say; bars show in terminals and nowhere else."""
 
+import ctypes
 import fcntl
 import io
 import os
@@ -141,5 +142,13 @@ def test_jobs_over_files_tell_how_far_they_are_and_count_each_byte_once(tmp_path
     assert report["files"][0]["bytes"] == size
     assert [b.desc for b in bars] == ["packing", "unpacking", "verifying", "packing"]
     for shown in bars:
-        assert shown.totals[-1] == shown.done == size, (shown.desc, shown.totals, shown.done)
+        # All but the file's header, which is no work.
+        assert (shown.totals[-1], shown.done) == (size, sum(w.nbytes for w in base.values())), shown.desc
         assert shown.updates > 3, f"{shown.desc}: told {shown.updates} times"
+    # Where there is nothing to write to, the job is refused before it begins.
+    paths = [str(tmp_path / name).encode() for name in ("base", "p")]
+    room = (ctypes.c_uint64 * 4)()
+    for stop in (None, ctypes.cast(ctypes.byref(room, 4), ctypes.POINTER(ctypes.c_uint32))):
+        run = _core._Run(1, _core._RUN_WATCHED, stop)
+        with pytest.raises(ValueError, match="xorz_watch"):
+            _core._json("xorz_verify_files", *paths, None, ctypes.byref(run))
