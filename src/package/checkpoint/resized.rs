@@ -1,6 +1,7 @@
-//! Bases of tensors that have gained or lost some of a dimension: rows (added tokens), columns (added inputs, tables that lie on
-//! their side), channels, positions. The base is put together of what both have, with zeros where only the fine-tune has
-//! something. Where it came or went is found by the words; a tensor whose words are the base's in other dimensions is found, too.
+//! Bases of tensors that have gained or lost some of a dimension: rows (added tokens), columns (added inputs, tables that lie
+//! on their side), channels, positions. The base is put together of what both have, with zeros where only the fine-tune has
+//! something. Where it came or went is found by the words; a tensor whose words are the base's in more dimensions or fewer is found,
+//! too.
 
 use super::files::{Checkpoint, Found, TensorFile, words};
 use super::likeness::{WordRun, likeness};
@@ -40,19 +41,22 @@ pub(super) fn resized(
     Ok(Some(parts))
 }
 
-/// Whether `t` may be `b` with more or less of some dimensions, or in other dimensions.
+/// Whether `t` may be `b` with more or less of some dimensions, or in more dimensions or fewer.
 pub(super) fn resizable(t: &TensorInfo, b: &TensorInfo) -> bool {
     Resized::new(t, b).is_some() || reshaped(t, b)
 }
 
-/// The same words in other dimensions.
+/// The same words in more dimensions or fewer. As many others, such as those of a matrix that was turned, are other words.
 fn reshaped(t: &TensorInfo, b: &TensorInfo) -> bool {
     let count = |dims: &[usize]| dims.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
-    t.dtype == b.dtype && t.dims != b.dims && t.bytes() == b.bytes() && count(&t.dims) == count(&b.dims)
+    t.dtype == b.dtype
+        && t.dims.len() != b.dims.len()
+        && t.bytes() == b.bytes()
+        && count(&t.dims) == count(&b.dims)
 }
 
-/// The parts of tensor `b`, whose words are `old`, that make a base of `t`, whose words are `new`, if they have words in common in
-/// all that both have of each dimension.
+/// The parts of tensor `b`, whose words are `old`, that make a base of `t`, whose words are `new`, if their words are alike in
+/// what both have of each dimension.
 pub(crate) fn resized_parts(
     t: &TensorInfo,
     new: TensorWords<'_>,

@@ -78,7 +78,7 @@ impl BaseParts {
     }
 
     /// The parts from the one on that byte `at` of the tensor is in, and which of its bytes that is.
-    pub(crate) fn from_byte(&self, at: u64) -> (&[BasePart], u64) {
+    pub(crate) fn at_byte(&self, at: u64) -> (&[BasePart], u64) {
         let Some(list) = &self.0 else { return (&[], 0) };
         // There may be a part for each row.
         let first = list.ends.partition_point(|end| *end <= at);
@@ -100,7 +100,7 @@ pub(crate) fn read_parts(
     at: u64,
     mut out: &mut [u8],
 ) -> Result<()> {
-    let (parts, mut at) = parts.from_byte(at);
+    let (parts, mut at) = parts.at_byte(at);
     for part in parts {
         if out.is_empty() {
             return Ok(());

@@ -28,7 +28,8 @@ pub(super) const XOR_WHOLE: usize = 8 << 20;
 /// Words do not compress that take more than this share of themselves.
 pub(super) const PLAIN_FROM: f64 = 0.999;
 
-/// Up to so many bytes a tensor without a base is compressed closely: its planes lie in one block of zstd, which level 3 takes as one.
+/// Up to so many bytes a tensor without a base is compressed closely: its planes lie in one block of zstd, which level 3 does
+/// not divide.
 const ALONE_CLOSELY: usize = 256 << 10;
 const ALONE_LEVEL: i32 = 10;
 

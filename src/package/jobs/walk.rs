@@ -96,7 +96,7 @@ impl Pack<'_> {
         match paired {
             Paired::Whole((f, b)) => Some((*f, b.range.start + at)),
             Paired::Parts(parts) => {
-                let (parts, at) = parts.from_byte(at);
+                let (parts, at) = parts.at_byte(at);
                 let here = parts.first()?;
                 let (f, b) = self.base.find_near(here.name.as_deref()?, here.file.as_deref(), |_| true)?;
                 Some((f, b.range.start + here.at + at))
