@@ -227,9 +227,9 @@ bench-checkpoint: $(BENCH_VENV)/.xorz-requirements
 bench-sizes: $(BENCH_VENV)/.xorz-requirements
 	$(BENCH_VENV)/bin/python benches/sizes.py $(ARGS)
 
-# Not part of test: Ray takes 285 MB. It comes into the examples' own environment, which sees the developer's.
+# Not part of test: Ray takes 380 MB. It comes into the examples' own environment, which sees the developer's.
 test-ray: $(INSTALLED) $(NOTEBOOK_VENV)/.xorz-requirements
-	$(NOTEBOOK_VENV)/bin/python -m pytest tests/python/test_ray_pack.py $(ARGS)
+	$(NOTEBOOK_VENV)/bin/python -m pytest tests/python/test_ray_pack.py tests/python/test_ray_serve.py $(ARGS)
 
 clean:
 	rm -rf build target

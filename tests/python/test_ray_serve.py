@@ -1,0 +1,177 @@
+"""Promise: `examples/ray_serve.py` gives every prompt its own tenant's answer on each replica of a local Ray cluster, where a
+tenant is loaded when it is first asked for; one that is killed under load loses no requests but those that it was answering.
+
+Answers are compared with those of plain fine-tuned models, as in `test_server.py`.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+import xorz
+
+pytest.importorskip(
+    "ray.serve", reason="ray is not installed (380 MB): make test-ray installs it beside examples/"
+)
+transformers = pytest.importorskip("transformers")
+from test_server import MARGIN, answer, fine_tuned  # noqa: E402
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "ray_serve.py"
+NAMES = (None, "a", "b", "c")
+CLIENTS = 8
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The folder, and prompts with each tenant's answers, which differ."""
+    folder = tmp_path_factory.mktemp("ray_serve")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 199, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2
+    )
+    models = {None: transformers.LlamaForCausalLM(config).eval()}
+    models[None].save_pretrained(folder / "model")
+    (folder / "tenants").mkdir()
+    for seed, name in enumerate(NAMES[1:], 1):
+        models[name] = fine_tuned(models[None], seed)
+        path = folder / ("tenants" if name != "c" else "") / f"{name}.xorz"
+        xorz.pack(models[None].state_dict(), models[name].state_dict(), path)
+    # A folder with a package, whatever it is called there; and what no name may lead to.
+    xorz.save_folder(folder / "c.xorz", folder / "tenants" / "c", "any/base", name="weights")
+    (folder / "tenants" / "broken.xorz").write_bytes((folder / "tenants" / "a.xorz").read_bytes()[:-9])
+    g, prompts = torch.Generator().manual_seed(5), []
+    while len(prompts) < 6:
+        ids = torch.randint(0, 199, (1 + len(prompts) % 5,), generator=g).tolist()
+        found = {name: answer(model, ids, 6) for name, model in models.items()}
+        answers = {name: tokens for name, (tokens, _) in found.items()}
+        distinct = len(set(map(tuple, answers.values()))) == len(NAMES)
+        if distinct and min(margin for _, margin in found.values()) > MARGIN:
+            prompts.append((ids, answers))
+    return folder, prompts
+
+
+@pytest.fixture(scope="module")
+def address(world):
+    """Of the example with two replicas."""
+    folder, _ = world
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "PYTHONPATH": str(Path(xorz.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    # As nice as their parent: beside other work they would hardly begin.
+    env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "XORZ_CACHE_DIR": ""}
+    env |= {f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S": "120" for check in ("READY", "HEALTH")}
+    command = [sys.executable, str(SCRIPT), "--model", "model", "--tenants", "tenants", "--port", str(port)]
+    command += ["--replicas", "2", "--most", "2", "--cpus", "0.5"]
+    log = folder / "log"
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 900
+        while f" at http://127.0.0.1:{port}" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+        process.terminate()
+        assert process.wait(120) == 0, log.read_text()[-4000:]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask(address, tenant, ids, tokens=6):
+    """(status, JSON or text)."""
+    body = json.dumps({"tenant": tenant, "ids": ids, "tokens": tokens}).encode()
+    request = urllib.request.Request(f"{address}/generate", body, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        with error:
+            text = error.read().decode()
+            return error.code, json.loads(text) if text.startswith("{") else text
+
+
+def test_each_replica_loads_a_tenant_when_it_is_first_asked_for(world, address):
+    _, prompts = world
+    seen, deadline = set(), time.monotonic() + 600
+    while len(seen) < 2 * len(NAMES) and time.monotonic() < deadline:
+        for name in NAMES:
+            for ids, answers in prompts:
+                status, reply = ask(address, name, ids)
+                assert status == 200 and reply["ids"] == answers[name], (name, reply)
+                seen.add((reply["process"], name))
+    assert len({process for process, _ in seen}) == 2 and len(seen) == 2 * len(NAMES), seen
+
+
+def test_what_is_no_tenant_is_said(world, address):
+    ids, answers = world[1][0]
+    for name in ("nobody", "../c", "..", ".", "", "c/weights", "a.xorz", "a\0", "x" * 5000):
+        status, reply = ask(address, name, ids)
+        assert status == 404 and "there is no tenant" in reply["detail"], (name, status, reply)
+    status, reply = ask(address, "broken", ids)
+    assert status == 422 and "header" in reply["detail"], reply
+    assert ask(address, None, [500])[0] == 400 and ask(address, None, [])[0] == 422
+    assert ask(address, "a", ids)[1]["ids"] == answers["a"]
+
+
+def test_a_replica_that_is_killed_under_load_loses_what_it_was_answering(world, address):
+    _, prompts = world
+    made, stop = [], threading.Event()
+
+    def client(number):
+        turn = number
+        while not stop.is_set():
+            name, (ids, answers) = NAMES[turn % len(NAMES)], prompts[turn % len(prompts)]
+            began = time.monotonic()
+            try:
+                status, reply = ask(address, name, ids)
+            except OSError as error:
+                status, reply = 0, str(error)
+            made.append((began, time.monotonic(), status, name, reply, answers[name]))
+            turn += 1
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+
+    def answered(since):
+        return {
+            (reply["process"], name)
+            for began, _, status, name, reply, _ in list(made)
+            if status == 200 and began > since
+        }
+
+    def wait(condition):
+        deadline = time.monotonic() + 600
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert condition(), (len(made), answered(0))
+
+    try:
+        wait(lambda: len({process for process, _ in answered(0)}) == 2 and len(made) > 10 * CLIENTS)
+        before = {process for process, _ in answered(0)}
+        killed, at = min(before), time.monotonic()
+        os.kill(killed, signal.SIGKILL)
+        # Until the one that takes its place has been asked for every tenant.
+        wait(lambda: {n for process, n in answered(at) if process not in before} == set(NAMES))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    right = [reply["ids"] == wanted for _, _, status, _, reply, wanted in made if status == 200]
+    assert all(right) and len(right) > 10 * CLIENTS
+    lost = [one for one in made if one[2] != 200]
+    assert all(began <= at <= ended for began, ended, *_ in lost), (at, lost)
+    assert len(lost) <= CLIENTS and killed not in {process for process, _ in answered(at + 1)}
