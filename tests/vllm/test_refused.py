@@ -12,10 +12,11 @@ import pytest
 import torch
 import xorz.vllm
 from torch import nn
-from xorz.vllm.layers import Rows, XorzConfig
+from xorz.vllm.layers import XorzConfig
 from xorz.vllm.manager import Settings, Unfit, _check_engine
 from xorz.vllm.packages import what_is
 from xorz.vllm.plan import plan
+from xorz.vllm.rows import Rows
 
 
 def config(**changed):
