@@ -14,16 +14,17 @@ coverage="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 bins=$(for target in $targets; do printf -- '--bin %s ' "$target"; done)
 # Without optimisation the library is compiled in half a minute in place of five, and inputs take one to two times as long, since
 # counting is most of their time. For hours it is worth the wait.
-optimised=$(awk "BEGIN { print ($minutes > 20) ? 3 : 0 }")
+optimised=$(awk "BEGIN { print (($minutes > 20) ? 3 : 0) }")
 RUSTFLAGS="--cfg fuzzing $coverage" cargo --config "profile.release.package.xorz.opt-level=$optimised" \
   build --release --locked --target "$host" $bins
-seconds=$(awk "BEGIN { n = split(\"$targets\", t, \" \"); s = int(60 * $minutes / n); print s > 0 ? s : 1 }")
+seconds=$(awk "BEGIN { n = split(\"$targets\", t, \" \"); s = int(60 * $minutes / n); print (s > 0 ? s : 1) }")
 TMPDIR=$(mktemp -d)
 export TMPDIR XORZ_CACHE_DIR=
 trap 'rm -rf "$TMPDIR"' EXIT
 for target in $targets; do
   mkdir -p "corpus/$target" "artifacts/$target" "target/seeds/$target" "cases/$target"
   for file in ../golden/*; do
+    test -f "$file" || continue
     case $target in
       # `package` takes a byte that says what follows: 7 is a package as it is.
       package) { printf '\007'; cat "$file"; } > "target/seeds/$target/$(basename "$file")" ;;
@@ -53,7 +54,7 @@ for path in map(pathlib.Path, sys.argv[2:]):
         if data[start + first : start + end].startswith(b"XORZDLT"):
             pathlib.Path(sys.argv[1], f"{path.stem}-{i}").write_bytes(data[start + first : start + end])
 END
-  "target/$host/release/$target" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=512 -max_len=65536 \
+  "target/$host/release/$target" -max_total_time="$seconds" -seed="${FUZZ_SEED:-0}" -timeout=10 -rss_limit_mb=512 -max_len=65536 \
     -artifact_prefix="artifacts/$target/" -print_final_stats=1 -verbosity=1 \
     "corpus/$target" "target/seeds/$target" "cases/$target" \
     2> "target/$target.log" || { tail -40 "target/$target.log" >&2; echo "fuzz: $target failed" >&2; exit 1; }
