@@ -2,7 +2,8 @@
 # Runs the fuzz targets for MINUTES (2) in all, on the stable toolchain: what cargo-fuzz asks of a nightly one is coverage, which
 # LLVM's pass gives without. Seeds are the golden files and cases/, which holds what was found and fixed; corpus/ is kept from run
 # to run. Fails where a target fails: input that crashes it, takes more than a second or ten times its size in memory (the targets
-# count both), or ten seconds and half a GiB by the clock. FUZZ_TARGETS names some of them.
+# count both), or ten seconds and half a GiB by the clock. FUZZ_TARGETS names some of them; with a FUZZ_SEED
+# other than 0 a run can be had again.
 set -eu
 cd "$(dirname "$0")"
 minutes=${1:-${MINUTES:-2}}
