@@ -151,7 +151,7 @@ fn numbers_are_those_of_the_kernels() {
     };
     let gate = archs(&read("tests/cuda_gate/gate.py"), "ARCHS = (", ')');
     assert_eq!(gate.len(), 6);
-    assert_eq!(archs(&read("cuda/CMakeLists.txt"), "set(ARCHITECTURES ", ')'), gate);
+    assert_eq!(archs(&read("cuda/CMakeLists.txt"), "set(XORZ_ARCHITECTURES ", 'C'), gate);
 }
 
 #[test]
