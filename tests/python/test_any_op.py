@@ -82,6 +82,13 @@ def test_an_op_that_is_not_known_is_each_rows_own(how, rows):
     assert case.check_mixed(x, call=lambda m, x: m(x)[0]) == "right"
 
 
+def test_where_bits_may_not_depend_on_company_such_an_op_is_refused():
+    case, x = Case(Ops("distances"), mode="deterministic"), torch.randn(3, 4, 8)
+    case.check_alone(call=lambda m: m(x)[0])
+    with case.tenants.use(["a", None, "b"]), pytest.raises(RuntimeError, match="one tenant at a time"):
+        case.model(x)
+
+
 def together(m, h):
     """An op that mixes the rows of the batch, in which no row is one tenant's."""
     return torch.einsum("bld,cld,de->ble", h, h.tanh(), m.held.matrix)

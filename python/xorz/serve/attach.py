@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import experts, swap
+from . import experts, roots, swap
 from .rows import HOST
 from .site import FLOATS, Site
 from .tenants import Tenants
@@ -129,11 +129,12 @@ def attach(
     root = model
     while "_orig_mod" in root._modules:
         root = root._orig_mod
-    swap.swap_root(root, owner)
+    roots.swap_root(root, owner)
     owner.methods.append(root)
     encoder = _encoder(root)
     if encoder is not None:
-        swap.swap_encoder_root(encoder, owner, next(n for n, m in model.named_modules() if m is encoder))
+        name = next(n for n, m in model.named_modules() if m is encoder)
+        roots.swap_whole(encoder, owner, name, alone=True)
         owner.methods.append(encoder)
     try:
         owner.begin()
@@ -186,7 +187,7 @@ def _attach(owner: Tenants, name: str, module: nn.Module) -> None:
     if not any(t is not None for t in own):
         if type(module) in (nn.TransformerEncoder, nn.TransformerEncoderLayer):
             owner.methods.append(module)
-            swap.swap_encoder(module, owner)
+            roots.swap_encoder(module, owner)
         elif hasattr(module, "compute_bias"):
             owner.methods.append(module)
             swap.swap_method(module, owner)
@@ -212,7 +213,7 @@ def _around(owner: Tenants, name: str, parent: nn.Module, known: bool) -> None:
 def _block(owner: Tenants, name: str, module: nn.Module) -> None:
     if "_xorz_block" not in module.__dict__:
         owner.methods.append(module)
-        swap.swap_block(module, owner, name)
+        roots.swap_block(module, owner, name)
 
 
 def _kind(module: nn.Module, device: torch.device) -> str:

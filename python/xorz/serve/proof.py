@@ -121,7 +121,7 @@ class Proofs:
         main: str,
     ) -> Proof:
         """Of batches like this one; `run` calls `module`, the model or its encoder, `main` is the name of its first input."""
-        kind = (module is owner.model, *_kind(rows, args, kwargs, owner.model.training))
+        kind = (module, *_kind(rows, args, kwargs, owner.model.training))
         found = self._found.get(kind)
         if found is None:
             with self._lock:

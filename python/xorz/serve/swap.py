@@ -3,17 +3,16 @@ become `Weight`s in place, and `restore` undoes both.
 """
 
 import functools
-import inspect
 import sys
 import types
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import compiled, enclosing, forwards, split
-from .rows import RowMap
+from . import compiled, forwards, split
 from .site import Owner, Site
 from .weight import Weight
 
@@ -76,7 +75,7 @@ def _forward_linear(self: nn.Module, input: Tensor) -> Any:
 
 def _detached(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Whoever wrapped the forward while the model was attached (accelerate's hooks) still calls this one."""
-    return _plain(module).forward(module, *args, **kwargs)
+    return plain_class(module).forward(module, *args, **kwargs)
 
 
 def _disabled() -> Any:
@@ -92,7 +91,7 @@ def _disabled() -> Any:
 
 def _compute_bias(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """T5's relative positions: [1, heads, q, k] for all; one for each batch row where tenants differ."""
-    plain, site = _plain(self).compute_bias, self.__dict__.get("_xorz")
+    plain, site = plain_class(self).compute_bias, self.__dict__.get("_xorz")
     owner: Owner | None = self.__dict__.get("_xorz_owner") if site is None else site.owner
     rows = None if owner is None else owner.now()
     if rows is None or rows.only is not None:
@@ -120,7 +119,7 @@ def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
     return self
 
 
-def _plain(module: nn.Module) -> type:
+def plain_class(module: nn.Module) -> type:
     """The class that the module had."""
     return next(cls for cls in type(module).__mro__ if cls not in _made)
 
@@ -153,10 +152,17 @@ def _refuse_copy(self: nn.Module, protocol: Any) -> Any:
     )
 
 
-# Nothing was said, which is not None: that is the base.
-_UNSAID: Any = object()
 _made: set[type] = set()
 _classes = _Classes()
+
+
+def become(module: nn.Module, what: str, body: Callable[[type], dict[str, Any]]) -> None:
+    """Make `module`'s class one that does what `body(class)` says; one is made for each class and `what`."""
+    key = (type(module), what)
+    if key not in _classes:
+        cls = type(module)
+        _classes[key] = _made_of(cls, {"__module__": cls.__module__, **body(cls)})
+    module.__class__ = _classes[key]
 
 
 def swap(module: nn.Module, site: Site) -> None:
@@ -179,12 +185,12 @@ def swap(module: nn.Module, site: Site) -> None:
     module.__dict__["_xorz_number"] = compiled.register(module)
     module.__dict__["_xorz_width"] = width
     module.__class__ = _classes[key]
-    _rebind(module, type(module))
+    rebind(module, type(module))
     if "forward" in module.__dict__:
         guard(module, site)
 
 
-def _rebind(module: nn.Module, cls: type) -> None:
+def rebind(module: nn.Module, cls: type) -> None:
     """Forwards of the module that accelerate has put aside, to call them and to put them back, are those of this class."""
     for name in ("_old_forward", "forward"):
         aside = module.__dict__.get(name)
@@ -238,12 +244,8 @@ def _exchange(one: Tensor, other: Tensor) -> None:
 
 def swap_method(module: nn.Module, owner: Owner) -> None:
     """For a module without parameters of its own whose method must run once per tenant."""
-    key = (type(module), "compute_bias")
-    if key not in _classes:
-        body = {"compute_bias": _compute_bias, "__module__": type(module).__module__}
-        _classes[key] = _made_of(type(module), body)
     module.__dict__["_xorz_owner"] = owner
-    module.__class__ = _classes[key]
+    become(module, "compute_bias", lambda _: {"compute_bias": _compute_bias})
 
 
 def guard(module: nn.Module, site: Site) -> None:
@@ -262,255 +264,6 @@ def guard(module: nn.Module, site: Site) -> None:
     module.__dict__["forward"] = forward
 
 
-def swap_encoder(module: nn.Module, owner: Owner) -> None:
-    """For torch's encoder and its layers, whose fused paths call none of their children."""
-    key = (type(module), "encoder")
-    if key not in _classes:
-        forward = _encoder if isinstance(module, nn.TransformerEncoder) else _encoder_layer
-        _classes[key] = _made_of(type(module), {"forward": forward, "__module__": "torch.nn"})
-    module.__dict__["_xorz_owner"] = owner
-    module.__class__ = _classes[key]
-
-
-def swap_block(module: nn.Module, owner: Owner, name: str) -> None:
-    """For a module whose inside takes rows apart and puts them together again, but whose own rows stay rows."""
-    key = (type(module), "block")
-    if key not in _classes:
-        plain = type(module).forward
-
-        @functools.wraps(plain)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return _block(self, plain, args, kwargs)
-
-        body = {"forward": forward, "__module__": type(module).__module__}
-        _classes[key] = _made_of(type(module), body)
-    module.__dict__["_xorz_block"] = name
-    module.__dict__["_xorz_owner"] = owner
-    module.__class__ = _classes[key]
-
-
-@torch.compiler.disable
-def _block(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
-    owner = module.__dict__.get("_xorz_owner")
-    rows = None if owner is None else owner.now()
-    if rows is not None and rows.probe is not None:
-        rows.probe.note(("block", module._xorz_block), args[0] if args else kwargs.get("hidden_states"))
-        return plain(module, *args, **kwargs)
-    if rows is None or (rows.only is not None and owner.mode != "deterministic"):
-        return plain(module, *args, **kwargs)
-    if rows.only is None and not any(site.serves(rows) for site in _inside(module)):
-        return plain(module, *args, **kwargs)
-    return split.block(owner, module._xorz_block, rows, functools.partial(plain, module), args, kwargs)
-
-
-def swap_whole(module: nn.Module, owner: Owner, name: str) -> None:
-    """For a module that is run once per tenant in some batches; see `enclosing`."""
-    key = (type(module), "whole")
-    if key not in _classes:
-        plain = type(module).forward
-
-        @functools.wraps(plain)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            owner = self.__dict__.get("_xorz_owner")
-            rows = None if owner is None or _is_compiling() else owner.now()
-            return _whole(self, plain, rows, args, kwargs)
-
-        body = {"forward": forward, "__module__": type(module).__module__}
-        _classes[key] = _made_of(type(module), body)
-    module.__dict__["_xorz_whole"] = name
-    module.__dict__["_xorz_owner"] = owner
-    module.__class__ = _classes[key]
-
-
-def _whole(module: nn.Module, plain: Any, rows: RowMap | None, args: Any, kwargs: Any) -> Any:
-    name = module.__dict__.get("_xorz_whole")
-    mixed = rows is not None and rows.only is None and rows.proof is not None and not rows.tokens
-    if mixed and name in rows.proof.whole and any(site.serves(rows) for site in _inside(module)):
-        run = functools.partial(plain, module)
-        return enclosing.run(name, rows, run, module._xorz_owner, args, kwargs)
-    return plain(module, *args, **kwargs)
-
-
-def swap_root(module: nn.Module, owner: Owner) -> None:
-    """For the model itself: what cannot be served row by row inside of it may be served by running it once per tenant."""
-    key = (type(module), "root")
-    if key not in _classes:
-        plain = type(module).forward
-
-        @functools.wraps(plain)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return compiled.root(self, plain, args, kwargs)
-            return _root(self, plain, args, kwargs)
-
-        body = {"forward": forward, "__module__": type(module).__module__, "_xorz_plain": plain}
-        if hasattr(type(module), "_expand_inputs_for_generation"):
-            body |= {
-                "generate": _generate(type(module)),
-                "_expand_inputs_for_generation": _expand(type(module)),
-            }
-        _classes[key] = _made_of(type(module), body)
-    module.__dict__["_xorz_owner"] = owner
-    module.__dict__["_xorz_root"] = compiled.register(module)
-    module.__class__ = _classes[key]
-    _rebind(module, type(module))
-    if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], types.MethodType):
-        _guard_root(module)
-
-
-def swap_encoder_root(module: nn.Module, owner: Owner, name: str) -> None:
-    """For an encoder, which `generate` calls on its own: where its rows are is found as for a whole model."""
-    key = (type(module), "encoder root")
-    if key not in _classes:
-        plain = type(module).forward
-
-        @functools.wraps(plain)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            owner = self.__dict__.get("_xorz_owner")
-            rows = None if owner is None or _is_compiling() else owner.now()
-            if rows is not None and rows.only is None and rows.proof is None and not rows.tokens:
-                return _root(self, plain, args, kwargs)
-            return _whole(self, plain, rows, args, kwargs)
-
-        body = {"forward": forward, "__module__": type(module).__module__}
-        _classes[key] = _made_of(type(module), body)
-    module.__dict__["_xorz_whole"] = name
-    module.__dict__["_xorz_owner"] = owner
-    module.__class__ = _classes[key]
-
-
-def _guard_root(module: nn.Module) -> None:
-    """For a model whose forward was replaced on the instance before it was attached (accelerate's hooks, wrappers of one's
-    own): where its rows are is found there, too.
-    """
-    inner = module.__dict__["forward"]
-
-    @functools.wraps(inner)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return inner(*args, **kwargs)
-        return _root(module, lambda _, *given, **named: inner(*given, **named), args, kwargs)
-
-    forward._xorz_inner = getattr(inner, "_xorz_inner", inner)
-    module.__dict__["forward"] = forward
-
-
-def _root(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
-    owner = module.__dict__.get("_xorz_owner")
-    rows = None if owner is None else owner.now()
-    if rows is None and owner is not None and owner.serves_by_default:
-        with owner.use(owner.default):
-            return plain(module, *args, **kwargs)
-    if rows is None or rows.only is not None:
-        return plain(module, *args, **kwargs)
-    run = functools.partial(plain, module)
-    why = owner.apart
-    # torch's own layers say themselves where their batch is.
-    if not rows.tokens and not isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
-        main = getattr(module, "main_input_name", "")
-        rows = rows.known(owner.proofs.of(owner, module, run, rows, args, kwargs, main))
-    if why is None:
-        try:
-            with owner.active.set(rows):
-                return split.settled(run(*args, **kwargs), rows)
-        except RuntimeError as error:
-            why = error
-    out = split.apart(owner, rows, run, args, kwargs, why)
-    owner.apart = why
-    return out
-
-
-def _generate(cls: type) -> Any:
-    """`generate`, after which the names are again those of the prompts, and which takes them as `tenants`, too."""
-    plain = cls.generate
-
-    @functools.wraps(plain)
-    def generate(self: nn.Module, *args: Any, tenants: Any = _UNSAID, **kwargs: Any) -> Any:
-        owner = self.__dict__.get("_xorz_owner")
-        if owner is None:
-            return plain(self, *args, **kwargs)
-        if tenants is not _UNSAID:
-            asked = owner.use(tenants)
-        elif owner.serves_by_default and owner.active.get() is None:
-            asked = owner.use(owner.default)
-        else:
-            asked = owner.active.set(owner.active.get())
-        with asked:
-            return plain(self, *args, **kwargs)
-
-    return generate
-
-
-def _expand(cls: type) -> Any:
-    """Where transformers makes several sequences of each prompt, its tenant is each one's."""
-    # A plain method or a static one, depending on the version of transformers.
-    plain = inspect.getattr_static(cls, "_expand_inputs_for_generation")
-
-    @functools.wraps(cls._expand_inputs_for_generation)
-    def expand(self: nn.Module, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
-        owner = self.__dict__.get("_xorz_owner")
-        rows, given = None if owner is None else owner.active.get(), kwargs.get("input_ids")
-        out = plain.__get__(self, cls)(expand_size, *args, **kwargs)
-        if rows is not None and rows.only is None and expand_size > 1 and given is not None:
-            if given.size(0) == len(rows.slots):
-                owner.active.put(rows.expanded(expand_size))
-        return out
-
-    return expand
-
-
-def _inside(module: nn.Module) -> list[Site]:
-    return [m.__dict__["_xorz"] for m in module.modules() if "_xorz" in m.__dict__]
-
-
-def _encoder_layer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if not torch.compiler.is_compiling() and "_xorz_owner" in self.__dict__:
-        for site in _inside(self)[:1]:
-            self._xorz_owner.rows(site)
-    return _plain(self).forward(self, *args, **kwargs)
-
-
-def _encoder(
-    self: Any,
-    src: Tensor,
-    mask: Tensor | None = None,
-    src_key_padding_mask: Tensor | None = None,
-    is_causal: bool | None = None,
-) -> Tensor:
-    """torch drops padded places where it can, and gives zeros there; so must whoever computes them."""
-    plain = _plain(self).forward
-    if torch.compiler.is_compiling():
-        return plain(self, src, mask, src_key_padding_mask, is_causal)
-    sites = _inside(self) if "_xorz_owner" in self.__dict__ else []
-    rows = [self._xorz_owner.rows(site) for site in sites[:1]]
-    serves = rows and rows[0] is not None and any(site.serves(rows[0]) for site in sites)
-    if not serves or is_causal or not _drops_padding(self, sites, src, mask, src_key_padding_mask):
-        return plain(self, src, mask, src_key_padding_mask, is_causal)
-    output = src
-    for layer in self.layers:
-        output = layer(output, src_mask=None, is_causal=False, src_key_padding_mask=src_key_padding_mask)
-    padded = src_key_padding_mask if src_key_padding_mask.dtype == torch.bool else src_key_padding_mask != 0
-    output = output.masked_fill(padded[..., None], 0.0)
-    return output if self.norm is None else self.norm(output)
-
-
-def _drops_padding(
-    encoder: Any, sites: list[Site], src: Tensor, mask: Tensor | None, padding: Tensor | None
-) -> bool:
-    """Whether torch's own encoder would compute on nested tensors: its conditions, in its order."""
-    if not torch.backends.mha.get_fastpath_enabled() or not getattr(encoder, "use_nested_tensor", False):
-        return False
-    if encoder.layers[0].training or src.dim() != 3 or padding is None or mask is not None or src.is_nested:
-        return False
-    kept = padding.logical_not() if padding.dtype == torch.bool else padding == 0
-    if getattr(encoder, "mask_check", True) and not bool(
-        (kept[:, :1] & (kept[:, :-1] >= kept[:, 1:]).all(1, True)).all()
-    ):
-        return False
-    trains = any(t.requires_grad for site in sites for t in site.raws.values())
-    return not torch.is_autocast_enabled() and not (torch.is_grad_enabled() and (src.requires_grad or trains))
-
-
 def _width(module: nn.Module, site: Site) -> int | None:
     """Last dimension of what the module gives, if a compiler can be told: one input, a known output."""
     if type(module) is nn.Linear:
@@ -526,8 +279,8 @@ def _width(module: nn.Module, site: Site) -> int | None:
 
 def restore_class(module: nn.Module) -> None:
     """Undo `swap` and `swap_method`: the module has its own class and forward again."""
-    module.__class__ = _plain(module)
-    _rebind(module, type(module))
+    module.__class__ = plain_class(module)
+    rebind(module, type(module))
     own = module.__dict__.get("forward")
     if hasattr(own, "_xorz_inner"):
         module.__dict__["forward"] = own._xorz_inner

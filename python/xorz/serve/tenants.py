@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sources import located
-from . import swap
+from . import roots, swap
 from .kept import kept
 from .prepare import Prepared, prepare
 from .proof import Proofs
@@ -129,7 +129,7 @@ class Tenants:
         with self.lock:
             if "_xorz_whole" not in module.__dict__ and not self._detached:
                 self.methods.append(module)
-                swap.swap_whole(module, self, name)
+                roots.swap_whole(module, self, name)
 
     @property
     def serves_by_default(self) -> bool:
