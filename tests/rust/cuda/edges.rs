@@ -17,23 +17,6 @@ fn ensure(is_so: bool, what: impl Fn() -> String) -> Checked {
     if is_so { Ok(()) } else { Err(what()) }
 }
 
-/// One delta for all rows, in 16 rows of x a block where the product is of few.
-fn of_one<'a>(case: &'a Case, x: &'a [u8], m: usize) -> Linear<'a> {
-    Linear {
-        dtype: case.dtype,
-        shape: case.shape,
-        base: &case.base,
-        x,
-        m,
-        arena: &case.blob,
-        slots: None,
-        tenant_of_row: None,
-        biases: None,
-        rows: 16,
-        seed: 1,
-    }
-}
-
 /// Outputs and status of a product, of few rows or of many.
 fn product(device: &Device, linear: &Linear<'_>, many: bool) -> Result<(u32, Vec<u8>), String> {
     let mut after: Vec<After> = if many {
@@ -69,7 +52,7 @@ fn many_tenants(device: &Device, dtype: Dtype) -> Checked {
         tenant_of_row: Some(&map),
         biases: Some(&biases),
         arena: &arena,
-        ..of_one(&cases[3], &x, m)
+        ..Linear::of_one(&cases[3], &x, m)
     };
     let (code, got) = product(device, &linear, true)?;
     ensure(code == 0, || format!("status {code:#x}"))?;
@@ -101,7 +84,7 @@ fn rows_of_a_tile(device: &Device, dtype: Dtype) -> Checked {
     );
     for m in [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 96, 97, 98, 111, 112, 113, 127, 128, 129] {
         let x = integers(&mut rng, dtype, m * shape.k, 3);
-        let (code, got) = product(device, &of_one(&case, &x, m), true)?;
+        let (code, got) = product(device, &Linear::of_one(&case, &x, m), true)?;
         ensure(code == 0, || format!("status {code:#x}"))?;
         if let Some(wrong) = first_difference(dtype, &got, &case.reference(&x, m, None)) {
             return Err(format!("{dtype}, {m} rows: {wrong}"));
@@ -185,7 +168,7 @@ fn slots_between(device: &Device, ways: &[&str]) -> Checked {
                     slots: Some(&slots),
                     tenant_of_row: Some(&[0]),
                     arena: &arena,
-                    ..of_one(&case, &x, 1)
+                    ..Linear::of_one(&case, &x, 1)
                 };
                 product(device, &linear, way == "many rows")?.0
             };
@@ -243,7 +226,7 @@ fn decoded_sums(device: &Device, many: bool) -> Checked {
                 slots: Some(&slots),
                 tenant_of_row: Some(&[whose]),
                 biases: Some(&words(&biases)),
-                ..of_one(&case, &x, 1)
+                ..Linear::of_one(&case, &x, 1)
             };
             let (code, got) = product(device, &linear, many)?;
             let name = || format!("{encoding}, slot {whose}, many rows: {many}");

@@ -12,23 +12,6 @@ use crate::common::linear::{Case, DTYPES, ENCODINGS, first_difference, integers,
 use xorz::codec::Encoding;
 use xorz::matrix::{Dtype, Shape};
 
-/// One tenant's product.
-fn alone<'a>(case: &'a Case, x: &'a [u8], m: usize) -> Linear<'a> {
-    Linear {
-        dtype: case.dtype,
-        shape: case.shape,
-        base: &case.base,
-        x,
-        m,
-        arena: &case.blob,
-        slots: None,
-        tenant_of_row: None,
-        biases: None,
-        rows: 16,
-        seed: 1,
-    }
-}
-
 #[test]
 fn one_hot_x_gives_the_fine_tuned_column_exactly() {
     let (device, mut rng) = (device(), Rng::new(181));
@@ -50,8 +33,11 @@ fn one_hot_x_gives_the_fine_tuned_column_exactly() {
                     case
                 })
                 .collect();
-            let all: Vec<_> =
-                cases.iter().enumerate().map(|(i, c)| alone(c, &x, k).large(None, i % 2 == 0)).collect();
+            let all: Vec<_> = cases
+                .iter()
+                .enumerate()
+                .map(|(i, c)| Linear::of_one(c, &x, k).large(None, i % 2 == 0))
+                .collect();
             for (after, case) in run_large(&device, &all).unwrap().iter().zip(&cases) {
                 assert_eq!(status(after, LINEAR_STATUS), 0);
                 for (i, y) in after[LINEAR_OUT].bytes.chunks(w).enumerate() {
@@ -270,7 +256,8 @@ fn empty_dimensions_and_no_slots_are_computed_on() {
         let bias = integers(&mut rng, dtype, shape.n, 5);
         let x = integers(&mut rng, dtype, 5 * shape.k, 1);
         let map = [0, -1, 0, 0, -1];
-        let linear = Linear { tenant_of_row: Some(&map), biases: Some(&bias), ..alone(&case, &x, 5) };
+        let linear =
+            Linear { tenant_of_row: Some(&map), biases: Some(&bias), ..Linear::of_one(&case, &x, 5) };
         let after = run_large(&device, &[linear.large(None, false)]).unwrap().remove(0);
         let on_base = Case::new(dtype, shape, Encoding::Unchanged, &base, &base);
         let row = shape.k * dtype.word_bytes();
@@ -328,7 +315,7 @@ fn tiles_of_every_size_are_patched() {
             cases.push(case);
         }
         let all: Vec<_> =
-            cases.iter().enumerate().map(|(i, c)| alone(c, &x, 5).large(None, i % 2 == 0)).collect();
+            cases.iter().enumerate().map(|(i, c)| Linear::of_one(c, &x, 5).large(None, i % 2 == 0)).collect();
         for (after, case) in run_large(&device, &all).unwrap().iter().zip(&cases) {
             assert_eq!(status(after, LINEAR_STATUS), 0, "{}", case.name());
             let difference = first_difference(dtype, &after[LINEAR_OUT].bytes, &case.reference(&x, 5, None));

@@ -410,19 +410,7 @@ fn of_pairs(rng: &mut Rng, dtype: Dtype, encoding: Encoding, share: f64, m: usiz
 }
 
 fn alone<'a>(case: &'a Case, blob: &'a [u8], x: &'a [u8], m: usize, seed: u64) -> Linear<'a> {
-    Linear {
-        dtype: case.dtype,
-        shape: case.shape,
-        base: &case.base,
-        x,
-        m,
-        arena: blob,
-        slots: None,
-        tenant_of_row: None,
-        biases: None,
-        rows: 16,
-        seed,
-    }
+    Linear { arena: blob, seed, ..Linear::of_one(case, x, m) }
 }
 
 /// Deltas that contradict themselves, each of which must be reported and give NaN.
