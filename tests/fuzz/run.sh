@@ -2,8 +2,8 @@
 # Runs the fuzz targets for MINUTES (2) in all, on the stable toolchain: what cargo-fuzz asks of a nightly one is coverage, which
 # LLVM's pass gives without. Seeds are the golden files and cases/, which holds what was found and fixed; corpus/ is kept from run
 # to run. Fails where a target fails: input that crashes it, takes more than a second or ten times its size in memory (the targets
-# count both), or ten seconds and half a GiB by the clock. FUZZ_TARGETS names some of them; with a FUZZ_SEED
-# other than 0 a run can be had again.
+# count both), or ten seconds and half a GiB by the clock. FUZZ_TARGETS names some of them; with a FUZZ_SEED other than 0 and a number
+# of FUZZ_RUNS, after which each target ends before its time is over, a run can be had again.
 set -eu
 cd "$(dirname "$0")"
 minutes=${1:-${MINUTES:-2}}
@@ -55,7 +55,7 @@ for path in map(pathlib.Path, sys.argv[2:]):
         if data[start + first : start + end].startswith(b"XORZDLT"):
             pathlib.Path(sys.argv[1], f"{path.stem}-{i}").write_bytes(data[start + first : start + end])
 END
-  "target/$host/release/$target" -max_total_time="$seconds" -seed="${FUZZ_SEED:-0}" -timeout=10 -rss_limit_mb=512 -max_len=65536 \
+  "target/$host/release/$target" -max_total_time="$seconds" -runs="${FUZZ_RUNS:--1}" -seed="${FUZZ_SEED:-0}" -timeout=10 -rss_limit_mb=512 -max_len=65536 \
     -artifact_prefix="artifacts/$target/" -print_final_stats=1 -verbosity=1 \
     "corpus/$target" "target/seeds/$target" "cases/$target" \
     2> "target/$target.log" || { tail -40 "target/$target.log" >&2; echo "fuzz: $target failed" >&2; exit 1; }

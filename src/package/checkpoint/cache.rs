@@ -171,6 +171,11 @@ impl DigestCache {
         let wanted = Key::of(&file.metadata().ok()?);
         let (entry, text) = read_entry(folder, &entry_name(&path))?;
         let kept: Kept = serde_json::from_slice(&text).ok()?;
+        // Only what is written as this code writes it is believed, word by word: the check is of the words that were
+        // understood, and would not see others beside them.
+        if to_json(&kept).ok()?.as_bytes() != text {
+            return None;
+        }
         let body = kept.body;
         if body.version != VERSION || body.file != wanted || body.path != path.to_string_lossy() {
             return None;

@@ -204,18 +204,23 @@ fn broken_and_hostile_entries_are_ignored() {
     let mode = |p: &Path| fs::metadata(p).unwrap().permissions().mode() & 0o777;
     assert_eq!((mode(&folder), mode(&entry)), (0o700, 0o600));
 
-    let mut wrong = 0;
     for i in 0..good.len() {
         let mut bad = good.clone();
         bad[i] ^= 1;
         fs::write(&entry, &bad).unwrap();
-        let found = load(&cache, &path);
-        assert!(found.is_none() || found.as_ref() == Some(&want), "byte {i} turned a digest into another");
-        wrong += usize::from(found.is_none());
+        assert_eq!(load(&cache, &path), None, "byte {i} is another");
         fs::write(&entry, &good[..i]).unwrap();
         assert_eq!(load(&cache, &path), None, "cut at {i}");
     }
-    assert!(wrong > good.len() * 9 / 10, "{wrong} of {}", good.len());
+    // Words beside those that are understood, which the check of what was understood does not see: wherever an object or a
+    // word of it begins or ends.
+    for i in (0..good.len()).filter(|&i| b"{},".contains(&good[i])) {
+        for beside in [&br#""more":1,"#[..], br#","more":1"#, b" "] {
+            let bad = [&good[..=i], beside, &good[i + 1..]].concat();
+            fs::write(&entry, &bad).unwrap();
+            assert_eq!(load(&cache, &path), None, "{}", String::from_utf8_lossy(&bad));
+        }
+    }
     let deep = "[".repeat(100_000);
     for text in [&b""[..], b"null", b"{}", b"[]", b"\xff\xfe", deep.as_bytes()] {
         fs::write(&entry, text).unwrap();
