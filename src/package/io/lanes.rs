@@ -1,30 +1,10 @@
 //! Threads for several checkpoints at once: items of many lanes are made in any order by any thread, and taken in order within
 //! each lane. Lanes do not wait for one another, so that their hashes are computed side by side.
 
-use super::ordered::{help, lock};
-use crate::error::{Error, Result};
+use super::ordered::help;
+use super::turns::{StopOnPanic, Turns};
+use crate::error::Result;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
-
-/// Whose turn it is.
-struct LaneTurns {
-    /// How many items of each lane have been taken.
-    taken: Vec<usize>,
-    stop: bool,
-    error: Option<Error>,
-}
-
-/// If the thread that holds it panics, wakes all other threads and stops them.
-struct OnLanePanic<'a>(&'a Mutex<LaneTurns>, &'a Condvar);
-
-impl Drop for OnLanePanic<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            lock(self.0).stop = true;
-            self.1.notify_all();
-        }
-    }
-}
 
 /// Call `make(i)` for every item on `jobs` threads, begun in the order of `i`, and `take(i)` after it, in order within the lane
 /// that `lanes[i]` names; both get the scratch of the thread that made the item.
@@ -43,32 +23,25 @@ pub(crate) fn in_lanes<S: Default>(
         counts[lane] - 1
     };
     let turns: Vec<usize> = lanes.iter().map(count).collect();
-    let (claim, ready) = (AtomicUsize::new(0), Condvar::new());
-    let state = Mutex::new(LaneTurns { taken: vec![0; counts.len()], stop: false, error: None });
+    let (claim, state) = (AtomicUsize::new(0), Turns::of(counts.len()));
     let work = || {
-        let _guard = OnLanePanic(&state, &ready);
+        let _guard = StopOnPanic(&state);
         let mut scratch = S::default();
         loop {
             let i = claim.fetch_add(1, Ordering::Relaxed);
-            if i >= lanes.len() || lock(&state).stop {
+            if i >= lanes.len() || state.stopped() {
                 return;
             }
             let made = make(i, &mut scratch);
             // Whoever has the earlier item of this lane began before, and waits for earlier ones only: the first of all waits
             // for nobody.
-            let wait = |t: &mut LaneTurns| t.taken[lanes[i]] != turns[i] && !t.stop;
-            let held = ready.wait_while(lock(&state), wait).unwrap_or_else(PoisonError::into_inner);
-            if held.stop {
+            if !state.wait(lanes[i], turns[i]) {
                 return;
             }
-            drop(held);
-            let taken = made.and_then(|()| take(i, &mut scratch));
-            let mut held = lock(&state);
-            match taken {
-                Ok(()) => held.taken[lanes[i]] += 1,
-                Err(e) => (held.stop, held.error) = (true, held.error.take().or(Some(e))),
+            match made.and_then(|()| take(i, &mut scratch)) {
+                Ok(()) => state.next(lanes[i]),
+                Err(e) => return state.fail(e),
             }
-            ready.notify_all();
         }
     };
     std::thread::scope(|scope| {
@@ -76,12 +49,15 @@ pub(crate) fn in_lanes<S: Default>(
         let _ = (1..jobs.min(lanes.len())).all(|_| help(scope, work));
         work();
     });
-    lock(&state).error.take().map_or(Ok(()), Err)
+    state.ended()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
+    use crate::package::io::turns::lock;
+    use std::sync::Mutex;
 
     #[test]
     fn every_lane_is_taken_in_its_order_by_any_number_of_threads() {

@@ -10,3 +10,4 @@ pub(crate) mod regular;
 pub(crate) mod shared;
 pub(crate) mod spool;
 pub(crate) mod temp;
+mod turns;

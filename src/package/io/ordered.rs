@@ -2,37 +2,16 @@
 //! files grow as one thread would make them grow, and memory holds one piece per thread. Starts threads of its own: nothing
 //! here is ever called by an op.
 
+use super::turns::{StopOnPanic, Turns, lock};
 use crate::error::{Error, Result};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// The number of threads that `jobs` asks for: `jobs` itself, or one per core if it is 0.
 pub(crate) fn threads(jobs: usize) -> usize {
     match jobs {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         n => n.min(1024),
-    }
-}
-
-struct Turn {
-    next: usize,
-    stop: bool,
-    error: Option<Error>,
-}
-
-pub(super) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// If the thread that holds it panics, wakes all other threads and stops them.
-struct OnPanic<'a>(&'a Mutex<Turn>, &'a Condvar);
-
-impl Drop for OnPanic<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            lock(self.0).stop = true;
-            self.1.notify_all();
-        }
     }
 }
 
@@ -99,33 +78,25 @@ pub(crate) fn in_order<S: Default>(
         let mut scratch = S::default();
         return (0..items).try_for_each(|i| make(i, &mut scratch).and_then(|()| take(i, &mut scratch)));
     }
-    let (claim, ready) = (AtomicUsize::new(0), Condvar::new());
-    let turn = Mutex::new(Turn { next: 0, stop: false, error: None });
-    let take = Mutex::new(take);
+    let (claim, turns, take) = (AtomicUsize::new(0), Turns::of(1), Mutex::new(take));
     // `before` is called before each item.
     let work = |before: &mut dyn FnMut()| {
-        let _guard = OnPanic(&turn, &ready);
+        let _guard = StopOnPanic(&turns);
         let mut scratch = S::default();
         loop {
             before();
             let i = claim.fetch_add(1, Ordering::Relaxed);
-            if i >= items || lock(&turn).stop {
+            if i >= items || turns.stopped() {
                 return;
             }
             let made = make(i, &mut scratch);
-            let wait = |t: &mut Turn| t.next != i && !t.stop;
-            let held = ready.wait_while(lock(&turn), wait).unwrap_or_else(PoisonError::into_inner);
-            if held.stop {
+            if !turns.wait(0, i) {
                 return;
             }
-            drop(held);
-            let taken = made.and_then(|()| lock(&take)(i, &mut scratch));
-            let mut held = lock(&turn);
-            match taken {
-                Ok(()) => held.next = i + 1,
-                Err(e) => (held.stop, held.error) = (true, Some(e)),
+            match made.and_then(|()| lock(&take)(i, &mut scratch)) {
+                Ok(()) => turns.next(0),
+                Err(e) => return turns.fail(e),
             }
-            ready.notify_all();
         }
     };
     let mut mine = 1;
@@ -144,7 +115,7 @@ pub(crate) fn in_order<S: Default>(
         });
     });
     crew.dismiss(mine - 1);
-    lock(&turn).error.take().map_or(Ok(()), Err)
+    turns.ended()
 }
 
 /// Call `work(i, crew)` for every `i < items`, several at once, the `jobs` threads shared out among them.
