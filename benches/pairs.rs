@@ -154,7 +154,8 @@ fn packed(pairs: &[Pair], codec: Option<Codec>) -> Result<Packed> {
         }
     }
     std::fs::remove_file(&path)?;
-    let stored = package.entries().iter().map(|e| e.stored_bytes).collect();
+    // By name: entries of joint frames come after those of their own.
+    let stored = pairs.iter().map(|p| Ok(package.entry(&p.name)?.stored_bytes)).collect::<Result<_>>()?;
     Ok(Packed { stored, file, packing, restoring })
 }
 
@@ -174,7 +175,8 @@ fn row(label: &str, pairs: &[Pair]) -> Result<()> {
     let speed_of = |seconds: f64| bytes as f64 / 1e9 / seconds;
     let (zstd, smallest) = (packed(pairs, Some(Codec::Xor))?, packed(pairs, None)?);
     let predicted = packed(pairs, Some(Codec::Predicted))?;
-    let above = smallest.stored.iter().zip(&zstd.stored).filter(|(ours, theirs)| ours > theirs).count();
+    let both = pairs.iter().zip(&smallest.stored).zip(&zstd.stored);
+    let above: Vec<_> = both.filter(|((_, ours), theirs)| ours > theirs).collect();
     println!(
         "{label:<40} {:>6.2} % {:>8.3} | {:>8.3} {:>8.3} | {:>8.3} {:>8.3} {:>8.3} {:>9.3} {:>8.3} | {:>6.2} {:>8.2} | {:>2} of {:>2}",
         100.0 * changed as f64 / words as f64,
@@ -188,8 +190,9 @@ fn row(label: &str, pairs: &[Pair]) -> Result<()> {
         bits(smallest.file),
         speed_of(predicted.packing),
         speed_of(predicted.restoring),
-        above,
+        above.len(),
         pairs.len(),
     );
+    above.iter().for_each(|((p, ours), theirs)| println!("    {}: {ours} bytes for {theirs}", p.name));
     Ok(())
 }

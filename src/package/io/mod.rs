@@ -11,3 +11,4 @@ pub(crate) mod shared;
 pub(crate) mod spool;
 pub(crate) mod temp;
 mod turns;
+pub(crate) mod writeback;

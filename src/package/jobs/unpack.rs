@@ -19,6 +19,7 @@ use crate::package::format::words::TensorWords;
 use crate::package::io::aligned::Aligned;
 use crate::package::io::ordered::{self, Crew};
 use crate::package::io::temp::{Output, OutputFolder, refuses};
+use crate::package::io::writeback::Writeback;
 use crate::package::options::{Destination, Run, Trust};
 use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, HashMap};
@@ -211,7 +212,7 @@ impl<'a> Unpack<'a> {
             let at = data + order[j].1 + at as u64;
             file.map_or(Ok(()), |f| self.wrote(f.write_all_at(s.words(), at)))
         };
-        let mut taken = None;
+        let (mut taken, mut early) = (None, file.map(Writeback::of));
         ordered::in_order::<RestoreScratch>(
             crew,
             items.len(),
@@ -231,6 +232,9 @@ impl<'a> Unpack<'a> {
                 if let Sink::Stream(stream) = &mut sink {
                     stream.write_all(s.words())?;
                 }
+                early
+                    .iter_mut()
+                    .for_each(|e| e.until(data + order[j].1 + jobs[j].pieces.bytes(c).end as u64));
                 self.run.advance(s.words().len() as u64)?;
                 match taken.take_if(|_| c + 1 == jobs[j].pieces.count()) {
                     Some(done) => done.finish().map(|found| self.note(order[j].0, found)),
