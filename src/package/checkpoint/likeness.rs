@@ -62,7 +62,7 @@ impl<'a> WordRun<'a> {
 }
 
 /// Low bits of a word that training changes most, which do not count.
-fn low_bits(word_bytes: usize) -> u32 {
+pub(super) fn low_bits(word_bytes: usize) -> u32 {
     match word_bytes {
         1 => 0,
         2 => 4,
@@ -70,7 +70,7 @@ fn low_bits(word_bytes: usize) -> u32 {
     }
 }
 
-fn word(bytes: &[u8]) -> u64 {
+pub(super) fn word(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0u64, |v, x| (v << 8) | u64::from(*x))
 }
 

@@ -10,6 +10,7 @@ mod folders;
 mod joined;
 mod likeness;
 pub(crate) mod lonely;
+mod moved;
 pub(crate) mod nearest;
 pub(crate) mod pairing;
 mod renames;

@@ -1,10 +1,12 @@
 //! Bases of tensors that have gained or lost some of a dimension: rows (added tokens), columns (added inputs, tables that lie
 //! on their side), channels, positions. The base is put together of what both have, with zeros where only the fine-tune has
 //! something. Where it came or went is found by the words; a tensor whose words are the base's in more dimensions or fewer is found,
-//! too.
+//! too. Where what both have is not alike all over, rows are looked for one by one
+//! (`moved.rs`).
 
 use super::files::{Checkpoint, Found, TensorFile, words};
 use super::likeness::{WordRun, likeness};
+use super::moved::{Moved, moved_rows};
 use crate::error::Result;
 use crate::matrix::Dtype;
 use crate::package::format::container::TensorInfo;
@@ -25,6 +27,10 @@ const MOST_PARTS: usize = 1 << 16;
 const LEAST_PART: u64 = 64;
 /// Blocks of a dimension, and parts, that are looked at.
 const LOOKED_AT: usize = 9;
+/// Places of a tensor where it is held against its base.
+const HELD: usize = 64;
+/// Bytes at each.
+const HELD_BYTES: u64 = 64;
 
 /// The base of `t` in base tensor `b`, of which it has more or less.
 pub(super) fn resized(
@@ -69,12 +75,51 @@ pub(crate) fn resized_parts(
         let alike = likeness(dtype, new, old)?.is_some() && t.bytes() > 0;
         return Ok(alike.then(|| vec![part_of(b, 0, b.bytes())]));
     }
-    let Some(mut resized) = Resized::new(t, b) else { return Ok(None) };
-    if !resized.place(dtype, new, old)? {
-        return Ok(None);
+    let mut placed = None;
+    if let Some(mut resized) = Resized::new(t, b)
+        && resized.place(dtype, new, old)?
+    {
+        placed = resized.parts(b).filter(|parts| !too_hollow(parts));
     }
-    let Some(parts) = resized.parts(b) else { return Ok(None) };
-    Ok(if too_hollow(&parts) { None } else { Some(parts) })
+    let alike = placed.as_ref().map_or(Ok(0.0), |parts| held(dtype, parts, new, old))?;
+    if alike >= SURELY {
+        return Ok(placed);
+    }
+    let share = |moved: &Moved| moved.found() as f64 / moved.from.len() as f64;
+    let moved = moved_rows(t, new, b, old)?.filter(|moved| placed.is_none() || share(moved) > alike);
+    Ok(moved.and_then(|moved| moved_parts(&moved, b)).or(placed))
+}
+
+/// The parts of a base in another order; `None` if there are too many, or hardly any words in them.
+fn moved_parts(moved: &Moved, b: &TensorInfo) -> Option<Vec<BasePart>> {
+    let mut parts = Vec::new();
+    for from in &moved.from {
+        push_part(b, from.map(|i| u64::from(i) * moved.row), moved.row, &mut parts);
+        if parts.len() > MOST_PARTS {
+            return None;
+        }
+    }
+    (!too_hollow(&parts)).then_some(parts)
+}
+
+/// At how many of some places, spread over what is of the base, a tensor is like it.
+fn held(dtype: Dtype, parts: &[BasePart], new: WordRun<'_>, old: WordRun<'_>) -> Result<f64> {
+    let w = dtype.word_bytes() as u64;
+    let sum: u64 = parts.iter().filter(|p| p.name.is_some()).map(|p| p.bytes).sum();
+    let (mut start, mut seen, mut alike, mut here) = (0u64, 0u64, 0, 0);
+    for part in parts {
+        let there = if part.name.is_some() { part.bytes } else { 0 };
+        while here < HELD as u64 && sum / HELD as u64 * here < seen + there {
+            let within = (sum / HELD as u64 * here - seen) / w * w;
+            let bytes = HELD_BYTES.min(there - within);
+            let range = |at: u64| at as usize..(at + bytes) as usize;
+            let (new, old) = (new.part(range(start + within)), old.part(range(part.at + within)));
+            let found = likeness(dtype, new, old)?;
+            (alike, here) = (alike + usize::from(found.is_some()), here + 1);
+        }
+        (start, seen) = (start + part.bytes, seen + there);
+    }
+    Ok(alike as f64 / here.max(1) as f64)
 }
 
 fn part_of(b: &TensorInfo, at: u64, bytes: u64) -> BasePart {

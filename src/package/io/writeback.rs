@@ -39,7 +39,7 @@ mod tests {
     #[test]
     fn what_is_being_written_to_disk_stays_what_it_was_and_nothing_is_begun_twice() {
         let mut file = tempfile::tempfile().unwrap();
-        let words: Vec<u8> = (0..3 * STRIDE as usize + 5).map(|i| (i * i >> 9) as u8).collect();
+        let words: Vec<u8> = (0..3 * STRIDE as usize + 5).map(|i| ((i * i) >> 9) as u8).collect();
         let mut other = file.try_clone().unwrap();
         let (mut early, mut begun) = (Writeback::of(&file), vec![]);
         for part in words.chunks(STRIDE as usize * 2 / 3) {

@@ -1,7 +1,7 @@
 //! Promise: a tensor that has gained or lost rows, columns, channels or positions is a delta of what both have, and so is one whose
 //! words lie in other dimensions; what cannot be that is stored alone, and takes no more than zstd.
 
-use crate::common::data::Rng;
+use crate::common::data::{Rng, stepped};
 use crate::common::disk::safetensors;
 use crate::common::packed::{Packed, t, tuned};
 use std::fs;
@@ -46,6 +46,82 @@ fn rows_added_or_removed_leave_a_delta_of_those_in_common() {
     // Other weights of the name are no delta at all.
     let ft = [t("model.embed", "BF16", &[n + 8, k], &rng.weights(Dtype::BF16, (n + 8) * k))];
     assert_eq!(Packed::one(&[t("model.embed", "BF16", &[n, k], &old)], &ft).report.alone, 1);
+}
+
+/// Rows of `bytes` bytes in another order: of each new row the old one, or none, for which there are fresh words.
+fn ordered(rng: &mut Rng, dtype: Dtype, all: &[u8], row: usize, from: &[Option<usize>]) -> Vec<u8> {
+    let mut fresh = || rng.weights(dtype, row / dtype.word_bytes());
+    from.iter().flat_map(|i| i.map_or_else(&mut fresh, |i| all[i * row..(i + 1) * row].to_vec())).collect()
+}
+
+#[test]
+fn rows_are_found_wherever_they_went() {
+    let mut rng = Rng::new(75);
+    let (n, k) = (1200, 64);
+    let all = || (0..n).map(Some);
+    let scattered: Vec<bool> = (0..n).map(|_| rng.next().is_multiple_of(3)).collect();
+    let mut shuffled: Vec<_> = all().collect();
+    (1..n).for_each(|i| shuffled.swap(i, rng.next() as usize % (i + 1)));
+    // What RoPE's two layouts do to a head's rows: halves, and every second row.
+    let rope = |i: usize| Some(i / 48 * 48 + i % 48 / 2 + i % 2 * 24);
+    let fresh = |i: usize| i % 100 == 7;
+    let cases: [(&str, Vec<Option<usize>>); 8] = [
+        ("fewer in front, more at the end", (100..n).map(Some).chain([None; 8]).collect()),
+        ("a third of them left out", all().filter(|i| !scattered[i.unwrap()]).collect()),
+        ("12 put in", all().flat_map(|i| [fresh(i.unwrap()).then_some(None), Some(i)]).flatten().collect()),
+        ("12 of them others", (0..n).map(|i| (!fresh(i)).then_some(i)).chain([None; 4]).collect()),
+        ("shuffled, one of them twice", shuffled.iter().copied().chain([Some(5)]).collect()),
+        ("shuffled, half of them", shuffled[..n / 2].to_vec()),
+        ("half of the heads, in RoPE's other layout", (n / 2..n).map(rope).collect()),
+        ("twice each", (0..2 * n).map(|i| Some(i / 2)).collect()),
+    ];
+    for (dtype, dims) in [("BF16", vec![n, k]), ("F32", vec![n, k]), ("F16", vec![n / 4, 4, k])] {
+        let kind = Dtype::from_name(dtype).unwrap();
+        let row = k * kind.word_bytes();
+        let old = rng.weights(kind, n * k);
+        let stepped = stepped(&mut rng, kind, &old, 1e-5);
+        let new = rng.mix(kind, &old, &stepped, 0.01);
+        for (what, from) in &cases {
+            if dims.len() > 2 && from.len() % 4 != 0 {
+                continue;
+            }
+            let bytes = ordered(&mut rng, kind, &new, row, from);
+            let mut now = dims.clone();
+            now[0] = from.len() * dims[0] / n;
+            let packed = Packed::one(&[t("w", dtype, &dims, &old)], &[t("w", dtype, &now, &bytes)]);
+            let others = from.iter().filter(|i| i.is_none()).count();
+            let took = packed.report.package_bytes as usize;
+            // 12 bytes for each run of rows at the very most, and what is new as it is.
+            let most = bytes.len() / 8 + others * row + 12 * from.len() + 2048;
+            println!("{what}, {dtype}: {took} of {}, at most {most}", bytes.len());
+            assert_eq!(packed.report.alone, 0, "{what}");
+            assert!(took < most, "{what}, {dtype}: {took} for {most}");
+        }
+    }
+}
+
+#[test]
+fn rows_that_are_many_rows_or_none_of_the_base_s_are_no_ones() {
+    let mut rng = Rng::new(76);
+    let (n, k) = (600, 64);
+    // Padding and tokens that were never trained: rows that say nothing of where they come from.
+    let (old, new) = tuned(&mut rng, n * k);
+    let zeros = vec![0u8; 200 * 2 * k];
+    let same = rng.weights(Dtype::BF16, k).repeat(200);
+    let base = [&old[..], &zeros, &same].concat();
+    let mixed = [&same[..2 * k * 50], &rows(&new, k, &[(100, 350), (400, n)]), &zeros, &same].concat();
+    let dims = |bytes: &[u8]| [bytes.len() / 2 / k, k];
+    let packed =
+        Packed::one(&[t("w", "BF16", &dims(&base), &base)], &[t("w", "BF16", &dims(&mixed), &mixed)]);
+    assert_eq!(packed.report.alone, 0);
+    packed.takes(0.2);
+    // Other weights of another number of rows, and of the same one.
+    for rows in [n, n + 5] {
+        let other = rng.weights(Dtype::BF16, rows * k);
+        let packed = Packed::one(&[t("w", "BF16", &[n, k], &old)], &[t("w", "BF16", &[rows, k], &other)]);
+        let parts = packed.entry("w").base.map_or(0, |b| b.parts.len());
+        assert_eq!((packed.report.alone, parts), (usize::from(rows > n), 0), "{rows}");
+    }
 }
 
 /// A tensor cut into its indices of dimension `axis`: for each index of the dimensions before it, the bytes of each index of it.
