@@ -7,7 +7,6 @@ a module asks for the slots of the rows that it was given, by their leading shap
 import contextvars
 import inspect
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -24,6 +23,9 @@ Layout = tuple[str, int]
 """Where the batch's rows are in a tensor: ("dim", d), a dimension; ("flat", 0), dimension 0, so many positions for each row;
 ("inner", 0), dimension 0, all rows so many times over; or `TABLE`.
 """
+
+MOST_EXPANDED = 2048
+"""Shapes of which a map remembers the rows."""
 
 TABLE: Layout = ("table", 0)
 """It belongs to no row: what is made of it is as each tenant has it, whole."""
@@ -88,7 +90,8 @@ class RowMap:
         # A map made from another one lives and ends with it.
         self.root: RowMap = self if parent is None else parent.root
         self.carried = parent.carried if parent is not None else False
-        self._release = release
+        # Taken out by whoever gives the tenants back: taking is one step for all threads, and for a collector in this one.
+        self._releases = [] if release is None else [release]
         self.device = device if parent is None else parent.device
         # A map of the same rows has the same tensors: to a GPU they are copied once, when the `use` begins.
         same = parent is not None and parent.slots == self.slots
@@ -109,7 +112,6 @@ class RowMap:
         self.running: list[None] = []
         self.frame: Any = None
         self.outer: RowMap | None = None
-        self._lock = threading.Lock()
 
     @property
     def tensor(self) -> Tensor:
@@ -172,12 +174,13 @@ class RowMap:
 
     def give_back(self) -> None:
         """The tenants are nobody's any more, if the `use` has ended and no forward runs."""
-        with self._lock:
-            release = self._release if self.closed and not self.running else None
-            if release is not None:
-                self._release = None
-        if release is not None:
-            release()
+        if not self.closed or self.running:
+            return
+        try:
+            release = self._releases.pop()
+        except IndexError:
+            return
+        release()
 
     def rows(self, lead: Sequence[int], flattens: bool, who: str, place: Any = None) -> Tensor:
         """Slot of each row of an input whose shape but for its last dimension is `lead`, int32, flattened.
@@ -193,7 +196,7 @@ class RowMap:
         if found is None:
             with lasting():
                 found = self._expand(tuple(lead), flattens, who, place)
-            if len(self._expanded) > 2048:
+            if len(self._expanded) > MOST_EXPANDED:
                 self._expanded.clear()
             self._expanded[key] = found
         return found
@@ -216,9 +219,11 @@ class RowMap:
             if layout is not None and (layout[0] == "dim" or lead[0] % batch == 0):
                 # Layers that are given the same share one tensor.
                 key = (layout, *lead)
-                if key not in self._expanded:
-                    self._expanded[key] = self.tensor[self.index(layout, lead).reshape(-1)]
-                return self._expanded[key]
+                # Another thread may begin anew with what is remembered between two looks at it.
+                found = self._expanded.get(key)
+                if found is None:
+                    found = self._expanded[key] = self.tensor[self.index(layout, lead).reshape(-1)]
+                return found
             raise self.unproven(lead, who)
         if self.tokens:
             if lead == (batch,):
@@ -295,10 +300,13 @@ class RowMap:
 
     def known(self, proof: Any) -> "RowMap":
         """The same rows, inside of a model of which this is proven."""
-        if self._known is None or self._known[0] is not proof:
+        # Threads that share a `use` may each be in a model of another kind of batch: one look, and what is made is given.
+        known = self._known
+        if known is None or known[0] is not proof:
             found = RowMap(self.slots, self.names, dim=self.dim, tokens=self.tokens, parent=self)
-            found.proof, self._known = proof, (proof, found)
-        return self._known[1]
+            found.proof = proof
+            known = self._known = (proof, found)
+        return known[1]
 
     def trial(self, probe: Any) -> "RowMap":
         """The base alone, where `probe` notes what layers are given."""

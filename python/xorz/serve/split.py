@@ -311,12 +311,13 @@ def apart(
         return cut(known)
     whole = _picked(owner, rows, run, args, kwargs, why)
     if known is None:
-        owner.cut[kind] = _cuts(cut, fits, whole)
+        # A load in another thread may forget it at once.
+        known = owner.cut[kind] = _cuts(cut, fits, whole)
     if owner.mode == "deterministic":
         # Bits are not to depend on who else is in the batch.
-        if not any(owner.cut[kind]):
+        if not any(known):
             raise why
-        return cut(owner.cut[kind])
+        return cut(known)
     return whole
 
 

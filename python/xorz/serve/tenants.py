@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..sources import located
 from . import roots, swap
+from .guard import Guard
 from .kept import kept
 from .prepare import Prepared, prepare
 from .proof import Proofs
@@ -84,7 +85,7 @@ class Tenants:
         self.trust = trust
         self.budget = size_of(budget)
         self.max_copies = size_of(max_copies, "max_copies")
-        self.lock = threading.RLock()
+        self.lock = Guard(self._let_go)
         self.active = Active()
         self.capacity = 4
         self.sites: dict[str, Site] = {}
@@ -288,7 +289,7 @@ class Tenants:
         """Evict the least recently used tenant that is idle and in a file; False if there is none beside this one."""
         idle = [
             t
-            for t in list(self._slots.values())  # a collected graph may release one meanwhile
+            for t in self._slots.values()
             if t.pins == 0 and t.path is not None and not t.gone and t is not tenant
         ]
         if idle:
@@ -405,11 +406,14 @@ class Tenants:
                             return tenant
 
     def _release(self, tenants: tuple[_Tenant, ...]) -> None:
-        with self.lock:
-            for tenant in tenants:
-                tenant.pins -= 1
-                if tenant.gone and tenant.pins == 0:
-                    self._evict(tenant)
+        # A collected graph, or generator with an open `use`, may call this in the midst of a change of the books.
+        self.lock.later(tenants)
+
+    def _let_go(self, tenants: tuple[_Tenant, ...]) -> None:
+        for tenant in tenants:
+            tenant.pins -= 1
+            if tenant.gone and tenant.pins == 0:
+                self._evict(tenant)
 
     def now(self) -> RowMap | None:
         """The active map, for whoever reads a weight; RuntimeError where it cannot be what is meant."""
