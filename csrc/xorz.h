@@ -153,8 +153,9 @@ int32_t xorz_delta_encode(const xorz_matrix* base, const xorz_matrix* fine_tuned
 /* Full validation, the digest of base included. */
 int32_t xorz_delta_check(const void* delta, size_t delta_bytes, const xorz_matrix* base, xorz_error* error);
 
-/* What xorz_delta_apply checks before the first word changes: the delta's bytes against their digest, and
- * that base is its base. Cheaper than xorz_delta_check: nothing is decoded. */
+/* What xorz_delta_apply checks before the first word changes: the delta's bytes against their digest, that
+ * base is its base, and that every stream ends where its words do, so that of a forged delta, too, no word is
+ * changed. Cheaper than xorz_delta_check: only encoding exponent is decoded. */
 int32_t xorz_delta_matches(const void* delta, size_t delta_bytes, const xorz_matrix* base, xorz_error* error);
 
 /* out := the fine-tuned words, as many bytes as base has. */

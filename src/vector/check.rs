@@ -10,6 +10,7 @@ use super::dispatch::{Isa, on_isa};
 use super::exec::{Executor, LEAST_WORDS, try_run};
 use super::simd::Simd;
 use super::tile::tile_words;
+use crate::codec::Encoding;
 use crate::codec::word::{Word, with_word};
 use crate::error::{Error, Result};
 use crate::matrix::{Digest, Matrix};
@@ -80,6 +81,54 @@ fn look<S: Simd>(
     Ok((Digest::of_leaves(base.dtype(), shape, leaves), changed.into_inner()))
 }
 
+/// What [`super::delta_apply`] checks before the first word changes: the delta's bytes against their digest, that `base` is its
+/// base, and that every stream ends where its words do. Whoever changes many matrices asks for all of them first.
+///
+/// # Errors
+/// Those of [`Resident::check_match`]; `Corrupt` or `Truncated` for a forged stream.
+pub fn delta_matches(delta: &Resident<'_>, base: &Matrix<'_>, exec: &dyn Executor) -> Result<()> {
+    delta.check_match(base)?;
+    on_isa!(Isa::active()?, s => decodes(s, delta, base, exec))?
+}
+
+/// Decode every tile beside its words, which stay as they are. After [`Resident::check_match`] only streams of encoding
+/// `exponent` can still fail: how many bits one takes follows from the base's words. A delta is forged then, since both digests
+/// are right, and whoever changes words in place must know that before the first one.
+pub(super) fn decodes<S: Simd>(
+    s: S,
+    delta: &Resident<'_>,
+    base: &Matrix<'_>,
+    exec: &dyn Executor,
+) -> Result<()> {
+    let (grid, shape) = (delta.grid(), base.shape());
+    if delta.header().encoding != Encoding::Exponent || base.bytes().is_empty() {
+        return Ok(());
+    }
+    let across = grid.tile_cols_count();
+    let bands = shape.n.div_ceil(grid.tile_rows);
+    let words = (0..bands).map(|_| grid.tile_rows * shape.k);
+    try_run(exec, LEAST_WORDS, words, |band| {
+        let mut room = Vec::new();
+        (band * across..(band + 1) * across)
+            .try_for_each(|index| decoded(s, delta, base, index, &mut room).map(|_| ()))
+    })
+}
+
+/// The fine-tuned words of tile `index`, in `room`.
+fn decoded<'r, S: Simd>(
+    s: S,
+    delta: &Resident<'_>,
+    base: &Matrix<'_>,
+    index: usize,
+    room: &'r mut Vec<u64>,
+) -> Result<&'r [u8]> {
+    let bytes = delta.grid().rect(index).words() * base.dtype().word_bytes();
+    room.resize(bytes.div_ceil(8).max(room.len()), 0);
+    let words = &mut bytemuck::cast_slice_mut::<u64, u8>(room)[..bytes];
+    tile_words(s, delta, base, index, words)?;
+    Ok(words)
+}
+
 /// How many words of tile `index` change.
 fn changes<S: Simd>(
     s: S,
@@ -89,10 +138,7 @@ fn changes<S: Simd>(
     room: &mut Vec<u64>,
 ) -> Result<u64> {
     let (rect, dtype) = (delta.grid().rect(index), base.dtype());
-    let bytes = rect.words() * dtype.word_bytes();
-    room.resize(bytes.div_ceil(8).max(room.len()), 0);
-    let words = &mut bytemuck::cast_slice_mut::<u64, u8>(room)[..bytes];
-    tile_words(s, delta, base, index, words)?;
+    let words = decoded(s, delta, base, index, room)?;
     let rows = words.chunks_exact((rect.cols() * dtype.word_bytes()).max(1));
     let pairs = (rect.r0..rect.r1).zip(rows);
     let count = |(r, after): (usize, &[u8])| {

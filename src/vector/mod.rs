@@ -42,7 +42,7 @@ pub(crate) mod trace;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86_64;
 
-pub use check::{delta_check, delta_check_on};
+pub use check::{delta_check, delta_check_on, delta_matches};
 pub use dispatch::Isa;
 pub use encode::{encode, encode_on, encode_tiles, encode_tiles_on, estimate, estimate_exactly, estimate_on};
 pub use exec::{Executor, Serial};

@@ -1,6 +1,7 @@
 //! Fine-tuned words: `delta_restore`, `delta_restore_rows`, `delta_restore_region`, `delta_apply`, `patch`.
 //! Every dtype; equal to `resident::restore` bit for bit.
 
+use super::check::decodes;
 use super::dispatch::{Isa, on_isa};
 use super::exec::{Executor, LEAST_WORDS, try_run};
 use super::region::region_of;
@@ -112,8 +113,8 @@ pub fn decode_exponent_on(
 /// `dtype`.
 ///
 /// The delta's bytes and the digest of `weight` are checked before the first word changes
-/// ([`Resident::check_match`]). So another base is refused untouched, and so is a weight that the delta was
-/// applied to before, which is no longer the base.
+/// ([`Resident::check_match`]), and that every stream ends where its words do. So another base is refused untouched, and so is a
+/// weight that the delta was applied to before, which is no longer the base; of a forged delta, too, no word is changed.
 ///
 /// # Errors
 /// `Mismatch` for another base, `Corrupt` or `Truncated` for bad delta bytes.
@@ -155,7 +156,9 @@ fn apply<S: Simd>(
     weight: &mut [u8],
     exec: &dyn Executor,
 ) -> Result<()> {
-    delta.check_match(&Matrix::new(dtype, shape, weight)?)?;
+    let base = Matrix::new(dtype, shape, weight)?;
+    delta.check_match(&base)?;
+    decodes(s, delta, &base, exec)?;
     if weight.is_empty() {
         return Ok(());
     }

@@ -360,7 +360,11 @@ pub unsafe extern "C" fn xorz_delta_matches(
     error: *mut XorzError,
 ) -> i32 {
     // SAFETY: the caller keeps the header's contract.
-    unsafe { call(error, || parse(delta, delta_bytes)?.check_match(&matrix(base, "base")?)) }
+    unsafe {
+        call(error, || {
+            vector::delta_matches(&parse(delta, delta_bytes)?, &matrix(base, "base")?, &vector::Serial)
+        })
+    }
 }
 
 fn same(what: &str, a: usize, other: &str, b: usize) -> Result<()> {

@@ -7,6 +7,7 @@ use crate::common::seal::{reseal, reseal_for};
 use xorz::codec::{Encoding, Prefer};
 use xorz::matrix::{Dtype, Matrix, Shape};
 use xorz::resident::{Pair, Resident, encode_as, restore, slice};
+use xorz::vector::{Serial, delta_apply, delta_matches, patch};
 
 struct Case {
     dtype: Dtype,
@@ -139,6 +140,38 @@ fn forged_digests_do_not_help() {
             }
         }
     }
+}
+
+#[test]
+fn a_forged_delta_that_is_refused_has_changed_no_word_in_place() {
+    // How long a stream is follows from the base's words, so that only decoding tells that a delta is of another base whose digest
+    // it does not say: in a later band of rows, too, when words of the first would be changed already.
+    let (mut rng, mut would_be_half) = (Rng::new(7), 0);
+    for case in cases() {
+        for round in 0..3000 {
+            let (mut bad, mut words) = (case.blob.clone(), case.base.clone());
+            let at = (rng.next() % bad.len() as u64) as usize;
+            if round % 2 == 0 {
+                bad[at] = rng.next() as u8;
+            } else {
+                let at = words.len() - 1 - at % (words.len() / 10);
+                words[at..].fill_with(|| rng.next() as u8);
+            }
+            reseal_for(&mut bad, matrix(case.dtype, case.shape, &words).digest().0);
+            let Ok(delta) = Resident::parse(&bad) else { continue };
+            let mut weight = words.clone();
+            let matches = delta_matches(&delta, &matrix(case.dtype, case.shape, &words), &Serial).is_ok();
+            let applied = delta_apply(&delta, case.dtype, case.shape, &mut weight, &Serial).is_ok();
+            assert_eq!(matches, applied, "whoever asks before changing many matrices is told");
+            if !applied {
+                assert!(weight == words, "half applied: {} {}", case.dtype, case.shape);
+                let both_digests = delta.check_match(&matrix(case.dtype, case.shape, &words)).is_ok();
+                would_be_half +=
+                    usize::from(both_digests && patch(&delta, &mut weight).is_err() && weight != words);
+            }
+        }
+    }
+    assert!(would_be_half > 200, "{would_be_half}");
 }
 
 #[test]
