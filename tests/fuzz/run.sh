@@ -2,8 +2,10 @@
 # Runs the fuzz targets for MINUTES (2) in all, on the stable toolchain: what cargo-fuzz asks of a nightly one is coverage, which
 # LLVM's pass gives without. Seeds are the golden files and cases/, which holds what was found and fixed; corpus/ is kept from run
 # to run. Fails where a target fails: input that crashes it, takes more than a second or ten times its size in memory (the targets
-# count both), or ten seconds and half a GiB by the clock. FUZZ_TARGETS names some of them; with a FUZZ_SEED other than 0 and a number
-# of FUZZ_RUNS, after which each target ends before its time is over, a run can be had again.
+# count both, by the thread's own processor time), or a minute by the clock, as what hangs does and nothing that waits its turn on a
+# busy machine, or half a GiB. FUZZ_TARGETS names some of them. With a FUZZ_SEED other than 0 and a number of FUZZ_RUNS, after which
+# each target ends before its time is over, a run can be had again: it reads and writes no corpus, so that what was run before on the
+# machine changes nothing.
 set -eu
 cd "$(dirname "$0")"
 minutes=${1:-${MINUTES:-2}}
@@ -23,7 +25,11 @@ TMPDIR=$(mktemp -d)
 export TMPDIR XORZ_CACHE_DIR=
 trap 'rm -rf "$TMPDIR"' EXIT
 for target in $targets; do
-  mkdir -p "corpus/$target" "artifacts/$target" "target/seeds/$target" "cases/$target"
+  # Seeds of another day's golden files are none of this one's.
+  rm -rf "target/seeds/$target"
+  corpus=corpus/$target
+  test "${FUZZ_SEED:-0}" = 0 || corpus=$TMPDIR/corpus/$target
+  mkdir -p "$corpus" "artifacts/$target" "target/seeds/$target" "cases/$target"
   for file in ../golden/*; do
     test -f "$file" || continue
     case $target in
@@ -55,9 +61,13 @@ for path in map(pathlib.Path, sys.argv[2:]):
         if data[start + first : start + end].startswith(b"XORZDLT"):
             pathlib.Path(sys.argv[1], f"{path.stem}-{i}").write_bytes(data[start + first : start + end])
 END
-  "target/$host/release/$target" -max_total_time="$seconds" -runs="${FUZZ_RUNS:--1}" -seed="${FUZZ_SEED:-0}" -timeout=10 -rss_limit_mb=512 -max_len=65536 \
-    -artifact_prefix="artifacts/$target/" -print_final_stats=1 -verbosity=1 \
-    "corpus/$target" "target/seeds/$target" "cases/$target" \
+  # Lengths are free from the start: by itself libFuzzer tries no more than eight bytes for thousands of runs, which choose a pair
+  # and are over before anything is edited.
+  "target/$host/release/$target" -len_control=0 -max_total_time="$seconds" -runs="${FUZZ_RUNS:--1}" -seed="${FUZZ_SEED:-0}" \
+    -timeout=60 -rss_limit_mb=512 -max_len=65536 -artifact_prefix="artifacts/$target/" -print_final_stats=1 -verbosity=1 \
+    "$corpus" "target/seeds/$target" "cases/$target" \
     2> "target/$target.log" || { tail -40 "target/$target.log" >&2; echo "fuzz: $target failed" >&2; exit 1; }
   grep -E '^(Done|stat::number_of_executed_units|stat::peak_rss_mb)' "target/$target.log" | sed "s/^/$target: /"
+  # Edges of the library's code that some input has taken.
+  grep -oE 'DONE +cov: [0-9]+' "target/$target.log" | sed "s/DONE *cov/$target: edges/"
 done

@@ -186,7 +186,8 @@ fn thread_time() -> Duration {
 
 /// A folder of this process's own, made once; the fuzzer's own processes each have another.
 pub fn folder() -> PathBuf {
-    let path = std::env::temp_dir().join(format!("xorz-fuzz-{}", std::process::id()));
+    // Of one length, so that an edit of a text that names it means the same in each process.
+    let path = std::env::temp_dir().join(format!("xorz-fuzz-{:010}", std::process::id()));
     std::fs::create_dir_all(&path).expect("a temporary folder");
     path
 }
