@@ -33,7 +33,12 @@ class Publisher:
     """
 
     def __init__(
-        self, base: StateDict | nn.Module | PathLike, folder: PathLike, *, keyframe: int = 8
+        self,
+        base: StateDict | nn.Module | PathLike,
+        folder: PathLike,
+        *,
+        keyframe: int = 8,
+        trust: str = "digest",
     ) -> None:
         """Begin or continue the chain in `folder`.
 
@@ -43,12 +48,14 @@ class Publisher:
             folder: of the chain; made if it is missing. Engines read it.
             keyframe: every so many versions a package against the base is written as well, so that a late engine catches up in
                 few steps.
+            trust: "sha256" keeps the sha256 of each tensor that a version is a step from, for engines that trust nothing else
+                (docs/rl.md); as in `xorz.Versions`.
 
         Raises:
             As `xorz.Versions`; ValueError: `base` is a folder without safetensors files.
         """
         words = _mapped(base) if isinstance(base, (str, os.PathLike)) else base
-        self.versions = Versions(words, folder, keyframe=keyframe)
+        self.versions = Versions(words, folder, keyframe=keyframe, trust=trust)
         self._kinds = {name: (t.dtype, tuple(t.shape)) for name, t in tensors_of("base", words).items()}
         self._last: tuple[str, StateDict] | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="xorz-publisher")

@@ -2,6 +2,7 @@
 chain is one that anybody can read; what cannot be published is refused by name, and nothing is there then.
 """
 
+import hashlib
 import os
 import resource
 
@@ -135,6 +136,34 @@ def test_what_cannot_be_published_is_named_and_nothing_is_there(base, tmp_path):
         assert publisher.versions.head == 0 and publisher.wait() is None
     with pytest.raises(RuntimeError, match="closed"):
         publisher.publish(good)
+
+
+def test_steps_keep_the_sha256_of_what_they_are_from_where_that_is_asked_for(base, tmp_path):
+    state, wanted = words_of(base), []
+    with xorz.Publisher(base, tmp_path / "run", keyframe=2, trust="sha256") as publisher:
+        for _ in range(3):
+            wanted.append(
+                {n: hashlib.sha256(t.view(torch.int16).numpy().tobytes()) for n, t in state.items()}
+            )
+            state = state | {"table": state["table"] + 1}
+            publisher.publish(state, as_tenant=True).result()
+        versions = publisher.versions
+    for number, sums in enumerate(wanted, 1):
+        for path, of in ((versions.path(number), sums), (versions.tenant(number), wanted[0])):
+            entries = {e["name"]: e["base_sha256"] for e in xorz.inspect(path)["entries"]}
+            assert entries == {name: found.hexdigest() for name, found in of.items()}
+    assert same(xorz.Versions(words_of(base), tmp_path / "run", trust="sha256").state_dict(3), state)
+    # Who goes on with it takes no chain that cannot tell.
+    with xorz.Publisher(base, tmp_path / "plain") as publisher:
+        publisher.publish(state).result()
+    with xorz.Publisher(base, tmp_path / "plain", trust="sha256") as publisher:
+        with pytest.raises(ValueError, match="--trust sha256"):
+            publisher.publish(state).result()
+        with pytest.raises(ValueError, match="--trust sha256"):
+            publisher.wait()
+    with pytest.raises(ValueError, match="'md5'"):
+        xorz.Publisher(base, tmp_path / "other", trust="md5")
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_error_while_writing_is_raised_by_the_next_call(base, tmp_path, monkeypatch):

@@ -52,9 +52,11 @@ class Said:
     cached: int
 
 
-def engine(path: Path, mode: str = "exact", **settings: Any) -> LLM:
-    """An engine over `path`; "exact" is the mode whose products have the bits of the plain fine-tuned model's."""
-    extra = {"xorz": {"mode": mode, "memory": "256 MiB"}}
+def engine(path: Path, mode: str = "exact", xorz: dict[str, Any] | None = None, **settings: Any) -> LLM:
+    """An engine over `path`; "exact" is the mode whose products have the bits of the plain fine-tuned model's. `xorz`: more of
+    its settings.
+    """
+    extra = {"xorz": {"mode": mode, "memory": "256 MiB"} | (xorz or {})}
     return LLM(str(path), additional_config=extra, **(SETTINGS | settings))
 
 

@@ -1,6 +1,10 @@
 """A training run for the tests: versions of a model as full checkpoints, saved by nobody of xorz, and as a published chain."""
 
+import hashlib
+import json
+import re
 import shutil
+import struct
 from pathlib import Path
 
 import models
@@ -35,3 +39,22 @@ def run(kind: str, folder: Path, count: int = 4, share: float = 0.03) -> tuple[l
             for path in paths[1:]:
                 publisher.publish({k: v.float() for k, v in load_file(path / "model.safetensors").items()})
     return paths, chain
+
+
+def forged(package: Path, name: str, out: Path) -> Path:
+    """The package with the sha256 of another base for the tensor `name`: the digests fit, as those of a made base would."""
+    data = package.read_bytes()
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    table = start + json.loads(data[8:start])["xorz:table"]["data_offsets"][0]
+    [mine] = [bytes.fromhex(e["base_sha256"]) for e in xorz.inspect(package)["entries"] if e["name"] == name]
+    assert data.count(mine) == 1
+    changed = data[table + 16 :].replace(mine, hashlib.sha256(b"another base").digest())
+    out.write_bytes(data[: table + 16] + changed)
+    # Who forges computes the table's digest; here the refusal says what it would be.
+    try:
+        xorz.inspect(out)
+    except ValueError as refusal:
+        right = re.search(r"its digest is ([0-9a-f]{32})", str(refusal))[1]
+    out.write_bytes(data[:table] + bytes.fromhex(right) + changed)
+    xorz.inspect(out)
+    return out

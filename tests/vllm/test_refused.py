@@ -87,6 +87,8 @@ def test_other_devices():
         ({"memory": "much"}, "'much'"),
         ({"max_staleness": -1}, "max_staleness must be .* but is -1"),
         ({"max_staleness": True}, "max_staleness must be .* but is True"),
+        ({"trust": "md5"}, 'trust must be "digest" or "sha256", but is \'md5\''),
+        ({"trust": None}, "trust must be .* but is None"),
     ],
 )
 def test_settings(given, words):

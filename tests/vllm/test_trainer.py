@@ -8,11 +8,13 @@ import engines
 import models
 import pytest
 import torch
+import xorz
 from engines import PROMPTS, ask
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from vllm.distributed.weight_transfer.base import ModuleSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from xorz.vllm.client import UpdateError, update
 from xorz.vllm.trainer import XorzTrainerInitInfo
 
 
@@ -37,13 +39,14 @@ class Client:
         self.llm.finish_weight_update(weight_version)
 
 
-def test_a_model_under_training(tmp_path):
+@pytest.mark.parametrize("trust", ["digest", "sha256"])
+def test_a_model_under_training(tmp_path, trust):
     base = models.base("llama", engines.FOLDER)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     llm = engines.engine(base, weight_transfer_config={"backend": "xorz"})
     try:
         client = Client(llm)
-        init = XorzTrainerInitInfo(str(base), str(tmp_path / "run"), rank=0)
+        init = XorzTrainerInitInfo(str(base), str(tmp_path / "run"), rank=0, trust=trust)
         trainer = WeightTransferTrainerFactory.trainer_init(init, client=client, source=ModuleSource(model))
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         said = [[s.tokens for s in ask(llm, PROMPTS)]]
@@ -63,6 +66,15 @@ def test_a_model_under_training(tmp_path):
             trainer.send_weights()
             assert llm.get_weight_version() == str(step + 1) and trainer.number == step + 1
             said.append([s.tokens for s in ask(llm, PROMPTS)])
+        for step in (1, 3):
+            entries = xorz.inspect(trainer.publisher.versions.path(step))["entries"]
+            assert {e["base_sha256"] is not None for e in entries} == {trust == "sha256"}
+        # What the trainer keeps to, its engines do.
+        if trust == "sha256":
+            old, new = (trainer.publisher.versions.state_dict(n) for n in (4, 3))
+            xorz.pack(old, new, tmp_path / "step.xorz")
+            with pytest.raises(UpdateError, match="no sha256 of the base's"):
+                update(llm, tmp_path / "step.xorz")
         assert len({str(s) for s in said}) == len(said)
         # As vLLM loads it, from files that nobody of xorz has written.
         folder = tmp_path / "final"

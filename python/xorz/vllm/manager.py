@@ -27,7 +27,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from ..serve.residency import Piece, Residency, size_of
 from .experts import XorzExpertsMethod
 from .layers import XorzConfig, XorzEmbeddingMethod, XorzLinearMethod, XorzRMSNorm
-from .packages import Checkpoint, Loader, Prepared, split_name, what_is
+from .packages import Checkpoint, Loader, Prepared, check_trust, split_name, what_is
 from .plan import matrices_of, parameters, plan
 from .rows import Rows, Site
 
@@ -72,22 +72,25 @@ class Settings:
         prefer: what packages are encoded for on loading, as there.
         memory: bytes that adapters may take, or such as "8 GiB"; None is the machine's.
         max_staleness: of a policy whose versions are tenants, so many before the newest can be asked for; see `policies`.
+        trust: "sha256" compares the words that a package is a difference from by their sha256, of tenants and of updates, and
+            takes no package without; digests find mistakes, but not who makes a tensor with the digest of another.
     """
 
     mode: str = "fast"
     prefer: str | None = "auto"
     memory: int | str | None = None
     max_staleness: int = 1
+    trust: str = "digest"
 
     @classmethod
     def of(cls, vllm_config: Any) -> "Settings":
         """The settings in vLLM's `additional_config`; ValueError for names and values that do not exist."""
         extra = vllm_config.additional_config
         given = extra.get("xorz", {}) if isinstance(extra, dict) else {}
-        unknown = set(given) - {"mode", "prefer", "memory", "max_staleness"}
+        unknown = set(given) - {"mode", "prefer", "memory", "max_staleness", "trust"}
         if unknown:
             raise ValueError(
-                f"xorz: additional_config has xorz.{min(unknown)}; there are mode, prefer, memory and max_staleness"
+                f"xorz: additional_config has xorz.{min(unknown)}; there are mode, prefer, memory, max_staleness and trust"
             )
         out = cls(**given)
         if out.mode not in ("fast", "deterministic", "exact"):
@@ -98,6 +101,7 @@ class Settings:
             raise ValueError(
                 f"xorz: max_staleness must be a number of versions, 0 or more, but is {out.max_staleness!r}"
             )
+        check_trust(out.trust)
         size_of(out.memory)
         return out
 
@@ -197,7 +201,7 @@ class XorzManager(LRUCacheLoRAModelManager):
         kinds = dict.fromkeys(self.matrices, "delta") | dict.fromkeys(self.vectors, "value")
         followed = plan(self.model, base.tensors)
         logger.info("xorz: %s", _summary(followed.refused, len(base.tensors), time.perf_counter() - began))
-        return Loader(base, followed, self.params, kinds, self.settings.prefer)
+        return Loader(base, followed, self.params, kinds, self.settings.prefer, trust=self.settings.trust)
 
     def base_replaced(self) -> None:
         """After vLLM has replaced the base's words: no adapter is resident, and nothing is known of the new ones."""

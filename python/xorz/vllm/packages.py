@@ -81,6 +81,12 @@ def digest(path: Any) -> str:
     return found.hexdigest()[:32]
 
 
+def check_trust(word: Any) -> None:
+    """ValueError for a word that says nothing of what a base is trusted by."""
+    if word not in ("digest", "sha256"):
+        raise ValueError(f'xorz: trust must be "digest" or "sha256", but is {word!r}')
+
+
 def named(name: str, content: str) -> str:
     """The adapter's name of a tenant and its package's digest."""
     return f"{name}@xorz-{content}"
@@ -158,6 +164,7 @@ class Loader:
         kinds: parameter -> "delta" or "value"; others cannot be served, `why` says so.
         prefer: what deltas are encoded for; None takes what packages hold.
         generation: how often the base has been replaced. What was prepared under another one must not be served.
+        trust: what packages must say of the base's words, as in `load_deltas`.
     """
 
     base: Checkpoint
@@ -166,6 +173,7 @@ class Loader:
     kinds: Mapping[str, str]
     prefer: str | None
     generation: int = 0
+    trust: str = "digest"
     _proved: set[str] = field(default_factory=set)
 
     def replaced(self, base: Checkpoint | None) -> None:
@@ -195,7 +203,7 @@ class Loader:
             )
         description = checkpoint.inspect(path)
         changed = self.changed(description)
-        loaded = checkpoint.load_deltas(self.base.folder, path, prefer=self.prefer)
+        loaded = checkpoint.load_deltas(self.base.folder, path, prefer=self.prefer, trust=self.trust)
         affected = dict.fromkeys(param for name in changed for param in self.plan.users[name])
         for param in affected:
             pieces = self.plan.pieces[param]

@@ -30,7 +30,7 @@ from vllm.logger import init_logger
 from .. import _core
 from ..versions import Versions
 from . import packages, update
-from .manager import folder_of
+from .manager import Settings, folder_of
 from .plan import plan
 
 logger = init_logger("vllm.xorz")
@@ -43,13 +43,18 @@ class XorzInitInfo(WeightTransferInitInfo):
     Attributes:
         version: what the words are called that the engine has loaded.
         keep: so many versions before the newest can be rolled back to without a file. Each takes about what its update took.
+        trust: "sha256" takes only packages that keep the sha256 of what they are a step from, and compares it; "digest" has no
+            say where the engine was started with the setting `trust` of "sha256". None is that setting.
     """
 
     version: str | int = 0
     keep: int = 1
+    trust: str | None = None
 
     def __post_init__(self) -> None:
-        """ValueError for a number of versions that is none."""
+        """ValueError for a number of versions that is none, and for another word of `trust`."""
+        if self.trust is not None:
+            packages.check_trust(self.trust)
         if isinstance(self.keep, bool) or not isinstance(self.keep, int) or self.keep < 0:
             raise ValueError(f"xorz: keep must be a number of versions, 0 or more, but is {self.keep!r}")
 
@@ -124,6 +129,7 @@ class _Next:
     generation: int
     identity: str | None = None
     same: dict[str, str] = field(default_factory=dict)
+    sums: dict[str, str] = field(default_factory=dict)
     back: int = 0
 
 
@@ -158,14 +164,17 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
             raise ValueError("xorz: weight transfer with expert parallelism is not served")
         self.took_back = True
         self.version, self.identity, self.keep = "0", None, 1
+        self.trust = self._least = Settings.of(vllm_config).trust
         self.report: Report | None = None
         # What versions are counted from, whatever vLLM loads later.
         self._folder = folder_of(vllm_config)
         self._words: update.Words | None = None
         self._next: _Next | None = None
         self._past: deque[_Past] = deque()
+        # Of tensors that the last update has left as they were, digest and sha256.
         self._digests: dict[str, str] = {}
-        self._chains: dict[str, Versions] = {}
+        self._sums: dict[str, str] = {}
+        self._chains: dict[tuple[str, str], Versions] = {}
         self._own = False
         # Counts what the words have been: what was checked against other words is not applied.
         self._generation = 0
@@ -176,7 +185,20 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
     # vLLM's life cycle.
 
     def init_transfer_engine(self, init_info: XorzInitInfo) -> None:
-        """Follow the model's own loader, once; it may be called again, which forgets the versions to roll back to."""
+        """Follow the model's own loader, once; it may be called again, which forgets the versions to roll back to.
+
+        ValueError for less trust than the engine was started with.
+        """
+        trust = init_info.trust or self._least
+        if trust != "sha256" and self._least == "sha256":
+            raise ValueError(
+                f"xorz: trust is {trust!r} in the init info, but the engine was started with xorz.trust {self._least!r}"
+            )
+        if trust != self.trust:
+            # What was checked by the other word is checked again. In this order: it may be being prepared.
+            self.trust = trust
+            self._generation += 1
+            self._next = self._prepared = None
         self.version, self.keep = str(init_info.version), init_info.keep
         self._past.clear()
         self._model()
@@ -233,7 +255,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
             self._past.append(_Past(self.version, self.identity, ways))
         while len(self._past) > self.keep:
             self._past.popleft()
-        self._digests = ready.same
+        self._digests, self._sums = ready.same, ready.sums
         self.version, self.identity, self.report = ready.report.version, ready.identity, ready.report
         self._own, self._generation = True, self._generation + 1
         logger.info("xorz: version %s is served: %s", self.version, asdict(ready.report))
@@ -249,7 +271,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
             return
         self._past.clear()
         self._generation += 1
-        self._digests, self._chains, self._words = {}, {}, None
+        self._digests, self._sums, self._chains, self._words = {}, {}, {}, None
         self._next = self._prepared = None
         self.version, self.identity, self.took_back = "unknown", None, True
 
@@ -302,7 +324,8 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
     def _prepare(self, info: XorzUpdateInfo) -> _Next:
         words = self._model()
         words.read()
-        began = time.perf_counter()
+        # Before anything is read that may be another one by the end.
+        began, generation = time.perf_counter(), self._generation
         with torch.inference_mode():
             if info.rollback:
                 out = self._backwards(info)
@@ -313,6 +336,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
                     fetched = time.perf_counter() - began
                     out = self._of_package(info, path)
                     out.report.fetch = fetched
+        out.generation = generation
         out.report.check = time.perf_counter() - began - out.report.fetch
         out.report.changed, out.report.held = out.staged.changed, out.staged.bytes
         out.report.words = sum(p.numel() for p in words.params.values())
@@ -350,7 +374,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
             named = version if version is not None else info.version
             out.report.version = content if named is None else str(named)
             out.report.bytes = os.path.getsize(path)
-            opened = _core.Package(path)
+            opened = _core.Package(path, self.trust)
             changed = self._changed(opened)
         except (OSError, ValueError, KeyError) as caught:
             error = caught
@@ -386,8 +410,10 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
     ) -> Exception | None:
         """Check one tensor against the words that are there, and stage its change; gives what is wrong, now or before."""
         words = self._words
+        by_sum = self.trust == "sha256"
+        known = name in self._digests and (name in self._sums or not by_sum)
         # The other processes are waiting for this one's part.
-        whole = words.whole(name) if changed or name not in self._digests else None
+        whole = None if known and not changed else words.whole(name)
         if error is not None:
             return error
         try:
@@ -401,6 +427,12 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
             if not there.startswith(entry["base"]):
                 raise ValueError(f"its base has digest {entry['base']}, but the engine's words have {there}")
             out.same[name] = there
+            if by_sum:
+                out.sums[name] = self._sums.get(name) or update.sha256_of(whole)
+                if entry["base_sha256"] != out.sums[name]:
+                    raise ValueError(
+                        f"its base has sha256 {entry['base_sha256']}, but the engine's words have {out.sums[name]}"
+                    )
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             return ValueError(
                 f"xorz: tensor `{name}`: {error}; the update must be a step from version {self.version}, which is served"
@@ -447,9 +479,11 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
         return out
 
     def _chain(self, folder: str) -> Versions:
-        if folder not in self._chains:
-            self._chains[folder] = Versions(_as_published(self._words.base, Path(folder)), folder)
-        return self._chains[folder]
+        key = folder, self.trust
+        if key not in self._chains:
+            base = _as_published(self._words.base, Path(folder))
+            self._chains[key] = Versions(base, folder, trust=self.trust)
+        return self._chains[key]
 
     def _number_of(self, chain: Versions) -> int:
         """The version of the chain that is served."""

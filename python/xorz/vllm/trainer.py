@@ -28,6 +28,7 @@ class XorzTrainerInitInfo(TrainerInitInfo):
         folder: where versions are written, as the sender and the engines see it.
         keyframe: as in `xorz.Publisher`.
         keep: versions that engines keep the way back to.
+        trust: as in `xorz.Publisher`; "sha256" has the engines take nothing else, too.
     """
 
     backend: ClassVar[str] = "xorz"
@@ -36,6 +37,7 @@ class XorzTrainerInitInfo(TrainerInitInfo):
     folder: str
     keyframe: int = 8
     keep: int = 1
+    trust: str = "digest"
 
 
 class XorzTrainerWeightTransferEngine(TrainerWeightTransferEngine[XorzTrainerInitInfo]):
@@ -71,8 +73,11 @@ class XorzTrainerWeightTransferEngine(TrainerWeightTransferEngine[XorzTrainerIni
         out = cls(client=client, source=source, is_sender=init_info.is_sender)
         if out.is_sender:
             out._folder = str(Path(init_info.folder).absolute())
-            out.publisher = Publisher(init_info.base, out._folder, keyframe=init_info.keyframe)
-            client.init_weight_transfer_engine({"keep": init_info.keep})
+            out.publisher = Publisher(
+                init_info.base, out._folder, keyframe=init_info.keyframe, trust=init_info.trust
+            )
+            asked = {"trust": init_info.trust} if init_info.trust != "digest" else {}
+            client.init_weight_transfer_engine({"keep": init_info.keep} | asked)
         return out
 
     def send_weights(self) -> None:

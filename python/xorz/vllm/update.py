@@ -4,6 +4,7 @@ Nothing here knows vLLM's life cycle or where packages come from; `sync` does. N
 besides the deltas is a few MiB, with tensor parallelism one tensor.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -282,6 +283,11 @@ def _take_back(words: Words, done: list[Step]) -> None:
 def digest_of(tensor: Tensor) -> str:
     """A tensor's digest, as packages have it."""
     return _core.delta_info(_ops.delta_encode(tensor, tensor)).base_digest
+
+
+def sha256_of(tensor: Tensor) -> str:
+    """The sha256 of a tensor's words, as packages have it."""
+    return hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def missing(plan: Plan, names: Mapping[str, Any]) -> list[str]:
