@@ -256,3 +256,66 @@ def test_two_processes_that_hold_parts(tmp_path):
         out, err = child.communicate(timeout=600)
         assert child.returncode == 0 and f"fine {rank}" in out, err[-3000:]
     assert load_file(tmp_path / "v3" / "model.safetensors").keys() == SHAPES.keys()
+
+
+ALONE = """
+import sys, threading
+from pathlib import Path
+import torch, xorz
+from safetensors.torch import save_file
+from torch import nn
+from xorz import _core
+from xorz.vllm import update
+from xorz.vllm.packages import Checkpoint
+from xorz.vllm.plan import plan
+sys.path.insert(0, sys.argv[1])
+import test_vllm_update as t
+folder = Path(sys.argv[2])
+t.SHAPES = {"embed.weight": (30000, 896)} | {f"{i}.weight": (4864, 896) for i in range(8)}
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.ParameterDict(
+            {n.replace(".", "_"): nn.Parameter(torch.zeros(s).bfloat16(), False) for n, s in t.SHAPES.items()}
+        )
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            self.words[name.replace(".", "_")].data.copy_(tensor)
+made = t.versions(folder, 1)
+model = Plain()
+model.load_weights(made[0].items())
+size = sum(p.nbytes for p in model.parameters())
+words = t.held_by(model, folder)
+del made
+def resident():
+    with open("/proc/self/status") as file:
+        return sum(int(line.split()[1]) << 10 for line in file if line.startswith("RssAnon"))
+def work():
+    for _ in range(2):
+        before = resident()
+        staged = t.prepared(words, folder / "1.xorz")
+        print(size, staged.bytes, resident() - before)
+        ways = update.apply(words, staged)
+        del staged
+        staged = update.backwards(words, [ways])
+        print(size, staged.bytes, resident() - before)
+        update.apply(words, staged)
+        del staged, ways
+        print(size, 0, resident() - before)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+def test_an_update_leaves_no_more_memory_behind_than_its_deltas(tmp_path):
+    """As in an engine, where a thread prepares it: blocks of words and small deltas are made by turns."""
+    here = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, here, str(tmp_path)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [tuple(int(word) for word in line.split()) for line in done.stdout.splitlines()]
+    assert len(lines) == 6
+    for size, held, grown in lines:
+        assert 0 <= held < 0.2 * size and grown - held < 0.4 * size, lines

@@ -5,7 +5,8 @@ besides the deltas is a few MiB, with tensor parallelism one tensor.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,10 @@ from .. import _core, _ops
 from .packages import Checkpoint
 from .plan import Piece, Plan, parameters
 
-_BLOCK_BYTES = 4 << 20
+_BLOCK_BYTES = 1 << 20
 _BLOCK_ROWS = 256  # whole tiles of any encoding, so that none is decoded for two blocks
+_SHEET_BYTES = 1 << 20
+_ALIGNMENT = 64
 
 
 class Broken(RuntimeError):
@@ -43,6 +46,36 @@ class Step:
     back: dict[Key, Tensor]
 
 
+class Shelf:
+    """Where deltas lie that stay, while blocks of words that are many times as large come and go beside them.
+
+    In the allocator's memory each delta would lie in the hole that a block has left, and the next block would not fit in
+    there any more: at the end the process would hold about as much as the model. A sheet is free when nothing on it is used.
+    """
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._sheet: Tensor | None = None
+        self._used = 0
+
+    def put(self, delta: Tensor) -> Tensor:
+        """A copy that stays."""
+        count = delta.numel()
+        if count >= _SHEET_BYTES // 4:
+            return _mapped(count).copy_(delta)
+        if self._sheet is None or self._used + count > self._sheet.numel():
+            self._sheet, self._used = _mapped(_SHEET_BYTES), 0
+        out = self._sheet[self._used : self._used + count].copy_(delta)
+        self._used += -(-count // _ALIGNMENT) * _ALIGNMENT
+        return out
+
+
+def _mapped(count: int) -> Tensor:
+    """So many bytes that the kernel itself gives, and takes back when the tensor is gone."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return torch.frombuffer(mmap.mmap(-1, max(count, 1), flags), dtype=torch.uint8)[:count]
+
+
 @dataclass
 class Staged:
     """An update that was checked against the words that are there, and can be applied to them alone."""
@@ -50,6 +83,14 @@ class Staged:
     steps: list[Step] = field(default_factory=list)
     changed: int = 0
     words: int = 0
+    # Apart: the ways back are kept when the rest is gone.
+    _ahead: Shelf = field(default_factory=Shelf)
+    _behind: Shelf = field(default_factory=Shelf)
+
+    def add(self, key: Key, delta: Tensor, back: Iterable[tuple[Key, Tensor]]) -> None:
+        """One more step; the deltas are copied to where they stay."""
+        delta = self._ahead.put(delta)
+        self.steps.append(Step(key, delta, {rows: self._behind.put(way) for rows, way in back}))
 
     @property
     def bytes(self) -> int:
@@ -175,7 +216,7 @@ def stage(words: Words, name: str, whole: Tensor, delta: Tensor, staged: Staged)
             at = words.at(key)
             if at.data_ptr() != whole.data_ptr():
                 _ops.delta_check(delta, at)
-            staged.steps.append(Step(key, delta, _way_back(key, at, delta)))
+            staged.add(key, delta, _way_back(key, at, delta))
     else:
         between(words, name, whole, _ops.delta_restore(whole, delta), staged)
 
@@ -191,7 +232,7 @@ def between(words: Words, name: str, old: Tensor, new: Tensor, staged: Staged) -
             )
         if not torch.equal(bits(was), bits(becomes)):
             delta = _ops.delta_encode(at, becomes, prefer="speed")
-            staged.steps.append(Step(key, delta, _way_back(key, at, delta)))
+            staged.add(key, delta, _way_back(key, at, delta))
 
 
 def _cut(tensor: Tensor, piece: Piece) -> Tensor:
@@ -216,9 +257,8 @@ def blocks(key: Key, at: Tensor) -> Iterable[tuple[Key, tuple[int, int]]]:
         yield (param, first + a, first + b), (a, b)
 
 
-def _way_back(key: Key, at: Tensor, delta: Tensor) -> dict[Key, Tensor]:
+def _way_back(key: Key, at: Tensor, delta: Tensor) -> Iterator[tuple[Key, Tensor]]:
     """Deltas of the new words that give the old ones; blocks that stay the same are left out."""
-    out = {}
     for rows, (a, b) in blocks(key, at):
         old = at[a:b]
         if at.dim() < 2:
@@ -226,8 +266,7 @@ def _way_back(key: Key, at: Tensor, delta: Tensor) -> dict[Key, Tensor]:
         else:
             new = _ops.delta_restore(at, delta, rows=(a, b))
         if not torch.equal(bits(old), bits(new)):
-            out[rows] = _ops.delta_encode(new, old, prefer="memory")
-    return out
+            yield rows, _ops.delta_encode(new, old, prefer="memory")
 
 
 def backwards(words: Words, ways: list[dict[Key, Tensor]]) -> Staged:
@@ -240,7 +279,7 @@ def backwards(words: Words, ways: list[dict[Key, Tensor]]) -> Staged:
         if torch.equal(bits(old), bits(new)):
             continue
         delta = _ops.delta_encode(old, new, prefer="speed")
-        out.steps.append(Step(key, delta, {key: _ops.delta_encode(new, old, prefer="memory")}))
+        out.add(key, delta, [(key, _ops.delta_encode(new, old, prefer="memory"))])
         out.changed += _core.delta_info(delta).changed
     return out
 
