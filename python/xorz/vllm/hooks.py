@@ -108,6 +108,8 @@ HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests", ("self", "request_ids", "finished_status")),
     ("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("self", "method")),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.errored", ()),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.dead_error", ()),
     (
         "vllm.distributed.weight_transfer.factory",
         "WeightTransferEngineFactory.register_engine",

@@ -8,6 +8,7 @@ API server the tenants' names are free, and are named in the log. Whoever still 
 that does not fit the new base ends its own request, not the engine.
 """
 
+import asyncio
 import functools
 from typing import Any
 
@@ -20,6 +21,9 @@ logger = init_logger("vllm.xorz")
 
 _REPLACING = ("reload_weights", "finish_weight_update", "reset_weights")
 """What vLLM has its workers do, that replaces the base."""
+
+_LOOK_SECONDS = 0.25
+"""So soon it is noticed that an engine has died."""
 
 
 def install() -> None:
@@ -196,18 +200,35 @@ def _in_server(plain: Any) -> Any:
 
     @functools.wraps(plain)
     async def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        if method not in _REPLACING or not ours(self.vllm_config):
+        if not ours(self.vllm_config):
             return await plain(self, method, *args, **kwargs)
+        if method not in _REPLACING:
+            return await _answer(self, plain(self, method, *args, **kwargs))
         try:
-            out = await plain(self, method, *args, **kwargs)
+            out = await _answer(self, plain(self, method, *args, **kwargs))
         except Exception:
-            if any(await plain(self, "xorz_changed", None, (method,))):
+            if not self.errored and any(await _answer(self, plain(self, "xorz_changed", None, (method,)))):
                 _unload_all(self)
             raise
         _unload_all(self)
         return out
 
     return collective_rpc
+
+
+async def _answer(client: Any, call: Any) -> Any:
+    """What the engine says, or that it has died: nobody answers a call that it was given before, and the other engines of a
+    trainer that waits for that would serve another version meanwhile.
+    """
+    task = asyncio.ensure_future(call)
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=_LOOK_SECONDS)
+            if client.errored and not task.done():
+                raise client.dead_error
+        return task.result()
+    finally:
+        task.cancel()
 
 
 def _changed(self: Any, by: str) -> bool:
