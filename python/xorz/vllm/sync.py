@@ -336,6 +336,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
                     fetched = time.perf_counter() - began
                     out = self._of_package(info, path)
                     out.report.fetch = fetched
+        update.trim()
         out.generation = generation
         out.report.check = time.perf_counter() - began - out.report.fetch
         out.report.changed, out.report.held = out.staged.changed, out.staged.bytes

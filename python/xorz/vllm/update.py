@@ -4,9 +4,11 @@ Nothing here knows vLLM's life cycle or where packages come from; `sync` does. N
 besides the deltas is a few MiB, with tensor parallelism one tensor.
 """
 
+import ctypes
 import hashlib
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +70,12 @@ class Shelf:
         out = self._sheet[self._used : self._used + count].copy_(delta)
         self._used += -(-count // _ALIGNMENT) * _ALIGNMENT
         return out
+
+
+def trim() -> None:
+    """Give the kernel back what the allocator keeps of blocks that are free; glibc keeps up to 64 MiB at its end."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _mapped(count: int) -> Tensor:
