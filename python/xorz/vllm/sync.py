@@ -528,7 +528,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
         past = list(self._past)[-count:]
         staged = update.backwards(self._words, [p.ways for p in reversed(past)])
         report = Report(past[0].version, self.version)
-        return _Next(info, staged, report, self._generation, past[0].identity, {}, count)
+        return _Next(info, staged, report, self._generation, past[0].identity, back=count)
 
 
 def _number(version: Any) -> int:
