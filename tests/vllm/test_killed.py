@@ -62,7 +62,7 @@ def server(made, tmp_path, monkeypatch):
 
     def start(env=None):
         log = tmp_path / f"server-{len(started)}.log"
-        started.append(Server(made[0][0], log, options=options, env=env))
+        started.append(Server(made[0][0], log, options=options, mode="exact", env=env))
         return started[-1]
 
     yield start
