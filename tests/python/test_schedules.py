@@ -343,6 +343,35 @@ def test_what_a_collector_ends_waits_until_the_books_are_whole(monkeypatch):
         assert not schedule.failures and sorted(done) == want, (seed, schedule.failures, done)
 
 
+def test_tenants_are_given_back_once_and_never_under_a_forward():
+    for seed in range(300):
+        inside: list[int] = []
+        released: list[int] = []
+        shared = rows.RowMap((0,), ("a",), release=partial(lambda i, r: r.append(len(i)), inside, released))
+        wrong: list[str] = []
+
+        def compute(shared=shared, inside=inside, released=released, wrong=wrong):
+            for _ in range(2):
+                try:
+                    shared.begin()
+                except RuntimeError:
+                    return
+                inside.append(1)
+                if released:
+                    wrong.append("a forward began when its tenants were given back")
+                inside.pop()
+                shared.end()
+
+        schedule = Schedule(seed, 0.4, [rows.__file__, __file__], lambda code: None)
+        schedule.run([compute, compute, shared.close])
+        assert not schedule.failures and not wrong and released == [0], (
+            seed,
+            schedule.failures,
+            wrong,
+            released,
+        )
+
+
 def test_what_is_left_in_the_last_moment_is_done_all_the_same():
     done: list[int] = []
     lock, catches = guard.Guard(done.append), itertools.count()

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Promise: the same sources give the same wheel, byte for byte, wherever they lie and whenever they are built: two builds from
-# nothing, of one commit, in folders of different names and depths. What they share is the compilers and torch.
+# nothing, of one commit, in folders of different names and depths. What they share is the compilers and torch; each compiles its
+# own CUDA kernels, where there is an nvcc or one can be fetched (XORZ_CUDA=1: an error where not; XORZ_CUDA=0: none are compiled).
 # SOURCE_DATE_EPOCH, if it is set, is the time that the archive's members get; else it is the commit's. Minutes.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -15,7 +16,7 @@ build() {  # build FOLDER UMASK: the wheel of the sources, copied there
   # What git knows or would take: edits of the tree are part of it, what was built is not.
   git ls-files -z --cached --others --exclude-standard | tar -cf - --null --ignore-failed-read -T - 2> /dev/null \
     | tar -xf - -C "$tmp/$1/source"
-  ( cd "$tmp/$1/source" && umask "$2" && PATH="$(dirname "$PY"):$PATH" XORZ_CUDA=0 "$PY" -m pip wheel --quiet \
+  ( cd "$tmp/$1/source" && umask "$2" && PATH="$(dirname "$PY"):$PATH" XORZ_CUDA_KERNELS="$tmp/$1/kernels" "$PY" -m pip wheel --quiet \
       --disable-pip-version-check --no-deps --no-build-isolation -w "$tmp/$1/wheel" . )
 }
 
@@ -23,6 +24,8 @@ build a 022
 build some/folder/further/down 077
 first=$(echo "$tmp"/a/wheel/*.whl)
 second=$(echo "$tmp"/some/folder/further/down/wheel/*.whl)
+# What is in them: a library that lacks the kernels would be the easier promise.
+if [ -n "$(ls "$tmp"/a/kernels 2> /dev/null)" ]; then "$PY" tests/wheel/fatbin_images.py "$first"; else echo "without CUDA kernels"; fi
 if cmp -s "$first" "$second"; then
   echo "the wheel is reproducible: sha256 $(sha256sum "$first" | cut -d' ' -f1), SOURCE_DATE_EPOCH $SOURCE_DATE_EPOCH"
   exit 0
