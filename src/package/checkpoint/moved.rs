@@ -1,7 +1,9 @@
-//! Bases of tensors of another number of rows, which went anywhere: taken out or put in at many places, as where a vocabulary or a
-//! layer was pruned, or put in another order. Where a tensor has as many rows as before, the base tensor itself is its base, though
-//! they be in another order: vLLM and weight syncs take deltas of whole tensors only. Each row is looked for among those of the base by a few of its words without their low bits, first of
-//! all behind the one that the row before it was.
+//! Bases of tensors of another number of rows, which went anywhere: taken out or put in at many places, as where a
+//! vocabulary or a layer was pruned, or put in another order. Each row is looked for among those of the base by a few of
+//! its words without their low bits, first of all behind the one that the row before it was.
+//!
+//! Where a tensor has as many rows as before, the base tensor itself is its base, though they be in another order: vLLM and
+//! weight syncs take deltas of whole tensors only.
 //!
 //! A row is what both tensors have of their last dimension, or of the last few where that is short. Rows that the base does not
 //! have, and those of one value, are rows of zeros.
@@ -70,7 +72,7 @@ pub(super) fn moved_rows(
     old: WordRun<'_>,
 ) -> Result<Option<Moved>> {
     let Some((row, (dtype, _))) = row_bytes(t, b).zip(t.matrix()) else { return Ok(None) };
-    let rows = Rows { dtype, row: row as usize };
+    let rows = RowReader { dtype, row: row as usize };
     let (marks, before) = (rows.marks(new)?, rows.marks(old)?);
     let index = MarkIndex::new(&before);
     let (mut from, mut next) = (Vec::with_capacity(marks.len()), 0usize);
@@ -110,13 +112,13 @@ impl MarkIndex {
     }
 }
 
-/// Rows of one length.
-struct Rows {
+/// What reads rows of one length.
+struct RowReader {
     dtype: Dtype,
     row: usize,
 }
 
-impl Rows {
+impl RowReader {
     /// The marks of every row.
     fn marks(&self, run: WordRun<'_>) -> Result<Vec<Marks>> {
         let w = self.dtype.word_bytes();

@@ -34,11 +34,15 @@ impl<'a> Writeback<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::OpenOptions;
     use std::io::{Read, Seek, Write};
+    use std::os::fd::OwnedFd;
 
     #[test]
     fn what_is_being_written_to_disk_stays_what_it_was_and_nothing_is_begun_twice() {
-        let mut file = tempfile::tempfile().unwrap();
+        let path = std::env::temp_dir().join(format!("xorz-writeback-{}", std::process::id()));
+        let mut file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).unwrap();
+        std::fs::remove_file(path).unwrap();
         let words: Vec<u8> = (0..3 * STRIDE as usize + 5).map(|i| ((i * i) >> 9) as u8).collect();
         let mut other = file.try_clone().unwrap();
         let (mut early, mut begun) = (Writeback::of(&file), vec![]);
@@ -59,10 +63,8 @@ mod tests {
 
     #[test]
     fn where_the_system_cannot_begin_it_is_left_to_who_syncs() {
-        let folder = tempfile::tempdir().unwrap();
-        let pipe = folder.path().join("pipe");
-        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
-        let both = File::options().read(true).write(true).open(&pipe).unwrap();
-        Writeback::of(&both).until(STRIDE);
+        let (_reader, writer) = std::io::pipe().unwrap();
+        let pipe = File::from(OwnedFd::from(writer));
+        Writeback::of(&pipe).until(STRIDE);
     }
 }
