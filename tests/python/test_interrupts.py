@@ -53,6 +53,8 @@ def test_ctrl_c_ends_a_job_soon_and_leaves_nothing(checkpoints):
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "XORZ_CACHE_DIR": ""},
+        # What a shell starts in the background is told to ignore Ctrl-C, and so would be what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert child.stdout.readline() == "ready\n"
     time.sleep(0.7)

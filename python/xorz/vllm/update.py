@@ -56,7 +56,7 @@ class Shelf:
     """
 
     def __init__(self) -> None:
-        """Empty."""
+        """Nothing lies on it yet, and no memory is taken."""
         self._sheet: Tensor | None = None
         self._used = 0
 
