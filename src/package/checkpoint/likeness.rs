@@ -14,7 +14,7 @@ const SPOT_BYTES: usize = 64;
 /// Share of alike words from which a tensor is taken for another one's successor. Unrelated weights reach a few percent.
 const ALIKE: f64 = 0.5;
 /// Words of a mark: few enough that a mark outlives a training that changes many words in their lowest bits.
-const MARK_WORDS: usize = 8;
+pub(super) const MARK_WORDS: usize = 8;
 /// Runs that may share a mark. Where more do (zeros, ones), it says nothing.
 const SHARED: usize = 32;
 /// Runs that are compared, those that share the most marks first.
@@ -62,7 +62,7 @@ impl<'a> WordRun<'a> {
 }
 
 /// Low bits of a word that training changes most, which do not count.
-pub(super) fn low_bits(word_bytes: usize) -> u32 {
+fn low_bits(word_bytes: usize) -> u32 {
     match word_bytes {
         1 => 0,
         2 => 4,
@@ -70,7 +70,7 @@ pub(super) fn low_bits(word_bytes: usize) -> u32 {
     }
 }
 
-pub(super) fn word(bytes: &[u8]) -> u64 {
+fn word(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0u64, |v, x| (v << 8) | u64::from(*x))
 }
 
@@ -95,6 +95,18 @@ pub(super) fn differing_bits(dtype: Dtype, a: &[u8], b: &[u8]) -> f64 {
 pub(super) fn likeness(dtype: Dtype, a: WordRun<'_>, b: WordRun<'_>) -> Result<Option<f64>> {
     let share = alike(dtype, &a.spots()?, &b.spots()?);
     Ok((share >= ALIKE).then_some(share))
+}
+
+/// What at most [`MARK_WORDS`] words are but for their low bits. `None` of words that are one and the same, such as zeros: they
+/// mark nothing.
+pub(super) fn mark(dtype: Dtype, words: &[u8]) -> Option<u64> {
+    let w = dtype.word_bytes();
+    let (mut high, mut count) = ([0u64; MARK_WORDS], 0);
+    for (to, x) in high.iter_mut().zip(words.chunks_exact(w)) {
+        (*to, count) = (word(x) >> low_bits(w), count + 1);
+    }
+    let high = &high[..count];
+    high.iter().any(|x| *x != high[0]).then(|| xxh3_64(bytemuck::cast_slice(high)))
 }
 
 /// Where marks are taken.
@@ -126,13 +138,8 @@ impl<T: Copy> MarkTable<T> {
             MarkPlaces::Spread => run.spots()?,
             MarkPlaces::Start => run.start()?,
         };
-        let w = self.dtype.word_bytes();
-        let high: Vec<u8> =
-            bytes.chunks_exact(w).flat_map(|x| (word(x) >> low_bits(w)).to_le_bytes()).collect();
-        // Words that are one and the same, such as zeros, mark nothing.
-        let telling = |mark: &[u8]| mark.chunks_exact(8).any(|x| x != &mark[..8]);
-        let places = high.chunks(8 * MARK_WORDS).enumerate().filter(|(_, mark)| telling(mark));
-        Ok(places.map(|(i, mark)| (i as u32, xxh3_64(mark))).collect())
+        let each = bytes.chunks(MARK_WORDS * self.dtype.word_bytes()).enumerate();
+        Ok(each.filter_map(|(i, words)| Some((i as u32, mark(self.dtype, words)?))).collect())
     }
 
     /// Add a run, which is found as `what`.

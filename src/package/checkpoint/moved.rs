@@ -8,20 +8,18 @@
 //! A row is what both tensors have of their last dimension, or of the last few where that is short. Rows that the base does not
 //! have, and those of one value, are rows of zeros.
 
-use super::likeness::{WordRun, likeness, low_bits, word};
+use super::likeness::{MARK_WORDS, WordRun, likeness, mark};
 use crate::error::Result;
 use crate::matrix::Dtype;
 use crate::package::format::container::TensorInfo;
 use std::cmp::Reverse;
-use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-/// Rows of one tensor, at most: their marks are kept in memory, 32 bytes for each and as many again for finding them.
+/// Rows of one tensor, at most: their marks are kept in memory, 32 bytes for each row of both and 64 for finding the base's.
 const MOST_ROWS: u64 = 1 << 19;
 /// Bytes of a row, at least: what a table says of a part is a tenth of that.
 const LEAST_ROW: u64 = 64;
-/// Places of a row where words are read, and how many at each.
+/// Places of a row where a mark is taken.
 const PLACES: usize = 4;
-const WORDS: usize = 8;
 /// Rows that share a mark and are looked at. Where there are more, they are padding or were never trained, and one is like
 /// another.
 const SHARED: usize = 8;
@@ -122,15 +120,16 @@ impl RowReader {
     /// The marks of every row.
     fn marks(&self, run: WordRun<'_>) -> Result<Vec<Marks>> {
         let w = self.dtype.word_bytes();
-        let len = (WORDS * w).min(self.row);
+        // No longer than the shortest row.
+        let len = MARK_WORDS * w;
         let mut room = vec![0; len];
         let mut out = Vec::with_capacity(run.bytes / self.row);
         for start in (0..run.bytes).step_by(self.row) {
             let mut marks = [MUTE; PLACES];
-            for (i, mark) in marks.iter_mut().enumerate() {
+            for (i, here) in marks.iter_mut().enumerate() {
                 let at = (self.row - len) / w * i / (PLACES - 1) * w;
                 run.words.read(run.at + start + at, &mut room)?;
-                *mark = mark_of(&room, w, i as u64);
+                *here = mark(self.dtype, &room).unwrap_or(MUTE);
             }
             out.push(marks);
         }
@@ -152,13 +151,4 @@ impl RowReader {
         let alike = likeness(self.dtype, new.part(of(i)), old.part(of(at as usize)))?.is_some();
         Ok(alike.then_some(at as usize))
     }
-}
-
-/// What words are without their low bits, of place `place`.
-fn mark_of(words: &[u8], w: usize, place: u64) -> u64 {
-    let high: Vec<u64> = words.chunks_exact(w).map(|x| word(x) >> low_bits(w)).collect();
-    if high.iter().all(|x| *x == high[0]) {
-        return MUTE;
-    }
-    xxh3_64_with_seed(bytemuck::cast_slice(&high), place + 1)
 }

@@ -1,8 +1,7 @@
 //! Bases of tensors that have gained or lost some of a dimension: rows (added tokens), columns (added inputs, tables that lie
 //! on their side), channels, positions. The base is put together of what both have, with zeros where only the fine-tune has
 //! something. Where it came or went is found by the words; a tensor whose words are the base's in more dimensions or fewer is found,
-//! too. Where what both have is not alike all over, rows are looked for one by one
-//! (`moved.rs`).
+//! too. Where what both have is not alike all over, rows are looked for one by one (`moved.rs`).
 
 use super::files::{Checkpoint, Found, TensorFile, words};
 use super::likeness::{WordRun, likeness};
