@@ -76,16 +76,16 @@ const PLACES: usize = 1024;
 /// Places of words of runs that are not dense throughout, until there are enough of them: a loop over few words of a run ends
 /// where no machine foresees it, which costs more than those words.
 pub(super) struct DensePlaces {
-    list: [u32; PLACES + RUN + EIGHT],
+    list: [u32; PLACES + RUN + LISTED],
     count: usize,
 }
 
-/// Places listed at a time.
-const EIGHT: usize = 8;
+/// Places listed at a time: about as many as a run has where few words are dense.
+const LISTED: usize = 4;
 
 impl DensePlaces {
     pub(super) fn new() -> Self {
-        Self { list: [0; PLACES + RUN + EIGHT], count: 0 }
+        Self { list: [0; PLACES + RUN + LISTED], count: 0 }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -118,8 +118,8 @@ impl DensePlaces {
         let ones = mask.count_ones() as usize;
         // Zeros are counted from the same end, whichever way: those of a mask in reverse.
         let mut left = if ASCENDING { mask } else { mask.reverse_bits() };
-        for at in (self.count..self.count + ones).step_by(EIGHT) {
-            for place in &mut self.list[at..at + EIGHT] {
+        for at in (self.count..self.count + ones).step_by(LISTED) {
+            for place in &mut self.list[at..at + LISTED] {
                 let bit = left.trailing_zeros();
                 *place = if ASCENDING { from + bit } else { (from + 63).wrapping_sub(bit) };
                 left &= left.wrapping_sub(1);
