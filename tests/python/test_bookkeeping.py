@@ -2,6 +2,7 @@
 models that are too simple to be wrong; and under any order in which threads come to turn."""
 
 import collections
+import copy
 import mmap
 import random
 import sys
@@ -12,6 +13,7 @@ import torch
 import xorz
 from small import LENGTH, VOCAB, fine_tuned, make_base
 from xorz.serve.arena import ALIGN, Arena
+from xorz.serve.site import Site
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -192,3 +194,39 @@ def test_whichever_thread_comes_to_turn_the_books_are_right(seed, tmp_path):
     for name in tenants.names():
         tenants.unload(name)
     assert tenants.memory()["deltas"] == 0 and not tenants._slots
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_a_tenant_goes_whole_though_there_is_no_memory_for_new_tables(error, monkeypatch):
+    base = make_base()
+    tuned = {name: fine_tuned(base, seed) for seed, name in enumerate("abc", 1)}
+    # What takes the place of "a" changes one layer; of the others its rows are the base's.
+    with torch.no_grad():
+        for param, own in zip(tuned["b"].parameters(), base.parameters(), strict=True):
+            if param is not tuned["b"].head.weight:
+                param.copy_(own)
+    tenants = xorz.attach(copy.deepcopy(base))
+    for name in "ac":
+        tenants.load(name, xorz.diff(base, tuned[name]))
+    size = tenants.sizes()["c"]
+
+    def fill(self, param):
+        raise error("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Site, "_fill", fill)
+        tenants.unload("a")
+    assert tenants.names() == ["c"] and tenants.memory()["deltas"] + tenants.memory()["copies"] == size
+    check_arena(tenants.arena, dict(enumerate(piece for t in tenants._slots.values() for piece in t.pieces)))
+    tenants.load("b", xorz.diff(base, tuned["b"]))
+    ids = torch.randint(0, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad(), tenants.use(["b", "c", None]):
+        got = tenants.model(ids)
+    with torch.no_grad():
+        for row, model in enumerate((tuned["b"], tuned["c"], base)):
+            torch.testing.assert_close(got[row], model(ids)[row], rtol=1e-4, atol=1e-5)
+    assert tenants.apart is None  # nothing of "a" was met, which would have run the model once for each
+    for name in "bc":
+        tenants.unload(name)
+    assert not tenants._slots
+    check_arena(tenants.arena, {})

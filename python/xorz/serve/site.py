@@ -114,15 +114,24 @@ class Site:
         self._changes += 1
 
     def drop(self, slot: int) -> None:
-        """Forget everything that the tenant in `slot` changed here."""
+        """Forget everything that the tenant in `slot` changed here. Never fails for lack of memory: a tenant that is half
+        forgotten would be half the base.
+        """
         for param, pieces in self.pieces.items():
             if pieces.pop(slot, None) is not None:
                 self.deltas.pop((param, slot), None)
-                self._fill(param)
+                self._empty(param)
         self.clones.pop(slot, None)
         if self.values.pop(slot, None) is not None:
             self._changes += 1
             self._biases = self._stack = None
+
+    def _empty(self, param: str) -> None:
+        try:
+            self._fill(param)
+        except (MemoryError, RuntimeError):  # torch says the one on the host and the other on a device
+            # The old table would give the slot's next tenant this one's words. Without one the next reader makes it.
+            self.table.pop(param, None)
 
     def _fill(self, param: str) -> None:
         # A new tensor each time: forwards that run in other threads keep the one that they have.
