@@ -4,6 +4,7 @@ are; what does not fit is refused by name before a word changes."""
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -313,6 +314,31 @@ def test_another_base_is_refused_before_anything_changes():
     refused(old, broken, ValueError, "delta|magic|begin")
     broken.deltas["2.weight"] = None
     refused(old, broken, TypeError, r"2\.weight.*NoneType")
+
+
+def forged(blob, base):
+    """The delta with both of its digests made good for `base`: here the refusals say which those would be."""
+    for at, told in ((112, r"this base has digest (\w{32})"), (160, r"its bytes have digest (\w{32})")):
+        with pytest.raises((ValueError, RuntimeError), match=told) as refusal:
+            torch.ops.xorz.delta_check(blob, base)
+        right = bytes.fromhex(re.search(told, str(refusal.value))[1])
+        blob[at : at + 16] = torch.tensor(list(right), dtype=torch.uint8)
+    return blob
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_later_delta_that_is_forged_leaves_the_tensors_before_it_as_they_were(which):
+    old = {name: random_weight(64, 96, torch.bfloat16, seed) for seed, name in enumerate("abc")}
+    g = torch.Generator().manual_seed(7)
+    tuned = {n: (w.float() + 1e-3 * torch.randn(w.shape, generator=g)).bfloat16() for n, w in old.items()}
+    delta, name, target = xorz.diff(old, tuned), "abc"[which], clone(old)
+    # How wide a change is stored follows from the base's exponent, so that of other words the streams end elsewhere.
+    target[name] = old[name] * 64
+    delta.deltas[name] = forged(delta.deltas[name].clone(), target[name])
+    with pytest.raises((ValueError, RuntimeError), match="tile 0") as refusal:
+        torch.ops.xorz.delta_check(delta.deltas[name], target[name])
+    assert "digest" not in str(refusal.value)
+    refused(target, delta, ValueError, f"tensor `{name}`.*tile")
 
 
 def test_a_module_takes_no_tensors_of_another_kind():
