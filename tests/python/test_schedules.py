@@ -90,9 +90,18 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def scheduled(monkeypatch):
-    """The locks of what is tested are the scheduler's. Nothing is collected but where a schedule says so."""
+    """The locks of what is tested are the scheduler's. Nothing is collected but where a schedule says so. What is given back is
+    overwritten at once, as others' words do sooner or later: whoever still computes with it is seen.
+    """
     for module in (guard, tenants, proof):
         monkeypatch.setattr(module, "threading", Threading())
+    free = arena.Arena.free
+
+    def spoilt(self, offset, length):
+        self.tensor[offset : offset + length] = 0xFF
+        free(self, offset, length)
+
+    monkeypatch.setattr(arena.Arena, "free", spoilt)
     gc.collect()
     gc.disable()
     yield
@@ -199,7 +208,7 @@ class Trial:
                 until = next(self.clock)
                 if what == "keep":
                     # As a graph that nobody has any more, but in a circle: it is collected whenever memory is asked for.
-                    lines = self.schedule.pick.randrange(1, 90)
+                    lines = self.schedule.pick.randrange(1, 40)
                     self.garbage.append([lines, self.tenants.carry()[1]])
                 if what == "lend":
                     self.lent += [(contextvars.copy_context(), [names, since, until])] * 2
@@ -370,6 +379,48 @@ def test_tenants_are_given_back_once_and_never_under_a_forward():
             wrong,
             released,
         )
+
+
+@pytest.mark.parametrize("names", [("a",), ("a", None)])
+def test_a_layer_that_remembers_its_calls_computes_for_its_tenants_or_not_at_all(scheduled, names):
+    """Whoever shares a `use` computes while another thread ends it and unloads who was in it."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(16, 16)).eval(), torch.randn(2, 16)
+    tuned = fine_tuned(base, 1)
+    with torch.no_grad():
+        want = torch.cat([tuned(x)[:1], (tuned if names == ("a",) else base)(x)[1:]])
+    delta, attached = xorz.diff(base, tuned), xorz.attach(base)
+    met: collections.Counter = collections.Counter()
+    for seed in range(150):
+        attached.load("a", delta)
+        shared, inside, wrong = attached.use(names), contextvars.copy_context(), []
+        with torch.no_grad():
+            inside.run(shared.__enter__)
+            assert close(inside.run(base[0], x), want)
+
+        def compute(own, wrong=wrong):
+            for _ in range(4):
+                try:
+                    with torch.no_grad():
+                        right = close(own.run(base[0], x), want)
+                    met[right] += 1
+                except RuntimeError as error:
+                    right = "has ended" in str(error)
+                    met["ended"] += 1
+                if not right:
+                    wrong.append("another tenant's numbers, or an error that was not due")
+
+        def end(inside=inside, shared=shared):
+            inside.run(shared.__exit__, None, None, None)
+            attached.unload("a")
+
+        # Seldom: the tenant must go between two lines of who computes.
+        schedule = Schedule(seed, (0.02, 0.05, 0.1, 0.4)[seed % 4], WATCHED, lambda code: None)
+        schedule.run([partial(compute, inside.copy()), partial(compute, inside.copy()), end])
+        assert not schedule.failures and not wrong, (seed, schedule.failures, wrong)
+        assert not attached._slots and attached.memory()["deltas"] == 0, seed
+    assert met[True] > 20 and met["ended"] > 20, met
+    attached.detach()
 
 
 def test_what_is_left_in_the_last_moment_is_done_all_the_same():
