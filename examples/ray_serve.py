@@ -7,7 +7,8 @@
 FOLDER holds packages (`alice.xorz`) and folders with one (`alice/`), and lies where every machine finds it. Each replica
 holds the base once, and loads a tenant when the first request for it arrives there; which replica a request comes to does not
 matter. What arrives at a replica together, whosever tenants, shares a forward. Ray Serve adds replicas under load and takes
-them away, and starts another one for one that dies: what that one was answering fails (500), and nothing else does.
+them away when they have answered what they had begun, and starts another one for one that dies: what that one was answering
+fails (500), and nothing else does.
 
 Prompts and answers are token ids, as in `server.py`.
 """
@@ -119,6 +120,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--replicas", type=int, default=1, help="at least [1]")
     parser.add_argument("--most", type=int, default=4, help="replicas under load [4]")
+    parser.add_argument(
+        "--after", type=float, default=30, help="seconds of load before a replica is added [30]"
+    )
+    parser.add_argument("--idle", type=float, default=600, help="and without it before one goes [600]")
     parser.add_argument("--cpus", type=float, default=1, help="of a replica, which computes with as many [1]")
     parser.add_argument("--mode", default="fast", choices=["fast", "deterministic", "exact"])
     parser.add_argument("--budget", help='most memory for all tenants of a replica, such as "8 GiB"')
@@ -129,6 +134,10 @@ def main() -> None:
         "min_replicas": args.replicas,
         "max_replicas": max(args.replicas, args.most),
         "target_ongoing_requests": BATCH / 2,
+        "upscale_delay_s": args.after,
+        "downscale_delay_s": args.idle,
+        "look_back_period_s": min(30, args.after),
+        "metrics_interval_s": min(10, args.after / 2),
     }
     deployment = Served.options(
         autoscaling_config=scaling, ray_actor_options={"num_cpus": args.cpus}, name="xorz"
