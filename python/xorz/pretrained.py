@@ -22,6 +22,12 @@ from .attach import attach
 from .progress import bar
 from .versions import Versions
 
+if int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(
+        "xorz.XorzConfig, from_pretrained and PublishVersions need transformers 5 or newer, but this is "
+        f"{transformers.__version__}; pip install -U transformers, or load the model yourself and call xorz.attach"
+    )
+
 METHOD = "xorz"
 ADAPTER = "adapter_config.json"
 

@@ -2,6 +2,7 @@
 `Trainer`; what they compute is what the plain fine-tuned model computes, and what is saved is the plain base.
 """
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import models
 import pytest
 import torch
+import transformers
 import xorz
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, pipeline
 
@@ -251,6 +253,13 @@ def test_xorz_itself_needs_none_of_it():
     assert got[0] == got[1] != ""
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         xorz.nothing  # noqa: B018
+
+
+def test_an_older_transformers_is_refused_by_its_version(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    monkeypatch.delitem(sys.modules, "xorz.pretrained", raising=False)
+    with pytest.raises(ImportError, match=r"need transformers 5 or newer, but this is 4\.57\.6"):
+        importlib.import_module("xorz.pretrained")
 
 
 def test_the_config_that_a_model_was_loaded_with_is_the_bases(folders):
