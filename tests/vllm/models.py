@@ -20,9 +20,13 @@ from transformers import (
     MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -69,6 +73,21 @@ KINDS = {
             mlp_only_layers=[0],
             tie_word_embeddings=False,
         )
+    ),
+    # Beside its experts one that all tokens share, with a gate of its own, and biases in the merged qkv.
+    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **_SMALL,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=96,
+            shared_expert_intermediate_size=160,
+            tie_word_embeddings=False,
+        )
+    ),
+    # Norms of all heads together.
+    "olmoe": lambda: OlmoeForCausalLM(
+        OlmoeConfig(**_SMALL, num_experts=8, num_experts_per_tok=2, tie_word_embeddings=False)
     ),
     # vLLM runs it as transformers wrote it.
     "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**_SMALL, tie_word_embeddings=False)),

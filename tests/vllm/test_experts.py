@@ -19,7 +19,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from xorz import _ops
 from xorz.vllm import experts
 
-KINDS = ("mixtral", "qwen3_moe")
+KINDS = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe")
 NAMES = (None, "A", "B")
 
 
