@@ -152,8 +152,13 @@ void delta_apply_cuda(const Tensor& weight, const Tensor& delta) {
   mark_written(checks, weight);
   const Tensor plain = aligned(delta);
   const CudaMatrix target = device_words(words, are_bits(weight));
-  core(checks,
-       [&] { cuda_delta_apply(device.place(), target, address(plain), static_cast<size_t>(plain.numel())); });
+  const size_t bytes_between = core(checks, [&] { return cuda_apply_workspace(target); });
+  const Tensor workspace =
+      torch::stable::new_empty(weight, {static_cast<int64_t>(bytes_between)}, ScalarType::Byte);
+  const size_t at = mutable_address(workspace);
+  core(checks, [&] {
+    cuda_delta_apply(device.place(), target, address(plain), static_cast<size_t>(plain.numel()), at);
+  });
 }
 
 Tensor delta_embedding_cuda(const Tensor& indices, const Tensor& weight, const Tensor& arena,

@@ -48,8 +48,7 @@ XORZ_DEVICE bool walk_tile(Marks& marks, const View& v, uint32_t tile, const W* 
   constexpr uint32_t kAhead = sizeof(W) == 2 ? 8 : 4;
   const uint32_t lane = thread_index_anew() % 32;
   Span span;
-  // A unit holds a word's bits, so no tile has more units than words.
-  if (!units_of(v, tile, span) || span.to - span.from > 1u << kMaxTileWordsLog2) return false;
+  if (!units_of(v, tile, span)) return false;
   const Rect rect = rect_of(v, tile);
   const uint32_t width_of_class = load_once(v.widths() + lane);
   const uint32_t shift = mantissa_bits_of(v.dtype, sizeof(W));

@@ -88,8 +88,23 @@ XORZ_DEVICE bool span_of(const View& v, uint64_t directory, uint32_t tile, uint6
   return span.from <= span.to && span.to <= limit;
 }
 
+// Columns that a tile has at most, and words. Sound tiles store no more than follows from them, and tiles that claim more
+// are refused before they are walked: however a forged directory overlaps itself, the work on a delta is bounded by its
+// matrix.
+XORZ_DEVICE uint32_t columns_of_tile(const View& v) {
+  return v.k < v.tile_cols() ? static_cast<uint32_t>(v.k) : v.tile_cols();
+}
+XORZ_DEVICE uint32_t words_of_tile(const View& v) {
+  const uint32_t rows = v.n < v.tile_rows() ? static_cast<uint32_t>(v.n) : v.tile_rows();
+  return rows * columns_of_tile(v);
+}
+
+// Records: two entries a column, and one that pads for each 255 columns or fewer that are stepped over. Units of a stream: no
+// word takes more than one.
 XORZ_DEVICE bool units_of(const View& v, uint32_t tile, Span& span) {
-  return span_of(v, kHeaderBytes, tile, v.units, span);
+  const uint32_t most =
+      v.encoding == kSparse ? 2 * columns_of_tile(v) + kMaxTileCols / 128 : words_of_tile(v);
+  return span_of(v, kHeaderBytes, tile, v.units, span) && span.to - span.from <= most;
 }
 
 // Where a section begins that follows one that ends at `end`.
@@ -101,20 +116,22 @@ XORZ_DEVICE uint64_t section_after(uint64_t end) {
 struct Listing {
   uint64_t directory, positions, words;
   uint32_t count;
+  uint32_t of_word;  // how many a word may have
 };
 
 XORZ_DEVICE Listing exceptions_in(const View& v) {
-  return {v.exception_directory, v.exception_positions, v.exception_words, v.exceptions};
+  return {v.exception_directory, v.exception_positions, v.exception_words, v.exceptions, 1};
 }
 
 XORZ_DEVICE Listing differences_in(const View& v) {
   const uint64_t words = section_after(v.difference_positions + 2 * static_cast<uint64_t>(v.differences));
-  return {v.difference_directory, v.difference_positions, words, v.differences};
+  return {v.difference_directory, v.difference_positions, words, v.differences, 2};
 }
 
 XORZ_DEVICE bool listed_of(const View& v, const Listing& list, uint32_t tile, Span& span) {
   span = {0, 0};
-  return list.count == 0 || span_of(v, list.directory, tile, list.count, span);
+  return list.count == 0 || (span_of(v, list.directory, tile, list.count, span) &&
+                             span.to - span.from <= list.of_word * words_of_tile(v));
 }
 
 // Open `length` bytes that shall be the delta of an n x k matrix of `dtype`, or of any dtype where that is 0.

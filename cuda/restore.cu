@@ -13,14 +13,15 @@
 //     16-byte loads -> shared memory -> steps (exponent.cuh) -> 16-byte stores; meanwhile the next loads
 //     differences (differences.cuh) when the tile is done, then exceptions
 //
-// Where a tile contradicts itself: restore fills it with NaN (all bits set), apply leaves unspecified words
-// in it; both report. Where the delta does not fit, restore fills the matrix with NaN and apply leaves it as
-// it was.
+// Restore fills a tile that contradicts itself with NaN (all bits set), and the matrix where the delta does not fit; it
+// reports. Apply is two launches: `verify` does all of the above but for the stores, reports, and writes a verdict a block;
+// `apply` reads every verdict first, and does nothing unless all are 0. So no word has changed when something is wrong.
 //
 // Bytes: restore reads base + delta and writes n * k words; apply reads the delta and, of `sparse`, the
-// 32-byte sectors with changes, which it also writes. 256 threads; shared memory 17.5 KiB (8 warps x 2 KiB of
-// staged words, 1 KiB of sums). Registers: see gate.txt. Grid: any number of blocks is right; the launch asks
-// for one a tile.
+// 32-byte sectors with changes, which it also writes; verify reads the delta and, of `exponent`, the base, and
+// 4 bytes a block of verify are read in each block of apply, from L2. 256 threads; shared memory 17.5 KiB (8 warps x
+// 2 KiB of staged words, 1 KiB of sums). Registers: see gate.txt. Grid: any number of blocks is right; the launch asks
+// for one a tile, of verify for 1024 at most.
 #include "differences.cuh"
 #include "exponent.cuh"
 #include "words.cuh"
@@ -33,21 +34,32 @@ constexpr uint32_t kRuns = kThreads / kTileLanes;
 constexpr uint32_t kStage = 2048;                // bytes of a row that a warp stages
 constexpr uint32_t kLoads = kStage / (32 * 16);  // 16-byte loads of a lane for them
 
+// What is done with the words.
+enum Work : uint32_t { kRestore, kApply, kVerify };
+
 struct RestoreShared {
   Vector stage[kThreads / 32][kStage / 16];
   uint32_t sums[kRuns][kTileLanes];
   View view;
   uint32_t code;
   uint32_t corrupt;
+  uint32_t refused;  // kVerify: a tile of this block was found corrupt
 };
 
-template <class W, bool kApply>
+// A tile is corrupt. One thread calls.
+template <Work kWork>
+XORZ_DEVICE void report_tile(RestoreShared& shared, uint32_t* status) {
+  if (kWork == kVerify) shared_or(&shared.refused, 1);
+  report(status, kTileCorrupt, 0);
+}
+
+template <class W, Work kWork>
 XORZ_DEVICE void sparse_tile(RestoreShared& shared, uint32_t tile, const W* base, W* out, uint32_t* status) {
   const View& v = shared.view;
   const Rect rect = rect_of(v, tile);
   const uint32_t thread = thread_index(), lane = thread % kTileLanes, i = thread / kTileLanes;
   W* corner = out + rect.r0 * v.k + rect.c0;
-  if (!kApply) {
+  if (kWork == kRestore) {
     for (uint32_t r = thread / 32; r < rect.rows; r += kThreads / 32)
       copy_words(corner + r * v.k, base + (rect.r0 + r) * v.k + rect.c0, rect.cols, thread % 32, 32);
   }
@@ -63,19 +75,20 @@ XORZ_DEVICE void sparse_tile(RestoreShared& shared, uint32_t tile, const W* base
   if (listed && live) {
     uint32_t column = 0;
     for (uint32_t before = 0; before < i; before++) column += shared.sums[before][lane];
-    sound = patch_run(records, v.dtype, lane, run, column, rect.cols, base + (rect.r0 + lane) * v.k + rect.c0,
-                      corner + lane * v.k);
+    const W* row = base + (rect.r0 + lane) * v.k + rect.c0;
+    sound = patch_run<W, kWork != kVerify>(records, v.dtype, lane, run, column, rect.cols, row,
+                                           corner + lane * v.k);
   }
   if (!sound) shared.corrupt = 1;
   block_sync();
-  if (!patch_exceptions(v, tile, rect, out, thread, kThreads)) shared.corrupt = 1;
+  if (!patch_exceptions<W, kWork != kVerify>(v, tile, rect, out, thread, kThreads)) shared.corrupt = 1;
   block_sync();
   if (shared.corrupt) {
-    if (!kApply) {
+    if (kWork == kRestore) {
       for (uint32_t r = thread / 32; r < rect.rows; r += kThreads / 32)
         fill_nan(corner + r * v.k, rect.cols, thread % 32, 32);
     }
-    if (thread == 0) report(status, kTileCorrupt, 0);
+    if (thread == 0) report_tile<kWork>(shared, status);
   }
   block_sync();
 }
@@ -110,7 +123,7 @@ struct Chunk {
   }
 };
 
-template <class W, bool kApply>
+template <class W, Work kWork>
 XORZ_DEVICE void exponent_tile(RestoreShared& shared, uint32_t tile, const W* base, W* out,
                                uint32_t* status) {
   const View& v = shared.view;
@@ -118,7 +131,7 @@ XORZ_DEVICE void exponent_tile(RestoreShared& shared, uint32_t tile, const W* ba
   const uint32_t lane = thread_index() % 32;
   W* stage = reinterpret_cast<W*>(shared.stage[thread_index() / 32]);
   constexpr uint32_t kWords = Chunk<W>::kWords;
-  const W* from = (kApply ? out : base) + rect.r0 * v.k + rect.c0;
+  const W* from = (kWork == kRestore ? base : out) + rect.r0 * v.k + rect.c0;
   W* corner = out + rect.r0 * v.k + rect.c0;
   Stream<W> stream;
   bool sound = stream.begin(v, tile);
@@ -141,12 +154,13 @@ XORZ_DEVICE void exponent_tile(RestoreShared& shared, uint32_t tile, const W* ba
       warp_sync();
       W* to = corner + r * v.k + c;
       uint32_t whole = 0;
-      if (aligned(to, 16)) {
+      if (kWork != kVerify && aligned(to, 16)) {
         whole = count / Chunk<W>::kPer * Chunk<W>::kPer;
         for (uint32_t i = lane * Chunk<W>::kPer; i < whole; i += 32 * Chunk<W>::kPer)
           store_vector(to + i, load_shared(stage + i));
       }
-      for (uint32_t i = whole + lane; i < count; i += 32) store(to + i, stage[i]);
+      if (kWork != kVerify)
+        for (uint32_t i = whole + lane; i < count; i += 32) store(to + i, stage[i]);
       warp_sync();
       r = next_r;
       c = next_c;
@@ -156,71 +170,109 @@ XORZ_DEVICE void exponent_tile(RestoreShared& shared, uint32_t tile, const W* ba
   warp_sync();
   const auto edit = [&](uint32_t r, uint32_t c, auto after) {
     W* word = corner + r * v.k + c;
-    store(word, after(load(word)));
+    if (kWork != kVerify) store(word, after(load(word)));
   };
   sound = add_differences<W>(v, tile, rect, lane, 32, edit) && sound;
   warp_sync();
-  sound = patch_exceptions(v, tile, rect, out, lane, 32) && sound;
+  sound = patch_exceptions<W, kWork != kVerify>(v, tile, rect, out, lane, 32) && sound;
   if (warp_ballot(!sound) != 0) {
     warp_sync();
-    if (!kApply)
+    if (kWork == kRestore)
       for (uint32_t r = 0; r < rect.rows; r++) fill_nan(corner + r * v.k, rect.cols, lane, 32);
-    if (lane == 0) report(status, kTileCorrupt, 0);
+    if (lane == 0) report_tile<kWork>(shared, status);
   }
 }
 
-template <class W, bool kApply>
-XORZ_DEVICE void restore(RestoreShared& shared, const W* base, W* out, const uint8_t* delta,
-                         uint64_t delta_bytes, uint64_t n, uint64_t k, uint32_t dtype, uint32_t* status) {
-  if (thread_index() == 0) {
-    shared.code = open_delta(delta, delta_bytes, n, k, dtype, shared.view);
-    if (shared.code == kOk && word_bytes_of(shared.view.dtype) != sizeof(W)) shared.code = kMismatch;
-  }
-  block_sync();
+// All tiles that are the block's, each as `kWork` says. The delta fits.
+template <class W, Work kWork>
+XORZ_DEVICE void each_tile_of_block(RestoreShared& shared, const W* base, W* out, uint32_t* status) {
+  const View& v = shared.view;
   const uint64_t thread = static_cast<uint64_t>(block_x()) * kThreads + thread_index();
   const uint64_t threads = static_cast<uint64_t>(blocks_x()) * kThreads;
-  if (shared.code != kOk) {
-    if (!kApply) fill_nan(out, n * k, thread, threads);
-    if (thread == 0) report(status, shared.code, 0);
-    return;
-  }
-  const View& v = shared.view;
   switch (v.encoding) {
     case kUnchanged:
-      if (!kApply) copy_words(out, base, n * k, thread, threads);
+      if (kWork == kRestore) copy_words(out, base, v.n * v.k, thread, threads);
       break;
     case kRaw:
-      copy_words(out, reinterpret_cast<const W*>(v.bytes + v.payload), n * k, thread, threads);
+      if (kWork != kVerify)
+        copy_words(out, reinterpret_cast<const W*>(v.bytes + v.payload), v.n * v.k, thread, threads);
       break;
     case kSparse:
       for (uint64_t tile = block_x(); tile < v.tiles; tile += blocks_x())
-        sparse_tile<W, kApply>(shared, static_cast<uint32_t>(tile), base, out, status);
+        sparse_tile<W, kWork>(shared, static_cast<uint32_t>(tile), base, out, status);
       break;
     default:
       // Tiles go to blocks first and to the warps of a block last: few tiles are spread over all processors.
       for (uint64_t tile = block_x() + static_cast<uint64_t>(blocks_x()) * (thread_index() / 32);
            tile < v.tiles; tile += static_cast<uint64_t>(blocks_x()) * (kThreads / 32))
-        exponent_tile<W, kApply>(shared, static_cast<uint32_t>(tile), base, out, status);
+        exponent_tile<W, kWork>(shared, static_cast<uint32_t>(tile), base, out, status);
   }
+}
+
+// Whether all verdicts are well. The block calls.
+XORZ_DEVICE bool well(const uint32_t* verdicts, uint64_t count) {
+  bool refused = false;
+  for (uint64_t i = thread_index(); i < count; i += kThreads) refused |= load_once(verdicts + i) != 0;
+  return !block_any(refused);
+}
+
+template <class W, Work kWork>
+XORZ_DEVICE void restore(RestoreShared& shared, const W* base, W* out, const uint8_t* delta,
+                         uint64_t delta_bytes, uint64_t n, uint64_t k, uint32_t dtype, uint32_t* status) {
+  if (thread_index() == 0) {
+    shared.refused = 0;
+    shared.code = open_delta(delta, delta_bytes, n, k, dtype, shared.view);
+    if (shared.code == kOk && word_bytes_of(shared.view.dtype) != sizeof(W)) shared.code = kMismatch;
+  }
+  block_sync();
+  if (shared.code == kOk) {
+    each_tile_of_block<W, kWork>(shared, base, out, status);
+    return;
+  }
+  const uint64_t thread = static_cast<uint64_t>(block_x()) * kThreads + thread_index();
+  if (kWork == kRestore) fill_nan(out, n * k, thread, static_cast<uint64_t>(blocks_x()) * kThreads);
+  if (thread == 0) report(status, shared.code, 0);
+}
+
+template <class W>
+XORZ_DEVICE void verify(RestoreShared& shared, W* weight, const uint8_t* delta, uint64_t delta_bytes,
+                        uint64_t n, uint64_t k, uint32_t dtype, uint32_t* status, uint32_t* verdicts,
+                        uint64_t verdict_count) {
+  restore<W, kVerify>(shared, weight, weight, delta, delta_bytes, n, k, dtype, status);
+  block_sync();
+  if (thread_index() == 0 && block_x() < verdict_count)
+    store(verdicts + block_x(), shared.code != kOk ? 1u : shared.refused);
 }
 
 }  // namespace
 }  // namespace xorz
 
 // See README.md for the parameters.
-#define XORZ_RESTORE(bits)                                                                                \
-  XORZ_KERNEL(256, 2)                                                                                     \
-  xorz_delta_restore_##bits(const uint##bits##_t* base, uint##bits##_t* out, const uint8_t* delta,        \
-                            uint64_t delta_bytes, uint64_t n, uint64_t k, uint32_t dtype,                 \
-                            uint32_t* status) {                                                           \
-    XORZ_SHARED xorz::RestoreShared shared;                                                               \
-    xorz::restore<uint##bits##_t, false>(shared, base, out, delta, delta_bytes, n, k, dtype, status);     \
-  }                                                                                                       \
-  XORZ_KERNEL(256, 2)                                                                                     \
-  xorz_delta_apply_##bits(uint##bits##_t* weight, const uint8_t* delta, uint64_t delta_bytes, uint64_t n, \
-                          uint64_t k, uint32_t dtype, uint32_t* status) {                                 \
-    XORZ_SHARED xorz::RestoreShared shared;                                                               \
-    xorz::restore<uint##bits##_t, true>(shared, weight, weight, delta, delta_bytes, n, k, dtype, status); \
+#define XORZ_RESTORE(bits)                                                                                 \
+  XORZ_KERNEL(256, 2)                                                                                      \
+  xorz_delta_restore_##bits(const uint##bits##_t* base, uint##bits##_t* out, const uint8_t* delta,         \
+                            uint64_t delta_bytes, uint64_t n, uint64_t k, uint32_t dtype,                  \
+                            uint32_t* status) {                                                            \
+    XORZ_SHARED xorz::RestoreShared shared;                                                                \
+    xorz::restore<uint##bits##_t, xorz::kRestore>(shared, base, out, delta, delta_bytes, n, k, dtype,      \
+                                                  status);                                                 \
+  }                                                                                                        \
+  XORZ_KERNEL(256, 2)                                                                                      \
+  xorz_delta_verify_##bits(uint##bits##_t* weight, const uint8_t* delta, uint64_t delta_bytes, uint64_t n, \
+                           uint64_t k, uint32_t dtype, uint32_t* status, uint32_t* verdicts,               \
+                           uint64_t verdict_count) {                                                       \
+    XORZ_SHARED xorz::RestoreShared shared;                                                                \
+    xorz::verify<uint##bits##_t>(shared, weight, delta, delta_bytes, n, k, dtype, status, verdicts,        \
+                                 verdict_count);                                                           \
+  }                                                                                                        \
+  XORZ_KERNEL(256, 2)                                                                                      \
+  xorz_delta_apply_##bits(uint##bits##_t* weight, const uint8_t* delta, uint64_t delta_bytes, uint64_t n,  \
+                          uint64_t k, uint32_t dtype, uint32_t* status, uint32_t* verdicts,                \
+                          uint64_t verdict_count) {                                                        \
+    XORZ_SHARED xorz::RestoreShared shared;                                                                \
+    if (!xorz::well(verdicts, verdict_count)) return;                                                      \
+    xorz::restore<uint##bits##_t, xorz::kApply>(shared, weight, weight, delta, delta_bytes, n, k, dtype,   \
+                                                status);                                                   \
   }
 
 XORZ_RESTORE(8)

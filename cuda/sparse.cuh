@@ -29,8 +29,8 @@ struct Records {
 template <class W>
 XORZ_DEVICE bool records_of(const View& v, uint32_t tile, Records<W>& records) {
   Span span;
-  // More than 2^24 records, and gaps of one byte could wrap a column of 32 bits; no tile has so many.
-  if (!units_of(v, tile, span) || span.to - span.from > 1u << 24) return false;
+  // No tile has so many records that gaps of one byte could wrap a column of 32 bits.
+  if (!units_of(v, tile, span)) return false;
   const uint64_t record = kTileLanes * (v.gap_bytes + sizeof(W));
   records.count = span.to - span.from;
   records.gap_bytes = v.gap_bytes;
@@ -40,7 +40,7 @@ XORZ_DEVICE bool records_of(const View& v, uint32_t tile, Records<W>& records) {
   return true;
 }
 
-// Run `i` of `of` (at most 64), as even as can be. `count` is at most 2^24, so 32 bits hold the products.
+// Run `i` of `of` (at most 64), as even as can be. No tile has 2^14 records, so 32 bits hold the products.
 XORZ_DEVICE Span run_of(uint32_t count, uint32_t i, uint32_t of) {
   return {count * i / of, count * (i + 1) / of};
 }

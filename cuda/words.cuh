@@ -29,8 +29,8 @@ XORZ_DEVICE void fill_nan(W* to, uint64_t count, uint64_t i, uint64_t of) {
 
 // One lane's run of records, from its row of the base to its row of the result (which may be the same).
 // `column` is where the record before the run stands. False where a column lies outside of the tile, or
-// columns of the lane go back.
-template <class W>
+// columns of the lane go back. Without `kStores` that is all that is done.
+template <class W, bool kStores = true>
 XORZ_DEVICE bool patch_run(const Records<W>& records, uint32_t dtype, uint32_t lane, Span run,
                            uint32_t column, uint32_t cols, const W* base, W* row) {
   const W nothing = no_op<W>(dtype);
@@ -69,15 +69,16 @@ XORZ_DEVICE bool patch_run(const Records<W>& records, uint32_t dtype, uint32_t l
       sum = (same ? sum : value_of(dtype, word)) + value_of(dtype, difference);
       word = narrow_to<W>(dtype, sum);
     }
-    store(row + column, word);
+    if (kStores) store(row + column, word);
     any = open = true;
     last = column;
   }
   return sound;
 }
 
-// The words stored apart. Ascending positions only: two threads never write the same word.
-template <class W>
+// The words stored apart. Ascending positions only: two threads never write the same word. Without `kStores` they are
+// looked at only.
+template <class W, bool kStores = true>
 XORZ_DEVICE bool patch_exceptions(const View& v, uint32_t tile, const Rect& rect, W* matrix, uint32_t i,
                                   uint32_t of) {
   Span span;
@@ -92,7 +93,7 @@ XORZ_DEVICE bool patch_exceptions(const View& v, uint32_t tile, const Rect& rect
       sound = false;
       continue;
     }
-    store(matrix + (rect.r0 + r) * v.k + rect.c0 + c, load_once(words + e));
+    if (kStores) store(matrix + (rect.r0 + r) * v.k + rect.c0 + c, load_once(words + e));
   }
   return sound;
 }

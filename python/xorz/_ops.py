@@ -234,8 +234,8 @@ def delta_restore(
 
 
 def delta_apply_(weight: Tensor, delta: Tensor) -> Tensor:
-    """Turn `weight` from base into fine-tune, in place, and give it back. Its digest is checked first (not on
-    CUDA).
+    """Turn `weight` from base into fine-tune, in place, and give it back. Its digest is checked first (on
+    CUDA only that every tile can be decoded): what is refused has changed no word.
 
     RuntimeError if it is another base, or requires grad in grad mode.
     """

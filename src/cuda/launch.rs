@@ -165,6 +165,14 @@ const DELTA_ALIGN: u64 = 16;
 /// Alignment of slots.
 const SLOT_ALIGN: u64 = 8;
 
+fn check_workspace(address: u64, align: u64) -> Result<()> {
+    check_aligned("workspace", address, align)?;
+    if address == 0 {
+        return Err(Error::invalid("workspace is at no address"));
+    }
+    Ok(())
+}
+
 fn check_aligned(what: &str, address: u64, to: u64) -> Result<()> {
     if address.is_multiple_of(to) {
         return Ok(());
@@ -189,7 +197,7 @@ pub unsafe fn delta_restore(
     delta: u64,
     delta_bytes: usize,
 ) -> Result<()> {
-    let launch = plan::restore(false, base.dtype, base.shape)?;
+    let launch = plan::restore(base.dtype, base.shape)?;
     let word = base.dtype.word_bytes() as u64;
     check_aligned("base", base.address, word)?;
     check_aligned("out", out, word)?;
@@ -210,18 +218,35 @@ pub unsafe fn delta_restore(
     unsafe { device.launch(launch, place.stream, params.pack()) }
 }
 
-/// `weight [n, k]` turns from base into fine-tuned words, in place. Its digest is not compared: who loads a
-/// delta does that.
+/// Bytes of device memory that [`delta_apply`] works in, aligned to 4. No address is looked at.
 ///
 /// # Errors
-/// As [`delta_restore`].
+/// `Unsupported` for a matrix that is too large.
+pub fn apply_workspace_bytes(weight: DeviceMatrix) -> Result<usize> {
+    Ok(4 * plan::apply(weight.dtype, weight.shape)?.verdicts())
+}
+
+/// `weight [n, k]` turns from base into fine-tuned words, in place. Every tile is decoded first, by a launch before: where one
+/// contradicts itself or its words, or the delta does not fit, no word changes and that is reported. The base's digest is not
+/// compared: who loads a delta does that.
+///
+/// # Errors
+/// As [`delta_restore`]; `InvalidArgument` for a misaligned `workspace` or none.
 ///
 /// # Safety
-/// As [`delta_restore`], `weight` in the place of `out`.
-pub unsafe fn delta_apply(place: Place, weight: DeviceMatrix, delta: u64, delta_bytes: usize) -> Result<()> {
-    let launch = plan::restore(true, weight.dtype, weight.shape)?;
+/// As [`delta_restore`], `weight` in the place of `out`; and [`apply_workspace_bytes`] at `workspace`, whose contents may be
+/// anything.
+pub unsafe fn delta_apply(
+    place: Place,
+    weight: DeviceMatrix,
+    delta: u64,
+    delta_bytes: usize,
+    workspace: u64,
+) -> Result<()> {
+    let launches = plan::apply(weight.dtype, weight.shape)?;
     check_aligned("weight", weight.address, weight.dtype.word_bytes() as u64)?;
     check_aligned("delta", delta, DELTA_ALIGN)?;
+    check_workspace(workspace, 4)?;
     let device = Device::get(place.device)?;
     device.raise()?;
     let params = Apply {
@@ -232,9 +257,13 @@ pub unsafe fn delta_apply(place: Place, weight: DeviceMatrix, delta: u64, delta_
         k: weight.shape.k as u64,
         dtype: weight.accepted(),
         status: device.status(Op::Apply),
+        verdicts: workspace,
+        verdict_count: launches.verdicts() as u64,
     };
-    // SAFETY: the parameters of that kernel, by its table; the memory is the caller's promise.
-    unsafe { device.launch(launch, place.stream, params.pack()) }
+    [launches.verify, launches.apply].into_iter().try_for_each(|launch| {
+        // SAFETY: the parameters of both kernels, by their table; the memory is the caller's promise.
+        unsafe { device.launch(launch, place.stream, params.pack()) }
+    })
 }
 
 /// What kernels on a device have reported since the last call of an op there, or of this: one report, which is then
@@ -329,10 +358,7 @@ pub unsafe fn delta_linear(place: Place, args: &Linear, workspace: u64, out: u64
             unsafe { device.launch(launch, place.stream, part.pack().first(params::SMALL)) }
         }),
         Product::Large(large) => {
-            check_aligned("workspace", workspace, WORKSPACE_ALIGN)?;
-            if workspace == 0 {
-                return Err(Error::invalid("workspace is at no address"));
-            }
+            check_workspace(workspace, WORKSPACE_ALIGN)?;
             let tiles = large.tiles(device.multiprocessors());
             [large.segments, tiles].into_iter().try_for_each(|launch| {
                 // SAFETY: the parameters of both kernels, by their table; the memory is the caller's promise.

@@ -24,6 +24,6 @@ pub mod plan;
 pub mod status;
 
 pub use launch::{
-    BatchRows, DeviceMatrix, Embedding, Linear, Place, delta_apply, delta_embedding, delta_linear,
-    delta_restore, reported,
+    BatchRows, DeviceMatrix, Embedding, Linear, Place, apply_workspace_bytes, delta_apply, delta_embedding,
+    delta_linear, delta_restore, reported,
 };

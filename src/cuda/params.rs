@@ -91,7 +91,7 @@ params! {
 }
 
 params! {
-    /// Of `xorz_delta_apply_*`.
+    /// Of `xorz_delta_verify_*` and `xorz_delta_apply_*`.
     Apply {
         weight: Pointer,
         delta: Pointer,
@@ -100,6 +100,8 @@ params! {
         k: U64,
         dtype: U32,
         status: Pointer,
+        verdicts: Pointer,
+        verdict_count: U64,
     }
 }
 

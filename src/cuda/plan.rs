@@ -20,17 +20,23 @@ const LARGE_BLOCKS: u32 = 2;
 pub const WORKSPACE_ALIGN: u64 = 16;
 /// Up to so many rows of x, the small product reads the base twice at most, the second time mostly from L2.
 const SMALL_ROWS: usize = 32;
+/// Blocks of `xorz_delta_verify_*`, each of which leaves a verdict that all blocks of `xorz_delta_apply_*` read.
+const MOST_VERDICTS: u32 = 1024;
 /// Words of W that a block of restore is meant for: rows, columns.
 const RESTORE_BLOCK: (usize, usize) = (16, 4096);
 /// The smallest tile: a matrix must have fewer than 2^32 of them.
 const SMALLEST_TILE: (usize, usize) = (16, 256);
 
 /// Every kernel that is launched, by its name in the image.
-pub const ENTRIES: [&str; 24] = [
+pub const ENTRIES: [&str; 28] = [
     "xorz_delta_restore_8",
     "xorz_delta_restore_16",
     "xorz_delta_restore_32",
     "xorz_delta_restore_64",
+    "xorz_delta_verify_8",
+    "xorz_delta_verify_16",
+    "xorz_delta_verify_32",
+    "xorz_delta_verify_64",
     "xorz_delta_apply_8",
     "xorz_delta_apply_16",
     "xorz_delta_apply_32",
@@ -188,16 +194,47 @@ fn check_rows(m: usize, slots: usize, what: &str) -> Result<()> {
     )))
 }
 
-/// The launch of `delta_restore`, or of `delta_apply_`, of a matrix of `dtype`.
+/// A launch on tiles of a matrix of `dtype`, of `most` blocks at most.
+fn on_tiles(verb: &str, dtype: Dtype, shape: Shape, most: u32) -> Result<Launch> {
+    check_shape(shape)?;
+    let entry = Entry::find(&format!("xorz_delta_{verb}_{}", 8 * dtype.word_bytes()))?;
+    let blocks = shape.n.div_ceil(RESTORE_BLOCK.0) * shape.k.div_ceil(RESTORE_BLOCK.1);
+    Ok(Launch { entry, grid: (blocks.clamp(1, most as usize) as u32, 1) })
+}
+
+/// The launch of `delta_restore` of a matrix of `dtype`.
 ///
 /// # Errors
 /// `Unsupported` for a matrix that is too large.
-pub fn restore(apply: bool, dtype: Dtype, shape: Shape) -> Result<Launch> {
-    check_shape(shape)?;
-    let verb = if apply { "apply" } else { "restore" };
-    let entry = Entry::find(&format!("xorz_delta_{verb}_{}", 8 * dtype.word_bytes()))?;
-    let blocks = shape.n.div_ceil(RESTORE_BLOCK.0) * shape.k.div_ceil(RESTORE_BLOCK.1);
-    Ok(Launch { entry, grid: (blocks.clamp(1, MOST_BLOCKS.0 as usize) as u32, 1) })
+pub fn restore(dtype: Dtype, shape: Shape) -> Result<Launch> {
+    on_tiles("restore", dtype, shape, MOST_BLOCKS.0)
+}
+
+/// The two launches of `delta_apply_`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Application {
+    /// Looks at every tile, and changes nothing; each block leaves a verdict of 4 bytes.
+    pub verify: Launch,
+    /// Changes the words if all verdicts are well.
+    pub apply: Launch,
+}
+
+impl Application {
+    /// Verdicts between the two.
+    pub fn verdicts(&self) -> usize {
+        self.verify.grid.0 as usize
+    }
+}
+
+/// The launches of `delta_apply_` of a matrix of `dtype`.
+///
+/// # Errors
+/// `Unsupported` for a matrix that is too large.
+pub fn apply(dtype: Dtype, shape: Shape) -> Result<Application> {
+    Ok(Application {
+        verify: on_tiles("verify", dtype, shape, MOST_VERDICTS)?,
+        apply: on_tiles("apply", dtype, shape, MOST_BLOCKS.0)?,
+    })
 }
 
 /// The launch of `delta_embedding` of `m` rows of a table of `dtype`, one block per 4096 columns; None where

@@ -79,11 +79,7 @@ pub fn error(op: Op, device: i32, word: u32) -> Error {
     let code = Code::ALL.into_iter().find(|c| *c as u32 == word >> SLOT_BITS);
     let of_slots = matches!(op, Op::Grouped | Op::Embedding);
     let whose = if of_slots { format!("the delta of slot {slot}") } else { "the delta".into() };
-    let lost = if op == Op::Apply {
-        "the weight may be damaged there"
-    } else {
-        "what depends on it came out as NaN"
-    };
+    let lost = if op == Op::Apply { "the weight is as it was" } else { "what depends on it came out as NaN" };
     let (make, what): (fn(String) -> Error, String) = match code {
         Some(Code::TileCorrupt) => {
             (Error::corrupt, format!("{whose} contradicts itself or the base; {lost}"))

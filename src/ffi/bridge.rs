@@ -13,7 +13,8 @@ use crate::resident::{self, Resident};
 use crate::vector;
 use arguments::Shim;
 use device::{
-    cuda_delta_apply, cuda_delta_embedding, cuda_delta_linear, cuda_delta_restore, cuda_linear_workspace,
+    cuda_apply_workspace, cuda_delta_apply, cuda_delta_embedding, cuda_delta_linear, cuda_delta_restore,
+    cuda_linear_workspace,
 };
 
 mod arguments;
@@ -229,7 +230,9 @@ pub mod door {
             weight: &CudaMatrix,
             delta: usize,
             delta_bytes: usize,
+            workspace: usize,
         ) -> Result<()>;
+        fn cuda_apply_workspace(weight: &CudaMatrix) -> Result<usize>;
         /// # Safety
         /// As [`crate::cuda::delta_linear`].
         unsafe fn cuda_delta_linear(

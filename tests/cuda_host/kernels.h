@@ -13,6 +13,10 @@
   X(xorz_delta_restore_16)      \
   X(xorz_delta_restore_32)      \
   X(xorz_delta_restore_64)      \
+  X(xorz_delta_verify_8)        \
+  X(xorz_delta_verify_16)       \
+  X(xorz_delta_verify_32)       \
+  X(xorz_delta_verify_64)       \
   X(xorz_delta_apply_8)         \
   X(xorz_delta_apply_16)        \
   X(xorz_delta_apply_32)        \

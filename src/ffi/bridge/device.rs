@@ -36,12 +36,17 @@ pub(super) unsafe fn cuda_delta_apply(
     weight: &CudaMatrix,
     delta: usize,
     delta_bytes: usize,
+    workspace: usize,
 ) -> Result<()> {
     guard(|| {
         let weight = device_words(weight)?;
         // SAFETY: the shim's promise.
-        unsafe { cuda::delta_apply(place.into(), weight, delta as u64, delta_bytes) }
+        unsafe { cuda::delta_apply(place.into(), weight, delta as u64, delta_bytes, workspace as u64) }
     })
+}
+
+pub(super) fn cuda_apply_workspace(weight: &CudaMatrix) -> Result<usize> {
+    guard(|| cuda::apply_workspace_bytes(device_words(weight)?))
 }
 
 fn device_linear(args: &CudaLinear) -> Result<cuda::Linear> {

@@ -140,8 +140,13 @@ impl Gpu {
     pub fn apply(&self, case: &Case, blob: &[u8]) -> Result<Vec<u8>> {
         let (weight, delta) = (self.words(case), self.put(blob));
         // SAFETY: as above.
-        unsafe { cuda::delta_apply(self.place(), weight, delta, blob.len()) }?;
+        unsafe { cuda::delta_apply(self.place(), weight, delta, blob.len(), self.between(weight)) }?;
         Ok(self.get(weight.address, case.base.len()))
+    }
+
+    /// What an apply works in.
+    pub fn between(&self, weight: DeviceMatrix) -> u64 {
+        self.put(&vec![0xA5; cuda::apply_workspace_bytes(weight).unwrap()])
     }
 
     /// One tenant's rows.

@@ -88,8 +88,47 @@ pub fn restore(
     params.extend([blob.len() as u64, shape.n as u64, shape.k as u64].map(Param::U64));
     params.push(Param::U32(dtype));
     params.push(Param::Out(vec![0; 4], 0));
+    if apply {
+        // No verdicts: whatever the delta is, it is applied.
+        params.extend([Param::Null, Param::U64(0)]);
+    }
     let kernel = format!("xorz_delta_{}_{bits}", if apply { "apply" } else { "restore" });
     Launch { kernel, blocks: (blocks, 1), seed, count: false, late: false, only: None, params }
+}
+
+/// Where in the parameters of apply the weight, status and verdicts are.
+pub const APPLY_WEIGHT: usize = 0;
+pub const APPLY_STATUS: usize = 6;
+pub const APPLY_VERDICTS: usize = 7;
+
+/// The launch that looks at every tile before `apply`, on `blocks` blocks: it may not write to the weight.
+pub fn verify(apply: &Launch, blocks: u32) -> Launch {
+    let mut launch = Launch { blocks: (blocks, 1), ..apply.clone() };
+    launch.kernel = apply.kernel.replace("apply", "verify");
+    if let Param::Out(weight, offset) = &apply.params[APPLY_WEIGHT] {
+        launch.params[APPLY_WEIGHT] = Param::In(weight.clone(), *offset);
+    }
+    launch.params[APPLY_VERDICTS] = Param::Out(vec![0xEE; 4 * blocks as usize], 0);
+    launch.params[APPLY_VERDICTS + 1] = Param::U64(blocks.into());
+    launch
+}
+
+/// Run launches of apply, each after its verify on `blocks` blocks.
+///
+/// # Errors
+/// What the runner or a sanitizer said.
+pub fn run_applies(device: &Device, all: &[Launch], blocks: u32) -> Result<Vec<Vec<After>>, String> {
+    let verifies: Vec<_> = all.iter().map(|launch| verify(launch, blocks)).collect();
+    let left = device.run(&verifies)?;
+    let after = |(launch, mut left): (&Launch, Vec<After>)| {
+        let mut launch = launch.clone();
+        launch.params[APPLY_STATUS] = Param::Out(std::mem::take(&mut left[APPLY_STATUS].bytes), 0);
+        launch.params[APPLY_VERDICTS] = Param::In(std::mem::take(&mut left[APPLY_VERDICTS].bytes), 0);
+        launch.params[APPLY_VERDICTS + 1] = Param::U64(blocks.into());
+        launch
+    };
+    let applies: Vec<_> = all.iter().zip(left).map(after).collect();
+    device.run(&applies)
 }
 
 /// Many tenants' rows, or one tenant's.

@@ -4,7 +4,9 @@
 
 use crate::common::data::{Rng, word};
 use crate::common::device::{After, Device};
-use crate::common::kernels::{LINEAR_OUT, LINEAR_STATUS, Linear, device, restore, run_large, status};
+use crate::common::kernels::{
+    APPLY_STATUS, LINEAR_OUT, LINEAR_STATUS, Linear, device, restore, run_large, status,
+};
 use crate::common::linear::{Case, DTYPES, ENCODINGS, first_difference, integers};
 use crate::common::lookups::{LOOKUP_OUT, LOOKUP_STATUS, Tables};
 use crate::common::mutants::{Mutant, all_caught};
@@ -116,7 +118,7 @@ fn words_of_another_size(device: &Device, sizes: &[usize]) -> Checked {
                     let after =
                         device.run(&[restore(apply, (0, shape), size, &base, &blob, 3, 1)])?.remove(0);
                     let name = || format!("{foreign} {encoding} on words of {size} bytes, apply {apply}");
-                    let code = status(&after, after.len() - 1);
+                    let code = status(&after, if apply { APPLY_STATUS } else { 7 });
                     ensure(code == 6 << 24, || format!("{}: status {code:#x}", name()))?;
                     let kept = if apply {
                         after[0].bytes == base

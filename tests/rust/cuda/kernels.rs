@@ -4,8 +4,8 @@
 use crate::common::data::{Rng, adversarial, perturbed, value, word};
 use crate::common::device::{After, Device, Launch, Param, root};
 use crate::common::kernels::{
-    Fleet, LINEAR_OUT, LINEAR_STATUS, Linear, assert_streams, device, maps, mixes, nudged, on_tiles, restore,
-    status, tuned,
+    APPLY_STATUS, APPLY_WEIGHT, Fleet, LINEAR_OUT, LINEAR_STATUS, Linear, assert_streams, device, maps,
+    mixes, nudged, on_tiles, restore, run_applies, status, tuned,
 };
 use crate::common::linear::{Case, DTYPES, ENCODINGS, first_difference, integers, values};
 use xorz::codec::Encoding;
@@ -24,12 +24,15 @@ fn check_restores(device: &Device, cases: &[(Case, Vec<u8>)], rng: &mut Rng) {
             launches.push(restore(apply, dtype, case.dtype.word_bytes(), &case.base, blob, blocks, seed));
         }
     }
-    let after = device.run(&launches).unwrap();
+    let mut after = device.run(&launches).unwrap();
+    let applies: Vec<_> = launches.iter().skip(1).step_by(2).cloned().collect();
+    let checked = run_applies(device, &applies, 3).unwrap();
+    after.iter_mut().skip(1).step_by(2).zip(checked).for_each(|(after, checked)| *after = checked);
     for (i, after) in after.iter().enumerate() {
         let (case, _) = &cases[i / 2];
-        let (out, last) = (1 - i % 2, after.len() - 1);
+        let (out, at) = [(1, 7), (APPLY_WEIGHT, APPLY_STATUS)][i % 2];
         let name = format!("{} of {}", launches[i].kernel, case.name());
-        assert_eq!(status(after, last), 0, "{name}");
+        assert_eq!(status(after, at), 0, "{name}");
         let w = case.dtype.word_bytes();
         let wrong = after[out].bytes.chunks(w).zip(case.fine_tuned.chunks(w)).position(|(a, b)| a != b);
         assert_eq!(wrong, None, "{name}");

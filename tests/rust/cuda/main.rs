@@ -19,6 +19,7 @@ mod budget;
 mod bytes;
 mod edges;
 mod embedding;
+mod forged;
 mod hostile;
 mod kernels;
 mod large;

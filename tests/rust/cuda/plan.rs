@@ -76,7 +76,8 @@ fn table<P: Params>() -> Vec<(String, Kind)> {
 fn parameters_are_those_of_the_kernels_and_of_the_readme() {
     for (ours, file, kernel, entry) in [
         (table::<Restore>(), "restore.cu", "xorz_delta_restore_##bits", "`xorz_delta_restore_"),
-        (table::<Apply>(), "restore.cu", "xorz_delta_apply_##bits", "`xorz_delta_apply_"),
+        (table::<Apply>(), "restore.cu", "xorz_delta_verify_##bits", "`xorz_delta_verify_"),
+        (table::<Apply>(), "restore.cu", "xorz_delta_apply_##bits", "`xorz_delta_verify_"),
         (table::<Embedding>(), "embedding.cu", "xorz_delta_embedding_##bits", "`xorz_delta_embedding_"),
         (
             table::<Linear>()[..SMALL].to_vec(),
@@ -99,8 +100,18 @@ fn parameters_are_those_of_the_kernels_and_of_the_readme() {
 
 #[test]
 fn parameters_are_packed_in_the_order_of_their_table() {
-    let mut packed = Apply { weight: 1, delta: 2, delta_bytes: 3, n: 4, k: 5, dtype: 6, status: 7 }.pack();
-    assert_eq!(packed.words_mut(), [1, 2, 3, 4, 5, 6, 7]);
+    let numbers = Apply {
+        weight: 1,
+        delta: 2,
+        delta_bytes: 3,
+        n: 4,
+        k: 5,
+        dtype: 6,
+        status: 7,
+        verdicts: 8,
+        verdict_count: 9,
+    };
+    assert_eq!(numbers.pack().words_mut(), [1, 2, 3, 4, 5, 6, 7, 8, 9]);
     let all =
         Linear { x: 10, status: u64::MAX, tenant_of_row: 18, workspace: 5, ..Default::default() }.pack();
     assert_eq!(all.clone().words_mut(), [10, 0, 0, 0, 0, 0, 0, 0, 18, 0, 0, 0, 0, u64::MAX, 5]);
@@ -156,17 +167,29 @@ fn numbers_are_those_of_the_kernels() {
 
 #[test]
 fn restore_takes_a_block_for_each_16_rows_of_4096_columns() {
-    for (n, k, blocks) in
-        [(0, 5, 1), (1, 1, 1), (16, 4096, 1), (17, 4096, 2), (16, 4097, 2), (4096, 4096, 256)]
-    {
+    for (n, k, blocks) in [
+        (0, 5, 1),
+        (1, 1, 1),
+        (16, 4096, 1),
+        (17, 4096, 2),
+        (16, 4097, 2),
+        (4096, 4096, 256),
+        (16 * 1500, 1, 1500),
+    ] {
         for dtype in Dtype::ALL {
-            let bits = 8 * dtype.word_bytes();
-            for (apply, verb) in [(false, "restore"), (true, "apply")] {
-                let launch = plan::restore(apply, dtype, Shape { n, k }).unwrap();
-                assert_eq!(launch.grid, (blocks, 1), "{n} x {k}");
+            let (bits, shape) = (8 * dtype.word_bytes(), Shape { n, k });
+            let both = plan::apply(dtype, shape).unwrap();
+            // A verdict a block is read by each block of apply: of many there are not.
+            for (launch, verb, blocks) in [
+                (plan::restore(dtype, shape).unwrap(), "restore", blocks),
+                (both.verify, "verify", blocks.min(1024)),
+                (both.apply, "apply", blocks),
+            ] {
+                assert_eq!(launch.grid, (blocks, 1), "{verb} {n} x {k}");
                 assert_eq!(launch.entry.name(), format!("xorz_delta_{verb}_{bits}"));
                 assert_eq!(ENTRIES[launch.entry.index()], launch.entry.name());
             }
+            assert_eq!(both.verdicts(), blocks.min(1024) as usize);
         }
     }
 }
@@ -300,7 +323,8 @@ fn what_the_kernels_cannot_count_is_refused() {
         Shape { n: 1, k: 1 << 31 },
         Shape { n: i32::MAX as usize, k: i32::MAX as usize },
     ] {
-        assert_eq!(kind(plan::restore(false, Dtype::U8, shape).map(|_| ())), refused);
+        assert_eq!(kind(plan::restore(Dtype::U8, shape).map(|_| ())), refused);
+        assert_eq!(kind(plan::apply(Dtype::U8, shape).map(|_| ())), refused);
         assert_eq!(kind(plan::linear(Dtype::F32, of_one(1), shape).map(|_| ())), refused);
     }
     let shape = Shape { n: 1, k: 1 };

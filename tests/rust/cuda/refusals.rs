@@ -34,7 +34,7 @@ fn child_reports() {
     (bits.dtype, bits.bits) = (Dtype::I16, true);
     let (delta, bytes) = (gpu.put(&foreign.blob), foreign.blob.len());
     // SAFETY: allocations of those sizes.
-    unsafe { cuda::delta_apply(gpu.place(), bits, delta, bytes) }.unwrap();
+    unsafe { cuda::delta_apply(gpu.place(), bits, delta, bytes, gpu.between(bits)) }.unwrap();
     assert!(gpu.get(bits.address, foreign.base.len()) == foreign.fine_tuned);
     // Else the call itself is well, and its result is NaN.
     assert!(gpu.restore(&good, &foreign.blob).unwrap().iter().all(|b| *b == 0xFF));
@@ -252,10 +252,12 @@ fn child_addresses() {
         let r = unsafe { cuda::delta_restore(place, words(Dtype::F32, base), out, delta, 512) };
         said(r, Kind::InvalidArgument, &[name, "no multiple of"]);
     }
-    for (weight, delta, name) in [(1, 16, "weight"), (16, 8, "delta")] {
+    for (weight, delta, between, name) in
+        [(1, 16, 16, "weight"), (16, 8, 16, "delta"), (16, 16, 18, "workspace"), (16, 16, 0, "workspace")]
+    {
         // SAFETY: as above.
-        let r = unsafe { cuda::delta_apply(place, words(Dtype::BF16, weight), delta, 512) };
-        said(r, Kind::InvalidArgument, &[name, "no multiple of"]);
+        let r = unsafe { cuda::delta_apply(place, words(Dtype::BF16, weight), delta, 512, between) };
+        said(r, Kind::InvalidArgument, &[name, if between == 0 { "no address" } else { "no multiple of" }]);
     }
     let rows = BatchRows { slots: 16, slot_count: 1, tenant_of_row: 16 };
     let good = Linear {
