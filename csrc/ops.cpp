@@ -15,8 +15,7 @@ struct Op {
   const char* name;
   const char* schema;
   Boxed cpu;
-  // Null: the CPU kernel is registered for CUDA, too, and refuses tensors that are not on the CPU.
-  Boxed cuda = nullptr;
+  Boxed cuda;
 };
 
 const Op kOps[] = {
@@ -24,7 +23,7 @@ const Op kOps[] = {
      "delta_linear(Tensor input, Tensor weight, Tensor? bias, Tensor delta, *, str mode=\"fast\") -> Tensor",
      TORCH_BOX(&delta_linear_cpu), TORCH_BOX(&delta_linear_cuda)},
     {"delta_linear_grad_input", "delta_linear_grad_input(Tensor grad, Tensor weight, Tensor delta) -> Tensor",
-     TORCH_BOX(&delta_linear_grad_input_cpu)},
+     TORCH_BOX(&delta_linear_grad_input_cpu), TORCH_BOX(&delta_linear_grad_input_cuda)},
     {"delta_linear_grouped",
      "delta_linear_grouped(Tensor input, Tensor weight, Tensor? biases, Tensor arena, Tensor slots, "
      "Tensor tenant_of_row, *, str mode=\"fast\") -> Tensor",
@@ -32,7 +31,7 @@ const Op kOps[] = {
     {"delta_linear_grouped_grad_input",
      "delta_linear_grouped_grad_input(Tensor grad, Tensor weight, Tensor arena, Tensor slots, Tensor "
      "tenant_of_row) -> Tensor",
-     TORCH_BOX(&delta_linear_grouped_grad_input_cpu)},
+     TORCH_BOX(&delta_linear_grouped_grad_input_cpu), TORCH_BOX(&delta_linear_grouped_grad_input_cuda)},
     {"delta_embedding",
      "delta_embedding(Tensor indices, Tensor weight, Tensor arena, Tensor slots, Tensor tenant_of_row) -> "
      "Tensor",
@@ -90,7 +89,7 @@ class Registrar {
     impls_.push_back(impl);
     bool ok = true;
     for (const Op& op : kOps) {
-      const Boxed kernel = std::strcmp(key, "CUDA") == 0 && op.cuda != nullptr ? op.cuda : op.cpu;
+      const Boxed kernel = std::strcmp(key, "CUDA") == 0 ? op.cuda : op.cpu;
       ok = torch_library_impl(impl, op.name, kernel, TORCH_ABI_VERSION) == 0 && ok;
     }
     return ok;

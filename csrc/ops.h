@@ -37,6 +37,9 @@ void delta_check_cpu(const Tensor& delta, const Tensor& base);
 // On a CUDA device; see ops_cuda.cpp and via_host_cuda.cpp.
 Tensor delta_linear_cuda(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                          const Tensor& delta, const std::string& mode);
+Tensor delta_linear_grad_input_cuda(const Tensor& grad, const Tensor& weight, const Tensor& delta);
+Tensor delta_linear_grouped_grad_input_cuda(const Tensor& grad, const Tensor& weight, const Tensor& arena,
+                                            const Tensor& slots, const Tensor& tenant_of_row);
 Tensor delta_linear_grouped_cuda(const Tensor& input, const Tensor& weight,
                                  const std::optional<Tensor>& biases, const Tensor& arena,
                                  const Tensor& slots, const Tensor& tenant_of_row, const std::string& mode);

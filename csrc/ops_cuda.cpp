@@ -50,13 +50,46 @@ Tensor product(const Checks& checks, const OnDevice& device, const CudaLinear& a
   return out;
 }
 
-// The weight of a product, of the input's dtype or its bits.
-HostMatrix weight_of(const Checks& checks, const Tensor& weight, const DtypeRow& type, const Tensor& input) {
+// What one tenant's product takes: its left operand's dtype, and the weight, of that dtype or its bits.
+struct OneWeight {
+  const DtypeRow* type;
+  HostMatrix words;
+};
+
+// `name`: of the left operand.
+OneWeight weight_of(const Checks& checks, const char* name, const Tensor& input, const Tensor& weight,
+                    const Tensor& delta) {
+  checks.delta("delta", delta);
+  const DtypeRow& type = checks.known(name, input);
+  if (type.code > 3)
+    checks.refuse(std::string(name) + " is " + text(input) + "; only float32, bfloat16 and float16 compute");
   HostMatrix words = checks.words("weight", weight);
   if (weight.dim() != 2) checks.refuse("weight must be 2-D [n, k], but is " + text(weight));
   if (are_bits(weight) && static_cast<uint8_t>(weight.element_size()) == type.bytes) words.dtype = type.code;
-  if (words.dtype != type.code) checks.refuse("input is " + text(input) + ", but weight is " + text(weight));
-  return words;
+  if (words.dtype != type.code)
+    checks.refuse(std::string(name) + " is " + text(input) + ", but weight is " + text(weight));
+  return {&type, words};
+}
+
+// The arguments of a product of `m` rows at `input` with one tenant's weight.
+CudaLinear one_linear(const HostMatrix& words, size_t input, size_t m, const Tensor& delta) {
+  CudaLinear args{};
+  args.input = input;
+  args.m = m;
+  args.weight = device_words(words);
+  args.arena = address(delta);
+  args.arena_bytes = static_cast<size_t>(delta.numel());
+  return args;
+}
+
+// The arguments of a product of many tenants.
+CudaLinear grouped_linear(const GroupedOperands& g, const Tensor& arena) {
+  CudaLinear args = one_linear(g.weight, address(g.rows), g.m, arena);
+  args.grouped = true;
+  args.slots = address(g.tenancy.slots);
+  args.slot_count = g.s;
+  args.tenant_of_row = address(g.tenancy.tenant_of_row);
+  return args;
 }
 
 }  // namespace
@@ -65,34 +98,52 @@ Tensor delta_linear_cuda(const Tensor& input, const Tensor& weight, const std::o
                          const Tensor& delta, const std::string& mode) {
   const Checks checks{"delta_linear", cuda_device_of({&input, &weight, bias ? &*bias : nullptr, &delta})};
   check_mode(checks, mode);
-  checks.delta("delta", delta);
-  const DtypeRow& type = checks.known("input", input);
-  if (type.code > 3)
-    checks.refuse("input is " + text(input) + "; only float32, bfloat16 and float16 compute");
-  const HostMatrix words = weight_of(checks, weight, type, input);
+  const OneWeight w = weight_of(checks, "input", input, weight, delta);
+  const DtypeRow& type = *w.type;
+  const HostMatrix& words = w.words;
   const size_t m = check_rows(checks, "input", input, type, words.k, "weight.shape[1]");
   if (bias) check_bias(checks, *bias, type, words.n);
   const NoGrad guard;
   const OnDevice device(checks.cuda);
   if (mode == "exact") {
     // One transient matrix: no other size of panel is sure to give cuBLAS's bits.
-    const Tensor w = restored(checks, device, device_words(words), weight, type.torch, delta);
-    const Tensor out = call_aten("aten::linear", "", input, w, bias);
+    const Tensor whole = restored(checks, device, device_words(words), weight, type.torch, delta);
+    const Tensor out = call_aten("aten::linear", "", input, whole, bias);
     check_not_autocast(checks, out, type.torch);
     return out;
   }
   const Tensor x = in_a_row(input), plain = aligned(delta);
   std::optional<Tensor> plain_bias;
   if (bias) plain_bias = in_a_row(*bias);
-  CudaLinear args{};
-  args.input = address(x);
-  args.m = m;
-  args.weight = device_words(words);
+  CudaLinear args = one_linear(words, address(x), m, plain);
   args.biases = plain_bias ? address(*plain_bias) : 0;
-  args.arena = address(plain);
-  args.arena_bytes = static_cast<size_t>(plain.numel());
   args.deterministic = mode == "deterministic";
   return product(checks, device, args, input, sizes_with_last(input, words.n));
+}
+
+Tensor delta_linear_grad_input_cuda(const Tensor& grad, const Tensor& weight, const Tensor& delta) {
+  const Checks checks{"delta_linear_grad_input", cuda_device_of({&grad, &weight, &delta})};
+  const OneWeight w = weight_of(checks, "grad", grad, weight, delta);
+  const size_t m = check_rows(checks, "grad", grad, *w.type, w.words.n, "weight.shape[0]");
+  const NoGrad guard;
+  const OnDevice device(checks.cuda);
+  const Tensor g = in_a_row(grad), plain = aligned(delta);
+  CudaLinear args = one_linear(w.words, address(g), m, plain);
+  args.grad = true;
+  return product(checks, device, args, grad, sizes_with_last(grad, w.words.k));
+}
+
+Tensor delta_linear_grouped_grad_input_cuda(const Tensor& grad, const Tensor& weight, const Tensor& arena,
+                                            const Tensor& slots, const Tensor& tenant_of_row) {
+  const Checks checks{"delta_linear_grouped_grad_input",
+                      cuda_device_of({&grad, &weight, &arena, &slots, &tenant_of_row})};
+  checks.known("weight", weight);
+  const OnDevice device(checks.cuda);
+  const GroupedOperands g = grouped_operands(checks, "grad", grad, 0, weight, arena, slots, tenant_of_row);
+  const NoGrad guard;
+  CudaLinear args = grouped_linear(g, arena);
+  args.grad = true;
+  return product(checks, device, args, grad, g.out_sizes);
 }
 
 Tensor delta_linear_grouped_cuda(const Tensor& input, const Tensor& weight,
@@ -110,18 +161,9 @@ Tensor delta_linear_grouped_cuda(const Tensor& input, const Tensor& weight,
   const GroupedOperands g = grouped_operands(checks, "input", input, 1, weight, arena, slots, tenant_of_row);
   if (biases) check_biases(checks, *biases, g);
   const NoGrad guard;
-  CudaLinear args{};
-  args.input = address(g.rows);
-  args.m = g.m;
-  args.weight = device_words(g.weight);
+  CudaLinear args = grouped_linear(g, arena);
   args.biases = biases ? address(*biases) : 0;
   args.bias_stride = biases ? static_cast<size_t>(biases->stride(0)) : 0;
-  args.arena = address(arena);
-  args.arena_bytes = static_cast<size_t>(arena.numel());
-  args.grouped = true;
-  args.slots = address(g.tenancy.slots);
-  args.slot_count = g.s;
-  args.tenant_of_row = address(g.tenancy.tenant_of_row);
   args.deterministic = mode == "deterministic";
   return product(checks, device, args, input, g.out_sizes);
 }

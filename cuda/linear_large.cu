@@ -51,15 +51,6 @@ struct LargeShared {
   uint32_t corrupt;
 };
 
-// W as it is.
-struct NoPatch {
-  template <class W>
-  XORZ_DEVICE void begin(Marks&, uint32_t*, const View&, const W*, uint64_t, uint32_t, uint32_t) {}
-  template <class W>
-  XORZ_DEVICE void step(W*, uint32_t) {}
-  XORZ_DEVICE void end(uint32_t*) {}
-};
-
 // sums += x . (words, patched), over `across` tile columns of `cols` columns. The block calls.
 template <class Patch, class Sums, class W>
 XORZ_DEVICE void add_patched(LargeShared<W>& shared, const Product<W>& p, const W* words, uint32_t across,
@@ -72,7 +63,7 @@ XORZ_DEVICE void add_patched(LargeShared<W>& shared, const Product<W>& p, const 
   XORZ_NO_UNROLL
   for (uint32_t i = 0; i < across; i++) {
     const uint32_t from = i * cols, to = k - from < cols ? k : from + cols;
-    patch.begin(shared.marks, &shared.corrupt, shared.tenant.view, words, pair.r0, pair.panel, i);
+    patch.begin(shared.marks, &shared.corrupt, shared.tenant.view, words, pair.r0, pair.panel, i, 0);
     const auto patch_step = [&](W* w, uint32_t column) { patch.step(w, column - from); };
     const auto multiply = [&](const W* x, const W* w) { sums.step(x, w, pair.count); };
     run_steps(shared.stages, copier, from, to, patch_step, multiply);

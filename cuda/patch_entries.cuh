@@ -17,11 +17,11 @@
 
 namespace xorz {
 
-template <class D>
+template <class D, bool kExceptions = sizeof(typename D::Word) == 4>
 class PatchEntries {
   using W = typename D::Word;
   Records<W> records_;
-  ExceptionsOfRow<W> exceptions_;
+  ExceptionsOfRow<W, kExceptions> exceptions_;
   uint32_t lane_;    // the row's lane in its tile's records
   uint32_t next_;    // record of the row's first lane
   uint32_t column_;  // of the record before it
@@ -56,7 +56,8 @@ class PatchEntries {
     return difference_ == no_op<W>(D::kCode) ? 0 : gap_;
   }
 
-  // The quad's entries that are `live`, one after the other, by its first lane.
+  // The quad's entries that are `live`, one after the other, by its first lane. Without `kStores` they are passed over.
+  template <bool kStores>
   XORZ_DEVICE void add_in_order(W* w, uint32_t column, uint32_t at, bool live) {
     const uint32_t row = thread_index_anew() / kQuad, head = thread_index_anew() % 32 / kQuad * kQuad;
     // The column's first entry may have been another lane's.
@@ -68,9 +69,11 @@ class PatchEntries {
       const bool adds = warp_shuffle(static_cast<uint32_t>(live), head + q) != 0;
       if (!adds || thread_index_anew() % kQuad != 0) continue;
       if (last_ != kNoColumn && there < last_) sound_ = false;
-      W* word = &w[Stages<W>::word_at(row, there - column)];
-      sum_ = (there == last_ ? sum_ : D::value(*word)) + D::value(difference);
-      *word = D::narrow(sum_);
+      if constexpr (kStores) {
+        W* word = &w[Stages<W>::word_at(row, there - column)];
+        sum_ = (there == last_ ? sum_ : D::value(*word)) + D::value(difference);
+        *word = D::narrow(sum_);
+      }
       last_ = there;
     }
     last_ = warp_shuffle(last_, head);
@@ -78,10 +81,11 @@ class PatchEntries {
   }
 
   // The quad's entries that are `live`, all at once: their columns differ.
+  template <bool kStores>
   XORZ_DEVICE void add_at_once(W* w, uint32_t column, uint32_t at, bool live, uint32_t lives) {
     const uint32_t row = thread_index_anew() / kQuad, head = thread_index_anew() % 32 / kQuad * kQuad;
     float sum = 0;
-    if (live) {
+    if (kStores && live) {
       W* word = &w[Stages<W>::word_at(row, at - column)];
       sum = D::value(*word) + D::value(difference_);
       *word = D::narrow(sum);
@@ -96,6 +100,7 @@ class PatchEntries {
   }
 
   // Use the records whose columns lie left of `end`. False if that may be said of more of them.
+  template <bool kStores>
   XORZ_DEVICE bool use(W* w, uint32_t column, uint32_t end) {
     const uint32_t lane = thread_index_anew() % 32, quad = lane % kQuad, head = lane / kQuad * kQuad;
     const W nothing = no_op<W>(D::kCode);
@@ -114,9 +119,9 @@ class PatchEntries {
     const bool close = live && (quad == 0 ? last_ != kNoColumn && at <= last_
                                           : at <= before || (padded && records_.gap_bytes == 2));
     if (warp_ballot(close) != 0)
-      add_in_order(w, column, at, live);
+      add_in_order<kStores>(w, column, at, live);
     else if (lives != 0)
-      add_at_once(w, column, at, live, lives);
+      add_at_once<kStores>(w, column, at, live, lives);
     const uint32_t reached = warp_shuffle(at, head + (taken == 0 ? 0 : taken - 1));
     if (taken != 0) {
       column_ = reached;
@@ -127,9 +132,9 @@ class PatchEntries {
   }
 
  public:
-  // Before the first step of tile column `across`. The block calls.
+  // Before the first step of tile column `across`, at column `start` of it. The block calls.
   XORZ_DEVICE void begin(Marks& marks, uint32_t* corrupt, const View& v, const W*, uint64_t r0,
-                         uint32_t panel, uint32_t across) {
+                         uint32_t panel, uint32_t across, uint32_t start) {
     mark_listed(marks, corrupt, v, exceptions_in(v), false, r0, panel, across);
     block_sync();
     exceptions_.begin(marks, v);
@@ -149,11 +154,18 @@ class PatchEntries {
       if (!sound_) records_.count = 0;
     }
     fetch();
+    if (start != 0) pass_over(start);
+  }
+
+  // The records whose columns lie left of `end`, as if they were used. The warp calls.
+  XORZ_DEVICE void pass_over(uint32_t end) {
+    while (!use<false>(nullptr, 0, end)) {
+    }
   }
 
   // Columns `column` .. + 31 of the tile column, in `w`. The block calls; every warp has its own rows.
   XORZ_DEVICE void step(W* w, uint32_t column) {
-    while (!use(w, column, column + kStepColumns)) {
+    while (!use<true>(w, column, column + kStepColumns)) {
     }
     // Another lane of the row may have written what an exception overrides.
     warp_sync();
@@ -162,7 +174,7 @@ class PatchEntries {
 
   // After the last step. The block calls.
   XORZ_DEVICE void end(uint32_t* corrupt) {
-    while (!use(nullptr, kMaxTileCols, ~0u)) {
+    while (!use<false>(nullptr, kMaxTileCols, ~0u)) {
     }
     if (!sound_) shared_or(corrupt, 1u << (thread_index_anew() / kQuad / kTileLanes));
   }

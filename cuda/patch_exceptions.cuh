@@ -11,7 +11,10 @@
 
 namespace xorz {
 
-template <class W>
+// Without `kWanted` there are none: words of 16 bits in products of which outputs that are not finite are computed again. A
+// sum of f32 numbers gives every such word that has a difference at all. Where it has none, the difference is NaN, and the
+// decode path follows; or it is the other zero, which no product tells from this one.
+template <class W, bool kWanted>
 class ExceptionsOfRow {
   const uint16_t* positions_;
   const W* words_;
@@ -56,13 +59,11 @@ class ExceptionsOfRow {
   }
 };
 
-// Words of 16 bits: a sum of f32 numbers gives every one that has a difference at all. Where it has none, the difference is NaN,
-// and the decode path follows; or it is the other zero, which no product tells from this one.
-template <>
-class ExceptionsOfRow<uint16_t> {
+template <class W>
+class ExceptionsOfRow<W, false> {
  public:
   XORZ_DEVICE void begin(const Marks&, const View&) {}
-  XORZ_DEVICE void step(uint16_t*, uint32_t) {}
+  XORZ_DEVICE void step(W*, uint32_t) {}
 };
 
 }  // namespace xorz

@@ -75,6 +75,16 @@ XORZ_DEVICE void mark_listed(Marks& marks, uint32_t* corrupt, const View& v, con
   });
 }
 
+// W as it is.
+struct NoPatch {
+  template <class W>
+  XORZ_DEVICE void begin(Marks&, uint32_t*, const View&, const W*, uint64_t, uint32_t, uint32_t, uint32_t) {}
+  XORZ_DEVICE void pass_over(uint32_t) {}
+  template <class W>
+  XORZ_DEVICE void step(W*, uint32_t) {}
+  XORZ_DEVICE void end(uint32_t*) {}
+};
+
 // How many of a row's lanes, from its first on, vote yes.
 XORZ_DEVICE uint32_t leading_votes(uint32_t votes) {
   return first_bit(~(votes >> (thread_index_anew() % 32 / kQuad * kQuad) & 15));

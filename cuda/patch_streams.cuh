@@ -3,7 +3,7 @@
 // A tile's lanes go through it row after row, a product through all rows column after column. So:
 //
 //   once a tile column, a warp a tile of the panel: walk the tile by widths alone: for each row of the panel, where
-//     in the stream it begins, and of each lane the unit it took last and how many bits of it are left -> shared memory
+//     in the stream it begins (or its column from which on words are wanted), and of each lane the unit it took last and how many bits of it are left -> shared memory
 //   warp w: rows 8 w .. + 7 of the panel, a stream each from there on, in registers
 //     step: eight rows' 32 words, each as in exponent.cuh; the eight do not wait for one another
 //   differences (patch_differences.cuh), then exceptions (patch_exceptions.cuh)
@@ -40,12 +40,16 @@ struct Walk {
   }
 };
 
-// Walk `tile` down to the panel's last row; false where its stream contradicts itself or the base. A warp
-// calls.
+// 32s of columns that a walk has under way.
+template <class W>
+constexpr uint32_t kWalkAhead = sizeof(W) == 2 ? 8 : 4;
+
+// Walk `tile` down to the panel's last row, and mark where column `start` of each is, a multiple of 32 kWalkAhead; false
+// where its stream contradicts itself or the base. A warp calls.
 template <class W>
 XORZ_DEVICE bool walk_tile(Marks& marks, const View& v, uint32_t tile, const W* weight, uint64_t r0,
-                           uint32_t panel) {
-  constexpr uint32_t kAhead = sizeof(W) == 2 ? 8 : 4;
+                           uint32_t panel, uint32_t start) {
+  constexpr uint32_t kAhead = kWalkAhead<W>;
   const uint32_t lane = thread_index_anew() % 32;
   Span span;
   if (!units_of(v, tile, span)) return false;
@@ -58,10 +62,6 @@ XORZ_DEVICE bool walk_tile(Marks& marks, const View& v, uint32_t tile, const W* 
   XORZ_NO_UNROLL
   for (uint32_t r = 0; r < rows; r++) {
     const uint64_t in_panel = rect.r0 + r - r0;  // beyond all rows where the row lies above
-    if (in_panel < panel) {
-      marks.lane[in_panel][lane] = walk.last << kHeldBits | walk.held;
-      if (lane == 0) marks.at[in_panel] = walk.at;
-    }
     const W* row = weight + (rect.r0 + r) * v.k + rect.c0;
     W ahead[kAhead];
     XORZ_UNROLL
@@ -69,6 +69,10 @@ XORZ_DEVICE bool walk_tile(Marks& marks, const View& v, uint32_t tile, const W* 
       ahead[i] = i * 32 + lane < rect.cols ? load_once(row + i * 32 + lane) : W(0);
     XORZ_NO_UNROLL
     for (uint32_t c = 0; c < rect.cols; c += kAhead * 32) {
+      if (c == start && in_panel < panel) {
+        marks.lane[in_panel][lane] = walk.last << kHeldBits | walk.held;
+        if (lane == 0) marks.at[in_panel] = walk.at;
+      }
       W now[kAhead];
       XORZ_UNROLL
       for (uint32_t i = 0; i < kAhead; i++) {
@@ -88,14 +92,14 @@ XORZ_DEVICE bool walk_tile(Marks& marks, const View& v, uint32_t tile, const W* 
   return rows == rect.rows ? walk.at == units : walk.at <= units;
 }
 
-template <class D>
+template <class D, bool kExceptions = sizeof(typename D::Word) == 4>
 class PatchStreams {
   using W = typename D::Word;
   using Bits = typename LaneBits<W>::Type;
   static constexpr uint32_t kBits = 8 * sizeof(W);
 
   DifferencesOfRow<D> differences_;
-  ExceptionsOfRow<W> exceptions_;
+  ExceptionsOfRow<W, kExceptions> exceptions_;
   const W* units_;
   uint32_t count_;
   uint32_t cols_;  // of the tile
@@ -108,9 +112,9 @@ class PatchStreams {
   XORZ_DEVICE W unit(uint32_t i) const { return i < count_ ? load_once(units_ + i) : W(0); }
 
  public:
-  // Before the first step of tile column `across`. The block calls.
+  // Before the first step of tile column `across`, at column `start` of it. The block calls.
   XORZ_DEVICE void begin(Marks& marks, uint32_t* corrupt, const View& v, const W* weight, uint64_t r0,
-                         uint32_t panel, uint32_t across) {
+                         uint32_t panel, uint32_t across, uint32_t start) {
     const uint32_t lane = thread_index_anew() % 32, warp = thread_index_anew() / 32;
     mark_listed(marks, corrupt, v, exceptions_in(v), false, r0, panel, across);
     block_sync();
@@ -119,7 +123,7 @@ class PatchStreams {
     uint32_t number = 0;
     each_tile(v, r0, panel, across, [&](uint32_t tile) {
       if (number++ != warp) return;
-      if (walk_tile(marks, v, tile, weight, r0, panel)) return;
+      if (walk_tile(marks, v, tile, weight, r0, panel, start)) return;
       const Rect rect = rect_of(v, tile);
       if (lane == 0) shared_or(corrupt, sixteens(r0, rect.r0, rect.rows));
     });
@@ -185,6 +189,8 @@ class PatchStreams {
     exceptions_.step(w, column);
   }
 
+  // Streams are looked at as a whole before the first step.
+  XORZ_DEVICE void pass_over(uint32_t) {}
   XORZ_DEVICE void end(uint32_t*) {}
 };
 

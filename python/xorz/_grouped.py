@@ -203,7 +203,7 @@ def delta_linear_grouped(
         `[..., n]`. Gradients flow to `input` and `biases`; weight and deltas are frozen. Slots and arena that
         a backward pass still needs must not change before it.
 
-    On CUDA there are no gradients and no mode="exact" yet; rows whose slot or delta does not fit come out as
+    On CUDA there is no mode="exact" yet; rows whose slot or delta does not fit come out as
     NaN, which the next call on that device reports. Nothing waits for the device, and a call can be captured
     in a CUDA graph.
 

@@ -196,7 +196,7 @@ def delta_linear(
     Returns:
         `[..., n]`. Gradients flow to `input` and `bias`, in reverse and forward mode; the weight is frozen.
 
-    On CUDA, mode="exact" restores one transient matrix, gradients are not there yet, and a delta that does
+    On CUDA, mode="exact" restores one transient matrix, and a delta that does
     not fit gives NaN, which the next call on that device reports: no call waits for the device.
 
     Under `torch.func.vmap` a batch of inputs is one call on more rows; a batch of weights, deltas or biases

@@ -2,7 +2,7 @@
 
 use super::driver::Device;
 use super::params::{self, Apply, Params, Restore};
-use super::plan::{self, Product, WORKSPACE_ALIGN};
+use super::plan::{self, Large, Product, WORKSPACE_ALIGN};
 use super::status::Op;
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Shape};
@@ -47,10 +47,10 @@ pub struct BatchRows {
     pub tenant_of_row: u64,
 }
 
-/// Arguments of [`delta_linear`], addresses of device memory. All words are of the weight's dtype.
+/// Arguments of [`delta_linear`] and [`delta_linear_grad_input`], addresses of device memory. All words are of the weight's dtype.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Linear {
-    /// `[m, k]`.
+    /// `[m, k]`; of the gradient `[m, n]`.
     pub x: u64,
     /// Rows of x.
     pub m: usize,
@@ -106,10 +106,17 @@ impl BatchRows {
 }
 
 impl Linear {
-    fn plan(&self) -> Result<Product> {
+    fn plan_rows(&self) -> plan::ProductRows {
         let slots = self.rows.map(|r| r.slot_count);
-        let rows = plan::ProductRows { m: self.m, slots, deterministic: self.deterministic };
-        plan::linear(self.weight.dtype, rows, self.weight.shape)
+        plan::ProductRows { m: self.m, slots, deterministic: self.deterministic }
+    }
+
+    fn plan(&self) -> Result<Product> {
+        plan::linear(self.weight.dtype, self.plan_rows(), self.weight.shape)
+    }
+
+    fn plan_grad(&self) -> Result<Option<Large>> {
+        plan::grad_input(self.weight.dtype, self.plan_rows(), self.weight.shape)
     }
 
     /// Bytes of device memory that [`delta_linear`] works in, aligned to 16; 0 is none. No address is looked
@@ -122,6 +129,14 @@ impl Linear {
             Product::Large(large) => large.workspace_bytes,
             Product::Small(_) | Product::Nothing => 0,
         })
+    }
+
+    /// As [`Linear::workspace_bytes`], of [`delta_linear_grad_input`].
+    ///
+    /// # Errors
+    /// As [`Linear::workspace_bytes`].
+    pub fn grad_workspace_bytes(&self) -> Result<usize> {
+        Ok(self.plan_grad()?.map_or(0, |large| large.workspace_bytes))
     }
 
     /// The parameters that are read; those that are written are filled in by the launch.
@@ -357,13 +372,40 @@ pub unsafe fn delta_linear(place: Place, args: &Linear, workspace: u64, out: u64
             // promises.
             unsafe { device.launch(launch, place.stream, part.pack().first(params::SMALL)) }
         }),
-        Product::Large(large) => {
-            check_workspace(workspace, WORKSPACE_ALIGN)?;
-            let tiles = large.tiles(device.multiprocessors());
-            [large.segments, tiles].into_iter().try_for_each(|launch| {
-                // SAFETY: the parameters of both kernels, by their table; the memory is the caller's promise.
-                unsafe { device.launch(launch, place.stream, all.pack()) }
-            })
-        }
+        // SAFETY: the caller's promise.
+        Product::Large(large) => unsafe { launch_tiles(device, place, &large, &all) },
     }
+}
+
+/// The two launches of `large`.
+///
+/// # Safety
+/// What `all` names is memory that the device can reach, of the sizes that the kernels' parameters say.
+unsafe fn launch_tiles(device: &Device, place: Place, large: &Large, all: &params::Linear) -> Result<()> {
+    check_workspace(all.workspace, WORKSPACE_ALIGN)?;
+    let tiles = large.tiles(device.multiprocessors());
+    [large.segments, tiles].into_iter().try_for_each(|launch| {
+        // SAFETY: the parameters of both kernels, by their table; the memory is the caller's promise.
+        unsafe { device.launch(launch, place.stream, all.pack()) }
+    })
+}
+
+/// `out [m, k] = x @ (weight (+) delta)`, where `x [m, n]` is the gradient of what [`delta_linear`] gave, each row with its own
+/// tenant's delta where `rows` is given: the gradient for its input. Biases are not looked at.
+///
+/// # Errors
+/// As [`delta_linear`].
+///
+/// # Safety
+/// As [`delta_linear`], with `[m, k]` words at `out` and [`Linear::grad_workspace_bytes`] at `workspace`.
+pub unsafe fn delta_linear_grad_input(place: Place, args: &Linear, workspace: u64, out: u64) -> Result<()> {
+    let args = Linear { biases: 0, bias_stride: 0, ..*args };
+    let plan = args.plan_grad()?;
+    check_linear(&args, out)?;
+    let device = Device::get(place.device)?;
+    device.raise()?;
+    let status = device.status(if args.rows.is_some() { Op::GroupedGradInput } else { Op::GradInput });
+    let all = params::Linear { out, workspace, status, ..args.params() };
+    // SAFETY: the caller's promise.
+    plan.map_or(Ok(()), |large| unsafe { launch_tiles(device, place, &large, &all) })
 }

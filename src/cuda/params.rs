@@ -125,8 +125,8 @@ params! {
 }
 
 params! {
-    /// Of `xorz_linear_segments_*` and `xorz_linear_large_*`; `xorz_linear_small_*` takes the first [`SMALL`]
-    /// of them.
+    /// Of `xorz_linear_segments_*`, `xorz_linear_large_*` and `xorz_linear_grad_*`; `xorz_linear_small_*` takes the first
+    /// [`SMALL`] of them.
     Linear {
         x: Pointer,
         weight: Pointer,

@@ -14,6 +14,10 @@ pub const MOST_BLOCKS: (u32, u32) = (i32::MAX as u32, 65535);
 pub const SMALL_W_ROWS: usize = 16;
 /// Rows of W of a tile of the large product.
 pub const LARGE_W_ROWS: usize = 64;
+/// Rows of grad of a block of the gradient.
+pub const GRAD_ROWS: usize = 64;
+/// Bytes of a row of W that are a strip of it.
+pub const GRAD_STRIP_BYTES: usize = 512;
 /// How many of its blocks a multiprocessor holds at once.
 const LARGE_BLOCKS: u32 = 2;
 /// Alignment of its workspace.
@@ -28,7 +32,7 @@ const RESTORE_BLOCK: (usize, usize) = (16, 4096);
 const SMALLEST_TILE: (usize, usize) = (16, 256);
 
 /// Every kernel that is launched, by its name in the image.
-pub const ENTRIES: [&str; 28] = [
+pub const ENTRIES: [&str; 31] = [
     "xorz_delta_restore_8",
     "xorz_delta_restore_16",
     "xorz_delta_restore_32",
@@ -57,6 +61,9 @@ pub const ENTRIES: [&str; 28] = [
     "xorz_linear_large_bf16",
     "xorz_linear_large_f16",
     "xorz_linear_large_f32",
+    "xorz_linear_grad_bf16",
+    "xorz_linear_grad_f16",
+    "xorz_linear_grad_f32",
 ];
 
 /// One of [`ENTRIES`].
@@ -133,13 +140,13 @@ impl Small {
     }
 }
 
-/// Launches of `linear_segments` and `linear_large`.
+/// Launches of `linear_segments`, and of `linear_large` or `linear_grad`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Large {
     /// The first launch.
     pub segments: Launch,
     entry: Entry,
-    /// Most pairs of a tile of rows of x and one of rows of W.
+    /// Most pairs of a tile of rows of x and a part of W.
     pairs: u64,
     /// Bytes of device memory, aligned to [`WORKSPACE_ALIGN`], that the first launch writes and the second
     /// reads.
@@ -147,15 +154,17 @@ pub struct Large {
 }
 
 impl Large {
-    fn new(name: &str, four_byte: bool, rows: ProductRows, n: usize) -> Result<Self> {
+    /// Of each tile of rows of x with each of `parts`.
+    fn new(what: &str, dtype: Dtype, rows: ProductRows, parts: usize) -> Result<Self> {
+        let (name, four_byte) = (name_of(dtype)?, dtype == Dtype::F32);
         let (m, slots) = (rows.m as u64, rows.slots.unwrap_or(1) as u64);
         let tile_rows = large_rows(four_byte) as u64;
         let tenants = m.min(slots + 2);
         let bytes = 64 + 144 * tenants + 16 * (m / tile_rows) + 4 * (slots + 2) + 4 * m;
         Ok(Self {
             segments: Launch { entry: Entry::find(&format!("xorz_linear_segments_{name}"))?, grid: (1, 1) },
-            entry: Entry::find(&format!("xorz_linear_large_{name}"))?,
-            pairs: (m / tile_rows + tenants) * n.div_ceil(LARGE_W_ROWS) as u64,
+            entry: Entry::find(&format!("xorz_linear_{what}_{name}"))?,
+            pairs: (m / tile_rows + tenants) * parts as u64,
             workspace_bytes: bytes as usize,
         })
     }
@@ -264,6 +273,33 @@ fn takes_tiles(rows: ProductRows, four_byte: bool) -> bool {
     tiled <= 2 * small
 }
 
+/// The dtype as entries name it.
+fn name_of(dtype: Dtype) -> Result<&'static str> {
+    match dtype {
+        Dtype::BF16 => Ok("bf16"),
+        Dtype::F16 => Ok("f16"),
+        Dtype::F32 => Ok("f32"),
+        other => Err(Error::unsupported(format!("{other} does not compute: F32, BF16 and F16 do"))),
+    }
+}
+
+/// How the gradient for the input of a product with a matrix of `dtype` is computed, `rows.m` rows of it; None where nothing
+/// comes out.
+///
+/// # Errors
+/// As [`linear`].
+pub fn grad_input(dtype: Dtype, rows: ProductRows, shape: Shape) -> Result<Option<Large>> {
+    check_shape(shape)?;
+    check_rows(rows.m, rows.slots.unwrap_or(0), "rows of grad")?;
+    name_of(dtype)?;
+    if rows.m == 0 || shape.k == 0 {
+        return Ok(None);
+    }
+    let strips = shape.k.div_ceil(GRAD_STRIP_BYTES / dtype.word_bytes());
+    let parts = strips * (large_rows(dtype == Dtype::F32) / GRAD_ROWS);
+    Large::new("grad", dtype, rows, parts).map(Some)
+}
+
 /// How a product with a matrix of `dtype` is computed.
 ///
 /// # Errors
@@ -272,19 +308,13 @@ pub fn linear(dtype: Dtype, rows: ProductRows, shape: Shape) -> Result<Product> 
     check_shape(shape)?;
     let m = rows.m;
     check_rows(m, rows.slots.unwrap_or(0), "rows of x")?;
-    let name = match dtype {
-        Dtype::BF16 => "bf16",
-        Dtype::F16 => "f16",
-        Dtype::F32 => "f32",
-        other => return Err(Error::unsupported(format!("{other} does not compute: F32, BF16 and F16 do"))),
-    };
-    let four_byte = dtype == Dtype::F32;
+    let (name, four_byte) = (name_of(dtype)?, dtype == Dtype::F32);
     if m == 0 || shape.n == 0 {
         return Ok(Product::Nothing);
     }
     // The small product's sums depend on who shares a block.
     if rows.deterministic || takes_tiles(rows, four_byte) {
-        return Ok(Product::Large(Large::new(name, four_byte, rows, shape.n)?));
+        return Ok(Product::Large(Large::new("large", dtype, rows, shape.n.div_ceil(LARGE_W_ROWS))?));
     }
     let block_rows = if m <= 4 { 4 } else { 16 };
     let entry = Entry::find(&format!("xorz_linear_small_{name}_m{block_rows}"))?;

@@ -24,11 +24,21 @@ pub enum Op {
     Linear,
     Grouped,
     Embedding,
+    GradInput,
+    GroupedGradInput,
 }
 
 impl Op {
     /// All, in the order of their words.
-    pub const ALL: [Self; 5] = [Self::Restore, Self::Apply, Self::Linear, Self::Grouped, Self::Embedding];
+    pub const ALL: [Self; 7] = [
+        Self::Restore,
+        Self::Apply,
+        Self::Linear,
+        Self::Grouped,
+        Self::Embedding,
+        Self::GradInput,
+        Self::GroupedGradInput,
+    ];
 
     /// As torch calls it.
     pub fn name(self) -> &'static str {
@@ -38,6 +48,8 @@ impl Op {
             Self::Linear => "delta_linear",
             Self::Grouped => "delta_linear_grouped",
             Self::Embedding => "delta_embedding",
+            Self::GradInput => "delta_linear_grad_input",
+            Self::GroupedGradInput => "delta_linear_grouped_grad_input",
         }
     }
 }
@@ -77,7 +89,7 @@ impl Code {
 pub fn error(op: Op, device: i32, word: u32) -> Error {
     let slot = word & ((1 << SLOT_BITS) - 1);
     let code = Code::ALL.into_iter().find(|c| *c as u32 == word >> SLOT_BITS);
-    let of_slots = matches!(op, Op::Grouped | Op::Embedding);
+    let of_slots = matches!(op, Op::Grouped | Op::Embedding | Op::GroupedGradInput);
     let whose = if of_slots { format!("the delta of slot {slot}") } else { "the delta".into() };
     let lost = if op == Op::Apply { "the weight is as it was" } else { "what depends on it came out as NaN" };
     let (make, what): (fn(String) -> Error, String) = match code {

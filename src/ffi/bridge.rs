@@ -86,7 +86,7 @@ pub mod door {
     }
 
     /// Arguments of a product, addresses of device memory. Without `grouped`, `arena` is the delta of every
-    /// row, and `slots` and `tenant_of_row` are nothing. `biases` 0 is none; `bias_stride` counts words.
+    /// row, and `slots` and `tenant_of_row` are nothing. `biases` 0 is none; `bias_stride` counts words. `grad`: the gradient's product.
     struct CudaLinear {
         input: usize,
         m: usize,
@@ -100,6 +100,7 @@ pub mod door {
         slot_count: usize,
         tenant_of_row: usize,
         deterministic: bool,
+        grad: bool,
     }
 
     /// Arguments of a lookup, addresses of device memory.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "embedding.cu"
+#include "linear_grad.cu"
 #include "linear_large.cu"
 #include "linear_segments.cu"
 #include "linear_small.cu"
@@ -36,4 +37,7 @@
   X(xorz_linear_segments_f32)   \
   X(xorz_linear_large_bf16)     \
   X(xorz_linear_large_f16)      \
-  X(xorz_linear_large_f32)
+  X(xorz_linear_large_f32)      \
+  X(xorz_linear_grad_bf16)      \
+  X(xorz_linear_grad_f16)       \
+  X(xorz_linear_grad_f32)

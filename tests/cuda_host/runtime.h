@@ -191,6 +191,19 @@ inline void load_matrices(uint32_t (&parts)[4], const void* row, int line = __bu
     std::memcpy(&parts[i], reinterpret_cast<const char*>(rows[8 * i + lane / 4]) + lane % 4 * 4, 4);
 }
 
+inline void load_matrices_turned(uint32_t (&parts)[4], const void* row, int line = __builtin_LINE()) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) host::fail("a misaligned row of a matrix");
+  const uint64_t* rows = host::meet_warp(reinterpret_cast<uintptr_t>(row), line);
+  const uint32_t lane = thread_index() % 32;
+  for (uint32_t i = 0; i < 4; i++) {
+    uint16_t halves[2];
+    for (uint32_t h = 0; h < 2; h++)
+      std::memcpy(&halves[h], reinterpret_cast<const char*>(rows[8 * i + lane % 4 * 2 + h]) + lane / 4 * 2,
+                  2);
+    parts[i] = halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+  }
+}
+
 inline uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);

@@ -291,6 +291,50 @@ def groups() -> None:
     assert all(f"stream {stream:#x} device 0" in line for line in launches())
 
 
+def gradients() -> None:
+    stream = begin()
+    for dtype in DTYPES:
+        base = integers((35, 290), 8, dtype, 1)
+        words = base.view({2: torch.int16, 4: torch.int32}[base.element_size()])
+        deltas = [tenant(base, "speed", 3), tenant(base, "memory", 5)]
+        for delta in deltas:
+            for lead in ((1,), (2, 3), (70,), (), (0,)):
+                grad = integers((*lead, 35), 3, dtype, 4)
+                want = ops.delta_linear_grad_input(grad, base, delta)
+                for weight, offset in ((base, 0), (words, 24)):
+                    given = [to_cuda(grad), to_cuda(weight), to_cuda(delta, offset=offset)]
+                    got = ops.delta_linear_grad_input(*given)
+                    assert got.shape == want.shape and same_bits(to_cpu(got), want), (dtype, lead)
+        arena = torch.cat([torch.nn.functional.pad(d, (0, -d.numel() % 64)) for d in deltas])
+        slots = torch.tensor(
+            [[0, deltas[0].numel()], [deltas[0].numel() + -deltas[0].numel() % 64, deltas[1].numel()], [0, 0]]
+        )
+        for m in (1, 7, 130):
+            grad, rows = integers((m, 35), 3, dtype, 4), torch.arange(m, dtype=torch.int32) * 5 % 4 - 1
+            want = ops.delta_linear_grouped_grad_input(grad, base, arena, slots, rows)
+            got = ops.delta_linear_grouped_grad_input(*[to_cuda(t) for t in (grad, base, arena, slots, rows)])
+            assert same_bits(to_cpu(got), want), (dtype, m)
+    assert all(f"stream {stream:#x} device 0" in line for line in launches())
+    kernels = {line.split()[1] for line in launches()}
+    assert kernels == {f"xorz_linear_{k}_{d}" for k in ("segments", "grad") for d in ("bf16", "f16", "f32")}
+    # A delta of another dtype is not known before: NaN, and an error of the next call.
+    foreign = to_cuda(tenant(integers((35, 290), 8, torch.float16, 1), "speed", 3))
+    given = [
+        to_cuda(integers((2, 35), 3, torch.bfloat16, 1)),
+        to_cuda(integers((35, 290), 8, torch.bfloat16, 1)),
+    ]
+    assert to_cpu(ops.delta_linear_grad_input(*given, foreign)).isnan().all()
+    with pytest.raises(
+        RuntimeError, match="an earlier delta_linear_grad_input on cuda:0 reported: the delta is of another"
+    ):
+        ops.delta_linear_grad_input(*given, foreign)
+    with pytest.raises(
+        RuntimeError,
+        match=r"grad is bfloat16 \[2, 34\], but its last dimension must be weight.shape\[0\] = 35",
+    ):
+        ops.delta_linear_grad_input(to_cuda(integers((2, 34), 3, torch.bfloat16, 1)), given[1], foreign)
+
+
 def lookups() -> None:
     stream = begin()
     for dtype in (*DTYPES, torch.float64, torch.int8):
@@ -478,6 +522,16 @@ if __name__ == "__main__":
     with torch.no_grad():
         {
             f.__name__: f
-            for f in (restores, products, groups, lookups, devices, refusals, checks, without_device)
+            for f in (
+                restores,
+                products,
+                groups,
+                gradients,
+                lookups,
+                devices,
+                refusals,
+                checks,
+                without_device,
+            )
         }[case]()
     print(f"{case}: well", flush=True)

@@ -17,7 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda:0")
 # Of csrc/ops.cpp: what has a CUDA kernel, and what goes by the host.
-KERNELS = {"delta_linear", "delta_linear_grouped", "delta_embedding", "delta_restore", "delta_apply_"}
+KERNELS = {
+    "delta_linear", "delta_linear_grad_input", "delta_linear_grouped", "delta_linear_grouped_grad_input", "delta_embedding",
+    "delta_restore", "delta_apply_",
+}  # fmt: skip
 BY_THE_HOST = {"delta_encode", "delta_slice", "delta_concat", "delta_check"}
 # What must know a number on the device before it can go on.
 ASKING = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 import xorz
 from gpu_double import CUDA, OnGpu, to_gpu
-from torch import nn
+from torch import Tensor, nn
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a double of a GPU, beside a real one")
 F = nn.functional
@@ -151,6 +151,40 @@ def test_a_forward_waits_for_nothing(gpu):
             assert {"delta_linear", "delta_linear_grouped"} & set(gpu.ops) or names is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_reach_the_input_of_an_attached_model_and_wait_for_nothing(gpu, dtype):
+    torch.manual_seed(4)
+    base = nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 16, bias=False)).to(dtype)
+    plain = {"alice": tuned(base, 1), "bob": tuned(base, 2), None: base}
+    model = to_gpu(copy.deepcopy(base))
+    tenants = xorz.attach(model, budget="16 MiB")
+    for name in ("alice", "bob"):
+        tenants.load(name, xorz.diff(base.state_dict(), plain[name].state_dict()))
+    x, seen = torch.randn(5, 24).to(dtype), torch.randn(5, 16).to(dtype)
+
+    def by_plain(rows) -> Tensor:
+        given = x.clone().requires_grad_()
+        with torch.enable_grad():
+            out = torch.stack([plain[name](row) for name, row in zip(rows, given, strict=True)])
+        return torch.autograd.grad(out, given, seen)[0]
+
+    for names in ("alice", None, NAMES, NAMES):
+        rows = names if isinstance(names, list) else [names] * 5
+        given = OnGpu(x.clone()).requires_grad_()
+        with tenants.use(names), torch.enable_grad():
+            gpu.waits.clear()
+            out = model(given)
+            forward = list(gpu.waits)
+            gpu.ops.clear()
+            gpu.waits.clear()
+            got = torch.autograd.grad(out, given, OnGpu(seen))[0]
+        assert near(got, by_plain(rows)), names
+        # The first batch of several is tried forwards, which is all that waits.
+        assert gpu.waits == [] and (forward == [] or names == NAMES), (names, forward, gpu.waits)
+        used = {"delta_linear_grad_input", "delta_linear_grouped_grad_input"} & set(gpu.ops)
+        assert used or names is None, gpu.ops
+
+
 def test_memory_that_kernels_may_still_read_is_not_written_to(gpu):
     base, _, deltas = made()
     model = to_gpu(copy.deepcopy(base))
@@ -204,7 +238,7 @@ def test_models_of_transformers(gpu):
             num_key_value_heads=2,
             **small,
         ),
-        # Whose Conv1D has no CUDA kernel, and is computed on dense weights made for the call.
+        # Whose Conv1D is computed by the kernel of gradients.
         "gpt2": transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=32, **small),
     }
     for kind, config in configs.items():

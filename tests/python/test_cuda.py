@@ -71,6 +71,7 @@ def doubles() -> dict[str, str]:
         ("restores", "devices=1"),
         ("products", "devices=1"),
         ("groups", "devices=1"),
+        ("gradients", "devices=1"),
         ("lookups", "devices=1"),
         ("devices", "devices=2"),
         ("refusals", "devices=2"),

@@ -192,7 +192,7 @@ def _attach(owner: Tenants, name: str, module: nn.Module) -> None:
             owner.methods.append(module)
             swap.swap_method(module, owner)
         return
-    site = Site(owner, name or type(module).__name__, module, _kind(module, owner.device))
+    site = Site(owner, name or type(module).__name__, module, _kind(module))
     owner.sites[name] = site
     owner.modules[name] = module
     swap.swap(module, site)
@@ -216,7 +216,7 @@ def _block(owner: Tenants, name: str, module: nn.Module) -> None:
         roots.swap_block(module, owner, name)
 
 
-def _kind(module: nn.Module, device: torch.device) -> str:
+def _kind(module: nn.Module) -> str:
     """How the module is served; see `Site`."""
     weight = module._parameters.get("weight")
     computes = weight is not None and weight.dim() == 2 and weight.dtype in FLOATS and weight.is_contiguous()
@@ -230,8 +230,7 @@ def _kind(module: nn.Module, device: torch.device) -> str:
     ):
         return "embedding"
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and computes:
-        # Its product is the one that gradients are: the ops have no CUDA kernel for it. There its weight is made dense.
-        return "conv1d" if device.type == "cpu" else "split"
+        return "conv1d"
     if isinstance(module, nn.MultiheadAttention):
         return "attention"
     if experts.serves(module):

@@ -76,13 +76,21 @@ pub(super) unsafe fn cuda_delta_linear(
 ) -> Result<()> {
     guard(|| {
         let product = device_linear(args)?;
+        let (workspace, out) = (workspace as u64, out as u64);
+        if args.grad {
+            // SAFETY: the shim's promise.
+            return unsafe { cuda::delta_linear_grad_input(place.into(), &product, workspace, out) };
+        }
         // SAFETY: the shim's promise.
-        unsafe { cuda::delta_linear(place.into(), &product, workspace as u64, out as u64) }
+        unsafe { cuda::delta_linear(place.into(), &product, workspace, out) }
     })
 }
 
 pub(super) fn cuda_linear_workspace(args: &CudaLinear) -> Result<usize> {
-    guard(|| device_linear(args)?.workspace_bytes())
+    guard(|| {
+        let product = device_linear(args)?;
+        if args.grad { product.grad_workspace_bytes() } else { product.workspace_bytes() }
+    })
 }
 
 pub(super) unsafe fn cuda_delta_embedding(place: &CudaPlace, args: &CudaLookup, out: usize) -> Result<()> {

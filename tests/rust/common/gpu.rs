@@ -218,6 +218,16 @@ impl Gpu {
         Ok(self.get(out, bytes))
     }
 
+    /// The gradient of a product's input: `args.x` is that of its output.
+    pub fn grad(&self, args: &Linear) -> Result<Vec<u8>> {
+        let bytes = args.m * args.weight.shape.k * args.weight.dtype.word_bytes();
+        let (out, workspace) =
+            (self.put(&vec![0x5A; bytes]), self.put(&vec![0xA5; args.grad_workspace_bytes()?]));
+        // SAFETY: allocations of those sizes, none freed.
+        unsafe { cuda::delta_linear_grad_input(self.place(), args, workspace, out) }?;
+        Ok(self.get(out, bytes))
+    }
+
     pub fn product(&self, args: &Linear) -> Result<Vec<u8>> {
         let bytes = args.m * args.weight.shape.n * args.weight.dtype.word_bytes();
         let out = self.put(&vec![0x5A; bytes]);

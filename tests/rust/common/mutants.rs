@@ -35,6 +35,7 @@ fn mutated((name, file, after, from, to): Mutant, list: &str) -> PathBuf {
                 || (line.starts_with("XORZ_RESTORE(") && !line.contains("(16)"))
                 || (line.starts_with("XORZ_EMBEDDING(") && !line.contains("(16)"))
                 || (line.starts_with("XORZ_LINEAR_LARGE(") && lacks(format!("linear_large_{dtype}")))
+                || (line.starts_with("XORZ_LINEAR_GRAD(") && lacks(format!("linear_grad_{dtype}")))
                 || (line.starts_with("XORZ_LINEAR_SEGMENTS(") && lacks(format!("linear_segments_{dtype}")))
         };
         text = text.lines().filter(|l| !unwanted(l)).map(|l| format!("{l}\n")).collect();

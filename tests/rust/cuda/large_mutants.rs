@@ -86,7 +86,7 @@ const ENTRIES: [Mutant; 10] = [
         "entries beyond the last column",
         "patch_entries.cuh",
         "After the last step",
-        "while (!use(nullptr, kMaxTileCols, ~0u)) {\n    }\n",
+        "while (!use<false>(nullptr, kMaxTileCols, ~0u)) {\n    }\n",
         "",
     ),
     ("a tile found corrupt", "patch_entries.cuh", "void end(", "if (!sound_)", "if (false)"),

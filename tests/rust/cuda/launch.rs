@@ -5,6 +5,7 @@
 
 use crate::common::data::Rng;
 use crate::common::gpu::{Gpu, calls, case, exact_case, log, order, order_on, passes, said};
+use crate::common::grads::fleet_reference;
 use crate::common::kernels::{Fleet, TENANTS, maps};
 use crate::common::linear::{DTYPES, ENCODINGS, first_difference, integers};
 use crate::common::lookups::Tables;
@@ -58,6 +59,12 @@ fn child_launches() {
                 let difference = first_difference(dtype, &got, &fleet.reference(&x, &map));
                 assert_eq!(difference, None, "{dtype} {map:?}");
             }
+            // Their gradients: what would be x's output is given.
+            let grad = integers(&mut rng, dtype, m * shape.n, 3);
+            let map: Vec<i32> = (0..m).map(|i| TENANTS[i % TENANTS.len()]).collect();
+            let got = gpu.grad(&gpu.grouped_args(&fleet, &grad, &map)).unwrap();
+            let difference = first_difference(dtype, &got, &fleet_reference(&fleet, &grad, &map));
+            assert_eq!(difference, None, "gradients {dtype} {map:?}");
         }
     }
     for dtype in Dtype::ALL {

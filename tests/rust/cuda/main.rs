@@ -8,6 +8,7 @@ pub mod common {
     pub mod data;
     pub mod device;
     pub mod gpu;
+    pub mod grads;
     pub mod kernels;
     pub mod layout0;
     pub mod linear;
@@ -20,6 +21,8 @@ mod bytes;
 mod edges;
 mod embedding;
 mod forged;
+mod grad;
+mod grad_mutants;
 mod hostile;
 mod kernels;
 mod large;

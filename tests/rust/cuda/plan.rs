@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use xorz::cuda::params::{Apply, Embedding, Kind, Linear, Params, Restore, SMALL};
 use xorz::cuda::plan::{
-    self, ENTRIES, LARGE_W_ROWS, MOST_BLOCKS, Product, ProductRows, SMALL_W_ROWS, THREADS, large_rows,
+    self, ENTRIES, GRAD_ROWS, GRAD_STRIP_BYTES, LARGE_W_ROWS, MOST_BLOCKS, Product, ProductRows,
+    SMALL_W_ROWS, THREADS, large_rows,
 };
 use xorz::cuda::status::{self, Code, Op, SLOT_BITS};
 use xorz::error;
@@ -89,7 +90,7 @@ fn parameters_are_those_of_the_kernels_and_of_the_readme() {
         assert_eq!(ours, source_params(&format!("cuda/{file}"), kernel), "{kernel}");
         assert_eq!(ours, documented_params(entry), "{entry}");
     }
-    for kernel in ["segments", "large"] {
+    for kernel in ["segments", "large", "grad"] {
         let found =
             source_params(&format!("cuda/linear_{kernel}.cu"), &format!("xorz_linear_{kernel}_##name"));
         assert_eq!(table::<Linear>(), found, "{kernel}");
@@ -144,7 +145,10 @@ fn numbers_are_those_of_the_kernels() {
     assert!(read("cuda/stages.cuh").contains(&format!("kRowsOfW = {LARGE_W_ROWS};")));
     let rows = format!("kRowsOfX = sizeof(W) == 2 ? {} : {};", large_rows(false), large_rows(true));
     assert!(read("cuda/segments.cuh").contains(&rows));
-    for file in ["embedding", "restore", "linear_small", "linear_segments", "linear_large"]
+    let sums = read("cuda/grad_sums.cuh");
+    assert!(sums.contains(&format!("kRowsOfGrad = {GRAD_ROWS};")));
+    assert!(sums.contains(&format!("kStripColumns = {GRAD_STRIP_BYTES} / sizeof(W);")));
+    for file in ["embedding", "restore", "linear_small", "linear_segments", "linear_large", "linear_grad"]
         .map(|f| format!("cuda/{f}.cu"))
     {
         let file = &file;
@@ -281,6 +285,38 @@ fn many_rows_take_tiles_unless_tenants_would_leave_them_empty() {
 }
 
 #[test]
+fn a_gradient_takes_a_block_for_each_strip_and_64_rows() {
+    for (dtype, name) in COMPUTING {
+        let four_byte = dtype == Dtype::F32;
+        for (m, slots, k, strips) in
+            [(1, None, 256, [1, 2]), (129, Some(3), 4097, [17, 33]), (5, None, 1, [1, 1])]
+        {
+            let rows = ProductRows { m, slots, deterministic: false };
+            let large = plan::grad_input(dtype, rows, Shape { n: 30, k }).unwrap().unwrap();
+            assert_eq!(large.segments.entry.name(), format!("xorz_linear_segments_{name}"));
+            let (r, s) = (large_rows(four_byte), slots.unwrap_or(1));
+            let t = m.min(s + 2);
+            assert_eq!(large.workspace_bytes, 64 + 144 * t + 16 * (m / r) + 4 * (s + 2) + 4 * m);
+            let launch = large.tiles(1 << 20);
+            let pairs = (m / r + t) * strips[usize::from(four_byte)] * r / 64;
+            assert_eq!(
+                (launch.entry.name(), launch.grid),
+                (&format!("xorz_linear_grad_{name}")[..], (pairs as u32, 1))
+            );
+            assert_eq!(large.tiles(1).grid, (pairs.min(2) as u32, 1));
+        }
+        for (m, k) in [(0, 5), (5, 0)] {
+            let rows = ProductRows { m, slots: None, deterministic: false };
+            assert_eq!(plan::grad_input(dtype, rows, Shape { n: 3, k }), Ok(None));
+        }
+    }
+    for (dtype, m, n) in [(Dtype::U8, 1, 1), (Dtype::F32, 1 << 31, 1), (Dtype::F32, 1, 1 << 31)] {
+        let refused = plan::grad_input(dtype, of_one(m), Shape { n, k: 1 });
+        assert_eq!(refused.unwrap_err().kind(), error::Kind::Unsupported);
+    }
+}
+
+#[test]
 fn no_launch_passes_a_limit_and_none_is_empty() {
     let shape = Shape { n: 40, k: 8 };
     let most = 16 * MOST_BLOCKS.1 as usize;
@@ -344,7 +380,8 @@ fn each_status_names_the_op_the_device_and_the_slot() {
             let e = status::error(op, 3, (code as u32) << SLOT_BITS | 77);
             assert_eq!(e.kind(), kind, "{e}");
             assert!(e.message().contains(&format!("an earlier {} on cuda:3", op.name())), "{e}");
-            let of_slots = matches!(op, Op::Grouped | Op::Embedding) && code != Code::NoRow
+            let of_slots = matches!(op, Op::Grouped | Op::Embedding | Op::GroupedGradInput)
+                && code != Code::NoRow
                 || matches!(code, Code::NoTenant | Code::BadSlot);
             assert_eq!(e.message().contains("slot 77"), of_slots, "{e}");
             assert_eq!(e.message().contains("indices[77]"), code == Code::NoRow, "{e}");
