@@ -2,6 +2,11 @@
 // launches on torch's current stream. No device memory is read here, nothing waits; memory comes from torch's
 // allocator. A delta's header and a tenant's slot are therefore known to the kernels alone: what does not fit
 // gives NaN, and an error of the next call on that device.
+#include <torch/csrc/stable/ops.h>
+
+#include <cstring>
+#include <map>
+
 #include "arguments.h"
 #include "embedding.h"
 #include "grouped.h"
@@ -92,6 +97,68 @@ CudaLinear grouped_linear(const GroupedOperands& g, const Tensor& arena) {
   return args;
 }
 
+// Rows of a batch by slot, in their order; -1 is the base. Waits for the device.
+std::map<int32_t, std::vector<int64_t>> rows_by_slot(const Checks& checks, const Tensor& tenant_of_row,
+                                                     size_t slots) {
+  const Tensor map = on_host(tenant_of_row);
+  const auto* tenant = static_cast<const int32_t*>(map.const_data_ptr());
+  std::map<int32_t, std::vector<int64_t>> rows;
+  for (int64_t i = 0; i < map.numel(); ++i) {
+    if (tenant[i] < -1 || tenant[i] >= static_cast<int64_t>(slots))
+      checks.refuse("tenant_of_row[" + std::to_string(i) + "] is " + std::to_string(tenant[i]) +
+                    ", but there are " + std::to_string(slots) + " slots, and the base is -1");
+    rows[tenant[i]].push_back(i);
+  }
+  return rows;
+}
+
+// The delta of a slot, of which `place` is its offset and length; nothing where the slot is empty.
+std::optional<Tensor> delta_of_slot(const Checks& checks, const Tensor& arena, int32_t slot,
+                                    const int64_t* place) {
+  const int64_t offset = place[0], length = place[1];
+  if (length == 0) return std::nullopt;
+  if (offset < 0 || offset % 64 != 0 || length < kLeastDelta || offset > arena.numel() ||
+      length > arena.numel() - offset)
+    checks.refuse("slot " + std::to_string(slot) + " is " + std::to_string(length) + " bytes at offset " +
+                  std::to_string(offset) + ", but must be at least " + std::to_string(kLeastDelta) +
+                  " at a multiple of 64 in an arena of " + std::to_string(arena.numel()));
+  Tensor all = arena;
+  return torch::stable::narrow(all, 0, offset, length);
+}
+
+// Each tenant's rows gathered, multiplied by torch with a transient restored matrix, and put back. Who has
+// which row has to be known here, so that this waits for the device.
+Tensor exact_grouped(const Checks& checks, const OnDevice& device, const GroupedOperands& g,
+                     const Tensor& weight, const std::optional<Tensor>& biases, const Tensor& arena) {
+  const auto m = static_cast<int64_t>(g.m), n = static_cast<int64_t>(g.weight.n),
+             k = static_cast<int64_t>(g.weight.k);
+  const Tensor places = on_host(g.tenancy.slots);
+  const auto* place = static_cast<const int64_t*>(places.const_data_ptr());
+  const Tensor x =
+      g.rows.dim() == 2 ? g.rows : call_aten("aten::view", "", g.rows, std::vector<int64_t>{m, k});
+  const Tensor out = torch::stable::new_empty(x, {m, n});
+  for (const auto& [slot, rows] : rows_by_slot(checks, g.tenancy.tenant_of_row, g.s)) {
+    std::optional<Tensor> delta;
+    if (slot >= 0) delta = delta_of_slot(checks, arena, slot, place + 2 * slot);
+    const CudaMatrix base = device_words(g.weight);
+    Tensor whole = delta ? restored(checks, device, base, weight, g.type->torch, *delta) : weight;
+    if (whole.scalar_type() != g.type->torch) whole = call_aten("aten::view", "dtype", whole, g.type->torch);
+    const Tensor host = torch::stable::empty({static_cast<int64_t>(rows.size())}, ScalarType::Long);
+    std::memcpy(host.mutable_data_ptr(), rows.data(), rows.size() * sizeof(int64_t));
+    const Tensor index = on_cuda(host, checks.cuda);
+    std::optional<Tensor> bias;
+    if (biases) {
+      Tensor all = *biases;
+      bias = torch::stable::select(all, 0, slot < 0 ? static_cast<int64_t>(g.s) : slot);
+    }
+    const Tensor some = call_aten("aten::index_select", "", x, int64_t{0}, index);
+    const Tensor part = call_aten("aten::linear", "", some, whole, bias);
+    check_not_autocast(checks, part, g.type->torch);
+    call_aten("aten::index_copy_", "", out, int64_t{0}, index, part);
+  }
+  return g.rows.dim() == 2 ? out : call_aten("aten::view", "", out, g.out_sizes);
+}
+
 }  // namespace
 
 Tensor delta_linear_cuda(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -152,15 +219,12 @@ Tensor delta_linear_grouped_cuda(const Tensor& input, const Tensor& weight,
   const Checks checks{"delta_linear_grouped", cuda_device_of({&input, &weight, biases ? &*biases : nullptr,
                                                               &arena, &slots, &tenant_of_row})};
   check_mode(checks, mode);
-  if (mode == "exact")
-    checks.refuse(
-        "mode=\"exact\" would have to read each row's tenant from the device; on CUDA call "
-        "delta_linear with it, tenant by tenant");
   checks.known("weight", weight);
   const OnDevice device(checks.cuda);
   const GroupedOperands g = grouped_operands(checks, "input", input, 1, weight, arena, slots, tenant_of_row);
   if (biases) check_biases(checks, *biases, g);
   const NoGrad guard;
+  if (mode == "exact") return exact_grouped(checks, device, g, weight, biases, arena);
   CudaLinear args = grouped_linear(g, arena);
   args.biases = biases ? address(*biases) : 0;
   args.bias_stride = biases ? static_cast<size_t>(biases->stride(0)) : 0;

@@ -9,16 +9,7 @@
 namespace xorz {
 namespace {
 
-using torch::headeronly::DeviceType;
-using torch::stable::Device;
-
-Tensor moved(const Tensor& t, const Device& to) {
-  return torch::stable::to(t, std::nullopt, std::nullopt, to, std::nullopt, false, false, std::nullopt);
-}
-
-Tensor on_host(const Tensor& t) { return moved(t, Device(DeviceType::CPU)); }
-
-std::vector<Tensor> on_host(const std::vector<Tensor>& all) {
+std::vector<Tensor> all_on_host(const std::vector<Tensor>& all) {
   std::vector<Tensor> out;
   for (const Tensor& t : all) out.push_back(on_host(t));
   return out;
@@ -37,9 +28,7 @@ class Moving {
   void check(const std::string& name, const std::vector<Tensor>& all) const {
     for (size_t i = 0; i < all.size(); ++i) check(name + "[" + std::to_string(i) + "]", all[i]);
   }
-  Tensor back(const Tensor& t) const {
-    return moved(t, Device(DeviceType::CUDA, static_cast<torch::stable::DeviceIndex>(checks_.cuda)));
-  }
+  Tensor back(const Tensor& t) const { return on_cuda(t, checks_.cuda); }
 
  private:
   Checks checks_;
@@ -73,7 +62,7 @@ Tensor delta_concat_cuda(const std::vector<Tensor>& deltas, const std::vector<Te
   moving.check("deltas", deltas);
   moving.check("bases", bases);
   const NoGrad guard;
-  return moving.back(delta_concat_cpu(on_host(deltas), on_host(bases), dim));
+  return moving.back(delta_concat_cpu(all_on_host(deltas), all_on_host(bases), dim));
 }
 
 // A full check reads all bytes, so that everything has to be copied.

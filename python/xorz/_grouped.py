@@ -203,9 +203,9 @@ def delta_linear_grouped(
         `[..., n]`. Gradients flow to `input` and `biases`; weight and deltas are frozen. Slots and arena that
         a backward pass still needs must not change before it.
 
-    On CUDA there is no mode="exact" yet; rows whose slot or delta does not fit come out as
+    On CUDA rows whose slot or delta does not fit come out as
     NaN, which the next call on that device reports. Nothing waits for the device, and a call can be captured
-    in a CUDA graph.
+    in a CUDA graph; but for mode="exact", which reads who has which row, and restores one matrix at a time.
 
     Raises:
         RuntimeError: naming the argument, the row or the slot, and both values, where something does not fit.

@@ -77,7 +77,8 @@ API AOTITorchError torch_call_dispatcher(const char* name, const char* overload,
   const bool asks = !std::strcmp(name, "aten::new_empty") || !std::strcmp(name, "aten::clone") ||
                     !std::strcmp(name, "aten::contiguous") || !std::strcmp(name, "aten::zero_") ||
                     !std::strcmp(name, "aten::to") || !std::strcmp(name, "aten::linear") ||
-                    !std::strcmp(name, "aten::view");
+                    !std::strcmp(name, "aten::view") || !std::strcmp(name, "aten::index_select") ||
+                    !std::strcmp(name, "aten::index_copy_");
   int32_t type = 0;
   if (!asks || aoti_torch_get_device_type(handle, &type) != 0) return torch(name, overload, stack, version);
   if (type != aoti_torch_device_type_cuda()) {
@@ -94,9 +95,18 @@ API AOTITorchError torch_call_dispatcher(const char* name, const char* overload,
       dtype = static_cast<int32_t>(*other);
   }
   if (!std::strcmp(name, "aten::linear")) {
-    // Of 2-D operands without a bias: where the weight is, n, k, m.
+    // Of 2-D operands: where the weight is, n, k, m, and where the bias is, or 0.
     const Tensor weight = torch::stable::detail::to<Tensor>(stack[1]);
-    sizes = {reinterpret_cast<int64_t>(weight.data_ptr()), weight.size(0), weight.size(1), self.size(0)};
+    const auto bias = torch::stable::detail::to<std::optional<Tensor>>(stack[2]);
+    sizes = {reinterpret_cast<int64_t>(weight.data_ptr()), weight.size(0), weight.size(1), self.size(0),
+             bias ? reinterpret_cast<int64_t>(bias->data_ptr()) : 0};
+  }
+  if (!std::strcmp(name, "aten::index_select") || !std::strcmp(name, "aten::index_copy_")) {
+    // Of rows: the matrix's sizes, where the index is and how long, and where the rows are that are copied.
+    const Tensor index = torch::stable::detail::to<Tensor>(stack[2]);
+    sizes.insert(sizes.end(), {reinterpret_cast<int64_t>(index.data_ptr()), index.numel()});
+    if (!std::strcmp(name, "aten::index_copy_"))
+      sizes.push_back(reinterpret_cast<int64_t>(torch::stable::detail::to<Tensor>(stack[3]).data_ptr()));
   }
   if (!std::strcmp(name, "aten::to") &&
       torch::stable::detail::to<std::optional<torch::headeronly::ScalarType>>(stack[1]) ==

@@ -97,6 +97,13 @@ def to_cuda(t: torch.Tensor, device: int = 0, offset: int = 0) -> torch.Tensor:
     return over(at, t.shape, t.dtype, device)
 
 
+def put(words: torch.Tensor, t: torch.Tensor) -> None:
+    """Words of the host over those of a CUDA tensor."""
+    enter(t.get_device())
+    size = SIZE(words.numel() * words.element_size())
+    must(cuda.cuMemcpyHtoD_v2(U64(t.data_ptr()), ctypes.c_void_p(words.data_ptr()), size))
+
+
 def to_cpu(t: torch.Tensor) -> torch.Tensor:
     enter(t.get_device())
     out = torch.empty(t.shape, dtype=t.dtype)
@@ -135,7 +142,7 @@ def aten(name, handle, dims, sizes, dtype):
         torch_double.aoti_torch_get_data_ptr(ctypes.c_void_p(handle), ctypes.byref(at))
         self = (
             over(at.value or 0, sizes, DTYPE_OF[dtype], device)
-            if name not in ("aten::new_empty", "aten::linear", "aten::to_cuda")
+            if name not in ("aten::new_empty", "aten::linear", "aten::to_cuda") and "index" not in name
             else None
         )
         if name == "aten::new_empty":
@@ -152,10 +159,24 @@ def aten(name, handle, dims, sizes, dtype):
         elif name == "aten::to":
             result = to_cpu(self)
         elif name == "aten::linear":
-            weight, n, k, m = sizes
+            weight, n, k, m, bias = sizes
             weight = to_cpu(over(weight, (n, k), DTYPE_OF[dtype], device))
             x = to_cpu(over(at.value or 0, (m, k), DTYPE_OF[dtype], device))
-            result = to_cuda(torch.nn.functional.linear(x, weight), device)
+            bias = to_cpu(over(bias, (n,), DTYPE_OF[dtype], device)) if bias else None
+            result = to_cuda(torch.nn.functional.linear(x, weight, bias), device)
+        elif name in ("aten::index_select", "aten::index_copy_"):
+            n, k, place, count, *rows = sizes
+            matrix, index = (
+                over(at.value or 0, (n, k), DTYPE_OF[dtype], device),
+                over(place, (count,), torch.int64, device),
+            )
+            words, index = to_cpu(matrix), to_cpu(index)
+            if rows:
+                words[index] = to_cpu(over(rows[0], (count, k), DTYPE_OF[dtype], device))
+                put(words, matrix)
+                result = matrix
+            else:
+                result = to_cuda(words[index], device)
         elif name in ("aten::zero_", "aten::view"):
             result = self
         else:
@@ -221,8 +242,12 @@ def restores() -> None:
             aten_calls.clear()
             ops.delta_apply_(weight, on_gpu)
             assert same_bits(to_cpu(weight), tuned)
-            # As torch's in-place ops do: the version goes up, and nothing is set to zero.
-            assert aten_calls == [("aten::view", [37, 300]), ("aten::zero_", [0, 300])], aten_calls
+            # As torch's in-place ops do: the version goes up, and nothing is set to zero. A verdict for each 16 rows.
+            assert aten_calls == [
+                ("aten::view", [37, 300]),
+                ("aten::zero_", [0, 300]),
+                ("aten::new_empty", [3 * 4]),
+            ], aten_calls
     assert all(f"stream {stream:#x} device 0" in line for line in launches()) and len(launches()) > 40
     for dtype in (torch.float64, torch.int64, torch.uint8):
         base = integers((5, 70), 100, torch.float32, 1).to(dtype)
@@ -288,6 +313,33 @@ def groups() -> None:
                     given = [to_cuda(t) for t in (x, base, arena, slots, rows)]
                     got = ops.delta_linear_grouped(*given[:2], on_gpu, *given[2:], mode=mode)
                     assert same_bits(to_cpu(got), want), (dtype, m, mode)
+        # Exact: torch's product of each tenant's rows, in their order, with its restored weights.
+        tuned = [ops.delta_restore(base, d) if d is not None else base for d in deltas] + [base]
+        x, rows = (
+            random_weight(9, 290, dtype, 7),
+            torch.tensor([2, -1, 0, 2, 1, 0, -1, 2, 2], dtype=torch.int32),
+        )
+        for b, on_gpu in ((None, None), (biases, to_cuda(biases))):
+            given = [to_cuda(t) for t in (x, base, arena, slots, rows)]
+            got = to_cpu(ops.delta_linear_grouped(*given[:2], on_gpu, *given[2:], mode="exact"))
+            for slot in (-1, 0, 1, 2):
+                mine = rows == slot
+                want = torch.nn.functional.linear(x[mine], tuned[slot], b if b is None else b[slot])
+                assert same_bits(got[mine], want), (dtype, slot)
+        for bad_rows, bad_slots, sentence in (
+            ([0] * 8 + [3], slots, r"tenant_of_row\[8\] is 3, but there are 3 slots, and the base is -1"),
+            (
+                [0] * 9,
+                torch.tensor([[64, arena.numel()]] * 3),
+                "slot 0 is .* bytes at offset 64, but must be",
+            ),
+            ([0] * 9, torch.tensor([[8, 256]] * 3), "slot 0 is 256 bytes at offset 8, but must be"),
+        ):
+            given = [
+                to_cuda(t) for t in (x, base, arena, bad_slots, torch.tensor(bad_rows, dtype=torch.int32))
+            ]
+            with pytest.raises(RuntimeError, match=f"xorz::delta_linear_grouped: {sentence}"):
+                ops.delta_linear_grouped(*given[:2], None, *given[2:], mode="exact")
     assert all(f"stream {stream:#x} device 0" in line for line in launches())
 
 
@@ -428,7 +480,6 @@ def refusals() -> None:
     slots, rows = torch.tensor([[0, delta.numel()]]), torch.zeros(3, dtype=torch.int32)
     on_gpu = [to_cuda(t) for t in (slots, rows)]
     said("tenant_of_row is on cpu", ops.delta_linear_grouped, g[0], g[1], None, g[2], on_gpu[0], rows)
-    said("tenant by tenant", ops.delta_linear_grouped, *g[:2], None, g[2], *on_gpu, mode="exact")
     said("tenant_of_row is on cpu", ops.delta_embedding, to_cuda(rows.long()), g[1], g[2], on_gpu[0], rows)
     said("indices must be int64 or int32", ops.delta_embedding, g[0], g[1], g[2], *on_gpu)
     odd = to_cuda(delta, offset=8)
@@ -440,12 +491,9 @@ def refusals() -> None:
         odd,
         *on_gpu,
     )
-    for name, args in {
-        "delta_linear_grad_input": (to_cuda(x[:, :20]), g[1], g[2]),
-        "delta_linear_grouped_grad_input": (to_cuda(x[:, :20]), g[1], g[2], *on_gpu),
-    }.items():
-        said(f"xorz::{name}: ", getattr(ops, name), *args)
-        said("but this op has no CUDA kernel; move its tensors to the CPU", getattr(ops, name), *args)
+    grad = to_cuda(x[:, :20])
+    said("weight is on cpu, but another argument is on cuda:0", ops.delta_linear_grad_input, grad, base, g[2])
+    said("tenant_of_row is on cpu", ops.delta_linear_grouped_grad_input, grad, *g[1:], on_gpu[0], rows)
     said("fine_tuned is on cpu, but another argument is on cuda:0", ops.delta_encode, g[1], base)
     said("base is on cuda:1, but another", ops.delta_slice, g[2], to_cuda(base, 1), 0, 0, 1)
     said("bases[1] is on cpu", ops.delta_concat, [g[2], g[2]], [g[1], base], 0)

@@ -61,7 +61,11 @@ def test_an_error_in_a_check_is_found_and_ends_no_other(monkeypatch, tmp_path, c
     found = tmp_path / "found.json"
     assert gpu_check.main(["--device", "cpu", "--quick", "--json", str(found)]) == 1
     failed = [c for c in json.loads(found.read_text())["checks"] if not c["passed"]]
-    assert [c["check"] for c in failed] == ["delta_linear_grouped runs", "timings runs"]
+    assert [c["check"] for c in failed] == [
+        "delta_linear_grouped, exact runs",
+        "delta_linear_grouped runs",
+        "timings runs",
+    ]
     assert all("illegal memory access" in c["wrong"] for c in failed)
     assert "ok   delta_embedding" in capsys.readouterr().out
 
@@ -119,6 +123,7 @@ def one_word(t):
 NAMES = (
     "delta_restore",
     "delta_linear",
+    "delta_linear_grad_input",
     "delta_linear_grouped",
     "delta_embedding",
     "delta_encode",
@@ -222,6 +227,18 @@ MUTANTS = {
         lambda deltas, bases, dim: real["delta_encode"](torch.cat(bases), torch.cat(bases)),
         "delta_concat",
     ),
+    "gradients of the base": (
+        "delta_linear_grouped_grad_input",
+        lambda grad, weight, *tenants: real["delta_linear_grad_input"](
+            grad, weight, real["delta_encode"](weight, weight)
+        ),
+        "gradients for the input, exact sums",
+    ),
+    "grouped exact that is not": (
+        "delta_linear_grouped",
+        lambda *given, mode: real["delta_linear_grouped"](*given) * 1.001,
+        "delta_linear_grouped, exact",
+    ),
     "nothing checked": ("delta_check", lambda delta, base: None, "delta_check"),
 }
 
@@ -234,6 +251,10 @@ def test_it_notices(mutant, monkeypatch):
     with torch.no_grad():
         if mutant == "exact that is not":
             ops.check_exact(report, CPU, (37, 300), [1, 5])
+        elif mutant == "grouped exact that is not":
+            ops.check_exact_grouped(report, CPU, (37, 300), [7])
+        elif name == "delta_linear_grouped_grad_input":
+            ops.check_gradients(report, CPU, (37, 300), [7])
         elif name == "delta_linear":
             ops.check_linear(report, CPU, (37, 300), [1, 5])
         elif name == "delta_linear_grouped":

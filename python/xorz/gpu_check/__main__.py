@@ -30,6 +30,8 @@ from .models import check_generate, check_model, check_model_graph
 from .ops import (
     check_embedding,
     check_exact,
+    check_exact_grouped,
+    check_gradients,
     check_graph,
     check_grouped,
     check_linear,
@@ -90,6 +92,8 @@ def run(device: torch.device, args: argparse.Namespace) -> Report:
     )
     report.attempt("delta_linear", check_linear, device, *one)
     report.attempt("delta_linear, exact", check_exact, device, *one)
+    report.attempt("delta_linear_grouped, exact", check_exact_grouped, device, *one)
+    report.attempt("gradients", check_gradients, device, (67, 300), [1, 40] if quick else [1, 40, 150])
     report.attempt(
         "delta_linear_grouped",
         check_grouped,

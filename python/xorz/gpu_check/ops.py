@@ -14,7 +14,9 @@ from .. import (
     delta_embedding,
     delta_encode,
     delta_linear,
+    delta_linear_grad_input,
     delta_linear_grouped,
+    delta_linear_grouped_grad_input,
     delta_restore,
     delta_slice,
 )
@@ -80,6 +82,64 @@ def check_exact(report: Report, device: torch.device, shape: tuple[int, int], ro
             got = delta_linear(x, weight, there, bias, mode="exact")
             wrong = wrong or differ(got, torch.nn.functional.linear(x, plain, bias))
         report.check(f"delta_linear, exact, {encoding}, {name_of(dtype)}", wrong)
+
+
+def check_gradients(report: Report, device: torch.device, shape: tuple[int, int], rows: list[int]) -> None:
+    """Gradients for the input, of one tenant and of many: exact sums bit for bit, and random words within the bound."""
+    n, k = shape
+    for dtype in DTYPES:
+        wrong: dict[str, str | None] = {}
+        for what, make in (
+            ("exact sums", lambda s, seed, dtype=dtype: integers(s, 3, dtype, seed)),
+            ("bound", lambda s, seed, dtype=dtype: random_words(s, dtype, seed)),
+        ):
+            base = make(shape, 1)
+            tuned, deltas = [], []
+            for slot, prefer in enumerate(("speed", "memory", "speed", "memory")):
+                some = torch.rand(shape, generator=torch.Generator().manual_seed(slot)) < 0.02 * 4**slot
+                tuned.append(torch.where(some, make(shape, 7 + slot), base))
+                deltas.append(delta_encode(base, tuned[-1], prefer=prefer))
+            arena, slots = (t.to(device) for t in arena_of(deltas))
+            weight = base.to(device)
+            for m in rows:
+                grad = make((m, n), 3)
+                owners = (torch.arange(m) % 5 - 1).to(torch.int32)
+                whole = torch.stack([[*tuned, base][i] for i in owners.tolist()])
+                given = (grad.to(device), weight, arena, slots, owners.to(device))
+                pairs = [
+                    (delta_linear_grad_input(grad.to(device), weight, d.to(device)), t.expand(m, n, k))
+                    for d, t in zip(deltas, tuned, strict=True)
+                ]
+                for got, words in (*pairs, (delta_linear_grouped_grad_input(*given), whole)):
+                    if what == "bound":
+                        found = far(got, grad, words.transpose(1, 2), None)
+                    else:
+                        want = torch.einsum("mn,mnk->mk", grad.double(), words.double())
+                        found = differ(got, want.float().to(dtype))
+                    wrong[what] = wrong.get(what) or (found and f"{m} rows: {found}")
+        for what, found in wrong.items():
+            report.check(f"gradients for the input, {what}, {name_of(dtype)}", found)
+
+
+def check_exact_grouped(
+    report: Report, device: torch.device, shape: tuple[int, int], rows: list[int]
+) -> None:
+    """mode="exact" of many tenants has the bits of torch's own product of each tenant's rows."""
+    for dtype in DTYPES:
+        base, wrong = random_words(shape, dtype, 1), None
+        tuned, deltas = zip(*(fine_tune(base, e, seed=i) for i, e in enumerate(ENCODINGS)), strict=True)
+        arena, slots = (t.to(device) for t in arena_of([*deltas, None]))
+        biases = random_words((len(slots) + 1, shape[0]), dtype, 2).to(device)
+        plain = [t.to(device) for t in (*tuned, base, base)]
+        for m in rows:
+            x = random_words((m, shape[1]), dtype, 3).to(device)
+            owners = (torch.arange(m) * 7 % (len(slots) + 1) - 1).to(torch.int32)
+            got = delta_linear_grouped(x, plain[-1], arena, slots, owners.to(device), biases, mode="exact")
+            for slot in set(owners.tolist()):
+                mine = (owners == slot).nonzero().flatten().to(device)
+                want = torch.nn.functional.linear(x[mine], plain[slot], biases[slot])
+                wrong = wrong or differ(got[mine], want)
+        report.check(f"delta_linear_grouped, exact, {name_of(dtype)}", wrong)
 
 
 def check_round_trip(report: Report, device: torch.device, shape: tuple[int, int]) -> None:
