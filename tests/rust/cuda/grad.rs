@@ -190,7 +190,7 @@ fn gradients_that_are_not_finite_are_those_of_the_tenants_weights() {
         let (shape, m) = (Shape { n: 70, k: 300 }, 6);
         let base = integers(&mut rng, dtype, shape.n * shape.k, 3);
         let mut far = base.clone();
-        for (r, v) in [(0, 3e38), (1, 3e38), (2, -3e38), (3, -3e38)] {
+        for (r, v) in [(0, 3e38), (1, 3e38), (20, -3e38), (21, -3e38)] {
             for c in (0..300).step_by(7) {
                 far[(r * 300 + c) * dtype.word_bytes()..][..dtype.word_bytes()]
                     .copy_from_slice(&word(dtype, v));
