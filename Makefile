@@ -27,7 +27,7 @@ C_LINTED       = $(shell find csrc cuda tests examples -path tests/fuzz/target -
 
 .PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-vllm test-wheel test-reproducible test-models \
   test-sanitize fuzz faults soak supply licenses sbom stress test-smollm cuda-gate cpu-gate lint \
-  format bench bench-checkpoint bench-sizes test-ray bench-serving bench-vllm bench-rl notebook changes clean
+  format bench bench-checkpoint bench-sizes test-ray test-ray-llm bench-serving bench-vllm bench-rl notebook changes clean
 .DELETE_ON_ERROR:
 
 build: $(INSTALLED)
@@ -230,6 +230,10 @@ bench-sizes: $(BENCH_VENV)/.xorz-requirements
 # Not part of test: Ray takes 380 MB. It comes into the examples' own environment, which sees the developer's.
 test-ray: $(INSTALLED) $(NOTEBOOK_VENV)/.xorz-requirements
 	$(NOTEBOOK_VENV)/bin/python -m pytest tests/python/test_ray_pack.py tests/python/test_ray_serve.py $(ARGS)
+
+# Nor this: Ray Serve LLM over the vLLM of test-vllm; Ray and what it reads buckets with take 600 MB beside it, in build/.
+test-ray-llm: build
+	$(NICE) $(PY) tests/vllm/environment.py --only 0.32.0 --ray --pytest tests/vllm/test_ray_llm.py $(ARGS)
 
 clean:
 	rm -rf build target
