@@ -179,6 +179,18 @@ int32_t xorz_delta_restore_region(const xorz_matrix* base, const void* delta, si
 int32_t xorz_delta_apply(const xorz_matrix* weight, const void* delta, size_t delta_bytes,
                          const xorz_executor* executor, xorz_error* error);
 
+/* The exchange between two versions of a matrix: where their words differ, and by what; and how many do. It
+ * is for this process alone: no format, and another release may write others. */
+int32_t xorz_exchange_encode(const xorz_matrix* old, const xorz_matrix* new_words, xorz_buffer* exchange,
+                             uint64_t* changed, xorz_error* error);
+
+/* words become the new ones in place (back 0), or the old ones again (any other back). Only those that differ
+ * are touched, and each is compared with what it was; after an error all are as they were. Unlike
+ * xorz_delta_apply it does not see whether words that stay are those of the version. Nobody else may write
+ * them meanwhile. */
+int32_t xorz_exchange_apply(const xorz_matrix* words, const void* exchange, size_t exchange_bytes,
+                            int32_t back, xorz_error* error);
+
 /* out [m, n] := input [m, k] @ (weight [n, k] (+) delta)^T + bias [n]. All of the weight's dtype: F32, BF16
  * or F16. The fine-tuned matrix is not built. bias may be NULL. The digest of weight is not checked here: see
  * xorz_delta_check. */
@@ -284,6 +296,17 @@ int32_t xorz_package_describe(const xorz_package* package, xorz_buffer* json, xo
  * checked. */
 int32_t xorz_package_resident(const xorz_package* package, const char* name, const xorz_matrix* base,
                               int32_t prefer, xorz_buffer* delta, xorz_error* error);
+
+/* Takes one exchange, of `words` words of the base from word `first` on, of which `changed` differ; its bytes
+ * are there until it returns. 0, or another number to have no more. */
+typedef int32_t (*xorz_exchange_sink)(void* context, size_t first, size_t words, const void* exchange,
+                                      size_t exchange_bytes, uint64_t changed);
+
+/* The exchanges (xorz_exchange_apply) that turn the base of one tensor into it, in order, a few MiB of words
+ * each; those of words that stay are left out. The digest of base is checked first. Neither a dense matrix
+ * nor a delta is made. */
+int32_t xorz_package_exchanges(const xorz_package* package, const char* name, const xorz_matrix* base,
+                               xorz_exchange_sink sink, void* context, xorz_error* error);
 
 /* A base on disk, a safetensors file or a folder. The digests of its tensors come from the user's cache, or
  * are computed and kept there. */

@@ -17,6 +17,7 @@
 //! | `processor`, `preference`, `trace` | what CPUID says, what `prefer="auto"` comes to, and whether people are told |
 //! | `restore` | fine-tuned words: restore, apply, patch; `region` some rows and columns, `tile` one tile, `packed` one in panels |
 //! | `records` | the walk along the records of a `sparse` tile |
+//! | `exchange` | two versions of words, made of each other in place by touching only what differs |
 //! | `exec` | how ops run their tasks |
 
 pub(crate) mod bf16dot;
@@ -24,6 +25,7 @@ pub(crate) mod bits;
 mod check;
 pub(crate) mod dispatch;
 mod encode;
+mod exchange;
 pub(crate) mod exec;
 pub(crate) mod float;
 pub(crate) mod lanes;
@@ -45,6 +47,7 @@ pub(crate) mod x86_64;
 pub use check::{delta_check, delta_check_on, delta_matches};
 pub use dispatch::Isa;
 pub use encode::{encode, encode_on, encode_tiles, encode_tiles_on, estimate, estimate_exactly, estimate_on};
+pub use exchange::{exchange, exchange_apply, exchange_on};
 pub use exec::{Executor, Serial};
 pub use preference::{preference, preference_of};
 pub use restore::{

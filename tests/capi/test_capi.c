@@ -110,6 +110,25 @@ static void test_products(int step, int32_t prefer) {
 
   CHECK(xorz_delta_restore(&w, delta.data, delta.length, restored, sizeof restored, NULL, &error) == XORZ_OK);
   CHECK(memcmp(restored, fine_tuned, sizeof restored) == 0);
+
+  xorz_buffer exchange = {NULL, 0};
+  uint64_t changed = 0;
+  xorz_matrix inside = matrix(restored, N, K);
+  CHECK(xorz_exchange_encode(&w, &f, &exchange, &changed, &error) == XORZ_OK);
+  CHECK(changed == info.changed);
+  CHECK(xorz_exchange_apply(&inside, exchange.data, exchange.length, 1, &error) == XORZ_OK);
+  CHECK(memcmp(restored, base, sizeof restored) == 0);
+  REFUSED(xorz_exchange_apply(&inside, exchange.data, exchange.length, 1, &error), XORZ_MISMATCH, "digest");
+  CHECK(xorz_exchange_apply(&inside, exchange.data, exchange.length, 0, &error) == XORZ_OK);
+  CHECK(memcmp(restored, fine_tuned, sizeof restored) == 0);
+  REFUSED(xorz_exchange_apply(&inside, exchange.data, exchange.length - 1, 0, &error), XORZ_TRUNCATED,
+          "bytes");
+  inside.n--;
+  inside.bytes -= K * 4;
+  REFUSED(xorz_exchange_apply(&inside, exchange.data, exchange.length, 1, &error), XORZ_MISMATCH, "words");
+  REFUSED(xorz_exchange_encode(&w, &inside, &exchange, &changed, &error), XORZ_MISMATCH, "[52, 37]");
+  REFUSED(xorz_exchange_encode(&w, &f, &exchange, NULL, &error), XORZ_INVALID_ARGUMENT, "changed");
+  xorz_buffer_free(&exchange);
   memset(restored, 0, sizeof restored);
   CHECK(xorz_delta_restore_rows(&w, delta.data, delta.length, 3, 20, restored, 17 * K * 4, NULL, &error) ==
         XORZ_OK);

@@ -4,6 +4,7 @@
 //! Every function trusts its caller as far as C has to: pointers are null or valid, lengths are true, outputs
 //! overlap nothing. Everything that can be checked is.
 
+mod exchanges;
 mod files;
 mod ops;
 mod packages;
@@ -16,6 +17,7 @@ use crate::vector;
 use pointers::free;
 use std::ffi::c_char;
 
+pub use exchanges::*;
 pub use files::*;
 pub use ops::*;
 pub use packages::*;

@@ -31,7 +31,7 @@ pub struct XorzTensor {
 pub struct XorzWriter(Writer);
 
 /// `xorz_package`: an open package.
-pub struct XorzPackage(Package);
+pub struct XorzPackage(pub(super) Package);
 
 /// `xorz_base`: an open base on disk.
 pub struct XorzBase(Base);

@@ -4,7 +4,7 @@ use super::reencode;
 use super::restore::{Restore, RestoreScratch, digest_of_words};
 use crate::codec::{Encoding, Prefer};
 use crate::error::{Error, Result};
-use crate::matrix::{Digest, Matrix};
+use crate::matrix::{Digest, Matrix, Shape};
 use crate::package::checkpoint::bases::Base;
 use crate::package::checkpoint::files::TensorFile;
 use crate::package::format::blob::{Blob, resident_limit};
@@ -15,9 +15,14 @@ use crate::package::format::refusals::{another_base, other_kind, stored_alone};
 use crate::package::format::words::TensorWords;
 use crate::package::options::{Codec, Trust};
 use crate::resident::{Assembler, Plan, Resident};
+use crate::vector;
+use std::ops::Range;
 
 /// The words of a base tensor that has been compared with what an entry says of it, and their digest.
 type Compared<'a> = (TensorWords<'a>, Option<Digest>);
+
+/// Words of an exchange, at least, but for the last of a tensor: many small ones would take time to be called for.
+const EXCHANGE_BYTES: usize = 4 << 20;
 
 impl Package {
     /// One tensor's resident delta. It is encoded again, piece by piece, only if `prefer` is given and is not
@@ -42,6 +47,38 @@ impl Package {
         self.of_tensor(name, |entry| {
             let base = base.filter(|_| entry.base.is_some());
             self.restored(entry, base.map(|base| in_memory(entry, base)).transpose()?, out)
+        })
+    }
+
+    /// What turns one tensor's base into it in place and back ([`vector::exchange_apply`]), part by part, in order: `give` gets
+    /// the bytes of the base that a part is of, its exchange, and how many words differ. Parts that stay are left out. Neither a
+    /// dense matrix nor a delta is made.
+    ///
+    /// # Errors
+    /// As [`Package::resident`], before the first part for another base; and those of `give`.
+    pub fn exchanges(
+        &self,
+        name: &str,
+        base: &Matrix<'_>,
+        give: &mut dyn FnMut(Range<usize>, &[u8], u64) -> Result<()>,
+    ) -> Result<()> {
+        self.of_tensor(name, |entry| {
+            let words = in_memory(entry, base)?;
+            self.check_trust(entry, &words.0)?;
+            let job = Restore::new(self, entry, Some(words))?;
+            let (mut taken, mut scratch) = (job.begin(), RestoreScratch::default());
+            let (mut part, last) = (Vec::new(), job.pieces.count() - 1);
+            for index in 0..=last {
+                job.make(index, &mut scratch)?;
+                taken.take(&mut scratch)?;
+                part.extend_from_slice(scratch.words());
+                if part.len() >= EXCHANGE_BYTES || index == last {
+                    let end = job.pieces.bytes(index).end;
+                    give_exchange(base, end - part.len()..end, &part, give)?;
+                    part.clear();
+                }
+            }
+            taken.finish().map(drop)
         })
     }
 
@@ -105,6 +142,19 @@ impl Package {
         view.check()?;
         Ok(Some(bytes))
     }
+}
+
+/// The exchange of the words in `range`, which become `words`.
+fn give_exchange(
+    base: &Matrix<'_>,
+    range: Range<usize>,
+    words: &[u8],
+    give: &mut dyn FnMut(Range<usize>, &[u8], u64) -> Result<()>,
+) -> Result<()> {
+    let run = Shape { n: 1, k: range.len() / base.dtype().word_bytes() };
+    let old = Matrix::new(base.dtype(), run, &base.bytes()[range.clone()])?;
+    let (exchange, changed) = vector::exchange(&old, &Matrix::new(base.dtype(), run, words)?)?;
+    if changed == 0 { Ok(()) } else { give(range, &exchange, changed) }
 }
 
 impl Base {

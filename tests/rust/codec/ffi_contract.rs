@@ -17,8 +17,9 @@ const BRIDGE: [&str; 3] = [
     include_str!("../../../src/ffi/bridge/device.rs"),
 ];
 const HEADER: &str = include_str!("../../../csrc/xorz.h");
-const RUST: [&str; 5] = [
+const RUST: [&str; 6] = [
     include_str!("../../../src/ffi/capi/mod.rs"),
+    include_str!("../../../src/ffi/capi/exchanges.rs"),
     include_str!("../../../src/ffi/capi/files.rs"),
     include_str!("../../../src/ffi/capi/ops.rs"),
     include_str!("../../../src/ffi/capi/packages.rs"),

@@ -14,6 +14,7 @@ mod arithmetic;
 mod checks;
 mod documents;
 mod encode_parity;
+mod exchanges;
 mod ffi_contract;
 mod ffi_leaks;
 mod golden;

@@ -3,11 +3,12 @@
 //! is another one by the time it is read, gives none.
 
 use crate::common::data::{Rng, adversarial, matrix, perturbed, stepped};
+use crate::common::exchanged::exchanged;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use xorz::codec::Prefer;
-use xorz::error::Kind;
+use xorz::error::{Error, Kind};
 use xorz::matrix::{Dtype, Matrix, Shape};
 use xorz::package::{Base, Codec, PackOptions, Package, Run, SafeTensors, Tensor, Writer};
 use xorz::resident::{Resident, encode_pair, restore};
@@ -54,6 +55,7 @@ impl Loaded {
     fn compare(&self, what: &str) {
         let on_disk = Base::open(&self.file(), &Run::default()).unwrap();
         let base = self.matrix(&self.base);
+        assert!(exchanged(&self.package, "w", &base).unwrap() == self.tuned, "{what}: in place");
         for prefer in [Prefer::Speed, Prefer::Memory] {
             let want = encode_pair(&base, &self.matrix(&self.tuned), prefer).unwrap();
             let from_file = on_disk.resident(&self.package, "w", Some(prefer)).unwrap();
@@ -148,7 +150,29 @@ fn a_base_that_is_another_by_the_time_it_is_read_gives_no_delta() {
         other[words] ^= 1;
         let e = loaded.package.resident("w", &loaded.matrix(&other), Some(Prefer::Speed)).unwrap_err();
         assert_eq!(e.kind(), Kind::Mismatch);
+        let e = exchanged(&loaded.package, "w", &loaded.matrix(&other)).unwrap_err();
+        assert_eq!(e.kind(), Kind::Mismatch);
     }
+}
+
+/// Parts are of a few MiB, however many pieces they are made of; who takes them may end it.
+#[test]
+fn exchanges_of_a_package_are_given_in_parts() {
+    let mut rng = Rng::new(74);
+    let base = rng.weights(Dtype::BF16, 4096 * 2048);
+    let tuned = perturbed(&mut rng, Dtype::BF16, &base, 0.001);
+    let loaded = Loaded::new(Dtype::BF16, &[4096, 2048], base.clone(), tuned.clone(), None);
+    let matrix = loaded.matrix(&base);
+    let mut sizes = Vec::new();
+    let give = &mut |range: std::ops::Range<usize>, _: &[u8], _: u64| {
+        sizes.push(range.len());
+        Ok(())
+    };
+    loaded.package.exchanges("w", &matrix, give).unwrap();
+    assert_eq!(sizes, [4 << 20; 4]);
+    let give = &mut |_: std::ops::Range<usize>, _: &[u8], _: u64| Err(Error::io("the disk is full"));
+    let e = loaded.package.exchanges("w", &matrix, give).unwrap_err();
+    assert!(e.kind() == Kind::Io && e.message() == "tensor `w`: the disk is full", "{e}");
 }
 
 #[test]

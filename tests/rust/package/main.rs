@@ -7,6 +7,7 @@ pub mod common {
     pub mod counting;
     pub mod data;
     pub mod disk;
+    pub mod exchanged;
     pub mod forge;
     pub mod mapping;
     pub mod packed;

@@ -2,6 +2,7 @@
 //! back as the same file. Also: another base is refused.
 
 use crate::common::data::{Rng, matrix, perturbed};
+use crate::common::exchanged::exchanged;
 use std::fs;
 use std::path::{Path, PathBuf};
 use xorz::codec::{Encoding, Prefer};
@@ -91,6 +92,7 @@ fn check_one(path: &Path, dtype: Dtype, dims: &[usize], base: &[u8], ft: &[u8], 
     let mut out = vec![0xAA; ft.len()];
     package.restore("w", Some(&m), &mut out).unwrap();
     assert!(out == ft, "{what}: restore");
+    assert!(exchanged(&package, "w", &m).unwrap() == ft, "{what}: in place");
     for prefer in [None, Some(Prefer::Speed), Some(Prefer::Memory)] {
         let bytes = package.resident("w", &m, prefer).unwrap();
         // What is loaded for a preference is what encoding for it gives: nothing is lost on the way.

@@ -97,6 +97,7 @@ fn doors(dir: &Path, base: &Path, words: &[u8], trust: Trust) -> Vec<(&'static s
         ("verify", verify_files(base, &path, None, &run).map(drop)),
         ("restore", open().and_then(|p| p.restore("w", Some(&matrix), out))),
         ("restore from a file", open().and_then(|p| on_disk()?.restore(&p, "w", out))),
+        ("change in place", open().and_then(|p| p.exchanges("w", &matrix, &mut |_, _, _| Ok(())))),
         ("load", open().and_then(|p| p.resident("w", &matrix, None)).map(drop)),
         ("load anew", open().and_then(|p| p.resident("w", &matrix, Some(Prefer::Speed))).map(drop)),
         ("load from a file", open().and_then(|p| on_disk()?.resident(&p, "w", None)).map(drop)),
