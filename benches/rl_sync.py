@@ -13,9 +13,10 @@ small as it must be for the wanted share of words to round otherwise. Every way 
 - int32+bf16: positions and values; the engine's half is vLLM's own, `load_checkpoint_weight_patches`.
 
 Pause is the time in which the engine's loop can serve nobody; everything else runs beside it. The other ways check nothing and
-cannot go back. Peaks are anonymous memory beyond what was there before the way began (the model, the idle engine), sampled
-each 2 ms. One thread; seconds of the processor are given as well, for machines that others use, too. The two dense ways do not
-depend on the share, and are measured at the first one.
+cannot go back. What xorz holds of an update is in a file of the temporary folder, whose size is given. Peaks are anonymous
+memory beyond what was there before the way began (the model, the idle engine), sampled each 2 ms. One thread; seconds of the
+processor are given as well, for machines that others use, too. The two dense ways do not depend on the share, and are measured
+at the first one.
 """
 
 import argparse
@@ -505,7 +506,18 @@ def main() -> None:
             raise AssertionError(f"the ways end at different words at {share}")
 
 
-COLUMNS = ("changed", "way", "MB", "encode", "trainer MiB", "beside", "pause", "engine MiB", "back")
+COLUMNS = (
+    "changed",
+    "way",
+    "MB",
+    "encode",
+    "trainer MiB",
+    "beside",
+    "pause",
+    "engine MiB",
+    "file MB",
+    "back",
+)
 
 
 def show(out: dict[str, Any]) -> None:
@@ -527,6 +539,7 @@ def show(out: dict[str, Any]) -> None:
             seconds("beside", rounds),
             seconds("pause", rounds),
             f"{max(r['peak'] for r in rounds) >> 20}",
+            f"{rounds[0]['held'] / 1e6:.1f}" if "held" in rounds[0] else "",
             f"{statistics.median(r['back'] for r in rounds):.2f}",
         ]
         print(f"| {' | '.join(seen)} |")

@@ -144,6 +144,8 @@ _declare("xorz_scratch_peak_bytes", result=c_uint64)
 _declare("xorz_reset_counters", result=None)
 _declare("xorz_delta_info", c_void_p, c_size_t, POINTER(_Info), _E)
 _declare("xorz_delta_matches", c_void_p, c_size_t, POINTER(_Matrix), _E)
+_declare("xorz_exchange_encode", POINTER(_Matrix), POINTER(_Matrix), POINTER(_Buffer), POINTER(c_uint64), _E)
+_declare("xorz_exchange_apply", POINTER(_Matrix), c_void_p, c_size_t, c_int32, _E)
 _declare("xorz_writer_new", c_char_p, POINTER(_Options), POINTER(c_void_p), _E)
 _declare("xorz_writer_add", c_void_p, POINTER(_Tensor), POINTER(_Tensor), _E)
 _declare("xorz_writer_removed", c_void_p, c_char_p, _E)
@@ -154,6 +156,8 @@ _declare("xorz_package_close", c_void_p, result=None)
 _declare("xorz_package_trust", c_void_p, c_int32, _E)
 _declare("xorz_package_describe", c_void_p, POINTER(_Buffer), _E)
 _declare("xorz_package_resident", c_void_p, c_char_p, POINTER(_Matrix), c_int32, POINTER(_Buffer), _E)
+_SINK = ctypes.CFUNCTYPE(c_int32, c_void_p, c_size_t, c_size_t, c_void_p, c_size_t, c_uint64)
+_declare("xorz_package_exchanges", c_void_p, c_char_p, POINTER(_Matrix), _SINK, c_void_p, _E)
 _declare("xorz_base_open", c_char_p, POINTER(_Run), POINTER(c_void_p), _E)
 _declare("xorz_base_close", c_void_p, result=None)
 _declare("xorz_package_resident_from", c_void_p, c_char_p, c_void_p, c_int32, POINTER(_Buffer), _E)
@@ -322,6 +326,28 @@ def delta_matches(delta: Tensor, base: Tensor) -> None:
     _call("xorz_delta_matches", host.data_ptr(), host.numel(), byref(matrix))
 
 
+def exchange(old: Tensor, new: Tensor) -> tuple[bytes, int]:
+    """Where two versions of a tensor's words, contiguous on the CPU, differ and by what, for `exchange_apply` in this process;
+    and how many differ. ValueError unless dtypes and shapes are the same.
+    """
+    buffer, changed = _Buffer(), c_uint64()
+    pair = [byref(_in_place(name, tensor)) for name, tensor in (("old", old), ("new", new))]
+    _call("xorz_exchange_encode", *pair, byref(buffer), byref(changed))
+    return _take(buffer), changed.value
+
+
+def exchange_apply(words: Tensor, content: bytes | memoryview, back: bool = False) -> None:
+    """Make the new words of the old ones in place, or with `back` the old ones of the new; no other word is touched.
+
+    ValueError where a word that changes is not what it was when the exchange was made, or the exchange is damaged: all words
+    are as they were then.
+    """
+    # A type for each length would be made for an array, which takes longer than the call.
+    start = c_char_p(content) if isinstance(content, bytes) else byref(c_uint8.from_buffer(content))
+    at = ctypes.cast(start, c_void_p)
+    _call("xorz_exchange_apply", byref(_in_place("words", words)), at, len(content), int(back))
+
+
 def on_host(name: str, tensor: Any) -> Tensor:
     """The tensor as contiguous CPU memory; no copy if it is that already."""
     if not isinstance(tensor, Tensor):
@@ -330,6 +356,14 @@ def on_host(name: str, tensor: Any) -> Tensor:
         what = f"{tensor.dtype} {tensor.layout} on {tensor.device}"
         raise TypeError(f"{name} must be a dense tensor with data, but is {what}")
     return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+
+
+def _in_place(name: str, tensor: Tensor) -> _Matrix:
+    if not tensor.is_cpu or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous on the CPU, but is {list(tensor.stride())} on {tensor.device}"
+        )
+    return _matrix(tensor)
 
 
 def _matrix(tensor: Tensor) -> _Matrix:
@@ -484,6 +518,33 @@ class Package:
         code = _choice("prefer", prefer, _PREFER)
         _call("xorz_package_resident", self._handle, _name(name), byref(matrix), code, byref(buffer))
         return _tensor_of(buffer)
+
+    def exchanges(self, name: str, base: Tensor, give: Callable[[int, int, bytes, int], None]) -> None:
+        """What turns `base`, whose digest is checked first, into the tensor, for `exchange_apply`: `give` gets the first word,
+        how many words, the exchange of these, and how many of them differ. Parts that stay are left out; no delta is made.
+        """
+        failed: list[BaseException] = []
+
+        def sink(_: Any, first: int, words: int, content: int, length: int, changed: int) -> int:
+            try:
+                give(first, words, ctypes.string_at(content, length), changed)
+            except BaseException as error:
+                failed.append(error)
+            return len(failed)
+
+        try:
+            _call(
+                "xorz_package_exchanges",
+                self._handle,
+                _name(name),
+                byref(_in_place("base", base)),
+                _SINK(sink),
+                None,
+            )
+        except RuntimeError:
+            if failed:
+                raise failed[0] from None
+            raise
 
     def resident_from(self, name: str, base: "Base", prefer: str | None) -> Tensor:
         """The resident delta of one tensor against a base on disk."""

@@ -12,7 +12,7 @@ import torch
 import xorz
 from safetensors.torch import load_file, save_file
 from torch import nn
-from xorz import _core, _ops
+from xorz import _core
 from xorz.vllm import update
 from xorz.vllm.packages import Checkpoint
 from xorz.vllm.plan import plan
@@ -52,7 +52,7 @@ class Model(nn.Module):
                 n = 640 // self.size
                 self.down.data.copy_(tensor.narrow(1, self.rank * n, n))
             elif kind == "embed":
-                n = 1024 // self.size
+                n = self.embed.size(0)
                 part = tensor[self.rank * n : (self.rank + 1) * n]
                 self.embed.data[: part.size(0)].copy_(part)
             else:
@@ -89,12 +89,12 @@ def same(model, other):
 
 def prepared(words, path):
     """Everything of a package, staged."""
-    staged = update.Staged()
+    staged = update.Staged(seen=words.seen())
     with _core.Package(path) as opened:
         for name, entry in opened.entries.items():
             whole = words.whole(name)
             if entry["changed"]:
-                update.stage(words, name, whole, opened.resident(name, whole, None), staged)
+                update.stage(words, opened, name, whole, staged)
     return staged
 
 
@@ -115,10 +115,10 @@ def test_updates_in_turn_and_all_the_way_back(tmp_path):
         ways.append(update.apply(words, staged))
         assert same(model, loaded(made[number]))
     assert [p.data_ptr() for p in model.parameters()] == places
-    assert sum(d.nbytes for d in ways[0].values()) < 0.2 * sum(p.nbytes for p in model.parameters())
-    again = update.apply(words, update.backwards(words, [ways[2], ways[1]]))
+    assert update.Staged(ways[0]).bytes < 0.2 * sum(p.nbytes for p in model.parameters())
+    again = update.apply(words, update.backwards([ways[2], ways[1]]))
     assert same(model, loaded(made[1]))
-    update.apply(words, update.backwards(words, [again]))
+    update.apply(words, update.backwards([again]))
     assert same(model, loaded(made[3]))
 
 
@@ -129,19 +129,19 @@ def test_a_failure_in_the_middle_is_taken_back(tmp_path, monkeypatch, fails):
     words = held_by(model, tmp_path)
     staged = prepared(words, tmp_path / "1.xorz")
     assert len(staged.steps) == len(SHAPES)
-    plain, calls = _ops.delta_apply_, []
+    plain, calls = _core.exchange_apply, []
 
-    def failing(weight, delta):
+    def failing(weight, content, back):
         calls.append(weight)
         if len(calls) == fails + 1:
             raise MemoryError("out of memory")
-        return plain(weight, delta)
+        return plain(weight, content, back)
 
-    monkeypatch.setattr(_ops, "delta_apply_", failing)
+    monkeypatch.setattr(_core, "exchange_apply", failing)
     with pytest.raises(MemoryError):
         update.apply(words, staged)
     assert same(model, loaded(made[0])) and len(calls) >= fails + 1
-    monkeypatch.setattr(_ops, "delta_apply_", plain)
+    monkeypatch.setattr(_core, "exchange_apply", plain)
     update.apply(words, staged)
     assert same(model, loaded(made[1]))
 
@@ -150,15 +150,15 @@ def test_what_cannot_even_be_taken_back_is_said(tmp_path, monkeypatch):
     made = versions(tmp_path, 1)
     words = held_by(loaded(made[0]), tmp_path)
     staged = prepared(words, tmp_path / "1.xorz")
-    plain, calls = _ops.delta_apply_, []
+    plain, calls = _core.exchange_apply, []
 
-    def failing(weight, delta):
+    def failing(weight, content, back):
         calls.append(weight)
         if len(calls) > 3:
             raise RuntimeError("the machine is on fire")
-        return plain(weight, delta)
+        return plain(weight, content, back)
 
-    monkeypatch.setattr(_ops, "delta_apply_", failing)
+    monkeypatch.setattr(_core, "exchange_apply", failing)
     with pytest.raises(update.Broken, match="holds neither version"):
         update.apply(words, staged)
 
@@ -170,12 +170,99 @@ def test_other_words_than_the_update_s_are_refused(tmp_path):
     with pytest.raises(ValueError, match="digest"):
         prepared(words, tmp_path / "2.xorz")
     staged = prepared(words, tmp_path / "1.xorz")
-    model.qkv.data[700, 5] += 1  # in the middle of k
-    with pytest.raises(RuntimeError, match="digest"):
+    changes = (made[0]["k.weight"] != made[1]["k.weight"]).nonzero()
+    row, column = changes[len(changes) // 2].tolist()  # in the middle of k
+    # Past torch: each word that changes is compared.
+    model.qkv.data[512 + row, column] += 1
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="have digest"):
         update.apply(words, staged)
-    model.qkv.data[700, 5] -= 1
-    model.qkv.data[700, 5] = made[0]["k.weight"][700 - 512, 5]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    model.qkv.data[512 + row, column] = made[0]["k.weight"][row, column]
+    # By torch, and other words in a parameter's place: words that stay the same are seen to be others, too.
+    stays = (made[0]["down.weight"] == made[1]["down.weight"]).nonzero()[0].tolist()
+    plain = model.down
+    model.down = nn.Parameter(plain.data.clone(), requires_grad=False)
+    with pytest.raises(ValueError, match="`down` was replaced or written to since"):
+        update.apply(words, staged)
+    model.down = plain
     assert same(model, loaded(made[0]))
+    with torch.no_grad():
+        model.down[tuple(stays)] += 1
+    with pytest.raises(ValueError, match="`down` was replaced or written to since"):
+        update.apply(words, staged)
+    model.down.data[tuple(stays)] = made[0]["down.weight"][tuple(stays)]
+    assert same(model, loaded(made[0]))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_large_parameter_changes_by_blocks(tmp_path, monkeypatch, threads):
+    monkeypatch.setitem(SHAPES, "embed.weight", (90_000, 96))
+    plain, threads_before = Model.__init__, torch.get_num_threads()
+
+    def larger(self, rank=0, size=1):
+        plain(self, rank, size)
+        self.embed = nn.Parameter(torch.zeros(90_112, 96).bfloat16(), requires_grad=False)
+
+    monkeypatch.setattr(Model, "__init__", larger)
+    made = versions(tmp_path, 2)
+    model = loaded(made[0])
+    words = held_by(model, tmp_path)
+    torch.set_num_threads(threads)
+    try:
+        ways = []
+        for number in (1, 2):
+            staged = prepared(words, tmp_path / f"{number}.xorz")
+            assert sum(step.span[0] == "embed" for step in staged.steps) > 2
+            ways.append(update.apply(words, staged))
+            assert same(model, loaded(made[number]))
+        update.apply(words, update.backwards([ways[1], ways[0]]))
+    finally:
+        torch.set_num_threads(threads_before)
+    assert same(model, loaded(made[0]))
+
+
+def test_without_room_on_the_disk_what_changes_is_kept_in_memory(tmp_path):
+    """The kernel itself refuses to let the file grow, or there is no folder for one; half a file is there already."""
+    code = FULL.replace("HERE", repr(str(Path(__file__).parent))).replace("FOLDER", repr(str(tmp_path)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+FULL = """
+import errno, os, sys, tempfile
+from pathlib import Path
+sys.path.insert(0, HERE)
+import test_vllm_update as t
+from xorz.vllm import update
+folder = Path(FOLDER)
+made = t.versions(folder, 1)
+model = t.loaded(made[0])
+words = t.held_by(model, folder)
+plain = os.pwrite
+files = []
+def full(fd, content, at):
+    files.append(os.readlink(f"/proc/self/fd/{fd}"))
+    if "memfd" in files[-1]:
+        return plain(fd, content, at)
+    if at > 12000:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return plain(fd, content[:1000], at)
+os.pwrite = full
+staged = t.prepared(words, folder / "1.xorz")
+assert "memfd" in files[-1] and "memfd" not in files[0], files
+way = update.apply(words, staged)
+assert t.same(model, t.loaded(made[1]))
+update.apply(words, update.backwards([way]))
+assert t.same(model, t.loaded(made[0]))
+def none(*args, **kwargs):
+    raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+tempfile.TemporaryFile = none
+staged = t.prepared(words, folder / "1.xorz")
+assert "memfd" in files[-1]
+update.apply(words, staged)
+assert t.same(model, t.loaded(made[1]))
+"""
 
 
 def test_a_jump_between_versions_is_compared_word_by_word(tmp_path):
@@ -197,7 +284,7 @@ import torch
 sys.path.insert(0, sys.argv[1])
 import test_vllm_update as t
 from safetensors.torch import load_file
-from xorz import _ops
+from xorz import _core
 from xorz.vllm import update
 folder, rank = Path(sys.argv[2]), int(os.environ["RANK"])
 torch.distributed.init_process_group("gloo")
@@ -212,23 +299,23 @@ for number in (1, 2):
     assert t.same(model, t.loaded(made[number], rank, 2))
 # One process fails: none has changed.
 staged = t.prepared(words, folder / "3.xorz")
-plain, calls = _ops.delta_apply_, []
-def failing(weight, delta):
+plain, calls = _core.exchange_apply, []
+def failing(weight, content, back):
     calls.append(1)
     if rank == 1 and len(calls) == 4:
         raise MemoryError("out of memory")
-    return plain(weight, delta)
-_ops.delta_apply_ = failing
+    return plain(weight, content, back)
+_core.exchange_apply = failing
 try:
     update.apply(words, staged)
     raise SystemExit("it did not fail")
 except (MemoryError, ValueError) as error:
     assert "out of memory" in str(error) and (rank == 1 or "rank 1" in str(error))
-_ops.delta_apply_ = plain
+_core.exchange_apply = plain
 assert t.same(model, t.loaded(made[2], rank, 2))
 way = update.apply(words, staged)
 assert t.same(model, t.loaded(made[3], rank, 2))
-update.apply(words, update.backwards(words, [way]))
+update.apply(words, update.backwards([way]))
 assert t.same(model, t.loaded(made[2], rank, 2))
 print("fine", rank)
 """
@@ -297,7 +384,7 @@ def work():
         print(size, staged.bytes, resident() - before)
         ways = update.apply(words, staged)
         del staged
-        staged = update.backwards(words, [ways])
+        staged = update.backwards([ways])
         print(size, staged.bytes, resident() - before)
         update.apply(words, staged)
         del staged, ways
@@ -318,4 +405,5 @@ def test_an_update_leaves_no_more_memory_behind_than_its_deltas(tmp_path):
     lines = [tuple(int(word) for word in line.split()) for line in done.stdout.splitlines()]
     assert len(lines) == 6
     for size, held, grown in lines:
-        assert 0 <= held < 0.2 * size and grown - held < 0.4 * size, lines
+        # What is held lies in a file.
+        assert 0 <= held < 0.2 * size and grown < 0.2 * size, lines

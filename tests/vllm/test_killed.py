@@ -23,12 +23,12 @@ import signal
 
 def register():
     where, count = os.environ["KILLED_AT"].split(":")
-    from xorz import _core, _ops
+    from xorz import _core
     from xorz.vllm import client, update
 
     owner, name = {
-        "reading": (_core.Package, "resident"),
-        "changing": (_ops, "delta_apply_"),
+        "reading": (_core.Package, "exchanges"),
+        "changing": (_core, "exchange_apply"),
         "changed": (update, "apply"),
     }[where]
     plain, calls = getattr(owner, name), []

@@ -4,6 +4,7 @@ that was served can be gone back to; fine-tunes of another version than the one 
 """
 
 import resource
+import shutil
 
 import engines
 import pytest
@@ -13,7 +14,7 @@ import xorz
 import xorz.vllm
 from engines import PROMPTS, ask
 from safetensors.torch import load_file
-from xorz import _ops
+from xorz import _core
 from xorz.vllm import client
 
 KINDS = ("qwen2", "llama", "qwen3")
@@ -167,18 +168,18 @@ def test_a_failure_half_way_leaves_the_version_before_and_its_tenants(llm, made,
     xorz.pack(paths[0], paths[2], package)
     alice = xorz.vllm.load(llm, "alice", package)
     before = words(llm)
-    plain, calls = _ops.delta_apply_, []
+    plain, calls = _core.exchange_apply, []
 
-    def failing(weight, delta):
+    def failing(weight, content, back):
         calls.append(1)
         if len(calls) == 6:
             raise MemoryError("out of memory")
-        return plain(weight, delta)
+        return plain(weight, content, back)
 
-    monkeypatch.setattr(_ops, "delta_apply_", failing)
+    monkeypatch.setattr(_core, "exchange_apply", failing)
     with pytest.raises(client.UpdateError, match="out of memory"):
         client.update(llm, chain, 1)
-    monkeypatch.setattr(_ops, "delta_apply_", plain)
+    monkeypatch.setattr(_core, "exchange_apply", plain)
     assert len(calls) > 6
     after = words(llm)
     assert all(torch.equal(before[n].view(torch.int16), after[n].view(torch.int16)) for n in before)
@@ -221,6 +222,73 @@ def test_what_was_prepared_for_other_words_is_not_applied(llm, made):
     says(llm, said, 2)
     by_hand(llm, **info)  # from version 2, read anew
     says(llm, said, 1)
+
+
+def test_words_that_somebody_writes_between_the_check_and_the_change_are_noticed(llm, made):
+    """A parameter that another one took the place of, or that torch has written to; and, however it was written, a word that
+    the update changes.
+    """
+    paths, chain, said = made
+    to(llm, chain, 0)
+    old, new = (load_file(path / "model.safetensors")["model.norm.weight"] for path in paths[:2])
+    norm = worker(llm).get_model().model.norm
+    at, stays = int((old != new).nonzero()[0]), int((old == new).nonzero()[0])
+    plain = norm.weight
+
+    def torch_writes():
+        with torch.no_grad():
+            norm.weight[stays] += 1
+
+    def another():
+        norm.weight = torch.nn.Parameter(plain.data.clone(), requires_grad=False)
+
+    def past_torch():
+        norm.weight.data[at] += 1
+
+    writes = {
+        torch_writes: "was replaced or written to",
+        another: "was replaced or written to",
+        past_torch: "have digest",
+    }
+    for write, match in writes.items():
+        llm.start_weight_update()
+        llm.update_weights({"update_info": {"source": str(chain), "version": 1}})
+        write()
+        before = words(llm)
+        with pytest.raises(Exception, match=match):
+            llm.finish_weight_update()
+        after = words(llm)
+        assert all(torch.equal(before[n].view(torch.int16), after[n].view(torch.int16)) for n in before)
+        norm.weight = plain
+        norm.weight.data.copy_(old)
+        assert llm.get_weight_version() == "0"
+    says(llm, said, 0)
+    client.update(llm, chain, 1)
+    says(llm, said, 1)
+
+
+def test_a_chain_whose_first_package_lacks_a_tied_name_or_is_gone(llm, made, tmp_path):
+    """The trainer's state has both names of what is tied, an appended package has one."""
+    paths, chain, said = made
+    to(llm, chain, 0)
+    words = [load_file(path / "model.safetensors") for path in paths[:3]]
+    tied = "lm_head.weight" not in words[0]
+    states = [w | {"lm_head.weight": w["model.embed_tokens.weight"]} if tied else w for w in words]
+    run = xorz.Versions(states[0], tmp_path / "run", keyframe=2)
+    xorz.pack(words[0], words[1], tmp_path / "1.xorz")
+    run.append(tmp_path / "1.xorz")
+    run.publish(states[2])
+    with _core.Package(run.path(1)) as first:
+        assert first.entries.keys() == words[0].keys()
+    for number in (1, 2):
+        client.update(llm, run.folder, number)
+        says(llm, said, number)
+    late = shutil.copytree(run.folder, tmp_path / "late")
+    (late / run.path(1).name).unlink()
+    for number in (0, 2):
+        client.update(llm, late, number)
+        says(llm, said, number)
+    client.update(llm, chain, 0)
 
 
 def test_many_updates_leave_memory_as_it_was(llm, made):

@@ -105,7 +105,7 @@ class Report:
         fetch: seconds.
         check: seconds, of reading it against the words that are there, and of preparing the way back.
         apply: seconds, in which no request is served.
-        held: bytes held for it at most, the way back included.
+        held: bytes held for it and the way back, which are the same ones, in a file of the system's temporary folder.
     """
 
     version: str
@@ -139,7 +139,8 @@ class _Past:
 
     version: str
     identity: str | None
-    ways: dict[update.Key, torch.Tensor]
+    ways: update.Way
+    changed: int
 
 
 class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo]):
@@ -247,12 +248,12 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
         ready.report.apply = time.perf_counter() - began
         self._served(ready, ways)
 
-    def _served(self, ready: _Next, ways: dict[update.Key, torch.Tensor]) -> None:
+    def _served(self, ready: _Next, ways: update.Way) -> None:
         """The words are the new version's."""
         for _ in range(ready.back):
             self._past.pop()
         if not ready.back:
-            self._past.append(_Past(self.version, self.identity, ways))
+            self._past.append(_Past(self.version, self.identity, ways, ready.report.changed))
         while len(self._past) > self.keep:
             self._past.popleft()
         self._digests, self._sums = ready.same, ready.sums
@@ -325,7 +326,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
         words = self._model()
         words.read()
         # Before anything is read that may be another one by the end.
-        began, generation = time.perf_counter(), self._generation
+        began, generation, seen = time.perf_counter(), self._generation, words.seen()
         with torch.inference_mode():
             if info.rollback:
                 out = self._backwards(info)
@@ -337,7 +338,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
                     out = self._of_package(info, path)
                     out.report.fetch = fetched
         update.trim()
-        out.generation = generation
+        out.generation, out.staged.seen = generation, seen
         out.report.check = time.perf_counter() - began - out.report.fetch
         out.report.changed, out.report.held = out.staged.changed, out.staged.bytes
         out.report.words = sum(p.numel() for p in words.params.values())
@@ -419,9 +420,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
             return error
         try:
             if changed:
-                delta = opened.resident(name, whole, None)
-                out.staged.changed += _core.delta_info(delta).changed
-                update.stage(words, name, whole, delta, out.staged)
+                update.stage(words, opened, name, whole, out.staged)
                 return None
             there = self._digests.get(name) or update.digest_of(whole)
             # Of small tensors packages keep 16 digits.
@@ -467,10 +466,9 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
             for name, old, new in chain._pairs(number, at):
                 if name not in words.plan.users:
                     continue
-                count = len(out.staged.steps)
+                before = out.staged.changed
                 update.between(words, name, old, new, out.staged)
-                out.staged.changed += int((update.bits(old) != update.bits(new)).sum())
-                if len(out.staged.steps) > count and name in words.plan.refused:
+                if out.staged.changed > before and name in words.plan.refused:
                     raise ValueError(
                         f"xorz: tensor `{name}` is changed, and cannot be: {words.plan.refused[name]}"
                     )
@@ -482,8 +480,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
     def _chain(self, folder: str) -> Versions:
         key = folder, self.trust
         if key not in self._chains:
-            base = _as_published(self._words.base, Path(folder))
-            self._chains[key] = Versions(base, folder, trust=self.trust)
+            self._chains[key] = _opened(self._words.base, Path(folder), self.trust)
         return self._chains[key]
 
     def _number_of(self, chain: Versions) -> int:
@@ -526,7 +523,8 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
             )
         self._words.group.agree(error)
         past = list(self._past)[-count:]
-        staged = update.backwards(self._words, [p.ways for p in reversed(past)])
+        staged = update.backwards(p.ways for p in reversed(past))
+        staged.changed = sum(p.changed for p in past)
         report = Report(past[0].version, self.version)
         return _Next(info, staged, report, self._generation, past[0].identity, back=count)
 
@@ -539,13 +537,37 @@ def _number(version: Any) -> int:
     raise ValueError(f"xorz: version {version!r} is no number of a folder's version")
 
 
-def _as_published(base: packages.Checkpoint, folder: Path) -> dict[str, torch.Tensor]:
-    """The base under the names that the chain in `folder` has: a trainer's state has one for each of what is tied."""
-    first = next(iter(sorted(folder.glob("000001-*[0-9a-f].xorz"))), None)
-    if first is None:
-        return {name: base[name] for name in base.tensors}
-    with _core.Package(first) as opened:
-        names = {name: entry["same"] or name for name, entry in opened.entries.items()}
+def _opened(base: packages.Checkpoint, folder: Path, trust: str) -> Versions:
+    """The chain in `folder`, over the base under the names that the chain has. ValueError if it is none of this base."""
+    errors = []
+    for names in _published(folder, base):
+        try:
+            return Versions(_as_published(base, folder, names), folder, trust=trust)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _published(folder: Path, base: packages.Checkpoint) -> Iterator[dict[str, str]]:
+    """The names that a chain may have, each with the one that it is tied to: a trainer's state has all that are tied.
+
+    Those of the first package that can be read are right, but where it was appended and has fewer; then those of a later one.
+    At last the base's own.
+    """
+    known: list[dict[str, str]] = []
+    for path in sorted(folder.glob("[0-9]*-*.xorz")):
+        try:
+            with _core.Package(path) as opened:
+                names = {name: entry["same"] or name for name, entry in opened.entries.items()}
+        except (OSError, ValueError):
+            continue  # whoever needs it will be told
+        if names not in known:
+            known.append(names)
+            yield names
+    yield {name: name for name in base.tensors}
+
+
+def _as_published(base: packages.Checkpoint, folder: Path, names: dict[str, str]) -> dict[str, torch.Tensor]:
     made: dict[str, torch.Tensor] = {}
     out = {}
     for name, of in names.items():

@@ -1,15 +1,20 @@
 """One change of a running model's words, in place: checked whole before, applied at once, and taken back if that fails.
 
-Nothing here knows vLLM's life cycle or where packages come from; `sync` does. No dense copy of the model is made: what is held
-besides the deltas is a few MiB, with tensor parallelism one tensor.
+What changes is kept as exchanges (src/vector/exchange.rs): where words differ, and their XOR. One exchange makes the new words
+and takes them back, touches no other word, and compares each word that it changes. They lie in a file that has no
+name. Nothing here knows vLLM's life cycle or where packages come from; `sync` does. No dense copy of the model is made: what is
+held is a few MiB, with tensor parallelism one tensor.
 """
 
 import ctypes
 import hashlib
-import mmap
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,10 +24,8 @@ from .. import _core, _ops
 from .packages import Checkpoint
 from .plan import Piece, Plan, parameters
 
-_BLOCK_BYTES = 1 << 20
-_BLOCK_ROWS = 256  # whole tiles of any encoding, so that none is decoded for two blocks
-_SHEET_BYTES = 1 << 20
-_ALIGNMENT = 64
+# Of the words that an exchange is for: of smaller ones there would be so many that to call for each takes its time.
+_BLOCK_BYTES = 4 << 20
 
 
 class Broken(RuntimeError):
@@ -32,44 +35,82 @@ class Broken(RuntimeError):
 Key = tuple[str, int, int]
 """Rows of a parameter: its name, the first row, the one after the last. A vector is one column."""
 
-
-@dataclass
-class Step:
-    """What changes one tensor's place in one parameter.
-
-    Attributes:
-        key: where.
-        delta: resident, of the words there.
-        back: what turns the new words into the old ones, by blocks of rows.
-    """
-
-    key: Key
-    delta: Tensor
-    back: dict[Key, Tensor]
+Span = tuple[str, int, int]
+"""Words of a parameter, row after row: its name, the first one, the one after the last."""
 
 
 class Shelf:
-    """Where deltas lie that stay, while blocks of words that are many times as large come and go beside them.
+    """Where exchanges lie until they are applied, and after that as the way back: a file without a name.
 
-    In the allocator's memory each delta would lie in the hole that a block has left, and the next block would not fit in
-    there any more: at the end the process would hold about as much as the model. A sheet is free when nothing on it is used.
+    It is the kernel's to keep it in memory or on the disk, and gone when nobody has it open. Where no such file can be made or
+    written (a full disk, a machine without one) it is in memory.
     """
 
     def __init__(self) -> None:
-        """Nothing lies on it yet, and no memory is taken."""
-        self._sheet: Tensor | None = None
+        """It is empty, and takes nothing."""
+        self._file: Any = None
         self._used = 0
 
-    def put(self, delta: Tensor) -> Tensor:
-        """A copy that stays."""
-        count = delta.numel()
-        if count >= _SHEET_BYTES // 4:
-            return _mapped(count).copy_(delta)
-        if self._sheet is None or self._used + count > self._sheet.numel():
-            self._sheet, self._used = _mapped(_SHEET_BYTES), 0
-        out = self._sheet[self._used : self._used + count].copy_(delta)
-        self._used += -(-count // _ALIGNMENT) * _ALIGNMENT
-        return out
+    def put(self, content: bytes) -> tuple[int, int]:
+        """Where it lies, and its length. OSError where there is no room in memory, either."""
+        at, self._used = self._used, self._used + len(content)
+        try:
+            self._write(at, content)
+        except OSError:
+            self._into_memory(at)
+            self._write(at, content)
+        return at, len(content)
+
+    def _write(self, at: int, content: bytes) -> None:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="xorz-update-", buffering=0)
+        rest = memoryview(content)
+        while rest:
+            count = os.pwrite(self._file.fileno(), rest, at)
+            at, rest = at + count, rest[count:]
+
+    def _into_memory(self, count: int) -> None:
+        """The same file, its first `count` bytes, in memory."""
+        old, self._file = self._file, open(os.memfd_create("xorz-update"), "r+b", buffering=0)
+        sent = 0
+        while old is not None and sent < count:
+            sent += os.sendfile(self._file.fileno(), old.fileno(), sent, count - sent)
+        if old is not None:
+            old.close()
+
+    def __del__(self) -> None:
+        """The file is gone with the last step that needs it."""
+        if self._file is not None:
+            self._file.close()
+
+    def read(self, at: int, into: memoryview) -> None:
+        """OSError where it cannot be read."""
+        while into:
+            count = os.preadv(self._file.fileno(), [into], at)
+            if count == 0:
+                raise OSError("xorz: the file of what an update changes was cut")
+            at, into = at + count, into[count:]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What changes some words of one parameter.
+
+    Attributes:
+        span: where.
+        shelf: what the exchange lies on.
+        at: where it lies there, and its length.
+        back: whether it makes the old words of the new.
+    """
+
+    span: Span
+    shelf: Shelf
+    at: tuple[int, int]
+    back: bool = False
+
+
+Way = list[list[Step]]
+"""What is done one after another; steps of one list are of other words each, and may be done at once."""
 
 
 def trim() -> None:
@@ -78,32 +119,36 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _mapped(count: int) -> Tensor:
-    """So many bytes that the kernel itself gives, and takes back when the tensor is gone."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    return torch.frombuffer(mmap.mmap(-1, max(count, 1), flags), dtype=torch.uint8)[:count]
-
-
 @dataclass
 class Staged:
-    """An update that was checked against the words that are there, and can be applied to them alone."""
+    """An update that was checked against the words that are there, and can be applied to them alone.
 
-    steps: list[Step] = field(default_factory=list)
+    Attributes:
+        way: what is to be done.
+        changed: words that differ; over several versions those of each step.
+        seen: what the parameters were like when it was begun, as `Words.seen` says.
+    """
+
+    way: Way = field(default_factory=lambda: [[]])
     changed: int = 0
-    words: int = 0
-    # Apart: the ways back are kept when the rest is gone.
-    _ahead: Shelf = field(default_factory=Shelf)
-    _behind: Shelf = field(default_factory=Shelf)
+    seen: dict[str, tuple[int, int]] | None = None
+    _shelf: Shelf = field(default_factory=Shelf)
 
-    def add(self, key: Key, delta: Tensor, back: Iterable[tuple[Key, Tensor]]) -> None:
-        """One more step; the deltas are copied to where they stay."""
-        delta = self._ahead.put(delta)
-        self.steps.append(Step(key, delta, {rows: self._behind.put(way) for rows, way in back}))
+    def add(self, spans: list[Span], exchange: bytes, changed: int) -> None:
+        """One more step, in each of these places, and how many words it changes."""
+        at = self._shelf.put(exchange)
+        self.way[-1] += [Step(span, self._shelf, at) for span in spans]
+        self.changed += changed
+
+    @property
+    def steps(self) -> list[Step]:
+        """All steps, in order."""
+        return [step for steps in self.way for step in steps]
 
     @property
     def bytes(self) -> int:
-        """What it holds in memory, the way back included."""
-        return sum(s.delta.nbytes + sum(b.nbytes for b in s.back.values()) for s in self.steps)
+        """What its exchanges take on their shelves."""
+        return sum(length for _, (_, length) in {(step.shelf, step.at) for step in self.steps})
 
 
 class Group:
@@ -176,6 +221,13 @@ class Words:
         """Look at the parameters anew: vLLM may have put others in their place."""
         self.params = parameters(self.model)
 
+    def seen(self) -> dict[str, tuple[int, int]]:
+        """Where each parameter's words lie, and how often torch has written to it (not through `.data`)."""
+        return {
+            name: (param.data_ptr(), 0 if param.is_inference() else param._version)
+            for name, param in self.model.named_parameters()
+        }
+
     def _shape(self, name: str) -> tuple[int, int]:
         return (*self.base.tensors[name][1], 1, 1)[:2] if self.base.tensors[name][1] else (1, 1)
 
@@ -186,7 +238,7 @@ class Words:
         """Where this process holds words of a checkpoint tensor."""
         return [
             ((param, *piece.to_rows), piece)
-            for param in self.plan.users.get(name, ())
+            for param in dict.fromkeys(self.plan.users.get(name, ()))
             for piece in self._of(name, param)
         ]
 
@@ -194,6 +246,16 @@ class Words:
         """The words there, in place."""
         param, first, end = key
         return self.params[param][first:end]
+
+    def start(self, key: Key) -> tuple[str, int]:
+        """The parameter, and which of its words is the first there."""
+        param, first, _ = key
+        return param, first * self.params[param][:1].numel()
+
+    def span(self, span: Span) -> Tensor:
+        """Words, in place."""
+        param, first, end = span
+        return self.params[param].view(-1)[first:end]
 
     def whole(self, name: str) -> Tensor:
         """A checkpoint tensor as the model holds it now: in place, or put together from all processes' parts (collective)."""
@@ -214,33 +276,45 @@ class Words:
         return name in self._apart
 
 
-def stage(words: Words, name: str, whole: Tensor, delta: Tensor, staged: Staged) -> None:
-    """Prepare the change of one checkpoint tensor from `whole`, its words now, by `delta`, which was made for them.
+def stage(words: Words, opened: _core.Package, name: str, whole: Tensor, staged: Staged) -> None:
+    """Prepare the change of one checkpoint tensor from `whole`, its words now, to those that a package makes of them.
 
-    RuntimeError where the model holds other words in another place of the tensor.
+    ValueError where they are not those that it is a step from, or the model holds others in another place of the tensor.
     """
-    if not words.is_apart(name):
-        for key, _ in words.places(name):
-            at = words.at(key)
-            if at.data_ptr() != whole.data_ptr():
-                _ops.delta_check(delta, at)
-            staged.add(key, delta, _way_back(key, at, delta))
-    else:
-        between(words, name, whole, _ops.delta_restore(whole, delta), staged)
+    if words.is_apart(name):
+        between(words, name, whole, opened.restore(name, whole), staged)
+        return
+    starts = []
+    for key, _ in words.places(name):
+        at = words.at(key)
+        if at.data_ptr() != whole.data_ptr() and not torch.equal(bits(at), bits(whole)):
+            raise ValueError(f"parameter `{key[0]}` does not hold the words of `{name}`, which others hold")
+        starts.append(words.start(key))
+
+    def give(first: int, count: int, exchange: bytes, changed: int) -> None:
+        staged.add([(param, at + first, at + first + count) for param, at in starts], exchange, changed)
+
+    opened.exchanges(name, whole, give)
 
 
 def between(words: Words, name: str, old: Tensor, new: Tensor, staged: Staged) -> None:
     """The same, from a checkpoint tensor's words in both versions; this process's parts must be the old ones."""
-    for key, piece in words.places(name):
+    for number, (key, piece) in enumerate(words.places(name)):
         at = words.at(key)
         was, becomes = (_cut(t, piece).reshape(at.shape) for t in (old, new))
         if not torch.equal(bits(at), bits(was)):
             raise ValueError(
                 f"parameter `{key[0]}` does not hold the words of `{name}` of the version before"
             )
-        if not torch.equal(bits(was), bits(becomes)):
-            delta = _ops.delta_encode(at, becomes, prefer="speed")
-            staged.add(key, delta, _way_back(key, at, delta))
+        param, start = words.start(key)
+        step = max(1, _BLOCK_BYTES // at.element_size())
+        for a in range(0, at.numel(), step):
+            now, then = (t.reshape(-1)[a : a + step] for t in (at, becomes))
+            exchange, changed = _core.exchange(now, then)
+            if changed:
+                # What is tied is counted once.
+                span = param, start + a, start + a + now.numel()
+                staged.add([span], exchange, 0 if number else changed)
 
 
 def _cut(tensor: Tensor, piece: Piece) -> Tensor:
@@ -255,56 +329,24 @@ def bits(tensor: Tensor) -> Tensor:
     )
 
 
-def blocks(key: Key, at: Tensor) -> Iterable[tuple[Key, tuple[int, int]]]:
-    """Rows of the parameter, and the same from the start of `at`, a few MiB at a time."""
-    param, first, end = key
-    row = max(1, at[:1].nbytes)
-    step = max(_BLOCK_ROWS, _BLOCK_BYTES // row // _BLOCK_ROWS * _BLOCK_ROWS)
-    for a in range(0, end - first, step):
-        b = min(end - first, a + step)
-        yield (param, first + a, first + b), (a, b)
-
-
-def _way_back(key: Key, at: Tensor, delta: Tensor) -> Iterator[tuple[Key, Tensor]]:
-    """Deltas of the new words that give the old ones; blocks that stay the same are left out."""
-    for rows, (a, b) in blocks(key, at):
-        old = at[a:b]
-        if at.dim() < 2:
-            new = _ops.delta_restore(at, delta, columns=(a, b))
-        else:
-            new = _ops.delta_restore(at, delta, rows=(a, b))
-        if not torch.equal(bits(old), bits(new)):
-            yield rows, _ops.delta_encode(new, old, prefer="memory")
-
-
-def backwards(words: Words, ways: list[dict[Key, Tensor]]) -> Staged:
+def backwards(ways: Iterable[Way]) -> Staged:
     """The update that takes back several ones, of which the last one comes first."""
-    out = Staged()
-    for key in dict.fromkeys(key for way in ways for key in way):
-        old = new = words.at(key)
-        for way in ways:
-            new = _ops.delta_restore(new, way[key]) if key in way else new
-        if torch.equal(bits(old), bits(new)):
-            continue
-        delta = _ops.delta_encode(old, new, prefer="speed")
-        out.add(key, delta, [(key, _ops.delta_encode(new, old, prefer="memory"))])
-        out.changed += _core.delta_info(delta).changed
-    return out
+    return Staged([steps for way in ways for steps in way])
 
 
-def apply(words: Words, staged: Staged) -> dict[Key, Tensor]:
+def apply(words: Words, staged: Staged) -> Way:
     """Change the words, in every process or in none, and give the way back. Collective.
 
     Raises:
-        ValueError, RuntimeError: what has failed. The words are as before; Broken if not even that could be done.
+        ValueError, RuntimeError, OSError: what has failed, or that the words are others than those that the update was made
+            for. The words are as before; Broken if not even that could be done.
     """
     done: list[Step] = []
     error = None
     try:
-        for step in staged.steps:
-            # Its digest is compared before the first word is written.
-            _ops.delta_apply_(words.at(step.key), step.delta)
-            done.append(step)
+        _check_seen(words, staged)
+        for steps in staged.way:
+            _turn(words, steps, done.append)
     except BaseException as caught:
         error = caught
     try:
@@ -312,19 +354,56 @@ def apply(words: Words, staged: Staged) -> dict[Key, Tensor]:
     except BaseException:
         _take_back(words, done)
         raise
-    return {key: delta for step in staged.steps for key, delta in step.back.items()}
+    return _reversed(staged.way)
+
+
+def _check_seen(words: Words, staged: Staged) -> None:
+    """What was prepared for a parameter is for no other one, and for no other words in it."""
+    found = words.seen()
+    for name, seen in (staged.seen or found).items():
+        if found.get(name) != seen:
+            raise ValueError(
+                f"xorz: parameter `{name}` was replaced or written to since the update was prepared; prepare it anew"
+            )
+
+
+def _turn(words: Words, steps: list[Step], done: Callable[[Step], None]) -> None:
+    """Do steps that are of other words each, by as many threads as torch has here, and note each."""
+    rooms = threading.local()
+
+    def work(step: Step) -> None:
+        at, length = step.at
+        if len(room := getattr(rooms, "bytes", b"")) < length:
+            rooms.bytes = room = bytearray(length)
+        exchange = memoryview(room)[:length]
+        step.shelf.read(at, exchange)
+        # Compares each word that changes with what it was; where one is not, all are what they were again.
+        _core.exchange_apply(words.span(step.span), exchange, step.back)
+        done(step)
+
+    threads = min(torch.get_num_threads(), len(steps))
+    if threads < 2:
+        for step in steps:
+            work(step)
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="xorz-update") as pool:
+        for _ in pool.map(work, steps):
+            pass
+
+
+def _reversed(way: Way) -> Way:
+    return [[replace(step, back=not step.back) for step in reversed(steps)] for steps in reversed(way)]
 
 
 def _take_back(words: Words, done: list[Step]) -> None:
-    for step in reversed(done):
-        for key, delta in step.back.items():
-            try:
-                _ops.delta_apply_(words.at(key), delta)
-            except BaseException as error:
-                raise Broken(
-                    f"the update failed, and parameter `{key[0]}` could not be taken back: the model holds neither version; "
-                    f"load it again ({error})"
-                ) from error
+    for [step] in _reversed([[step] for step in done]):
+        try:
+            _turn(words, [step], lambda _: None)
+        except BaseException as error:
+            raise Broken(
+                f"the update failed, and parameter `{step.span[0]}` could not be taken back: the model holds neither version; "
+                f"load it again ({error})"
+            ) from error
 
 
 def digest_of(tensor: Tensor) -> str:
