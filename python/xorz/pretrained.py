@@ -30,6 +30,7 @@ if int(transformers.__version__.partition(".")[0]) < 5:
 
 METHOD = "xorz"
 ADAPTER = "adapter_config.json"
+_OPTIONS = ("mode", "prefer", "budget", "max_copies", "example", "trust")
 
 
 @register_quantization_config(METHOD)
@@ -50,18 +51,19 @@ class XorzConfig(QuantizationConfigMixin):
         budget: int | str | None = None,
         max_copies: int | str | None = None,
         example: Any = None,
+        trust: str = "digest",
         **unknown: Any,
     ) -> None:
         """Describe what is to be attached.
 
         Args:
             tenants: name -> what `Tenants.load` takes: a package, a folder or Hub repository with one, ...
-            default, mode, prefer, budget, max_copies, example: see `xorz.attach`. A tenant's name as `default` makes the model
-                that tenant wherever no other is asked for.
+            default, mode, prefer, budget, max_copies, example, trust: see `xorz.attach`. A tenant's name as `default` makes the
+                model that tenant wherever no other is asked for.
             unknown: `quant_method`, as in a saved config; anything else is refused.
 
         Raises:
-            TypeError: `tenants` is no mapping, or an option is unknown.
+            TypeError: `tenants` is no mapping, or an option is unknown; ValueError: another word of `trust`.
         """
         method = unknown.pop("quant_method", METHOD)
         if method != METHOD:
@@ -70,10 +72,12 @@ class XorzConfig(QuantizationConfigMixin):
             raise TypeError(f"XorzConfig has no option {next(iter(unknown))!r}")
         if tenants is not None and not isinstance(tenants, Mapping):
             raise TypeError(f"tenants must be a dict, name -> package, but is {type(tenants).__name__}")
+        if trust not in ("digest", "sha256"):
+            raise ValueError(f'trust must be "digest" or "sha256", but is {trust!r}')
         self.quant_method = METHOD
         self.tenants = dict(tenants or {})
         self.default, self.mode, self.prefer = default, mode, prefer
-        self.budget, self.max_copies, self.example = budget, max_copies, example
+        self.budget, self.max_copies, self.example, self.trust = budget, max_copies, example, trust
 
     def to_dict(self) -> dict[str, Any]:
         """What can be written as JSON: tenants that are no paths are named by their type, an example is left out."""
@@ -112,9 +116,7 @@ class XorzQuantizer(HfQuantizer):
         """Attach the model, load the tenants, and leave nothing in its config: what is saved is the plain base."""
         config = self.quantization_config
         self.remove_quantization_config(model)
-        options = {
-            name: getattr(config, name) for name in ("mode", "prefer", "budget", "max_copies", "example")
-        }
+        options = {name: getattr(config, name) for name in _OPTIONS}
         tenants = attach(model, default=config.default, **options)
         try:
             with bar(total=len(config.tenants), unit="tenant", desc="loading tenants") as shown:
@@ -154,8 +156,9 @@ def from_pretrained(
         source: a folder with one package, a repository of the Hub, a package (`sources.located`).
         base: the base's folder or Hub name; None: `base_model_name_or_path` of the folder's adapter_config.json.
         cls: a class of transformers with `from_pretrained`; None: the architecture that the base's config names.
-        options: `mode`, `prefer`, `budget`, `max_copies`, `example` go to `xorz.attach`; the others to `cls.from_pretrained`.
-            `dtype` is the base's own, unless it is given; another one than the package's is refused by its digests.
+        options: `mode`, `prefer`, `budget`, `max_copies`, `example`, `trust` go to `xorz.attach`; the others to
+            `cls.from_pretrained`. `dtype` is the base's own, unless it is given; another one than the package's is refused by
+            its digests.
 
     Returns:
         The base model, attached, with the tenant loaded under the package's name (without `.xorz`), which is what the model's
@@ -169,7 +172,7 @@ def from_pretrained(
     folder = sources.folder_of(source)
     if base is None:
         base = _base(folder, source)
-    mine = {k: options.pop(k) for k in ("mode", "prefer", "budget", "max_copies", "example") if k in options}
+    mine = {k: options.pop(k) for k in _OPTIONS if k in options}
     name = package.name.removesuffix(sources.SUFFIX)
     if package.parent.name == "fetched":
         name = name.partition("-")[2]

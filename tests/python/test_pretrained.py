@@ -163,6 +163,29 @@ def test_dtype_and_device_map_work_or_say_why_not(folders):
         )
 
 
+def test_trust_is_as_strict_here_as_where_a_model_is_attached(folders, tmp_path):
+    trusted, other = tmp_path / "alice.xorz", folders / "alice.xorz"
+    xorz.pack(folders / "base", folders / "alice", trusted, trust="sha256")
+    config = XorzConfig(tenants={"alice": trusted}, trust="sha256")
+    written = json.loads(config.to_json_string(use_diff=False))
+    assert written["trust"] == "sha256"
+    for given in (config, written):
+        model = AutoModelForCausalLM.from_pretrained(folders / "base", quantization_config=given)
+        assert model.xorz.names() == ["alice"] and model.xorz.trust == "sha256"
+        # It holds for those that come later.
+        with pytest.raises(ValueError, match="--trust sha256"):
+            model.xorz.load("other", other)
+    with pytest.raises(ValueError, match="--trust sha256"):
+        AutoModelForCausalLM.from_pretrained(
+            folders / "base", quantization_config=XorzConfig(tenants={"alice": other}, trust="sha256")
+        )
+    assert xorz.from_pretrained(trusted, folders / "base", trust="sha256").xorz.trust == "sha256"
+    with pytest.raises(ValueError, match="--trust sha256"):
+        xorz.from_pretrained(other, folders / "base", trust="sha256")
+    with pytest.raises(ValueError, match='trust must be "digest" or "sha256", but is \'md5\''):
+        XorzConfig(trust="md5")
+
+
 def test_a_config_says_what_is_wrong_with_it(folders, tmp_path):
     with pytest.raises(TypeError, match="no option 'tenant'"):
         XorzConfig(tenant={})
