@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,69 @@ from .checkpoint import PathLike
 from .diff import StateDict, place, tensors_of
 from .versions import Versions
 
+# Words that are cast and compared at once, for one of which no second copy of a tensor is made.
+_BLOCK_WORDS = 4 << 20
+
+
+@dataclass(eq=False)
+class _Change:
+    """What becomes of one tensor: its words as they were published last, turned into the next ones in place and back.
+
+    Attributes:
+        words: the published ones, or the next ones.
+        parts: first and last word of a part that differs, and its exchange.
+        turned: which of both `words` are.
+    """
+
+    words: Tensor
+    parts: list[tuple[int, int, bytes]] = field(default_factory=list)
+    turned: bool = False
+
+    def turn(self) -> None:
+        """Make the next words of the published ones, or those again."""
+        _turn(self.words, self.parts, self.turned)
+        self.turned = not self.turned
+
+    def before(self) -> Tensor:
+        """The published words while `words` are the next ones, for as long as they are needed."""
+        if not self.parts:
+            return self.words
+        out = self.words.clone()
+        _turn(out, self.parts, back=True)
+        return out
+
+
+def _turn(words: Tensor, parts: list[tuple[int, int, bytes]], back: bool) -> None:
+    flat = _bits(words)
+    for a, b, exchange in parts:
+        _core.exchange_apply(flat[a:b], exchange, back)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The words of a contiguous tensor in a row, whatever they mean."""
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.reshape(-1).view(sizes[tensor.element_size()])
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
+    """The tensor's words as the base would have them, on the CPU."""
+    return tensor.to("cpu", dtype, copy=copy).contiguous()
+
+
+def _differences(held: Tensor, tensor: Tensor) -> list[tuple[int, int, bytes]] | None:
+    """What turns `held` into `tensor`; None where that would take more than half of a copy."""
+    new, old, parts, size = tensor.reshape(-1), _bits(held), [], 0
+    for a in range(0, new.numel(), _BLOCK_WORDS):
+        becomes = _bits(_cast(new[a : a + _BLOCK_WORDS], held.dtype))
+        b = a + becomes.numel()
+        exchange, changed = _core.exchange(old[a:b], becomes)
+        if changed:
+            parts.append((a, b, exchange))
+            size += len(exchange)
+        if size > held.nbytes // 2:
+            return None
+    return parts
+
 
 class Publisher:
     """Turns a model under training into versions, each a small package that is a step from the one before.
@@ -25,8 +89,9 @@ class Publisher:
             publisher.publish(model)                    # copies the words, and returns; packing goes on beside the training
         publisher.close()
 
-    One copy of the last published words is held in host memory, in the dtypes of the base (a second one while a version is
-    written). One process at a time may publish into a folder; any number may read it.
+    One copy of the last published words is held in host memory, in the dtypes of the base; while a version is written also
+    what differs, and one tensor. A tensor of which more than about a sixth of the words differ is held twice meanwhile. One
+    process at a time may publish into a folder; any number may read it.
 
     Attributes:
         versions: the `xorz.Versions` that is written.
@@ -63,7 +128,7 @@ class Publisher:
         self._closed = False
 
     def publish(self, new: StateDict | nn.Module, *, as_tenant: bool = False) -> "Future[int]":
-        """Make `new` the next version. Its words are copied before this returns, so that training may go on.
+        """Make `new` the next version. What differs is noted before this returns, so that training may go on.
 
         A version that is still being written is waited for. Floating-point tensors are cast to the base's dtypes, as an engine
         that loads a checkpoint would cast them; names of what is tied to a tensor that the base has are left out.
@@ -88,37 +153,67 @@ class Publisher:
         self._running = self._worker.submit(self._write, copied, as_tenant)
         return self._running
 
-    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _copy(self, tensors: dict[str, Tensor]) -> dict[str, _Change]:
         kept = {name: t for name, t in tensors.items() if name in self._kinds}
         places = {place(t) for t in kept.values()}
         for name, tensor in tensors.items():
             if name not in kept and place(tensor) not in places:
                 raise ValueError(f"new has a tensor `{name}`, which the base lacks")
-        out: dict[str, Tensor] = {}
-        copies: dict[Any, Tensor] = {}
+        wanted: dict[str, tuple[Any, Tensor]] = {}
+        for name, (dtype, shape) in self._kinds.items():
+            if name not in kept:
+                raise KeyError(f"new lacks the tensor `{name}`, which the base has")
+            tensor = kept[name].detach()
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"new: tensor `{name}` is {list(tensor.shape)}, but the base's is {list(shape)}"
+                )
+            if tensor.dtype != dtype and not (tensor.is_floating_point() and dtype.is_floating_point):
+                raise ValueError(
+                    f"new: tensor `{name}` is {_core.dtype_name(tensor.dtype)}, but the base's is "
+                    f"{_core.dtype_name(dtype)}"
+                )
+            wanted[name] = (place(tensor), dtype), tensor
         with torch.no_grad():
-            for name, (dtype, shape) in self._kinds.items():
-                if name not in kept:
-                    raise KeyError(f"new lacks the tensor `{name}`, which the base has")
-                tensor = kept[name].detach()
-                if tuple(tensor.shape) != shape:
-                    raise ValueError(
-                        f"new: tensor `{name}` is {list(tensor.shape)}, but the base's is {list(shape)}"
-                    )
-                if tensor.dtype != dtype and not (tensor.is_floating_point() and dtype.is_floating_point):
-                    raise ValueError(
-                        f"new: tensor `{name}` is {_core.dtype_name(tensor.dtype)}, but the base's is "
-                        f"{_core.dtype_name(dtype)}"
-                    )
-                key = (place(tensor), dtype)
-                if key not in copies:
-                    copies[key] = tensor.to("cpu", dtype, copy=True).contiguous()
-                out[name] = copies[key]
+            return self._changes(wanted)
+
+    def _changes(self, wanted: dict[str, tuple[Any, Tensor]]) -> dict[str, _Change]:
+        """One for each tensor, which names that share memory have together."""
+        held = self._last[1] if self._last is not None else {}
+        alone = _tied_alike(
+            {name: id(tensor) for name, tensor in held.items()}, {n: k for n, (k, _) in wanted.items()}
+        )
+        out: dict[str, _Change] = {}
+        made: dict[Any, _Change] = {}
+        for name, (key, tensor) in wanted.items():
+            if key not in made:
+                parts = _differences(held[name], tensor) if name in alone else None
+                new = _cast(tensor, key[1], copy=True) if parts is None else None
+                made[key] = _Change(held[name], parts) if new is None else _Change(new, turned=True)
+            out[name] = made[key]
         return out
 
-    def _write(self, copied: dict[str, Tensor], as_tenant: bool) -> int:
-        number, digest = self.versions.publish_from(self._last, copied, as_tenant=as_tenant)
-        self._last = digest, copied
+    def _write(self, changes: dict[str, _Change], as_tenant: bool) -> int:
+        last, self._last = self._last, None
+        digest, held = last or (None, {})
+        turned: list[_Change] = []
+
+        def each() -> Iterator[tuple[str, Tensor, Tensor | None]]:
+            for name, change in changes.items():
+                if not change.turned:
+                    turned.append(change)
+                    change.turn()
+                yield name, change.words, held.get(name) if change not in turned else change.before()
+
+        try:
+            number, digest = self.versions.publish_from(digest, each(), as_tenant=as_tenant)
+        except BaseException:
+            # The version does not exist: what is held is the one before again, or is not held any more.
+            for change in turned:
+                change.turn()
+            self._last = last
+            raise
+        self._last = digest, {name: change.words for name, change in changes.items()}
         return number
 
     def wait(self) -> int | None:
@@ -145,6 +240,16 @@ class Publisher:
     def __exit__(self, *_: object) -> None:
         """Close it, and wait for what is being written."""
         self.close()
+
+
+def _tied_alike(before: dict[str, int], now: dict[str, Any]) -> set[str]:
+    """Names of tensors that share their memory with the same others as before."""
+    groups: list[dict[Any, set[str]]] = []
+    for keys in (before, now):
+        groups.append({})
+        for name, key in keys.items():
+            groups[-1].setdefault(key, set()).add(name)
+    return {name for name in before if groups[0][before[name]] == groups[1].get(now.get(name))}
 
 
 def _mapped(path: PathLike) -> Mapping[str, Tensor]:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -133,36 +133,48 @@ class Versions:
             TypeError, KeyError, ValueError: `new` is no state_dict, lacks a tensor or has another one, or one of another dtype
                 or shape (named); OSError. The chain is as before then.
         """
-        return self.publish_from(None, tensors_of("new", new), as_tenant=as_tenant)[0]
+        tensors = tensors_of("new", new)
+        self._check_names("new", {n: (_core.dtype_name(t.dtype), list(t.shape)) for n, t in tensors.items()})
+        each = ((name, tensor, None) for name, tensor in tensors.items())
+        return self.publish_from(None, each, as_tenant=as_tenant)[0]
 
     def publish_from(
-        self, last: tuple[str, StateDict] | None, tensors: dict[str, Tensor], *, as_tenant: bool = False
+        self,
+        last: str | None,
+        tensors: Iterable[tuple[str, Tensor, Tensor | None]],
+        *,
+        as_tenant: bool = False,
     ) -> tuple[int, str]:
         """`publish`, for whoever still has the head's tensors, so that they need not be restored; see `xorz.Publisher`.
 
         Args:
-            last: the head's digest, and its tensors; where the head is another one by now they are restored all the same.
-            tensors: name -> tensor of the next version, on whatever device.
+            last: the digest of the version whose tensors are given as old ones; where the head is another one by now they are
+                restored all the same. None: none is given.
+            tensors: each of the base's tensors once: name, the next version's, on whatever device, and the old one.
             as_tenant: as in `publish`.
 
         Returns:
             The number and the digest of the version; errors as `publish`.
         """
-        self._check_names("new", {n: (_core.dtype_name(t.dtype), list(t.shape)) for n, t in tensors.items()})
         with self._locked() as versions, ExitStack() as stack:
             number = len(versions) + 1
             part = self._part()
-            held = last[1] if last is not None and last[0] == self._known(versions, number - 1) else None
-            chain = [] if held is not None else self._open(versions, number - 1, stack)
+            held = last is not None and last == self._known(versions, number - 1)
+            chain = [] if held else self._open(versions, number - 1, stack)
             step = stack.enter_context(_core.Writer(part, _core.options(trust=self.trust)))
             key = self._key_writer(number, stack, as_tenant)
-            digests = {}
-            for name, tensor in tensors.items():
+            digests, kinds = {}, {}
+            for name, tensor, old in tensors:
+                kinds[name] = _core.dtype_name(tensor.dtype), list(tensor.shape)
+                self._check_kind("new", name, kinds[name])
                 fresh = _core.on_host(name, tensor)
-                step.add(name, fresh, held[name] if held is not None else self._walk(name, chain))
+                step.add(name, fresh, old if held else self._walk(name, chain))
                 if key is not None:
                     key.add(name, fresh, self._base[name])
                 digests[name] = _digest(fresh)
+                # Before the next ones are made.
+                del tensor, fresh, old
+            self._check_names("new", kinds)
             step.finish()
             identity = self._identity(digests)
             return self._finish(versions, part, key, identity), identity
@@ -362,20 +374,23 @@ class Versions:
 
     def _check_names(self, what: str, kinds: dict[str, tuple[str, list[int]]], ties: bool = False) -> None:
         """All versions have the base's tensors; with `ties`, one name of those that share memory is enough."""
-        for name, (dtype, shape) in kinds.items():
-            if name not in self._base:
-                raise ValueError(f"{what} has a tensor `{name}`, which the base lacks")
-            want = self._base[name]
-            if (dtype, shape) != (_core.dtype_name(want.dtype), list(want.shape)):
-                raise ValueError(
-                    f"{what}: tensor `{name}` is {dtype} {shape}, but the base's is {text_of(want)}"
-                )
+        for name, kind in kinds.items():
+            self._check_kind(what, name, kind)
         present = {self._first[name] for name in kinds}
         for name in self._base:
             if name not in kinds and not (ties and self._first[name] in present):
                 raise (ValueError if ties else KeyError)(
                     f"{what} lacks the tensor `{name}`, which the base has"
                 )
+
+    def _check_kind(self, what: str, name: str, kind: tuple[str, list[int]]) -> None:
+        if name not in self._base:
+            raise ValueError(f"{what} has a tensor `{name}`, which the base lacks")
+        want = self._base[name]
+        if kind != (_core.dtype_name(want.dtype), list(want.shape)):
+            raise ValueError(
+                f"{what}: tensor `{name}` is {kind[0]} {kind[1]}, but the base's is {text_of(want)}"
+            )
 
     # Files.
 

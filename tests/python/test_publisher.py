@@ -5,13 +5,15 @@ chain is one that anybody can read; what cannot be published is refused by name,
 import hashlib
 import os
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
 import xorz
 from safetensors.torch import load_file, save_file
 from torch import nn
-from xorz import sources
+from xorz import _core, sources, versions
 
 SHAPES = {"a.weight": (48, 96), "b.weight": (96, 48), "b.bias": (96,), "table": (40, 48)}
 
@@ -164,6 +166,151 @@ def test_steps_keep_the_sha256_of_what_they_are_from_where_that_is_asked_for(bas
     with pytest.raises(ValueError, match="'md5'"):
         xorz.Publisher(base, tmp_path / "other", trust="md5")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("fails", ["add", "digest", "finish"])
+def test_a_version_that_failed_half_way_leaves_the_copy_that_is_held_as_it_was(
+    base, tmp_path, monkeypatch, fails
+):
+    words = words_of(base)
+    state = {name: word.clone() for name, word in words.items()}
+    plain = xorz.Versions(words, tmp_path / "plain")
+    with xorz.Publisher(base, tmp_path / "run") as publisher:
+        for name in state:
+            state[name].view(-1)[::7] += 1
+        publisher.publish(state).result()
+        plain.publish(state)
+        first = {name: word.clone() for name, word in state.items()}
+        for last in range(1, 5):
+            state = {name: word.clone() for name, word in first.items()}
+            for name in state:
+                state[name].view(-1)[last::9] *= 2
+            calls = []
+            owner, attribute = {
+                "add": (_core.Writer, "add"),
+                "digest": (versions, "_digest"),
+                "finish": (_core.Writer, "finish"),
+            }[fails]
+            real = getattr(owner, attribute)
+
+            def failing(*args, real=real, calls=calls, last=last):
+                calls.append(1)
+                if len(calls) == last or fails == "finish":
+                    raise OSError("No space left on device")
+                return real(*args)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, attribute, failing)
+                with pytest.raises(OSError, match="No space"):
+                    publisher.publish(state).result()
+                with pytest.raises(OSError, match="No space"):
+                    publisher.wait()
+        publisher.publish(state).result()
+        plain.publish(state)
+        assert publisher.versions.path(2).read_bytes() == plain.path(2).read_bytes()
+
+
+def test_names_that_are_tied_in_one_version_and_not_in_the_next(tmp_path):
+    table = torch.randn(40, 48).bfloat16()
+    words = {"in": table, "out": table, "more": torch.randn(9).bfloat16()}
+    plain = xorz.Versions(words, tmp_path / "plain")
+
+    def moved(tensor, seed):
+        torch.manual_seed(seed)
+        return tensor + (torch.rand(tensor.shape) < 0.02) * torch.randn(tensor.shape).bfloat16()
+
+    one, two = moved(table, 1), moved(table, 2)
+    states = [
+        {"in": one, "out": one},
+        {"in": (three := moved(one, 3)), "out": three},
+        {"in": three, "out": two},
+        {"in": moved(three, 4), "out": moved(two, 5)},
+        {"in": two, "out": two},
+        {"in": two, "out": two.clone()},
+    ]
+    with xorz.Publisher(words, tmp_path / "run") as publisher:
+        for number, state in enumerate(states, 1):
+            state = state | {"more": moved(words["more"], number)}
+            assert publisher.publish(state).result() == plain.publish(state) == number
+            assert same(publisher.versions.state_dict(number), state)
+            assert publisher.versions.digest(number) == plain.digest(number)
+
+
+def test_tensors_of_any_kind_are_published_as_they_are(tmp_path):
+    torch.manual_seed(3)
+    make = {
+        "float8": lambda: torch.randn(20, 9).to(torch.float8_e4m3fn),
+        "double": lambda: torch.randn(20, 9, dtype=torch.float64),
+        "turned": lambda: torch.randn(20, 9).T,
+        "integers": lambda: torch.randint(0, 100, (300,)),
+        "flags": lambda: torch.rand(77) < 0.5,
+        "one": lambda: torch.tensor(3.5),
+        "none": lambda: torch.empty(0, 4),
+        "experts": lambda: torch.randn(3, 8, 5).half(),
+    }
+    words = {name: made() for name, made in make.items()}
+    plain = xorz.Versions(words, tmp_path / "plain")
+    with xorz.Publisher(words, tmp_path / "run") as publisher:
+        state = dict(words)
+        for number in range(1, 5):
+            fresh = {name: made() for name, made in make.items()}
+            state = {
+                # Some of the words, or (in every fourth version) all of them.
+                n: torch.where(
+                    torch.rand(t.shape) < (0.1 if number % 4 else 1), fresh[n].float(), t.float()
+                ).to(t.dtype)
+                if n == "float8"
+                else torch.where(torch.rand(t.shape) < (0.1 if number % 4 else 1), fresh[n], t)
+                for n, t in state.items()
+            }
+            assert publisher.publish(state).result() == plain.publish(state) == number
+            assert publisher.versions.path(number).read_bytes() == plain.path(number).read_bytes()
+
+
+MEMORY = """
+import sys, threading
+from pathlib import Path
+import torch, xorz
+from safetensors.torch import save_file
+folder = Path(sys.argv[1])
+shapes = {f"{i}.weight": (1024, 1024) for i in range(40)}
+torch.manual_seed(0)
+save_file({n: torch.randn(s).bfloat16() for n, s in shapes.items()}, folder / "base.safetensors")
+from safetensors.torch import load_file
+state = {n: t.clone() for n, t in load_file(folder / "base.safetensors").items()}
+def resident():
+    with open("/proc/self/status") as file:
+        return sum(int(line.split()[1]) << 10 for line in file if line.startswith("RssAnon"))
+peak, over = 0, threading.Event()
+def look():
+    global peak
+    while not over.wait(0.001):
+        peak = max(peak, resident())
+with xorz.Publisher(folder / "base.safetensors", folder / "run") as publisher:
+    publisher.publish(state).result()
+    for word in state.values():
+        word.view(-1)[:: 33] *= 2
+    publisher.publish(state).result()
+    for word in state.values():
+        word.view(-1)[1 :: 33] *= 2
+    before = resident()
+    thread = threading.Thread(target=look)
+    thread.start()
+    publisher.publish(state).result()
+    over.set()
+    thread.join()
+    print(sum(w.nbytes for w in state.values()), peak - before)
+"""
+
+
+def test_one_copy_of_the_words_is_enough_while_a_version_is_written(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    size, more = map(int, done.stdout.split())
+    # What differs, and a few tensors.
+    assert more < 0.35 * size, (size, more)
 
 
 def test_an_error_while_writing_is_raised_by_the_next_call(base, tmp_path, monkeypatch):
