@@ -21,6 +21,9 @@ use std::ops::Range;
 /// The words of a base tensor that has been compared with what an entry says of it, and their digest.
 type Compared<'a> = (TensorWords<'a>, Option<Digest>);
 
+/// Takes the bytes of a base that an exchange is of, the exchange, and how many words differ.
+type TakeExchange<'a> = dyn FnMut(Range<usize>, &[u8], u64) -> Result<()> + 'a;
+
 /// Words of an exchange, at least, but for the last of a tensor: many small ones would take time to be called for.
 const EXCHANGE_BYTES: usize = 4 << 20;
 
@@ -56,23 +59,18 @@ impl Package {
     ///
     /// # Errors
     /// As [`Package::resident`], before the first part for another base; and those of `give`.
-    pub fn exchanges(
-        &self,
-        name: &str,
-        base: &Matrix<'_>,
-        give: &mut dyn FnMut(Range<usize>, &[u8], u64) -> Result<()>,
-    ) -> Result<()> {
+    pub fn exchanges(&self, name: &str, base: &Matrix<'_>, give: &mut TakeExchange<'_>) -> Result<()> {
         self.of_tensor(name, |entry| {
             let words = in_memory(entry, base)?;
             self.check_trust(entry, &words.0)?;
             let job = Restore::new(self, entry, Some(words))?;
             let (mut taken, mut scratch) = (job.begin(), RestoreScratch::default());
-            let (mut part, last) = (Vec::new(), job.pieces.count() - 1);
-            for index in 0..=last {
+            let (mut part, count) = (Vec::new(), job.pieces.count());
+            for index in 0..count {
                 job.make(index, &mut scratch)?;
                 taken.take(&mut scratch)?;
                 part.extend_from_slice(scratch.words());
-                if part.len() >= EXCHANGE_BYTES || index == last {
+                if part.len() >= EXCHANGE_BYTES || index + 1 == count {
                     let end = job.pieces.bytes(index).end;
                     give_exchange(base, end - part.len()..end, &part, give)?;
                     part.clear();
@@ -149,7 +147,7 @@ fn give_exchange(
     base: &Matrix<'_>,
     range: Range<usize>,
     words: &[u8],
-    give: &mut dyn FnMut(Range<usize>, &[u8], u64) -> Result<()>,
+    give: &mut TakeExchange<'_>,
 ) -> Result<()> {
     let run = Shape { n: 1, k: range.len() / base.dtype().word_bytes() };
     let old = Matrix::new(base.dtype(), run, &base.bytes()[range.clone()])?;
