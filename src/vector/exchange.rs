@@ -175,8 +175,8 @@ impl<'o, W: Word> ExchangeWriter<'o, W> {
         let head = [self.start, self.gaps.len(), 0].map(|number| (number as u64).to_le_bytes());
         self.out.extend_from_slice(head.as_flattened());
         let summed = self.out.len();
-        self.out.extend_from_slice(&digest(&self.old));
-        self.out.extend_from_slice(&digest(&self.new));
+        self.out.extend_from_slice(&hashed_words(&self.old));
+        self.out.extend_from_slice(&hashed_words(&self.new));
         self.out.extend_from_slice(&self.gaps);
         self.old.iter_mut().zip(&self.new).for_each(|(a, &b)| *a = exclusive(*a, b));
         self.out.extend_from_slice(bytemuck::cast_slice(&self.old));
@@ -199,7 +199,7 @@ fn exclusive<W: Word>(a: W, b: W) -> W {
     W::from_u64(a.to_u64() ^ b.to_u64())
 }
 
-fn digest<W: Word>(words: &[W]) -> [u8; 16] {
+fn hashed_words<W: Word>(words: &[W]) -> [u8; 16] {
     xxh3_128(bytemuck::cast_slice(words)).to_le_bytes()
 }
 
@@ -279,7 +279,7 @@ impl Chunk<'_> {
         let done = self.exclude(words, room, self.count);
         let (before, after) = self.summed[..32].split_at(16);
         let (now, next) = if back { (after, before) } else { (before, after) };
-        let found = digest(&room[..done]);
+        let found = hashed_words(&room[..done]);
         if done == self.count && found == now {
             return Ok(());
         }
