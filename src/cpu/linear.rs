@@ -23,7 +23,7 @@ use crate::error::Result;
 use crate::matrix::{Matrix, Shape};
 use crate::resident::Resident;
 use crate::vector::dispatch::{Isa, on_isa};
-use crate::vector::exec::{Executor, task_ends, try_run};
+use crate::vector::exec::{Executor, Tasks, try_run};
 use crate::vector::float::{Float, padded, with_float};
 use crate::vector::simd::{GROUP, Simd};
 use crate::vector::trace::traces;
@@ -142,7 +142,7 @@ pub(super) fn run_linear<S: Simd, D: Float>(
     let (least, words) = (Costs::active().least_words, parts.iter().flat_map(|part| part.words(shape)));
     if traces() {
         let chosen: Vec<_> = parts.iter().map(|part| (part.segments, part.sizes)).collect();
-        let tasks = task_ends(least, words.clone()).len();
+        let tasks = Tasks::of(least, words.clone()).len();
         eprintln!("{}", plan::describe::<S>((shape, D::DTYPE), sums, (tasks, exec.threads()), &chosen));
     }
     try_run(exec, least, words, |task| {

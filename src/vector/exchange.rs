@@ -81,7 +81,7 @@ fn made<S: Simd, W: Word>(s: S, old: &[u8], new: &[u8]) -> (Vec<u8>, u64) {
 
 /// A run of words, at any address; what is missing at the end is 0.
 #[inline(always)]
-fn run<W: Word>(bytes: &[u8]) -> [W; RUN] {
+fn loaded_run<W: Word>(bytes: &[u8]) -> [W; RUN] {
     let mut words = [W::default(); RUN];
     bytemuck::cast_slice_mut::<W, u8>(&mut words)[..bytes.len()].copy_from_slice(bytes);
     words
@@ -101,7 +101,7 @@ impl<W: Word> BitTask for Differences<'_, '_, W> {
     fn call(self, masks: impl Masks) {
         let size = RUN * W::BYTES;
         for (i, (a, b)) in self.old.chunks(size).zip(self.new.chunks(size)).enumerate() {
-            let (a, b) = (run::<W>(a), run::<W>(b));
+            let (a, b) = (loaded_run::<W>(a), loaded_run::<W>(b));
             let mut differ = masks.differ(&a, &b);
             while differ != 0 {
                 let lane = differ.trailing_zeros() as usize & (RUN - 1);

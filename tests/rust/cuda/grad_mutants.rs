@@ -232,6 +232,10 @@ fn mutants_of_gradients_are_caught() {
 
 #[test]
 fn races_of_gradients_are_caught() {
-    let all = wanted(&mut Rng::new(332), Dtype::BF16);
-    all_caught(&RACES, LIST, &[TSAN], |device| check(device, &all[..2], None));
+    // Some rows of all tenants, and the sums that are computed again: there nothing but the panel's own barrier waits for words.
+    let mut all = wanted(&mut Rng::new(332), Dtype::BF16);
+    let far = all.split_off(6);
+    all.truncate(2);
+    all.extend(far);
+    all_caught(&RACES, LIST, &[TSAN], |device| check(device, &all, None));
 }
