@@ -310,7 +310,7 @@ def test_one_copy_of_the_words_is_enough_while_a_version_is_written(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     size, more = map(int, done.stdout.split())
     # What differs, and a few tensors.
-    assert more < 0.35 * size, (size, more)
+    assert more < 0.5 * size, (size, more)
 
 
 def test_an_error_while_writing_is_raised_by_the_next_call(base, tmp_path, monkeypatch):
