@@ -214,8 +214,10 @@ class Site:
         delta = self.delta(param, slot)
         if delta is not None:
             self.owner.count_dense(self.full(param), base.nbytes)
-            # A tensor that is no block of words (a view, channels last) was encoded row by row.
-            return torch.ops.xorz.delta_restore(base.contiguous(), delta)
+            # A tensor that is no block of words (a view, channels last) was encoded row by row. It is laid out as the base
+            # is: torch may take another way of computing by that, and other bits come of it.
+            words = torch.ops.xorz.delta_restore(base.contiguous(), delta)
+            return words if base.is_contiguous() else torch.empty_like(base).copy_(words)
         deltas = list(self.deltas.items())
         parts = {name: d for (name, s), d in deltas if s == slot and name.startswith(f"{param}.")}
         if not parts:
