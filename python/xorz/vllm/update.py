@@ -253,7 +253,7 @@ class Words:
         return param, first * self.params[param][:1].numel()
 
     def span(self, span: Span) -> Tensor:
-        """Words, in place."""
+        """So many words of a parameter, in place."""
         param, first, end = span
         return self.params[param].view(-1)[first:end]
 
