@@ -268,12 +268,12 @@ def test_tensors_of_any_kind_are_published_as_they_are(tmp_path):
 
 
 MEMORY = """
-import sys, threading
+import ctypes, sys, threading
 from pathlib import Path
 import torch, xorz
 from safetensors.torch import save_file
 folder = Path(sys.argv[1])
-shapes = {f"{i}.weight": (1024, 1024) for i in range(40)}
+shapes = {f"{i}.weight": (1024, 1024) for i in range(64)}
 torch.manual_seed(0)
 save_file({n: torch.randn(s).bfloat16() for n, s in shapes.items()}, folder / "base.safetensors")
 from safetensors.torch import load_file
@@ -293,6 +293,8 @@ with xorz.Publisher(folder / "base.safetensors", folder / "run") as publisher:
     publisher.publish(state).result()
     for word in state.values():
         word.view(-1)[1 :: 33] *= 2
+    # What an allocator keeps of the versions before would hide a second copy.
+    ctypes.CDLL(None).malloc_trim(0)
     before = resident()
     thread = threading.Thread(target=look)
     thread.start()
@@ -310,7 +312,7 @@ def test_one_copy_of_the_words_is_enough_while_a_version_is_written(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     size, more = map(int, done.stdout.split())
     # What differs, and a few tensors.
-    assert more < 0.5 * size, (size, more)
+    assert more < 0.35 * size, (size, more)
 
 
 def test_an_error_while_writing_is_raised_by_the_next_call(base, tmp_path, monkeypatch):
