@@ -11,6 +11,7 @@ import xorz
 from cases import Case
 from conftest import same_bits
 from torch import nn
+from xorz.serve.site import restored_as
 
 F = nn.functional
 NAMES = ["a", None, "b", "a"]
@@ -70,14 +71,34 @@ def test_convolutions_are_the_plain_fine_tuned_ones(kind, mode):
     case.check_alone(x)
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("kind", EVERY)
-def test_exact_gives_the_plain_convolutions_bits(kind):
+def test_exact_gives_the_plain_convolutions_bits(kind, kept, monkeypatch):
+    if kept:
+        monkeypatch.setattr("xorz.serve.prepare.SMALL", 1 << 30)
     for dtype in (torch.float32, torch.bfloat16):
         case, x = case_of(kind, dtype, mode="exact")
         with torch.no_grad():
             for name in (None, "a", "b"):
                 with case.tenants.use(name):
                     assert same_bits(case.model(x), case.plain[name](x))
+
+
+@pytest.mark.parametrize(
+    "laid",
+    [
+        lambda t: t,
+        lambda t: t.to(memory_format=torch.channels_last),
+        lambda t: t.transpose(0, 1),
+        lambda t: t.permute(3, 1, 0, 2),
+    ],
+)
+def test_a_tenants_dense_words_lie_as_the_bases_do(laid):
+    """By that torch chooses how it computes, on some machines with other last bits."""
+    base = laid(torch.randn(6, 5, 4, 3))
+    tuned = torch.where(torch.rand(base.shape) < 0.3, torch.randn(base.shape), base)
+    words = restored_as(base, xorz.delta_encode(base.contiguous(), tuned.contiguous()))
+    assert words.stride() == base.stride() and torch.equal(words, tuned)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

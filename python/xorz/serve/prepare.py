@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import _core, _ops, checkpoint
 from ..diff import StateDelta
 from . import names
-from .site import COMPUTING, FLOATS, Site
+from .site import COMPUTING, FLOATS, Site, restored_as
 from .stored import Experts, stored
 from .weight import plain
 
@@ -120,7 +120,7 @@ def _copy(
         used += base[name].nbytes
         # Vectors and buffers belong to norms and biases, which serve the rows of a batch from a table.
         if used <= limit or base[name].dim() < 2:
-            value = _ops.delta_restore(base[name].contiguous(), places[0][2])
+            value = restored_as(base[name], places[0][2])
             out.values += [(site, param, value) for site, param, _ in places]
         else:
             out.deltas += places
@@ -364,7 +364,7 @@ def _one(
     elif site.kind == "experts":
         _add_experts(out, site, param, _experts(tensor, base))
     elif site.kind in ("linear", "conv1d", "embedding") and param == "bias":
-        out.values.append((site, param, _ops.delta_restore(base.contiguous(), tensor)))
+        out.values.append((site, param, restored_as(base, tensor)))
     elif _is_matrix(base) and not site.plain:
         # A module of the user's own may multiply by it.
         out.deltas.append((site, param, tensor))

@@ -39,6 +39,14 @@ class Owner(Protocol):
         """A module read a weight of another one."""
 
 
+def restored_as(base: Tensor, delta: Tensor) -> Tensor:
+    """The words that `delta` makes of `base`, in the layout of `base`: torch may compute in another way by that, and other bits
+    come of it. What is no block of words (a view, channels last) was encoded row by row.
+    """
+    words = torch.ops.xorz.delta_restore(base.contiguous(), delta)
+    return words if base.is_contiguous() else torch.empty_like(base).copy_(words)
+
+
 class Site:
     """One attached module: its tenants' deltas (by slot), and the dense copies of its small changed tensors.
 
@@ -214,10 +222,7 @@ class Site:
         delta = self.delta(param, slot)
         if delta is not None:
             self.owner.count_dense(self.full(param), base.nbytes)
-            # A tensor that is no block of words (a view, channels last) was encoded row by row. It is laid out as the base
-            # is: torch may take another way of computing by that, and other bits come of it.
-            words = torch.ops.xorz.delta_restore(base.contiguous(), delta)
-            return words if base.is_contiguous() else torch.empty_like(base).copy_(words)
+            return restored_as(base, delta)
         deltas = list(self.deltas.items())
         parts = {name: d for (name, s), d in deltas if s == slot and name.startswith(f"{param}.")}
         if not parts:
