@@ -62,15 +62,21 @@ inline Tensor on_cuda(const Tensor& t, int32_t device) {
                                         static_cast<torch::stable::DeviceIndex>(device)));
 }
 
-// Makes a device the current one, so that torch allocates there, and says on which stream to launch.
+// Makes the device of an op's tensors the current one, so that torch allocates there, and says on which
+// stream to launch. What is wrong with the device is said by the op before torch is asked for anything there.
 class OnDevice {
  public:
-  explicit OnDevice(int32_t device)
-      : guard_(device), place_{device, reinterpret_cast<size_t>(current_stream(device))} {}
+  explicit OnDevice(const Checks& checks)
+      : guard_(opened(checks)), place_{checks.cuda, reinterpret_cast<size_t>(current_stream(checks.cuda))} {}
 
   const CudaPlace& place() const { return place_; }
 
  private:
+  static int32_t opened(const Checks& checks) {
+    core(checks, [&] { cuda_open(checks.cuda); });
+    return checks.cuda;
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
   CudaPlace place_;
 };

@@ -171,7 +171,7 @@ Tensor delta_linear_cuda(const Tensor& input, const Tensor& weight, const std::o
   const size_t m = check_rows(checks, "input", input, type, words.k, "weight.shape[1]");
   if (bias) check_bias(checks, *bias, type, words.n);
   const NoGrad guard;
-  const OnDevice device(checks.cuda);
+  const OnDevice device(checks);
   if (mode == "exact") {
     // One transient matrix: no other size of panel is sure to give cuBLAS's bits.
     const Tensor whole = restored(checks, device, device_words(words), weight, type.torch, delta);
@@ -193,7 +193,7 @@ Tensor delta_linear_grad_input_cuda(const Tensor& grad, const Tensor& weight, co
   const OneWeight w = weight_of(checks, "grad", grad, weight, delta);
   const size_t m = check_rows(checks, "grad", grad, *w.type, w.words.n, "weight.shape[0]");
   const NoGrad guard;
-  const OnDevice device(checks.cuda);
+  const OnDevice device(checks);
   const Tensor g = in_a_row(grad), plain = aligned(delta);
   CudaLinear args = one_linear(w.words, address(g), m, plain);
   args.grad = true;
@@ -205,7 +205,7 @@ Tensor delta_linear_grouped_grad_input_cuda(const Tensor& grad, const Tensor& we
   const Checks checks{"delta_linear_grouped_grad_input",
                       cuda_device_of({&grad, &weight, &arena, &slots, &tenant_of_row})};
   checks.known("weight", weight);
-  const OnDevice device(checks.cuda);
+  const OnDevice device(checks);
   const GroupedOperands g = grouped_operands(checks, "grad", grad, 0, weight, arena, slots, tenant_of_row);
   const NoGrad guard;
   CudaLinear args = grouped_linear(g, arena);
@@ -220,7 +220,7 @@ Tensor delta_linear_grouped_cuda(const Tensor& input, const Tensor& weight,
                                                               &arena, &slots, &tenant_of_row})};
   check_mode(checks, mode);
   checks.known("weight", weight);
-  const OnDevice device(checks.cuda);
+  const OnDevice device(checks);
   const GroupedOperands g = grouped_operands(checks, "input", input, 1, weight, arena, slots, tenant_of_row);
   if (biases) check_biases(checks, *biases, g);
   const NoGrad guard;
@@ -240,7 +240,7 @@ Tensor delta_restore_cuda(const Tensor& base, const Tensor& delta, const MaybeRa
   const HostMatrix words = checks.words("base", base);
   const Cut cut = check_cut(checks, base, words, rows, columns);
   const NoGrad guard;
-  const OnDevice device(checks.cuda);
+  const OnDevice device(checks);
   const CudaMatrix from = device_words(words, are_bits(base));
   Tensor out = restored(checks, device, from, base, base.scalar_type(), delta);
   if (rows) out = torch::stable::narrow(out, 0, (*rows)[0], cut.sizes.front());
@@ -254,7 +254,7 @@ void delta_apply_cuda(const Tensor& weight, const Tensor& delta) {
   const auto bytes = checks.delta("delta", delta);
   const HostMatrix words = checks.words("weight", weight);
   check_apart(checks, words.bytes, bytes);
-  const OnDevice device(checks.cuda);
+  const OnDevice device(checks);
   mark_written(checks, weight);
   const Tensor plain = aligned(delta);
   const CudaMatrix target = device_words(words, are_bits(weight));
@@ -271,7 +271,7 @@ Tensor delta_embedding_cuda(const Tensor& indices, const Tensor& weight, const T
                             const Tensor& slots, const Tensor& tenant_of_row) {
   const Checks checks{"delta_embedding", cuda_device_of({&indices, &weight, &arena, &slots, &tenant_of_row})};
   checks.known("weight", weight);
-  const OnDevice device(checks.cuda);
+  const OnDevice device(checks);
   const EmbeddingOperands l = embedding_operands(checks, indices, weight, arena, slots, tenant_of_row);
   const NoGrad guard;
   const Tensor out = torch::stable::new_empty(weight, l.out_sizes);

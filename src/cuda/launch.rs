@@ -281,6 +281,14 @@ pub unsafe fn delta_apply(
     })
 }
 
+/// Makes `device` ready where it is not, so that an op tells what is wrong there before it asks torch for memory.
+///
+/// # Errors
+/// `Device`, with what to do: no libcuda, no such device, too old a driver or device, no kernels.
+pub fn open(device: i32) -> Result<()> {
+    Device::get(device).map(|_| ())
+}
+
 /// What kernels on a device have reported since the last call of an op there, or of this: one report, which is then
 /// forgotten. For processes that only replay captured graphs, whose launches pass by the host. Waits for nothing: what has
 /// not run yet has not reported.

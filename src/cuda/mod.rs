@@ -25,5 +25,5 @@ pub mod status;
 
 pub use launch::{
     BatchRows, DeviceMatrix, Embedding, Linear, Place, apply_workspace_bytes, delta_apply, delta_embedding,
-    delta_linear, delta_linear_grad_input, delta_restore, reported,
+    delta_linear, delta_linear_grad_input, delta_restore, open, reported,
 };

@@ -14,7 +14,7 @@ use crate::vector;
 use arguments::Shim;
 use device::{
     cuda_apply_workspace, cuda_delta_apply, cuda_delta_embedding, cuda_delta_linear, cuda_delta_restore,
-    cuda_linear_workspace,
+    cuda_linear_workspace, cuda_open,
 };
 
 mod arguments;
@@ -233,6 +233,7 @@ pub mod door {
             delta_bytes: usize,
             workspace: usize,
         ) -> Result<()>;
+        fn cuda_open(device: i32) -> Result<()>;
         fn cuda_apply_workspace(weight: &CudaMatrix) -> Result<usize>;
         /// # Safety
         /// As [`crate::cuda::delta_linear`].

@@ -555,14 +555,19 @@ def checks() -> None:
 
 
 def without_device() -> None:
-    """On a machine whose driver sees no device: the op's own sentence."""
+    """On a machine whose driver sees no device: the op's own sentence, before torch is asked for memory."""
     t = over(256, (4, 4), torch.bfloat16, 0)
     delta = over(4096, (512,), torch.uint8, 0)
     torch_double.torch_double_set(aten, 0, None)
-    with pytest.raises(
-        RuntimeError, match=r"xorz::delta_apply_: .*CUDA_ERROR_NO_DEVICE.*CUDA_VISIBLE_DEVICES"
+    for op, *given in (
+        (ops.delta_apply_, t, delta),
+        (ops.delta_restore, t, delta),
+        (ops.delta_linear, t, t, None, delta),
+        (ops.delta_linear_grad_input, t, t, delta),
     ):
-        ops.delta_apply_(t, delta)
+        name = op.__name__
+        with pytest.raises(RuntimeError, match=rf"xorz::{name}: .*CUDA_ERROR_NO_DEVICE.*CUDA_VISIBLE_DEVICES"):
+            op(*given)
 
 
 if __name__ == "__main__":

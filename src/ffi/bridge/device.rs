@@ -45,6 +45,10 @@ pub(super) unsafe fn cuda_delta_apply(
     })
 }
 
+pub(super) fn cuda_open(device: i32) -> Result<()> {
+    guard(|| cuda::open(device))
+}
+
 pub(super) fn cuda_apply_workspace(weight: &CudaMatrix) -> Result<usize> {
     guard(|| cuda::apply_workspace_bytes(device_words(weight)?))
 }
