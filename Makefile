@@ -84,6 +84,9 @@ build/serve/serve: examples/serve.cpp examples/CMakeLists.txt $(wildcard $(VENV)
 test-avx512:
 	NICE="$(NICE)" CARGO="$(CARGO)" tests/avx512/run.sh $(ARGS)
 
+# They install the wheel that `build` made, with CUDA kernels or without: another one would be built anew, and refused.
+test-abi test-vllm test-ray-llm bench-vllm bench-rl: export XORZ_CUDA = $(or $(filter 1,$(CUDA)),0)
+
 # Not part of test: each other torch takes 5 to 7 GB, kept in the user's cache ($XORZ_ABI_VENVS), and minutes of tests.
 # `make test-abi ARGS="--only 2.10"` for one of them.
 test-abi: build
