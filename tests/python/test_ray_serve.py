@@ -8,14 +8,10 @@ Answers are compared with those of plain fine-tuned models, as in `test_server.p
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,6 +22,7 @@ pytest.importorskip(
     "ray.serve", reason="ray is not installed (380 MB): make test-ray installs it beside examples/"
 )
 transformers = pytest.importorskip("transformers")
+from ray_example import started  # noqa: E402
 from test_server import MARGIN, answer, fine_tuned  # noqa: E402
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "ray_serve.py"
@@ -63,46 +60,9 @@ def world(tmp_path_factory):
     return folder, prompts
 
 
-# What Ray says where it gives its own processes up, after 30 and 60 s, on a machine that does something else, too.
-GIVEN_UP = ("timed out during startup", "HTTP proxies not available")
-
-
-def launched(command, log, ready, **options):
-    """The example when its log says that it is ready, or has ended; started again where Ray gave up."""
-    for _ in range(5):
-        with open(log, "w") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, **options)
-        deadline = time.monotonic() + 900
-        while ready not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.5)
-        if process.poll() is None or not any(text in log.read_text() for text in GIVEN_UP):
-            break
-    return process
-
-
-@contextmanager
-def started(folder, *options):
-    """The address of the example with these options."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": str(Path(xorz.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    # As nice as their parent: beside other work they would hardly begin.
-    env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "XORZ_CACHE_DIR": ""}
-    env |= {f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S": "120" for check in ("READY", "HEALTH")}
-    command = [sys.executable, str(SCRIPT), "--model", "model", "--tenants", "tenants", "--port", str(port)]
-    command += ["--most", "2", "--cpus", "0.5", *options]
-    log = folder / f"log{port}"
-    ready = f" at http://127.0.0.1:{port}"
-    process = launched(command, log, ready, cwd=folder, env=env)
-    try:
-        assert ready in log.read_text() and process.poll() is None, log.read_text()[-4000:]
-        yield f"http://127.0.0.1:{port}"
-        process.terminate()
-        assert process.wait(120) == 0, log.read_text()[-4000:]
-    finally:
-        process.kill()
-        process.wait()
+def served(folder, *options):
+    options = ("--model", "model", "--tenants", "tenants", "--most", "2", *options)
+    return started(SCRIPT, folder, *options, OMP_NUM_THREADS="1", XORZ_CACHE_DIR="")
 
 
 def ask(address, tenant, ids, tokens=6):
@@ -176,7 +136,7 @@ def lives(process):
 
 
 def test_a_replica_comes_under_load_with_every_tenant_and_goes_after_it_and_no_request_is_lost(world):
-    with started(world[0], "--replicas", "1", "--after", "2", "--idle", "6") as address:
+    with served(world[0], "--replicas", "1", "--after", "2", "--idle", "6") as address:
         with Load(address, world[1], 1) as few:
             few.wait(lambda: len(few.made) > 4 * len(NAMES))
         [(first, _), *_] = few.answered()
@@ -197,7 +157,7 @@ def test_a_replica_comes_under_load_with_every_tenant_and_goes_after_it_and_no_r
 @pytest.fixture(scope="module")
 def address(world):
     """Of the example with two replicas."""
-    with started(world[0], "--replicas", "2") as found:
+    with served(world[0], "--replicas", "2") as found:
         yield found
 
 

@@ -7,15 +7,11 @@ folder or from a bucket; who asks for what is no tenant is told.
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
@@ -26,6 +22,9 @@ import models
 import pytest
 import xorz
 from engines import NEW, PROMPTS
+
+sys.path.append(str(Path(__file__).parents[1] / "python"))
+from ray_example import started
 
 pytest.importorskip("ray", reason="ray is not installed: make test-ray-llm installs it beside vLLM")
 pytest.importorskip("boto3", reason="boto3 is not installed: make test-ray-llm installs it beside vLLM")
@@ -55,46 +54,22 @@ def world(tmp_path_factory):
     return base, tenants, answers
 
 
-# What Ray says where it gives its own processes up, after 30 and 60 s, on a machine that does something else, too.
-GIVEN_UP = ("timed out during startup", "HTTP proxies not available")
-
-
-def launched(command, log, ready, **options):
-    """The example when its log says that it is ready, or has ended; started again where Ray gave up."""
-    for _ in range(5):
-        with open(log, "w") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, **options)
-        deadline = time.monotonic() + 900
-        while ready not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.5)
-        if process.poll() is None or not any(text in log.read_text() for text in GIVEN_UP):
-            break
-    return process
-
-
-@contextmanager
-def started(folder, base, tenants, **environment):
-    """The address of the example."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": str(Path(xorz.__file__).parents[1]), **environment}
-    env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    env |= {f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S": "120" for check in ("READY", "HEALTH")}
-    command = [sys.executable, str(SCRIPT), "--model", str(base), "--tenants", str(tenants)]
-    command += ["--port", str(port), "--length", "256", "--mixed", "2", "--cached", "4", "--mode", "exact"]
-    command += ["--budget", "256 MiB", "--cpus", "0.5"]
-    log = folder / "log"
-    ready = f" at http://127.0.0.1:{port}"
-    process = launched(command, log, ready, cwd=folder, env=env)
-    try:
-        assert ready in log.read_text() and process.poll() is None, log.read_text()[-4000:]
-        yield f"http://127.0.0.1:{port}"
-        process.terminate()
-        assert process.wait(180) == 0, log.read_text()[-6000:]
-    finally:
-        process.kill()
-        process.wait()
+def served(folder, base, tenants, **environment):
+    options = (
+        "--model",
+        str(base),
+        "--tenants",
+        str(tenants),
+        "--length",
+        "256",
+        "--mixed",
+        "2",
+        "--cached",
+        "4",
+    )
+    options += ("--mode", "exact", "--budget", "256 MiB")
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    return started(SCRIPT, folder, *options, ending=180, **environment)
 
 
 def ask(address, name, prompt):
@@ -122,7 +97,7 @@ def right(address, answers, names):
 
 def test_a_folder_s_tenants_are_loaded_when_they_are_asked_for(world, tmp_path):
     base, tenants, answers = world
-    with started(tmp_path, base, tenants) as address:
+    with served(tmp_path, base, tenants) as address:
         right(address, answers, [None])
         right(address, answers, NAMES)
         for name in ("nobody", "../base", "C/weights", ".", "A.xorz"):
@@ -185,7 +160,7 @@ def test_a_bucket_s_folders_are_fetched_when_they_are_asked_for(world, tmp_path)
         keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
         keys["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.server_port}"
         try:
-            with started(tmp_path, base, "s3://bucket/tenants", **keys) as address:
+            with served(tmp_path, base, "s3://bucket/tenants", **keys) as address:
                 assert not kind.asked
                 mine = {None: answers[None]} | {f"{name}{os.getpid()}": answers[name] for name in "AB"}
                 right(address, mine, mine)
