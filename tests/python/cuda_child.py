@@ -566,7 +566,9 @@ def without_device() -> None:
         (ops.delta_linear_grad_input, t, t, delta),
     ):
         name = op.__name__
-        with pytest.raises(RuntimeError, match=rf"xorz::{name}: .*CUDA_ERROR_NO_DEVICE.*CUDA_VISIBLE_DEVICES"):
+        with pytest.raises(
+            RuntimeError, match=rf"xorz::{name}: .*CUDA_ERROR_NO_DEVICE.*CUDA_VISIBLE_DEVICES"
+        ):
             op(*given)
 
 
