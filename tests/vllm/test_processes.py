@@ -36,7 +36,7 @@ def compare(kind, settings, env=None):
     return got, wanted
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mixtral", "qwen3_moe"])
 def test_tensor_parallel(kind):
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if os.cpu_count() > 1 else {}
     got, _wanted = compare(kind, {"tensor_parallel_size": 2}, env)
