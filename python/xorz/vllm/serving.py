@@ -69,6 +69,7 @@ def _known_to_its_engine(plain: Any) -> Any:
         engine_client.xorz_models = self
         self.xorz_loading = asyncio.Semaphore(_MOST_AT_ONCE)
         self.xorz_leaving = set()
+        self.xorz_arriving = []
 
     return init
 
@@ -153,9 +154,17 @@ async def _load(self: Any, name: str, path: str) -> LoRARequest:
     served = self.lora_requests.get(name)
     if served is not None and (served.lora_name, served.lora_path) == (lora.lora_name, lora.lora_path):
         return served
-    async with self.xorz_loading:
-        await prefetch(self.engine_client, lora.lora_name, lora.lora_path)
-        await self.engine_client.add_lora(lora)
+    # Who forgets an adapter that had left before must not take what is read for this one.
+    self.xorz_arriving.append(lora.lora_name)
+    try:
+        async with self.xorz_loading:
+            await prefetch(self.engine_client, lora.lora_name, lora.lora_path)
+            await self.engine_client.add_lora(lora)
+    except BaseException:
+        self.xorz_arriving.remove(lora.lora_name)
+        _let_go(self, lora)
+        raise
+    self.xorz_arriving.remove(lora.lora_name)
     return lora
 
 
@@ -173,11 +182,17 @@ def _unloading(plain: Any) -> Any:
 
 def _let_go(self: Any, lora: LoRARequest | None) -> None:
     """A name is nobody's or another's; its memory and its file follow when no name and no request needs them any more."""
-    if lora is None or any(other.lora_name == lora.lora_name for other in self.lora_requests.values()):
+    if lora is None or _is_wanted(self, lora):
         return
     task = asyncio.get_running_loop().create_task(_forget(self, lora))
     self.xorz_leaving.add(task)
     task.add_done_callback(self.xorz_leaving.discard)
+
+
+def _is_wanted(self: Any, lora: LoRARequest) -> bool:
+    """Whether a name means this adapter, or is about to."""
+    served = any(other.lora_name == lora.lora_name for other in self.lora_requests.values())
+    return served or lora.lora_name in self.xorz_arriving
 
 
 async def _forget(self: Any, lora: LoRARequest) -> None:
@@ -188,8 +203,8 @@ async def _forget(self: Any, lora: LoRARequest) -> None:
         quiet = (
             0.0 if any(state.lora_name == lora.lora_name for state in states) else quiet + GRACE_SECONDS / 10
         )
-        if any(other.lora_name == lora.lora_name for other in self.lora_requests.values()):
-            return  # it was loaded again
+        if _is_wanted(self, lora):
+            return  # it was loaded again, or is being
     await engine.collective_rpc("xorz_forget", args=(lora.lora_name,))
     logger.info("xorz: %s is closed, and its memory is free", lora.lora_name)
 
