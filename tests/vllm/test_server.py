@@ -278,3 +278,19 @@ def test_loading_under_traffic(server, alone, packages):
         stop.set()
         thread.join()
     assert got and all(got)
+
+
+def test_a_damaged_copy_of_a_package_that_is_served_is_refused(server, alone, packages, tmp_path):
+    """It says the same of itself, so that its adapter has the same name."""
+    good = (packages / "A.xorz").read_bytes()
+    assert server.load("A", packages / "A.xorz", load_inplace=True)[0] == 200
+    at = len(good) // 2  # of a tensor: the files that are carried along come last, and are not read
+    bad = tmp_path / "damaged.xorz"
+    bad.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+    for _ in range(2):
+        status, text = server.load("A", bad, load_inplace=True)
+        assert status == 400 and "digest" in text, text
+        assert server.complete("A", PROMPTS[0]) == alone["A", PROMPTS[0]]
+    bad.write_bytes(good)
+    assert server.load("A", bad, load_inplace=True)[0] == 200
+    assert server.complete("A", PROMPTS[1]) == alone["A", PROMPTS[1]]

@@ -425,7 +425,7 @@ class XorzWorkerManager(LRUCacheWorkerLoRAManager):
         super().__init__(*args, **kwargs)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="xorz-reader")
         self._ahead: dict[str, _Ahead] = {}
-        self._open: OrderedDict[str, int] = OrderedDict()
+        self._open: OrderedDict[tuple[str, str], int] = OrderedDict()  # by adapter and path
         self._opening = threading.Lock()
 
     def prefetch(self, adapter: str, path: str) -> None:
@@ -434,7 +434,10 @@ class XorzWorkerManager(LRUCacheWorkerLoRAManager):
         for name, entry in list(self._ahead.items()):
             if now - entry.asked > _FORGOTTEN_SECONDS:
                 self._ahead.pop(name).reading.cancel()
-        if adapter not in self._ahead:
+        entry = self._ahead.get(adapter)
+        if entry is not None and entry.path != path:
+            entry.reading.cancel()
+        if entry is None or entry.path != path:
             self._read_ahead(adapter, path)
 
     def _read_ahead(self, adapter: str, path: str) -> None:
@@ -468,9 +471,8 @@ class XorzWorkerManager(LRUCacheWorkerLoRAManager):
             if lora.name == adapter:
                 self.remove_adapter(number)
         with self._opening:
-            descriptor = self._open.pop(adapter, None)
-        if descriptor is not None:
-            os.close(descriptor)
+            for key in [key for key in self._open if key[0] == adapter]:
+                os.close(self._open.pop(key))
 
     def base_replaced(self) -> None:
         """See `XorzManager.base_replaced`. What is being read ahead is read again when it is asked for."""
@@ -483,6 +485,8 @@ class XorzWorkerManager(LRUCacheWorkerLoRAManager):
             raise ValueError(
                 f"xorz: adapter {adapter_request.lora_name!r} has the number {found.id} of {found.name!r}, which is loaded"
             )
+        if found is not None:
+            self._ahead.pop(adapter_request.lora_name, None)  # the same words, from another file; nobody takes them
         return super().add_adapter(adapter_request)
 
     def _load_adapter(self, lora_request: LoRARequest) -> Adapter:
@@ -523,20 +527,23 @@ class XorzWorkerManager(LRUCacheWorkerLoRAManager):
         return prepared
 
     def _held(self, adapter: str, path: str) -> str:
-        """The package as it was when the adapter was first read, though its name be another file's by now."""
+        """The package as it was when the adapter was first read from there, though that name be another file's by now. Another
+        place is another file: one that says the same of itself may be damaged.
+        """
+        key = adapter, path
         with self._opening:
-            if adapter not in self._open:
-                self._open[adapter] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if key not in self._open:
+                self._open[key] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 while len(self._open) > _KEPT_OPEN:
                     os.close(self._open.popitem(last=False)[1])
-            self._open.move_to_end(adapter)
-            return f"/proc/self/fd/{self._open[adapter]}"
+            self._open.move_to_end(key)
+            return f"/proc/self/fd/{self._open[key]}"
 
     def _let_go(self, adapter: str, path: str, error: BaseException) -> str:
         """What is wrong, in the caller's words; a file that was unfit may be mended."""
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         with self._opening:
-            descriptor = self._open.pop(adapter, None)
+            descriptor = self._open.pop((adapter, path), None)
         if descriptor is not None:
             os.close(descriptor)
             text = text.replace(f"/proc/self/fd/{descriptor}", path)
