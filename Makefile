@@ -26,7 +26,7 @@ PYTHON_LINTED  := $(wildcard python tests benches examples)
 C_LINTED       = $(shell find csrc cuda tests examples -path tests/fuzz/target -prune -o -type f -print | grep -E '\.(c|cpp|h|cu|cuh)$$')
 
 .PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-vllm test-wheel test-reproducible test-models \
-  test-sanitize fuzz faults soak supply licenses sbom stress test-smollm cuda-gate cpu-gate lint \
+  test-sanitize fuzz faults soak soak-vllm supply licenses sbom stress test-smollm cuda-gate cpu-gate lint \
   format bench bench-checkpoint bench-sizes test-ray test-ray-llm bench-serving bench-vllm bench-rl notebook changes clean
 .DELETE_ON_ERROR:
 
@@ -85,7 +85,7 @@ test-avx512:
 	NICE="$(NICE)" CARGO="$(CARGO)" tests/avx512/run.sh $(ARGS)
 
 # They install the wheel that `build` made, with CUDA kernels or without: another one would be built anew, and refused.
-test-abi test-vllm test-ray-llm bench-vllm bench-rl: export XORZ_CUDA = $(or $(filter 1,$(CUDA)),0)
+test-abi test-vllm test-ray-llm bench-vllm bench-rl soak-vllm: export XORZ_CUDA = $(or $(filter 1,$(CUDA)),0)
 
 # Not part of test: each other torch takes 5 to 7 GB, kept in the user's cache ($XORZ_ABI_VENVS), and minutes of tests.
 # `make test-abi ARGS="--only 2.10"` for one of them.
@@ -158,6 +158,10 @@ test-sanitize: build
 # 10,000 loads.
 soak: build
 	$(NICE) $(PY) tests/soak/soak.py $(or $(MINUTES),10)
+
+# Not part of test: vLLM's server with good and bad packages for MINUTES (10), each answer compared with the plain models'.
+soak-vllm: build
+	python="$$($(PY) tests/vllm/environment.py --only 0.32.0)" && $(NICE) "$$python" tests/soak/vllm_soak.py $(MINUTES)
 
 # Not part of test, which runs twenty of them: half an hour or more, for docs/models.md. `make test-models ARGS="--only falcon"`
 # for some, without the table.
