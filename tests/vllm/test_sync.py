@@ -270,7 +270,8 @@ def test_words_that_somebody_writes_between_the_check_and_the_change_are_noticed
 def test_a_chain_whose_first_package_lacks_a_tied_name_or_is_gone(llm, made, tmp_path):
     """The trainer's state has both names of what is tied, an appended package has one."""
     paths, chain, said = made
-    to(llm, chain, 0)
+    # Each of the two chains lacks a name that the other one has, so that no version of it is the one that is served.
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(paths[0])})
     words = [load_file(path / "model.safetensors") for path in paths[:3]]
     tied = "lm_head.weight" not in words[0]
     states = [w | {"lm_head.weight": w["model.embed_tokens.weight"]} if tied else w for w in words]
@@ -288,7 +289,6 @@ def test_a_chain_whose_first_package_lacks_a_tied_name_or_is_gone(llm, made, tmp
     for number in (0, 2):
         client.update(llm, late, number)
         says(llm, said, number)
-    # The other tests' chain has not every name that this one has, so that no version of it is the one that is served.
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(paths[0])})
     client.update(llm, chain, 1)
     client.update(llm, chain, 0)
