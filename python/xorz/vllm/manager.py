@@ -42,12 +42,13 @@ _FORGOTTEN_SECONDS = 120.0
 
 @dataclass
 class _Ahead:
-    """A package that is read before the engine takes it, under a base of this generation."""
+    """A package that is read before the engine takes it, under a base of this generation. Who asked is `told` that it was."""
 
     path: str
     reading: "Future[Prepared]"
     generation: int
     asked: float = field(default_factory=time.monotonic)
+    told: bool = False
 
 
 class Unfit(ValueError):
@@ -458,6 +459,7 @@ class XorzWorkerManager(LRUCacheWorkerLoRAManager):
             return None
         error = entry.reading.exception()
         if error is None:
+            entry.told = True
             return ""
         del self._ahead[adapter]
         return error.why if isinstance(error, Unfit) else str(error)
@@ -486,13 +488,22 @@ class XorzWorkerManager(LRUCacheWorkerLoRAManager):
                 f"xorz: adapter {adapter_request.lora_name!r} has the number {found.id} of {found.name!r}, which is loaded"
             )
         if found is not None:
-            self._ahead.pop(adapter_request.lora_name, None)  # the same words, from another file; nobody takes them
+            self._taken(adapter_request)  # the same words, from another file; nobody needs them
         return super().add_adapter(adapter_request)
+
+    def _taken(self, lora_request: LoRARequest) -> _Ahead | None:
+        """What was read ahead, if it is for this request. An engine ends where it meets a package that is unfit, so a request
+        for an adapter that was loaded before takes nothing that somebody else has just asked for under the same name.
+        """
+        ahead = self._ahead.get(lora_request.lora_name)
+        if ahead is None or not ahead.told or ahead.path != lora_request.lora_path:
+            return None
+        return self._ahead.pop(lora_request.lora_name)
 
     def _load_adapter(self, lora_request: LoRARequest) -> Adapter:
         """What vLLM calls; ValueError says what is wrong with the package, by name."""
         name, path = lora_request.lora_name, lora_request.lora_path
-        ahead = self._ahead.pop(name, None)
+        ahead = self._taken(lora_request)
         if lora_request.load_inplace:
             raise ValueError(
                 f"xorz: {path}: load_inplace would mix two fine-tunes' keys and values in the cache"
