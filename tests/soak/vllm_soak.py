@@ -199,8 +199,12 @@ def main(minutes: float) -> None:
         soak = Soak(Path(folder))
         try:
             soak.run(60 * minutes)
+        except OSError as error:
+            soak.wrong.append(f"the server does not answer: {error!r}")
         finally:
             soak.server.stop()
+        if soak.wrong:
+            print(soak.server.log.read_text()[-20_000:])
         print(f"answers as the plain models': {dict(soak.counts)}")
         print("wrong:", soak.wrong[:3] or "nothing")
         sys.exit(bool(soak.wrong))
