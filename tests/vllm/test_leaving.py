@@ -1,6 +1,12 @@
-"""Promise: an adapter that leaves is forgotten when nobody needs it any more, and not while it is being loaded again."""
+"""Promise: an adapter that leaves is forgotten when nobody needs it any more, and not while it is being loaded again;
+a request takes nothing that a client is just loading."""
 
 import asyncio
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import engines
@@ -10,7 +16,8 @@ import xorz.vllm
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
-from xorz.vllm import layers, serving
+from vllm.lora.request import LoRARequest
+from xorz.vllm import layers, manager, serving
 
 
 class Engine:
@@ -97,3 +104,58 @@ def test_what_could_not_be_loaded_is_forgotten_unless_it_is_served(server):
         assert engine.forgotten == [gone] and out.lora_requests["news"].lora_name in engine.known
 
     asyncio.run(story())
+
+
+class Loader:
+    """Reads packages of one word: what they hold, and whether they are damaged."""
+
+    generation = 0
+
+    def load(self, path, content):
+        text = Path(path).read_text()
+        if "damaged" in text:
+            raise ValueError("it is damaged")
+        return SimpleNamespace(bytes=len(text), text=text)
+
+
+@pytest.fixture
+def worker():
+    """A worker's half, which reads by `Loader`."""
+    out = object.__new__(manager.XorzWorkerManager)
+    out._reader, out._opening = ThreadPoolExecutor(1), threading.Lock()
+    out._ahead, out._open = {}, OrderedDict()
+    out._adapter_manager = SimpleNamespace(loader=Loader(), _registered_adapters=SimpleNamespace(cache={}))
+    yield out
+    out._reader.shutdown()
+
+
+def read(worker, adapter):
+    """What a client is told."""
+    while (answer := worker.prefetched(adapter)) is None:
+        time.sleep(0.01)
+    return answer
+
+
+@pytest.mark.parametrize("other", ["good", "damaged"])
+def test_a_request_takes_nothing_that_a_client_is_loading_under_its_adapter_s_name(
+    worker, tmp_path, other, monkeypatch
+):
+    """The adapter was evicted; an engine ends where it meets a package that is unfit."""
+    taken = []
+    monkeypatch.setattr(manager, "Adapter", lambda number, name, prepared: taken.append(prepared.text))
+    mine, new = tmp_path / "mine", tmp_path / "new"
+    mine.write_text("mine")
+    new.write_text(other)
+    adapter = "A@xorz-" + "0" * 32
+    worker.prefetch(adapter, str(mine))
+    assert read(worker, adapter) == ""
+    worker._load_adapter(LoRARequest(adapter, 1, str(mine)))
+    # Read when the request needs it: by its own file, and the client is told what is right for the other one.
+    for _ in range(2):
+        worker.prefetch(adapter, str(new))
+        worker._load_adapter(LoRARequest(adapter, 1, str(mine)))
+        said = read(worker, adapter)
+        assert ("damaged" in said) == (other == "damaged") and "forgotten" not in said
+    assert taken == ["mine"] * 3
+    worker.forget(adapter)
+    assert not worker._open and not worker._ahead
