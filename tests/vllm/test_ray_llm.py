@@ -161,7 +161,8 @@ def test_a_bucket_s_folders_are_fetched_when_they_are_asked_for(world, tmp_path)
         keys["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.server_port}"
         try:
             with served(tmp_path, base, "s3://bucket/tenants", **keys) as address:
-                assert not kind.asked
+                # What there is may have been listed, and is not fetched.
+                assert not [key for _, _, key in kind.asked if key]
                 mine = {None: answers[None]} | {f"{name}{os.getpid()}": answers[name] for name in "AB"}
                 right(address, mine, mine)
                 assert any(key.endswith(".xorz") for _, _, key in kind.asked), kind.asked

@@ -162,6 +162,10 @@ def test_load_unload_and_load_again(server, alone, packages):
     assert status == 200, text
     assert server.complete("mine", PROMPTS[0]) == alone["C", PROMPTS[0]]
     assert server.load("mine", packages / "A.xorz")[0] == 400
+    status, text = server.load("mine", packages / "C.xorz")
+    assert status == 200 and "is that already" in text
+    assert server.load("mine", packages / "none.xorz")[0] == 404
+    assert server.complete("mine", PROMPTS[1]) == alone["C", PROMPTS[1]]
     assert server.post("/v1/unload_lora_adapter", lora_name="mine")[0] == 200
     assert server.post("/v1/completions", model="mine", prompt="x", max_tokens=1)[0] == 404
     assert server.load("mine", packages / "A.xorz")[0] == 200

@@ -91,9 +91,10 @@ def _loading(plain: Any) -> Any:
             return await _serve_policy(self, request, *found, base_model_name)
         async with self.lora_resolver_lock[name]:
             refused = await self._check_load_lora_adapter_request(request)
-            if refused is not None:
-                return refused
             try:
+                if refused is not None:
+                    again = await _is_served(self, name, request.lora_path)
+                    return f"Success: LoRA adapter '{name}' is that already." if again else refused
                 lora = await _load(self, name, request.lora_path)
             except Exception as error:
                 return _refused(name, error)
@@ -149,10 +150,24 @@ def _misplaced(self: Any, path: Any) -> str | None:
     return None
 
 
+async def _is_served(self: Any, name: str, path: str) -> bool:
+    """Whether a name means this very package. Two clients may have found nobody of that name at the same time, as Ray Serve LLM
+    does for requests that come together: the second one has what it asked for.
+    """
+    served = self.lora_requests.get(name)
+    if served is None or not path:
+        return False
+    return _is_same(served, await asyncio.to_thread(request, name, path))
+
+
+def _is_same(one: LoRARequest, other: LoRARequest) -> bool:
+    return (one.lora_name, one.lora_path) == (other.lora_name, other.lora_path)
+
+
 async def _load(self: Any, name: str, path: str) -> LoRARequest:
     lora = await asyncio.to_thread(request, name, path)
     served = self.lora_requests.get(name)
-    if served is not None and (served.lora_name, served.lora_path) == (lora.lora_name, lora.lora_path):
+    if served is not None and _is_same(served, lora):
         return served
     # Who forgets an adapter that had left before must not take what is read for this one.
     self.xorz_arriving.append(lora.lora_name)
