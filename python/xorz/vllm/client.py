@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _POLL_SECONDS = 0.02
+_WAIT_SECONDS = 0.5
 
 
 class UpdateError(RuntimeError):
@@ -40,6 +41,23 @@ class _Served:
         answer = self.post("collective_rpc", method=f"xorz_{method}", kwargs=kwargs)
         # The route turns what is neither a dict nor None into text.
         return answer["results"] if answer is not None else []
+
+    def init(self, info: dict[str, Any], timeout: float) -> None:
+        self._wait_until_it_answers(timeout)
+        self.post("init_weight_transfer_engine", init_info=info)
+
+    def _wait_until_it_answers(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self._address}/health", timeout=self._timeout):
+                    return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise UpdateError(
+                        f"{self.name}: the engine has not answered within {timeout:g} s: {error}"
+                    ) from None
+            time.sleep(_WAIT_SECONDS)
 
     def start(self) -> None:
         self.post("start_weight_update")
@@ -79,6 +97,9 @@ class _Here:
     def workers(self, method: str, **kwargs: Any) -> list[Any]:
         return self._call(f"xorz_{method}", **kwargs)
 
+    def init(self, info: dict[str, Any], _timeout: float) -> None:
+        self._call("init_weight_transfer_engine", init_info=info)
+
     def start(self) -> None:
         self._call("start_weight_update")
 
@@ -103,6 +124,67 @@ def _message(text: str) -> str:
         return json.loads(text)["error"]["message"]
     except (ValueError, KeyError, TypeError):
         return text[:2000]
+
+
+def _each(engines: Any, timeout: float) -> list[Any]:
+    given = engines if isinstance(engines, Sequence) and not isinstance(engines, str) else [engines]
+    return [_Served(e, timeout) if isinstance(e, str) else _Here(e) for e in given]
+
+
+def init(
+    engines: Any, *, keep: int = 1, trust: str | None = None, start: float = 600.0, timeout: float = 600.0
+) -> None:
+    """Make engines ready to be updated, once they answer; nothing but their words' names and ways back is forgotten by it.
+
+    Args:
+        engines: as in `update`.
+        keep: so many versions before the newest they keep the way back to.
+        trust: "sha256" has them take no package that does not keep the sha256 of what it is a step from; None leaves that to
+            how they were started.
+        start: seconds that a server is waited for, until it answers.
+        timeout: seconds, of each request.
+
+    Raises:
+        UpdateError: an engine does not answer, was not started for updates of xorz, or refuses (it is named).
+    """
+    asked = {"keep": keep} | ({"trust": trust} if trust is not None else {})
+    for engine in _each(engines, timeout):
+        engine.init(asked, start)
+
+
+def pause(engines: str | Sequence[str], mode: str = "wait", *, timeout: float = 600.0) -> None:
+    """Have servers begin no step until `resume`; requests that come meanwhile wait there.
+
+    Args:
+        engines: addresses, as in `update`.
+        mode: what becomes of requests that run, by vLLM's words: "wait" lets them end, "keep" lets them go on after `resume`,
+            "abort" ends them.
+        timeout: seconds, of each request.
+
+    Raises:
+        UpdateError: an engine has refused or is lost; those before it are resumed.
+    """
+    done: list[str] = []
+    for address in [engines] if isinstance(engines, str) else engines:
+        try:
+            _Served(address, timeout).post(f"pause?mode={mode}")
+        except UpdateError:
+            with suppress(UpdateError):
+                resume(done, timeout=timeout)
+            raise
+        done.append(address)
+
+
+def resume(engines: str | Sequence[str], *, timeout: float = 600.0) -> None:
+    """Have servers go on that were paused. UpdateError: one could not; the others were told all the same."""
+    wrong: list[UpdateError] = []
+    for address in [engines] if isinstance(engines, str) else engines:
+        try:
+            _Served(address, timeout).post("resume")
+        except UpdateError as error:
+            wrong.append(error)
+    if wrong:
+        raise wrong[0]
 
 
 def update(
@@ -150,8 +232,7 @@ def rollback(
 
 
 def _bring(engines: Any, info: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
-    given = engines if isinstance(engines, Sequence) and not isinstance(engines, str) else [engines]
-    each = [_Served(e, timeout) if isinstance(e, str) else _Here(e) for e in given]
+    each = _each(engines, timeout)
     info = {key: value for key, value in info.items() if value is not None}
     for engine in each:
         engine.workers("sync_prepare", update_info=info)

@@ -487,9 +487,13 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
         """The version of the chain that is served."""
         if self.identity is None:
             self.identity = self._identity_in(chain)
-        for number in range(chain.head, -1, -1):
-            if chain.digest(number) == self.identity:
+        equal = [n for n in range(chain.head, -1, -1) if chain.digest(n) == self.identity]
+        # A step may change nothing; then the words are of several versions, and which one is served has been said before.
+        for number in equal:
+            if str(number) == self.version:
                 return number
+        if equal:
+            return equal[0]
         raise ValueError(
             f"xorz: the engine serves version {self.version} with digest {self.identity}, which is none of versions 0 to "
             f"{chain.head} in {chain.folder}"
