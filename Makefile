@@ -27,7 +27,7 @@ C_LINTED       = $(shell find csrc cuda tests examples -path tests/fuzz/target -
 
 .PHONY: build demo test test-rust test-capi test-python test-avx512 test-abi test-vllm test-wheel test-reproducible test-models \
   test-sanitize fuzz faults soak soak-vllm supply licenses sbom stress test-smollm cuda-gate cpu-gate lint \
-  format bench bench-checkpoint bench-sizes test-ray test-ray-llm bench-serving bench-vllm bench-rl notebook changes clean
+  format bench bench-checkpoint bench-sizes test-ray test-ray-llm test-trl bench-serving bench-vllm bench-rl notebook changes clean
 .DELETE_ON_ERROR:
 
 build: $(INSTALLED)
@@ -85,7 +85,7 @@ test-avx512:
 	NICE="$(NICE)" CARGO="$(CARGO)" tests/avx512/run.sh $(ARGS)
 
 # They install the wheel that `build` made, with CUDA kernels or without: another one would be built anew, and refused.
-test-abi test-vllm test-ray-llm bench-vllm bench-rl soak-vllm: export XORZ_CUDA = $(or $(filter 1,$(CUDA)),0)
+test-abi test-vllm test-ray-llm test-trl bench-vllm bench-rl soak-vllm: export XORZ_CUDA = $(or $(filter 1,$(CUDA)),0)
 
 # Not part of test: each other torch takes 5 to 7 GB, kept in the user's cache ($XORZ_ABI_VENVS), and minutes of tests.
 # `make test-abi ARGS="--only 2.10"` for one of them.
@@ -241,6 +241,10 @@ test-ray: $(INSTALLED) $(NOTEBOOK_VENV)/.xorz-requirements
 # Nor this: Ray Serve LLM over the vLLM of test-vllm; Ray and what it reads buckets with take 600 MB beside it, in build/.
 test-ray-llm: build
 	$(NICE) $(PY) tests/vllm/environment.py --only 0.32.0 --ray --pytest tests/vllm/test_ray_llm.py $(ARGS)
+
+# Nor this: TRL's trainer over the same vLLM; with what it reads data sets by it takes 290 MB beside it, in build/.
+test-trl: build
+	$(NICE) $(PY) tests/vllm/environment.py --only 0.32.0 --trl --pytest tests/vllm/test_trl.py $(ARGS)
 
 clean:
 	rm -rf build target

@@ -1,9 +1,10 @@
 """Environments with a vLLM in them, for `make test-vllm` and `make bench-vllm`: made once, kept in the user's
 cache.
 
-    environment.py [--only VLLM] [--ray] [--pytest ...]     makes what is missing, installs the wheel, prints each environment's
-                                                            interpreter, or runs the tests beside this file with each;
-                                                            --ray: with what ray.txt names beside vLLM, in build/vllm
+    environment.py [--only VLLM] [--ray | --trl] [--pytest ...]     makes what is missing, installs the wheel, prints each
+                                                                    environment's interpreter, or runs the tests beside this
+                                                                    file with each; --ray, --trl: with what ray.txt or trl.txt
+                                                                    names beside vLLM, in build/vllm
 
 vLLM's CPU build stands on the torch of `make test-abi` (the same cached environment, 5 GB), and takes 1.5 GB
 beside it, in $XORZ_VLLM_VENVS (or xorz/vllm in the user's cache). xorz itself goes on top, into build/vllm:
@@ -125,14 +126,15 @@ def installed(release: Release, wheel: Path) -> Path:
     return python
 
 
-def with_ray(below: Path) -> Path:
-    """The interpreter of an environment over `below` with Ray Serve LLM in it."""
-    folder, wanted = BUILD / "ray", (HERE / "ray.txt").read_text() + str(below)
+def with_more(below: Path, name: str) -> Path:
+    """The interpreter of an environment over `below` with what NAME.txt names in it."""
+    asked = HERE / f"{name}.txt"
+    folder, wanted = BUILD / name, asked.read_text() + str(below)
     python, stamp = folder / "bin" / "python", folder / ".xorz-requirements"
     if not stamp.exists() or stamp.read_text() != wanted:
         over(below, folder)
         pip = (python, "-m", "pip", "--quiet", "--disable-pip-version-check")
-        abi.run(*pip, "install", "-r", HERE / "ray.txt", check=True)
+        abi.run(*pip, "install", "-r", asked, check=True)
         stamp.write_text(wanted)
     return python
 
@@ -151,15 +153,17 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", metavar="VLLM", help="leave out all others")
-    parser.add_argument("--ray", action="store_true", help="with Ray Serve LLM")
+    more = parser.add_mutually_exclusive_group()
+    more.add_argument("--ray", dest="more", action="store_const", const="ray", help="with Ray Serve LLM")
+    more.add_argument("--trl", dest="more", action="store_const", const="trl", help="with TRL")
     parser.add_argument("--pytest", nargs=argparse.REMAINDER, help="run the tests, with these arguments")
     args = parser.parse_args()
     wheel, _library = abi.build_wheel()
     failed = False
     for release in chosen(args.only):
         python = installed(release, wheel)
-        if args.ray:
-            python = with_ray(python)
+        if args.more:
+            python = with_more(python, args.more)
         if args.pytest is None:
             print(python)
             continue
