@@ -18,6 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Range = tuple[int, int]
 
+UNUSED = "the model's loader makes no parameter of it"
+"""Why a change of a tensor cannot be followed into a model that does not hold it."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -219,7 +222,7 @@ def plan(model: nn.Module, checkpoint: Mapping[str, tuple[torch.dtype, tuple[int
             users.setdefault(piece.name, []).append(param)
     for name in checkpoint:
         if name not in users and name not in refused:
-            refused[name] = "the model's loader makes no parameter of it"
+            refused[name] = UNUSED
     return Plan(pieces, refused, users)
 
 
