@@ -25,7 +25,7 @@ def test_it_trains_and_the_engine_follows(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     before, after, steps = re.search(r"reward: (\S+) before, (\S+) after (\d+) steps", done.stdout).groups()
     assert int(steps) == STEPS and float(before) < 0.3 and float(after) > float(before) + 0.35
-    # bf16 words and an engine's other kernels: 0.004 was seen.
+    # bf16 words and an engine's other kernels: 0.004 was seen. A policy that is one step behind: 0.26 in the worst step.
     off = float(re.search(r"differ by (\S+) in the worst step", done.stdout)[1])
     assert off < 0.015
     assert "a fresh engine over the trained model says the same, bit for bit" in done.stdout
