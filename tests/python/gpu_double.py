@@ -5,6 +5,10 @@ torch decides what runs (shapes, autograd, dispatch); each op that arrives compu
 kernels. It is stricter than a GPU where a GPU would be slow or wrong: an op that meets tensors of both devices is refused as
 torch does it, an op of xorz without a CUDA kernel is refused, and whatever waits for the device (a number that is read, a
 mask turned to places, a copy to the host or from memory that is not pinned) is written into `waits`.
+
+`Graph` captures as a CUDA graph does: ops are noted with the buffers that they were given, and a replay computes them on what
+lies there by then. Nothing may wait in between, and a replay that reads what nobody holds any more raises. What is not
+modelled: work that runs beside the host's next steps, but for a replay that is `late`; other streams; memory lent again.
 """
 
 from collections.abc import Iterator
@@ -12,6 +16,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -36,6 +41,20 @@ class Ledger:
         self.waits: list[str] = []
         self.ops: list[str] = []
         self.synchronized = 0
+        self.capturing: Graph | None = None
+        self.late: list[Graph] = []
+
+    def wait(self, what: str) -> None:
+        """The host would wait for the device here, which is an error in the midst of a capture."""
+        if self.capturing is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
+        self.waits.append(what)
+
+    def catch_up(self) -> None:
+        """The device has done all that it was asked."""
+        late, self.late = self.late, []
+        for graph in late:
+            graph.run()
 
 
 ledger = Ledger()
@@ -66,6 +85,9 @@ class OnGpu(torch.Tensor):
 
     def data_ptr(self) -> int:
         return self.words.data_ptr()
+
+    def __deepcopy__(self, memo) -> "OnGpu":
+        return memo.setdefault(id(self), OnGpu(self.words.clone()))
 
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.words.untyped_storage()
@@ -104,7 +126,7 @@ def _run(func, args, kwargs):
     if func.namespace == "xorz":
         _check_op(name, leaves)
     if name in ASKING:
-        ledger.waits.append(name)
+        ledger.wait(name)
     if name in ("_to_copy", "copy_"):
         return _copied(func, name, args, kwargs, to)
     strays = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not _is_gpu(leaf) and leaf.dim() > 0]
@@ -113,8 +135,15 @@ def _run(func, args, kwargs):
             raise RuntimeError(
                 f"{name}: expected all tensors to be on the same device, but found cuda:0 and cpu"
             )
-        ledger.waits.append(f"{name} by numbers of the host")
-    return _apply(func, args, kwargs, True)
+        ledger.wait(f"{name} by numbers of the host")
+    return _noted(func, args, kwargs, _apply(func, args, kwargs, True))
+
+
+def _noted(func, args, kwargs, out):
+    """What an op gave, which a graph notes if one is being captured."""
+    if ledger.capturing is not None:
+        ledger.capturing.note(func, args, kwargs, out)
+    return out
 
 
 def _check_op(name: str, leaves) -> None:
@@ -122,11 +151,11 @@ def _check_op(name: str, leaves) -> None:
     if any(not _is_gpu(t) for t in given):
         raise RuntimeError(f"xorz::{name}: an argument is on cpu, but another argument is on cuda:0")
     if name in BY_THE_HOST:
-        ledger.waits.append(name)
+        ledger.wait(name)
     elif name not in KERNELS:
         raise RuntimeError(f"xorz::{name}: this op has no CUDA kernel; move its tensors to the CPU")
     if name == "delta_linear_grouped" and "exact" in leaves:
-        ledger.waits.append(f"{name} in mode exact")
+        ledger.wait(f"{name} in mode exact")
 
 
 def _apply(func, args, kwargs, to_gpu: bool):
@@ -142,7 +171,7 @@ def _apply(func, args, kwargs, to_gpu: bool):
     def given(leaf):
         if not isinstance(leaf, Tensor) or not to_gpu:
             return leaf
-        return owners.get(id(leaf)) or OnGpu(leaf)
+        return owners[id(leaf)] if id(leaf) in owners else OnGpu(leaf)
 
     return tree_map(given, out)
 
@@ -152,17 +181,97 @@ def _copied(func, name, args, kwargs, to):
     if name == "copy_":
         target, source = args[:2]
         if _is_gpu(target) != _is_gpu(source) and source.dim() > 0:
-            ledger.waits.append("copy_ to the device" if _is_gpu(target) else "copy_ to the host")
+            never_waits = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
+            if not (_is_gpu(target) and never_waits and getattr(source, "pinned", False)):
+                ledger.wait("copy_ to the device" if _is_gpu(target) else "copy_ to the host")
+            elif ledger.capturing is not None:
+                raise RuntimeError("a graph would copy from the same memory of the host at each replay")
         plain = source.words if _is_gpu(source) else source
         (target.words if _is_gpu(target) else target).copy_(plain)
-        return target
+        return _noted(func, args, kwargs, target)
     source = args[0]
     goes = to.type if to is not None else ("cuda" if _is_gpu(source) else "cpu")
     if _is_gpu(source) != (goes == "cuda"):
-        ledger.waits.append(f"a copy to the {'device' if goes == 'cuda' else 'host'}")
+        ledger.wait(f"a copy to the {'device' if goes == 'cuda' else 'host'}")
     elif kwargs.get("dtype") in (None, source.dtype) and kwargs.get("memory_format") is None:
         return source  # which `.to` of the same device would have given
-    return _apply(func, args, kwargs, goes == "cuda")
+    return _noted(func, args, kwargs, _apply(func, args, kwargs, goes == "cuda"))
+
+
+class Graph:
+    """As `torch.cuda.CUDAGraph` and `torch.cuda.graph(...)` in one: `with Graph() as graph`, then `graph.replay()`."""
+
+    def __init__(self) -> None:
+        self._ops: list = []
+        # Memory that was there before, which nobody keeps for a graph's sake; what it made itself it keeps.
+        self._given: dict[int, StorageWeakRef] = {}
+        self._own: dict[int, torch.UntypedStorage] = {}
+
+    def __enter__(self) -> "Graph":
+        assert ledger.capturing is None
+        ledger.capturing = self
+        return self
+
+    def __exit__(self, *error) -> None:
+        ledger.capturing = None
+
+    def note(self, func, args, kwargs, out) -> None:
+        given = tree_map(lambda leaf: self._seen(leaf, False), (args, kwargs))
+        self._ops.append((func, given, tree_map(lambda leaf: self._seen(leaf, True), out)))
+
+    def _seen(self, leaf, is_new: bool):
+        """Where the words of a tensor lie, in place of it."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if not _is_gpu(leaf):
+            return leaf.clone()  # a number, which goes to the kernel by value
+        words = leaf.words
+        storage = words.untyped_storage()
+        key = storage._cdata
+        if key not in self._own and key not in self._given:
+            if is_new:
+                self._own[key] = storage
+            else:
+                self._given[key] = StorageWeakRef(storage)
+        return _Place(key, words.dtype, words.storage_offset(), words.size(), words.stride())
+
+    def _words(self, leaf):
+        if not isinstance(leaf, _Place):
+            return leaf
+        storage = self._own.get(leaf.key)
+        if storage is None:
+            found = torch.UntypedStorage._new_with_weak_ptr(self._given[leaf.key].cdata)
+            if found is None:
+                raise RuntimeError(f"a replay reads freed memory: {list(leaf.size)} of {leaf.dtype}")
+            storage = found
+        return torch.empty(0, dtype=leaf.dtype).set_(storage, leaf.offset, leaf.size, leaf.stride)
+
+    def replay(self, late: bool = False) -> None:
+        """`late`: on a stream that nobody waits for before the device is told to finish."""
+        if late:
+            ledger.late.append(self)
+        else:
+            self.run()
+
+    def run(self) -> None:
+        with torch.no_grad():
+            for func, given, out in self._ops:
+                args, kwargs = tree_map(self._words, given)
+                if "device" in kwargs:
+                    kwargs = {**kwargs, "device": torch.device("cpu")}
+                found = tree_leaves(func(*args, **kwargs))
+                for there, words in zip(tree_leaves(out), found, strict=True):
+                    if isinstance(there, _Place):
+                        mine = self._words(there)
+                        if mine.data_ptr() != words.data_ptr():
+                            mine.copy_(words)
+
+
+class _Place:
+    """A tensor's place in memory."""
+
+    def __init__(self, key: int, dtype: torch.dtype, offset: int, size, stride) -> None:
+        self.key, self.dtype, self.offset, self.size, self.stride = key, dtype, offset, size, stride
 
 
 def to_gpu(model: nn.Module) -> nn.Module:
@@ -189,12 +298,28 @@ def machine(monkeypatch) -> Iterator[Ledger]:
     ledger = Ledger()
 
     def synchronize(device=None) -> None:
+        if ledger.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing: synchronize")
         ledger.synchronized += 1
+        ledger.catch_up()
+
+    class Stream:
+        def synchronize(self) -> None:
+            if ledger.capturing is not None:
+                raise RuntimeError("operation not permitted when stream is capturing: Stream.synchronize")
+
+    def pin_memory(tensor, device=None):
+        out = tensor.clone()
+        out.pinned = True
+        return out
 
     # There is no runtime to begin.
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: ledger.waits.append("rng"))
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: ledger.waits.append("rng"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: ledger.capturing is not None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: ledger.wait("rng"))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: ledger.wait("rng"))
     with _Machine():
         yield ledger

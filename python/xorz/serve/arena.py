@@ -57,11 +57,17 @@ class Arena:
     def write(self, offset: int, data: Tensor) -> None:
         """Copy a delta to where it was allocated. On a GPU it is there, for every stream, when this returns."""
         if self._map is None and self._lent_before:
-            # A forward has ended for the host when its kernels are on their way: they may still read what was lent here
-            # before. Who loads waits for them, not they for it.
-            torch.cuda.synchronize(self.tensor.device)
-            self._lent_before = False
+            self.settle()
         self.tensor[offset : offset + data.numel()].copy_(data)
+
+    def settle(self) -> None:
+        """Wait until a GPU has done all that it was asked, so that what was lent before may be written to.
+
+        A forward has ended for the host when its kernels are on their way: they may still read what is free by now. Who loads
+        waits for them, not they for it.
+        """
+        torch.cuda.synchronize(self.tensor.device)
+        self._lent_before = False
 
     def free(self, offset: int, length: int) -> None:
         """Take a piece back, and its whole pages from the process."""

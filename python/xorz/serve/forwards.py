@@ -1,5 +1,6 @@
 """How an attached module computes: the one place where a call of it is decided."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,8 +9,8 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import experts, split
-from .known_ops import embedding_rows
-from .rows import BASE, TABLE, RowMap, Table
+from .known_ops import embedding_of_each, embedding_rows
+from .rows import BASE, TABLE, RowMap, Table, Unknown
 from .site import Site
 from .weight import Refused, Weight, derive, plain, with_dense
 
@@ -45,6 +46,8 @@ def call(site: Site, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             except Table:
                 return _of_table(site, module, rows, args, kwargs)
         return _base(site, module, args, kwargs)
+    except Unknown as error:
+        raise error.of(site.name) from None
     finally:
         rows.end()
 
@@ -125,6 +128,8 @@ def _base(site: Site, module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 def _serve(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any) -> Any:
+    if rows.fixed is not None and site.kind in ("attention", "experts"):
+        raise Unknown(site.name)
     if args and isinstance(args[0], Weight):
         return _of_weights(site, module, rows, args, kwargs)
     if site.original is nn.Linear and site.kind == "linear" and not site.alone(rows):
@@ -200,7 +205,10 @@ def _of_table(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: An
         with site.owner.active.set(rows.uniform(slot)):
             return call(site, module, *args, **kwargs)
 
-    return derive(values, list(site.weights.values()), site.name)
+    out = derive(values, list(site.weights.values()), site.name)
+    if rows.fixed is not None and site.original is nn.Embedding and len(args) == 1:
+        out.each = functools.partial(embedding_of_each, site, args[0])
+    return out
 
 
 def _is_eager(module: nn.Module) -> bool:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import attention, convolutions
-from .rows import TABLE, RowMap, Table, lead_of
+from . import attention, by_row, convolutions
+from .rows import TABLE, RowMap, Table, Unknown, lead_of
 from .site import Site
 from .weight import Refused, Weight, derive, known, op_of
 
@@ -21,7 +21,11 @@ F = torch.nn.functional
 
 
 def groups(slots: Tensor, rows: RowMap, one_by_one: bool) -> list[tuple[int, Tensor]]:
-    """(slot, its rows' numbers) of each tenant, or of each row. On a GPU waits for it, but where these are the batch's rows."""
+    """(slot, its rows' numbers) of each tenant, or of each row. On a GPU waits for it, but where these are the batch's rows.
+    `Unknown` for the rows of a graph.
+    """
+    if rows.fixed is not None:
+        raise Unknown
     if slots is rows.tensor:
         return rows.groups(one_by_one)
     if one_by_one:
@@ -54,7 +58,7 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         return NotImplemented
     rows = weight.rows()
     site, param, turned = weight.matrix or (*weight.places[0], True)
-    if turned or not site.multiplies(param):
+    if turned or not _multiplies(site, param, rows):
         if rows.only is not None and not _row_by_row(weight, F.linear):
             return NotImplemented
         return _grouped(site, rows, input, weight, bias)
@@ -64,6 +68,11 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     slots = rows.rows(input.shape[:-1], site.flattens, site.name, (site, "linear", 0))
     out = site.product(input, site.base[param], None, param, slots, rows.only)
     return out if bias is None else out + bias
+
+
+def _multiplies(site: Site, param: str, rows: RowMap) -> bool:
+    """Whether a product with this matrix is computed on base + delta; for the rows of a graph, whoever will have them."""
+    return site.multiplies(param) and (rows.fixed is None or site.is_delta(param))
 
 
 def _grouped(site: Site, rows: RowMap, input: Tensor, weight: Weight, bias: Any) -> Tensor:
@@ -85,7 +94,7 @@ def matmul(left: Any, right: Any, is_second: bool = False, **more: Any) -> Any:
     if rows is None or not right.changed():
         return NotImplemented
     place = ("addmm", 1) if is_second else ("matmul", 0)
-    if right.matrix is not None and right.matrix[0].multiplies(right.matrix[1]):
+    if right.matrix is not None and _multiplies(*right.matrix[:2], rows):
         site, param, turned = right.matrix
         slots = rows.rows(left.shape[:-1], site.flattens, site.name, (site, *place))
         if turned:
@@ -119,6 +128,7 @@ def embedding(
         max_norm is not None
         or turned
         or weight.dim() != 2
+        or (weight.rows().fixed is not None and not site.is_delta(param))
         or any(param in own for own in list(site.values.values()))
     ):
         return NotImplemented if weight.rows().only is not None else _look_up(weight, input, max_norm)
@@ -136,13 +146,33 @@ def _look_up(weight: Weight, ids: Tensor, max_norm: Any) -> Any:
 def embedding_rows(site: Site, rows: RowMap, ids: Tensor, param: str = "weight", place: Any = None) -> Tensor:
     """Rows of an embedding table, each its tenant's. `place`: see `RowMap.rows`."""
     one_row = ids.dim() == 1 or (rows.dim == 0 and ids.dim() > 1 and ids.size(0) == 1)
-    if rows.only is None and rows.proof is None and not rows.tokens and one_row and not site.flattens:
+    single = rows.fixed is not None and len(rows.slots) == 1
+    if (
+        rows.only is None
+        and rows.proof is None
+        and not rows.tokens
+        and one_row
+        and not (site.flattens or single)
+    ):
         # Positions, or one number for each row: no size tells which. What every tenant has there is kept, and rows are taken
         # where it meets the batch.
         return derive(lambda slot: _look_up_one(site, ids, param, slot), [site.weights[param]], site.name)
     slots = rows.rows(ids.shape, site.flattens, site.name, place)
     weight = site.base[param]
     return torch.ops.xorz.delta_embedding(ids, weight, site.owner.arena.tensor, site.slots(param), slots)
+
+
+def embedding_of_each(site: Site, ids: Tensor, slots: Tensor) -> Tensor:
+    """[slots, *ids.shape, k]: the same rows of each slot's table, which are no batch's rows (positions)."""
+    count, each = slots.numel(), ids.numel()
+    out = torch.ops.xorz.delta_embedding(
+        ids.reshape(1, each).expand(count, each).reshape(-1),
+        site.base["weight"],
+        site.owner.arena.tensor,
+        site.slots("weight"),
+        slots.view(count, 1).expand(count, each).reshape(-1),
+    )
+    return out.view(count, *ids.shape, -1)
 
 
 def _look_up_one(site: Site, ids: Tensor, param: str, slot: int) -> Tensor:
@@ -205,7 +235,12 @@ def _same(dtype: torch.dtype | None) -> Callable[..., Any]:
 
 def to(weight: Any, *args: Any, **kwargs: Any) -> Any:
     """`to`, where it is what the weight is already."""
-    if isinstance(weight, Weight) and len(args) == 1 and not kwargs and args[0] == weight.dtype:
+    if (
+        isinstance(weight, Weight)
+        and len(args) == 1
+        and not kwargs
+        and args[0] in (weight.dtype, weight.owner.device)
+    ):
         return keep(weight)
     return NotImplemented
 
@@ -305,6 +340,8 @@ def convolution(func: Any, dims: int) -> Callable[..., Any]:
         rest = (stride, padding, dilation, groups)
         found = convolutions.of(dims, input, weight, bias, *rest) if _changed(weight) else None
         rows = None if found is None else weight.rows()
+        if rows is not None and rows.fixed is not None:
+            raise Unknown
         if rows is None or (rows.only is None and rows.dim != 0) or not found.is_worth_it(rows):
             return apart(input, weight, bias, *rest)
         if rows.only is not None:
@@ -367,7 +404,14 @@ def _rowwise(func: Any, args: Any, kwargs: Any, weight: Weight, width: int | Non
         vast = [first]
     else:
         vast = [t for _, t in plain if at(t) >= 0 and t.size(at(t)) != 1]
+    fixed = rows.fixed is not None
+    if fixed and len(rows.slots) == 1:
+        return by_row.computed(func, args, kwargs, rows.tensor, width, False)
     slots, flat = _whose(weight, func, plain, vast, at, leaves)
+    if fixed:
+        if func is torch.cat:
+            raise Unknown
+        return by_row.computed(func, args, kwargs, slots, width, weight.owner.mode == "deterministic")
     one_by_one = _row_by_row(weight, func)
     result = None
     for slot, index in groups(slots, rows, one_by_one):
@@ -436,6 +480,13 @@ def _known_rows(
     return False
 
 
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    changed = [leaf for leaf in tree_leaves((args, kwargs)) if _changed(leaf)]
+    if changed and changed[0].rows().fixed is not None:
+        raise Unknown
+    return attention.forward(*args, **kwargs)
+
+
 _ELEMENTWISE = "add sub mul div true_divide multiply subtract divide maximum minimum where addcmul lerp pow rsub copysign"
 _TENSOR = "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ add sub mul div where lerp pow"
 
@@ -444,7 +495,7 @@ known.update(
         F.linear: linear,
         F.embedding: embedding,
         Tensor.__setitem__: set_masked,
-        F.multi_head_attention_forward: lambda *args, **kwargs: attention.forward(*args, **kwargs),
+        F.multi_head_attention_forward: _attention,
         torch.matmul: matmul,
         Tensor.matmul: matmul,
         Tensor.__matmul__: matmul,

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import enclosing
 from .moves import Listing, Moves, verdicts
-from .rows import TABLE, Layout, RowMap, lead_of, pattern
+from .rows import TABLE, Layout, RowMap, lead_of, pattern, refuse_in_capture
 from .split import opened
 from .state import KeptState
 from .weight import Weight, trials
@@ -127,6 +127,7 @@ class Proofs:
             with self._lock:
                 found = self._found.get(kind)
                 if found is None:
+                    refuse_in_capture(owner.device, "the first batch of a kind would be tried")
                     found = self._found[kind] = _Trial(owner, run, rows, args, kwargs, main).proof()
                     for key, layout in found.layouts.items():
                         self.together.add(key, layout)
@@ -157,7 +158,9 @@ def _holds_something(leaf: Any) -> bool:
     """Whether a cache of transformers has positions in it: what a model makes of the same inputs then has other sizes."""
     length = getattr(leaf, "get_seq_length", None)
     try:
-        return length is not None and bool(length() > 0)
+        found = 0 if length is None else length()
+        # On a device it is not to be read; such a cache has the same sizes whatever it holds.
+        return bool(isinstance(found, Tensor) and found.device.type != "cpu") or bool(found > 0)
     except (AttributeError, IndexError, TypeError, ValueError):
         return False
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compiled, enclosing, split
-from .rows import RowMap
+from .rows import RowMap, Unknown
 from .site import Owner, Site
 from .swap import become, plain_class, rebind
 
@@ -92,6 +92,8 @@ def _block(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
         return plain(module, *args, **kwargs)
     if rows.only is None and not any(site.serves(rows) for site in _inside(module)):
         return plain(module, *args, **kwargs)
+    if rows.fixed is not None:
+        raise Unknown(module._xorz_block)
     return split.block(owner, module._xorz_block, rows, functools.partial(plain, module), args, kwargs)
 
 
@@ -102,6 +104,8 @@ def _whole(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
     rows: RowMap | None = None if owner is None else owner.now()
     mixed = rows is not None and rows.only is None and rows.proof is not None and not rows.tokens
     if mixed and name in rows.proof.whole and any(site.serves(rows) for site in _inside(module)):
+        if rows.fixed is not None:
+            raise Unknown(name)
         return enclosing.run(name, rows, functools.partial(plain, module), owner, args, kwargs)
     return plain(module, *args, **kwargs)
 
@@ -141,9 +145,12 @@ def _root(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
     run = functools.partial(plain, module)
     why = owner.apart
     # torch's own layers say themselves where their batch is.
-    if not rows.tokens and not isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+    told = rows.tokens or (rows.fixed is not None and len(rows.slots) == 1)
+    if not told and not isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
         main = getattr(module, "main_input_name", "")
         rows = rows.known(owner.proofs.of(owner, module, run, rows, args, kwargs, main))
+    if rows.fixed is not None:
+        return _with_fixed_rows(module, run, owner, rows, args, kwargs)
     if why is None:
         try:
             with owner.active.set(rows):
@@ -153,6 +160,15 @@ def _root(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
     out = split.apart(owner, rows, run, args, kwargs, why)
     owner.apart = why
     return out
+
+
+def _with_fixed_rows(module: nn.Module, run: Any, owner: Owner, rows: RowMap, args: Any, kwargs: Any) -> Any:
+    """With the rows of a graph, which cannot be taken apart: what is not served as it stands is an error."""
+    try:
+        with owner.active.set(rows):
+            return split.settled(run(*args, **kwargs), rows)
+    except Unknown as error:
+        raise error.of(type(module).__name__) from None
 
 
 def _generate(cls: type) -> Any:

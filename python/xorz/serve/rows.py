@@ -35,6 +35,41 @@ class Table(Exception):
     """What a layer was given belongs to no row."""
 
 
+class Unknown(RuntimeError):
+    """Who has which row would have to be known, and rows of a graph do not tell: that changes with each replay."""
+
+    def __init__(self, who: str | None = None) -> None:
+        """`who`: the module or tensor, if it is known here; else whoever knows it says it by `of`."""
+        super().__init__(who)
+        self.who = who
+
+    def of(self, who: str) -> "Unknown":
+        """The same error, which names `who` if it names nobody yet."""
+        self.who = self.who or who
+        return self
+
+    def __str__(self) -> str:
+        """The sentence that users read."""
+        return (
+            f"xorz: {self.who or 'a module'} is not served with rows of a graph: it would be computed tenant by tenant, and who "
+            "has which row is not known before each replay; leave it out of the graph, or use tenants by their names"
+        )
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what this thread asks of the device goes into a CUDA graph, where nothing may wait."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_in_capture(device: torch.device, what: str) -> None:
+    """RuntimeError where a graph is being captured; `what` must be done before."""
+    if capturing(device):
+        raise RuntimeError(
+            f"xorz: {what} inside of the capture of a CUDA graph; run a batch of that shape under the same rows before it "
+            "(graph_rows(...).warm_up)"
+        )
+
+
 def pattern(shape: Sequence[int], batch: int) -> tuple[int, ...]:
     """Which sizes are 1 (0), the batch's (2), and others (1)."""
     return tuple(0 if n == 1 else 2 if n == batch else 1 for n in shape)
@@ -65,7 +100,10 @@ class RowMap:
         proof: where the rows are in what each layer is given, inside of the model; None where a module is called on its own,
             whose inputs have the batch in `dim`, as `use` says. together: what is known of the model by now, for those and for
             compiled code. probe: what notes that, in a run that finds it out.
+        fixed: the rows of a graph, whose slots nobody knows; see `graphs`.
     """
+
+    fixed: Any = None
 
     def __init__(
         self,
@@ -207,6 +245,22 @@ class RowMap:
             count *= size
         if self.only is not None:
             return torch.full((count,), self.only, dtype=torch.int32, device=self.device)
+        layout = self._layout_of(lead, flattens, who, place)
+        if layout == ("dim", 0) and lead == (len(self.slots),):
+            return self.tensor
+        # Layers that are given the same share one tensor.
+        key = (layout, *lead)
+        # Another thread may begin anew with what is remembered between two looks at it.
+        found = self._expanded.get(key)
+        if found is None:
+            found = self._expanded[key] = self._spread(layout, lead)
+        return found
+
+    def _spread(self, layout: Layout, lead: tuple[int, ...]) -> Tensor:
+        return self.tensor[self.index(layout, lead).reshape(-1)]
+
+    def _layout_of(self, lead: tuple[int, ...], flattens: bool, who: str, place: Any) -> Layout:
+        """Where the rows are in a shape; errors as `rows`."""
         batch = len(self.slots)
         known = self._layouts()
         at = (place, pattern(lead, batch))
@@ -214,27 +268,16 @@ class RowMap:
             layout = known.get(at)
             if layout == TABLE:
                 raise Table
-            if layout == ("dim", 0) and lead == (batch,):
-                return self.tensor
             if layout is not None and (layout[0] == "dim" or lead[0] % batch == 0):
-                # Layers that are given the same share one tensor.
-                key = (layout, *lead)
-                # Another thread may begin anew with what is remembered between two looks at it.
-                found = self._expanded.get(key)
-                if found is None:
-                    found = self._expanded[key] = self.tensor[self.index(layout, lead).reshape(-1)]
-                return found
+                return layout
             raise self.unproven(lead, who)
         if self.tokens:
             if lead == (batch,):
-                return self.tensor
+                return "dim", 0
         elif len(lead) > self.dim and lead[self.dim] == batch and not (len(lead) == 1 and self.dim):
-            if len(lead) == 1:
-                return self.tensor
-            shape = [batch if i == self.dim else 1 for i in range(len(lead))]
-            return self.tensor.reshape(shape).expand(lead).reshape(-1)
+            return "dim", self.dim
         elif len(lead) == 1 and flattens and lead[0] % batch == 0 and self.dim == 0:
-            return self.tensor.repeat_interleave(lead[0] // batch)
+            return "flat", 0
         raise self.unproven(lead, who)
 
     def unproven(self, lead: Sequence[int], who: str) -> RuntimeError:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .arena import Arena
+from .fixed import DeviceTables
 from .rows import BASE, RowMap, lasting
 from .weight import Weight
 
@@ -25,6 +26,7 @@ class Owner(Protocol):
     capacity: int
     arena: Arena
     lock: Any
+    unsettled: bool
 
     def now(self) -> RowMap | None:
         """The map of rows that is active in this thread or task, or None."""
@@ -57,6 +59,7 @@ class Site:
         raws: name -> the module's own parameter or buffer; base: the same words, without gradients.
         weights: name -> what readers of the attribute meet; see `Weight`.
         table: parameter name -> int64 [slots, 2], offset and length in the arena.
+        fixed: on a device, what keeps these tables and tenants' small values at addresses that stay; None on the host.
         pieces: parameter name -> slot -> (offset, length).
         values: slot -> parameter or buffer name -> the tenant's own tensor.
         derived: attributes that the module was seen to change in a forward: they may be made from its weights.
@@ -89,6 +92,8 @@ class Site:
         self._stack: tuple[Any, ...] | None = None
         # Counts changes of `values`. A forward that sees the count change while it reads them does not keep what it made.
         self._changes = 0
+        on_host = owner.device.type == "cpu"
+        self.fixed = None if on_host else DeviceTables(owner, name, self.base, self.table)
 
     def __deepcopy__(self, memo: Any) -> "Site":
         """An attached model cannot be copied or pickled."""
@@ -113,11 +118,16 @@ class Site:
         with lasting():
             self.deltas[param, slot] = self.owner.arena.tensor[offset : offset + length]
         self.clones.pop(slot, None)
-        self._fill(param)
+        if self.fixed is not None:
+            self.fixed.put(param, slot, (offset, length))
+        else:
+            self._fill(param)
 
     def add_value(self, param: str, slot: int, value: Tensor) -> None:
         """The tenant's own copy of a small tensor."""
         self.values.setdefault(slot, {})[param] = value
+        if self.fixed is not None:
+            self.fixed.put_value(param, slot, value)
         self.clones.pop(slot, None)
         self._changes += 1
 
@@ -128,27 +138,32 @@ class Site:
         for param, pieces in self.pieces.items():
             if pieces.pop(slot, None) is not None:
                 self.deltas.pop((param, slot), None)
-                self._empty(param)
+                if self.fixed is not None:
+                    self.fixed.leave(param, slot)
+                else:
+                    self._empty(param)
         self.clones.pop(slot, None)
-        if self.values.pop(slot, None) is not None:
+        values = self.values.pop(slot, None)
+        if values is not None:
             self._changes += 1
             self._biases = self._stack = None
+            for param in values if self.fixed is not None else ():
+                self.fixed.leave(param, slot)
 
     def _empty(self, param: str) -> None:
         try:
             self._fill(param)
-        except (MemoryError, RuntimeError):  # torch says the one on the host and the other on a device
+        except (MemoryError, RuntimeError):  # torch says either
             # The old table would give the slot's next tenant this one's words. Without one the next reader makes it.
             self.table.pop(param, None)
 
     def _fill(self, param: str) -> None:
-        # A new tensor each time: forwards that run in other threads keep the one that they have.
-        # Made on the host and copied whole, so that nobody meets it half written.
+        # On the host a new tensor each time: forwards that run in other threads keep the one that they have.
         with lasting():
             table = torch.zeros(self.owner.capacity, 2, dtype=torch.int64)
             for slot, piece in self.pieces.get(param, {}).items():
                 table[slot] = torch.tensor(piece)
-            self.table[param] = table.to(self.owner.device)
+            self.table[param] = table
 
     # What forwards read.
 
@@ -157,7 +172,9 @@ class Site:
         found = rows.touching.get(self)
         if found is None:
             pieces = list(self.pieces.values())  # a load in another thread may add one
-            found = any(slot in self.values or any(slot in p for p in pieces) for slot in rows.used)
+            found = rows.fixed is not None or any(
+                slot in self.values or any(slot in p for p in pieces) for slot in rows.used
+            )
             rows.touching[self] = found
         return found
 
@@ -178,7 +195,7 @@ class Site:
         if found is None:
             found = (
                 self.serves(rows)
-                if self.kind in COMPUTING or self.row_by_row
+                if self.kind in COMPUTING or self.row_by_row or rows.fixed is not None
                 else any(map(self._has(param), rows.used))
             )
             rows.touching[key] = found
@@ -198,6 +215,14 @@ class Site:
             and base.is_contiguous()
             and not any(param in own for own in list(self.values.values()))
         )
+
+    def is_delta(self, param: str) -> bool:
+        """Whether each tenant of a mixed batch that changes this matrix has a delta of it, never a dense copy (`prepare`)."""
+        base = self.base[param]
+        if self.kind in ("linear", "conv1d", "embedding") and param == "weight":
+            return True
+        is_matrix = base.dim() == 2 and base.dtype in FLOATS and base.is_contiguous() and min(base.shape) > 1
+        return is_matrix and not self.plain and self.kind not in ("attention", "experts")
 
     def read(self, param: str, rows: RowMap) -> Tensor:
         """What a reader of the module's attribute is given in a forward."""
@@ -243,6 +268,8 @@ class Site:
 
     def slots(self, param: str) -> Tensor:
         """The table of `param`, with a row for every slot there is."""
+        if self.fixed is not None:
+            return self.fixed.table(param)
         table = self.table.get(param)
         if table is None or table.size(0) < self.owner.capacity:
             with self.owner.lock:
@@ -259,6 +286,8 @@ class Site:
         base = self.base.get(param)
         if base is None:
             return None
+        if self.fixed is not None:
+            return self.fixed.stack(param, self.values)
         key, cached = (self._changes, self.owner.capacity), self._biases
         if cached is None or cached[0] is not base or cached[1] != key:
             with lasting():
@@ -282,6 +311,8 @@ class Site:
 
     def stack(self, param: str) -> Tensor:
         """[slots + 1, ...]: `param` of each slot, the base's last (so that BASE = -1 finds it)."""
+        if self.fixed is not None:
+            return self.fixed.stack(param, self.values)
         base, cached = self.base[param], self._stack
         key = (self._changes, self.owner.capacity)
         if cached is None or cached[0] is not base or cached[1] != key:

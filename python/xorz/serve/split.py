@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .known_ops import groups
-from .rows import BASE, TABLE, RowMap, Table, lead_of
+from .rows import BASE, TABLE, RowMap, Table, Unknown, lead_of
 from .site import Site
 from .weight import Refused, Weight, with_dense
 
@@ -51,6 +51,8 @@ def forward(site: Site, module: nn.Module, rows: RowMap, args: Any, kwargs: Any)
             return noticed(site, module, lambda: site.original.forward(module, *args, **kwargs))
         except Refused as error:
             why = error
+    if rows.fixed is not None:
+        raise Unknown(site.name) from why
     if rows.only is not None:
         return one(site, module, rows.only, args, kwargs)
     return _whole(site, module, rows, args, kwargs, why)

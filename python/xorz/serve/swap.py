@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compiled, forwards, split
+from .rows import Unknown
 from .site import Owner, Site
 from .weight import Weight
 
@@ -96,6 +97,8 @@ def _compute_bias(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     rows = None if owner is None else owner.now()
     if rows is None or rows.only is not None:
         return plain(self, *args, **kwargs)
+    if rows.fixed is not None:
+        raise Unknown(type(self).__name__)
     each = {}
     for slot in rows.used:
         with owner.active.set(rows.uniform(slot)):

@@ -1,7 +1,8 @@
 """The fine-tunes of an attached model: loaded and unloaded under traffic, active where `use` says so, kept in a budget.
 
 Forwards never wait for a load: a tenant's deltas are read and checked first and appear at once, its slot is given to nobody
-else while a `use` or a forward holds it, and tables that forwards read are replaced, not changed.
+else while a `use` or a forward holds it. Tables that forwards read are replaced, not changed; on a device, where graphs read
+them again, an entry is changed in its place while nobody can name its slot (`fixed`).
 """
 
 import itertools
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 
 from ..sources import located
 from . import roots, swap
+from .graphs import GraphRows
 from .guard import Guard
 from .kept import kept
 from .prepare import Prepared, prepare
 from .proof import Proofs
 from .residency import Piece, Residency, padded, size_of
-from .rows import BASE, HOST, Active, RowMap, Use, lasting, stepping
+from .rows import BASE, HOST, Active, RowMap, Unknown, Use, lasting, stepping
 from .shown import Memory, Summary, table
 from .site import Site
 from .streams import LaterStream, Stream
@@ -97,6 +99,9 @@ class Tenants:
         self._tenants: dict[str, _Tenant] = {}
         self._slots: dict[int, _Tenant] = {}
         self._clock = itertools.count(1)
+        self.graphs: list[GraphRows] = []
+        # Something on the device is to be changed, or was made by a forward: the next load waits for the device first.
+        self.unsettled = False
         self._detached = False
         self.example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.apart: RuntimeError | None = None
@@ -241,9 +246,7 @@ class Tenants:
     def _place(self, tenant: _Tenant, prepared: Prepared, old: _Tenant | None = None) -> None:
         """Make a prepared tenant resident, in the place of `old`; nothing is left behind if that fails."""
         self._make_room(tenant, prepared.bytes, old)
-        slot = next(i for i in itertools.count() if i not in self._slots)
-        while slot >= self.capacity:
-            self.capacity *= 2
+        slot = self._free_slot(tenant)
         # What was seen of the tenant that had the slot before is not this one's.
         self.cut.clear()
         tenant.slot, tenant.alone, tenant.last = slot, prepared.alone, next(self._clock)
@@ -257,6 +260,9 @@ class Tenants:
                 site.add_piece(param, slot, *placed[id(delta)])
             for site, param, value in prepared.values:
                 site.add_value(param, slot, value)
+            if self.device.type != "cpu" and prepared.values:
+                # There for whoever names the slot from now on, on any stream.
+                torch.cuda.current_stream(self.device).synchronize()
         except BaseException:
             self._evict(tenant)
             raise
@@ -267,6 +273,25 @@ class Tenants:
         tenant.bytes = sum(padded(length) for _, length in tenant.pieces) + copies
         tenant.copies = copies
         self.residency.copies += copies
+
+    def _free_slot(self, tenant: _Tenant) -> int:
+        """The lowest slot that nobody has, whose entries are empty; MemoryError if the tables of graphs have none left."""
+        slot = next(i for i in itertools.count() if i not in self._slots)
+        if slot >= self.capacity and self.graphs:
+            if not self._evict_one(tenant):
+                raise MemoryError(
+                    f"tenant {tenant.name!r} would be number {slot + 1} in memory, but graphs were made for {self.capacity} "
+                    "(tenants.graph_rows(capacity=...)), and no other tenant is idle and in a file"
+                )
+            slot = next(i for i in itertools.count() if i not in self._slots)
+        while slot >= self.capacity:
+            self.capacity *= 2
+        if self.unsettled:
+            self.arena.settle()
+            for site in self.sites.values():
+                site.fixed.settle()
+            self.unsettled = False
+        return slot
 
     def _make_room(self, tenant: _Tenant, need: int, old: _Tenant | None) -> None:
         def evict() -> bool:
@@ -306,6 +331,7 @@ class Tenants:
             return
         for site in self.sites.values():
             site.drop(tenant.slot)
+        self.unsettled = self.device.type != "cpu"
         self.residency.release(tenant.pieces)
         self.residency.copies -= tenant.copies
         tenant.copies = 0
@@ -314,11 +340,13 @@ class Tenants:
 
     # Making tenants active.
 
-    def use(self, names: str | Sequence[str | None] | None, *, dim: int = 0) -> AbstractContextManager[None]:
+    def use(
+        self, names: "str | Sequence[str | None] | GraphRows | None", *, dim: int = 0
+    ) -> AbstractContextManager[None]:
         """Compute with these tenants inside a `with`, in this thread or asyncio task, and in tasks started inside.
 
         Args:
-            names: one name for all rows (None is the base), or one for each row of the batch.
+            names: one name for all rows (None is the base), one for each row of the batch, or what `graph_rows` gives.
             dim: the dimension of the batch in what modules are given: 0, or 1 for models that are sequence first.
 
         Every module's input must then have the batch in that dimension; another shape raises, unless all rows are of one
@@ -329,22 +357,69 @@ class Tenants:
             KeyError: no tenant of that name; ValueError: no names, a tenant with tokens of its own beside others, or a file
                 that has changed; RuntimeError, in a forward: the shapes do not fit, or the `with` has ended.
         """
-        if names is None or isinstance(names, str):
-            names = (names,)
-        try:
-            names = tuple(names)
-        except TypeError:
-            raise TypeError(
-                f"names must be a tenant's name, None, or a list of those, one for each row, but is {names!r}"
-            ) from None
-        if not names:
-            raise ValueError("names is empty; give one name for each row of the batch")
-        for name in names:
-            if name is not None and not isinstance(name, str):
-                raise TypeError(f"a tenant's name must be a str or None, but is {type(name).__name__}")
         if dim not in (0, 1):
             raise ValueError(f"dim must be 0 or 1, but is {dim}")
-        return Use(self, names, dim)
+        if isinstance(names, GraphRows):
+            if dim != 0:
+                raise ValueError("rows of a graph are dimension 0 of the batch, but dim is 1")
+            return Use(self, names, dim)
+        return Use(self, _named(names), dim)
+
+    def graph_rows(self, batch: int, *, capacity: int | None = None) -> GraphRows:
+        """Rows of a batch for CUDA graphs: who has which row is read from the device at each replay, and set between two.
+
+        Capture a forward inside of `with tenants.use(rows)`; `rows.set(["alice", None, "bob"])` then says whose rows the next
+        replays compute, in the buffers that the graph reads. All rows are the base's at first.
+
+        Args:
+            batch: how many rows there are; they are dimension 0.
+            capacity: how many tenants can be in memory while any such rows are open: tables do not grow under a graph. None: as
+                many as there is room for in the tables of rows that are open, else 32, or more if there are more.
+
+        Raises:
+            ValueError: the model is on the CPU, a number is not positive, or rows that are open were made for fewer tenants.
+        """
+        for what, number in (("batch", batch), ("capacity", 1 if capacity is None else capacity)):
+            if isinstance(number, bool) or not isinstance(number, int) or number <= 0:
+                raise ValueError(f"{what} must be a positive number, but is {number!r}")
+        if self.device.type == "cpu":
+            raise ValueError(
+                "the model is on the CPU, which has no graphs to capture; give the names of each batch to tenants.use"
+            )
+        with self.lock:
+            if self._detached:
+                raise ValueError("these tenants are detached; attach the model again")
+            capacity = (1 if self.graphs else _CAPACITY) if capacity is None else capacity
+            if self.graphs and capacity > self.capacity:
+                raise ValueError(
+                    f"capacity is {capacity}, but graph_rows that are open were made for {self.capacity} tenants; close "
+                    "them first"
+                )
+            self.capacity = max(self.capacity, capacity)
+            made = GraphRows(self, batch)
+            self.graphs.append(made)
+        return made
+
+    def hold(self, names: str | Sequence[str | None] | None) -> tuple[tuple[str | None, ...], list[int], Any]:
+        """(names, the slot of each, what gives their tenants back); evicted ones are read again. Errors as `use`."""
+        names = _named(names)
+        self._watch.check()
+        held: dict[str, _Tenant] = {}
+        try:
+            for name in dict.fromkeys(names):
+                if name is not None:
+                    held[name] = self._hold(name)
+                    if held[name].alone:
+                        raise ValueError(
+                            f"tenant {name!r} has tensors of other shapes than the base's (added tokens) and is served alone, "
+                            "not in rows of a graph"
+                        )
+            slots = [BASE if name is None else held[name].slot for name in names]
+        except BaseException:
+            self._release(tuple(held.values()))
+            raise
+        tenants = tuple(held.values())
+        return names, slots, lambda: self._release(tenants)
 
     def stream(self, name: str | Sequence[str | None] | None, iterator: Any, *, dim: int = 0) -> Any:
         """Steps an iterator, generator or asynchronous one, each step inside of `use(name)`, and no longer.
@@ -362,9 +437,11 @@ class Tenants:
             f"iterator must be an iterator or an asynchronous one, but is {type(iterator).__name__}"
         )
 
-    def map(self, names: tuple[str | None, ...], dim: int) -> RowMap:
+    def map(self, names: tuple[str | None, ...] | GraphRows, dim: int) -> RowMap:
         """The map of these names, whose tenants are held until it is closed; for `use`."""
         self._watch.check()
+        if isinstance(names, GraphRows):
+            return names.map(self)
         held: dict[str, _Tenant] = {}
         try:
             for name in dict.fromkeys(names):
@@ -471,16 +548,23 @@ class Tenants:
         rows = self.active.get()
         if rows is None:
             return nullcontext()
+        if rows.fixed is not None:
+            raise Unknown("regroup")
         slots = rows.rows(tuple(lead), False, "regroup")[index.reshape(-1).to(self.device)]
         return self.active.set(rows.regroup(slots.tolist()))
 
     # Asking what is loaded.
 
     def memory(self) -> Memory:
-        """Bytes: "base" (the model's own tensors), "deltas", "copies" (small dense tensors of tenants), and their "total"."""
+        """Bytes: "base" (the model's own tensors), "deltas", "copies" (small dense tensors of tenants; on a device with the
+        tables that forwards read), and their "total".
+        """
         with self.lock:
             return Memory(
-                self.residency.memory(map(plain, (*self.model.parameters(), *self.model.buffers())))
+                self.residency.memory(
+                    map(plain, (*self.model.parameters(), *self.model.buffers())),
+                    sum(site.fixed.nbytes for site in self.sites.values() if site.fixed is not None),
+                )
             )
 
     def sizes(self) -> dict[str, int]:
@@ -530,7 +614,12 @@ class Tenants:
         with self.lock:
             busy = [t.name for t in self._slots.values() if t.pins]
             if busy:
-                raise ValueError(f"tenant {busy[0]!r} is in use; leave its `with tenants.use(...)` first")
+                raise ValueError(
+                    f"tenant {busy[0]!r} is in use; leave its `with tenants.use(...)` first"
+                    + (", and close the rows of graphs" if self.graphs else "")
+                )
+            if self.graphs:
+                raise ValueError("rows of a graph are open; close() them first")
             for name in list(self._tenants):
                 self.unload(name)
             swap.unshroud(self._shrouded)
@@ -592,8 +681,29 @@ _SERVED_AS = {
 }
 
 
+_CAPACITY = 32
+"""Tenants in memory for whom graphs are made, if nobody says how many."""
+
 _in_backward = torch._C._current_graph_task_id
 _tracing = torch._C._get_tracing_state
+
+
+def _named(names: Any) -> tuple[str | None, ...]:
+    """One name for each row, or one for all; TypeError or ValueError if these are none."""
+    if names is None or isinstance(names, str):
+        names = (names,)
+    try:
+        names = tuple(names)
+    except TypeError:
+        raise TypeError(
+            f"names must be a tenant's name, None, or a list of those, one for each row, but is {names!r}"
+        ) from None
+    if not names:
+        raise ValueError("names is empty; give one name for each row of the batch")
+    for name in names:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"a tenant's name must be a str or None, but is {type(name).__name__}")
+    return names
 
 
 def _identity(path: Path) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from .rows import TABLE, Table, lead_of
+from .rows import TABLE, Table, Unknown, lead_of
 
 trials: list[None] = []
 """As many entries as there are runs that find out where rows are, in any thread."""
@@ -41,12 +41,14 @@ class Weight(Tensor):
         places: the tensors of the base that it is made of.
         base: the base's value of it: the very parameter or buffer, or what was computed from those.
         matrix: (site, name, whether it is read transposed) if products with it are computed on deltas.
+        each: slots on the device -> [slots, ...], each one's own words, of what is looked up and of no row; else None.
     """
 
     owner: Any
     places: tuple[Place, ...]
     base: Tensor
     matrix: tuple[Any, str, bool] | None
+    each: Callable[[Tensor], Tensor] | None
     _values: Callable[[int], Tensor]
 
     def __new__(cls, *given: Any, **options: Any) -> "Weight":
@@ -76,7 +78,7 @@ class Weight(Tensor):
             device=base.device,
         )
         out.owner, out.places, out.base = places[0][0].owner, places, base
-        out.matrix, out._values = None, values
+        out.matrix, out._values, out.each = None, values, None
         return out
 
     @classmethod
@@ -100,6 +102,9 @@ class Weight(Tensor):
                 out = _once_each(func, args, kwargs)
                 if out is NotImplemented:
                     raise
+            except Unknown as error:
+                weights = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Weight)]
+                raise error.of(f"{op_of(func)} on `{weights[0].full()}`") from None
             if out is not NotImplemented:
                 return out
         return _compute(func, args, kwargs)
@@ -127,6 +132,15 @@ class Weight(Tensor):
     def dense(self, slot: int) -> Tensor:
         """One tenant's own words, as a plain tensor."""
         return self._values(slot)
+
+    def by_row(self, slots: Tensor) -> Tensor:
+        """[rows, ...]: of each of these slots its own words, read where they lie on the device; `Unknown` where they do not."""
+        if self.each is not None:
+            return self.each(slots)
+        if self.matrix is None or self.matrix[2] or len(self.places) != 1 or self.dim() > 1:
+            raise Unknown
+        site, param = self.places[0]
+        return site.stack(param)[slots.long()]
 
     def turned(self) -> "Weight":
         """The transposed matrix, as an object of the same kind."""
