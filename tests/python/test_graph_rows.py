@@ -584,6 +584,27 @@ def test_the_double_replays_what_lies_in_memory_and_refuses_what_is_freed(gpu):
             waits()
 
 
+def test_what_gpu_check_will_run_on_a_gpu_passes_on_the_double_and_sees_a_wrong_row(gpu, monkeypatch):
+    from xorz.gpu_check import models
+    from xorz.gpu_check.report import Report
+    from xorz.serve.graphs import GraphRows
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(
+        nn.Module,
+        "to",
+        lambda self, to: to_gpu(self) if to == gpu_double.CUDA else self._apply(lambda t: t.to(to)),
+    )
+    report = Report("a double")
+    models.check_graph_rows(report, gpu_double.CUDA, 48)
+    assert len(report.checks) == 12 and report.passed, report.checks
+    monkeypatch.setattr(GraphRows, "set", lambda self, names: None)
+    report = Report("a double")
+    models.check_graph_rows(report, gpu_double.CUDA, 48)
+    assert sum(not check["passed"] for check in report.checks) >= 8
+
+
 def test_a_step_with_a_static_cache(gpu):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

@@ -26,7 +26,7 @@ import torch
 
 from .. import __version__, delta_restore
 from .data import fine_tune, random_words
-from .models import check_generate, check_model, check_model_graph
+from .models import check_generate, check_graph_rows, check_model, check_model_graph
 from .ops import (
     check_embedding,
     check_exact,
@@ -110,6 +110,7 @@ def run(device: torch.device, args: argparse.Namespace) -> Report:
         if not args.no_graphs:
             report.attempt("graphs", check_graph, device)
             report.attempt("a graph of a model", check_model_graph, device, 256)
+            report.attempt("a graph whose tenants change", check_graph_rows, device, 256)
         if not args.no_memcheck:
             report.attempt("memory", check_memory, device)
     if not args.no_timings:

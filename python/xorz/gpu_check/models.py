@@ -127,6 +127,54 @@ def check_model_graph(report: Report, device: torch.device, k: int) -> None:
     report.check("attach, a CUDA graph of a mixed batch, replayed for other words", wrong)
 
 
+def check_graph_rows(report: Report, device: torch.device, k: int) -> None:
+    """A forward whose tenants change between replays: exchanged, loaded after the capture, in the place of one that went."""
+    for dtype in (torch.float32, torch.bfloat16):
+        _check_rows(report, device, k, dtype)
+
+
+def _check_rows(report: Report, device: torch.device, k: int, dtype: torch.dtype) -> None:
+    base = _Model(k, 200).to(dtype).eval()
+    family = _family(base) | {"carol": _tuned(base, 3, 0.2)}
+    first = {name: family[name] for name in ("alice", "bob", None)}
+    model, tenants = _attached(base, first, device)
+    words = torch.randint(0, 200, (len(NAMES), 3), generator=torch.Generator().manual_seed(3))
+    apart = {name: plain(words) for name, plain in family.items()}
+    ids, rows = words.to(device), tenants.graph_rows(len(NAMES), capacity=8)
+    rows.warm_up(ids)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with tenants.use(rows), torch.cuda.graph(graph):
+        out = model(ids)
+    wrong: dict[str, str | None] = {}
+
+    def replay(what: str, names: tuple[str | None, ...]) -> None:
+        rows.set(names)
+        graph.replay()
+        want = torch.stack([apart[name][row] for row, name in enumerate(names)])
+        wrong[what] = _far(out, want)
+
+    replay("captured", NAMES)
+    replay("exchanged", NAMES[::-1])
+    replay("the base", (None,) * len(NAMES))
+    tenants.load("carol", diff(base.state_dict(), family["carol"].state_dict()))
+    replay("loaded after the capture", ("carol", "alice", None, "bob", "carol"))
+    # Replays are on their way when their tenant goes, and another one comes into its memory.
+    for _ in range(50):
+        rows.set(("alice",) * len(NAMES))
+        graph.replay()
+    before = out.clone()
+    rows.set(("bob",) * len(NAMES))
+    tenants.unload("alice")
+    tenants.load("dave", diff(base.state_dict(), family["carol"].state_dict()))
+    wrong["replayed while its tenant went"] = _far(before, apart["alice"])
+    apart["dave"] = apart["carol"]
+    replay("loaded where another was", ("dave", "bob", None, "carol", "dave"))
+    rows.close()
+    for what, found in wrong.items():
+        report.check(f"attach, rows of a CUDA graph, {what}, {name_of(dtype)}", found)
+
+
 def check_generate(report: Report, device: torch.device) -> None:
     """A small Llama of transformers writes for each prompt what that tenant's plain model writes."""
     if importlib.util.find_spec("transformers") is None:

@@ -51,8 +51,8 @@ class Unknown(RuntimeError):
     def __str__(self) -> str:
         """The sentence that users read."""
         return (
-            f"xorz: {self.who or 'a module'} is not served with rows of a graph: it would be computed tenant by tenant, and who "
-            "has which row is not known before each replay; leave it out of the graph, or use tenants by their names"
+            f"xorz: {self.who or 'a module'} is not served with rows of a graph: it would be computed tenant by tenant, and "
+            "who has which row is not known before each replay; leave it out of the graph, or use tenants by their names"
         )
 
 
