@@ -52,7 +52,9 @@ class Engine:
 
     def changes(self):
         """What it was asked that is no question."""
-        return [r.removeprefix("xorz_") for r in self.asked if r not in ("xorz_sync_prepared", "xorz_sync_report")]
+        return [
+            r.removeprefix("xorz_") for r in self.asked if r not in ("xorz_sync_prepared", "xorz_sync_report")
+        ]
 
 
 UPDATE = ["sync_prepare", "start_weight_update", "update_weights", "finish_weight_update"]
