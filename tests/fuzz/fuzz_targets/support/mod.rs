@@ -165,21 +165,15 @@ pub fn edit(bytes: &mut Vec<u8>, choices: &mut Choices<'_>) -> bool {
     *bytes != before
 }
 
-/// Do `work` on what takes `given` bytes in all: the input, a base, an output. It may take a second of this thread's time (see
-/// `longest`) and ten times that memory, beside what is fixed.
+/// Do `work` on what takes `given` bytes in all: the input, a base, an output. It may take a second of this thread's time and ten
+/// times that memory, beside what is fixed.
 pub fn bounded<T>(given: usize, work: impl FnOnce() -> T) -> T {
     let start = thread_time();
     let (made, held) = counting::held_by(work);
     let took = thread_time().saturating_sub(start);
     assert!(held.most <= 10 * given + FIXED_BYTES, "{} bytes held for {given} given", held.most);
-    assert!(took < longest(), "{took:?} for {given} bytes");
+    assert!(took < Duration::from_secs(1), "{took:?} for {given} bytes");
     made
-}
-
-/// A second; where the library was compiled without optimisation, which takes up to 2.3 times as long, what `run.sh` says.
-fn longest() -> Duration {
-    let said = std::env::var("XORZ_FUZZ_SECONDS").ok().and_then(|seconds| seconds.parse().ok());
-    Duration::from_secs(said.unwrap_or(1))
 }
 
 /// The processor time of this thread: others on the machine must not make an input look slow.
