@@ -64,11 +64,12 @@ def _shaped(value: Tensor, width: int) -> Tensor:
 
 
 def _arguments(func: Any, args: Any, kwargs: Any, own: dict[int, Tensor]) -> tuple[Any, ...]:
-    """(x, normalized shape, weight, bias, eps) of a norm, weights as [rows, k]."""
+    """(x, normalized shape, weight, bias, eps) of a norm, each row's own weights as `_shaped` makes them."""
     names = ("input", "normalized_shape", "weight", "bias", "eps")
     names = names if func is F.layer_norm else tuple(name for name in names if name != "bias")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     found = [given.get(name) for name in ("input", "normalized_shape", "weight", "bias")]
+    own = {key: _shaped(value, found[0].dim()) for key, value in own.items()}
     eps = given.get("eps", 1e-5 if func is F.layer_norm else None)
     return (*(own.get(id(value), value) for value in found), eps)
 
@@ -90,9 +91,7 @@ def _scaled(x: Tensor, weight: Any, bias: Any) -> Tensor:
     out = x
     for op, value in ((torch.mul, weight), (torch.add, bias)):
         if value is not None:
-            # [rows, k] beside [rows, ..., k]; a plain tensor of another kind than these is the same for all rows.
-            of_rows = value.dim() == 2 and value.size(0) == x.size(0)
-            out = op(out, (_shaped(value, x.dim()) if of_rows else value).to(x.dtype))
+            out = op(out, value.to(x.dtype))
     return out
 
 
