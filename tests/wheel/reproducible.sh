@@ -11,11 +11,12 @@ trap 'rm -rf "$tmp"' EXIT
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2> /dev/null || echo 1700000000)}
 export SOURCE_DATE_EPOCH
 
+# What git knows or would take: edits of the tree are part of it, those made while it builds are not, nor what was built.
+git ls-files -z --cached --others --exclude-standard | tar -cf "$tmp/sources.tar" --null --ignore-failed-read -T - 2> /dev/null
+
 build() {  # build FOLDER UMASK: the wheel of the sources, copied there
   mkdir -p "$tmp/$1/source"
-  # What git knows or would take: edits of the tree are part of it, what was built is not.
-  git ls-files -z --cached --others --exclude-standard | tar -cf - --null --ignore-failed-read -T - 2> /dev/null \
-    | tar -xf - -C "$tmp/$1/source"
+  tar -xf "$tmp/sources.tar" -C "$tmp/$1/source"
   ( cd "$tmp/$1/source" && umask "$2" && PATH="$(dirname "$PY"):$PATH" XORZ_CUDA_KERNELS="$tmp/$1/kernels" "$PY" -m pip wheel --quiet \
       --disable-pip-version-check --no-deps --no-build-isolation -w "$tmp/$1/wheel" . )
 }
