@@ -38,6 +38,7 @@ template <uint32_t M>
 struct Batch {
   // Rows of x of the block, tenant after tenant, and where each tenant's begin.
   uint32_t order[M];
+  uint32_t owner[M];  // the tenant of each, in that order
   uint32_t first[M + 1];
   uint32_t tenants;
   int32_t slot[M];
@@ -102,24 +103,32 @@ template <class D, uint32_t M>
 XORZ_DEVICE void gather_batch(Batch<M>& batch, const Product<typename D::Word>& p, uint64_t m0,
                               uint32_t rows) {
   const uint32_t thread = thread_index();
-  if (thread == 0) {
+  if (thread < 32) {
+    const bool live = thread < rows;
+    const int32_t slot = !live || p.tenant_of_row == nullptr ? 0 : load_once(p.tenant_of_row + m0 + thread);
     uint32_t count = 0, placed = 0;
-    uint32_t left = (1u << rows) - 1;
-    while (left != 0) {
+    XORZ_NO_UNROLL
+    for (uint32_t left = warp_ballot(live); left != 0;) {
       const uint32_t head = first_bit(left);
-      const int32_t slot = p.tenant_of_row == nullptr ? 0 : load_once(p.tenant_of_row + m0 + head);
-      batch.slot[count] = slot;
-      batch.first[count++] = placed;
-      for (uint32_t j = head; j < rows; j++) {
-        const int32_t other = p.tenant_of_row == nullptr ? 0 : load_once(p.tenant_of_row + m0 + j);
-        if (other == slot) {
-          batch.order[placed++] = j;
-          left &= ~(1u << j);
-        }
+      const int32_t its = warp_shuffle(slot, head);
+      const uint32_t same = warp_ballot(live && slot == its);  // hot: gather
+      if (same >> thread & 1) {
+        const uint32_t at = placed + bit_count(same & ((1u << thread) - 1));
+        batch.order[at] = thread;
+        batch.owner[at] = count;
       }
+      if (thread == head) {
+        batch.slot[count] = slot;
+        batch.first[count] = placed;
+      }
+      placed += bit_count(same);
+      count++;
+      left &= ~same;
     }
-    batch.first[count] = placed;
-    batch.tenants = count;
+    if (thread == 0) {
+      batch.first[count] = placed;
+      batch.tenants = count;
+    }
   }
   block_sync();
   if (thread < batch.tenants) {

@@ -16,22 +16,28 @@
 
 namespace xorz {
 
+// What registers hold words of W in: parts of registers cost instructions. And a lane's bits: fewer than a word's, and a
+// unit above them, which words of 8 bytes leave no room for.
 template <class W>
-struct LaneBits {
-  using Type = uint32_t;
+struct InRegisters {
+  using Word = uint32_t;
+  using Bits = uint32_t;
 };
 template <>
-struct LaneBits<uint32_t> {
-  using Type = uint64_t;
+struct InRegisters<uint32_t> {
+  using Word = uint32_t;
+  using Bits = uint64_t;
 };
 template <>
-struct LaneBits<uint64_t> {
-  using Type = uint64_t;
+struct InRegisters<uint64_t> {
+  using Word = uint64_t;
+  using Bits = uint64_t;
 };
 
 template <class W>
 class Stream {
-  using Bits = typename LaneBits<W>::Type;
+  using Word = typename InRegisters<W>::Word;
+  using Bits = typename InRegisters<W>::Bits;
   static constexpr uint32_t kBits = 8 * sizeof(W);
   static constexpr uint32_t kWindows = 4;
 
@@ -39,14 +45,24 @@ class Stream {
   uint32_t count_;
   uint32_t window_;  // the unit that window 0 begins with
   uint32_t at_;      // units used beyond `window_`: less than 32 between steps
-  W ahead_[kWindows];
-  Bits bits_;      // the lane's bits, the next one lowest
+  Word ahead_[kWindows];
+  Bits bits_;      // the lane's bits, the next one lowest; none above them
   uint32_t held_;  // how many: fewer than a word's
   uint32_t width_of_class_;
   uint32_t shift_;
   uint32_t lane_;
 
-  XORZ_DEVICE W unit(uint32_t i) const { return i < count_ ? load_once(units_ + i) : W(0); }
+  XORZ_DEVICE Word unit(uint32_t i) const { return i < count_ ? Word(load_once(units_ + i)) : Word(0); }
+
+  // base + v - 2^(w-1), v the lane's next w bits, w > 0; `fresh` is its next unit, if it takes one.
+  XORZ_DEVICE W long_word(W base, uint32_t w, bool takes, W fresh) {
+    const Bits mask = ~Bits(0) >> (8 * sizeof(Bits) - w), half = Bits(1) << (w - 1);
+    const Bits all = takes ? bits_ | static_cast<Bits>(fresh) << held_ : bits_;
+    const uint32_t used = takes ? w - held_ : w;
+    bits_ = (takes ? static_cast<Bits>(fresh) : bits_) >> (used - 1) >> 1;
+    held_ = takes ? kBits - used : held_ - w;
+    return static_cast<W>(base + static_cast<W>(all & mask) - static_cast<W>(half));
+  }
 
  public:
   // At the first word of `tile`; false where the directory contradicts itself. The whole warp calls.
@@ -74,33 +90,27 @@ class Stream {
     const bool takes = held_ < w;
     const uint32_t takers = warp_ballot(takes);
     const uint32_t mine = at_ + bit_count(takers & ((1u << lane_) - 1));
-    const W first = warp_shuffle(ahead_[0], mine % kStreamLanes),
-            second = warp_shuffle(ahead_[1], mine % kStreamLanes);
-    const W fresh = mine < kStreamLanes ? first : second;
+    const Word first = warp_shuffle(ahead_[0], mine % kStreamLanes),
+               second = warp_shuffle(ahead_[1], mine % kStreamLanes);
+    const Word fresh = mine < kStreamLanes ? first : second;
     at_ += bit_count(takers);
     W value = base;
-    if (w != 0) {
-      // Words of 8 bytes leave no room above a lane's bits for a unit: what does not fit is taken from the
-      // unit itself.
-      const Bits mask = ~Bits(0) >> (8 * sizeof(Bits) - w);
-      if (takes) {
-        const Bits all = bits_ | static_cast<Bits>(fresh) << held_;
-        const uint32_t used = w - held_;
-        value = static_cast<W>(base + static_cast<W>(all & mask) - static_cast<W>(Bits(1) << (w - 1)));
-        bits_ = static_cast<Bits>(fresh) >> (used - 1) >> 1;
-        held_ = kBits - used;
-      } else {
-        value = static_cast<W>(base + static_cast<W>(bits_ & mask) - static_cast<W>(Bits(1) << (w - 1)));
-        bits_ = bits_ >> (w - 1) >> 1;
-        held_ -= w;
-      }
+    if constexpr (sizeof(W) == 8) {
+      if (w != 0) value = long_word(base, w, takes, fresh);
+    } else {
+      // Without a branch: a width of 0 takes no bits and adds nothing.
+      if (takes) bits_ |= static_cast<Bits>(fresh) << held_;
+      const Bits over = Bits(1) << w;
+      value = static_cast<W>(base + static_cast<Word>(bits_ & (over - 1)) - static_cast<Word>(over >> 1));
+      bits_ >>= w;
+      held_ += (takes ? kBits : 0) - w;
     }
     if (at_ >= kStreamLanes) {
       at_ -= kStreamLanes;
-      window_ += kStreamLanes;
+      window_ += kStreamLanes;  // each: refill
       XORZ_UNROLL
-      for (uint32_t i = 0; i + 1 < kWindows; i++) ahead_[i] = ahead_[i + 1];
-      ahead_[kWindows - 1] = unit(window_ + (kWindows - 1) * kStreamLanes + lane_);
+      for (uint32_t i = 0; i + 1 < kWindows; i++) ahead_[i] = ahead_[i + 1];         // each: refill
+      ahead_[kWindows - 1] = unit(window_ + (kWindows - 1) * kStreamLanes + lane_);  // each: refill
     }
     return value;
   }

@@ -61,11 +61,11 @@ XORZ_DEVICE void add_patched(LargeShared<W>& shared, const Product<W>& p, const 
   copier.begin(p.x, shared.rows, pair.count, words + pair.r0 * p.k, pair.panel, p.k);
   Patch patch;
   XORZ_NO_UNROLL
-  for (uint32_t i = 0; i < across; i++) {
+  for (uint32_t i = 0; i < across; i++) {  // hot: across
     const uint32_t from = i * cols, to = k - from < cols ? k : from + cols;
     patch.begin(shared.marks, &shared.corrupt, shared.tenant.view, words, pair.r0, pair.panel, i, 0);
     const auto patch_step = [&](W* w, uint32_t column) { patch.step(w, column - from); };
-    const auto multiply = [&](const W* x, const W* w) { sums.step(x, w, pair.count); };
+    const auto multiply = [&](const W* x, const W* w) { sums.step(x, w); };
     run_steps(shared.stages, copier, from, to, patch_step, multiply);
     patch.end(&shared.corrupt);
   }
@@ -105,7 +105,7 @@ XORZ_DEVICE void linear_pair(LargeShared<typename D::Word>& shared, const Produc
   const View& view = shared.tenant.view;
   const uint32_t way = shared.tenant.way, k = static_cast<uint32_t>(p.k);
   Sums sums;
-  sums.clear();
+  sums.begin(shared.pair.count);
   if (way == kOnEntries)
     add_patched<PatchEntries<D>>(shared, p, p.weight, view.across, view.tile_cols(), sums);
   else if (way == kOnStream)
@@ -115,8 +115,9 @@ XORZ_DEVICE void linear_pair(LargeShared<typename D::Word>& shared, const Produc
         shared, p, way == kOnOwnWords ? reinterpret_cast<const W*>(view.bytes + view.payload) : p.weight,
         k != 0, k, sums);
   block_sync();
+  const uint64_t r0 = shared.pair.r0;
   if (block_any(write_sums<D>(shared, p, sums)))
-    compute_tile_again<D>(shared.f64, shared.again, shared.tenant, p, shared.rows, shared.pair.r0);
+    compute_tile_again<D>(shared.f64, shared.again, shared.tenant, p, shared.rows, r0);  // cold: again
   if (thread_index_anew() == 0 && shared.corrupt != 0)
     report(p.status, kTileCorrupt, p.slots == nullptr ? 0 : static_cast<uint32_t>(shared.tenant.slot));
 }

@@ -21,7 +21,7 @@
 // up to 16 open deltas.
 #include "again_f64.cuh"
 #include "entries.cuh"
-#include "product.cuh"
+#include "product_tensor.cuh"
 
 namespace xorz {
 namespace {
@@ -34,11 +34,12 @@ struct LinearShared {
   // Parts of the computation come one after another.
   union {
     float partial[kPanel][M];
+    TensorPartial<M> partials;
     struct {
       Round<W> round;
       Runs runs;
     } entries;
-    StagedRows<W> staged;
+    StreamSums<M> streams;
     struct {
       W words[kMaxTileCols];
       AgainF64<M> f64;
@@ -55,8 +56,12 @@ XORZ_DEVICE void linear_small(LinearShared<typename D::Word, M>& shared, const P
   const uint32_t panel = p.n - r0 < kPanel ? static_cast<uint32_t>(p.n - r0) : kPanel;
   const uint32_t rows = p.m - m0 < M ? static_cast<uint32_t>(p.m - m0) : M;
   Batch<M>& batch = shared.batch;
+  // The panel's first columns come to L2 while headers are read.
+  const uint32_t line = thread % kPanel * (128 / sizeof(W));
+  if (thread / kPanel < panel && line < p.k) fetch_ahead(p.weight + (r0 + thread / kPanel) * p.k + line);
   if (thread < kPanel * M) shared.total[thread / M][thread % M] = 0;
   gather_batch<D, M>(batch, p, m0, rows);
+  fetch_entries_ahead<W>(batch, r0);
   const W* x = p.x + m0 * p.k;
 
   // Products of panels of words: the base's for all that are computed on it, then each tenant's own.
@@ -78,13 +83,18 @@ XORZ_DEVICE void linear_small(LinearShared<typename D::Word, M>& shared, const P
       if (thread < count) shared.list[thread] = batch.order[batch.first[t - 1] + thread];
     }
     block_sync();
-    if (count > 0)
-      add_product<D, M>(shared.total, shared.partial, words, static_cast<uint32_t>(p.k), panel, x,
-                        shared.list, count);
+    if (count == 0) continue;  // hot: tenants
+    const uint32_t k = static_cast<uint32_t>(p.k);
+    float (&total)[kPanel][M] = shared.total;
+    if constexpr (M == 16 && sizeof(W) == 2)
+      add_product_by_tensor<D>(total, shared.partials, words, k, panel, x, shared.list,
+                               count);  // each: product
+    else
+      add_product<D>(total, shared.partial, words, k, panel, x, shared.list, count);  // each: product
   }
-  add_entries<D, M>(shared.total, shared.entries.round, shared.entries.runs, batch, x, r0);
+  add_entries<D, M>(shared.total, shared.entries.round, shared.entries.runs, batch, x, r0);  // each: entries
   block_sync();
-  add_streams<D, M>(shared.total, shared.staged, batch, p.weight, x, r0);
+  add_streams<D, M>(shared.total, shared.streams, batch, p.weight, x, r0);  // each: streams
 
   AgainF64<M>& f64 = shared.again.f64;
   if (thread < kPanel) f64.again[thread] = 0;
@@ -113,7 +123,8 @@ XORZ_DEVICE void linear_small(LinearShared<typename D::Word, M>& shared, const P
       }
     }
   }
-  if (block_any(again)) compute_again<D, M>(f64, shared.again.words, batch, p, m0, r0);
+  if (!block_any(again)) return;
+  compute_again<D, M>(f64, shared.again.words, batch, p, m0, r0);  // cold: again
 }
 
 }  // namespace

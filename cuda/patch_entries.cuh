@@ -119,7 +119,7 @@ class PatchEntries {
     const bool close = live && (quad == 0 ? last_ != kNoColumn && at <= last_
                                           : at <= before || (padded && records_.gap_bytes == 2));
     if (warp_ballot(close) != 0)
-      add_in_order<kStores>(w, column, at, live);
+      add_in_order<kStores>(w, column, at, live);  // cold: close
     else if (lives != 0)
       add_at_once<kStores>(w, column, at, live, lives);
     const uint32_t reached = warp_shuffle(at, head + (taken == 0 ? 0 : taken - 1));

@@ -84,7 +84,7 @@ XORZ_DEVICE bool walk_tile(Marks& marks, const View& v, uint32_t tile, const W* 
       for (uint32_t i = 0; i < kAhead; i++) {
         const uint32_t of_class =
             warp_shuffle(width_of_class, static_cast<uint32_t>(now[i] >> shift) & (kClasses - 1));
-        walk.step(c + i * 32 + lane < rect.cols ? of_class : 0);
+        walk.step(c + i * 32 + lane < rect.cols ? of_class : 0);  // hot: walk
       }
     }
   }
@@ -95,7 +95,7 @@ XORZ_DEVICE bool walk_tile(Marks& marks, const View& v, uint32_t tile, const W* 
 template <class D, bool kExceptions = sizeof(typename D::Word) == 4>
 class PatchStreams {
   using W = typename D::Word;
-  using Bits = typename LaneBits<W>::Type;
+  using Bits = typename InRegisters<W>::Bits;
   static constexpr uint32_t kBits = 8 * sizeof(W);
 
   DifferencesOfRow<D> differences_;

@@ -1,12 +1,16 @@
-// Rows of words (of the base, or a tenant's own) times rows of x, in registers.
+// Rows of words (of the base, or a tenant's own) times rows of x, in registers, an FMA a term. What few rows of x
+// (and f32 of any number) are computed by; more are product_tensor.cuh's.
 //
 //   warp w: rows 4 (w % 4) .. + 3 of the panel; chunks w / 4, w / 4 + 2, ... of 32 lanes x 16 bytes
-//   for each chunk: four 16-byte loads of W, once; for each row of x: one 16-byte load of x (L1), 4 FMAs a column
+//   for each chunk: four 16-byte loads of W, once, the next chunk's on their way; for each row of x: one 16-byte load of x
+//     (L1), 4 FMAs a column
 //
 // Order of one output: a lane's columns from left to right, one FMA each; lanes by a butterfly (16, 8, 4, 2,
 // 1); the even chunks' sum plus the odd ones'; then added to the total. It does not depend on the other rows.
 // With c columns a chunk (256, f32: 128) the longest chain is ceil(k / 2c) * c / 32 + 7 roundings.
-// Registers: 4 M sums, 4 x 8 values of W (f32: 4 x 4), 8 of x.
+// Rows that the panel has not are those of its last one again, whose sums nobody takes: no row is asked for its place.
+// In flight: 2 KiB a warp and as much again where registers allow it (not for f32 by 16 rows of x).
+// Registers: 4 M sums, 4 x 4 of W and 4 x 4 of the next chunk, 4 of x.
 #pragma once
 
 #include "batch.cuh"
@@ -28,6 +32,43 @@ XORZ_DEVICE Vector load_columns(const W* row, uint32_t c, uint32_t k) {
   return v;
 }
 
+// sum[r][j] += the lane's columns of row `row[r]` of words times those of row list[j] of x, from column `c` on. kWhole: every
+// piece of 16 bytes of every row lies where it can be asked for at once.
+template <class D, uint32_t M, bool kWhole>
+XORZ_DEVICE void sum_columns(float (&sum)[4][M], const typename D::Word* const (&row)[4], uint32_t c,
+                             uint32_t k, const typename D::Word* x, const uint32_t* list, uint32_t count) {
+  using W = typename D::Word;
+  constexpr uint32_t kPer = 16 / sizeof(W), kApart = 64 * kPer;
+  constexpr bool kAhead = kWhole && (sizeof(W) == 2 || M <= 4);
+  const auto columns = [&](const W* of, uint32_t at) {
+    return kWhole ? load_vector_once(of + at) : load_columns(of, at, k);
+  };
+  Vector next[4];
+  XORZ_UNROLL
+  for (uint32_t r = 0; kAhead && r < 4; r++)
+    if (c < k) next[r] = columns(row[r], c);
+  XORZ_NO_UNROLL
+  for (; c < k; c += kApart) {
+    Vector w[4];
+    XORZ_UNROLL
+    for (uint32_t r = 0; r < 4; r++) {
+      w[r] = kAhead ? next[r] : columns(row[r], c);  // hot: product
+      if (kAhead && k - c > kApart) next[r] = columns(row[r], c + kApart);
+    }
+    XORZ_UNROLL
+    for (uint32_t j = 0; j < M; j++) {
+      if (j >= count) break;
+      const Vector v = columns(x + static_cast<uint64_t>(list[j]) * k, c);  // each: row
+      XORZ_UNROLL
+      for (uint32_t i = 0; i < kPer; i++) {
+        const float value = D::value(word_in<W>(v, i));  // each: row
+        XORZ_UNROLL
+        for (uint32_t r = 0; r < 4; r++) sum[r][j] = fused(D::value(word_in<W>(w[r], i)), value, sum[r][j]);
+      }
+    }
+  }
+}
+
 // total[r][list[i]] += words row r . x row list[i], for the panel's `rows` rows and `count` rows of x. The
 // block calls.
 template <class D, uint32_t M>
@@ -38,31 +79,19 @@ XORZ_DEVICE void add_product(float (&total)[kPanel][M], float (&partial)[kPanel]
   constexpr uint32_t kPer = 16 / sizeof(W);
   const uint32_t lane = thread_index() % 32, warp = thread_index() / 32;
   const uint32_t r0 = warp % 4 * 4, half = warp / 4;
+  const W* row[4];
+  XORZ_UNROLL
+  for (uint32_t r = 0; r < 4; r++)
+    row[r] = words + static_cast<uint64_t>(r0 + r < rows ? r0 + r : rows - 1) * k;
   float sum[4][M];
   XORZ_UNROLL
   for (uint32_t r = 0; r < 4; r++) XORZ_UNROLL
   for (uint32_t j = 0; j < M; j++) sum[r][j] = 0;
-  XORZ_NO_UNROLL
-  for (uint32_t c = (half * 32 + lane) * kPer; c < k; c += 64 * kPer) {
-    Vector w[4];
-    XORZ_UNROLL
-    for (uint32_t r = 0; r < 4; r++) {
-      w[r] = {{0, 0, 0, 0}};
-      if (r0 + r < rows) w[r] = load_columns(words + static_cast<uint64_t>(r0 + r) * k, c, k);
-    }
-    XORZ_UNROLL
-    for (uint32_t j = 0; j < M; j++) {
-      if (j < count) {
-        const Vector v = load_columns(x + static_cast<uint64_t>(list[j]) * k, c, k);
-        XORZ_UNROLL
-        for (uint32_t i = 0; i < kPer; i++) {
-          const float value = D::value(word_in<W>(v, i));
-          XORZ_UNROLL
-          for (uint32_t r = 0; r < 4; r++) sum[r][j] = fused(D::value(word_in<W>(w[r], i)), value, sum[r][j]);
-        }
-      }
-    }
-  }
+  const uint32_t from = (half * 32 + lane) * kPer;
+  if (k % kPer == 0 && aligned(words, 16) && aligned(x, 16))
+    sum_columns<D, M, true>(sum, row, from, k, x, list, count);
+  else
+    sum_columns<D, M, false>(sum, row, from, k, x, list, count);  // cold: pieces
   XORZ_UNROLL
   for (uint32_t r = 0; r < 4; r++) XORZ_UNROLL
   for (uint32_t j = 0; j < M; j++) {

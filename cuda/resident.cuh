@@ -134,15 +134,38 @@ XORZ_DEVICE bool listed_of(const View& v, const Listing& list, uint32_t tile, Sp
                              span.to - span.from <= list.of_word * words_of_tile(v));
 }
 
+// What of a header is looked at, in registers: all of it is asked for before any of it is waited for.
+struct Header {
+  Vector part[kHeaderBytes / 16];
+
+  XORZ_DEVICE explicit Header(const uint8_t* bytes) {
+    XORZ_UNROLL
+    for (uint32_t i = 0; i < kHeaderBytes / 16; i++) part[i] = load_vector_once(bytes + 16 * i);
+  }
+  XORZ_DEVICE uint64_t word(uint32_t i) const {
+    return part[i / 2].part[i % 2 * 2] | static_cast<uint64_t>(part[i / 2].part[i % 2 * 2 + 1]) << 32;
+  }
+  // Whether no width is wider than `bits`, which are at most 64.
+  XORZ_DEVICE bool widths_within(uint32_t bits) const {
+    uint32_t over = 0;
+    XORZ_UNROLL
+    for (uint32_t i = 0; i < kClasses / 4; i++) {
+      const uint32_t four = part[8 + i / 4].part[i % 4];
+      over |= four | (four + (0x7F - bits) * 0x01010101u);
+    }
+    return (over & 0x80808080u) == 0;
+  }
+};
+
 // Open `length` bytes that shall be the delta of an n x k matrix of `dtype`, or of any dtype where that is 0.
 // Reads nothing beyond them.
 XORZ_DEVICE uint32_t open_delta(const uint8_t* bytes, uint64_t length, uint64_t n, uint64_t k, uint32_t dtype,
                                 View& v) {
   if (length < kHeaderBytes) return kNotADelta;
   if (!aligned(bytes, 16)) return kMisaligned;
-  const uint64_t* words = reinterpret_cast<const uint64_t*>(bytes);
-  if (load_once(words) != 0x00544C445A524F58ull) return kNotADelta;  // "XORZDLT\0"
-  const uint64_t codes = load_once(words + 1);
+  const Header header(bytes);
+  if (header.word(0) != 0x00544C445A524F58ull) return kNotADelta;  // "XORZDLT\0"
+  const uint64_t codes = header.word(1);
   const auto code = [codes](uint32_t at) { return static_cast<uint32_t>(codes >> (8 * (at - 8))) & 0xFF; };
   v.encoding = code(10);
   v.dtype = code(11);
@@ -151,17 +174,17 @@ XORZ_DEVICE uint32_t open_delta(const uint8_t* bytes, uint64_t length, uint64_t 
   v.gap_bytes = code(14);
   const uint32_t word = word_bytes_of(v.dtype), version = static_cast<uint32_t>(codes & 0xFFFF);
   if (version > kVersion || v.encoding > kRaw || word == 0 || code(15) != 0) return kNotADelta;
-  v.n = load_once(words + 2);
-  v.k = load_once(words + 3);
+  v.n = header.word(2);
+  v.k = header.word(3);
   if ((dtype != 0 && v.dtype != dtype) || v.n != n || v.k != k) return kMismatch;
   if (v.cols_log2 < 8 || v.cols_log2 > 12 || v.rows_log2 < 4 ||
       v.rows_log2 > kMaxTileWordsLog2 - v.cols_log2 || (v.encoding == kSparse && v.rows_log2 != 4) ||
       v.gap_bytes < 1 || v.gap_bytes > 2)
     return kNotADelta;
   if (version == 0 && v.encoding == kExponent) return kOldLayout;
-  const uint64_t total = load_once(words + 4), changed = load_once(words + 5);
-  const uint64_t exceptions = load_once(words + 6), units = load_once(words + 7);
-  const uint64_t differences = load_once(words + 13);
+  const uint64_t total = header.word(4), changed = header.word(5);
+  const uint64_t exceptions = header.word(6), units = header.word(7);
+  const uint64_t differences = header.word(13);
   const bool tiled = v.encoding == kSparse || v.encoding == kExponent;
   const uint64_t matrix = n * k;
   if (changed > matrix || exceptions > matrix || differences > 2 * matrix ||
@@ -171,8 +194,7 @@ XORZ_DEVICE uint32_t open_delta(const uint8_t* bytes, uint64_t length, uint64_t 
   v.exceptions = static_cast<uint32_t>(exceptions);
   v.units = static_cast<uint32_t>(units);
   v.differences = static_cast<uint32_t>(differences);
-  for (uint32_t i = 0; i < kClasses; i++)
-    if (load_once(bytes + 128 + i) > 8 * word) return kNotADelta;
+  if (!header.widths_within(8 * word)) return kNotADelta;
   v.bytes = bytes;
   // Tiles are counted in 32 bits: divisions of 64 bits are calls on a GPU, and a matrix of more has 4096 GiB.
   const uint64_t across = (k + v.tile_cols() - 1) >> v.cols_log2;
@@ -195,10 +217,10 @@ XORZ_DEVICE uint32_t open_delta(const uint8_t* bytes, uint64_t length, uint64_t 
                                v.exception_words};
   bool sound = total == end && length == end;
   XORZ_UNROLL
-  for (uint32_t i = 0; i < 5; i++) sound = sound && load_once(words + 8 + i) == offsets[i];
+  for (uint32_t i = 0; i < 5; i++) sound = sound && header.word(8 + i) == offsets[i];
   // Layout 0 knows no differences.
-  sound = sound && load_once(words + 22) == (version == 0 ? 0 : v.difference_directory) &&
-          load_once(words + 23) == (version == 0 ? 0 : v.difference_positions) &&
+  sound = sound && header.word(22) == (version == 0 ? 0 : v.difference_directory) &&
+          header.word(23) == (version == 0 ? 0 : v.difference_positions) &&
           (version != 0 || differences == 0);
   return sound ? kOk : kNotADelta;
 }

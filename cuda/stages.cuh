@@ -46,45 +46,66 @@ class Copier {
   using S = Stages<W>;
   static constexpr uint32_t kApart = kLargeThreads / S::kPieces;  // rows
   static constexpr uint32_t kEachX = kRowsOfX<W> / kApart, kEachW = kRowsOfW / kApart;
-  // Null where there is no such row.
+  // The piece's place in column 0 of each of the thread's rows; which of them there are, those of W first.
   const W* x_[kEachX];
   const W* w_[kEachW];
-  uint32_t end_;
+  uint32_t live_;
+  uint32_t at_;   // where in a buffer the first one's piece goes
+  uint32_t end_;  // columns; 0 where all steps are whole, and all pieces aligned
 
-  // Columns `column` .. of the thread's rows to a buffer.
   template <uint32_t kEach>
-  XORZ_DEVICE void copy(const W* const (&rows)[kEach], uint32_t column, W* to) const {
-    const uint32_t thread = thread_index_anew(), piece = thread % S::kPieces;
-    const uint32_t from = column + piece * S::kPer;
+  XORZ_DEVICE void copy_parts(const W* const (&rows)[kEach], uint32_t live, uint32_t column, W* to) const {
+    const uint32_t from = column + thread_index_anew() % S::kPieces * S::kPer;
     XORZ_UNROLL
     for (uint32_t i = 0; i < kEach; i++) {
-      if (rows[i] == nullptr) continue;
-      W* at = to + S::piece_at(thread / S::kPieces + i * kApart, piece);
-      if (from + S::kPer <= end_ && aligned(rows[i] + from, 16)) {
-        copy_async(at, rows[i] + from);
+      if ((live >> i & 1) == 0) continue;
+      W* at = to + at_ + i * kApart * kStepColumns;
+      if (from + S::kPer <= end_ && aligned(rows[i] + column, 16)) {
+        copy_async(at, rows[i] + column);
         continue;
       }
       XORZ_NO_UNROLL
-      for (uint32_t c = 0; c < S::kPer; c++) at[c] = from + c < end_ ? load_once(rows[i] + from + c) : W(0);
+      for (uint32_t c = 0; c < S::kPer; c++) at[c] = from + c < end_ ? load_once(rows[i] + column + c) : W(0);
     }
+  }
+
+  // Columns `column` .. + 31 of the thread's rows to a buffer.
+  template <uint32_t kEach>
+  XORZ_DEVICE void copy(const W* const (&rows)[kEach], uint32_t live, uint32_t column, W* to) const {
+    if (end_ != 0) {
+      copy_parts(rows, live, column, to);  // cold: pieces
+      return;
+    }
+    XORZ_UNROLL
+    for (uint32_t i = 0; i < kEach; i++)
+      if (live >> i & 1) copy_async(to + at_ + i * kApart * kStepColumns, rows[i] + column);
   }
 
  public:
   // Row i of the tile of x is row `rows[i]` of x; `count` of them, and `panel` rows of `words`, of `k` columns.
   XORZ_DEVICE void begin(const W* x, const uint32_t* rows, uint32_t count, const W* words, uint32_t panel,
                          uint64_t k) {
-    const uint32_t row = thread_index_anew() / S::kPieces;
-    end_ = static_cast<uint32_t>(k);
+    const uint32_t row = thread_index_anew() / S::kPieces, piece = thread_index_anew() % S::kPieces;
+    static_assert(kApart % (2 * S::kPieces) == 0, "rows of a thread lie alike in their buffers");
+    at_ = S::piece_at(row, piece);
+    end_ = k % kStepColumns == 0 && aligned(x, 16) && aligned(words, 16) ? 0 : static_cast<uint32_t>(k);
+    live_ = 0;
     XORZ_UNROLL
-    for (uint32_t i = 0; i < kEachX; i++)
-      x_[i] = row + i * kApart < count ? x + rows[row + i * kApart] * k : nullptr;
+    for (uint32_t i = 0; i < kEachW; i++) {
+      const bool live = row + i * kApart < panel;
+      w_[i] = words + (live ? row + i * kApart : 0) * k + piece * S::kPer;
+      live_ |= static_cast<uint32_t>(live) << i;
+    }
     XORZ_UNROLL
-    for (uint32_t i = 0; i < kEachW; i++)
-      w_[i] = row + i * kApart < panel ? words + (row + i * kApart) * k : nullptr;
+    for (uint32_t i = 0; i < kEachX; i++) {
+      const bool live = row + i * kApart < count;
+      x_[i] = x + (live ? rows[row + i * kApart] : 0) * k + piece * S::kPer;
+      live_ |= static_cast<uint32_t>(live) << (kEachW + i);
+    }
   }
 
-  XORZ_DEVICE void copy_x(uint32_t column, W* to) const { copy(x_, column, to); }
-  XORZ_DEVICE void copy_w(uint32_t column, W* to) const { copy(w_, column, to); }
+  XORZ_DEVICE void copy_x(uint32_t column, W* to) const { copy(x_, live_ >> kEachW, column, to); }
+  XORZ_DEVICE void copy_w(uint32_t column, W* to) const { copy(w_, live_, column, to); }
 };
 
 // The buffer after buffer `at` of `of`.
@@ -99,7 +120,7 @@ XORZ_DEVICE void run_steps(Stages<W>& stages, const Copier<W>& copier, uint32_t 
   // Turn t copies W of step t and x of step t - 1, patches step t - L + 1, and multiplies step t - L.
   constexpr uint32_t kLate = S::kOfX;
   const uint32_t steps = (to - from + kStepColumns - 1) / kStepColumns;
-  uint32_t fill_x = S::kOfX - 1, fill_w = 0, at_x = 0, at_w = S::kOfW - 1;
+  uint32_t fill_x = S::kOfX - 1, fill_w = 0;
   XORZ_NO_UNROLL
   for (uint32_t turn = 0; turn < steps + kLate; turn++) {
     wait_for_copies<kLate - 2>();
@@ -107,16 +128,14 @@ XORZ_DEVICE void run_steps(Stages<W>& stages, const Copier<W>& copier, uint32_t 
     if (turn < steps) copier.copy_w(from + turn * kStepColumns, stages.w[fill_w]);
     if (turn - 1 < steps) copier.copy_x(from + (turn - 1) * kStepColumns, stages.x[fill_x]);
     copies_end_group();
+    // The buffers that are filled next are those of step t - L: of W, of which there is one more, the one that was patched a turn
+    // ago.
     fill_x = next_of(fill_x, S::kOfX);
     fill_w = next_of(fill_w, S::kOfW);
     if (turn + 1 < kLate) continue;
-    const uint32_t patched = turn + 1 - kLate, next_w = next_of(at_w, S::kOfW);
-    if (patched < steps) patch(stages.w[next_w], from + patched * kStepColumns);
-    if (turn >= kLate) {
-      multiply(stages.x[at_x], stages.w[at_w]);
-      at_x = next_of(at_x, S::kOfX);
-    }
-    at_w = next_w;
+    const uint32_t patched = turn + 1 - kLate;
+    if (patched < steps) patch(stages.w[next_of(fill_w, S::kOfW)], from + patched * kStepColumns);
+    if (turn >= kLate) multiply(stages.x[fill_x], stages.w[fill_w]);  // hot: step
   }
 }
 

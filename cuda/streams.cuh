@@ -1,23 +1,26 @@
-// Rows of x of `exponent` tenants: the panel's base words are staged row by row and every tenant's warp
-// decodes them from there, multiplying each word as soon as it is known. The fine-tuned matrix is nowhere.
+// Rows of x of `exponent` tenants: a warp decodes a tile of a tenant and multiplies each word as soon as it is known. The
+// fine-tuned matrix is nowhere.
 //
-//   for up to 8 tenants on one grid of tiles, for each tile column:
+//   pairs of a tenant and a tile of its panel: the first tiles of all tenants, then their second ones, ...; eight at a time, a
+//   warp each, so that tenants that share a block read the same base words at about the same time, once from L2 and then
+//   from L1:
 //     for each row of the tile down to the panel's last: (rows above the panel are decoded and thrown away)
-//       the block: base row -> shared memory, 16-byte loads, the next row's on their way; block_sync
-//       warp t: steps of 32 columns: word = decode (exponent.cuh); for each row of x an FMA of the word, and one of
-//         each of its differences
-//       lanes by a butterfly -> total
+//       for each 128 columns: base words, 32 side by side a load, the next 128 columns' on their way
+//         for each 32: word = decode (exponent.cuh)
+//         for each row of x, for each 32: an FMA of the word, and where the 128 have differences one of each of its two, of
+//         which those that there are not are zeros
+//       lanes by a butterfly -> the warp's sums in shared memory
+//     block_sync; warps' sums, in order -> total
 //
-// A base word is read once for 8 tenants of a grid, and again, from L2, where rows on the base's own words or
-// more grids are in the batch.
+// A matrix of n x k has ceil(n / 16) * ceil(k / 1024) tiles of 16 x 1024, which is what writers make: one of 4096 x 4096 is 1024
+// warps' work for each tenant. Within a tile the chain of a stream's bits is one warp's.
 //
 // Exceptions are never looked at: where products would need them a difference is NaN, and the decode path follows.
 //
-// Order of one output: a lane's columns from left to right, one FMA for the word and one for each of its
-// differences; lanes by a butterfly (16, 8, 4, 2, 1); added to the total, tile column after tile column. Longest
+// Order of one output: a lane's columns from left to right, one FMA for the word and one for each of its differences (zeros change
+// no finite sum); lanes by a butterfly (16, 8, 4, 2, 1); added to the total, tile column after tile column. Longest
 // chain: a tile's columns / 32, the differences of a lane's columns, 5, and one a tile.
-// Shared memory: 16 KiB (f32: 32). Registers: M sums, the stream's 11 to
-// 16, 4 x 2 (f32: 4 x 4) of the next row.
+// Shared memory: 8 KiB of sums. Registers: M sums, the stream's 11 to 16, 8 of base words.
 #pragma once
 
 #include "batch.cuh"
@@ -27,9 +30,14 @@ namespace xorz {
 
 constexpr uint32_t kWarps = 8;
 
-template <class W>
-struct StagedRows {
-  alignas(16) W row[2][kMaxTileCols];
+constexpr uint32_t kNone = ~0u;
+constexpr uint32_t kAheadSteps = 4;  // of 32 columns, whose base words are asked for at once
+
+// What the warps of a round have: each the sums of one tenant's rows of x, by their place in the batch's order.
+template <uint32_t M>
+struct StreamSums {
+  uint32_t tenant[kWarps];
+  float sum[kWarps][kTileLanes][M];
 };
 
 // Differences of a tile in the order of their positions, for a warp that passes by; a window of 32 in its
@@ -41,7 +49,7 @@ class Differences {
   Span span_ = {0, 0};
   uint32_t next_ = 0;  // position of the one at `span_.from` + `used_`
   uint32_t held_position_ = 0;
-  W held_word_ = 0;
+  typename InRegisters<W>::Word held_word_ = 0;
   uint32_t used_ = 0;  // of the window
 
   XORZ_DEVICE void fetch() {
@@ -50,30 +58,12 @@ class Differences {
     held_word_ = i < span_.to ? load_once(words_ + i) : W(0);
   }
 
- public:
-  // Those of the lane's word in the step just made: how many, and which.
-  uint32_t count = 0;
-  W first = 0, second = 0;
-
-  XORZ_DEVICE bool begin(const View& v, uint32_t tile) {
-    const Listing list = differences_in(v);
-    positions_ = reinterpret_cast<const uint16_t*>(v.bytes + list.positions);
-    words_ = reinterpret_cast<const W*>(v.bytes + list.words);
-    used_ = count = 0;
-    if (!listed_of(v, list, tile, span_)) return false;
-    fetch();
-    next_ = warp_shuffle(held_position_, 0u);
-    return true;
-  }
-
-  // The step at `position`, the tile's position of lane 0. False where they are out of order, or out of the
-  // tile: one was passed over, or lies where no column is. The whole warp calls.
-  XORZ_DEVICE bool step(uint32_t position, bool live) {
-    count = 0;
-    while (next_ < position + 32) {
+  // Those of the step at `position`, of which there is one at least.
+  XORZ_DEVICE bool take(uint32_t position, bool live) {
+    do {
       const uint32_t here = next_;
       if (here < position) return false;
-      const W fresh = warp_shuffle(held_word_, used_);
+      const W fresh = static_cast<W>(warp_shuffle(held_word_, used_));
       const bool mine = here - position == thread_index() % 32;
       if (warp_ballot(mine && (!live || count == 2)) != 0) return false;
       if (mine) {
@@ -90,143 +80,199 @@ class Differences {
       }
       next_ = warp_shuffle(held_position_, used_);
       if (next_ < here) return false;
-    }
+    } while (next_ < position + 32);
     return true;
+  }
+
+ public:
+  // Those of the lane's word in the step just made: how many, and which.
+  uint32_t count = 0;
+  W first = 0, second = 0;
+  bool any = false;  // of the step, in any lane
+
+  XORZ_DEVICE bool begin(const View& v, uint32_t tile) {
+    const Listing list = differences_in(v);
+    positions_ = reinterpret_cast<const uint16_t*>(v.bytes + list.positions);
+    words_ = reinterpret_cast<const W*>(v.bytes + list.words);
+    used_ = count = 0;
+    if (!listed_of(v, list, tile, span_)) return false;
+    fetch();
+    next_ = warp_shuffle(held_position_, 0u);
+    return true;
+  }
+
+  // The step at `position`, the tile's position of lane 0. False where they are out of order, or out of the
+  // tile: one was passed over, or lies where no column is. The whole warp calls.
+  XORZ_DEVICE bool step(uint32_t position, bool live) {
+    count = 0;
+    any = next_ < position + 32;
+    return !any || take(position, live);  // each: differences
   }
 
   XORZ_DEVICE bool none_left() const { return next_ == ~0u; }
 };
 
-// A row of the tile on its way to shared memory, a share of it in each thread's registers.
-template <class W>
-struct RowLoads {
-  static constexpr uint32_t kPer = 16 / sizeof(W);
-  static constexpr uint32_t kEach = kMaxTileCols / kPer / (kWarps * 32);
-  Vector held[kEach];
-
-  XORZ_DEVICE void fetch(const W* row, uint32_t cols) {
-    if (!aligned(row, 16)) return;
-    XORZ_UNROLL
-    for (uint32_t i = 0; i < kEach; i++) {
-      const uint32_t c = (i * kWarps * 32 + thread_index()) * kPer;
-      if (c + kPer <= cols) held[i] = load_vector_once(row + c);
+// Which tenant's which tile column is pair `at`, and whether there is such a pair. The whole warp calls.
+template <uint32_t M>
+XORZ_DEVICE bool pair_at(const Batch<M>& batch, uint32_t at, uint32_t& tenant, uint32_t& column) {
+  const uint32_t lane = thread_index() % 32;
+  const bool streams = lane < batch.tenants && batch.way[lane] == kOnStream;
+  const uint32_t across = streams ? batch.view[lane].across : 0;
+  XORZ_NO_UNROLL
+  for (column = 0;; column++) {
+    uint32_t have = warp_ballot(column < across);
+    const uint32_t count = bit_count(have);
+    if (count == 0) return false;
+    if (at >= count) {
+      at -= count;
+      continue;
     }
+    for (; at > 0; at--) have &= have - 1;
+    tenant = first_bit(have);
+    return true;
   }
-  XORZ_DEVICE void put(W* stage, const W* row, uint32_t cols) const {
-    uint32_t whole = 0;
-    if (aligned(row, 16)) {
-      whole = cols / kPer * kPer;
-      XORZ_UNROLL
-      for (uint32_t i = 0; i < kEach; i++) {
-        const uint32_t c = (i * kWarps * 32 + thread_index()) * kPer;
-        if (c + kPer <= cols) store_shared(stage + c, held[i]);
-      }
-    }
-    for (uint32_t c = whole + thread_index(); c < cols; c += kWarps * 32) stage[c] = load_once(row + c);
+}
+
+// Base words of a row, 32 columns a step.
+template <class W>
+struct WordsAhead {
+  typename InRegisters<W>::Word word[kAheadSteps];
+
+  // From where the lane's first column is; `cols` columns of the row are left there.
+  XORZ_DEVICE void fetch(const W* row, uint32_t cols) {
+    const uint32_t lane = thread_index() % 32;
+    XORZ_UNROLL
+    for (uint32_t i = 0; i < kAheadSteps; i++)
+      if (cols >= 32 * kAheadSteps || 32 * i + lane < cols) word[i] = load_once(row + 32 * i);
   }
 };
 
-// The tenants of warps 0 .. for one pass; `pass` counts all passes of a batch. kNone where there is no such
-// warp; false where there is no such pass.
-constexpr uint32_t kNone = ~0u;
+// What a lane multiplies its columns of x by, step by step: the word, and its differences where the step has any.
+struct Terms {
+  float word[kAheadSteps], first[kAheadSteps], second[kAheadSteps];
+  bool differ;  // the same in all lanes
+};
 
-template <uint32_t M>
-XORZ_DEVICE bool tenant_of_warp(const Batch<M>& batch, uint32_t pass, uint32_t warp, uint32_t& leader,
-                                uint32_t& mine) {
-  uint32_t done = 0;
-  for (;; pass--) {
-    leader = mine = kNone;
-    uint32_t taken = 0;
-    for (uint32_t t = 0; t < batch.tenants; t++) {
-      if (batch.way[t] != kOnStream || (done >> t & 1)) continue;
-      if (leader == kNone) leader = t;
-      const View &a = batch.view[leader], &b = batch.view[t];
-      if (a.rows_log2 != b.rows_log2 || a.cols_log2 != b.cols_log2 || taken == kWarps) continue;
-      if (taken == warp) mine = t;
-      taken++;
-      done |= 1u << t;
-    }
-    if (leader == kNone) return false;
-    if (pass == 0) return true;
+// The next steps' terms, from their base words; `position` is the first one's in the tile, and `cols` columns are left of its row.
+// False where the tile contradicts itself. The whole warp calls.
+template <class D>
+XORZ_DEVICE bool decode_terms(Terms& terms, Stream<typename D::Word>& stream,
+                              Differences<typename D::Word>& differences,
+                              const WordsAhead<typename D::Word>& base, uint32_t position, uint32_t cols) {
+  const uint32_t lane = thread_index() % 32;
+  terms.differ = false;
+  XORZ_UNROLL
+  for (uint32_t i = 0; i < kAheadSteps; i++) {
+    terms.word[i] = terms.first[i] = terms.second[i] = 0;
+    if (32 * i >= cols) continue;
+    const bool here = 32 * i + lane < cols;
+    const typename D::Word word = stream.step(static_cast<typename D::Word>(base.word[i]), here);
+    if (!differences.step(position + 32 * i, here)) return false;
+    if (here) terms.word[i] = D::value(word);
+    if (!differences.any) continue;
+    terms.differ = true;
+    if (differences.count > 0) terms.first[i] = D::value(differences.first);    // each: differences
+    if (differences.count > 1) terms.second[i] = D::value(differences.second);  // each: differences
   }
+  return true;
+}
+
+// sum += terms times the lane's columns of a row of x, which begin at `x`.
+template <class D>
+XORZ_DEVICE void add_terms(float& sum, const Terms& terms, const typename D::Word* x, uint32_t cols) {
+  const uint32_t lane = thread_index() % 32;
+  float value[kAheadSteps];
+  XORZ_UNROLL
+  for (uint32_t i = 0; i < kAheadSteps; i++)
+    value[i] = 32 * i + lane < cols ? D::value(load_once(x + 32 * i)) : 0.0f;
+  XORZ_UNROLL
+  for (uint32_t i = 0; i < kAheadSteps; i++) {
+    sum = fused(terms.word[i], value[i], sum);
+    if (!terms.differ) continue;
+    sum = fused(terms.first[i], value[i], sum);   // each: differences
+    sum = fused(terms.second[i], value[i], sum);  // each: differences
+  }
+}
+
+// The sums of one tile with the rows of x of its tenant; false where the tile contradicts itself. The whole warp calls.
+template <class D, uint32_t M>
+XORZ_DEVICE bool sum_stream(float (&sums)[kTileLanes][M], const Batch<M>& batch, uint32_t tenant,
+                            uint32_t column, const typename D::Word* weight, const typename D::Word* x,
+                            uint64_t r0) {
+  using W = typename D::Word;
+  const View& view = batch.view[tenant];
+  const uint32_t lane = thread_index() % 32, first = batch.first[tenant], count = batch.rows(tenant);
+  const uint32_t tile = static_cast<uint32_t>(r0 >> view.rows_log2) * view.across + column;
+  const Rect rect = rect_of(view, tile);
+  const uint32_t above = static_cast<uint32_t>(r0 - rect.r0);
+  const uint32_t rows = above + kTileLanes < rect.rows ? above + kTileLanes : rect.rows;
+  Stream<W> stream;
+  Differences<W> differences;
+  if (!stream.begin(view, tile) || !differences.begin(view, tile)) return false;
+  const W* row = weight + rect.r0 * view.k + rect.c0 + lane;
+  x += rect.c0 + lane;
+  WordsAhead<W> ahead = {};
+  ahead.fetch(row, rect.cols);
+  XORZ_NO_UNROLL
+  for (uint32_t r = 0; r < rows; r++, row += view.k) {
+    float sum[M];
+    XORZ_UNROLL
+    for (uint32_t j = 0; j < M; j++) sum[j] = 0;
+    XORZ_NO_UNROLL
+    for (uint32_t from = 0; from < rect.cols; from += 32 * kAheadSteps) {
+      const WordsAhead<W> base = ahead;
+      if (from + 32 * kAheadSteps < rect.cols)  // hot: steps
+        ahead.fetch(row + from + 32 * kAheadSteps, rect.cols - from - 32 * kAheadSteps);
+      else if (r + 1 < rows)
+        ahead.fetch(row + view.k, rect.cols);
+      Terms terms;
+      if (!decode_terms<D>(terms, stream, differences, base, (r << view.cols_log2) + from, rect.cols - from))
+        return false;
+      if (r < above) continue;
+      XORZ_UNROLL
+      for (uint32_t j = 0; j < M; j++) {
+        if (j >= count) break;
+        const typename D::Word* its = x + batch.order[first + j] * view.k + from;  // each: row
+        add_terms<D>(sum[j], terms, its, rect.cols - from);                        // each: row
+      }
+    }
+    if (r < above) continue;
+    XORZ_UNROLL
+    for (uint32_t j = 0; j < M; j++) {
+      if (j >= count) break;
+      XORZ_UNROLL
+      for (uint32_t other = 16; other > 0; other /= 2)
+        sum[j] += warp_shuffle_xor(sum[j], other);         // each: row
+      if (lane == 0) sums[r - above][first + j] = sum[j];  // hot: rows
+    }
+  }
+  for (uint32_t r = rows - above; r < kTileLanes; r++)
+    if (lane < count) sums[r][first + lane] = 0;
+  return stream.sound(rows == rect.rows) && (rows < rect.rows || differences.none_left());
 }
 
 // Add the products of `exponent` tenants' rows to the totals of the panel at row `r0`. The block calls.
 template <class D, uint32_t M>
-XORZ_DEVICE void add_streams(float (&total)[kTileLanes][M], StagedRows<typename D::Word>& staged,
-                             Batch<M>& batch, const typename D::Word* weight, const typename D::Word* x,
-                             uint64_t r0) {
-  using W = typename D::Word;
-  const uint32_t lane = thread_index() % 32, warp = thread_index() / 32;
-  uint32_t leader, mine;
+XORZ_DEVICE void add_streams(float (&total)[kTileLanes][M], StreamSums<M>& sums, Batch<M>& batch,
+                             const typename D::Word* weight, const typename D::Word* x, uint64_t r0) {
+  const uint32_t warp = thread_index() / 32, rows = batch.first[batch.tenants];
+  uint32_t tenant, column;
   XORZ_NO_UNROLL
-  for (uint32_t pass = 0; tenant_of_warp(batch, pass, warp, leader, mine); pass++) {
-    const View& grid = batch.view[leader];
-    const View& view = batch.view[mine == kNone ? leader : mine];
-    const uint32_t count = mine == kNone ? 0 : batch.rows(mine);
-    const uint32_t* list = &batch.order[mine == kNone ? 0 : batch.first[mine]];
-    bool sound = true;
-    XORZ_NO_UNROLL
-    for (uint32_t across = 0; across < grid.across; across++) {
-      const uint32_t tile = static_cast<uint32_t>(r0 >> grid.rows_log2) * grid.across + across;
-      const Rect rect = rect_of(grid, tile);
-      const uint32_t above = static_cast<uint32_t>(r0 - rect.r0);
-      const uint32_t rows = above + kTileLanes < rect.rows ? above + kTileLanes : rect.rows;
-      const W* words = weight + rect.r0 * grid.k + rect.c0;
-      Stream<W> stream;
-      Differences<W> differences;
-      bool live = mine != kNone;
-      if (live) live = stream.begin(view, tile) && differences.begin(view, tile);
-      sound = sound && (live || mine == kNone);
-      RowLoads<W> loads;
-      loads.fetch(words, rect.cols);
-      XORZ_NO_UNROLL
-      for (uint32_t r = 0; r < rows; r++) {
-        const W* row = words + r * grid.k;
-        W* stage = staged.row[r % 2];
-        loads.put(stage, row, rect.cols);
-        if (r + 1 < rows) loads.fetch(row + grid.k, rect.cols);
-        block_sync();
-        if (!live) continue;
-        float sum[M];
-        XORZ_UNROLL
-        for (uint32_t j = 0; j < M; j++) sum[j] = 0;
-        XORZ_NO_UNROLL
-        for (uint32_t c = 0; c < rect.cols; c += 32) {
-          const bool here = c + lane < rect.cols;
-          const W word = stream.step(here ? stage[c + lane] : W(0), here);
-          if (!differences.step((r << grid.cols_log2) + c, here)) {
-            live = sound = false;
-            break;
-          }
-          if (r >= above && here) {
-            XORZ_UNROLL
-            for (uint32_t j = 0; j < M; j++) {
-              if (j >= count) continue;
-              const float value = D::value(load_once(x + list[j] * grid.k + rect.c0 + c + lane));
-              sum[j] = fused(D::value(word), value, sum[j]);
-              if (differences.count > 0) sum[j] = fused(D::value(differences.first), value, sum[j]);
-              if (differences.count > 1) sum[j] = fused(D::value(differences.second), value, sum[j]);
-            }
-          }
-        }
-        if (r < above) continue;
-        XORZ_UNROLL
-        for (uint32_t j = 0; j < M; j++) {
-          if (j >= count) continue;
-          XORZ_UNROLL
-          for (uint32_t other = 16; other > 0; other /= 2) sum[j] += warp_shuffle_xor(sum[j], other);
-          if (lane == 0) total[r - above][list[j]] += sum[j];
-        }
-      }
-      if (live)
-        sound = sound && stream.sound(rows == rect.rows) && (rows < rect.rows || differences.none_left());
-      // The next tile's first row may lie where this one's last rows are still being read.
-      block_sync();
+  for (uint32_t round = 0; pair_at(batch, round, tenant, column); round += kWarps) {
+    const bool mine = pair_at(batch, round + warp, tenant, column);
+    const bool sound = !mine || sum_stream<D, M>(sums.sum[warp], batch, tenant, column, weight, x, r0);
+    if (!sound) batch.corrupt[tenant] = 1;  // hot: pairs
+    if (thread_index() % 32 == 0) sums.tenant[warp] = mine && sound ? tenant : kNone;
+    block_sync();
+    for (uint32_t i = thread_index(); i < rows * kTileLanes; i += kWarps * 32) {
+      const uint32_t at = i / kTileLanes, r = i % kTileLanes;
+      float& all = total[r][batch.order[at]];
+      XORZ_UNROLL
+      for (uint32_t w = 0; w < kWarps; w++)
+        if (sums.tenant[w] == batch.owner[at]) all += sums.sum[w][r][at];
     }
-    if (!sound) batch.corrupt[mine] = 1;
+    block_sync();
   }
-  block_sync();
 }
 
 }  // namespace xorz

@@ -18,30 +18,38 @@ template <class D>
 struct TensorSums {
   using W = typename D::Word;
   float sum[2][4][4];
+  // Where in a buffer of x, and of W, the lane's row of the first piece lies; how many sixteens of rows of x the warp has. Rows
+  // that are 16 apart lie alike, and two pieces on is another bit of the place: a step computes no places.
+  uint32_t x_at, w_at, sixteens;
 
-  XORZ_DEVICE void clear() {
+  // All sums 0, of a tile of `count` rows of x.
+  XORZ_DEVICE void begin(uint32_t count) {
+    using S = Stages<W>;
+    const uint32_t lane = thread_index_anew() % 32, warp = thread_index_anew() / 32;
+    const uint32_t x0 = warp / 2 * 32, w0 = warp % 2 * 32;
+    x_at = S::piece_at(x0 + lane % 16, lane / 16);
+    w_at = S::piece_at(w0 + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    sixteens = count <= x0 ? 0 : count <= x0 + 16 ? 1 : 2;
     XORZ_UNROLL
     for (uint32_t i = 0; i < 2; i++) XORZ_UNROLL
     for (uint32_t j = 0; j < 4; j++) XORZ_UNROLL
     for (uint32_t e = 0; e < 4; e++) sum[i][j][e] = 0;
   }
 
-  XORZ_DEVICE void step(const W* x, const W* w, uint32_t count) {
+  XORZ_DEVICE void step(const W* x, const W* w) {
     using S = Stages<W>;
-    const uint32_t lane = thread_index_anew() % 32, warp = thread_index_anew() / 32;
-    const uint32_t x0 = warp / 2 * 32, w0 = warp % 2 * 32;
-    if (x0 >= count) return;
+    constexpr uint32_t kApart = 16 * kStepColumns;
+    if (sixteens == 0) return;
     XORZ_UNROLL
     for (uint32_t piece = 0; piece < S::kPieces; piece += 2) {
       uint32_t b[2][4];
       XORZ_UNROLL
-      for (uint32_t j = 0; j < 2; j++)
-        load_matrices(b[j], w + S::piece_at(w0 + j * 16 + lane / 16 * 8 + lane % 8, piece + lane / 8 % 2));
+      for (uint32_t j = 0; j < 2; j++) load_matrices(b[j], w + (w_at ^ piece * S::kPer) + j * kApart);
       XORZ_UNROLL
       for (uint32_t i = 0; i < 2; i++) {
-        if (x0 + i * 16 >= count) continue;
+        if (i == sixteens) break;
         uint32_t a[4];
-        load_matrices(a, x + S::piece_at(x0 + i * 16 + lane % 16, piece + lane / 16));
+        load_matrices(a, x + (x_at ^ piece * S::kPer) + i * kApart);
         XORZ_UNROLL
         for (uint32_t j = 0; j < 4; j++) {
           const uint32_t b0 = b[j / 2][j % 2 * 2], b1 = b[j / 2][j % 2 * 2 + 1];
@@ -70,13 +78,13 @@ struct TensorSums {
 struct FusedSums {
   float sum[4][4];
 
-  XORZ_DEVICE void clear() {
+  XORZ_DEVICE void begin(uint32_t) {
     XORZ_UNROLL
     for (uint32_t i = 0; i < 4; i++) XORZ_UNROLL
     for (uint32_t j = 0; j < 4; j++) sum[i][j] = 0;
   }
 
-  XORZ_DEVICE void step(const uint32_t* x, const uint32_t* w, uint32_t) {
+  XORZ_DEVICE void step(const uint32_t* x, const uint32_t* w) {
     using S = Stages<uint32_t>;
     const uint32_t i0 = thread_index_anew() / 16, j0 = thread_index_anew() % 16;
     XORZ_NO_UNROLL

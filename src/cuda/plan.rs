@@ -316,7 +316,8 @@ pub fn linear(dtype: Dtype, rows: ProductRows, shape: Shape) -> Result<Product> 
     if rows.deterministic || takes_tiles(rows, four_byte) {
         return Ok(Product::Large(Large::new("large", dtype, rows, shape.n.div_ceil(LARGE_W_ROWS))?));
     }
-    let block_rows = if m <= 4 { 4 } else { 16 };
+    // Sixteen rows are multiplied by tensor cores, which take fewer instructions for three than FMAs do; f32 has none.
+    let block_rows = if m <= if four_byte { 4 } else { 2 } { 4 } else { 16 };
     let entry = Entry::find(&format!("xorz_linear_small_{name}_m{block_rows}"))?;
     Ok(Product::Small(Small { entry, n: shape.n, m, block_rows }))
 }

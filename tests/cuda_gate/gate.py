@@ -3,7 +3,7 @@
 
 `make cuda-gate`. Compiles cuda/*.cu for each architecture, spills and local memory being errors, and compares
 registers, shared memory, blocks a multiprocessor and the memory instructions of each kernel with the
-committed table. No GPU is needed.
+committed table, and what products cost to issue with cuda/PREDICTED.md (predicted.py). No GPU is needed.
 
     gate.py [--write] [--only ARCH]...
 
@@ -99,10 +99,19 @@ def blocks(arch: int, registers: int, shared: int) -> int:
     return min(most, warps // each, by_registers, by_memory)
 
 
-def compiled(nvcc: Path, source: Path, arch: int, to: Path) -> dict[str, tuple[int, int]]:
+def compiled(nvcc: Path, source: Path, arch: int, to: Path, *more: str) -> dict[str, tuple[int, int]]:
     """Compile one file for one architecture; registers and shared memory by kernel."""
     strict = "-v,-warn-spills,-warn-lmem-usage"
-    command = [nvcc / "nvcc", "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Werror", "all-warnings"]
+    command = [
+        nvcc / "nvcc",
+        "-std=c++17",
+        "-O3",
+        "-cubin",
+        f"-arch=sm_{arch}",
+        "-Werror",
+        "all-warnings",
+        *more,
+    ]
     command += ["-Xptxas", strict, "-o", to, source]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -159,6 +168,9 @@ def rows(archs) -> list[str]:
 
 
 def main() -> None:
+    # Which itself asks this module for registers and blocks.
+    import predicted
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--only", type=int, action="append", choices=ARCHS)
@@ -176,6 +188,7 @@ def main() -> None:
         if args.only:
             fail("--write takes all architectures")
         TABLE.write_text("\n".join([*head, *found]) + "\n")
+        predicted.compare(write=True)
         return
     table = TABLE.read_text()
     before = [line for line in kept(table) if not args.only or int(line.split()[1]) in args.only]
@@ -188,6 +201,8 @@ def main() -> None:
             f"cuda/gate.txt {what}; if that is meant, write it anew (make cuda-gate ARGS=--write) and say why"
         )
     print(f"cuda-gate: {len(found)} rows as in cuda/gate.txt")
+    if not args.only:
+        predicted.compare(write=False)
 
 
 if __name__ == "__main__":

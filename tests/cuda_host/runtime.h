@@ -135,6 +135,8 @@ void store(T* at, T value) {
 }
 inline Vector load_vector(const void* at) { return load(static_cast<const Vector*>(at)); }
 inline Vector load_vector_once(const void* at) { return load_vector(at); }
+// What is fetched ahead must be there, as what is read.
+inline void fetch_ahead(const void* at) { host::touch(at, 1, false); }
 inline void store_vector(void* at, const Vector& v) { store(static_cast<Vector*>(at), v); }
 inline Vector load_shared(const void* at) {
   if (reinterpret_cast<uintptr_t>(at) % 16 != 0) host::fail("a misaligned load of shared memory");

@@ -31,7 +31,8 @@ fn mutated((name, file, after, from, to): Mutant, list: &str) -> PathBuf {
         let lacks = |kernel: String| !list.contains(&kernel);
         let unwanted = |line: &str| {
             let dtype = line.split(['(', ',']).nth(1).unwrap_or_default();
-            (line.starts_with("XORZ_LINEAR_SMALL(") && !line.contains("bf16, Bf16, 16"))
+            let rows = line.split([',', ')']).nth(2).unwrap_or_default().trim();
+            (line.starts_with("XORZ_LINEAR_SMALL(") && lacks(format!("linear_small_{dtype}_m{rows})")))
                 || (line.starts_with("XORZ_RESTORE(") && !line.contains("(16)"))
                 || (line.starts_with("XORZ_EMBEDDING(") && !line.contains("(16)"))
                 || (line.starts_with("XORZ_LINEAR_LARGE(") && lacks(format!("linear_large_{dtype}")))

@@ -218,7 +218,7 @@ fn product_rows(to: &mut String, sample: &mut Sample, n: usize, batches: &[(usiz
             let kernel = if large { "linear_large" } else { "linear_small" };
             let other = if large == chosen { "" } else { " (not planned)" };
             let (name, (m, t)) = (sample.change.name, batch);
-            let (cells, bounds) = (moved.cells(), bounds(moved.must, flop, large));
+            let (cells, bounds) = (moved.cells(), bounds(moved.must, flop, batch.0 > 2));
             writeln!(to, "| {name} | {m} | {t} | {kernel}{other} | {cells} | {:.2} | {bounds} |", flop / 1e9)
                 .unwrap();
             assert!(moved.distinct <= 1.10 * moved.must, "{name} m {m} of {t}: {cells}");

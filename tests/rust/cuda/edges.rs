@@ -298,16 +298,16 @@ const MANY: [Mutant; 8] = [
     (
         "the last rows of a tile that is not full",
         "sums.cuh",
-        "void step(",
-        "if (x0 >= count) return;",
-        "if (x0 >= count || (x0 == 96 && count < 128)) return;",
+        "void begin(",
+        "count <= x0 ?",
+        "count <= x0 || (x0 == 96 && count < 128) ?",
     ),
     (
         "the last sixteen of a tile that is not full",
         "sums.cuh",
-        "void step(",
-        "x0 + i * 16 >= count",
-        "x0 + i * 16 + (x0 + i * 16 == 112) >= count",
+        "void begin(",
+        "count <= x0 + 16 ?",
+        "count <= x0 + 16 + (x0 == 96) ?",
     ),
     (
         "no bias in the decode path",

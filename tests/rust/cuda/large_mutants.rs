@@ -31,16 +31,16 @@ const SUMS: [Mutant; 7] = [
     (
         "halves of b swapped",
         "sums.cuh",
-        "load_matrices(b[j]",
-        "piece + lane / 8 % 2",
-        "piece + 1 - lane / 8 % 2",
+        "void begin(",
+        "lane % 8, lane / 8 % 2",
+        "lane % 8, 1 - lane / 8 % 2",
     ),
     ("columns of b swapped", "sums.cuh", "uint32_t b0 =", "b[j / 2][j % 2 * 2]", "b[j / 2][(j + 1) % 2 * 2]"),
-    ("rows of a swapped", "sums.cuh", "load_matrices(a,", "lane % 16", "(lane + 8) % 16"),
+    ("rows of a swapped", "sums.cuh", "void begin(", "lane % 16", "(lane + 8) % 16"),
     ("sums of other rows", "sums.cuh", "void each(", "e / 2 * 8", "(1 - e / 2) * 8"),
     ("sums of other columns", "sums.cuh", "void each(", "+ e % 2", "+ (e + 1) % 2"),
-    ("a lone row left out", "sums.cuh", "void step(", "if (x0 >= count)", "if (x0 + 1 >= count)"),
-    ("sums kept", "sums.cuh", "void clear()", "j < 4; j++", "j < 3; j++"),
+    ("a lone row left out", "sums.cuh", "void begin(", "count <= x0 ?", "count <= x0 + 1 ?"),
+    ("sums kept", "sums.cuh", "void begin(", "j < 4; j++", "j < 3; j++"),
 ];
 
 const ENTRIES: [Mutant; 10] = [

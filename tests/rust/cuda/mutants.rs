@@ -63,14 +63,50 @@ const RESTORE: [Mutant; 15] = [
         "(kWindows - 1) * kStreamLanes",
         "(kWindows - 2) * kStreamLanes",
     ),
-    ("an offset one bit wide", "exponent.cuh", "if (takes) {", "Bits(1) << (w - 1)", "Bits(1) << w"),
+    ("an offset one bit wide", "exponent.cuh", "Without a branch", "over >> 1", "over"),
 ];
 
-const LINEAR: [Mutant; 18] = [
-    ("halves added without a barrier", "product.cuh", "half == 1 && lane", "  block_sync();\n", ""),
-    ("a lane left out of the butterfly", "product.cuh", "add_product(", "other = 16;", "other = 8;"),
+const LINEAR: [Mutant; 27] = [
     ("a column too many", "product.cuh", "load_columns(", "c + i < k", "c + i <= k"),
-    ("rows of W swapped", "product.cuh", "block_sync();", "total[r0 + r]", "total[r0 + (r ^ 1)]"),
+    ("warps added without a barrier", "product_tensor.cuh", "partial.sum[warp]", "  block_sync();\n", ""),
+    (
+        "columns of x of the other half",
+        "product_tensor.cuh",
+        "multiply_step(",
+        "x.part[i], x.part[i + 1]",
+        "x.part[i + 1], x.part[i]",
+    ),
+    (
+        "rows of W swapped",
+        "product_tensor.cuh",
+        "multiply_step(",
+        "{upper.part[i], lower",
+        "{lower.part[i], upper",
+    ),
+    (
+        "the next group a step early",
+        "product_tensor.cuh",
+        "multiply_groups(",
+        "few += kApart",
+        "few += kApart - 32",
+    ),
+    ("the other eight rows of x", "product_tensor.cuh", "*more =", "x_of(eighth + 8)", "x_of(eighth)"),
+    ("sums of other rows of x", "product_tensor.cuh", "partial.sum[warp]", "+ e % 2]", "+ (e + 1) % 2]"),
+    ("a row of W that there is not", "product_tensor.cuh", "row_of", "r < rows ? r", "r <= rows ? r"),
+    (
+        "a warp's last group left out",
+        "product_tensor.cuh",
+        "uint32_t groups =",
+        "(all - warp + kProductWarps - 1)",
+        "(all - warp)",
+    ),
+    (
+        "what is left beside the groups",
+        "product_tensor.cuh",
+        "for (uint32_t c = (groups",
+        "groups * kPr",
+        "0 * kPr",
+    ),
     ("gaps summed without a barrier", "entries.cuh", "gap_sum(records", "        block_sync();\n", ""),
     ("gap sums overwritten", "entries.cuh", "add_entries(", "parity ^= 1", "parity ^= 0"),
     (
@@ -84,18 +120,15 @@ const LINEAR: [Mutant; 18] = [
         "a run's neighbour's sums",
         "entries.cuh",
         "add_entries(",
-        "half_warp - segment.run;",
-        "half_warp - segment.run + 1;",
+        "before < segment.run)",
+        "before + 1 < segment.run)",
     ),
-    ("rows staged without a barrier", "streams.cuh", "loads.put(", "        block_sync();\n", ""),
-    ("one buffer for two rows", "streams.cuh", "add_streams(", "staged.row[r % 2]", "staged.row[0]"),
-    (
-        "rows above the panel counted",
-        "streams.cuh",
-        "add_streams(",
-        "if (r >= above && here)",
-        "if (here && r % 2 == 0)",
-    ),
+    ("a run's last record left out", "entries.cuh", "void walk(", "j < run.to;", "j + 1 < run.to;"),
+    ("a neighbour's share of the records", "entries.cuh", "add_entries(", "share + records.count", "share"),
+    ("sums taken before they are there", "streams.cuh", "sums.tenant[warp] =", "    block_sync();\n", ""),
+    ("tiles of a round twice", "streams.cuh", "add_streams(", "round += kWarps", "round += kWarps - 1"),
+    ("a row's base words twice", "streams.cuh", "bool sum_stream(", "fetch(row + view.k", "fetch(row"),
+    ("rows above the panel counted", "streams.cuh", "bool sum_stream(", "if (r < above) continue;", ""),
     (
         "a difference passed over",
         "streams.cuh",
@@ -103,12 +136,12 @@ const LINEAR: [Mutant; 18] = [
         "next_ < position + 32",
         "next_ < position + 31",
     ),
-    ("the window of differences", "streams.cuh", "bool step(", "++used_ == 32", "++used_ == 31"),
-    ("second differences left out", "streams.cuh", "add_streams(", "differences.count > 1", "false"),
+    ("the window of differences", "streams.cuh", "bool take(", "++used_ == 32", "++used_ == 31"),
+    ("second differences left out", "streams.cuh", "bool decode_terms(", "differences.count > 1", "false"),
     (
         "first differences of other words",
         "streams.cuh",
-        "bool step(",
+        "bool take(",
         "thread_index() % 32;",
         "(thread_index() ^ 1) % 32;",
     ),
@@ -121,6 +154,13 @@ const LINEAR: [Mutant; 18] = [
         "false",
     ),
     ("the base's bias", "batch.cuh", "bias_row(", "slot < 0 ? p.slot_count", "slot < 0 ? 0"),
+];
+
+/// Of few rows of x, which no matrix instruction multiplies.
+const FUSED: [Mutant; 3] = [
+    ("halves added without a barrier", "product.cuh", "half == 1 && lane", "  block_sync();\n", ""),
+    ("a lane left out of the butterfly", "product.cuh", "void add_product(", "other = 16;", "other = 8;"),
+    ("rows of W swapped", "product.cuh", "half == 1 && lane", "total[r0 + r]", "total[r0 + (r ^ 1)]"),
 ];
 
 /// Caught by the thread sanitizer, whatever the order of threads.
@@ -151,13 +191,7 @@ const RESTORE_RACES: [Mutant; 4] = [
     ("exceptions before differences", "restore.cu", "add_differences<W>(", "  warp_sync();\n", ""),
 ];
 const LINEAR_RACES: [Mutant; 2] = [
-    (
-        "a tile's rows over the last one's",
-        "streams.cuh",
-        "The next tile's first row",
-        "      block_sync();\n",
-        "",
-    ),
+    ("sums of the decode path over a round's", "streams.cuh", "all += sums.sum", "    block_sync();\n", ""),
     ("sums of the decode path", "again_f64.cuh", "f64.sum[j] += ", "          block_sync();\n", ""),
 ];
 
@@ -196,7 +230,8 @@ fn restores(device: &Device) -> Result<(), String> {
     Ok(())
 }
 
-fn products(device: &Device) -> Result<(), String> {
+/// Products of `rows` rows of x a block.
+fn products(device: &Device, rows: usize) -> Result<(), String> {
     let mut rng = Rng::new(62);
     for (n, k, odd) in [(33, 290, 0.002), (35, 1030, 0.0), (18, 4360, 0.0)] {
         let shape = Shape { n, k };
@@ -222,7 +257,7 @@ fn products(device: &Device) -> Result<(), String> {
         let maps = maps(&mut rng, m);
         let seeds = if k == 1030 { 0..3 } else { 1..2 };
         for seed in seeds {
-            let launches: Vec<_> = maps.iter().map(|map| fleet.launch(&x, map, 16, seed)).collect();
+            let launches: Vec<_> = maps.iter().map(|map| fleet.launch(&x, map, rows, seed)).collect();
             for (after, map) in device.run(&launches)?.iter().zip(&maps) {
                 let (got, want) = (&after[LINEAR_OUT].bytes, fleet.reference(&x, map));
                 let wrong = if odd == 0.0 {
@@ -254,6 +289,8 @@ const RESTORE_LIST: &str =
     "#include \"restore.cu\"\n#define XORZ_KERNELS(X) X(xorz_delta_restore_16) X(xorz_delta_apply_16)\n";
 const LINEAR_LIST: &str =
     "#include \"linear_small.cu\"\n#define XORZ_KERNELS(X) X(xorz_linear_small_bf16_m16)\n";
+const FUSED_LIST: &str =
+    "#include \"linear_small.cu\"\n#define XORZ_KERNELS(X) X(xorz_linear_small_bf16_m4)\n";
 
 #[test]
 fn mutants_of_restore_are_caught() {
@@ -262,7 +299,8 @@ fn mutants_of_restore_are_caught() {
 
 #[test]
 fn mutants_of_products_are_caught() {
-    all_caught(&LINEAR, LINEAR_LIST, &[], products);
+    all_caught(&LINEAR, LINEAR_LIST, &[], |device| products(device, 16));
+    all_caught(&FUSED, FUSED_LIST, &[], |device| products(device, 4));
 }
 
 #[test]

@@ -1,0 +1,341 @@
+"""Promise: `cuda/PREDICTED.md` says what products cost a GPU to issue, by the machine code that ptxas makes of these sources.
+
+Part of `make cuda-gate`. Nothing here was measured on a GPU: instructions of a warp come from the disassembly (sass.py), how
+often loops are gone through from the shape and the encoding, bytes from the format.
+
+    predicted.py [--write] [--show KERNEL]
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "cuda"), str(ROOT / "tests" / "cuda_gate")]
+import gate  # noqa: E402
+import sass  # noqa: E402
+import toolchain  # noqa: E402
+
+TABLE = ROOT / "cuda" / "PREDICTED.md"
+N = K = 4096
+WARPS = 8
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU by its data sheet: multiprocessors, GHz, TB/s, and mma (16 x 8 x 16) a cycle of each of them."""
+
+    name: str
+    processors: int
+    ghz: float
+    terabytes: float
+    matrices: float
+
+
+MACHINES = {
+    80: Machine("A100 40 GB", 108, 1.41, 1.555, 0.5),
+    90: Machine("H200", 132, 1.755, 4.8, 1.0),
+    100: Machine("B200", 148, 1.85, 8.0, 2.0),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows of x of so many tenants, rows of one side by side, and their words: a share that differs, or bits of each."""
+
+    m: int
+    tenants: int
+    kind: str
+    amount: float
+
+    @property
+    def name(self) -> str:
+        return {
+            "base": "base",
+            "sparse": f"sparse {self.amount:.0%}",
+            "exponent": f"exponent {self.amount} bits",
+        }[self.kind]
+
+    @property
+    def kernel(self) -> str:
+        """Of `plan.rs`."""
+        tiled, small = self.m // 128 + (self.tenants + 1 if self.tenants > 1 else 1), -(-self.m // 16)
+        if self.m > 32 and tiled <= 2 * small:
+            return "linear_large_bf16"
+        return f"linear_small_bf16_m{4 if self.m <= FEW else 16}"
+
+    @property
+    def records(self) -> float:
+        """Of a tile of 16 rows: its fullest lane's entries."""
+        mean = K * self.amount if self.kind == "sparse" else 0.0
+        return mean + 1.77 * math.sqrt(mean * max(0.0, 1 - self.amount))
+
+    @property
+    def bytes(self) -> float:
+        """What has to move: the base, each tenant's delta, x and y, once."""
+        delta = {
+            "base": 0.0,
+            "sparse": N / 16 * (self.records * 48 + 4),
+            "exponent": N * K * self.amount / 8 + N / 16 * (K / 1024) * 4,
+        }[self.kind]
+        return 2.0 * N * K + self.tenants * delta + 2 * self.m * (N + K)
+
+
+# As in src/cuda/plan.rs.
+FEW = 2
+CASES = [
+    Case(m, tenants, kind, amount)
+    for kind, amount in [
+        ("base", 0.0),
+        ("sparse", 0.01),
+        ("sparse", 0.05),
+        ("exponent", 0.3),
+        ("exponent", 3.5),
+    ]
+    for m in (1, 4, 8, 16, 64, 256)
+    for tenants in ((1, 8) if kind != "base" else (1,))
+    if tenants <= m
+]
+
+
+def small_trips(case: Case) -> Callable[[sass.Loop, list[sass.Loop]], float]:
+    """How often loops of `linear_small` are gone through, each time that what is round them is."""
+    block = int(case.kernel.rsplit("_m", 1)[1])
+    rows = min(case.m, block)
+    each = max(1, case.m // case.tenants)
+    tenants = max(1, rows // each)
+    of_round = min(4, rows)
+    of_segment = min(of_round, each)
+    runs = {1: 16, 2: 8}.get(of_round // of_segment, 4)
+    pairs = tenants * K / 1024
+    rounds = math.ceil(pairs / WARPS)
+
+    def trips(loop: sass.Loop, same: list[sass.Loop]) -> float:
+        longest = max(same, key=lambda other: other.ops["LDG"])
+        if loop.name == "gather":
+            return tenants
+        if loop.name == "tenants":
+            return tenants + 1
+        if loop.name == "product":
+            return K / 256 / 2
+        if loop.name == "product_tensor":
+            wanted = 16 if rows > 8 else 8
+            return K / 1024 if loop.ops["HMMA"] == wanted else 0
+        if loop.name == "round":
+            return math.ceil(rows / 4) if case.kind == "sparse" else 0
+        if loop.name == "stage":
+            return K / 8 / 256
+        if loop.name == "gaps":
+            return case.records / runs / longest.ops["LDG"] if loop.first == longest.first else 0
+        if loop.name == "entries":
+            wanted = (
+                loop.ops["FFMA"] == of_segment * loop.ops["LDG"] / 2 and loop.ops["LDG"] == longest.ops["LDG"]
+            )
+            return case.records / runs / (loop.ops["LDG"] / 2) if wanted else 0
+        if loop.name == "pairs":
+            return rounds if case.kind == "exponent" else 0
+        if loop.name == "rows":
+            return 16 * pairs / (rounds * WARPS)
+        if loop.name == "steps":
+            return 1024 / 128
+        return 0.0
+
+    return trips
+
+
+def large_trips(case: Case) -> Callable[[sass.Loop, list[sass.Loop]], float]:
+    """The same of `linear_large`, of one pair of a panel and a tile of rows of x."""
+    across = K / 1024 if case.kind == "exponent" else 1
+
+    def trips(loop: sass.Loop, same: list[sass.Loop]) -> float:
+        # The compiler may have put parts of the others' loops into that of streams.
+        streams, entries = ("patch_streams.cuh" in loop.files, "patch_entries.cuh" in loop.files)
+        of = "exponent" if streams else "sparse" if entries else "base"
+        if of != case.kind:
+            return 0
+        if loop.name == "across":
+            return across
+        if loop.name == "step":
+            return K / 32 / across
+        if loop.name == "walk":
+            # Four of the block's warps have a tile of 16 rows of the panel.
+            return 16 * 1024 / 256 / 2
+        return 0.0
+
+    return trips
+
+
+def fractions(case: Case) -> dict[str, float]:
+    """Of what is unrolled for more than there is, or not always done."""
+    each = max(1, case.m // case.tenants)
+    block = 4 if case.kernel.endswith("_m4") else 16
+    return {
+        "row": min(each, block) / block,
+        "product": 0.0 if case.kind == "exponent" else 1 / (max(1, min(case.m, block) // each) + 1),
+        "streams": float(case.kind == "exponent"),
+        "entries": float(case.kind == "sparse"),
+        "differences": 0.0,
+        "refill": case.amount / 16 if case.kind == "exponent" else 0.0,
+    }
+
+
+def instructions(kernel: sass.Kernel, case: Case, marks: dict) -> float:
+    """What a warp issues for its share of a panel."""
+    trips = large_trips(case) if "large" in case.kernel else small_trips(case)
+    share = fractions(case)
+    weight = [1.0] * len(kernel.code)
+    loops = sass.marked_loops(kernel, marks["hot"])
+    for loop in loops:
+        times = trips(loop, [other for other in loops if other.name == loop.name])
+        for at in range(loop.first, loop.last + 1):
+            weight[at] *= times
+    for at, i in enumerate(kernel.code):
+        for name in {marks["each"][line] for line in i.lines & marks["each"].keys()}:
+            weight[at] *= share[name]
+    return sass.warp_cost(kernel, weight, set(marks["cold"]))
+
+
+def panels(case: Case) -> int:
+    """Blocks' worth of work: panels of W by blocks or tiles of rows of x."""
+    if "large" not in case.kernel:
+        return N // 16 * -(-case.m // (4 if case.kernel.endswith("_m4") else 16))
+    tiles = (
+        case.m // 128
+        if case.tenants == 1 and case.m > 128
+        else case.tenants * -(-max(1, case.m // case.tenants) // 128)
+    )
+    return N // 64 * tiles
+
+
+def times(case: Case, cost: float, arch: int) -> tuple[float, float, float]:
+    """Microseconds to issue, to move the bytes, and to multiply where tensor cores do, of one machine."""
+    machine = MACHINES[arch]
+    most = math.ceil(panels(case) / machine.processors)
+    issue = most * cost * WARPS / 4 / machine.ghz / 1e3
+    matrices = most * (K / 32) * 128 if "large" in case.kernel else 0
+    return issue, case.bytes / machine.terabytes / 1e6, matrices / machine.matrices / machine.ghz / 1e3
+
+
+HEAD = """# What products cost a GPU, predicted
+
+Written by `make cuda-gate ARGS=--write` and compared by `make cuda-gate`. **Predicted, not measured**: no GPU has run
+this. For 4096 x 4096 of bf16:
+
+- *instructions*: what a block's eight warps issue for a panel (16 rows of W by up to 16 rows of x; `large`: 64 by up to
+  128), on sm_90: the longest way through the machine code that ptxas makes, loops counted as often as shape and encoding
+  say.
+- *issue*: that of the multiprocessor with the most panels, at four instructions a cycle; *bytes*: base, deltas, x and y
+  once, at the memory's full speed. Microseconds, by the machines' data sheets ({machines}). A ratio below 1 says that
+  issuing is not what such a product waits for; what it does wait for (latency, barriers, a pipe that takes fewer than four
+  a cycle: integers on half the lanes, shuffles and bit counts on a quarter or less) only a GPU can tell.
+- *mma*: `large` alone: the matrix instructions' own time as a share of the issue time.
+
+Rows of a tenant lie side by side. `sparse`: a tile has as many records as its fullest row is expected to have.
+`exponent`: tiles of 16 x 1024, no differences.
+
+"""
+
+
+def in_flight(
+    found: dict[int, dict[str, sass.Kernel]], used: dict[int, dict[str, tuple[int, int]]]
+) -> list[str]:
+    """What a multiprocessor has asked the memory for at once."""
+    out = [
+        "## In flight",
+        "",
+        "Bytes of W that a multiprocessor has asked for and not got, at most: of each warp of the blocks that it holds. The",
+        "memory's time to answer times its speed is some 25 KB on an H200.",
+        "",
+        "| kernel | sm | registers | blocks | warps | KiB in flight |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, bytes_of_warp in [
+        ("linear_small_bf16_m4", 4 * 512),
+        ("linear_small_bf16_m16", 8 * 512),
+        ("linear_large_bf16", 2 * 512),
+    ]:
+        for arch in MACHINES:
+            registers, shared = used[arch][f"xorz_{name}"]
+            blocks = gate.blocks(arch, registers, shared)
+            flight = blocks * WARPS * bytes_of_warp / 1024
+            out.append(f"| {name} | {arch} | {registers} | {blocks} | {blocks * WARPS} | {flight:.0f} |")
+    return out
+
+
+def table(found: dict[int, dict[str, sass.Kernel]], used: dict[int, dict[str, tuple[int, int]]]) -> str:
+    marks = sass.marks(ROOT / "cuda")
+    machines = "; ".join(
+        f"sm_{arch}: {m.name}, {m.processors} multiprocessors, {m.ghz} GHz, {m.terabytes} TB/s"
+        for arch, m in MACHINES.items()
+    )
+    lines = [
+        HEAD.format(machines=machines)
+        + "| words | m | tenants | kernel | instructions |"
+        + "".join(f" sm_{arch}: issue | bytes | ratio |" for arch in MACHINES)
+        + " mma, sm_90 |"
+    ]
+    lines.append("|---|---|---|---|---|" + "---|---|---|" * len(MACHINES) + "---|")
+    for case in CASES:
+        cost = {arch: instructions(found[arch][f"xorz_{case.kernel}"], case, marks) for arch in MACHINES}
+        cells = [case.name, str(case.m), str(case.tenants), case.kernel, f"{cost[90] * WARPS:.0f}"]
+        for arch in MACHINES:
+            issue, moved, _ = times(case, cost[arch], arch)
+            cells += [f"{issue:.1f}", f"{moved:.1f}", f"{issue / moved:.2f}"]
+        issue, _, matrices = times(case, cost[90], 90)
+        cells.append(f"{matrices / issue:.0%}" if matrices else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *in_flight(found, used)]) + "\n"
+
+
+def disassembled() -> tuple[dict, dict]:
+    """Kernels by architecture and name; their registers and shared memory."""
+    nvcc = toolchain.nvcc().parent
+    found: dict[int, dict] = {arch: {} for arch in MACHINES}
+    used: dict[int, dict] = {arch: {} for arch in MACHINES}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        work = Path(folder)
+
+        def one(job: tuple[int, str]) -> None:
+            arch, name = job
+            source = ROOT / "cuda" / f"{name}.cu"
+            cubin = work / f"{name}_{arch}.cubin"
+            used[arch] |= gate.compiled(nvcc, source, arch, cubin, "-lineinfo")
+            found[arch] |= sass.kernels(nvcc, cubin)
+
+        list(pool.map(one, [(arch, name) for arch in MACHINES for name in ("linear_small", "linear_large")]))
+    return found, used
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--show", help="the marked loops of a kernel, on sm_90")
+    args = parser.parse_args()
+    found, used = disassembled()
+    if args.show:
+        kernel, marks = found[90][f"xorz_{args.show}"], sass.marks(ROOT / "cuda")
+        for loop in sass.marked_loops(kernel, marks["hot"]):
+            print(loop.name, loop.last - loop.first + 1, dict(loop.ops.most_common(12)))
+        return
+    compare(args.write, table(found, used))
+
+
+def compare(write: bool, text: str | None = None) -> None:
+    """SystemExit where `cuda/PREDICTED.md` does not say what the sources make; or write it."""
+    text = text or table(*disassembled())
+    if write:
+        TABLE.write_text(text)
+    elif not TABLE.exists() or TABLE.read_text() != text:
+        raise SystemExit(
+            "cuda-gate: cuda/PREDICTED.md says otherwise; write it anew (make cuda-gate ARGS=--write) and say why"
+        )
+    print("cuda-gate: predictions as in cuda/PREDICTED.md")
+
+
+if __name__ == "__main__":
+    main()
