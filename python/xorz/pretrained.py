@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import sources
 from .attach import attach
 from .progress import bar
+from .serve.residency import size_of
 from .versions import Versions
 
 if int(transformers.__version__.partition(".")[0]) < 5:
@@ -93,24 +94,40 @@ class XorzQuantizer(HfQuantizer):
     """transformers' hook: attaches the model once its weights are there."""
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """ValueError for a `device_map` that puts something elsewhere than on the CPU."""
-        places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
-        for place in places:
-            if place in (None, "cpu", torch.device("cpu")):
-                continue
-            if (
-                place in ("auto", "balanced", "balanced_low_0", "sequential")
-                and not torch.accelerator.is_available()
-            ):
-                continue
-            raise ValueError(
-                f"device_map places something on {place!r}, but xorz serves whole models on the CPU, in memory: leave "
-                'device_map out, or pass device_map="cpu"'
-            )
+        """ValueError for a `device_map` that puts something elsewhere than on the CPU or on CUDA devices, on both, or on CUDA
+        devices of which nothing is to be left for tenants.
+        """
+        places = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+        kinds = {place: _kind_of(place) for place in places}
+        for place, kind in kinds.items():
+            if kind is None or (kind == "cuda" and "cpu" in kinds.values()):
+                raise ValueError(
+                    f"device_map places something on '{place}', but xorz serves models whole on the CPU, or on CUDA "
+                    'devices, in memory: leave device_map out, pass device_map="cpu", or name CUDA devices alone, as many as '
+                    "hold the model and the budget"
+                )
+            if kind == "cuda" and self.quantization_config.budget is None:
+                raise ValueError(
+                    f"device_map places something on '{place}', whose memory is taken for tenants at once: say how much with "
+                    'budget, such as XorzConfig(..., budget="4 GiB")'
+                )
 
     def update_device_map(self, device_map: Any) -> Any:
-        """The CPU, whatever the words for it were."""
-        return device_map if device_map is None else {"": "cpu"}
+        """The CPU, whatever the words for it were, or CUDA devices as they were given."""
+        places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+        is_cuda = any(_kind_of(place) == "cuda" for place in places)
+        return device_map if device_map is None or is_cuda else {"": "cpu"}
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """What `device_map="auto"` may fill of each GPU: the budget is taken of them as their shares of the model are, which
+        are about even.
+        """
+        budget = size_of(self.quantization_config.budget) or 0
+        cards = [place for place in max_memory if _kind_of(place) == "cuda"]
+        part = budget // max(1, len(cards))
+        return {
+            place: max(0, int(size) - part) if place in cards else size for place, size in max_memory.items()
+        }
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         """Attach the model, load the tenants, and leave nothing in its config: what is saved is the plain base."""
@@ -142,6 +159,23 @@ class XorzQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """The base's weights cannot be written to while it is attached."""
         return False
+
+
+_WORDS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def _kind_of(place: Any) -> str | None:
+    """ "cpu" or "cuda", what a place of a `device_map` is of; None for anything else, such as "disk"."""
+    if place is None:
+        return "cpu"
+    if place in _WORDS:
+        here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        place = here or "cpu"
+    try:
+        kind = torch.device(place).type
+    except (RuntimeError, TypeError):
+        return None
+    return kind if kind in ("cpu", "cuda") else None
 
 
 def from_pretrained(

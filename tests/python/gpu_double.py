@@ -1,8 +1,8 @@
-"""A double of a GPU for whole models: tensors that say they lie on cuda:0, whose words lie apart, and a ledger of what a
-driver would have to do. No expectation but in tests.
+"""A double of GPUs for whole models: tensors that say they lie on cuda:0 or cuda:1, whose words lie apart, and a ledger of what
+a driver would have to do. No expectation but in tests.
 
 torch decides what runs (shapes, autograd, dispatch); each op that arrives computes on the words by torch's and xorz's CPU
-kernels. It is stricter than a GPU where a GPU would be slow or wrong: an op that meets tensors of both devices is refused as
+kernels. It is stricter than a GPU where a GPU would be slow or wrong: an op that meets tensors of two devices is refused as
 torch does it, an op of xorz without a CUDA kernel is refused, and whatever waits for the device (a number that is read, a
 mask turned to places, a copy to the host or from memory that is not pinned) is written into `waits`.
 
@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-CUDA = torch.device("cuda:0")
+CUDA, OTHER = torch.device("cuda:0"), torch.device("cuda:1")
 # Of csrc/ops.cpp: what has a CUDA kernel, and what goes by the host.
 KERNELS = {
     "delta_linear", "delta_linear_grad_input", "delta_linear_grouped", "delta_linear_grouped_grad_input", "delta_embedding",
@@ -41,6 +41,12 @@ class Ledger:
         self.waits: list[str] = []
         self.ops: list[str] = []
         self.synchronized = 0
+        self.settled: list[torch.device] = []
+        self.events = 0
+        # Copies from the host: where to.
+        self.sent: list[torch.device] = []
+        # Copies from one device to another: from, to, dtype.
+        self.between: list[tuple[torch.device, torch.device, torch.dtype]] = []
         self.capturing: Graph | None = None
         self.late: list[Graph] = []
 
@@ -61,15 +67,18 @@ ledger = Ledger()
 
 
 class OnGpu(torch.Tensor):
-    """A tensor of cuda:0. To C++ it is on the meta device, where torch asks no driver for anything."""
+    """A tensor of a GPU. To C++ it is on the meta device, where torch asks no driver for anything."""
 
     words: Tensor
-    device = property(lambda self: CUDA)
+    place: torch.device
+    device = property(lambda self: self.place)
     is_cuda = property(lambda self: True)
     is_meta = property(lambda self: False)
 
     @staticmethod
-    def __new__(cls, words: Tensor) -> "OnGpu":
+    def __new__(cls, words: Tensor, place: torch.device = CUDA, requires_grad: bool | None = None) -> "OnGpu":
+        if requires_grad is not None:  # accelerate makes a parameter anew, by the class of the old one
+            return nn.Parameter(words.detach(), requires_grad)
         out = torch.Tensor._make_wrapper_subclass(
             cls,
             words.size(),
@@ -78,7 +87,7 @@ class OnGpu(torch.Tensor):
             dtype=words.dtype,
             device="meta",
         )
-        out.words = words
+        out.words, out.place = words, place
         return out
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -87,7 +96,7 @@ class OnGpu(torch.Tensor):
         return self.words.data_ptr()
 
     def __deepcopy__(self, memo) -> "OnGpu":
-        return memo.setdefault(id(self), OnGpu(self.words.clone()))
+        return memo.setdefault(id(self), OnGpu(self.words.clone(), self.place))
 
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.words.untyped_storage()
@@ -98,7 +107,7 @@ class OnGpu(torch.Tensor):
 
 
 class _Machine(TorchDispatchMode):
-    """Makes what is made on cuda:0 without any tensor to tell it."""
+    """Makes what is made on a GPU without any tensor to tell it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
@@ -119,12 +128,27 @@ def _run(func, args, kwargs):
     to = None if to is None else torch.device(to)
     # What C++ makes like one of these tensors, it makes on the meta device.
     if to is not None and to.type == "meta":
+        to = here[0].place if here else CUDA
+    if to is not None and to.type == "cuda" and to.index is None:
         to = CUDA
     if not here and (to is None or to.type != "cuda"):
         return func(*args, **kwargs)
     ledger.ops.append(name)
     if func.namespace == "xorz":
         _check_op(name, leaves)
+    places = list(dict.fromkeys(leaf.place for leaf in here))
+    if len(places) > 1 and name not in ("_to_copy", "copy_"):
+        raise RuntimeError(
+            f"{name}: expected all tensors to be on the same device, but found {places[0]} and {places[1]}"
+        )
+    if (
+        here
+        and to is not None
+        and to.type == "cuda"
+        and to != places[0]
+        and name not in ("_to_copy", "copy_")
+    ):
+        places = [to]
     if name in ASKING:
         ledger.wait(name)
     if name in ("_to_copy", "copy_"):
@@ -133,10 +157,10 @@ def _run(func, args, kwargs):
     if here and strays:
         if name not in ("index", "index_put_", "index_put", "_index_put_impl_"):
             raise RuntimeError(
-                f"{name}: expected all tensors to be on the same device, but found cuda:0 and cpu"
+                f"{name}: expected all tensors to be on the same device, but found {places[0]} and cpu"
             )
         ledger.wait(f"{name} by numbers of the host")
-    return _noted(func, args, kwargs, _apply(func, args, kwargs, True))
+    return _noted(func, args, kwargs, _apply(func, args, kwargs, places[0] if places else to))
 
 
 def _noted(func, args, kwargs, out):
@@ -148,8 +172,11 @@ def _noted(func, args, kwargs, out):
 
 def _check_op(name: str, leaves) -> None:
     given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    if any(not _is_gpu(t) for t in given):
-        raise RuntimeError(f"xorz::{name}: an argument is on cpu, but another argument is on cuda:0")
+    places = list(dict.fromkeys(t.device for t in given))
+    if len(places) > 1:
+        raise RuntimeError(
+            f"xorz::{name}: an argument is on {places[1]}, but another argument is on {places[0]}"
+        )
     if name in BY_THE_HOST:
         ledger.wait(name)
     elif name not in KERNELS:
@@ -158,8 +185,8 @@ def _check_op(name: str, leaves) -> None:
         ledger.wait(f"{name} in mode exact")
 
 
-def _apply(func, args, kwargs, to_gpu: bool):
-    """The op on the words; what it gives is new, or the argument that it has written to."""
+def _apply(func, args, kwargs, place: torch.device | None):
+    """The op on the words; what it gives is new on this GPU, or the argument that it has written to."""
     args_, kwargs_ = tree_map(lambda leaf: leaf.words if _is_gpu(leaf) else leaf, (args, kwargs))
     if "device" in kwargs_:
         kwargs_ = {**kwargs_, "device": torch.device("cpu")}
@@ -169,9 +196,9 @@ def _apply(func, args, kwargs, to_gpu: bool):
     owners = {id(leaf.words): leaf for leaf in tree_leaves((args, kwargs)) if _is_gpu(leaf)}
 
     def given(leaf):
-        if not isinstance(leaf, Tensor) or not to_gpu:
+        if not isinstance(leaf, Tensor) or place is None:
             return leaf
-        return owners[id(leaf)] if id(leaf) in owners else OnGpu(leaf)
+        return owners[id(leaf)] if id(leaf) in owners else OnGpu(leaf, place)
 
     return tree_map(given, out)
 
@@ -186,16 +213,30 @@ def _copied(func, name, args, kwargs, to):
                 ledger.wait("copy_ to the device" if _is_gpu(target) else "copy_ to the host")
             elif ledger.capturing is not None:
                 raise RuntimeError("a graph would copy from the same memory of the host at each replay")
+        elif target.device != source.device:
+            ledger.between.append((source.device, target.device, source.dtype))
         plain = source.words if _is_gpu(source) else source
         (target.words if _is_gpu(target) else target).copy_(plain)
         return _noted(func, args, kwargs, target)
     source = args[0]
-    goes = to.type if to is not None else ("cuda" if _is_gpu(source) else "cpu")
-    if _is_gpu(source) != (goes == "cuda"):
-        ledger.wait(f"a copy to the {'device' if goes == 'cuda' else 'host'}")
-    elif kwargs.get("dtype") in (None, source.dtype) and kwargs.get("memory_format") is None:
+    goes = to if to is not None else source.device
+    if _is_gpu(source) != (goes.type == "cuda"):
+        if goes.type == "cuda":
+            ledger.sent.append(goes)
+        if goes.type == "cuda" and kwargs.get("non_blocking") and getattr(source, "pinned", False):
+            if ledger.capturing is not None:
+                raise RuntimeError("a graph would copy from the same memory of the host at each replay")
+        else:
+            ledger.wait(f"a copy to the {'device' if goes.type == 'cuda' else 'host'}")
+    elif goes != source.device:
+        ledger.between.append((source.device, goes, source.dtype))
+    elif (
+        goes == source.device
+        and kwargs.get("dtype") in (None, source.dtype)
+        and kwargs.get("memory_format") is None
+    ):
         return source  # which `.to` of the same device would have given
-    return _noted(func, args, kwargs, _apply(func, args, kwargs, goes == "cuda"))
+    return _noted(func, args, kwargs, _apply(func, args, kwargs, goes if goes.type == "cuda" else None))
 
 
 class Graph:
@@ -274,20 +315,27 @@ class _Place:
         self.key, self.dtype, self.offset, self.size, self.stride = key, dtype, offset, size, stride
 
 
-def to_gpu(model: nn.Module) -> nn.Module:
-    """Put every parameter and buffer there, ties kept."""
-    made: dict[int, Tensor] = {}
-    for module in model.modules():
+def to_gpu(model: nn.Module, device_map: dict[str, torch.device] | None = None) -> nn.Module:
+    """Put every parameter and buffer there, ties kept; of a tensor that is tied between devices each has a copy, as accelerate
+    makes them. `device_map`: prefix of modules' names -> where they are; the longest one counts.
+    """
+    device_map, made, originals = device_map or {"": CUDA}, {}, []
+    for where, module in model.named_modules():
+        fits = [p for p in device_map if p in ("", where) or where.startswith(f"{p}.")]
+        place = device_map[max(fits, key=len)] if fits else CUDA
         for name, tensor in module._parameters.items():
             if tensor is not None:
-                if id(tensor) not in made:
-                    made[id(tensor)] = nn.Parameter(
-                        OnGpu(tensor.detach()), requires_grad=tensor.requires_grad
-                    )
-                module._parameters[name] = made[id(tensor)]
+                key = (id(tensor), place)
+                if key not in made:
+                    words = tensor.detach()
+                    copies = any(other == id(tensor) for other, _ in made)
+                    found = OnGpu(words.clone() if copies else words, place)
+                    made[key] = nn.Parameter(found, requires_grad=tensor.requires_grad)
+                    originals.append(tensor)  # so that no other takes its id
+                module._parameters[name] = made[key]
         for name, tensor in module._buffers.items():
             if tensor is not None:
-                module._buffers[name] = made.setdefault(id(tensor), OnGpu(tensor))
+                module._buffers[name] = made.setdefault((id(tensor), place), OnGpu(tensor, place))
     return model
 
 
@@ -301,9 +349,17 @@ def machine(monkeypatch) -> Iterator[Ledger]:
         if ledger.capturing is not None:
             raise RuntimeError("operation not permitted when stream is capturing: synchronize")
         ledger.synchronized += 1
+        ledger.settled.append(CUDA if device is None else torch.device(device))
         ledger.catch_up()
 
     class Stream:
+        def record_event(self) -> str:
+            return "an event"
+
+        def wait_event(self, event: str) -> None:
+            assert ledger.capturing is None, "a capture would wait for what it has not captured"
+            ledger.events += 1
+
         def synchronize(self) -> None:
             if ledger.capturing is not None:
                 raise RuntimeError("operation not permitted when stream is capturing: Stream.synchronize")
@@ -313,7 +369,8 @@ def machine(monkeypatch) -> Iterator[Ledger]:
         out.pinned = True
         return out
 
-    # There is no runtime to begin.
+    # There is no cuDNN, whose recurrent layers torch would take, and no runtime to begin.
+    monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda tensor: False)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())

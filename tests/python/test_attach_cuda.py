@@ -110,7 +110,7 @@ def test_what_tenants_hold_lies_on_the_device(gpu):
     model = to_gpu(copy.deepcopy(base))
     tenants = xorz.attach(model, budget="16 MiB")
     tenants.load("alice", deltas["alice"])
-    assert isinstance(tenants.arena.tensor, OnGpu) and tenants.arena.tensor.numel() == 16 << 20
+    assert isinstance(tenants.arenas[CUDA].tensor, OnGpu) and tenants.arenas[CUDA].tensor.numel() == 16 << 20
     kinds = {"tables": 0, "values": 0, "deltas": 0}
     for site in tenants.sites.values():
         for kind, held in (
@@ -140,14 +140,14 @@ def test_a_forward_waits_for_nothing(gpu):
             model(x)
     for names in ("bob", None, NAMES, NAMES[::-1]):
         gpu.waits.clear()
+        gpu.sent.clear()
         with tenants.use(names):
-            # One tenant needs nothing; of several it is copied now who has which row.
-            assert all("copy to the device" in wait for wait in gpu.waits), gpu.waits
-            assert len(gpu.waits) == (2 if isinstance(names, list) else 0), gpu.waits
-            gpu.waits.clear()
+            # One tenant needs nothing; of several it is copied now who has which row, of pinned memory.
+            assert gpu.waits == [] and gpu.sent == [CUDA] * (2 if isinstance(names, list) else 0)
             gpu.ops.clear()
+            gpu.sent.clear()
             model(x)
-            assert gpu.waits == [], (names, gpu.waits)
+            assert gpu.waits == gpu.sent == [], (names, gpu.waits)
             assert {"delta_linear", "delta_linear_grouped"} & set(gpu.ops) or names is None
 
 
@@ -277,7 +277,7 @@ def test_what_is_not_served_there_is_refused_by_name(gpu):
     refused('the model is on cuda:0, .* such as budget="4 GiB"', model)
     model.blocks[1].up.bias = nn.Parameter(base.blocks[1].up.bias.detach().clone())
     refused(
-        "`table.weight` is on cuda:0, but `blocks.1.up.bias` is on cpu; .* spread over devices",
+        "`table.weight` is on cuda:0, but `blocks.1.up.bias` is on cpu; .* not over them and the CPU",
         model,
         budget="1 MiB",
     )

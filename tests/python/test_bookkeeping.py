@@ -13,6 +13,7 @@ import torch
 import xorz
 from small import LENGTH, VOCAB, fine_tuned, make_base
 from xorz.serve.arena import ALIGN, Arena
+from xorz.serve.rows import HOST
 from xorz.serve.site import Site
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -188,8 +189,8 @@ def test_whichever_thread_comes_to_turn_the_books_are_right(seed, tmp_path):
     assert not failures, failures[:3]
     sizes, memory = tenants.sizes(), tenants.memory()
     assert memory["deltas"] + memory["copies"] == sum(sizes.values()) == size * len(sizes) <= tenants.budget
-    pieces = [piece for t in tenants._slots.values() for piece in t.pieces]
-    check_arena(tenants.arena, dict(enumerate(pieces)))
+    pieces = [piece for t in tenants._slots.values() for piece in t.pieces[HOST]]
+    check_arena(tenants.arenas[HOST], dict(enumerate(pieces)))
     assert all(t.pins == 0 for t in tenants._slots.values())
     for name in tenants.names():
         tenants.unload(name)
@@ -217,7 +218,8 @@ def test_a_tenant_goes_whole_though_there_is_no_memory_for_new_tables(error, mon
         patch.setattr(Site, "_fill", fill)
         tenants.unload("a")
     assert tenants.names() == ["c"] and tenants.memory()["deltas"] + tenants.memory()["copies"] == size
-    check_arena(tenants.arena, dict(enumerate(piece for t in tenants._slots.values() for piece in t.pieces)))
+    pieces = [piece for t in tenants._slots.values() for piece in t.pieces[HOST]]
+    check_arena(tenants.arenas[HOST], dict(enumerate(pieces)))
     tenants.load("b", xorz.diff(base, tuned["b"]))
     ids = torch.randint(0, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(2))
     with torch.no_grad(), tenants.use(["b", "c", None]):
@@ -229,4 +231,4 @@ def test_a_tenant_goes_whole_though_there_is_no_memory_for_new_tables(error, mon
     for name in "bc":
         tenants.unload(name)
     assert not tenants._slots
-    check_arena(tenants.arena, {})
+    check_arena(tenants.arenas[HOST], {})

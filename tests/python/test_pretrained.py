@@ -151,8 +151,14 @@ def test_dtype_and_device_map_work_or_say_why_not(folders):
     ):
         model = AutoModelForCausalLM.from_pretrained(folders / "base", quantization_config=config, **options)
         assert model.xorz.names() == ["alice"] and model.dtype is torch.bfloat16
-    for place in ("cuda:0", {"model": "cpu", "lm_head": "disk"}, {"": 0}):
-        with pytest.raises(ValueError, match=r"device_map places something on .*on the CPU, in memory"):
+    for place, why in (
+        ("cuda:0", "on 'cuda:0', whose memory is taken for tenants at once: .* budget"),
+        ({"": 0}, "on '0', whose memory is taken"),
+        ({"model": "cpu", "lm_head": "disk"}, "on 'disk', but xorz serves models whole on the CPU, or"),
+        ({"model": "cpu", "lm_head": 1}, "on '1', but xorz serves models whole on the CPU, or"),
+        ("mps", "on 'mps', but xorz"),
+    ):
+        with pytest.raises(ValueError, match=f"device_map places something {why}"):
             AutoModelForCausalLM.from_pretrained(
                 folders / "base", quantization_config=config, device_map=place
             )

@@ -159,9 +159,11 @@ class Trial:
     def balance(self) -> None:
         t = self.tenants
         here = list(t._slots.values())
-        check_arena(t.arena, dict(enumerate(piece for one in here for piece in one.pieces)))
-        assert t.residency.copies == sum(one.copies for one in here), "copies"
-        assert t.budget is None or t.residency.used <= t.budget, "more than the budget is used"
+        check_arena(
+            t.arenas[rows.HOST], dict(enumerate(piece for one in here for piece in one.pieces[rows.HOST]))
+        )
+        assert t.residencies[rows.HOST].copies == sum(one.copies[rows.HOST] for one in here), "copies"
+        assert t.budget is None or t.residencies[rows.HOST].used <= t.budget, "more than the budget is used"
         assert all(t._slots[one.slot] is one and one.pins >= 0 for one in here), "slots"
         assert not any(one.gone for one in t._tenants.values()), "a tenant that is gone has a name"
 
@@ -274,7 +276,7 @@ class Trial:
     def nothing_left(self) -> None:
         t = self.tenants
         assert not t._slots and t.memory()["deltas"] == t.memory()["copies"] == 0
-        check_arena(t.arena, {})
+        check_arena(t.arenas[rows.HOST], {})
         for place in t.sites.values():
             assert not place.values and not place.deltas and not any(place.pieces.values()), place.name
         t.detach()

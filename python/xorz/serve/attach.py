@@ -52,7 +52,8 @@ def attach(
     base; see `xorz.serve.weight`.
 
     Args:
-        model: on the CPU or whole on one CUDA device, in float32, bfloat16 or float16 where it is to compute on deltas.
+        model: on the CPU, on one CUDA device, or spread over several with each module whole on one (accelerate's `device_map`),
+            in float32, bfloat16 or float16 where it is to compute on deltas.
         filter_fn: `filter_fn(module, name)`; modules for which it is false are left alone. A fine-tune that changes them
             is refused when it is loaded.
         default: where no tenant is active, "base" computes with the base and None raises; a tenant's name makes calls of the
@@ -61,7 +62,8 @@ def attach(
         prefer: what deltas are encoded for when loaded: "auto" ("memory" where this machine decodes it about as fast as it
             reads memory, else "speed"), "speed", "memory", or None for what the package holds.
         budget: most bytes for all tenants, as a number or such as "8 GiB"; the least recently used that came from a
-            file make room. None: no limit. On CUDA it must be given, and is taken of the device's memory at once.
+            file make room. None: no limit. On CUDA it must be given, and is taken of the device's memory at once; of several
+            devices' as their shares of the model are.
         max_copies: most bytes of small dense copies for each tenant, as `budget`; None: 1 % of the base's, or 64 KiB. What
             does not fit is kept as a delta, and made dense for each call that needs it.
         example: inputs of the model, two rows or more: a tuple, or a dict of named ones. Each tenant is verified with them when
@@ -74,12 +76,21 @@ def attach(
         The model's tenants; `detach()` gives the plain model back.
 
     Raises:
-        TypeError: `model` is no module; ValueError: it is attached already, spread over several devices, or an option is
-        unknown or not to be had on its device.
+        TypeError: `model` is no module; ValueError: it is attached already, parts of it are on the CPU and others on CUDA, or
+            offloaded, or an option is unknown or not to be had on its device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, but is {type(model).__name__}")
-    device = _device_of(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_traceable_wrapper_subclass(tensor):
+            raise ValueError(
+                f"`{name}` is a {type(tensor).__name__}, which holds no plain words that a delta could be of (a quantized "
+                "weight); attach the model before it is quantized"
+            )
+        if is_lazy(tensor):
+            raise ValueError(f"`{name}` has no shape yet; run the model once before it is attached")
+    shares = _shares(model)
+    device = next(iter(shares))
     if device.type != "cpu" and mode == "exact":
         raise ValueError(
             f'mode="exact" is for models on the CPU, but this one is on {device}, where a batch of several tenants has no such '
@@ -90,14 +101,6 @@ def attach(
             f"the model is on {device}, whose memory is taken for tenants when it is attached: say how much with budget, such "
             'as budget="4 GiB"'
         )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_traceable_wrapper_subclass(tensor):
-            raise ValueError(
-                f"`{name}` is a {type(tensor).__name__}, which holds no plain words that a delta could be of (a quantized "
-                "weight); attach the model before it is quantized"
-            )
-        if is_lazy(tensor):
-            raise ValueError(f"`{name}` has no shape yet; run the model once before it is attached")
     if any("_xorz" in module.__dict__ for module in model.modules()):
         raise ValueError("model is attached already; call detach() on its tenants first")
     if example is not None and not isinstance(example, (tuple, dict)):
@@ -109,7 +112,8 @@ def attach(
                 f"`{name}` is TorchScript, whose code reads its weights past Python and would compute with the base's for "
                 "every tenant; attach the model before it is scripted or traced, or leave this part out with filter_fn"
             )
-    owner = Tenants(model, default, mode, prefer, budget, max_copies, trust, device)
+        _place_of(name, module)
+    owner = Tenants(model, default, mode, prefer, budget, max_copies, trust, shares)
     flat = FLATTENING | set(flattening)
     for name, module in chosen:
         _attach(owner, name, module)
@@ -160,26 +164,31 @@ def _encoder(model: nn.Module) -> nn.Module | None:
     return found if fits and not any(name.startswith("_xorz") for name in found.__dict__) else None
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    """Where all its tensors are; ValueError, by name, if they are in several places or in one that is not served."""
+def _shares(model: nn.Module) -> dict[torch.device, float]:
+    """Where its tensors are, and what share of their bytes; ValueError, by name, if that is not served."""
     first: tuple[str, torch.device] | None = None
+    found: dict[torch.device, int] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ValueError(
-                f"`{name}` is on the meta device, where it has no words: load the model whole on the CPU, without offload to "
-                "CPU or disk (accelerate), before it is attached"
+                f"`{name}` is on the meta device, where it has no words: load the model whole, on the CPU or on CUDA devices, "
+                "without offload to CPU or disk (accelerate), before it is attached"
             )
         if tensor.device.type not in ("cpu", "cuda"):
             raise ValueError(
                 f"`{name}` is on {tensor.device}; models are served on the CPU or on a CUDA device"
             )
         first = first or (name, tensor.device)
-        if tensor.device != first[1]:
+        if tensor.device.type != first[1].type:
             raise ValueError(
-                f"`{first[0]}` is on {first[1]}, but `{name}` is on {tensor.device}; a model that is spread over devices is "
-                "not served yet: put it on one"
+                f"`{first[0]}` is on {first[1]}, but `{name}` is on {tensor.device}; a model may be spread over CUDA devices, "
+                "but not over them and the CPU: put it whole on one kind"
             )
-    return HOST if first is None else first[1]
+        found[tensor.device] = found.get(tensor.device, 0) + tensor.nbytes
+    whole = sum(found.values())
+    return {device: size / whole if whole else 1 / len(found) for device, size in found.items()} or {
+        HOST: 1.0
+    }
 
 
 def _attach(owner: Tenants, name: str, module: nn.Module) -> None:
@@ -192,10 +201,24 @@ def _attach(owner: Tenants, name: str, module: nn.Module) -> None:
             owner.methods.append(module)
             swap.swap_method(module, owner)
         return
-    site = Site(owner, name or type(module).__name__, module, _kind(module))
+    site = Site(owner, name or type(module).__name__, module, _kind(module), _place_of(name, module))
     owner.sites[name] = site
     owner.modules[name] = module
     swap.swap(module, site)
+
+
+def _place_of(name: str, module: nn.Module) -> torch.device:
+    """The device of all its own tensors, of none the host; ValueError if there are several."""
+    first: tuple[str, torch.device] | None = None
+    for own, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None:
+            first = first or (own, tensor.device)
+            if tensor.device != first[1]:
+                raise ValueError(
+                    f"`{first[0]}` of `{name}` is on {first[1]}, but its `{own}` is on {tensor.device}; "
+                    "a model may be spread over CUDA devices, but each module's own tensors must be on one"
+                )
+    return HOST if first is None else first[1]
 
 
 def _around(owner: Tenants, name: str, parent: nn.Module, known: bool) -> None:

@@ -218,7 +218,7 @@ def _out(mixed: Tensor, weight: Any, bias: Any, length: int, batch: int) -> Tens
     if found is None:
         return F.linear(mixed, plain(weight), plain(bias)).view(length, batch, -1)
     site, _param = found
-    rows = site.owner.now()
+    rows = site.owner.now(site.device)
     slots = rows.along(1).rows((length, batch), False, site.name)
     table = site.biases("bias")
     out = site.product(mixed, site.base["weight"], table, "weight", slots, rows.only)

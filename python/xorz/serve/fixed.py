@@ -22,9 +22,16 @@ class DeviceTables:
         stacks: parameter or buffer name -> [slots + 1, ...], each slot's own value, the base's last.
     """
 
-    def __init__(self, owner: Any, name: str, base: Mapping[str, Tensor], tables: dict[str, Tensor]) -> None:
-        """Tables of the module `name` of `owner`, whose tensors are `base`, to be kept in `tables`."""
-        self._owner, self._name, self._base = owner, name, base
+    def __init__(
+        self,
+        owner: Any,
+        name: str,
+        base: Mapping[str, Tensor],
+        tables: dict[str, Tensor],
+        device: torch.device,
+    ) -> None:
+        """Tables of the module `name` of `owner`, whose tensors are `base`, on `device`, to be kept in `tables`."""
+        self._owner, self._name, self._base, self._device = owner, name, base, device
         self.tables = tables
         self.stacks: dict[str, Tensor] = {}
         self._left: set[tuple[str, int]] = set()
@@ -72,9 +79,9 @@ class DeviceTables:
         old = self.tables.get(param)
         if old is not None and old.size(0) >= self._owner.capacity:
             return old
-        refuse_in_capture(self._owner.device, f"the table of `{self._name}.{param}` would be made")
+        refuse_in_capture(self._device, f"the table of `{self._name}.{param}` would be made")
         with lasting():
-            found = torch.zeros(self._owner.capacity, 2, dtype=torch.int64, device=self._owner.device)
+            found = torch.zeros(self._owner.capacity, 2, dtype=torch.int64, device=self._device)
             if old is not None:
                 found[: old.size(0)].copy_(old)
         self.tables[param] = found
@@ -93,7 +100,7 @@ class DeviceTables:
 
     def _stack(self, param: str, values: Mapping[int, Mapping[str, Tensor]]) -> Tensor:
         base = self._base[param]
-        refuse_in_capture(self._owner.device, f"the values of `{self._name}.{param}` would be put together")
+        refuse_in_capture(self._device, f"the values of `{self._name}.{param}` would be put together")
         with lasting():
             found = base.expand(self._owner.capacity + 1, *base.shape).clone()
             for slot, own in values.items():

@@ -70,7 +70,7 @@ def linear(site: Site, module: nn.Module, input: Tensor) -> Tensor:
         or _tracing() is not None
         or forward_ad._current_level >= 0
         or _transforms()
-        or _is_autocast(owner.device.type)
+        or _is_autocast(site.device.type)
     ):
         out = call(site, module, input)
         if plan is None and rows.probe is None:
@@ -106,7 +106,7 @@ def _plan(site: Site, rows: RowMap, key: Any) -> None:
         rows.plans[key] = (_plain_linear, (weight, bias), None)
     elif rows.only is None:
         try:
-            slots = rows.rows(key[1], site.flattens, site.name, site)
+            slots = rows.on(site.device).rows(key[1], site.flattens, site.name, site)
         except Table:
             return
         biases = site.biases("bias")
@@ -249,7 +249,7 @@ def _conv1d(site: Site, rows: RowMap, x: Tensor) -> Tensor:
     if site.owner.mode == "exact":
         return _conv1d_exact(site, x, weight, biases, slots)
     out = torch.ops.xorz.delta_linear_grouped_grad_input(
-        x, weight, site.owner.arena.tensor, site.slots("weight"), slots
+        x, weight, site.arena.tensor, site.slots("weight"), slots
     )
     return out + biases[slots.long()].view(out.shape)
 

@@ -45,7 +45,7 @@ class GraphRows:
         """Rows of the base; `Tenants.graph_rows` is the door."""
         self.batch, self.names = batch, (None,) * batch
         with lasting():
-            self.tensor = torch.full((batch,), BASE, dtype=torch.int32, device=owner.device)
+            self.tensor = torch.full((batch,), BASE, dtype=torch.int32, device=owner.devices[0])
         self._owner: Any = owner
         self._lock = threading.RLock()
         # Shapes that layers are given -> the number of the row at each position, and that row's slot.
@@ -67,7 +67,7 @@ class GraphRows:
                 own; MemoryError: an evicted one finds no room. The rows are then as they were. RuntimeError: these rows are
                 closed, or a graph is being captured.
         """
-        refuse_in_capture(self._owner.device, "rows of a graph would be set")
+        refuse_in_capture(self.tensor.device, "rows of a graph would be set")
         self._check()
         names, slots, give_back = self._owner.hold(names)
         try:
@@ -101,7 +101,7 @@ class GraphRows:
         Raises:
             RuntimeError: a `use` of these rows is open.
         """
-        refuse_in_capture(self._owner.device, "rows of a graph would be closed")
+        refuse_in_capture(self.tensor.device, "rows of a graph would be closed")
         with self._lock:
             if self._uses:
                 raise RuntimeError(
@@ -141,7 +141,7 @@ class GraphRows:
             found = self._spread.get((layout, lead))
             if found is None:
                 refuse_in_capture(
-                    self._owner.device, f"rows of shape {list(lead)} are met for the first time"
+                    self.tensor.device, f"rows of shape {list(lead)} are met for the first time"
                 )
                 with lasting():
                     numbers = rows.index(layout, lead).reshape(-1).contiguous()

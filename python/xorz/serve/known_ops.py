@@ -99,10 +99,10 @@ def matmul(left: Any, right: Any, is_second: bool = False, **more: Any) -> Any:
         slots = rows.rows(left.shape[:-1], site.flattens, site.name, (site, *place))
         if turned:
             return site.product(left, site.base[param], None, param, slots, rows.only)
-        if site.owner.mode != "exact" and site.owner.device.type == "cpu":
+        if site.owner.mode != "exact" and site.device.type == "cpu":
             table = site.slots(param)
             return torch.ops.xorz.delta_linear_grouped_grad_input(
-                left, site.base[param], site.owner.arena.tensor, table, slots
+                left, site.base[param], site.arena.tensor, table, slots
             )
     if rows.only is not None:
         return NotImplemented
@@ -159,7 +159,7 @@ def embedding_rows(site: Site, rows: RowMap, ids: Tensor, param: str = "weight",
         return derive(lambda slot: _look_up_one(site, ids, param, slot), [site.weights[param]], site.name)
     slots = rows.rows(ids.shape, site.flattens, site.name, place)
     weight = site.base[param]
-    return torch.ops.xorz.delta_embedding(ids, weight, site.owner.arena.tensor, site.slots(param), slots)
+    return torch.ops.xorz.delta_embedding(ids, weight, site.arena.tensor, site.slots(param), slots)
 
 
 def embedding_of_each(site: Site, ids: Tensor, slots: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def embedding_of_each(site: Site, ids: Tensor, slots: Tensor) -> Tensor:
     out = torch.ops.xorz.delta_embedding(
         ids.reshape(1, each).expand(count, each).reshape(-1),
         site.base["weight"],
-        site.owner.arena.tensor,
+        site.arena.tensor,
         site.slots("weight"),
         slots.view(count, 1).expand(count, each).reshape(-1),
     )
@@ -177,9 +177,7 @@ def embedding_of_each(site: Site, ids: Tensor, slots: Tensor) -> Tensor:
 
 def _look_up_one(site: Site, ids: Tensor, param: str, slot: int) -> Tensor:
     slots = torch.full((ids.numel(),), slot, dtype=torch.int32, device=ids.device)
-    return torch.ops.xorz.delta_embedding(
-        ids, site.base[param], site.owner.arena.tensor, site.slots(param), slots
-    )
+    return torch.ops.xorz.delta_embedding(ids, site.base[param], site.arena.tensor, site.slots(param), slots)
 
 
 def turn(weight: Any, *_: Any) -> Any:
@@ -239,7 +237,7 @@ def to(weight: Any, *args: Any, **kwargs: Any) -> Any:
         isinstance(weight, Weight)
         and len(args) == 1
         and not kwargs
-        and args[0] in (weight.dtype, weight.owner.device)
+        and args[0] in (weight.dtype, weight.base.device)
     ):
         return keep(weight)
     return NotImplemented

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from .. import _core, _ops, checkpoint
 from ..diff import StateDelta
 from . import names
+from .residency import padded
 from .site import COMPUTING, FLOATS, Site, restored_as
 from .stored import Experts, stored
+from .twins import Twins, twins
 from .weight import plain
 
 LARGEST_COPY = 0.01
@@ -33,22 +35,23 @@ class Prepared:
         self.values: list[tuple[Site, str, Tensor]] = []
         self.alone = False
 
-    def move(self, device: torch.device) -> None:
-        """Put the dense values where the model is, tied ones once; the deltas go into its arena later."""
-        if device.type != "cpu":
-            there = {id(value): value.to(device) for _, _, value in self.values}
-            self.values = [(site, param, there[id(value)]) for site, param, value in self.values]
+    def move(self) -> None:
+        """Put the dense values where their modules are, tied ones once; the deltas go into arenas later."""
+        there: dict[Any, Tensor] = {}
+        for site, _, value in self.values:
+            if site.device.type != "cpu":
+                key = (id(value), site.device)
+                there[key] = there[key] if key in there else value.to(site.device)
+        self.values = [(s, param, there.get((id(v), s.device), v)) for s, param, v in self.values]
 
-    @property
-    def copies(self) -> int:
-        """Bytes of the dense values; tied ones once."""
-        return sum({t.data_ptr(): t.nbytes for _, _, t in self.values}.values())
+    def copies(self, device: torch.device) -> int:
+        """Bytes of the dense values there; tied ones once."""
+        return sum({t.data_ptr(): t.nbytes for s, _, t in self.values if s.device == device}.values())
 
-    @property
-    def bytes(self) -> int:
-        """Bytes that it will take."""
-        deltas = {id(d): -(-d.numel() // 64) * 64 for _, _, d in self.deltas}
-        return sum(deltas.values()) + self.copies
+    def bytes(self, device: torch.device) -> int:
+        """Bytes that it will take there."""
+        deltas = {id(d): padded(d.numel()) for s, _, d in self.deltas if s.device == device}
+        return sum(deltas.values()) + self.copies(device)
 
 
 def prepare(
@@ -62,14 +65,13 @@ def prepare(
     """Read, check against the model's own tensors, and say who serves what; errors as `Tenants.load`. `kept`: what modules made
     of the base's weights before it was attached; see `kept.kept`. `trust` as `attach`.
     """
-    base = _on_host(
-        {
-            name: plain(tensor).detach()
-            for name, tensor in model.state_dict(keep_vars=True).items()
-            if torch.is_tensor(tensor)
-        }
-    )
-    entries = _entries(model, base, source, prefer, trust)
+    own = {
+        name: plain(tensor).detach()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if torch.is_tensor(tensor)
+    }
+    base = _on_host(own)
+    entries = _entries(model, base, source, prefer, trust, twins(model, own, base))
     where = _places(model)
     out = Prepared()
     base_bytes = sum({t.untyped_storage().data_ptr(): t.nbytes for t in base.values()}.values())
@@ -101,7 +103,7 @@ def _on_host(base: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _key(tensor: Tensor) -> Any:
     """What tied tensors have in common; those without words are not tied."""
-    return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else id(tensor)
+    return (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else id(tensor)
 
 
 def _copy(
@@ -127,14 +129,16 @@ def _copy(
 
 
 def _entries(
-    model: nn.Module, base: dict[str, Tensor], source: Any, prefer: str | None, trust: str
+    model: nn.Module, base: dict[str, Tensor], source: Any, prefer: str | None, trust: str, copied: Twins
 ) -> dict[str, tuple[str, Any]]:
     """Name in the model -> ("delta", resident delta), ("experts", one of them or None for each) or ("alone", tensor).
 
-    Changed ones only, ties made whole.
+    Changed ones only, ties made whole, those between devices (`copied`), too.
     """
     deltas, alone, removed = _read(model, base, source, prefer, trust)
     tied = _ties(base)
+    for name, others in copied.sure.items():
+        tied[name] = list(dict.fromkeys((*tied[name], *others)))
     for name in removed:
         if name in base and not any(alias in deltas or alias in alone for alias in tied[name]):
             raise ValueError(f"tensor `{name}` is not in the fine-tune, and the model needs it")
@@ -156,10 +160,13 @@ def _entries(
             if kind == "delta" and _core.delta_info(tensor).changed == 0:
                 continue
             out[name] = (kind, tensor)
+    given = {*deltas, *alone}
     for name in list(out):
         for alias in tied[name]:
-            if alias not in deltas and alias not in alone:
+            if alias not in given:
                 out[alias] = out[name]
+    for name in out:
+        copied.refuse_unsure(name, {*out, *given})
     return out
 
 

@@ -127,7 +127,7 @@ class Proofs:
             with self._lock:
                 found = self._found.get(kind)
                 if found is None:
-                    refuse_in_capture(owner.device, "the first batch of a kind would be tried")
+                    refuse_in_capture(rows.device, "the first batch of a kind would be tried")
                     found = self._found[kind] = _Trial(owner, run, rows, args, kwargs, main).proof()
                     for key, layout in found.layouts.items():
                         self.together.add(key, layout)
@@ -171,7 +171,7 @@ class _Trial:
     def __init__(
         self, owner: Any, run: Callable[..., Any], rows: RowMap, args: Any, kwargs: Any, main: str
     ) -> None:
-        self._owner, self._run, self._rows, self._device = owner, run, rows, owner.device
+        self._owner, self._run, self._rows, self._devices = owner, run, rows, owner.devices
         self._leaves, self._spec = tree_flatten((args, kwargs))
         self._batch = len(rows.slots)
         self._inputs = self._rows_of(args, kwargs, main)
@@ -352,7 +352,7 @@ class _Trial:
         try:
             with (
                 torch.no_grad(),
-                torch.random.fork_rng(devices=[] if self._device.type == "cpu" else [self._device]),
+                torch.random.fork_rng(devices=[d for d in self._devices if d.type != "cpu"]),
                 self._owner.active.set(rows.trial(recorder)),
             ):
                 torch.manual_seed(0)

@@ -142,6 +142,7 @@ def _root(module: nn.Module, plain: Any, args: Any, kwargs: Any) -> Any:
             return plain(module, *args, **kwargs)
     if rows is None or rows.only is not None:
         return plain(module, *args, **kwargs)
+    rows.arrived()
     run = functools.partial(plain, module)
     why = owner.apart
     # torch's own layers say themselves where their batch is.

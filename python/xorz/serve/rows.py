@@ -61,6 +61,16 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host where a device reads them. To a GPU they go by pinned memory, which torch lends again when the device
+    has read it: nobody waits, and they are there for whatever follows on this stream.
+    """
+    if device.type != "cuda":
+        return numbers.to(device)
+    refuse_in_capture(device, "who has which row would be copied")
+    return numbers.pin_memory().to(device, non_blocking=True)
+
+
 def refuse_in_capture(device: torch.device, what: str) -> None:
     """RuntimeError where a graph is being captured; `what` must be done before."""
     if capturing(device):
@@ -114,10 +124,10 @@ class RowMap:
         tokens: bool = False,
         release: Callable[[], None] | None = None,
         parent: "RowMap | None" = None,
-        device: torch.device = HOST,
+        device: torch.device | None = None,
     ) -> None:
         """`tokens`: the rows are single tokens in an order of the module's own; shapes must then match exactly. `device`: where
-        the model is; a map made from another one is where that is.
+        what is computed with it lies; of a map made from another one, None is where that is, else the host.
         """
         self.slots = tuple(slots)
         self.names = tuple(names)
@@ -130,16 +140,19 @@ class RowMap:
         self.carried = parent.carried if parent is not None else False
         # Taken out by whoever gives the tenants back: taking is one step for all threads, and for a collector in this one.
         self._releases = [] if release is None else [release]
-        self.device = device if parent is None else parent.device
-        # A map of the same rows has the same tensors: to a GPU they are copied once, when the `use` begins.
+        self.device = device or (HOST if parent is None else parent.device)
+        # A map of the same rows has the same tensors: to each GPU they are copied once, when the `use` begins.
         same = parent is not None and parent.slots == self.slots
-        self._tensor: Tensor | None = parent._tensor if same else None
-        self._groups: dict[bool, list[tuple[int, Tensor]]] = parent._groups if same else {}
+        self._tensors: dict[torch.device, Tensor] = parent._tensors if same else {}
+        self._tensor: Tensor | None = self._tensors.get(self.device)
+        self._groups: dict[Any, list[tuple[int, Tensor]]] = parent._groups if same else {}
         self._expanded: dict[Any, Tensor] = {}
         # What modules have found out about these slots; it cannot change while their tenants are held in memory.
         self.touching: dict[Any, bool] = {}
         # What linear layers compute with for these slots, of a mixed batch for each shape.
         self.plans: dict[Any, tuple[Any, ...]] = {}
+        self._elsewhere: dict[torch.device, RowMap] = {}
+        self._arrivals: list[tuple[torch.device, Any]] = []
         self.proof: Any = None if parent is None or tokens else parent.proof
         self.together: Any = None if parent is None or tokens else parent.together
         self.probe: Any = None
@@ -153,31 +166,63 @@ class RowMap:
 
     @property
     def tensor(self) -> Tensor:
-        """`slots` as int32, on the model's device."""
+        """`slots` as int32, on the map's device."""
         if self._tensor is None:
-            with lasting():
-                self._tensor = torch.tensor(self.slots, dtype=torch.int32).to(self.device)
+            found = self._tensors.get(self.device)
+            if found is None:
+                with lasting():
+                    found = sent(torch.tensor(self.slots, dtype=torch.int32), self.device)
+                self._tensors[self.device] = found
+            self._tensor = found
         return self._tensor
 
     def groups(self, one_by_one: bool) -> list[tuple[int, Tensor]]:
-        """(slot, the numbers of its batch rows, int64 on the model's device) of each tenant, or of each row."""
-        if one_by_one not in self._groups:
+        """(slot, the numbers of its batch rows, int64 on the map's device) of each tenant, or of each row."""
+        key = (self.device, one_by_one)
+        if key not in self._groups:
             if one_by_one:
                 found = [(slot, [row]) for row, slot in enumerate(self.slots)]
             else:
                 found = [(slot, [r for r, s in enumerate(self.slots) if s == slot]) for slot in self.used]
             # One copy for all of them.
             with lasting():
-                numbers = torch.tensor([row for _, mine in found for row in mine]).to(self.device)
+                numbers = sent(torch.tensor([row for _, mine in found for row in mine]), self.device)
                 parts = numbers.split([len(mine) for _, mine in found])
-            self._groups[one_by_one] = [(slot, part) for (slot, _), part in zip(found, parts, strict=True)]
-        return self._groups[one_by_one]
+            self._groups[key] = [(slot, part) for (slot, _), part in zip(found, parts, strict=True)]
+        return self._groups[key]
 
-    def ready(self) -> None:
-        """Copy to the model's device what forwards read, so that none of them does: a graph may be capturing it."""
-        if self.only is None and self.device.type != "cpu":
-            self.groups(False)
-            _ = self.tensor
+    def ready(self, devices: Sequence[torch.device]) -> None:
+        """Copy to each of the model's devices what forwards read, so that none of them does: a graph may be capturing it."""
+        for device in devices:
+            if self.only is None and device.type == "cuda":
+                here = self.on(device)
+                here.groups(False)
+                _ = here.tensor
+                self._arrivals.append((device, torch.cuda.current_stream(device).record_event()))
+
+    def arrived(self) -> None:
+        """Let the current streams wait for what `ready` has copied, which may be on its way on others. The host waits for
+        nothing.
+        """
+        for device, event in self.root._arrivals:
+            # A capture begins when the device has done all.
+            if not capturing(device):
+                torch.cuda.current_stream(device).wait_event(event)
+
+    def on(self, device: torch.device) -> "RowMap":
+        """The same rows, for what lies on this device."""
+        if device == self.device:
+            return self
+        found = self._elsewhere.get(device)
+        if found is None:
+            found = RowMap(
+                self.slots, self.names, dim=self.dim, tokens=self.tokens, parent=self, device=device
+            )
+            found.proof, found.together, found.probe = self.proof, self.together, self.probe
+            found.touching, found.plans = self.touching, self.plans
+            found._elsewhere[self.device] = self
+            self._elsewhere[device] = found
+        return found
 
     def begin(self) -> None:
         """A call of a module starts; RuntimeError if the `use` has ended."""
@@ -308,7 +353,9 @@ class RowMap:
 
     def picked(self, layout: Layout, lead: Sequence[int], values: Sequence[Tensor]) -> Tensor:
         """Each row of its own tenant's value: there is one for each of `used`, all of one shape that begins with `lead`."""
-        out, whose = values[0], self.tensor[self.index(layout, lead)]
+        out = values[0]
+        here = self.on(out.device)
+        whose = here.tensor[here.index(layout, lead)]
         whose = whose.reshape(*whose.shape, *[1] * (out.dim() - whose.dim()))
         for slot, mine in zip(self.used, values, strict=True):
             out = torch.where(whose == slot, mine, out)

@@ -1,5 +1,6 @@
 """What is stored of one attached module: the base's tensors, and for each tenant its deltas and small dense tensors."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -8,7 +9,7 @@ from torch.autograd import forward_ad
 
 from .arena import Arena
 from .fixed import DeviceTables
-from .rows import BASE, RowMap, lasting
+from .rows import BASE, HOST, RowMap, lasting
 from .weight import Weight
 
 F = nn.functional
@@ -22,14 +23,14 @@ class Owner(Protocol):
     """What a site needs of the `Tenants` that it belongs to."""
 
     mode: str
-    device: torch.device
+    devices: tuple[torch.device, ...]
     capacity: int
-    arena: Arena
+    arenas: Mapping[torch.device, Arena]
     lock: Any
     unsettled: bool
 
-    def now(self) -> RowMap | None:
-        """The map of rows that is active in this thread or task, or None."""
+    def now(self, device: torch.device | None = None) -> RowMap | None:
+        """The map of rows that is active in this thread or task, or None; for what lies on this device, if one is given."""
 
     def rows(self, site: "Site") -> RowMap | None:
         """The active map, for a module that is called."""
@@ -55,6 +56,7 @@ class Site:
     Attributes:
         name: the module's full name.
         kind: "linear", "conv1d", "embedding", "attention", "experts", "rows" or "split"; says how it is served.
+        device: where all its tensors are; arena: of deltas there.
         flattens: its two-dimensional inputs are the batch's tokens, flattened batch first.
         raws: name -> the module's own parameter or buffer; base: the same words, without gradients.
         weights: name -> what readers of the attribute meet; see `Weight`.
@@ -68,9 +70,12 @@ class Site:
         seen, known: its attributes, and copies of what they were when it was attached or its user set them.
     """
 
-    def __init__(self, owner: Owner, name: str, module: nn.Module, kind: str) -> None:
-        """A site of `module` that no tenant has changed yet."""
+    def __init__(
+        self, owner: Owner, name: str, module: nn.Module, kind: str, device: torch.device = HOST
+    ) -> None:
+        """A site of `module`, whose tensors are on `device`, that no tenant has changed yet."""
         self.owner, self.name, self.kind = owner, name, kind
+        self.device, self.arena = device, owner.arenas[device]
         self.original = type(module)
         self.is_leaf = not module._modules
         # torch's own classes are known to keep nothing that they made from their weights.
@@ -92,8 +97,8 @@ class Site:
         self._stack: tuple[Any, ...] | None = None
         # Counts changes of `values`. A forward that sees the count change while it reads them does not keep what it made.
         self._changes = 0
-        on_host = owner.device.type == "cpu"
-        self.fixed = None if on_host else DeviceTables(owner, name, self.base, self.table)
+        on_host = device.type == "cpu"
+        self.fixed = None if on_host else DeviceTables(owner, name, self.base, self.table, device)
 
     def __deepcopy__(self, memo: Any) -> "Site":
         """An attached model cannot be copied or pickled."""
@@ -116,7 +121,7 @@ class Site:
         """The delta of `param` for `slot`."""
         self.pieces.setdefault(param, {})[slot] = (offset, length)
         with lasting():
-            self.deltas[param, slot] = self.owner.arena.tensor[offset : offset + length]
+            self.deltas[param, slot] = self.arena.tensor[offset : offset + length]
         self.clones.pop(slot, None)
         if self.fixed is not None:
             self.fixed.put(param, slot, (offset, length))
@@ -391,7 +396,7 @@ class Site:
         if biases is not None:
             # There may be more slots by now than when the biases were put together.
             table = table[: biases.size(0) - 1]
-        return self.owner.arena.tensor, table
+        return self.arena.tensor, table
 
 
 _LINEAR = torch.ops.xorz.delta_linear

@@ -300,7 +300,7 @@ def apart(
         parts = []
         for slot, index in found:
             mine = [
-                leaf.index_select(rows.dim, index) if w else leaf
+                leaf.index_select(rows.dim, index.to(leaf.device)) if w else leaf
                 for leaf, w in zip(leaves, which, strict=True)
             ]
             mine, more = tree_unflatten(mine, spec)
@@ -370,7 +370,7 @@ def _together(parts: list[Any], order: list[Tensor], dim: int, why: RuntimeError
         if all(isinstance(t, _PLAIN) for t in each):
             merged.append(each[0])
         elif all(_has(t, dim, index.numel()) for t, index in zip(each, order, strict=True)):
-            merged.append(torch.cat(each, dim).index_select(dim, back))
+            merged.append(torch.cat(each, dim).index_select(dim, back.to(each[0].device)))
         else:
             raise why
     return parts[0][0](merged)
@@ -399,7 +399,7 @@ def settled(out: Any, rows: RowMap) -> Any:
     if not any(isinstance(leaf, Weight) for leaf in tree_leaves(opened(out)[1])):
         return out
     build, leaves = opened(out)
-    slots, done = rows.tensor, []
+    done = []
     for leaf in leaves:
         if isinstance(leaf, Weight):
             if rows.tokens or rows.proof is not None or not _has(leaf, rows.dim, len(rows.slots)):
@@ -407,7 +407,7 @@ def settled(out: Any, rows: RowMap) -> Any:
                     f"xorz: an output {list(leaf.shape)} is made of `{leaf.full()}` alone; use one tenant at a time"
                 )
             whole = leaf.dense(rows.used[0]).clone()
-            for slot, index in groups(slots, rows, False):
+            for slot, index in rows.on(leaf.base.device).groups(False):
                 part = leaf.dense(slot).index_select(rows.dim, index)
                 whole = whole.index_copy(rows.dim, index, part)
             leaf = whole

@@ -8,7 +8,7 @@ them again, an entry is changed in its place while nobody can name its slot (`fi
 import itertools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,11 @@ class _Tenant:
         self.path = located(source).absolute() if isinstance(source, (str, os.PathLike)) else None
         self.identity: Any = None
         self.slot: int | None = None
-        self.pieces: list[Piece] = []
-        self.bytes = 0
+        # By device, as are the bytes of all of it and of copies alone.
+        self.pieces: dict[torch.device, list[Piece]] = {}
+        self.bytes: dict[torch.device, int] = {}
+        self.copies: dict[torch.device, int] = {}
         self.alone = False
-        self.copies = 0
         self.pins = 0
         self.last = 0
         self.gone = False
@@ -61,6 +62,7 @@ class Tenants:
         model: the attached model.
         default: "base", a tenant's name, or None where having no active tenant is an error.
         mode: of every product.
+        devices: where the model is: the host, or one or several GPUs. arenas: of deltas, one on each.
     """
 
     def __init__(
@@ -72,9 +74,11 @@ class Tenants:
         budget: int | str | None,
         max_copies: int | str | None = None,
         trust: str = "digest",
-        device: torch.device = HOST,
+        shares: Mapping[torch.device, float] | None = None,
     ) -> None:
-        """Attach `model`, for which `xorz.attach` is the door; the arguments are those of `attach`, and where the model is."""
+        """Attach `model`, for which `xorz.attach` is the door; the arguments are those of `attach`, and where the model is,
+        with the share of the budget that is for each place.
+        """
         if default is not None and not (isinstance(default, str) and default):
             raise ValueError(f'default must be "base", a tenant\'s name or None, but is {default!r}')
         if mode not in ("fast", "deterministic", "exact"):
@@ -93,9 +97,13 @@ class Tenants:
         self.sites: dict[str, Site] = {}
         self.modules: dict[str, nn.Module] = {}
         self.methods: list[nn.Module] = []
-        self.device = device
-        self.residency = Residency(self.budget, device)
-        self.arena = self.residency.arena
+        shares = shares or {HOST: 1.0}
+        self.devices = tuple(shares)
+        self.residencies = {
+            device: Residency(None if self.budget is None else max(1, int(share * self.budget)), device)
+            for device, share in shares.items()
+        }
+        self.arenas = {device: residency.arena for device, residency in self.residencies.items()}
         self._tenants: dict[str, _Tenant] = {}
         self._slots: dict[int, _Tenant] = {}
         self._clock = itertools.count(1)
@@ -107,7 +115,7 @@ class Tenants:
         self.apart: RuntimeError | None = None
         self.cut: dict[Any, list[bool]] = {}
         self.proofs = Proofs()
-        self.of_base = RowMap((BASE,), (None,), device=device)
+        self.of_base = RowMap((BASE,), (None,), device=self.devices[0])
         self.generators: dict[int, RowMap] = {}
         self._shrouded: list[Tensor] = []
         self._kept: dict[str, str] = {}
@@ -237,7 +245,7 @@ class Tenants:
         with lasting():
             source = tenant.source if tenant.path is None else tenant.path
             prepared = prepare(self.model, source, self.prefer, self.max_copies, self._kept, self.trust)
-            prepared.move(self.device)
+            prepared.move()
         if tenant.path is not None and _identity(tenant.path) != before:
             raise ValueError(f"tenant {tenant.name!r}: {tenant.path} was changed while it was read")
         tenant.identity = before
@@ -245,34 +253,37 @@ class Tenants:
 
     def _place(self, tenant: _Tenant, prepared: Prepared, old: _Tenant | None = None) -> None:
         """Make a prepared tenant resident, in the place of `old`; nothing is left behind if that fails."""
-        self._make_room(tenant, prepared.bytes, old)
+        self._make_room(tenant, prepared, old)
         slot = self._free_slot(tenant)
         # What was seen of the tenant that had the slot before is not this one's.
         self.cut.clear()
         tenant.slot, tenant.alone, tenant.last = slot, prepared.alone, next(self._clock)
         self._slots[slot] = tenant
         try:
-            # Tied parameters have one delta.
-            once = {id(delta): delta for _, _, delta in prepared.deltas}
-            tenant.pieces = self.residency.place(once.values(), lambda: self._evict_one(tenant))
-            placed = dict(zip(once, tenant.pieces, strict=True))
+            placed: dict[Any, Piece] = {}
+            for device, residency in self.residencies.items():
+                # Tied parameters have one delta.
+                once = {id(delta): delta for site, _, delta in prepared.deltas if site.device == device}
+                pieces = residency.place(once.values(), lambda: self._evict_one(tenant))
+                tenant.pieces[device] = pieces
+                placed |= {(key, device): piece for key, piece in zip(once, pieces, strict=True)}
             for site, param, delta in prepared.deltas:
-                site.add_piece(param, slot, *placed[id(delta)])
+                site.add_piece(param, slot, *placed[id(delta), site.device])
             for site, param, value in prepared.values:
                 site.add_value(param, slot, value)
-            if self.device.type != "cpu" and prepared.values:
-                # There for whoever names the slot from now on, on any stream.
-                torch.cuda.current_stream(self.device).synchronize()
+            # There for whoever names the slot from now on, on any stream.
+            for device in dict.fromkeys(s.device for s, _, _ in prepared.values if s.device.type != "cpu"):
+                torch.cuda.current_stream(device).synchronize()
         except BaseException:
             self._evict(tenant)
             raise
         if tenant.path is None:
             # The delta is in the arena now and is never evicted. A second copy would not be counted by memory().
             tenant.source = None
-        copies = prepared.copies
-        tenant.bytes = sum(padded(length) for _, length in tenant.pieces) + copies
-        tenant.copies = copies
-        self.residency.copies += copies
+        for device, residency in self.residencies.items():
+            copies = tenant.copies[device] = prepared.copies(device)
+            residency.copies += copies
+            tenant.bytes[device] = sum(padded(length) for _, length in tenant.pieces[device]) + copies
 
     def _free_slot(self, tenant: _Tenant) -> int:
         """The lowest slot that nobody has, whose entries are empty; MemoryError if the tables of graphs have none left."""
@@ -287,28 +298,33 @@ class Tenants:
         while slot >= self.capacity:
             self.capacity *= 2
         if self.unsettled:
-            self.arena.settle()
+            for arena in self.arenas.values():
+                arena.settle()
             for site in self.sites.values():
                 site.fixed.settle()
             self.unsettled = False
         return slot
 
-    def _make_room(self, tenant: _Tenant, need: int, old: _Tenant | None) -> None:
+    def _make_room(self, tenant: _Tenant, prepared: Prepared, old: _Tenant | None) -> None:
+        need = {device: prepared.bytes(device) for device in self.devices}
+
         def evict() -> bool:
             if self._evict_one(tenant):
                 return True
-            # The one that is replaced goes last: in memory alone, it cannot come back, so only if that is enough.
+            # The one that is replaced goes last: in memory alone, it cannot come back, so only if that is enough everywhere.
             goes = old is not None and old.pins == 0 and old.slot is not None
-            if goes and need <= self.residency.free + old.bytes:
+            if goes and all(need[d] <= r.free + old.bytes[d] for d, r in self.residencies.items()):
                 self._evict(old)
                 return True
             return False
 
-        if not self.residency.make_room(need, evict):
-            raise MemoryError(
-                f"tenant {tenant.name!r} takes {need:,} bytes, but of the budget's {self.budget:,} only "
-                f"{self.residency.free:,} are free, and no other tenant is idle and in a file"
-            )
+        for device, residency in self.residencies.items():
+            if not residency.make_room(need[device], evict):
+                where = f" on {device}" if len(self.devices) > 1 else ""
+                raise MemoryError(
+                    f"tenant {tenant.name!r} takes {need[device]:,} bytes{where}, but of the budget's {residency.limit:,}"
+                    f"{where and ' there'} only {residency.free:,} are free, and no other tenant is idle and in a file"
+                )
 
     def _evict_one(self, tenant: _Tenant) -> bool:
         """Evict the least recently used tenant that is idle and in a file; False if there is none beside this one."""
@@ -331,12 +347,12 @@ class Tenants:
             return
         for site in self.sites.values():
             site.drop(tenant.slot)
-        self.unsettled = self.device.type != "cpu"
-        self.residency.release(tenant.pieces)
-        self.residency.copies -= tenant.copies
-        tenant.copies = 0
+        self.unsettled = self.devices[0].type != "cpu"
+        for device, residency in self.residencies.items():
+            residency.release(tenant.pieces.pop(device, ()))
+            residency.copies -= tenant.copies.pop(device, 0)
         del self._slots[tenant.slot]
-        tenant.slot, tenant.pieces = None, []
+        tenant.slot = None
 
     # Making tenants active.
 
@@ -377,14 +393,20 @@ class Tenants:
                 many as there is room for in the tables of rows that are open, else 32, or more if there are more.
 
         Raises:
-            ValueError: the model is on the CPU, a number is not positive, or rows that are open were made for fewer tenants.
+            ValueError: the model is on the CPU or spread over several GPUs, a number is not positive, or rows that are open
+                were made for fewer tenants.
         """
         for what, number in (("batch", batch), ("capacity", 1 if capacity is None else capacity)):
             if isinstance(number, bool) or not isinstance(number, int) or number <= 0:
                 raise ValueError(f"{what} must be a positive number, but is {number!r}")
-        if self.device.type == "cpu":
+        if self.devices[0].type == "cpu":
             raise ValueError(
                 "the model is on the CPU, which has no graphs to capture; give the names of each batch to tenants.use"
+            )
+        if len(self.devices) > 1:
+            raise ValueError(
+                f"the model is spread over {', '.join(map(str, self.devices))}, and a CUDA graph is captured on one device; "
+                "give the names of each batch to tenants.use"
             )
         with self.lock:
             if self._detached:
@@ -456,8 +478,10 @@ class Tenants:
                 )
             slots = [BASE if name is None else held[name].slot for name in names]
             tenants = tuple(held.values())
-            out = RowMap(slots, names, dim=dim, release=lambda: self._release(tenants), device=self.device)
-            out.ready()
+            out = RowMap(
+                slots, names, dim=dim, release=lambda: self._release(tenants), device=self.devices[0]
+            )
+            out.ready(self.devices)
             out.together = self.proofs.together
             return out
         except BaseException:
@@ -492,8 +516,8 @@ class Tenants:
             if tenant.gone and tenant.pins == 0:
                 self._evict(tenant)
 
-    def now(self) -> RowMap | None:
-        """The active map, for whoever reads a weight; RuntimeError where it cannot be what is meant."""
+    def now(self, device: torch.device | None = None) -> RowMap | None:
+        """The active map, for whoever reads a weight, which lies on `device`; RuntimeError where it cannot be what is meant."""
         rows = self.active.get()
         if _in_backward() != -1 and not (rows is not None and rows.carried):
             raise RuntimeError(
@@ -511,11 +535,11 @@ class Tenants:
             )
         if rows is not None and rows.root.closed and not rows.root.running:
             raise rows.root.ended()
-        return rows
+        return rows if device is None or rows is None else rows.on(device)
 
     def rows(self, site: Site) -> RowMap | None:
         """The active map, or None for the base alone; RuntimeError where neither is meant. For attached modules."""
-        rows = self.now()
+        rows = self.now(site.device)
         if rows is None and self.default != "base":
             whole = (
                 ""
@@ -550,7 +574,7 @@ class Tenants:
             return nullcontext()
         if rows.fixed is not None:
             raise Unknown("regroup")
-        slots = rows.rows(tuple(lead), False, "regroup")[index.reshape(-1).to(self.device)]
+        slots = rows.rows(tuple(lead), False, "regroup")[index.reshape(-1).to(rows.device)]
         return self.active.set(rows.regroup(slots.tolist()))
 
     # Asking what is loaded.
@@ -560,17 +584,18 @@ class Tenants:
         tables that forwards read), and their "total".
         """
         with self.lock:
-            return Memory(
-                self.residency.memory(
-                    map(plain, (*self.model.parameters(), *self.model.buffers())),
-                    sum(site.fixed.nbytes for site in self.sites.values() if site.fixed is not None),
-                )
-            )
+            tables = sum(site.fixed.nbytes for site in self.sites.values() if site.fixed is not None)
+            base = list(map(plain, (*self.model.parameters(), *self.model.buffers())))
+            first, *others = self.residencies.values()
+            found = first.memory(base, tables)
+            for more in (residency.memory(()) for residency in others):
+                found = {what: size + more[what] for what, size in found.items()}
+            return Memory(found)
 
     def sizes(self) -> dict[str, int]:
         """Name -> bytes of every resident tenant."""
         with self.lock:
-            return {t.name: t.bytes for t in self._tenants.values() if t.slot is not None}
+            return {t.name: sum(t.bytes.values()) for t in self._tenants.values() if t.slot is not None}
 
     def summary(self) -> str:
         """A table: how each attached module is served, and which tenants change it. A str, and a table in notebooks."""
@@ -592,7 +617,7 @@ class Tenants:
         """Each tenant with its bytes, for notebooks."""
         with self.lock:
             rows = [
-                (t.name, "in memory" if t.slot is not None else "in its file", f"{t.bytes:,}")
+                (t.name, "in memory" if t.slot is not None else "in its file", f"{sum(t.bytes.values()):,}")
                 for t in self._tenants.values()
             ]
         return table(("tenant", "is", "bytes"), rows) + self.memory()._repr_html_()

@@ -121,8 +121,8 @@ class Weight(Tensor):
         return _compute(func, args, kwargs)
 
     def rows(self) -> Any:
-        """The active map of rows."""
-        return self.owner.now()
+        """The active map of rows, for what lies where the weight does."""
+        return self.owner.now(self.base.device)
 
     def changed(self) -> bool:
         """Whether an active tenant has other words here, or the base's rows are to be computed as a tenant's are."""
@@ -313,7 +313,7 @@ def _telling(leaf: Any) -> Any:
     if not base.is_floating_point() or not base.numel() or base[(0,) * base.dim()] != 0 or base.any():
         return base
     g = torch.Generator().manual_seed(base.numel())
-    return (0.5 * torch.randn(base.shape, generator=g) + 0.1).to(base)
+    return (0.5 * torch.randn(base.shape, generator=g) + 0.1).to(base.device, base.dtype)
 
 
 def sites_of(weights: list[Weight]) -> list[Any]:
