@@ -48,20 +48,6 @@ inline void* current_stream(int32_t device) {
   return stream;
 }
 
-// The same words on another device. Copies to the host wait for the device.
-inline Tensor moved(const Tensor& t, const torch::stable::Device& to) {
-  return torch::stable::to(t, std::nullopt, std::nullopt, to, std::nullopt, false, false, std::nullopt);
-}
-
-inline Tensor on_host(const Tensor& t) {
-  return moved(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-}
-
-inline Tensor on_cuda(const Tensor& t, int32_t device) {
-  return moved(t, torch::stable::Device(torch::headeronly::DeviceType::CUDA,
-                                        static_cast<torch::stable::DeviceIndex>(device)));
-}
-
 // Makes the device of an op's tensors the current one, so that torch allocates there, and says on which
 // stream to launch. What is wrong with the device is said by the op before torch is asked for anything there.
 class OnDevice {

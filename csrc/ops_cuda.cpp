@@ -12,6 +12,7 @@
 #include "grouped.h"
 #include "on_device.h"
 #include "ops.h"
+#include "staging.h"
 
 namespace xorz {
 namespace {
@@ -97,10 +98,8 @@ CudaLinear grouped_linear(const GroupedOperands& g, const Tensor& arena) {
   return args;
 }
 
-// Rows of a batch by slot, in their order; -1 is the base. Waits for the device.
-std::map<int32_t, std::vector<int64_t>> rows_by_slot(const Checks& checks, const Tensor& tenant_of_row,
-                                                     size_t slots) {
-  const Tensor map = on_host(tenant_of_row);
+// Rows of a batch by slot, in their order; -1 is the base. `map`: each row's slot, on the host.
+std::map<int32_t, std::vector<int64_t>> rows_by_slot(const Checks& checks, const Tensor& map, size_t slots) {
   const auto* tenant = static_cast<const int32_t*>(map.const_data_ptr());
   std::map<int32_t, std::vector<int64_t>> rows;
   for (int64_t i = 0; i < map.numel(); ++i) {
@@ -127,17 +126,19 @@ std::optional<Tensor> delta_of_slot(const Checks& checks, const Tensor& arena, i
 }
 
 // Each tenant's rows gathered, multiplied by torch with a transient restored matrix, and put back. Who has
-// which row has to be known here, so that this waits for the device.
+// which row has to be known here, so that this waits for the device, once.
 Tensor exact_grouped(const Checks& checks, const OnDevice& device, const GroupedOperands& g,
                      const Tensor& weight, const std::optional<Tensor>& biases, const Tensor& arena) {
   const auto m = static_cast<int64_t>(g.m), n = static_cast<int64_t>(g.weight.n),
              k = static_cast<int64_t>(g.weight.k);
-  const Tensor places = on_host(g.tenancy.slots);
+  Staging staging(checks);
+  const Tensor places = staging.fetch(g.tenancy.slots), map = staging.fetch(g.tenancy.tenant_of_row);
+  staging.arrived();
   const auto* place = static_cast<const int64_t*>(places.const_data_ptr());
   const Tensor x =
       g.rows.dim() == 2 ? g.rows : call_aten("aten::view", "", g.rows, std::vector<int64_t>{m, k});
   const Tensor out = torch::stable::new_empty(x, {m, n});
-  for (const auto& [slot, rows] : rows_by_slot(checks, g.tenancy.tenant_of_row, g.s)) {
+  for (const auto& [slot, rows] : rows_by_slot(checks, map, g.s)) {
     std::optional<Tensor> delta;
     if (slot >= 0) delta = delta_of_slot(checks, arena, slot, place + 2 * slot);
     const CudaMatrix base = device_words(g.weight);
@@ -145,7 +146,7 @@ Tensor exact_grouped(const Checks& checks, const OnDevice& device, const Grouped
     if (whole.scalar_type() != g.type->torch) whole = call_aten("aten::view", "dtype", whole, g.type->torch);
     const Tensor host = torch::stable::empty({static_cast<int64_t>(rows.size())}, ScalarType::Long);
     std::memcpy(host.mutable_data_ptr(), rows.data(), rows.size() * sizeof(int64_t));
-    const Tensor index = on_cuda(host, checks.cuda);
+    const Tensor index = Staging::send(host, x);
     std::optional<Tensor> bias;
     if (biases) {
       Tensor all = *biases;

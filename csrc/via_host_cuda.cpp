@@ -1,19 +1,14 @@
 // CUDA registrations of the ops that are called once, when a delta is made, cut, joined or checked. They have
-// no CUDA kernel: arguments are copied to the host, the CPU kernel runs, and its result is copied back.
-// Copying waits for the device, so that none of these ops can be captured in a CUDA graph.
+// no CUDA kernel: arguments are copied to pinned memory of the host, together, the CPU kernel runs, and its
+// result is copied back. Each op waits once, for its arguments, and for no stream but the current one
+// (`staging.h`); a result is on its way when the op returns. None can be captured in a CUDA graph.
 #include "aten.h"
 #include "checks.h"
-#include "on_device.h"
 #include "ops.h"
+#include "staging.h"
 
 namespace xorz {
 namespace {
-
-std::vector<Tensor> all_on_host(const std::vector<Tensor>& all) {
-  std::vector<Tensor> out;
-  for (const Tensor& t : all) out.push_back(on_host(t));
-  return out;
-}
 
 // Checks that all tensors are on one CUDA device, contiguous, and of dtypes that the core knows.
 class Moving {
@@ -28,7 +23,7 @@ class Moving {
   void check(const std::string& name, const std::vector<Tensor>& all) const {
     for (size_t i = 0; i < all.size(); ++i) check(name + "[" + std::to_string(i) + "]", all[i]);
   }
-  Tensor back(const Tensor& t) const { return on_cuda(t, checks_.cuda); }
+  Staging staging() const { return Staging(checks_); }
 
  private:
   Checks checks_;
@@ -41,8 +36,10 @@ Tensor delta_encode_cuda(const Tensor& base, const Tensor& fine_tuned, const std
   moving.check("base", base);
   moving.check("fine_tuned", fine_tuned);
   const NoGrad guard;
-  return moving.back(
-      delta_encode_cpu(on_host(base), on_host(fine_tuned), prefer == "auto" ? "speed" : prefer));
+  Staging staging = moving.staging();
+  const Tensor from = staging.fetch(base), to = staging.fetch(fine_tuned);
+  staging.arrived();
+  return staging.send(delta_encode_cpu(from, to, prefer == "auto" ? "speed" : prefer), base);
 }
 
 Tensor delta_slice_cuda(const Tensor& delta, const Tensor& base, int64_t dim, int64_t start, int64_t end) {
@@ -50,7 +47,10 @@ Tensor delta_slice_cuda(const Tensor& delta, const Tensor& base, int64_t dim, in
   moving.check("delta", delta);
   moving.check("base", base);
   const NoGrad guard;
-  return moving.back(delta_slice_cpu(on_host(delta), on_host(base), dim, start, end));
+  Staging staging = moving.staging();
+  const Tensor whole = staging.fetch(delta), words = staging.fetch(base);
+  staging.arrived();
+  return staging.send(delta_slice_cpu(whole, words, dim, start, end), base);
 }
 
 Tensor delta_concat_cuda(const std::vector<Tensor>& deltas, const std::vector<Tensor>& bases, int64_t dim) {
@@ -62,7 +62,10 @@ Tensor delta_concat_cuda(const std::vector<Tensor>& deltas, const std::vector<Te
   moving.check("deltas", deltas);
   moving.check("bases", bases);
   const NoGrad guard;
-  return moving.back(delta_concat_cpu(all_on_host(deltas), all_on_host(bases), dim));
+  Staging staging = moving.staging();
+  const std::vector<Tensor> parts = staging.fetch(deltas), words = staging.fetch(bases);
+  staging.arrived();
+  return staging.send(delta_concat_cpu(parts, words, dim), *first);
 }
 
 // A full check reads all bytes, so that everything has to be copied.
@@ -70,7 +73,11 @@ void delta_check_cuda(const Tensor& delta, const Tensor& base) {
   const Moving moving("delta_check", {&delta, &base});
   moving.check("delta", delta);
   moving.check("base", base);
-  delta_check_cpu(on_host(delta), on_host(base));
+  const NoGrad guard;
+  Staging staging = moving.staging();
+  const Tensor mine = staging.fetch(delta), words = staging.fetch(base);
+  staging.arrived();
+  delta_check_cpu(mine, words);
 }
 
 }  // namespace xorz

@@ -1,12 +1,17 @@
 // What the shim asks of torch about CUDA, where torch has no GPU: to be preloaded, so that it comes before
 // libtorch_cpu.so. Devices and streams are those that the test says; aten ops on CUDA tensors go to the test,
 // all others to torch. tests/python/cuda_child.py is the other side.
+//
+// Copies to the host arrive as late as they may: when somebody waits for an event that was recorded behind them.
+// Until then the memory holds what it held. Events and captures of libcuda are therefore here, too.
 #include <dlfcn.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <set>
+#include <vector>
 
 using torch::stable::Tensor;
 
@@ -19,6 +24,15 @@ using Aten = AtenTensorHandle (*)(const char* name, AtenTensorHandle self, int64
 Aten aten = nullptr;
 void* streams[4];
 int32_t current = 0;
+// Copies to the host that nobody has waited for, and how many there were before.
+struct Copy {
+  Tensor from;
+  void* to;
+};
+std::vector<Copy> on_their_way;
+size_t have_arrived = 0;
+std::set<const void*> pinned;
+int32_t waits = 0, pageable = 0, capturing = 0;
 
 template <class F>
 F real(const char* name) {
@@ -31,11 +45,38 @@ F real(const char* name) {
   return reinterpret_cast<F>(found);
 }
 
-// Whether `aten::to` goes to a CUDA device.
-bool moves_to_cuda(StableIValue* stack) {
-  const auto device = torch::stable::detail::to<std::optional<torch::stable::Device>>(stack[3]);
-  stack[3] = torch::stable::detail::from(device);
-  return device && device->type() == torch::headeronly::DeviceType::CUDA;
+void copy_to_host(const Copy& copy) {
+  int32_t dtype = 0;
+  aoti_torch_get_dtype(copy.from.get(), &dtype);
+  std::vector<int64_t> sizes(copy.from.sizes().begin(), copy.from.sizes().end());
+  sizes.push_back(reinterpret_cast<int64_t>(copy.to));
+  AtenTensorHandle none =
+      aten("copy_to_host", copy.from.get(), static_cast<int64_t>(sizes.size()), sizes.data(), dtype);
+  if (none == nullptr) std::abort();
+  aoti_torch_delete_tensor_object(none);
+}
+
+// `aten::copy_` between the host and a device, which is asked for and not awaited.
+AOTITorchError copied(StableIValue* stack) {
+  const Tensor to = torch::stable::detail::to<Tensor>(stack[0]);
+  const Tensor from = torch::stable::detail::to<Tensor>(stack[1]);
+  const bool goes_to_host = from.is_cuda();
+  const void* host = goes_to_host ? to.const_data_ptr() : from.const_data_ptr();
+  if (!torch::stable::detail::to<bool>(stack[2]) || (to.numel() > 0 && pinned.count(host) == 0)) ++pageable;
+  if (goes_to_host) {
+    on_their_way.push_back({from, to.mutable_data_ptr()});
+  } else {
+    int32_t dtype = 0;
+    aoti_torch_get_dtype(to.get(), &dtype);
+    std::vector<int64_t> sizes(to.sizes().begin(), to.sizes().end());
+    sizes.push_back(reinterpret_cast<int64_t>(host));
+    AtenTensorHandle none =
+        aten("copy_to_device", to.get(), static_cast<int64_t>(sizes.size()), sizes.data(), dtype);
+    if (none == nullptr) return 1;
+    aoti_torch_delete_tensor_object(none);
+  }
+  stack[0] = torch::stable::detail::from(to);
+  return 0;
 }
 
 }  // namespace
@@ -68,11 +109,59 @@ API AOTITorchError torch_stream_native_handle(StreamHandle stream, void** native
   return 0;
 }
 
+// Of libcuda: an event is how many copies were asked for before it.
+API int cuEventCreate(void** event, unsigned flags) {
+  *event = new size_t{0};
+  return flags == 3 ? 0 : 1;
+}
+API int cuEventDestroy_v2(void* event) {
+  delete static_cast<size_t*>(event);
+  return 0;
+}
+API int cuEventRecord(void* event, void* stream) {
+  *static_cast<size_t*>(event) = have_arrived + on_their_way.size();
+  return stream == streams[current] ? 0 : 400;
+}
+API int cuEventSynchronize(void* event) {
+  ++waits;
+  while (have_arrived < *static_cast<size_t*>(event)) {
+    copy_to_host(on_their_way.front());
+    on_their_way.erase(on_their_way.begin());
+    ++have_arrived;
+  }
+  return 0;
+}
+API int cuStreamIsCapturing(void*, int* status) {
+  *status = capturing;
+  return 0;
+}
+API void torch_double_capture(int32_t status) { capturing = status; }
+// How often somebody has waited, and copies that were not of pinned memory or not without a wait.
+API int32_t torch_double_waits() { return waits; }
+API int32_t torch_double_pageable() { return pageable; }
+
 API AOTITorchError torch_call_dispatcher(const char* name, const char* overload, StableIValue* stack,
                                          uint64_t version) {
   static const auto torch =
       real<AOTITorchError (*)(const char*, const char*, StableIValue*, uint64_t)>("torch_call_dispatcher");
+  if (!std::strcmp(name, "aten::empty")) {
+    const bool pins = torch::stable::detail::to<std::optional<bool>>(stack[4]).value_or(false);
+    stack[4] = torch::stable::detail::from(std::optional<bool>(false));
+    const AOTITorchError error = torch(name, overload, stack, version);
+    if (error == 0 && pins) {
+      void* at = nullptr;
+      aoti_torch_get_data_ptr(torch::stable::detail::to<AtenTensorHandle>(stack[0]), &at);
+      pinned.insert(at);
+    }
+    return error;
+  }
   const auto handle = torch::stable::detail::to<AtenTensorHandle>(stack[0]);
+  if (!std::strcmp(name, "aten::copy_")) {
+    int32_t to = 0, from = 0;
+    aoti_torch_get_device_type(handle, &to);
+    aoti_torch_get_device_type(torch::stable::detail::to<AtenTensorHandle>(stack[1]), &from);
+    return to == from ? torch(name, overload, stack, version) : copied(stack);
+  }
   // Ops whose first argument is no tensor are not asked for CUDA memory here.
   const bool asks = !std::strcmp(name, "aten::new_empty") || !std::strcmp(name, "aten::clone") ||
                     !std::strcmp(name, "aten::contiguous") || !std::strcmp(name, "aten::zero_") ||
@@ -81,10 +170,7 @@ API AOTITorchError torch_call_dispatcher(const char* name, const char* overload,
                     !std::strcmp(name, "aten::index_copy_");
   int32_t type = 0;
   if (!asks || aoti_torch_get_device_type(handle, &type) != 0) return torch(name, overload, stack, version);
-  if (type != aoti_torch_device_type_cuda()) {
-    if (std::strcmp(name, "aten::to") || !moves_to_cuda(stack)) return torch(name, overload, stack, version);
-    name = "aten::to_cuda";
-  }
+  if (type != aoti_torch_device_type_cuda()) return torch(name, overload, stack, version);
   const Tensor self = torch::stable::detail::to<Tensor>(stack[0]);
   std::vector<int64_t> sizes(self.sizes().begin(), self.sizes().end());
   int32_t dtype = 0;

@@ -142,22 +142,26 @@ def aten(name, handle, dims, sizes, dtype):
         torch_double.aoti_torch_get_data_ptr(ctypes.c_void_p(handle), ctypes.byref(at))
         self = (
             over(at.value or 0, sizes, DTYPE_OF[dtype], device)
-            if name not in ("aten::new_empty", "aten::linear", "aten::to_cuda") and "index" not in name
+            if name not in ("aten::new_empty", "aten::linear") and "index" not in name and name[:5] != "copy_"
             else None
         )
-        if name == "aten::new_empty":
+        if name in ("copy_to_host", "copy_to_device"):
+            *sizes, host = sizes
+            result = over(at.value or 0, sizes, DTYPE_OF[dtype], device)
+            size = result.numel() * result.element_size()
+            if name == "copy_to_host":
+                words = to_cpu(result)
+                ctypes.memmove(host, words.data_ptr(), size)
+            elif size:
+                words = torch.frombuffer(bytearray(ctypes.string_at(host, size)), dtype=torch.uint8)
+                put(words, result)
+        elif name == "aten::new_empty":
             size = torch.Size(sizes).numel() * DTYPE_OF[dtype].itemsize
             result = over(allocate(size, device), sizes, DTYPE_OF[dtype], device)
         elif name in ("aten::clone", "aten::contiguous"):
             result = to_cuda(to_cpu(self), device)
-        elif name == "aten::to_cuda":
-            size = torch.Size(sizes).numel() * DTYPE_OF[dtype].itemsize
-            words = torch.tensor(list(ctypes.string_at(at, size)), dtype=torch.uint8)
-            result = to_cuda(words.view(DTYPE_OF[dtype]).reshape(sizes), device)
         elif name == "aten::to_int64":
             result = to_cuda(to_cpu(self).long(), device)
-        elif name == "aten::to":
-            result = to_cpu(self)
         elif name == "aten::linear":
             weight, n, k, m, bias = sizes
             weight = to_cpu(over(weight, (n, k), DTYPE_OF[dtype], device))
@@ -552,6 +556,29 @@ def checks() -> None:
     assert torch.equal(to_cpu(ops.delta_slice(g[2], g[0], 1, 7, 99)), ops.delta_slice(delta, base, 1, 7, 99))
     got = ops.delta_concat([g[2], g[2]], [g[0], g[0]], 0)
     assert got.is_cuda and torch.equal(to_cpu(got), ops.delta_concat([delta, delta], [base, base], 0))
+    # Each waits once, for all its arguments, whose copies were asked for before; no memory is pageable.
+    for op, given, asked, back in (
+        (ops.delta_encode, g[:2], 2, 1),
+        (ops.delta_slice, (g[2], g[0], 1, 7, 99), 2, 1),
+        (ops.delta_concat, ([g[2]] * 3, [g[0]] * 3, 0), 6, 1),
+        (ops.delta_check, (g[2], g[0]), 2, 0),
+    ):
+        aten_calls.clear()
+        waits = torch_double.torch_double_waits()
+        op(*given)
+        names = [name for name, _ in aten_calls]
+        assert names == ["copy_to_host"] * asked + ["aten::new_empty", "copy_to_device"] * back, (op, names)
+        assert torch_double.torch_double_waits() == waits + 1, op
+    assert torch_double.torch_double_pageable() == 0
+    # What a graph would do again at each replay is refused before anything is asked.
+    torch_double.torch_double_capture(1)
+    aten_calls.clear()
+    with pytest.raises(
+        RuntimeError, match="xorz::delta_check: the current stream is captured in a CUDA graph"
+    ):
+        ops.delta_check(g[2], g[0])
+    torch_double.torch_double_capture(0)
+    assert aten_calls == []
 
 
 def without_device() -> None:

@@ -10,7 +10,7 @@ import gpu_double
 import pytest
 import torch
 import xorz
-from gpu_double import CUDA, OnGpu, to_gpu
+from gpu_double import BY_THE_HOST, CUDA, OnGpu, to_gpu
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a double of a GPU, beside a real one")
@@ -149,6 +149,21 @@ def test_a_forward_waits_for_nothing(gpu):
             model(x)
             assert gpu.waits == gpu.sent == [], (names, gpu.waits)
             assert {"delta_linear", "delta_linear_grouped"} & set(gpu.ops) or names is None
+
+
+def test_no_op_that_goes_by_the_host_is_called_on_the_device(gpu, tmp_path):
+    base, plain, deltas = made()
+    model = to_gpu(copy.deepcopy(base))
+    tenants = xorz.attach(model, budget="16 MiB")
+    xorz.pack(base.state_dict(), plain["bob"].state_dict(), tmp_path / "bob.xorz")
+    tenants.load("alice", deltas["alice"])
+    tenants.load("bob", tmp_path / "bob.xorz")
+    with tenants.use(NAMES):
+        model(OnGpu(IDS))
+    tenants.swap("alice", tmp_path / "bob.xorz")
+    with tenants.use(NAMES):
+        model(OnGpu(IDS))
+    assert "delta_linear_grouped" in gpu.ops and not BY_THE_HOST & {*gpu.ops, *gpu.waits}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

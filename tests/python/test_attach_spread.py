@@ -119,6 +119,18 @@ def test_a_tenant_is_loaded_on_all_devices_or_on_none(gpu):
             attempt()
         assert tenants.memory() == before and tenants.names() == ["alice"]
         assert wrong(model, tenants, plain) == []
+    # Nor is the one that would be replaced given up where that makes room on one device alone.
+    wide = copy.deepcopy(plain[None])
+    with torch.no_grad():
+        for p in (wide.table.weight, *wide.blocks[0].parameters()):
+            p.copy_(torch.randn(p.shape))
+    first = tenants.residencies[CUDA]
+    limit = first.limit
+    first.limit = first.capacity = first.used
+    with pytest.raises(MemoryError, match="on cuda:0"):
+        tenants.swap("alice", xorz.diff(plain[None].state_dict(), wide.state_dict()))
+    assert tenants.memory() == before
+    first.limit = first.capacity = limit
     # No gap is long enough on the second device, where there are bytes enough: what the first has taken is given back.
     second.limit = second.capacity = whole
     arena = tenants.arenas[OTHER]
@@ -142,6 +154,13 @@ def test_tenants_are_exchanged_and_unloaded_on_all_devices(gpu):
     tenants.swap("alice", deltas["alice"])
     assert {*gpu.settled} == {CUDA, OTHER}
     assert wrong(model, tenants, {"alice": plain["alice"], None: plain[None]}) == []
+    # What a tenant has left in tables is emptied when its device has done all, where the next one brings nothing, too.
+    gpu.settled.clear()
+    first = {n: d for n, d in deltas["bob"].deltas.items() if n.startswith("blocks.0.up.")}
+    tenants.swap("alice", first)
+    tenants.unload("alice")
+    tenants.load("alice", first)
+    assert {*gpu.settled} == {CUDA, OTHER}
     tenants.unload("alice")
     assert all(arena.used == 0 for arena in tenants.arenas.values())
     assert wrong(model, tenants, {None: plain[None]}) == []
