@@ -34,6 +34,10 @@ ASKING = {
 }  # fmt: skip
 
 
+# What gives a tensor another shape in its place.
+TURNING = {"transpose_", "t_", "squeeze_", "unsqueeze_"}
+
+
 class Ledger:
     """What was asked of the device, in order."""
 
@@ -160,7 +164,11 @@ def _run(func, args, kwargs):
                 f"{name}: expected all tensors to be on the same device, but found {places[0]} and cpu"
             )
         ledger.wait(f"{name} by numbers of the host")
-    return _noted(func, args, kwargs, _apply(func, args, kwargs, places[0] if places else to))
+    out = _apply(func, args, kwargs, places[0] if places else to)
+    if name in TURNING:
+        with torch._C._DisableTorchDispatch():
+            func(*args, **kwargs)  # what says of itself how it is shaped
+    return _noted(func, args, kwargs, out)
 
 
 def _noted(func, args, kwargs, out):
@@ -333,6 +341,8 @@ def to_gpu(model: nn.Module, device_map: dict[str, torch.device] | None = None) 
                     made[key] = nn.Parameter(found, requires_grad=tensor.requires_grad)
                     originals.append(tensor)  # so that no other takes its id
                 module._parameters[name] = made[key]
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]
         for name, tensor in module._buffers.items():
             if tensor is not None:
                 module._buffers[name] = made.setdefault((id(tensor), place), OnGpu(tensor, place))

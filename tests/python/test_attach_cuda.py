@@ -166,6 +166,29 @@ def test_no_op_that_goes_by_the_host_is_called_on_the_device(gpu, tmp_path):
     assert "delta_linear_grouped" in gpu.ops and not BY_THE_HOST & {*gpu.ops, *gpu.waits}
 
 
+@pytest.mark.parametrize("where", ["before it is attached", "while it is attached"])
+def test_each_load_compares_the_words_that_lie_on_the_device_with_the_base_of_the_fine_tune(
+    gpu, tmp_path, where
+):
+    base, plain, deltas = made()
+    xorz.pack(base.state_dict(), plain["alice"].state_dict(), tmp_path / "alice.xorz")
+    model = to_gpu(copy.deepcopy(base))
+    words = model.blocks[1].down.weight.words
+    tenants = xorz.attach(model, budget="16 MiB") if where.startswith("while") else None
+    if tenants is not None:
+        tenants.load("before", tmp_path / "alice.xorz")
+    # One bit, past every counter of torch.
+    words.view(torch.int32)[3, 5] ^= 1
+    tenants = tenants or xorz.attach(model, budget="16 MiB")
+    loaded = tenants.names()
+    for source in (tmp_path / "alice.xorz", deltas["alice"], dict(deltas["alice"].deltas)):
+        with pytest.raises(ValueError, match=r"`blocks.1.down.weight`: .*digest [0-9a-f]+.* [0-9a-f]{8}"):
+            tenants.load("after", source)
+        assert tenants.names() == loaded
+    words.view(torch.int32)[3, 5] ^= 1
+    tenants.load("after", tmp_path / "alice.xorz")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_reach_the_input_of_an_attached_model_and_wait_for_nothing(gpu, dtype):
     torch.manual_seed(4)

@@ -255,6 +255,18 @@ def test_copies_of_which_nobody_says_whether_they_are_tied_are_refused_by_name(g
     tenants.load("norm", norm)
 
 
+def test_the_words_on_every_device_are_compared_with_the_base_of_the_fine_tune(gpu):
+    model, _, deltas, tenants = attached()
+    for name in ("blocks.0.up.weight", "blocks.1.up.weight"):
+        words = model.get_parameter(name).base.words.view(torch.int32)
+        words[3, 5] ^= 1
+        with pytest.raises(ValueError, match=f"`{name}`: .*digest"):
+            tenants.load("alice", deltas["alice"])
+        words[3, 5] ^= 1
+    assert tenants.names() == [] and all(arena.used == 0 for arena in tenants.arenas.values())
+    tenants.load("alice", deltas["alice"])
+
+
 def test_what_is_not_served_on_several_devices_is_refused_by_name(gpu):
     base = Model().eval()
 

@@ -375,12 +375,45 @@ def test_what_cannot_be_computed_so_is_refused_by_name_at_first_use(gpu, what):
             rows.warm_up(OnGpu(IDS))
     with pytest.raises(RuntimeError, match="is not served with rows of a graph"), tenants.use(rows):
         model(OnGpu(IDS))
-    if isinstance(part, nn.RNNBase):
-        return  # whose weights the double does not hand on to torch's kernel
     # The next batch by names is served as ever.
     tenants.load("alice", xorz.diff(base.state_dict(), tuned(base, 1).state_dict()))
     with tenants.use("alice"):
         assert near(model(OnGpu(IDS)), tuned(base, 1)(IDS))
+    if isinstance(part, nn.RNNBase):
+        names, plain = ["alice", None, None, "alice"], {"alice": tuned(base, 1)(IDS), None: base(IDS)}
+        with tenants.use(names):
+            assert near(model(OnGpu(IDS)), torch.stack([plain[name][row] for row, name in enumerate(names)]))
+
+
+class Choosy(nn.Module):
+    """Takes these words and no others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50, 16)
+
+    def forward(self, ids):
+        if not torch.equal(ids, OnGpu(IDS)):
+            raise ValueError("these are other words")
+        return self.table(ids)
+
+
+def test_a_model_that_cannot_be_tried_is_refused_for_that_and_not_for_the_first_layers_sake(gpu):
+    model = to_gpu(Choosy())
+    tenants = xorz.attach(model, budget="1 MiB")
+    rows = tenants.graph_rows(4)
+    why = r"the model could not be tried on the base, .* \(ValueError: these are other words\), so that table and what follows"
+    with pytest.raises(
+        RuntimeError, match=f"{why} are not served; leave it out of the graph, or use one tenant at a"
+    ):
+        rows.warm_up(OnGpu(IDS))
+    words = model.table.weight.base.words
+    tenants.load("alice", xorz.diff({"table.weight": words}, {"table.weight": words + 1}))
+    with (
+        pytest.raises(RuntimeError, match=f"{why} are not served; use one tenant at a time"),
+        tenants.use([None] * 3 + ["alice"]),
+    ):
+        model(OnGpu(IDS))
 
 
 def test_experts_are_refused_by_name(gpu):

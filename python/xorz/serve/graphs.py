@@ -168,6 +168,8 @@ class GraphRows:
 class _GraphMap(RowMap):
     """The map of one `use` of such rows, or the same one inside of a model of which more is known."""
 
+    advice = "leave it out of the graph, or use one tenant at a time by its name"
+
     def __init__(self, fixed: GraphRows, parent: RowMap | None, release: Any = None) -> None:
         slots = (BASE,) * fixed.batch
         super().__init__(slots, fixed.names, release=release, parent=parent, device=fixed.tensor.device)

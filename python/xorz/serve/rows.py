@@ -110,10 +110,11 @@ class RowMap:
         proof: where the rows are in what each layer is given, inside of the model; None where a module is called on its own,
             whose inputs have the batch in `dim`, as `use` says. together: what is known of the model by now, for those and for
             compiled code. probe: what notes that, in a run that finds it out.
-        fixed: the rows of a graph, whose slots nobody knows; see `graphs`.
+        fixed: the rows of a graph, whose slots nobody knows; see `graphs`. advice: what to do where rows are not known.
     """
 
     fixed: Any = None
+    advice = "use one tenant at a time"
 
     def __init__(
         self,
@@ -329,10 +330,15 @@ class RowMap:
         """The error of whoever cannot know whose the rows of this shape are."""
         batch = len(self.slots)
         if self.proof is not None and not self.tokens and len(lead) > self.dim and lead[self.dim] == batch:
-            why = f" ({self.proof.why})" if self.proof.why else ""
+            if self.proof.why:
+                # Nothing is known of any layer, of which this one is only the first that asks.
+                return RuntimeError(
+                    "xorz: the model could not be tried on the base, which tells where the rows of the batch are in what its "
+                    f"layers are given ({self.proof.why}), so that {who} and what follows are not served; {self.advice}"
+                )
             return RuntimeError(
                 f"xorz: {who} was given rows of shape {list(lead)}, and it could not be proven that those are the rows of the "
-                f"batch{why}; use one tenant at a time"
+                f"batch; {self.advice}"
             )
         what = "tokens" if self.tokens else "batch rows"
         return RuntimeError(
