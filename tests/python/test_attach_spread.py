@@ -16,6 +16,7 @@ import xorz
 from gpu_double import CUDA, OTHER, OnGpu, to_gpu
 from test_attach_cuda import IDS, NAMES, Model, made, near, tuned
 from torch import nn
+from xorz.serve.site import Site
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a double of GPUs, beside real ones")
 OFFLOADED = nn.Parameter(torch.empty(96, 48, device="meta"))
@@ -265,6 +266,22 @@ def test_the_words_on_every_device_are_compared_with_the_base_of_the_fine_tune(g
         words[3, 5] ^= 1
     assert tenants.names() == [] and all(arena.used == 0 for arena in tenants.arenas.values())
     tenants.load("alice", deltas["alice"])
+
+
+def test_what_gpu_check_will_run_on_two_gpus_passes_on_the_double_and_sees_a_wrong_row(gpu, monkeypatch):
+    from xorz.gpu_check import models
+    from xorz.gpu_check.report import Report
+
+    monkeypatch.setattr(nn.Module, "to", lambda self, to: to_gpu(self, {"": to}))
+    report = Report("a double")
+    models.check_spread(report, (CUDA, OTHER), 48)
+    assert len(report.checks) == 6 and report.passed, report.checks
+    # Rows that are the first device's tenants, and the base's on the second.
+    monkeypatch.setattr(Site, "changes", lambda self, param, rows: self.device == CUDA)
+    monkeypatch.setattr(Site, "serves", lambda self, rows: self.device == CUDA)
+    report = Report("a double")
+    models.check_spread(report, (CUDA, OTHER), 48)
+    assert [check["passed"] for check in report.checks] == [False, False, True, False, False, False]
 
 
 def test_what_is_not_served_on_several_devices_is_refused_by_name(gpu):

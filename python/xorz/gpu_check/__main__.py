@@ -26,7 +26,7 @@ import torch
 
 from .. import __version__, delta_restore
 from .data import fine_tune, random_words
-from .models import check_generate, check_graph_rows, check_model, check_model_graph
+from .models import check_generate, check_graph_rows, check_model, check_model_graph, check_spread
 from .ops import (
     check_embedding,
     check_exact,
@@ -111,6 +111,9 @@ def run(device: torch.device, args: argparse.Namespace) -> Report:
             report.attempt("graphs", check_graph, device)
             report.attempt("a graph of a model", check_model_graph, device, 256)
             report.attempt("a graph whose tenants change", check_graph_rows, device, 256)
+        if torch.cuda.device_count() > 1:
+            other = torch.device("cuda", ((device.index or 0) + 1) % torch.cuda.device_count())
+            report.attempt("several devices", check_spread, (device, other), 256)
         if not args.no_memcheck:
             report.attempt("memory", check_memory, device)
     if not args.no_timings:

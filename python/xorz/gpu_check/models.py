@@ -104,6 +104,43 @@ def check_model(report: Report, device: torch.device, k: int) -> None:
             report.check(f"attach, {what}, {mode}, {name_of(dtype)}", found)
 
 
+def check_spread(report: Report, devices: tuple[torch.device, torch.device], k: int) -> None:
+    """A model whose second half is on another device, its inputs moved by hooks as accelerate's do."""
+    base = _Model(k, 200).eval()
+    base.head.weight = nn.Parameter(base.head.weight.detach().clone())  # not tied over devices
+    family = _family(base)
+    ids = torch.randint(0, 200, (len(NAMES), 9), generator=torch.Generator().manual_seed(6))
+    apart = {name: plain(ids) for name, plain in family.items()}
+    first, second = devices
+    model = copy.deepcopy(base)
+    for part, device in (
+        (model.table, first),
+        (model.blocks[0], first),
+        (model.blocks[1], second),
+        (model.head, second),
+    ):
+        part.to(device)
+        part.register_forward_pre_hook(lambda _, given, to=device: tuple(x.to(to) for x in given))
+    tenants = attach(model, budget="256 MiB")
+    for name, tuned in family.items():
+        if name is not None:
+            tenants.load(name, diff(base.state_dict(), tuned.state_dict()))
+    wrong: dict[str, str | None] = {}
+    for name in family:
+        with tenants.use(name):
+            wrong[f"{name or 'the base'} alone"] = _far(model(ids.to(first)), apart[name])
+    for what, names in (("mixed", NAMES), ("mixed in another order", NAMES[::-1])):
+        with tenants.use(names):
+            got = model(ids.to(first))
+        wrong[what] = _far(got, torch.stack([apart[name][row] for row, name in enumerate(names)]))
+    tenants.swap("bob", diff(base.state_dict(), family["alice"].state_dict()))
+    with tenants.use(["bob", None] * 2 + ["bob"]):
+        got = model(ids.to(first))
+    wrong["swapped"] = _far(got[::2], apart["alice"][::2]) or _far(got[1::2], apart[None][1::2])
+    for what, found in wrong.items():
+        report.check(f"attach, over two devices, {what}", found)
+
+
 def check_model_graph(report: Report, device: torch.device, k: int) -> None:
     """A forward of several tenants, captured and replayed for other words."""
     base = _Model(k, 200).eval()
