@@ -24,6 +24,7 @@ class Owner(Protocol):
 
     mode: str
     devices: tuple[torch.device, ...]
+    is_spread: bool
     capacity: int
     arenas: Mapping[torch.device, Arena]
     lock: Any

@@ -62,7 +62,7 @@ class Tenants:
         model: the attached model.
         default: "base", a tenant's name, or None where having no active tenant is an error.
         mode: of every product.
-        devices: where the model is: the host, or one or several GPUs. arenas: of deltas, one on each.
+        devices: where the model is: the host, or one or several GPUs, if `is_spread`. arenas: of deltas, one on each.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class Tenants:
         self.methods: list[nn.Module] = []
         shares = shares or {HOST: 1.0}
         self.devices = tuple(shares)
+        self.is_spread = len(self.devices) > 1
         self.residencies = {
             device: Residency(None if self.budget is None else max(1, int(share * self.budget)), device)
             for device, share in shares.items()
@@ -320,7 +321,7 @@ class Tenants:
 
         for device, residency in self.residencies.items():
             if not residency.make_room(need[device], evict):
-                where = f" on {device}" if len(self.devices) > 1 else ""
+                where = f" on {device}" if self.is_spread else ""
                 raise MemoryError(
                     f"tenant {tenant.name!r} takes {need[device]:,} bytes{where}, but of the budget's {residency.limit:,}"
                     f"{where and ' there'} only {residency.free:,} are free, and no other tenant is idle and in a file"
@@ -403,7 +404,7 @@ class Tenants:
             raise ValueError(
                 "the model is on the CPU, which has no graphs to capture; give the names of each batch to tenants.use"
             )
-        if len(self.devices) > 1:
+        if self.is_spread:
             raise ValueError(
                 f"the model is spread over {', '.join(map(str, self.devices))}, and a CUDA graph is captured on one device; "
                 "give the names of each batch to tenants.use"
@@ -535,7 +536,7 @@ class Tenants:
             )
         if rows is not None and rows.root.closed and not rows.root.running:
             raise rows.root.ended()
-        return rows if device is None or rows is None else rows.on(device)
+        return rows if device is None or rows is None or not self.is_spread else rows.on(device)
 
     def rows(self, site: Site) -> RowMap | None:
         """The active map, or None for the base alone; RuntimeError where neither is meant. For attached modules."""

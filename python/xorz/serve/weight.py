@@ -122,7 +122,7 @@ class Weight(Tensor):
 
     def rows(self) -> Any:
         """The active map of rows, for what lies where the weight does."""
-        return self.owner.now(self.base.device)
+        return self.owner.now(self.base.device if self.owner.is_spread else None)
 
     def changed(self) -> bool:
         """Whether an active tenant has other words here, or the base's rows are to be computed as a tenant's are."""
