@@ -256,6 +256,47 @@ def test_copies_of_which_nobody_says_whether_they_are_tied_are_refused_by_name(g
     tenants.load("norm", norm)
 
 
+class Parts(nn.Module):
+    """A table on the first device, and a part on the second whose tenants are told apart in ways of its own."""
+
+    def __init__(self, part: nn.Module, run=None) -> None:
+        super().__init__()
+        self.table, self.part, self.run = nn.Embedding(50, 16), part, run or (lambda part, x: part(x))
+        self.place: torch.device | None = None
+
+    def forward(self, ids):
+        x = self.table(ids)
+        return self.run(self.part, x if self.place is None else x.to(self.place))
+
+
+PARTS = {
+    "a recurrent layer": (nn.GRU(16, 16, batch_first=True), lambda p, x: p(x)[0]),
+    "torch's attention": (nn.MultiheadAttention(16, 2, batch_first=True), lambda p, x: p(x, x, x)[0]),
+    "a convolution": (nn.Conv1d(7, 7, 1), None),
+    "group norm": (nn.GroupNorm(7, 7), None),
+    "learned positions": (nn.Embedding(7, 16), lambda p, x: x + p(torch.arange(7, device=x.device))),
+    "an op that is computed once for each": (nn.Bilinear(16, 16, 5), lambda p, x: p(x, x)),
+}
+
+
+@pytest.mark.parametrize("what", PARTS)
+def test_what_tells_rows_apart_on_the_second_device(gpu, what):
+    torch.manual_seed(5)
+    base = Parts(*PARTS[what]).eval()
+    plain = {"alice": tuned(base, 1, 0.9), "bob": tuned(base, 2, 0.9), None: base}
+    model = to_gpu(copy.deepcopy(base), {"": CUDA, "part": OTHER})
+    model.place = OTHER
+    tenants = xorz.attach(model, budget="16 MiB")
+    for name in ("alice", "bob"):
+        tenants.load(name, xorz.diff(base.state_dict(), plain[name].state_dict()))
+    apart = {name: m(IDS) for name, m in plain.items()}
+    with tenants.use("bob"):
+        assert near(model(OnGpu(IDS)), apart["bob"])
+    with tenants.use(NAMES):
+        got = model(OnGpu(IDS))
+    assert near(got, torch.stack([apart[name][row] for row, name in enumerate(NAMES)]))
+
+
 def test_the_words_on_every_device_are_compared_with_the_base_of_the_fine_tune(gpu):
     model, _, deltas, tenants = attached()
     for name in ("blocks.0.up.weight", "blocks.1.up.weight"):
