@@ -151,6 +151,21 @@ def test_a_forward_waits_for_nothing(gpu):
             assert {"delta_linear", "delta_linear_grouped"} & set(gpu.ops) or names is None
 
 
+def test_several_names_are_not_copied_inside_of_a_capture(gpu):
+    base, _, deltas = made()
+    model = to_gpu(copy.deepcopy(base))
+    tenants = xorz.attach(model, budget="16 MiB")
+    tenants.load("alice", deltas["alice"])
+    with (
+        gpu_double.Graph(),
+        pytest.raises(RuntimeError, match="who has which row would be copied inside of the capture"),
+    ):
+        with tenants.use(["alice", None]):
+            pass
+    with gpu_double.Graph(), tenants.use("alice"):
+        model(OnGpu(IDS))
+
+
 def test_no_op_that_goes_by_the_host_is_called_on_the_device(gpu, tmp_path):
     base, plain, deltas = made()
     model = to_gpu(copy.deepcopy(base))

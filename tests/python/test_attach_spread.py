@@ -94,7 +94,10 @@ def test_who_has_which_row_is_copied_once_to_each_device_and_nothing_waits(gpu):
             gpu.sent.clear()
             for _ in range(2):
                 gpu.between.clear()
+                gpu.events = 0
                 model(OnGpu(IDS))
+                # Streams wait for the copies, wherever those were asked for, and the host for none.
+                assert gpu.events == (0 if names == "bob" else 2)
                 # What the model computes goes from device to device, and nothing of tenants.
                 assert gpu.between == [(CUDA, OTHER, torch.float32)], names
         assert gpu.waits == gpu.sent == [], names
