@@ -98,10 +98,11 @@ XORZ_DEVICE uint32_t open_tenant(const Product<W>& p, int32_t slot, uint32_t dty
   return kRefused;
 }
 
-// Sort the block's `rows` rows of x, the first of them row `m0`, and open what they need. The block calls.
-template <class D, uint32_t M>
-XORZ_DEVICE void gather_batch(Batch<M>& batch, const Product<typename D::Word>& p, uint64_t m0,
-                              uint32_t rows) {
+// Sort the block's `rows` rows of x, the first of them row `m0`, and open what they need; `sorted` is called in between, where
+// whose rows they are is known. The block calls.
+template <class D, uint32_t M, class Sorted>
+XORZ_DEVICE void gather_batch(Batch<M>& batch, const Product<typename D::Word>& p, uint64_t m0, uint32_t rows,
+                              Sorted sorted) {
   const uint32_t thread = thread_index();
   if (thread < 32) {
     const bool live = thread < rows;
@@ -131,6 +132,7 @@ XORZ_DEVICE void gather_batch(Batch<M>& batch, const Product<typename D::Word>& 
     }
   }
   block_sync();
+  sorted();
   if (thread < batch.tenants) {
     batch.way[thread] = open_tenant(p, batch.slot[thread], D::kCode, batch.view[thread]);
     batch.corrupt[thread] = 0;

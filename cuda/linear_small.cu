@@ -47,6 +47,24 @@ struct LinearShared {
   };
 };
 
+// The first columns of the panel come to L2 while deltas are opened, where a tenant's delta is too short to hold all words itself.
+// The whole block calls.
+template <class W, uint32_t M>
+XORZ_DEVICE void fetch_base_ahead(const Batch<M>& batch, const Product<W>& p, uint64_t r0, uint32_t panel) {
+  const uint32_t thread = thread_index_anew(), tenant = thread % 32;
+  bool on_base = false;
+  if (tenant < batch.tenants) {
+    const int32_t slot = batch.slot[tenant];
+    uint64_t bytes = p.slots == nullptr ? p.arena_bytes : 0;
+    if (p.slots != nullptr && slot >= 0 && static_cast<uint64_t>(slot) < p.slot_count)
+      bytes = static_cast<uint64_t>(load_once(p.slots + 2 * static_cast<uint64_t>(slot) + 1));
+    on_base = bytes < p.n * p.k * sizeof(W);
+  }
+  if (warp_ballot(on_base) == 0) return;
+  const uint32_t row = thread / kPanel, column = thread % kPanel * static_cast<uint32_t>(128 / sizeof(W));
+  if (row < panel && column < p.k) fetch_ahead(p.weight + (r0 + row) * p.k + column);
+}
+
 template <class D, uint32_t M>
 XORZ_DEVICE void linear_small(LinearShared<typename D::Word, M>& shared, const Product<typename D::Word>& p) {
   using W = typename D::Word;
@@ -56,11 +74,8 @@ XORZ_DEVICE void linear_small(LinearShared<typename D::Word, M>& shared, const P
   const uint32_t panel = p.n - r0 < kPanel ? static_cast<uint32_t>(p.n - r0) : kPanel;
   const uint32_t rows = p.m - m0 < M ? static_cast<uint32_t>(p.m - m0) : M;
   Batch<M>& batch = shared.batch;
-  // The panel's first columns come to L2 while headers are read.
-  const uint32_t line = thread % kPanel * (128 / sizeof(W));
-  if (thread / kPanel < panel && line < p.k) fetch_ahead(p.weight + (r0 + thread / kPanel) * p.k + line);
   if (thread < kPanel * M) shared.total[thread / M][thread % M] = 0;
-  gather_batch<D, M>(batch, p, m0, rows);
+  gather_batch<D, M>(batch, p, m0, rows, [&] { fetch_base_ahead(batch, p, r0, panel); });
   fetch_entries_ahead<W>(batch, r0);
   const W* x = p.x + m0 * p.k;
 

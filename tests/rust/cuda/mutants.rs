@@ -94,11 +94,11 @@ const LINEAR: [Mutant; 27] = [
     ("sums of other rows of x", "product_tensor.cuh", "partial.sum[warp]", "+ e % 2]", "+ (e + 1) % 2]"),
     ("a row of W that there is not", "product_tensor.cuh", "row_of", "r < rows ? r", "r <= rows ? r"),
     (
-        "a warp's last group left out",
+        "a group more than there are",
         "product_tensor.cuh",
         "uint32_t groups =",
         "(all - warp + kProductWarps - 1)",
-        "(all - warp)",
+        "(all - warp + kProductWarps)",
     ),
     (
         "what is left beside the groups",
@@ -128,7 +128,7 @@ const LINEAR: [Mutant; 27] = [
     ("sums taken before they are there", "streams.cuh", "sums.tenant[warp] =", "    block_sync();\n", ""),
     ("tiles of a round twice", "streams.cuh", "add_streams(", "round += kWarps", "round += kWarps - 1"),
     ("a row's base words twice", "streams.cuh", "bool sum_stream(", "fetch(row + view.k", "fetch(row"),
-    ("rows above the panel counted", "streams.cuh", "bool sum_stream(", "if (r < above) continue;", ""),
+    ("rows above the panel for its own", "streams.cuh", "bool sum_stream(", "(r0 - rect.r0)", "(0 * r0)"),
     (
         "a difference passed over",
         "streams.cuh",

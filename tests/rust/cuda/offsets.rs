@@ -272,8 +272,8 @@ const MANY: [Mutant; 4] = [
         "rows of x in 32 bits",
         "stages.cuh",
         "void begin(const W* x",
-        "rows[row + i * kApart] * k",
-        "rows[row + i * kApart] * static_cast<uint32_t>(k)",
+        "rows[row + i * kApart] : 0) * k",
+        "rows[row + i * kApart] : 0) * static_cast<uint32_t>(k)",
     ),
     (
         "biases of many rows in 32 bits",
