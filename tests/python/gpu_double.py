@@ -38,6 +38,28 @@ ASKING = {
 TURNING = {"transpose_", "t_", "squeeze_", "unsqueeze_"}
 
 
+class Stream:
+    """A name for what is asked in order; what runs on one does not run beside another here."""
+
+    def synchronize(self) -> None:
+        """As of a driver's, which nothing may wait for in the midst of a capture."""
+        if ledger.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing: Stream.synchronize")
+
+    def wait_stream(self, other: "Stream") -> None:
+        """Notes it."""
+        ledger.ordered.append((self, other))
+
+    def record_event(self) -> str:
+        """What was asked of it so far."""
+        return "an event"
+
+    def wait_event(self, event: str) -> None:
+        """Counts it."""
+        assert ledger.capturing is None, "a capture would wait for what it has not captured"
+        ledger.events += 1
+
+
 class Ledger:
     """What was asked of the device, in order."""
 
@@ -52,13 +74,27 @@ class Ledger:
         # Copies from one device to another: from, to, dtype.
         self.between: list[tuple[torch.device, torch.device, torch.dtype]] = []
         self.capturing: Graph | None = None
+        self.stream: Stream = Stream()
+        # Of each op the stream that it was asked of, and who waits for whom.
+        self.streams: list[Stream] = []
+        self.ordered: list[tuple[Stream, Stream]] = []
         self.late: list[Graph] = []
+        # Pinned memory that copies which nobody waits for read, and what it held.
+        self.lent: list[tuple[Tensor, Tensor]] = []
 
     def wait(self, what: str) -> None:
         """The host would wait for the device here, which is an error in the midst of a capture."""
         if self.capturing is not None:
             raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
         self.waits.append(what)
+
+    def overwritten(self) -> list[Tensor]:
+        """Pinned memory that was written to while a copy may still have read it."""
+        return [
+            source
+            for source, was in self.lent
+            if not torch.equal(source.view(torch.uint8), was.view(torch.uint8))
+        ]
 
     def catch_up(self) -> None:
         """The device has done all that it was asked."""
@@ -83,16 +119,24 @@ class OnGpu(torch.Tensor):
     def __new__(cls, words: Tensor, place: torch.device = CUDA, requires_grad: bool | None = None) -> "OnGpu":
         if requires_grad is not None:  # accelerate makes a parameter anew, by the class of the old one
             return nn.Parameter(words.detach(), requires_grad)
-        out = torch.Tensor._make_wrapper_subclass(
-            cls,
-            words.size(),
-            strides=words.stride(),
-            storage_offset=words.storage_offset(),
-            dtype=words.dtype,
-            device="meta",
-        )
+        # A view made in inference mode is none of inference, as of any tensor that was not made there.
+        with torch.inference_mode(False):
+            out = torch.Tensor._make_wrapper_subclass(
+                cls,
+                words.size(),
+                strides=words.stride(),
+                storage_offset=words.storage_offset(),
+                dtype=words.dtype,
+                device="meta",
+            )
         out.words, out.place = words, place
         return out
+
+    def _moved(self, other: "OnGpu") -> None:
+        self.words, self.place = other.words, other.place
+
+    # What it shows; `param.data = other` gives a parameter other memory.
+    data = property(lambda self: OnGpu(self.words, self.place), _moved)
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -137,7 +181,10 @@ def _run(func, args, kwargs):
         to = CUDA
     if not here and (to is None or to.type != "cuda"):
         return func(*args, **kwargs)
+    if name == "to":
+        return func.decompose(*args, **kwargs)  # in inference mode it comes as it was called
     ledger.ops.append(name)
+    ledger.streams.append(ledger.stream)
     if func.namespace == "xorz":
         _check_op(name, leaves)
     places = list(dict.fromkeys(leaf.place for leaf in here))
@@ -221,6 +268,8 @@ def _copied(func, name, args, kwargs, to):
                 ledger.wait("copy_ to the device" if _is_gpu(target) else "copy_ to the host")
             elif ledger.capturing is not None:
                 raise RuntimeError("a graph would copy from the same memory of the host at each replay")
+            else:
+                ledger.lent.append((source, source.clone()))
         elif target.device != source.device:
             ledger.between.append((source.device, target.device, source.dtype))
         plain = source.words if _is_gpu(source) else source
@@ -234,6 +283,7 @@ def _copied(func, name, args, kwargs, to):
         if goes.type == "cuda" and kwargs.get("non_blocking") and getattr(source, "pinned", False):
             if ledger.capturing is not None:
                 raise RuntimeError("a graph would copy from the same memory of the host at each replay")
+            ledger.lent.append((source, source.clone()))
         else:
             ledger.wait(f"a copy to the {'device' if goes.type == 'cuda' else 'host'}")
     elif goes != source.device:
@@ -362,17 +412,13 @@ def machine(monkeypatch) -> Iterator[Ledger]:
         ledger.settled.append(CUDA if device is None else torch.device(device))
         ledger.catch_up()
 
-    class Stream:
-        def record_event(self) -> str:
-            return "an event"
-
-        def wait_event(self, event: str) -> None:
-            assert ledger.capturing is None, "a capture would wait for what it has not captured"
-            ledger.events += 1
-
-        def synchronize(self) -> None:
-            if ledger.capturing is not None:
-                raise RuntimeError("operation not permitted when stream is capturing: Stream.synchronize")
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        before, ledger.stream = ledger.stream, stream
+        try:
+            yield
+        finally:
+            ledger.stream = before
 
     def pin_memory(tensor, device=None):
         out = tensor.clone()
@@ -383,9 +429,11 @@ def machine(monkeypatch) -> Iterator[Ledger]:
     monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda tensor: False)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ledger.stream)
+    monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: ledger.capturing is not None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self, device=None: getattr(self, "pinned", False))
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: ledger.wait("rng"))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: ledger.wait("rng"))
     with _Machine():

@@ -11,7 +11,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .rows import HOST, lasting
+from .rows import HOST, copy_to, lasting
 
 ALIGN = 64
 _PAGE = mmap.PAGESIZE
@@ -21,9 +21,10 @@ _NORESERVE = 0x4000  # MAP_NORESERVE of Linux; Python's mmap does not name it
 class Arena:
     """A 1-D uint8 tensor of `capacity` bytes, and which of them are free. Not thread-safe: its owner locks."""
 
-    def __init__(self, capacity: int, device: torch.device = HOST) -> None:
+    def __init__(self, capacity: int, device: torch.device = HOST, ordered: bool = False) -> None:
         """Reserves address space, OSError where not even that is to be had; memory on a GPU, torch's own error where there is
-        none.
+        none. `ordered`: on a GPU everything that reads it is asked of the stream that it is written on, so that no write has to
+        wait for what was asked before.
         """
         self.capacity = -(-capacity // _PAGE) * _PAGE
         self.tensor: Tensor
@@ -37,6 +38,7 @@ class Arena:
             self._map = None
             with lasting():
                 self.tensor = torch.empty(self.capacity, dtype=torch.uint8, device=device)
+        self._ordered = ordered
         self._lent_before = False
         self.used = 0
         self._free: list[tuple[int, int]] = [(0, self.capacity)]  # offset, length; sorted, never touching
@@ -55,7 +57,12 @@ class Arena:
         )
 
     def write(self, offset: int, data: Tensor) -> None:
-        """Copy a delta to where it was allocated. On a GPU it is there, for every stream, when this returns."""
+        """Copy a delta to where it was allocated. On a GPU it is there, for every stream, when this returns; of an `ordered`
+        arena it is there for whatever is asked of this stream from now on.
+        """
+        if self._ordered and self._map is None:
+            copy_to(self.tensor[offset : offset + data.numel()], data)
+            return
         if self._map is None and self._lent_before:
             self.settle()
         self.tensor[offset : offset + data.numel()].copy_(data)

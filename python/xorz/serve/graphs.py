@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .rows import BASE, Layout, RowMap, Unknown, lasting, refuse_in_capture
+from .rows import BASE, Layout, RowMap, Unknown, copy_to, lasting, refuse_in_capture
 
 
 class _Slots(Sequence):
@@ -153,10 +153,8 @@ class GraphRows:
             raise RuntimeError("xorz: these rows of a graph are closed; make others by tenants.graph_rows")
 
     def _write(self, slots: Sequence[int]) -> None:
-        # Of pinned memory, which torch does not lend again before the device has read it.
-        staged = torch.tensor(slots, dtype=torch.int32).pin_memory()
         with torch.no_grad():
-            self.tensor.copy_(staged, non_blocking=True)
+            copy_to(self.tensor, torch.tensor(slots, dtype=torch.int32))
             for numbers, slots_there in self._spread.values():
                 torch.index_select(self.tensor, 0, numbers, out=slots_there)
 

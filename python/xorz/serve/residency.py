@@ -66,10 +66,10 @@ def _addresses(size: int, budgeted: bool) -> Iterable[int]:
     return [t for t in times if t == 1 or t * size <= _MOST_ADDRESSES]
 
 
-def _reserved(size: int, budgeted: bool, device: torch.device) -> Arena:
+def _reserved(size: int, budgeted: bool, device: torch.device, ordered: bool) -> Arena:
     if device.type != "cpu":
         # Of a GPU's memory nothing can be reserved that is not taken.
-        return Arena(size, device)
+        return Arena(size, device, ordered)
     for times in _addresses(size, budgeted):
         try:
             return Arena(times * size)
@@ -91,11 +91,14 @@ class Residency:
         copies: bytes of dense tensors beside the arena, which the owner counts.
     """
 
-    def __init__(self, limit: int | None, device: torch.device = HOST) -> None:
-        """Reserves addresses, no memory; MemoryError if there are not so many. On a GPU takes `limit` bytes of it."""
+    def __init__(self, limit: int | None, device: torch.device = HOST, ordered: bool = False) -> None:
+        """Reserves addresses, no memory; MemoryError if there are not so many. On a GPU takes `limit` bytes of it.
+
+        `ordered`: as in `Arena`.
+        """
         self.limit, self.copies = limit, 0
         self.capacity = limit or machine()
-        self.arena = _reserved(self.capacity, limit is not None, device)
+        self.arena = _reserved(self.capacity, limit is not None, device, ordered)
 
     @property
     def used(self) -> int:

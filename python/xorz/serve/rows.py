@@ -68,7 +68,7 @@ def sent(numbers: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return numbers.to(device)
     refuse_in_capture(device, "who has which row would be copied")
-    return numbers.pin_memory().to(device, non_blocking=True)
+    return staged(numbers, device).to(device, non_blocking=True)
 
 
 def refuse_in_capture(device: torch.device, what: str) -> None:
@@ -78,6 +78,19 @@ def refuse_in_capture(device: torch.device, what: str) -> None:
             f"xorz: {what} inside of the capture of a CUDA graph; run a batch of that shape under the same rows before it "
             "(graph_rows(...).warm_up)"
         )
+
+
+def staged(words: Tensor, device: torch.device) -> Tensor:
+    """Words of the host as a copy to the device wants them: for a GPU in pinned memory, which no copy waits for.
+
+    torch lends that memory to nobody else before the device has read it.
+    """
+    return words if device.type == "cpu" or words.is_pinned() else words.pin_memory()
+
+
+def copy_to(target: Tensor, words: Tensor) -> None:
+    """Copy words of the host to where a device's forwards read them, after what this stream was asked before; no wait."""
+    target.copy_(staged(words, target.device), non_blocking=True)
 
 
 def pattern(shape: Sequence[int], batch: int) -> tuple[int, ...]:
