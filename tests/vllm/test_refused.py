@@ -13,7 +13,7 @@ import torch
 import xorz.vllm
 from torch import nn
 from xorz.vllm.layers import XorzConfig
-from xorz.vllm.manager import Settings, Unfit, _check_engine
+from xorz.vllm.manager import Settings, Unfit, _check_engine, check_config
 from xorz.vllm.packages import what_is
 from xorz.vllm.plan import plan
 from xorz.vllm.rows import Rows
@@ -31,9 +31,21 @@ def config(**changed):
             enable_expert_parallel=False,
             enable_dbo=False,
             data_parallel_size=2,
+            enable_batch_sharded_sampling=False,
         ),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=False)),
+        offload_config=SimpleNamespace(
+            uva=SimpleNamespace(cpu_offload_gb=0.0), prefetch=SimpleNamespace(offload_group_size=0)
+        ),
+        additional_config={"xorz": {"memory": "1 GiB"}},
+        weight_transfer_config=None,
         model_config=SimpleNamespace(
+            dtype=torch.bfloat16,
+            head_dtype=torch.bfloat16,
+            is_hybrid=False,
+            is_attention_free=False,
+            enable_sleep_mode=False,
             runner_type="generate",
             use_mla=False,
             is_multimodal_model=False,
@@ -65,16 +77,74 @@ def config(**changed):
         ({"model_config__is_multimodal_model": True}, "multimodal"),
         ({"model_config__is_encoder_decoder": True}, "encoder"),
         ({"model_config__is_moe": True}, "data parallelism of mixtures"),
+        ({"model_config__head_dtype": torch.float32}, "head_dtype"),
     ],
 )
 def test_engines(changed, words):
     _check_engine(config(), "cpu")
-    with pytest.raises(ValueError, match=words):
-        _check_engine(config(**changed), "cpu")
+    for device in ("cpu", "cuda"):
+        with pytest.raises(ValueError, match=words):
+            _check_engine(config(**changed), device)
 
 
-def test_other_devices():
-    with pytest.raises(ValueError, match="device cuda is not served yet"):
+ON_A_GPU = {
+    "no memory": ({"additional_config": {}}, "on a GPU say how much of its memory tenants may take"),
+    "exact": (
+        {"additional_config": {"xorz": {"memory": "1 GiB", "mode": "exact"}}},
+        'mode="exact" is not served on a GPU.*"deterministic"',
+    ),
+    "experts": (
+        {"model_config__is_moe": True, "parallel_config__data_parallel_size": 1},
+        "mixtures of experts are not served on a GPU",
+    ),
+    "a hybrid": ({"model_config__is_hybrid": True}, "Mamba, hybrids"),
+    "Mamba": ({"model_config__is_attention_free": True}, "Mamba, hybrids"),
+    "sleep": ({"model_config__enable_sleep_mode": True}, "sleep mode"),
+    "offloading": (
+        {"offload_config__uva__cpu_offload_gb": 2.0},
+        "kept on the host .* are not served on a GPU",
+    ),
+    "offloading by groups": (
+        {"offload_config__prefetch__offload_group_size": 4},
+        "kept on the host .* are not served on a GPU",
+    ),
+    "sharded sampling": ({"parallel_config__enable_batch_sharded_sampling": True}, "batch-sharded sampling"),
+    "sequence parallelism": (
+        {"compilation_config__pass_config__enable_sp": True},
+        r"sequence parallelism \(pass_config\.enable_sp\) is not served",
+    ),
+    "updates": (
+        {"weight_transfer_config": SimpleNamespace(backend="xorz")},
+        "updates in place .* are not served on a GPU; publish versions as tenants",
+    ),
+}
+
+
+@pytest.mark.parametrize("changed, words", ON_A_GPU.values(), ids=ON_A_GPU)
+def test_engines_on_a_gpu(changed, words):
+    for device in ("cuda", torch.device("cuda:1")):
+        _check_engine(config(), device)
+        with pytest.raises(ValueError, match=words):
+            _check_engine(config(**changed), device)
+    _check_engine(config(**changed), "cpu")
+
+
+def test_updates_without_tenants_on_a_gpu():
+    for device in ("cpu", "cuda"):
+        alone = config(weight_transfer_config=SimpleNamespace(backend="xorz"))
+        alone.lora_config, alone.device_config = None, SimpleNamespace(device=torch.device(device))
+        if device == "cpu":
+            check_config(alone)
+        else:
+            with pytest.raises(ValueError, match=r"updates in place .* are not served on a GPU"):
+                check_config(alone)
+
+
+def test_other_devices(monkeypatch):
+    with pytest.raises(ValueError, match="device xpu is not served; the CPU and CUDA are"):
+        _check_engine(config(), "xpu")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(ValueError, match="AMD's GPUs are not served"):
         _check_engine(config(), "cuda")
 
 

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from .experts import XorzExpertsMethod
+from .gpu import LEAST_CAPABILITY
 from .rows import Site
 
 F = nn.functional
@@ -93,8 +94,8 @@ class XorzConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Zero: no compute capability is asked for, since only the CPU is served."""
-        return 0
+        """Of a GPU, if there is one: what xorz's kernels need."""
+        return LEAST_CAPABILITY
 
     @staticmethod
     def get_config_filenames() -> list[str]:

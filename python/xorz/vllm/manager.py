@@ -2,6 +2,10 @@
 
 vLLM decides: what is loaded and dropped (`--max-cpu-loras`), which adapters a step may have (`--max-loras`), and which is of
 which row. A resident adapter lies in the arena, whole; giving it a slot writes offsets and small vectors, and copies no delta.
+
+On a GPU all of that has its place before vLLM measures what memory is left, and keeps it: captured graphs read it at each
+replay. Whatever is written comes from pinned memory, on the stream that forwards run on, so that those which were asked before
+read what was there before, and nothing waits.
 """
 
 import os
@@ -25,6 +29,8 @@ from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 from ..serve.residency import Piece, Residency, size_of
+from ..serve.rows import copy_to, staged
+from . import gpu
 from .experts import XorzExpertsMethod
 from .layers import XorzConfig, XorzEmbeddingMethod, XorzLinearMethod, XorzRMSNorm
 from .packages import Checkpoint, Loader, Prepared, check_trust, split_name, what_is
@@ -38,6 +44,10 @@ _KEPT_OPEN = 256
 
 _FORGOTTEN_SECONDS = 120.0
 """Nobody has asked for so long what became of a package that was to be read: its client has gone."""
+
+
+_WARM_UP = "warm-up"
+"""The name of adapters that change nothing."""
 
 
 @dataclass
@@ -71,7 +81,8 @@ class Settings:
     Attributes:
         mode: of every product, as in `xorz.attach`.
         prefer: what packages are encoded for on loading, as there.
-        memory: bytes that adapters may take, or such as "8 GiB"; None is the machine's.
+        memory: bytes that adapters may take in each process, or such as "8 GiB"; None is the machine's. On a GPU they are its
+            own, taken at once, and None is refused.
         max_staleness: of a policy whose versions are tenants, so many before the newest can be asked for; see `policies`.
         trust: "sha256" compares the words that a package is a difference from by their sha256, of tenants and of updates, and
             takes no package without; digests find mistakes, but not who makes a tensor with the digest of another.
@@ -151,9 +162,11 @@ class XorzManager(LRUCacheLoRAModelManager):
     def _create_lora_modules(self) -> None:
         """Instead of wrapping modules: a site for each parameter that can be served by rows."""
         self._registered_adapters = _Resident(self.capacity, self.deactivate_adapter, self._free)
-        self.residency = Residency(size_of(self.settings.memory))
+        self._order = gpu.Order(self.device)
+        self.residency = Residency(size_of(self.settings.memory), torch.device(self.device), ordered=True)
         self.arena = self.residency.arena
-        rows = max(self.max_num_batched_tokens, self.max_num_seqs)
+        captured = self._vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        rows = max(self.max_num_batched_tokens, self.max_num_seqs, captured)
         self.row_map = Rows(rows, self.lora_slots, self.device)
         self.vectors: dict[str, Site] = {}
         self.params = parameters(self.model)
@@ -163,6 +176,8 @@ class XorzManager(LRUCacheLoRAModelManager):
         self.offsets = torch.zeros(
             len(self.matrices), self.lora_slots, 2, dtype=torch.int64, device=self.device
         )
+        # Of the adapter that is given a slot, on the way from the host to `offsets`.
+        self._arriving = torch.zeros_like(self.offsets[:, 0])
         first = 0
         for (name, param), users in found.items():
             site = Site(self.arena.tensor, self.row_map, self.settings.mode)
@@ -178,8 +193,13 @@ class XorzManager(LRUCacheLoRAModelManager):
                 site.slots, first = slots if param.dim() == 3 else slots[0], first + count
             for module, attribute in users:
                 setattr(module, f"xorz_{attribute}", site)
+                if getattr(module, "use_fused_embedding", False):
+                    # With tensor parallelism vLLM's kernel for a GPU would read the base's table past the method.
+                    module.use_fused_embedding = False
                 if _is_norm(module):
                     module.__class__ = XorzRMSNorm
+        if self.arena.tensor.device.type != "cpu":
+            gpu.check_kernels(self.arena.tensor)
         self.loader = self._make_loader()
 
     def _found(self) -> dict[tuple[str, nn.Parameter], list[tuple[nn.Module, str]]]:
@@ -188,6 +208,9 @@ class XorzManager(LRUCacheLoRAModelManager):
         # There such norms are given [1, rows, heads, n] or [1, heads, rows, n], as the model's author liked it.
         of_heads = self._vllm_config.model_config.get_head_size() if self.row_map.batched else None
         unread = _read_by_others(self.model)
+        if torch.device(self.device).type != "cpu":
+            gpu.check_model(self.model)
+            unread |= gpu.read_past(self.model)
         out: dict[tuple[str, nn.Parameter], list[tuple[nn.Module, str]]] = {}
         for _, module in self.model.named_modules():
             for attribute in _served(module, of_heads) if id(module) not in unread else ():
@@ -207,6 +230,7 @@ class XorzManager(LRUCacheLoRAModelManager):
     def base_replaced(self) -> None:
         """After vLLM has replaced the base's words: no adapter is resident, and nothing is known of the new ones."""
         self.remove_all_adapters()
+        self._order.settle()
         for name, param in self.model.named_parameters():
             if param.is_meta:
                 continue  # vLLM has failed half way, and this model serves nobody any more
@@ -226,7 +250,7 @@ class XorzManager(LRUCacheLoRAModelManager):
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> Adapter:
         """An adapter that changes nothing, with which vLLM warms up."""
-        return Adapter(lora_id, "warm-up", None)
+        return Adapter(lora_id, _WARM_UP, None)
 
     def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
         """The rank that vLLM suggests: packages have none, so that any will do."""
@@ -240,10 +264,11 @@ class XorzManager(LRUCacheLoRAModelManager):
         prepared = lora.prepared or Prepared()
         places = torch.zeros(len(self.matrices), 2, dtype=torch.int64)
         index = {name: i for i, name in enumerate(self.matrices)}
-        lora.pieces = self._place(lora, prepared)
+        with self._order.beside():
+            lora.pieces = self._place(lora, prepared)
         for name, piece in zip(prepared.deltas, lora.pieces, strict=True):
             places[index[name]] = torch.tensor(piece)
-        lora.places, lora.values, lora.prepared = places.to(self.device), prepared.values, None
+        lora.places, lora.values, lora.prepared = staged(places, self.offsets.device), prepared.values, None
         self._registered_adapters[lora.id] = lora
 
     def _place(self, lora: Adapter, prepared: Prepared) -> list[Piece]:
@@ -267,18 +292,22 @@ class XorzManager(LRUCacheLoRAModelManager):
     def _deactivate_adapter(self, lora_id: int) -> None:
         """Take its slot back; nothing points at memory that may be free."""
         if lora_id in self.lora_index_to_id:
-            self.offsets[:, self.lora_index_to_id.index(lora_id)] = 0
+            with self._order.beside():
+                self.offsets[:, self.lora_index_to_id.index(lora_id)] = 0
         super()._deactivate_adapter(lora_id)
 
     def remove_all_adapters(self) -> None:
-        """As vLLM's, and their memory is free."""
+        """As vLLM's, and their memory is free; all rows are the base's until a step says whose they are."""
         for lora in self._registered_adapters.cache.values():
             self._free(lora)
-        self.offsets.zero_()
+        nobody = torch.zeros(0, dtype=torch.int32)
+        with self._order.beside():
+            self.offsets.zero_()
+            self.row_map.write(nobody, nobody)
         super().remove_all_adapters()
 
     def activate_adapter(self, lora_id: int) -> bool:
-        """Give it a slot: the offsets of its deltas, and its vectors."""
+        """Give it a slot: the offsets of its deltas, and its vectors. On a GPU steps that were asked before do not see it."""
         if lora_id in self._active_adapters:
             self._active_adapters.touch(lora_id)
             return False
@@ -286,12 +315,22 @@ class XorzManager(LRUCacheLoRAModelManager):
             self._active_adapters.remove_oldest()
         slot = self.lora_index_to_id.index(None)
         lora = self._registered_adapters[lora_id]
-        self.offsets[:, slot] = lora.places
-        for name, site in self.vectors.items():
-            site.table[slot] = lora.values.get(name, site.table[-1])
+        with self._order.beside():
+            copy_to(self._arriving, lora.places)
+            self.offsets[:, slot].copy_(self._arriving)
+            for name, site in self.vectors.items():
+                if name in lora.values:
+                    copy_to(site.table[slot], lora.values[name])
+                else:
+                    site.table[slot].copy_(site.table[-1])
         self._active_adapters[lora_id] = None
         self.lora_index_to_id[slot] = lora_id
         return True
+
+    def set_adapter_mapping(self, mapping: Any) -> None:
+        """As vLLM's, which calls the next one where anything has changed since the step before."""
+        self._order.step()
+        super().set_adapter_mapping(mapping)
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
         """The rows of the next step."""
@@ -364,10 +403,12 @@ def _read_by_others(model: nn.Module) -> set[int]:
 def check_config(config: Any) -> None:
     """Before anything is loaded: ValueError for settings and engines that are refused, and where nothing asks for xorz."""
     Settings.of(config)
-    transfer = getattr(config, "weight_transfer_config", None)
+    device = config.device_config.device
     if config.lora_config is not None:
-        _check_engine(config, config.device_config.device)
-    elif transfer is None or transfer.backend != "xorz":
+        _check_engine(config, device)
+    elif gpu.is_updated(config):
+        _refuse(gpu.updates(config, device))
+    else:
         raise ValueError(
             "xorz: --quantization xorz serves nothing without --enable-lora (tenants are vLLM's adapters), or "
             """--weight-transfer-config '{"backend": "xorz"}' (the base is updated in place)"""
@@ -379,7 +420,6 @@ def _check_engine(config: Any, device: Any) -> None:
     parallel, model = config.parallel_config, config.model_config
     unfit = {
         "quantization must be xorz (--quantization xorz)": not isinstance(config.quant_config, XorzConfig),
-        f"device {device} is not served yet; the CPU is": torch.device(device).type != "cpu",
         "pipeline parallelism is not served": parallel.pipeline_parallel_size > 1,
         "context parallelism is not served": parallel.prefill_context_parallel_size > 1
         or parallel.decode_context_parallel_size > 1,
@@ -393,7 +433,13 @@ def _check_engine(config: Any, device: Any) -> None:
         "MLA, whose weights are multiplied into each other, is not served": model.use_mla,
         "multimodal models are not served": model.is_multimodal_model,
         "models of encoder and decoder are not served": model.is_encoder_decoder,
+        "an output layer of another dtype than the model's (head_dtype), whose words vLLM reads past it, is not "
+        "served": model.head_dtype != model.dtype,
     }
+    _refuse(unfit | gpu.unserved(config, device, Settings.of(config)))
+
+
+def _refuse(unfit: dict[str, bool]) -> None:
     for text, is_so in unfit.items():
         if is_so:
             raise ValueError(f"xorz: {text}")
@@ -483,11 +529,12 @@ class XorzWorkerManager(LRUCacheWorkerLoRAManager):
     def add_adapter(self, adapter_request: LoRARequest) -> bool:
         """As vLLM's, which goes by numbers; two names may not have one."""
         found = self._adapter_manager._registered_adapters.cache.get(adapter_request.lora_int_id)
-        if found is not None and found.name != adapter_request.lora_name:
+        # vLLM gives those by which it warms up and captures graphs names of its own.
+        if found is not None and found.name not in (adapter_request.lora_name, _WARM_UP):
             raise ValueError(
                 f"xorz: adapter {adapter_request.lora_name!r} has the number {found.id} of {found.name!r}, which is loaded"
             )
-        if found is not None:
+        if found is not None and found.name != _WARM_UP:
             self._taken(adapter_request)  # the same words, from another file; nobody needs them
         return super().add_adapter(adapter_request)
 

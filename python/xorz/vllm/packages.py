@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _core, _ops, checkpoint, sources
+from ..serve.rows import staged
 from ..versions import chain_of
 from .plan import Piece, Plan
 
@@ -136,8 +137,8 @@ class Prepared:
     """What one package changes, by parameter.
 
     Attributes:
-        deltas: parameter -> resident delta of this process's part of it.
-        values: parameter -> this process's part of the fine-tuned vector.
+        deltas: parameter -> resident delta of this process's part of it, in the host's memory, pinned for a GPU.
+        values: parameter -> this process's part of the fine-tuned vector, there as well.
         generation: of the base that it was checked against, as in `Loader`.
     """
 
@@ -160,7 +161,7 @@ class Loader:
     Attributes:
         base: the checkpoint that the model was loaded from.
         plan: how its tensors make up the parameters.
-        params: parameter -> its words, as they are served.
+        params: parameter -> its words, as and where they are served.
         kinds: parameter -> "delta" or "value"; others cannot be served, `why` says so.
         prefer: what deltas are encoded for; None takes what packages hold.
         generation: how often the base has been replaced. What was prepared under another one must not be served.
@@ -175,6 +176,7 @@ class Loader:
     generation: int = 0
     trust: str = "digest"
     _proved: set[str] = field(default_factory=set)
+    _fetched: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def replaced(self, base: Checkpoint | None) -> None:
         """The parameters hold other words now; nothing is known of them any more.
@@ -183,8 +185,8 @@ class Loader:
             base: the checkpoint as it lies on disk now; None, or one of other tensors, leaves the one that there was. Packages
                 are refused then wherever the new words are not its.
         """
-        # Another set, not an empty one: whoever is proving in another thread must not write what was true before.
-        self.generation, self._proved = self.generation + 1, set()
+        # Others, not empty ones: whoever is proving in another thread must not write what was true before.
+        self.generation, self._proved, self._fetched = self.generation + 1, set(), {}
         if base is not None and base.tensors == self.base.tensors:
             self.base = base
 
@@ -195,7 +197,7 @@ class Loader:
             OSError; ValueError: damaged, republished, of another base (tensor and digests are named), or it changes what
                 cannot be served (named); KeyError: the base lacks a tensor of it.
         """
-        out, proved = Prepared(generation=self.generation), self._proved
+        out, proved, fetched = Prepared(generation=self.generation), self._proved, self._fetched
         found = digest(path)
         if found != wanted:
             raise ValueError(
@@ -208,10 +210,17 @@ class Loader:
         for param in affected:
             pieces = self.plan.pieces[param]
             self._prove(param, pieces, proved)
+            device = self.params[param].device
             if self.kinds.get(param) == "value":
-                out.values[param] = self._value(param, pieces, loaded)
+                out.values[param] = staged(self._value(param, pieces, loaded, fetched), device)
             else:
-                out.deltas[param] = self._delta(param, pieces, loaded, changed)
+                delta = self._delta(param, pieces, loaded, changed, fetched)
+                if device.type != "cpu" and _of_old_layout(delta):
+                    raise ValueError(
+                        f"tensor `{pieces[0].name}` is an `exponent` delta of a package of version 1, on which GPUs do not "
+                        "compute; pack it again"
+                    )
+                out.deltas[param] = staged(delta, device)
         return out
 
     def changed(self, description: dict[str, Any]) -> set[str]:
@@ -260,7 +269,8 @@ class Loader:
         """That the model computes with the checkpoint's very words, once: what is done to weights after loading is unseen."""
         if param in proved:
             return
-        served = _matrix(self.params[param])
+        # A GPU's are read back here, once.
+        served = _matrix(self.params[param]).cpu()
         for piece in pieces:
             stored = _cut(_matrix(self.base[piece.name]), piece.rows, piece.cols)
             if not torch.equal(_words(stored), _words(_cut(served, piece.to_rows, piece.to_cols))):
@@ -270,8 +280,30 @@ class Loader:
                 )
         proved.add(param)
 
-    def _value(self, param: str, pieces: list[Piece], loaded: Mapping[str, Tensor]) -> Tensor:
-        out = self.params[param].detach().clone()
+    def _rest(self, param: str, first: int, fetched: dict[tuple[str, int], Tensor]) -> Tensor:
+        """The rows of a parameter from `first` on, in the host's memory; of a GPU's they are read back once."""
+        served = self.params[param].data
+        if served.device.type == "cpu":
+            return served[first:]
+        if (param, first) not in fetched:
+            fetched[param, first] = served[first:].cpu()
+        return fetched[param, first]
+
+    def _base_of(self, param: str, piece: Piece) -> Tensor:
+        """A piece of a parameter that was proved, in the host's memory: the checkpoint has the same words."""
+        served = self.params[param].data
+        if served.device.type == "cpu":
+            return served[slice(*piece.to_rows)]
+        return _cut(_matrix(self.base[piece.name]), piece.rows, piece.cols).contiguous()
+
+    def _value(
+        self,
+        param: str,
+        pieces: list[Piece],
+        loaded: Mapping[str, Tensor],
+        fetched: dict[tuple[str, int], Tensor],
+    ) -> Tensor:
+        out = self._rest(param, 0, fetched).clone()
         for piece in pieces:
             base = self.base[piece.name]
             tuned = _ops.delta_restore(base, loaded[piece.name]) if piece.name in loaded else base
@@ -279,17 +311,21 @@ class Loader:
         return out
 
     def _delta(
-        self, param: str, pieces: list[Piece], loaded: Mapping[str, Tensor], changed: set[str]
+        self,
+        param: str,
+        pieces: list[Piece],
+        loaded: Mapping[str, Tensor],
+        changed: set[str],
+        fetched: dict[tuple[str, int], Tensor],
     ) -> Tensor:
-        weight = self.params[param].detach()
         parts, bases = [], []
         for piece in pieces:
-            base = weight[slice(*piece.to_rows)]
+            base = self._base_of(param, piece)
             parts.append(self._part(piece, loaded[piece.name]) if piece.name in changed else _unchanged(base))
             bases.append(base)
         covered = pieces[-1].to_rows[1]
-        if covered < weight.size(0):
-            bases.append(weight[covered:])
+        if covered < self.params[param].size(0):
+            bases.append(self._rest(param, covered, fetched))
             parts.append(_unchanged(bases[-1]))
         return parts[0] if len(parts) == 1 else _ops.delta_concat(parts, bases, 0)
 
@@ -305,12 +341,17 @@ class Loader:
         return delta
 
 
+def _of_old_layout(delta: Tensor) -> bool:
+    """Whether it is an `exponent` delta (2) of layout 0, by its header: src/resident/SPEC.md."""
+    return delta[8:11].tolist() == [0, 0, 2]
+
+
 def _unchanged(base: Tensor) -> Tensor:
     return _ops.delta_encode(base, base)
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1, 1) if tensor.dim() < 2 else tensor.detach()
+    return tensor.data.reshape(-1, 1) if tensor.dim() < 2 else tensor.data
 
 
 def _cut(tensor: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:

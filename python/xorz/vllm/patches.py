@@ -136,6 +136,7 @@ def _in_step(plain: Any) -> Any:
 def _worker() -> None:
     from vllm.v1.executor import multiproc_executor
     from vllm.v1.worker import gpu_model_runner, lora_model_runner_mixin, worker_base
+    from vllm.v1.worker.gpu.sample import prompt_logprob
 
     plain = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
 
@@ -156,6 +157,9 @@ def _worker() -> None:
     )
     runner = gpu_model_runner.GPUModelRunner
     runner._get_prompt_logprobs_dict = _scoring_prompts(runner._get_prompt_logprobs_dict)
+    second = prompt_logprob.PromptLogprobsWorker
+    second.compute_prompt_logprobs = _scoring_prompts_by(second.compute_prompt_logprobs)
+    second.compute_prompt_token_id_logprobs = _scoring_prompts_by(second.compute_prompt_token_id_logprobs)
 
 
 def _scoring_prompts(plain: Any) -> Any:
@@ -166,12 +170,22 @@ def _scoring_prompts(plain: Any) -> Any:
         found = getattr(self, "lora_manager", None)
         if not isinstance(found, manager.XorzWorkerManager):
             return plain(self, hidden_states, *args, **kwargs)
-        rows = found._adapter_manager.row_map
-        rows.of_prompt = hidden_states
-        try:
+        with found._adapter_manager.row_map.scoring(hidden_states):
             return plain(self, hidden_states, *args, **kwargs)
-        finally:
-            rows.of_prompt = None
+
+    return score
+
+
+def _scoring_prompts_by(plain: Any) -> Any:
+    """The same of vLLM's second model runner, which says how logits are computed: by a method of the model."""
+
+    @functools.wraps(plain)
+    def score(self: Any, logits_fn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = getattr(getattr(logits_fn, "__self__", None), "lora_manager", None)
+        if not isinstance(found, manager.XorzManager):
+            return plain(self, logits_fn, hidden_states, *args, **kwargs)
+        with found.row_map.scoring(hidden_states):
+            return plain(self, logits_fn, hidden_states, *args, **kwargs)
 
     return score
 

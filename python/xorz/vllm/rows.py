@@ -1,16 +1,24 @@
 """Which tenant each row of a step is of, and what a parameter's tenants are read from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
+from ..serve.rows import copy_to
+
+_APART = 64
+"""Rows that maps are multiples of, so that each begins as aligned as memory of its own."""
+
 
 class Rows:
-    """Which tenant's slot each row is of, at fixed addresses; -1 is the base.
+    """Which tenant's slot each row is of, at fixed addresses, which captured CUDA graphs read at each replay; -1 is the base.
 
     Attributes:
         tokens: int32, of the rows that the model's layers see.
         sampled: int32, of the rows that logits are computed from.
-        places: int64, as `tokens`, for tables whose last row is the base's.
+        places: int32, as `tokens`, for tables whose last row is the base's.
         batched: whether the model's layers see the step's rows as a batch of one, `[1, rows, ...]`, as those of vLLM's
             Transformers backend do.
     """
@@ -19,18 +27,26 @@ class Rows:
         """For at most `count` rows, all the base's."""
         self.slots = slots
         self.batched = False
-        self.tokens = torch.full((count,), -1, dtype=torch.int32, device=device)
-        self.sampled = torch.full((count,), -1, dtype=torch.int32, device=device)
-        self.places = torch.full((count,), slots, dtype=torch.int64, device=device)
+        count = -(-count // _APART) * _APART
+        self._all = self._of_base(count).to(device)
+        self.tokens, self.sampled, self.places = self._all.unbind()
         self.of_prompt: Tensor | None = None
 
+    def _of_base(self, count: int) -> Tensor:
+        out = torch.full((3, count), -1, dtype=torch.int32)
+        out[2] = self.slots
+        return out
+
     def write(self, tokens: Tensor, sampled: Tensor) -> None:
-        """The rows of the next step; rows behind them, which a graph may compute for nothing, are the base's."""
-        for buffer, given in ((self.tokens, tokens), (self.sampled, sampled)):
-            buffer[: given.numel()].copy_(given)
-            buffer[given.numel() :].fill_(-1)
-        self.places[: tokens.numel()].copy_(torch.where(tokens < 0, self.slots, tokens))
-        self.places[tokens.numel() :].fill_(self.slots)
+        """The rows of the next step; rows behind them, which a graph may compute for nothing, are the base's.
+
+        One copy, which nothing waits for: on a GPU steps that were asked before see the rows of before.
+        """
+        new = self._of_base(self._all.size(1))
+        new[0, : tokens.numel()] = tokens
+        new[1, : sampled.numel()] = sampled
+        new[2, : tokens.numel()] = torch.where(tokens < 0, self.slots, tokens)
+        copy_to(self._all, new)
 
     def count(self, shape: torch.Size) -> int:
         """Rows of the step in a layer's input, of which these are all dimensions but the features'.
@@ -45,6 +61,15 @@ class Rows:
             f"xorz: a layer is given rows as {list(shape)}, which are not the step's tokens one after another; their tenants "
             "are unknown"
         )
+
+    @contextmanager
+    def scoring(self, states: Tensor) -> Iterator[None]:
+        """Inside, logits are computed from views of `states`, a row for each token of the step."""
+        self.of_prompt = states
+        try:
+            yield
+        finally:
+            self.of_prompt = None
 
     def for_logits(self, x: Tensor) -> Tensor:
         """Of the rows of `x`: the sampled ones, or, while prompts are scored, those tokens that `x` is a view of."""

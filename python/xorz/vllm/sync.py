@@ -158,7 +158,9 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
         """As vLLM's; ValueError for engines that cannot be updated."""
         super().__init__(config, vllm_config, device, model)
         if torch.device(device).type != "cpu":
-            raise ValueError(f"xorz: weight transfer to device {device} is not served yet; to the CPU it is")
+            raise ValueError(
+                f"xorz: weight transfer to device {device} is not served; to the CPU it is (publish versions as tenants)"
+            )
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise ValueError("xorz: weight transfer with pipeline parallelism is not served")
         if vllm_config.parallel_config.enable_expert_parallel:
