@@ -11,6 +11,7 @@ lies there by then. Nothing may wait in between, and a replay that reads what no
 modelled: work that runs beside the host's next steps, but for a replay that is `late`; other streams; memory lent again.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -104,6 +105,13 @@ class Ledger:
 
 
 ledger = Ledger()
+alive: dict[int, weakref.ref] = {}
+
+
+def held() -> int:
+    """Bytes of the device that some tensor holds."""
+    found = [t.untyped_storage() for ref in list(alive.values()) if (t := ref()) is not None]
+    return sum({storage._cdata: storage.nbytes() for storage in found}.values())
 
 
 class OnGpu(torch.Tensor):
@@ -130,6 +138,7 @@ class OnGpu(torch.Tensor):
                 device="meta",
             )
         out.words, out.place = words, place
+        alive[id(out)] = weakref.ref(out)
         return out
 
     def _moved(self, other: "OnGpu") -> None:

@@ -23,7 +23,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 import gpu_double
-from gpu_double import CUDA, Graph, OnGpu, to_gpu
+from gpu_double import CUDA, Graph, OnGpu, held, to_gpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a double of a GPU, beside a real one")
 KINDS = ("qwen2", "qwen3")
@@ -105,7 +105,6 @@ class Runner:
 
         monkeypatch.setattr(manager, "plan", planned)
         self.model = to_gpu(model)
-        self.held_before = held()
         self.mixin = type("Mixin", (LoRAModelRunnerMixin,), {"get_model": lambda _: self.model})()
         self.mixin.lora_config = self.config.lora_config
         self.mixin.load_lora_model(self.model, self.config, CUDA)
@@ -189,17 +188,6 @@ def said(model, ids=IDS, places=PLACES):
     return model.compute_logits(model(ids, places, None, None))
 
 
-def held():
-    """Bytes of the device."""
-    import gc
-
-    gc.collect()
-    there = {
-        t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is OnGpu
-    }
-    return sum(there.values())
-
-
 EXCHANGED = [
     ["A", None, "B", "A"] * 3,
     ["B", "A", "A", None, "B"],  # fewer rows than the graph has
@@ -268,7 +256,7 @@ def test_what_is_written_beside_steps_is_in_order_with_them(gpu, made):
         made.load("C")
         made.load("A")
         made.manager.remove_all_adapters()
-    assert len(gpu.streams) > 100 and set(gpu.streams) == {steps}
+    assert len(gpu.streams) > 20 and set(gpu.streams) == {steps}
     with torch.cuda.stream(steps):
         made.set(["A", "B"] * 6)
         assert made.wrong(made.step(), ["A", "B"] * 6) == []
