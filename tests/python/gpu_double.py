@@ -82,6 +82,8 @@ class Ledger:
         self.late: list[Graph] = []
         # Pinned memory that copies which nobody waits for read, and what it held.
         self.lent: list[tuple[Tensor, Tensor]] = []
+        # What was made on its devices, by the number that Python gives it while it is there.
+        self.alive: dict[int, weakref.ref] = {}
 
     def wait(self, what: str) -> None:
         """The host would wait for the device here, which is an error in the midst of a capture."""
@@ -105,12 +107,11 @@ class Ledger:
 
 
 ledger = Ledger()
-alive: dict[int, weakref.ref] = {}
 
 
 def held() -> int:
-    """Bytes of the device that some tensor holds."""
-    found = [t.untyped_storage() for ref in list(alive.values()) if (t := ref()) is not None]
+    """Bytes of the machine's devices that some tensor holds; those of a machine before it are gone with that one."""
+    found = [t.untyped_storage() for ref in list(ledger.alive.values()) if (t := ref()) is not None]
     return sum({storage._cdata: storage.nbytes() for storage in found}.values())
 
 
@@ -138,7 +139,7 @@ class OnGpu(torch.Tensor):
                 device="meta",
             )
         out.words, out.place = words, place
-        alive[id(out)] = weakref.ref(out)
+        ledger.alive[id(out)] = weakref.ref(out)
         return out
 
     def _moved(self, other: "OnGpu") -> None:
