@@ -8,7 +8,8 @@ mask turned to places, a copy to the host or from memory that is not pinned) is 
 
 `Graph` captures as a CUDA graph does: ops are noted with the buffers that they were given, and a replay computes them on what
 lies there by then. Nothing may wait in between, and a replay that reads what nobody holds any more raises. What is not
-modelled: work that runs beside the host's next steps, but for a replay that is `late`; other streams; memory lent again.
+modelled: work that runs beside the host's next steps, but for a replay that is `late`; streams, which are names, one of them
+the current one of every device; memory lent again.
 """
 
 import weakref
