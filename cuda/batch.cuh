@@ -7,6 +7,8 @@
 
 namespace xorz {
 
+constexpr uint32_t kWarps = 8;  // of a block
+
 // What the kernels of products take; see README.md.
 template <class W>
 struct Product {

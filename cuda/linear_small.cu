@@ -2,12 +2,12 @@
 // x a block, each of any tenant. f32 sums in a fixed order, no float atomics, no scratch memory.
 //
 //   block (i, j): rows 16 i .. of W (a panel), rows M j .. of x
-//     sort the rows by tenant, open the tenants' deltas (batch.cuh)
+//     sort the rows by tenant, ask for the panel's first columns, open the tenants' deltas (batch.cuh)
 //     rows on the base's words (the base, `unchanged`, `sparse`), together: panel x rows in registers
-//       (product.cuh)
+//       (product.cuh; bf16 and f16, blocks of 16 rows: product_tensor.cuh)
 //     each tenant with words of its own (`raw`): the same on its payload
 //     `sparse` tenants: their entries (entries.cuh)
-//     `exponent` tenants: decode and multiply, a warp a tenant (streams.cuh)
+//     `exponent` tenants: decode and multiply, a warp a tile (streams.cuh)
 //     total + bias: finite -> round once -> y;  else again from the fine-tuned words in f64 (again_f64.cuh)
 //
 // The order of one output is that of the parts above, each documented in its file: total = 0; + base (or own)
@@ -15,9 +15,9 @@
 // call, same bits; a row's bits may depend on which tenants share its block of rows, never on another row's
 // values. Payloads of NaN that are computed are unspecified; refused and corrupt deltas give all bits set.
 //
-// Bytes: base words once (`exponent` with other kinds of rows in the same block: twice, the second time from
-// L2), each tenant's tiles of the panel once (gaps of one byte again, from L1), x once a panel for each part,
-// from L2. Threads 256. Shared memory: see gate.txt: 32 KiB of staged words, 6 KiB of runs, 2 KiB of totals,
+// Bytes: base words once (`exponent` beside other kinds of rows in the same block: again, from L2, and what tenants
+// share of it from L1), each tenant's tiles of the panel once (gaps of one byte again, from L1), x once a panel for
+// each part, from L2. Threads 256. Shared memory: see gate.txt: 32 KiB of staged words, 6 KiB of runs, 2 KiB of totals,
 // up to 16 open deltas.
 #include "again_f64.cuh"
 #include "entries.cuh"

@@ -20,21 +20,12 @@
 
 namespace xorz {
 
-constexpr uint32_t kProductWarps = 8;
 constexpr uint32_t kGroupSteps = 4, kTensorStep = 32, kGroup = kGroupSteps * kTensorStep;
 
 template <uint32_t M>
 struct TensorPartial {
-  float sum[kProductWarps][kPanel][M];
+  float sum[kWarps][kPanel][M];
 };
-
-template <class D>
-XORZ_DEVICE void multiply_words_of(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (D::kCode == kBf16)
-    multiply_bf16(sums, a, b0, b1);
-  else
-    multiply_f16(sums, a, b0, b1);
-}
 
 // sums += a step: rows l / 4 and l / 4 + 8 of W by rows l / 4 of x.
 template <class D>
@@ -42,18 +33,17 @@ XORZ_DEVICE void multiply_step(float (&sums)[4], const Vector& upper, const Vect
   XORZ_UNROLL
   for (uint32_t i = 0; i < 4; i += 2) {
     const uint32_t a[4] = {upper.part[i], lower.part[i], upper.part[i + 1], lower.part[i + 1]};
-    multiply_words_of<D>(sums, a, x.part[i], x.part[i + 1]);
+    multiply_mma<D>(sums, a, x.part[i], x.part[i + 1]);
   }
 }
 
-// The warp's groups of whole pieces, all of them before column `end`, of the sixteen rows that the lanes' `upper` and `lower`
-// are of, by the eights of rows of x that `few` and, if kBoth, `more` are of: from where the lane's columns of the warp's first
-// group are.
+// `groups` groups of the warp's, all of whole pieces. `upper` and `lower` are where the lane's columns of the first of them lie in its
+// two rows of W, `few` and, if kBoth, `more` where they lie in its one or two rows of x.
 template <class D, bool kBoth>
 XORZ_DEVICE void multiply_groups(float (&sum)[2][4], const typename D::Word* upper,
                                  const typename D::Word* lower, const typename D::Word* few,
                                  const typename D::Word* more, uint32_t groups) {
-  constexpr uint32_t kApart = kProductWarps * kGroup;
+  constexpr uint32_t kApart = kWarps * kGroup;
   if (groups == 0) return;
   Vector w[kGroupSteps][2];
   XORZ_UNROLL
@@ -68,9 +58,10 @@ XORZ_DEVICE void multiply_groups(float (&sum)[2][4], const typename D::Word* upp
     lower += kApart;
     XORZ_UNROLL
     for (uint32_t s = 0; s < kGroupSteps; s++) {
-      multiply_step<D>(sum[0], w[s][0], w[s][1], load_vector_once(few + s * kTensorStep));
+      const Vector of_x = load_vector_once(few + s * kTensorStep);
+      multiply_step<D>(sum[0], w[s][0], w[s][1], of_x);  // hot: product_tensor
       if (kBoth) multiply_step<D>(sum[1], w[s][0], w[s][1], load_vector_once(more + s * kTensorStep));
-      if (groups != 0) {  // hot: product_tensor
+      if (groups != 0) {
         w[s][0] = load_vector_once(upper + s * kTensorStep);
         w[s][1] = load_vector_once(lower + s * kTensorStep);
       }
@@ -104,14 +95,14 @@ XORZ_DEVICE void add_product_by_tensor(float (&total)[kPanel][M], TensorPartial<
   // Groups of whole pieces first: what else there is follows the warp's last one of these.
   const bool whole = k % 8 == 0 && aligned(words, 16) && aligned(x, 16);
   const uint32_t all = whole ? k / kGroup : 0;
-  const uint32_t groups = all > warp ? (all - warp + kProductWarps - 1) / kProductWarps : 0;
+  const uint32_t groups = all > warp ? (all - warp + kWarps - 1) / kWarps : 0;
   const uint32_t mine = lane % 4 * 8, from = warp * kGroup + mine;
   if (both)
     multiply_groups<D, true>(sum, upper + from, lower + from, few + from, more + from, groups);
   else
     multiply_groups<D, false>(sum, upper + from, lower + from, few + from, more, groups);
   XORZ_NO_UNROLL
-  for (uint32_t c = (groups * kProductWarps + warp) * kGroup; c < k; c += kProductWarps * kGroup) {
+  for (uint32_t c = (groups * kWarps + warp) * kGroup; c < k; c += kWarps * kGroup) {
     const uint32_t to = k - c < kGroup ? k : c + kGroup;
     XORZ_NO_UNROLL
     for (uint32_t at = c; at < to; at += kTensorStep) {
@@ -129,10 +120,10 @@ XORZ_DEVICE void add_product_by_tensor(float (&total)[kPanel][M], TensorPartial<
   block_sync();
   const uint32_t r = thread_index() / M, j = thread_index() % M;
   if (j < count) {
-    float total_of = 0;
+    float all_warps = 0;
     XORZ_UNROLL
-    for (uint32_t w = 0; w < kProductWarps; w++) total_of += partial.sum[w][r][j];
-    total[r][list[j]] += total_of;
+    for (uint32_t w = 0; w < kWarps; w++) all_warps += partial.sum[w][r][j];
+    total[r][list[j]] += all_warps;
   }
   block_sync();
 }

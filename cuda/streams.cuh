@@ -28,8 +28,6 @@
 
 namespace xorz {
 
-constexpr uint32_t kWarps = 8;
-
 constexpr uint32_t kNone = ~0u;
 constexpr uint32_t kAheadSteps = 4;  // of 32 columns, whose base words are asked for at once
 

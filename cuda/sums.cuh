@@ -53,10 +53,7 @@ struct TensorSums {
         XORZ_UNROLL
         for (uint32_t j = 0; j < 4; j++) {
           const uint32_t b0 = b[j / 2][j % 2 * 2], b1 = b[j / 2][j % 2 * 2 + 1];
-          if constexpr (D::kCode == kBf16)
-            multiply_bf16(sum[i][j], a, b0, b1);
-          else
-            multiply_f16(sum[i][j], a, b0, b1);
+          multiply_mma<D>(sum[i][j], a, b0, b1);
         }
       }
     }

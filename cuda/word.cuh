@@ -67,6 +67,16 @@ struct F32 {
   static XORZ_DEVICE uint32_t round(float value) { return bits_of(value); }
 };
 
+// sums (16 x 8) += a (16 x 16) * b (16 x 8), words of bf16 or f16; see device.cuh. The whole warp calls.
+template <class D>
+XORZ_DEVICE void multiply_mma(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  static_assert(sizeof(typename D::Word) == 2, "f32 has no matrix instruction that keeps its words");
+  if constexpr (D::kCode == kBf16)
+    multiply_bf16(sums, a, b0, b1);
+  else
+    multiply_f16(sums, a, b0, b1);
+}
+
 // The value of a word of 2 or 4 bytes of a dtype known at run time only, and the word of a value that it
 // holds.
 XORZ_DEVICE float value_of(uint32_t dtype, uint16_t word) {

@@ -143,7 +143,7 @@ def small_trips(case: Case) -> Callable[[sass.Loop, list[sass.Loop]], float]:
             return 16 * pairs / (rounds * WARPS)
         if loop.name == "steps":
             return 1024 / 128
-        return 0.0
+        raise KeyError(f"nobody knows how often {loop.name} is gone through")
 
     return trips
 
@@ -165,7 +165,7 @@ def large_trips(case: Case) -> Callable[[sass.Loop, list[sass.Loop]], float]:
         if loop.name == "walk":
             # Four of the block's warps have a tile of 16 rows of the panel.
             return 16 * 1024 / 256 / 2
-        return 0.0
+        raise KeyError(f"nobody knows how often {loop.name} is gone through")
 
     return trips
 
@@ -267,8 +267,19 @@ def in_flight(
     return out
 
 
+def check_marks(kernels: list[sass.Kernel], hot: dict[tuple[str, int], str]) -> None:
+    """SystemExit where a mark is of no loop: what it stands at has no instruction of its own any more, or another name."""
+    lost = set(hot.values()) - {loop.name for kernel in kernels for loop in sass.marked_loops(kernel, hot)}
+    if lost:
+        raise SystemExit(
+            f"cuda-gate: no loop has the mark {', '.join(sorted(lost))}; move it to a line of the loop"
+        )
+
+
 def table(found: dict[int, dict[str, sass.Kernel]], used: dict[int, dict[str, tuple[int, int]]]) -> str:
     marks = sass.marks(ROOT / "cuda")
+    for kernels in found.values():
+        check_marks([kernels[f"xorz_{name}"] for name in {case.kernel for case in CASES}], marks["hot"])
     machines = "; ".join(
         f"sm_{arch}: {m.name}, {m.processors} multiprocessors, {m.ghz} GHz, {m.terabytes} TB/s"
         for arch, m in MACHINES.items()
