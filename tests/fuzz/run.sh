@@ -9,7 +9,7 @@
 set -eu
 cd "$(dirname "$0")"
 minutes=${1:-${MINUTES:-2}}
-targets=${FUZZ_TARGETS:-"package resident ops predicted checkpoint index cache"}
+targets=${FUZZ_TARGETS:-"package resident ops predicted exchange checkpoint index cache"}
 host=$(rustc -vV | sed -n 's/^host: //p')
 coverage="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
  -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
