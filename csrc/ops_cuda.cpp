@@ -36,12 +36,20 @@ bool are_bits(const Tensor& t) {
   return t.scalar_type() == ScalarType::Short || t.scalar_type() == ScalarType::Int;
 }
 
+// Rows `from` .. `to` of the fine-tuned words, panels by the core's rule.
+Tensor restored_rows(const Checks& checks, const OnDevice& device, const CudaMatrix& base, const Tensor& like,
+                     ScalarType type, const Tensor& delta, size_t from, size_t to) {
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  if (from != 0 || to != base.n) sizes[0] = static_cast<int64_t>(to - from);
+  const Tensor plain = aligned(delta), out = torch::stable::new_empty(like, sizes, type);
+  const size_t at = mutable_address(out), bytes = static_cast<size_t>(plain.numel());
+  core(checks, [&] { cuda_delta_restore(device.place(), base, from, to, at, address(plain), bytes); });
+  return out;
+}
+
 Tensor restored(const Checks& checks, const OnDevice& device, const CudaMatrix& base, const Tensor& like,
                 ScalarType type, const Tensor& delta) {
-  const Tensor plain = aligned(delta), out = torch::stable::new_empty(like, like.sizes(), type);
-  const size_t to = mutable_address(out), from = address(plain), bytes = static_cast<size_t>(plain.numel());
-  core(checks, [&] { cuda_delta_restore(device.place(), base, to, from, bytes); });
-  return out;
+  return restored_rows(checks, device, base, like, type, delta, 0, base.n);
 }
 
 // [m, n] of a product. `args` keeps no tensor alive: who calls does, until the launch.
@@ -96,6 +104,37 @@ CudaLinear grouped_linear(const GroupedOperands& g, const Tensor& arena) {
   args.slot_count = g.s;
   args.tenant_of_row = address(g.tenancy.tenant_of_row);
   return args;
+}
+
+// One tenant's product of many rows by torch, on panels of `rows` restored rows of W: their words are in
+// scratch memory of one panel, which the next overwrites. Nothing where autocast makes the product another
+// dtype's.
+std::optional<Tensor> by_panels(const Checks& checks, const OnDevice& device, const CudaLinear& args,
+                                size_t rows, const Tensor& x, const Tensor& weight,
+                                const std::optional<Tensor>& bias, ScalarType type) {
+  const size_t n = args.weight.n;
+  const auto k = static_cast<int64_t>(args.weight.k), m = static_cast<int64_t>(args.m);
+  const Tensor flat = x.dim() == 2 ? x : call_aten("aten::view", "", x, std::vector<int64_t>{m, k});
+  Tensor scratch = torch::stable::new_empty(weight, {static_cast<int64_t>(std::min(rows, n)), k}, type);
+  std::optional<Tensor> out;
+  for (size_t from = 0; from < n; from += rows) {
+    const size_t to = std::min(n, from + rows), at = mutable_address(scratch);
+    const auto count = static_cast<int64_t>(to - from);
+    core(checks, [&] { cuda_delta_linear_panel(device.place(), args, from, to, at); });
+    std::optional<Tensor> part_bias;
+    if (bias) {
+      Tensor all = *bias;
+      part_bias = torch::stable::narrow(all, 0, static_cast<int64_t>(from), count);
+    }
+    const Tensor panel = torch::stable::narrow(scratch, 0, 0, count);
+    const Tensor part = call_aten("aten::linear", "", flat, panel, part_bias);
+    if (part.scalar_type() != type) return std::nullopt;
+    if (to - from == n) return part;
+    if (!out) out = torch::stable::new_empty(flat, {m, static_cast<int64_t>(n)});
+    Tensor target = torch::stable::narrow(*out, 1, static_cast<int64_t>(from), count);
+    torch::stable::copy_(target, part);
+  }
+  return out;
 }
 
 // Rows of a batch by slot, in their order; -1 is the base. `map`: each row's slot, on the host.
@@ -186,7 +225,12 @@ Tensor delta_linear_cuda(const Tensor& input, const Tensor& weight, const std::o
   CudaLinear args = one_linear(words, address(x), m, plain);
   args.biases = plain_bias ? address(*plain_bias) : 0;
   args.deterministic = mode == "deterministic";
-  return product(checks, device, args, input, sizes_with_last(input, words.n));
+  const std::vector<int64_t> sizes = sizes_with_last(input, words.n);
+  if (const size_t rows = core(checks, [&] { return cuda_panel_rows(args); })) {
+    const auto out = by_panels(checks, device, args, rows, x, weight, plain_bias, type.torch);
+    if (out) return sizes.size() == 2 ? *out : call_aten("aten::view", "", *out, sizes);
+  }
+  return product(checks, device, args, input, sizes);
 }
 
 Tensor delta_linear_grad_input_cuda(const Tensor& grad, const Tensor& weight, const Tensor& delta) {
@@ -233,7 +277,8 @@ Tensor delta_linear_grouped_cuda(const Tensor& input, const Tensor& weight,
   return product(checks, device, args, input, g.out_sizes);
 }
 
-// Ranges are cut from the whole, which is restored first: a GPU is done with that sooner than a host can ask.
+// Ranges are cut from the panel that has them, which is restored first: a GPU is done with that sooner than a
+// host can ask.
 Tensor delta_restore_cuda(const Tensor& base, const Tensor& delta, const MaybeRange& rows,
                           const MaybeRange& columns) {
   const Checks checks{"delta_restore", cuda_device_of({&base, &delta})};
@@ -243,8 +288,12 @@ Tensor delta_restore_cuda(const Tensor& base, const Tensor& delta, const MaybeRa
   const NoGrad guard;
   const OnDevice device(checks);
   const CudaMatrix from = device_words(words, are_bits(base));
-  Tensor out = restored(checks, device, from, base, base.scalar_type(), delta);
-  if (rows) out = torch::stable::narrow(out, 0, (*rows)[0], cut.sizes.front());
+  constexpr size_t kTallest = 256;  // rows of a tile: panels begin and end at multiples
+  const size_t first = rows ? static_cast<size_t>((*rows)[0]) / kTallest * kTallest : 0;
+  const size_t past = rows ? (static_cast<size_t>((*rows)[1]) + kTallest - 1) / kTallest * kTallest : from.n;
+  Tensor out = restored_rows(checks, device, from, base, base.scalar_type(), delta, first,
+                             std::max(first, std::min(past, from.n)));
+  if (rows) out = torch::stable::narrow(out, 0, (*rows)[0] - static_cast<int64_t>(first), cut.sizes.front());
   if (columns) out = torch::stable::narrow(out, base.dim() - 1, (*columns)[0], cut.sizes.back());
   // A part of its own memory, like every other result: the whole is given back.
   return rows || columns ? torch::stable::clone(out) : out;

@@ -1,5 +1,5 @@
-// delta_restore and delta_apply_: the fine-tuned words of a whole matrix, bit for bit, every encoding, words
-// of 1, 2, 4 and 8 bytes.
+// delta_restore and delta_apply_: the fine-tuned words of a matrix, or of a panel of its rows, bit for bit, every
+// encoding, words of 1, 2, 4 and 8 bytes.
 //
 //   each block: open the delta (thread 0), refuse what does not fit
 //   unchanged: copy the base (apply: nothing), 16 bytes a load
@@ -74,7 +74,7 @@ XORZ_DEVICE void sparse_tile(RestoreShared& shared, uint32_t tile, const W* base
   bool sound = listed;
   if (listed && live) {
     uint32_t column = 0;
-    for (uint32_t before = 0; before < i; before++) column += shared.sums[before][lane];
+    for (uint32_t before = 0; before < i; before++) column += shared.sums[before][lane];  // hot: before
     const W* row = base + (rect.r0 + lane) * v.k + rect.c0;
     sound = patch_run<W, kWork != kVerify>(records, v.dtype, lane, run, column, rect.cols, row,
                                            corner + lane * v.k);
@@ -145,10 +145,10 @@ XORZ_DEVICE void exponent_tile(RestoreShared& shared, uint32_t tile, const W* ba
       const uint32_t next_c = c + kWords < rect.cols ? c + kWords : 0, next_r = r + (next_c == 0);
       if (next_r < rect.rows) chunk.fetch(from + next_r * v.k, rect.cols, next_c, lane);
       warp_sync();
-      const uint32_t count = rect.cols - c < kWords ? rect.cols - c : kWords;
+      const uint32_t count = rect.cols - c < kWords ? rect.cols - c : kWords;  // hot: chunk
       for (uint32_t s = 0; s < count; s += 32) {
         const bool live = s + lane < count;
-        const W word = stream.step(live ? stage[s + lane] : W(0), live);
+        const W word = stream.step(live ? stage[s + lane] : W(0), live);  // hot: decoded
         if (live) stage[s + lane] = word;
       }
       warp_sync();
@@ -183,28 +183,39 @@ XORZ_DEVICE void exponent_tile(RestoreShared& shared, uint32_t tile, const W* ba
   }
 }
 
-// All tiles that are the block's, each as `kWork` says. The delta fits.
+// Rows of a matrix, multiples of the tallest tile's but for the last.
+struct Panel {
+  uint64_t from, rows;
+};
+
+// All tiles of the panel that are the block's, each as `kWork` says. The delta fits. `out` is where row 0 would be.
 template <class W, Work kWork>
-XORZ_DEVICE void each_tile_of_block(RestoreShared& shared, const W* base, W* out, uint32_t* status) {
+XORZ_DEVICE void each_tile_of_block(RestoreShared& shared, const W* base, W* out, Panel panel,
+                                    uint32_t* status) {
   const View& v = shared.view;
+  const uint64_t first = panel.from * v.k, words = panel.rows * v.k;
+  const uint64_t tile_from = (panel.from >> v.rows_log2) * v.across;
+  const uint64_t past = ((panel.from + panel.rows + v.tile_rows() - 1) >> v.rows_log2) * v.across;
+  const uint64_t tile_to = panel.rows == 0 ? tile_from : past;
   const uint64_t thread = static_cast<uint64_t>(block_x()) * kThreads + thread_index();
   const uint64_t threads = static_cast<uint64_t>(blocks_x()) * kThreads;
   switch (v.encoding) {
     case kUnchanged:
-      if (kWork == kRestore) copy_words(out, base, v.n * v.k, thread, threads);
+      if (kWork == kRestore) copy_words(out + first, base + first, words, thread, threads);
       break;
     case kRaw:
       if (kWork != kVerify)
-        copy_words(out, reinterpret_cast<const W*>(v.bytes + v.payload), v.n * v.k, thread, threads);
+        copy_words(out + first, reinterpret_cast<const W*>(v.bytes + v.payload) + first, words, thread,
+                   threads);
       break;
     case kSparse:
-      for (uint64_t tile = block_x(); tile < v.tiles; tile += blocks_x())
+      for (uint64_t tile = tile_from + block_x(); tile < tile_to; tile += blocks_x())
         sparse_tile<W, kWork>(shared, static_cast<uint32_t>(tile), base, out, status);
       break;
     default:
       // Tiles go to blocks first and to the warps of a block last: few tiles are spread over all processors.
-      for (uint64_t tile = block_x() + static_cast<uint64_t>(blocks_x()) * (thread_index() / 32);
-           tile < v.tiles; tile += static_cast<uint64_t>(blocks_x()) * (kThreads / 32))
+      for (uint64_t tile = tile_from + block_x() + static_cast<uint64_t>(blocks_x()) * (thread_index() / 32);
+           tile < tile_to; tile += static_cast<uint64_t>(blocks_x()) * (kThreads / 32))
         exponent_tile<W, kWork>(shared, static_cast<uint32_t>(tile), base, out, status);
   }
 }
@@ -218,7 +229,8 @@ XORZ_DEVICE bool well(const uint32_t* verdicts, uint64_t count) {
 
 template <class W, Work kWork>
 XORZ_DEVICE void restore(RestoreShared& shared, const W* base, W* out, const uint8_t* delta,
-                         uint64_t delta_bytes, uint64_t n, uint64_t k, uint32_t dtype, uint32_t* status) {
+                         uint64_t delta_bytes, uint64_t n, uint64_t k, uint32_t dtype, Panel panel,
+                         uint32_t* status) {
   if (thread_index() == 0) {
     shared.refused = 0;
     shared.code = open_delta(delta, delta_bytes, n, k, dtype, shared.view);
@@ -226,11 +238,12 @@ XORZ_DEVICE void restore(RestoreShared& shared, const W* base, W* out, const uin
   }
   block_sync();
   if (shared.code == kOk) {
-    each_tile_of_block<W, kWork>(shared, base, out, status);
+    each_tile_of_block<W, kWork>(shared, base, out, panel, status);
     return;
   }
   const uint64_t thread = static_cast<uint64_t>(block_x()) * kThreads + thread_index();
-  if (kWork == kRestore) fill_nan(out, n * k, thread, static_cast<uint64_t>(blocks_x()) * kThreads);
+  if (kWork == kRestore)
+    fill_nan(out + panel.from * k, panel.rows * k, thread, static_cast<uint64_t>(blocks_x()) * kThreads);
   if (thread == 0) report(status, shared.code, 0);
 }
 
@@ -238,7 +251,7 @@ template <class W>
 XORZ_DEVICE void verify(RestoreShared& shared, W* weight, const uint8_t* delta, uint64_t delta_bytes,
                         uint64_t n, uint64_t k, uint32_t dtype, uint32_t* status, uint32_t* verdicts,
                         uint64_t verdict_count) {
-  restore<W, kVerify>(shared, weight, weight, delta, delta_bytes, n, k, dtype, status);
+  restore<W, kVerify>(shared, weight, weight, delta, delta_bytes, n, k, dtype, {0, n}, status);
   block_sync();
   if (thread_index() == 0 && block_x() < verdict_count)
     store(verdicts + block_x(), shared.code != kOk ? 1u : shared.refused);
@@ -248,31 +261,31 @@ XORZ_DEVICE void verify(RestoreShared& shared, W* weight, const uint8_t* delta, 
 }  // namespace xorz
 
 // See README.md for the parameters.
-#define XORZ_RESTORE(bits)                                                                                 \
-  XORZ_KERNEL(256, 2)                                                                                      \
-  xorz_delta_restore_##bits(const uint##bits##_t* base, uint##bits##_t* out, const uint8_t* delta,         \
-                            uint64_t delta_bytes, uint64_t n, uint64_t k, uint32_t dtype,                  \
-                            uint32_t* status) {                                                            \
-    XORZ_SHARED xorz::RestoreShared shared;                                                                \
-    xorz::restore<uint##bits##_t, xorz::kRestore>(shared, base, out, delta, delta_bytes, n, k, dtype,      \
-                                                  status);                                                 \
-  }                                                                                                        \
-  XORZ_KERNEL(256, 2)                                                                                      \
-  xorz_delta_verify_##bits(uint##bits##_t* weight, const uint8_t* delta, uint64_t delta_bytes, uint64_t n, \
-                           uint64_t k, uint32_t dtype, uint32_t* status, uint32_t* verdicts,               \
-                           uint64_t verdict_count) {                                                       \
-    XORZ_SHARED xorz::RestoreShared shared;                                                                \
-    xorz::verify<uint##bits##_t>(shared, weight, delta, delta_bytes, n, k, dtype, status, verdicts,        \
-                                 verdict_count);                                                           \
-  }                                                                                                        \
-  XORZ_KERNEL(256, 2)                                                                                      \
-  xorz_delta_apply_##bits(uint##bits##_t* weight, const uint8_t* delta, uint64_t delta_bytes, uint64_t n,  \
-                          uint64_t k, uint32_t dtype, uint32_t* status, uint32_t* verdicts,                \
-                          uint64_t verdict_count) {                                                        \
-    XORZ_SHARED xorz::RestoreShared shared;                                                                \
-    if (!xorz::well(verdicts, verdict_count)) return;                                                      \
-    xorz::restore<uint##bits##_t, xorz::kApply>(shared, weight, weight, delta, delta_bytes, n, k, dtype,   \
-                                                status);                                                   \
+#define XORZ_RESTORE(bits)                                                                                  \
+  XORZ_KERNEL(256, 2)                                                                                       \
+  xorz_delta_restore_##bits(const uint##bits##_t* base, uint##bits##_t* out, const uint8_t* delta,          \
+                            uint64_t delta_bytes, uint64_t n, uint64_t k, uint32_t dtype, uint32_t* status, \
+                            uint64_t row_from, uint64_t rows) {                                             \
+    XORZ_SHARED xorz::RestoreShared shared;                                                                 \
+    xorz::restore<uint##bits##_t, xorz::kRestore>(shared, base, out - row_from * k, delta, delta_bytes, n,  \
+                                                  k, dtype, {row_from, rows}, status);                      \
+  }                                                                                                         \
+  XORZ_KERNEL(256, 2)                                                                                       \
+  xorz_delta_verify_##bits(uint##bits##_t* weight, const uint8_t* delta, uint64_t delta_bytes, uint64_t n,  \
+                           uint64_t k, uint32_t dtype, uint32_t* status, uint32_t* verdicts,                \
+                           uint64_t verdict_count) {                                                        \
+    XORZ_SHARED xorz::RestoreShared shared;                                                                 \
+    xorz::verify<uint##bits##_t>(shared, weight, delta, delta_bytes, n, k, dtype, status, verdicts,         \
+                                 verdict_count);                                                            \
+  }                                                                                                         \
+  XORZ_KERNEL(256, 2)                                                                                       \
+  xorz_delta_apply_##bits(uint##bits##_t* weight, const uint8_t* delta, uint64_t delta_bytes, uint64_t n,   \
+                          uint64_t k, uint32_t dtype, uint32_t* status, uint32_t* verdicts,                 \
+                          uint64_t verdict_count) {                                                         \
+    XORZ_SHARED xorz::RestoreShared shared;                                                                 \
+    if (!xorz::well(verdicts, verdict_count)) return;                                                       \
+    xorz::restore<uint##bits##_t, xorz::kApply>(shared, weight, weight, delta, delta_bytes, n, k, dtype,    \
+                                                {0, n}, status);                                            \
   }
 
 XORZ_RESTORE(8)

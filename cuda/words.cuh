@@ -18,7 +18,7 @@ XORZ_DEVICE void copy_words(W* to, const W* from, uint64_t count, uint64_t i, ui
   for (uint64_t w = i; w < head; w += of) store(to + w, load_once(from + w));
   XORZ_UNROLL_4
   for (uint64_t v = i; v < vectors; v += of)
-    store_vector(to + head + v * kPer, load_vector_once(from + head + v * kPer));
+    store_vector(to + head + v * kPer, load_vector_once(from + head + v * kPer));  // hot: copied
   for (uint64_t w = head + vectors * kPer + i; w < count; w += of) store(to + w, load_once(from + w));
 }
 
@@ -52,7 +52,7 @@ XORZ_DEVICE bool patch_run(const Records<W>& records, uint32_t dtype, uint32_t l
   for (uint32_t j = run.from; j < records.count; j++) {
     // Beyond the run's end only the last column's other entries are wanted.
     if (j >= run.to && !open) break;
-    column = records.column_at(j, lane, column);
+    column = records.column_at(j, lane, column);  // hot: run
     const W difference = records.difference_at(j, lane);
     if (difference == nothing) continue;
     const bool same = any && column == last;

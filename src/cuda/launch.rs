@@ -1,7 +1,7 @@
 //! The ops: what the host can check, then kernels on the caller's stream.
 
 use super::driver::Device;
-use super::params::{self, Apply, Params, Restore};
+use super::params::{self, Apply, Params};
 use super::plan::{self, Large, Product, WORKSPACE_ALIGN};
 use super::status::Op;
 use crate::error::{Error, Result};
@@ -31,7 +31,7 @@ pub struct DeviceMatrix {
 
 impl DeviceMatrix {
     /// What the kernels compare a delta's dtype with; 0 takes any.
-    fn accepted(&self) -> u32 {
+    pub(super) fn accepted(&self) -> u32 {
         if self.bits { 0 } else { self.dtype as u32 }
     }
 }
@@ -131,6 +131,12 @@ impl Linear {
         })
     }
 
+    /// Rows of W of each panel that [`super::delta_linear_panel`] is to restore, for torch to multiply; None where [`delta_linear`]
+    /// is to be called.
+    pub fn panel_rows(&self) -> Option<usize> {
+        plan::panel_rows(self.weight.dtype, self.plan_rows(), self.weight.shape)
+    }
+
     /// As [`Linear::workspace_bytes`], of [`delta_linear_grad_input`].
     ///
     /// # Errors
@@ -176,7 +182,7 @@ impl Linear {
 }
 
 /// Alignment of deltas that the kernels take.
-const DELTA_ALIGN: u64 = 16;
+pub(super) const DELTA_ALIGN: u64 = 16;
 /// Alignment of slots.
 const SLOT_ALIGN: u64 = 8;
 
@@ -188,49 +194,11 @@ fn check_workspace(address: u64, align: u64) -> Result<()> {
     Ok(())
 }
 
-fn check_aligned(what: &str, address: u64, to: u64) -> Result<()> {
+pub(super) fn check_aligned(what: &str, address: u64, to: u64) -> Result<()> {
     if address.is_multiple_of(to) {
         return Ok(());
     }
     Err(Error::invalid(format!("{what} is at an address that is no multiple of {to} bytes")))
-}
-
-/// `out [n, k]`, words of `base`'s dtype at an address of the device, becomes the fine-tuned matrix, bit for
-/// bit.
-///
-/// # Errors
-/// `Device`, `Unsupported` for a matrix too large, `InvalidArgument` for a misaligned address; and what an
-/// earlier call reported (see [`super::status`]).
-///
-/// # Safety
-/// `base`, `out` and `delta_bytes` bytes at `delta` are memory that the device can reach until the stream has
-/// passed this call; `out` overlaps nothing. Their contents may be anything.
-pub unsafe fn delta_restore(
-    place: Place,
-    base: DeviceMatrix,
-    out: u64,
-    delta: u64,
-    delta_bytes: usize,
-) -> Result<()> {
-    let launch = plan::restore(base.dtype, base.shape)?;
-    let word = base.dtype.word_bytes() as u64;
-    check_aligned("base", base.address, word)?;
-    check_aligned("out", out, word)?;
-    check_aligned("delta", delta, DELTA_ALIGN)?;
-    let device = Device::get(place.device)?;
-    device.raise()?;
-    let params = Restore {
-        base: base.address,
-        out,
-        delta,
-        delta_bytes: delta_bytes as u64,
-        n: base.shape.n as u64,
-        k: base.shape.k as u64,
-        dtype: base.accepted(),
-        status: device.status(Op::Restore),
-    };
-    // SAFETY: the parameters of that kernel, by its table; the memory is the caller's promise.
-    unsafe { device.launch(launch, place.stream, params.pack()) }
 }
 
 /// Bytes of device memory that [`delta_apply`] works in, aligned to 4. No address is looked at.
@@ -246,10 +214,10 @@ pub fn apply_workspace_bytes(weight: DeviceMatrix) -> Result<usize> {
 /// compared: who loads a delta does that.
 ///
 /// # Errors
-/// As [`delta_restore`]; `InvalidArgument` for a misaligned `workspace` or none.
+/// As [`super::delta_restore`]; `InvalidArgument` for a misaligned `workspace` or none.
 ///
 /// # Safety
-/// As [`delta_restore`], `weight` in the place of `out`; and [`apply_workspace_bytes`] at `workspace`, whose contents may be
+/// As [`super::delta_restore`], `weight` in the place of `out`; and [`apply_workspace_bytes`] at `workspace`, whose contents may be
 /// anything.
 pub unsafe fn delta_apply(
     place: Place,
@@ -299,7 +267,7 @@ pub fn reported(device: i32) -> Result<()> {
     Device::made(device).map_or(Ok(()), Device::raise)
 }
 
-fn check_linear(args: &Linear, out: u64) -> Result<()> {
+pub(super) fn check_linear(args: &Linear, out: u64) -> Result<()> {
     let word = args.weight.dtype.word_bytes() as u64;
     for (what, address) in
         [("input", args.x), ("weight", args.weight.address), ("biases", args.biases), ("out", out)]
@@ -319,7 +287,7 @@ fn check_linear(args: &Linear, out: u64) -> Result<()> {
 /// weight's words are bits, each tenant's delta says which dtype they are.
 ///
 /// # Errors
-/// As [`delta_restore`], and `Unsupported` for too many rows or slots.
+/// As [`super::delta_restore`], and `Unsupported` for too many rows or slots.
 ///
 /// # Safety
 /// All that `args` names, and `[m, k]` words at `out`, is memory that the device can reach until the stream
@@ -359,7 +327,7 @@ pub unsafe fn delta_embedding(place: Place, args: &Embedding, out: u64) -> Resul
 /// given.
 ///
 /// # Errors
-/// As [`delta_restore`], and `Unsupported` for a dtype that does not compute.
+/// As [`super::delta_restore`], and `Unsupported` for a dtype that does not compute.
 ///
 /// # Safety
 /// All that `args` names, `[m, n]` words at `out` and [`Linear::workspace_bytes`] at `workspace` are memory

@@ -8,6 +8,7 @@
 //! | `image` | the compiled kernels, embedded or from `XORZ_CUDA_IMAGE` |
 //! | `driver` | libcuda, loaded when a device is first used; nothing links it |
 //! | `launch` | the ops: plan, pack, launch |
+//! | `restore` | those that restore words, of the whole matrix or a panel |
 //!
 //! Nothing here reads or allocates device memory, copies or synchronises: a call checks what the host knows,
 //! and puts kernels on the caller's stream. The first call on a device loads the kernels. Everything after
@@ -21,9 +22,11 @@ mod image;
 mod launch;
 pub mod params;
 pub mod plan;
+mod restore;
 pub mod status;
 
 pub use launch::{
     BatchRows, DeviceMatrix, Embedding, Linear, Place, apply_workspace_bytes, delta_apply, delta_embedding,
-    delta_linear, delta_linear_grad_input, delta_restore, open, reported,
+    delta_linear, delta_linear_grad_input, open, reported,
 };
+pub use restore::{DeviceDelta, delta_linear_panel, delta_restore};

@@ -87,6 +87,8 @@ params! {
         k: U64,
         dtype: U32,
         status: Pointer,
+        row_from: U64,
+        rows: U64,
     }
 }
 

@@ -3,6 +3,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
+
 use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Shape};
 
@@ -28,6 +30,10 @@ const SMALL_ROWS: usize = 32;
 const MOST_VERDICTS: u32 = 1024;
 /// Words of W that a block of restore is meant for: rows, columns.
 const RESTORE_BLOCK: (usize, usize) = (16, 4096);
+/// Rows of the tallest tile that a delta may have: panels of a matrix begin and end at multiples, so that none is cut.
+pub const TALLEST_TILE: usize = 256;
+/// Bytes of the restored words of a panel.
+const PANEL_BYTES: usize = 64 << 20;
 /// The smallest tile: a matrix must have fewer than 2^32 of them.
 const SMALLEST_TILE: (usize, usize) = (16, 256);
 
@@ -211,12 +217,35 @@ fn on_tiles(verb: &str, dtype: Dtype, shape: Shape, most: u32) -> Result<Launch>
     Ok(Launch { entry, grid: (blocks.clamp(1, most as usize) as u32, 1) })
 }
 
-/// The launch of `delta_restore` of a matrix of `dtype`.
+/// The launch of `delta_restore` of `rows` of a matrix of `dtype`.
 ///
 /// # Errors
-/// `Unsupported` for a matrix that is too large.
-pub fn restore(dtype: Dtype, shape: Shape) -> Result<Launch> {
-    on_tiles("restore", dtype, shape, MOST_BLOCKS.0)
+/// `Unsupported` for a matrix that is too large; `InvalidArgument` for rows that it does not have, or that would cut a tile.
+pub fn restore(dtype: Dtype, shape: Shape, rows: &Range<usize>) -> Result<Launch> {
+    check_shape(shape)?;
+    let whole = |row: usize| row.is_multiple_of(TALLEST_TILE) || row == shape.n;
+    if rows.start > rows.end || rows.end > shape.n || !whole(rows.start) || !whole(rows.end) {
+        return Err(Error::invalid(format!(
+            "rows {} to {} are no panel of a matrix of {} rows: panels begin and end at multiples of {TALLEST_TILE}",
+            rows.start, rows.end, shape.n
+        )));
+    }
+    on_tiles("restore", dtype, Shape { n: rows.len(), ..shape }, MOST_BLOCKS.0)
+}
+
+/// Rows of W of each panel that is restored, and multiplied by torch, for `rows.m` rows of x; None where the kernels multiply.
+///
+/// More rows of one tenant than the small product is for would have their delta decoded once for each
+/// [`large_rows`] of them by `linear_large`, whose tiles are small beside those of cuBLAS; a restored panel is decoded once,
+/// and mostly still in the L2 cache when it is multiplied. What both cost is predicted in `cuda/PREDICTED.md`. As on processors
+/// with matrix units (`crate::cpu`), the product is then torch's own; f32 stays here, where no setting makes it TF32.
+pub fn panel_rows(dtype: Dtype, rows: ProductRows, shape: Shape) -> Option<usize> {
+    let computes = matches!(dtype, Dtype::BF16 | Dtype::F16) && shape.n > 0 && shape.k > 0;
+    if !computes || rows.slots.is_some() || rows.deterministic || rows.m <= SMALL_ROWS {
+        return None;
+    }
+    let panels = (shape.n.saturating_mul(shape.k).saturating_mul(dtype.word_bytes())).div_ceil(PANEL_BYTES);
+    Some(shape.n.div_ceil(panels).next_multiple_of(TALLEST_TILE))
 }
 
 /// The two launches of `delta_apply_`.

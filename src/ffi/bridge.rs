@@ -13,12 +13,17 @@ use crate::resident::{self, Resident};
 use crate::vector;
 use arguments::Shim;
 use device::{
-    cuda_apply_workspace, cuda_delta_apply, cuda_delta_embedding, cuda_delta_linear, cuda_delta_restore,
-    cuda_linear_workspace, cuda_open,
+    cuda_apply_workspace, cuda_delta_apply, cuda_delta_embedding, cuda_delta_linear, cuda_delta_linear_panel,
+    cuda_delta_restore, cuda_linear_workspace, cuda_open, cuda_panel_rows,
+};
+use products::{
+    delta_embedding, delta_linear, delta_linear_grad_input, delta_linear_grouped,
+    delta_linear_grouped_grad_input, grouped_tenants,
 };
 
 mod arguments;
 mod device;
+mod products;
 
 #[cxx::bridge(namespace = "xorz")]
 pub mod door {
@@ -220,9 +225,22 @@ pub mod door {
         unsafe fn cuda_delta_restore(
             place: &CudaPlace,
             base: &CudaMatrix,
+            from: usize,
+            to: usize,
             out: usize,
             delta: usize,
             delta_bytes: usize,
+        ) -> Result<()>;
+        /// Rows of each panel that is to be restored and multiplied by torch; 0 where `cuda_delta_linear` is to be called.
+        fn cuda_panel_rows(args: &CudaLinear) -> Result<usize>;
+        /// # Safety
+        /// As [`crate::cuda::delta_linear_panel`].
+        unsafe fn cuda_delta_linear_panel(
+            place: &CudaPlace,
+            args: &CudaLinear,
+            from: usize,
+            to: usize,
+            out: usize,
         ) -> Result<()>;
         /// # Safety
         /// As [`crate::cuda::delta_apply`].
@@ -257,100 +275,13 @@ pub mod door {
     }
 }
 
-use door::{Batch, Executor, Grouped, HostMatrix, Info, Linear, Part, Region, Tenant};
+use door::{Executor, HostMatrix, Info, Part, Region};
 
 fn delta_info(delta: &[u8]) -> Result<Info> {
     guard(|| {
         let delta = Resident::parse(delta)?;
         let header = delta.header();
         Ok(Info { dtype: header.dtype as u8, n: header.shape.n, k: header.shape.k })
-    })
-}
-
-fn delta_linear(args: &Linear<'_>, out: &mut [u8], executor: &Executor) -> Result<()> {
-    guard(|| {
-        let product = cpu::LinearArgs {
-            x: args.input,
-            m: args.m,
-            base: args.weight.matrix()?,
-            delta: Resident::parse(args.delta)?,
-            bias: args.has_bias.then_some(args.bias),
-            mode: args.mode.parse()?,
-        };
-        cpu::delta_linear(&product, out, &Shim(executor))
-    })
-}
-
-fn delta_linear_grad_input(
-    grad: &[u8],
-    m: usize,
-    weight: &HostMatrix<'_>,
-    delta: &[u8],
-    out: &mut [u8],
-    executor: &Executor,
-) -> Result<()> {
-    guard(|| {
-        let (base, delta) = (weight.matrix()?, Resident::parse(delta)?);
-        cpu::delta_linear_grad_input(grad, m, &base, &delta, out, &Shim(executor))
-    })
-}
-
-fn delta_linear_grouped(args: &Grouped<'_>, out: &mut [u8], executor: &Executor) -> Result<()> {
-    guard(|| {
-        let biases = cpu::Biases { bytes: args.biases, stride: args.bias_stride };
-        let product = cpu::GroupedArgs {
-            x: args.input,
-            m: args.m,
-            base: args.weight.matrix()?,
-            arena: args.batch.arena(),
-            tenant_of_row: args.batch.tenant_of_row,
-            biases: args.has_biases.then_some(biases),
-            mode: args.mode.parse()?,
-        };
-        cpu::delta_linear_grouped(&product, out, &Shim(executor))
-    })
-}
-
-fn delta_linear_grouped_grad_input(
-    grad: &[u8],
-    m: usize,
-    weight: &HostMatrix<'_>,
-    batch: &Batch<'_>,
-    out: &mut [u8],
-    executor: &Executor,
-) -> Result<()> {
-    guard(|| {
-        let (base, arena, tenant_of_row) = (weight.matrix()?, batch.arena(), batch.tenant_of_row);
-        let product = cpu::GroupedGradArgs { grad, m, base, arena, tenant_of_row };
-        cpu::delta_linear_grouped_grad_input(&product, out, &Shim(executor))
-    })
-}
-
-fn grouped_tenants(m: usize, weight: &HostMatrix<'_>, batch: &Batch<'_>) -> Result<Vec<Tenant>> {
-    let base_bias = batch.slots.len() / 2;
-    let tenant = |t: cpu::Tenant| {
-        let (bias, delta) = (t.slot.unwrap_or(base_bias), t.delta.unwrap_or_default());
-        let rows = t.rows.into_iter().map(|row| row as i64).collect();
-        Tenant { bias, rows, offset: delta.start, length: delta.len() }
-    };
-    guard(|| {
-        let tenants = batch.arena().tenants(&weight.matrix()?, batch.tenant_of_row, m)?;
-        Ok(tenants.into_iter().map(tenant).collect())
-    })
-}
-
-fn delta_embedding(
-    indices: &[i64],
-    weight: &HostMatrix<'_>,
-    batch: &Batch<'_>,
-    out: &mut [u8],
-    executor: &Executor,
-) -> Result<()> {
-    guard(|| {
-        let (arena, tenant_of_row) = (batch.arena(), batch.tenant_of_row);
-        let base = arena.base_of_bits(weight.matrix()?, tenant_of_row)?;
-        let lookup = cpu::EmbeddingArgs { indices, base, arena, tenant_of_row };
-        cpu::delta_embedding(&lookup, out, &Shim(executor))
     })
 }
 

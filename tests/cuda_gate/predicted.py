@@ -88,6 +88,7 @@ class Case:
 
 # As in src/cuda/plan.rs.
 FEW = 2
+MANY = 32
 CASES = [
     Case(m, tenants, kind, amount)
     for kind, amount in [
@@ -170,6 +171,33 @@ def large_trips(case: Case) -> Callable[[sass.Loop, list[sass.Loop]], float]:
     return trips
 
 
+def restore_trips(case: Case) -> Callable[[sass.Loop, list[sass.Loop]], float]:
+    """The same of `restore`, of a block that has a tile of 16 x 4096 (sparse), or four warps of eight a tile of 16 x 1024."""
+    sparse = case.kind == "sparse"
+    runs = 16
+
+    def trips(loop: sass.Loop, same: list[sass.Loop]) -> float:
+        unrolled = max(other.ops["LDG"] + other.ops["LDS"] for other in same)
+        if loop.name in ("copied", "gaps", "before") and loop.ops["LDG"] + loop.ops["LDS"] != unrolled:
+            return 0  # what is left of the unrolled loop
+        if loop.name == "copied":
+            # Two rows a warp, by pieces of 16 bytes; here it is gone through once for both.
+            return 2 * K / 8 / 32 / unrolled if sparse else 0
+        if loop.name == "gaps":
+            return case.records / runs / unrolled if sparse else 0
+        if loop.name == "before":
+            return runs / 2 / unrolled if sparse else 0
+        if loop.name == "run":
+            return case.records / runs + 1 if sparse else 0
+        if loop.name == "chunk":
+            return 0 if sparse else 16 / 2
+        if loop.name == "decoded":
+            return 32 / loop.ops["STS"]
+        raise KeyError(f"nobody knows how often {loop.name} is gone through")
+
+    return trips
+
+
 def fractions(case: Case) -> dict[str, float]:
     """Of what is unrolled for more than there is, or not always done."""
     each = max(1, case.m // case.tenants)
@@ -184,9 +212,11 @@ def fractions(case: Case) -> dict[str, float]:
     }
 
 
-def instructions(kernel: sass.Kernel, case: Case, marks: dict) -> float:
-    """What a warp issues for its share of a panel."""
-    trips = large_trips(case) if "large" in case.kernel else small_trips(case)
+def instructions(kernel_name: str, kernel: sass.Kernel, case: Case, marks: dict) -> float:
+    """What a warp issues for its share of a panel, or of a block's tile."""
+    trips = (
+        large_trips if "large" in kernel_name else restore_trips if "restore" in kernel_name else small_trips
+    )(case)
     share = fractions(case)
     weight = [1.0] * len(kernel.code)
     loops = sass.marked_loops(kernel, marks["hot"])
@@ -233,12 +263,51 @@ this. For 4096 x 4096 of bf16:
   once, at the memory's full speed. Microseconds, by the machines' data sheets ({machines}). A ratio below 1 says that
   issuing is not what such a product waits for; what it does wait for (latency, barriers, a pipe that takes fewer than four
   a cycle: integers on half the lanes, shuffles and bit counts on a quarter or less) only a GPU can tell.
-- *mma*: `large` alone: the matrix instructions' own time as a share of the issue time.
+- *mma*: `large` alone: the matrix instructions' own time as a share of the issue time. `large` of one tenant is mode
+  deterministic; in mode fast its rows go to restored panels, below.
 
 Rows of a tenant lie side by side. `sparse`: a tile has as many records as its fullest row is expected to have.
 `exponent`: tiles of 16 x 1024, no differences.
 
 """
+
+
+RESTORE = "delta_restore_16"
+RESTORED = f"""## Restored panels
+
+More than {MANY} rows of one tenant in mode fast, bf16 and f16: {RESTORE} writes the fine-tuned words of a panel (here of the
+whole matrix), torch's own product reads them. Microseconds: *restore*, to issue and, in brackets, to read base and delta and
+write the words, all in device memory, though L2 keeps much of what is written; *product*, what it takes at least: matrix
+instructions at the machine's peak, or words, x and y at the memory's speed; what torch takes is longer, and was not predicted;
+*large*, what `linear_large` would take to issue instead. Restoring `exponent`, a warp has one tile and half the warps have
+none, so that waiting, not issuing, may decide.
+"""
+
+
+def restored(found: dict[int, dict[str, sass.Kernel]], marks: dict) -> list[str]:
+    """The rows of many rows of one tenant by restored panels."""
+    lines = [RESTORED]
+    lines.append("| words | m |" + "".join(f" sm_{arch}: restore | product | large |" for arch in MACHINES))
+    lines.append("|---|---|" + "---|---|---|" * len(MACHINES))
+    for kind, amount in [("sparse", 0.01), ("sparse", 0.05), ("exponent", 0.3), ("exponent", 3.5)]:
+        for m in (64, 256, 1024):
+            case = Case(m, 1, kind, amount)
+            cells = [case.name, str(m)]
+            for arch, machine in MACHINES.items():
+                cost = instructions(RESTORE, found[arch][f"xorz_{RESTORE}"], case, marks)
+                most = math.ceil(N / 16 / machine.processors)
+                issue = most * cost * WARPS / 4 / machine.ghz / 1e3
+                moved = (case.bytes - 2 * m * (N + K) + 2 * N * K) / machine.terabytes / 1e6
+                matrices = m / 16 * N / 8 * K / 16 / machine.processors / machine.matrices / machine.ghz / 1e3
+                product = max(matrices, 2 * (N * K + m * (N + K)) / machine.terabytes / 1e6)
+                large = instructions(case.kernel, found[arch][f"xorz_{case.kernel}"], case, marks)
+                cells += [
+                    f"{issue:.1f} ({moved:.1f})",
+                    f"{product:.1f}",
+                    f"{times(case, large, arch)[0]:.1f}",
+                ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def in_flight(
@@ -279,7 +348,9 @@ def check_marks(kernels: list[sass.Kernel], hot: dict[tuple[str, int], str]) -> 
 def table(found: dict[int, dict[str, sass.Kernel]], used: dict[int, dict[str, tuple[int, int]]]) -> str:
     marks = sass.marks(ROOT / "cuda")
     for kernels in found.values():
-        check_marks([kernels[f"xorz_{name}"] for name in {case.kernel for case in CASES}], marks["hot"])
+        check_marks(
+            [kernels[f"xorz_{name}"] for name in {case.kernel for case in CASES} | {RESTORE}], marks["hot"]
+        )
     machines = "; ".join(
         f"sm_{arch}: {m.name}, {m.processors} multiprocessors, {m.ghz} GHz, {m.terabytes} TB/s"
         for arch, m in MACHINES.items()
@@ -292,7 +363,10 @@ def table(found: dict[int, dict[str, sass.Kernel]], used: dict[int, dict[str, tu
     ]
     lines.append("|---|---|---|---|---|" + "---|---|---|" * len(MACHINES) + "---|")
     for case in CASES:
-        cost = {arch: instructions(found[arch][f"xorz_{case.kernel}"], case, marks) for arch in MACHINES}
+        cost = {
+            arch: instructions(case.kernel, found[arch][f"xorz_{case.kernel}"], case, marks)
+            for arch in MACHINES
+        }
         cells = [case.name, str(case.m), str(case.tenants), case.kernel, f"{cost[90] * WARPS:.0f}"]
         for arch in MACHINES:
             issue, moved, _ = times(case, cost[arch], arch)
@@ -300,7 +374,7 @@ def table(found: dict[int, dict[str, sass.Kernel]], used: dict[int, dict[str, tu
         issue, _, matrices = times(case, cost[90], 90)
         cells.append(f"{matrices / issue:.0%}" if matrices else "")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *in_flight(found, used)]) + "\n"
+    return "\n".join([*lines, "", *restored(found, marks), "", *in_flight(found, used)]) + "\n"
 
 
 def disassembled() -> tuple[dict, dict]:
@@ -318,7 +392,8 @@ def disassembled() -> tuple[dict, dict]:
             used[arch] |= gate.compiled(nvcc, source, arch, cubin, "-lineinfo")
             found[arch] |= sass.kernels(nvcc, cubin)
 
-        list(pool.map(one, [(arch, name) for arch in MACHINES for name in ("linear_small", "linear_large")]))
+        sources = ("linear_small", "linear_large", "restore")
+        list(pool.map(one, [(arch, name) for arch in MACHINES for name in sources]))
     return found, used
 
 

@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -160,7 +161,20 @@ API AOTITorchError torch_call_dispatcher(const char* name, const char* overload,
     int32_t to = 0, from = 0;
     aoti_torch_get_device_type(handle, &to);
     aoti_torch_get_device_type(torch::stable::detail::to<AtenTensorHandle>(stack[1]), &from);
-    return to == from ? torch(name, overload, stack, version) : copied(stack);
+    if (to != from) return copied(stack);
+    if (to != aoti_torch_device_type_cuda()) return torch(name, overload, stack, version);
+    // Between matrices on the device: rows, columns, how far apart the target's rows are, where the words come from.
+    const Tensor target = torch::stable::detail::to<Tensor>(stack[0]);
+    const Tensor source = torch::stable::detail::to<Tensor>(stack[1]);
+    const int64_t sizes[] = {target.size(0), target.size(1), target.stride(0),
+                             reinterpret_cast<int64_t>(source.const_data_ptr())};
+    int32_t dtype = 0;
+    aoti_torch_get_dtype(target.get(), &dtype);
+    AtenTensorHandle none = aten("copy_on_device", target.get(), 4, sizes, dtype);
+    if (none == nullptr) return 1;
+    aoti_torch_delete_tensor_object(none);
+    stack[0] = torch::stable::detail::from(target);
+    return 0;
   }
   // Ops whose first argument is no tensor are not asked for CUDA memory here.
   const bool asks = !std::strcmp(name, "aten::new_empty") || !std::strcmp(name, "aten::clone") ||
@@ -179,6 +193,10 @@ API AOTITorchError torch_call_dispatcher(const char* name, const char* overload,
     sizes = torch::stable::detail::to<std::vector<int64_t>>(stack[1]);
     if (const auto other = torch::stable::detail::to<std::optional<torch::headeronly::ScalarType>>(stack[2]))
       dtype = static_cast<int32_t>(*other);
+  }
+  if (!std::strcmp(name, "aten::view") && !std::strcmp(overload, "")) {
+    const auto asked = torch::stable::detail::to<std::vector<int64_t>>(stack[1]);
+    if (std::count(asked.begin(), asked.end(), -1) == 0) sizes = asked;
   }
   if (!std::strcmp(name, "aten::linear")) {
     // Of 2-D operands: where the weight is, n, k, m, and where the bias is, or 0.

@@ -7,6 +7,7 @@ but in cases.
 """
 
 import ctypes
+import math
 import sys
 
 import torch
@@ -118,6 +119,7 @@ def to_cpu(t: torch.Tensor) -> torch.Tensor:
 
 
 aten_calls = []
+linear_gives: torch.dtype | None = None  # what autocast would make of it
 DTYPE_OF = {getattr(torch_double, "aoti_torch_dtype_" + str(d).removeprefix("torch."))(): d for d in CODES}
 
 
@@ -145,7 +147,14 @@ def aten(name, handle, dims, sizes, dtype):
             if name not in ("aten::new_empty", "aten::linear") and "index" not in name and name[:5] != "copy_"
             else None
         )
-        if name in ("copy_to_host", "copy_to_device"):
+        if name == "copy_on_device":
+            rows, columns, apart, source = sizes
+            words = to_cpu(over(source, (rows, columns), DTYPE_OF[dtype], device))
+            for i in range(rows):
+                row = (at.value or 0) + i * apart * words.element_size()
+                put(words[i], over(row, (columns,), words.dtype, device))
+            result = over(at.value or 0, (rows, columns), DTYPE_OF[dtype], device, (apart, 1))
+        elif name in ("copy_to_host", "copy_to_device"):
             *sizes, host = sizes
             result = over(at.value or 0, sizes, DTYPE_OF[dtype], device)
             size = result.numel() * result.element_size()
@@ -167,7 +176,7 @@ def aten(name, handle, dims, sizes, dtype):
             weight = to_cpu(over(weight, (n, k), DTYPE_OF[dtype], device))
             x = to_cpu(over(at.value or 0, (m, k), DTYPE_OF[dtype], device))
             bias = to_cpu(over(bias, (n,), DTYPE_OF[dtype], device)) if bias else None
-            result = to_cuda(torch.nn.functional.linear(x, weight, bias), device)
+            result = to_cuda(torch.nn.functional.linear(x, weight, bias).to(linear_gives or x.dtype), device)
         elif name in ("aten::index_select", "aten::index_copy_"):
             n, k, place, count, *rows = sizes
             matrix, index = (
@@ -289,6 +298,64 @@ def products() -> None:
         assert same_bits(to_cpu(ops.delta_linear(*given, to_cuda(delta, offset=24))), want)
     kernels = {line.split()[1] for line in launches()}
     assert {"xorz_linear_small_bf16_m4", "xorz_linear_small_f32_m16", "xorz_linear_large_f16"} <= kernels
+
+
+def panels() -> None:
+    global linear_gives
+    begin()
+    for dtype in (torch.bfloat16, torch.float16):
+        weight, bias = random_weight(300, 130, dtype, 6), random_weight(1, 300, dtype, 7)[0]
+        for encoding in ENCODINGS:
+            tuned, delta = make_delta(weight, encoding)
+            for lead, words in (((33,), False), ((3, 5, 7), True), ((33,), True)):
+                x = random_weight(math.prod(lead), 130, dtype, 5).view(*lead, 130)
+                base = weight.view(torch.int16) if words else weight
+                for b in (None, bias):
+                    given = [to_cuda(x), to_cuda(base), b if b is None else to_cuda(b), to_cuda(delta)]
+                    before, _ = len(launches()), aten_calls.clear()
+                    got = to_cpu(ops.delta_linear(*given))
+                    # torch's own product of the fine-tuned words, which are restored once.
+                    want = torch.nn.functional.linear(x.view(-1, 130), tuned, b).view(*lead, 300)
+                    assert same_bits(got, want), (dtype, encoding, lead)
+                    assert [line.split()[1] for line in launches()[before:]] == ["xorz_delta_restore_16"]
+                    assert [name for name, _ in aten_calls].count("aten::linear") == 1
+            # Few rows, another mode or dtype, several tenants: the kernels multiply.
+            aten_calls.clear()
+            given = [to_cuda(t) for t in (x[:32], weight)]
+            ops.delta_linear(*given, None, to_cuda(delta))
+            ops.delta_linear(to_cuda(x), given[1], None, to_cuda(delta), mode="deterministic")
+            assert "aten::linear" not in [name for name, _ in aten_calls]
+        # Under autocast with another dtype the product is not torch's.
+        linear_gives = torch.float32
+        got = to_cpu(ops.delta_linear(to_cuda(x), to_cuda(weight), None, to_cuda(delta)))
+        linear_gives = None
+        exact = x.double() @ tuned.double().T
+        assert got.dtype == dtype and torch.allclose(got.double(), exact, rtol=0.01, atol=0.01)
+    x, weight = integers((40, 290), 3, torch.float32, 4), integers((35, 290), 8, torch.float32, 1)
+    tuned, delta = make_delta(weight, "sparse")
+    aten_calls.clear()
+    got = to_cpu(ops.delta_linear(to_cuda(x), to_cuda(weight), None, to_cuda(delta)))
+    assert torch.allclose(got, x @ tuned.T, rtol=1e-5, atol=1e-4)
+    assert "aten::linear" not in [name for name, _ in aten_calls]
+    # A delta that does not fit is the product's matter.
+    weight, x = random_weight(300, 130, torch.bfloat16, 6), random_weight(33, 130, torch.bfloat16, 5)
+    _, delta = make_delta(weight, "sparse")
+    broken = delta.clone()
+    broken[:8] = 0
+    assert to_cpu(ops.delta_linear(to_cuda(x), to_cuda(weight), None, to_cuda(broken))).isnan().all()
+    with pytest.raises(RuntimeError, match="an earlier delta_linear on cuda:0 reported"):
+        ops.delta_linear(to_cuda(x), to_cuda(weight), None, to_cuda(delta))
+    # More words than a panel has: two of them, one after the other in the same memory.
+    base, bias = random_weight(600, 57344, torch.bfloat16, 8), random_weight(1, 600, torch.bfloat16, 9)[0]
+    tuned = base.clone()
+    tuned[::7, ::100] *= 1.5
+    delta, x = xorz.delta_encode(base, tuned), random_weight(33, 57344, torch.bfloat16, 10)
+    aten_calls.clear()
+    got = to_cpu(ops.delta_linear(*[to_cuda(t) for t in (x, base, bias, delta)]))
+    want = [torch.nn.functional.linear(x, tuned[r], bias[r]) for r in (slice(512), slice(512, 600))]
+    assert same_bits(got, torch.cat(want, 1))
+    memory = [sizes for name, sizes in aten_calls if name == "aten::new_empty"]
+    assert memory == [[512, 57344], [33, 600]], memory
 
 
 def groups() -> None:
@@ -607,6 +674,7 @@ if __name__ == "__main__":
             for f in (
                 restores,
                 products,
+                panels,
                 groups,
                 gradients,
                 lookups,

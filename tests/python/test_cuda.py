@@ -70,6 +70,7 @@ def doubles() -> dict[str, str]:
     [
         ("restores", "devices=1"),
         ("products", "devices=1"),
+        ("panels", "devices=1"),
         ("groups", "devices=1"),
         ("gradients", "devices=1"),
         ("lookups", "devices=1"),

@@ -20,14 +20,35 @@ fn device_words(w: &CudaMatrix) -> Result<cuda::DeviceMatrix> {
 pub(super) unsafe fn cuda_delta_restore(
     place: &CudaPlace,
     base: &CudaMatrix,
+    from: usize,
+    to: usize,
     out: usize,
     delta: usize,
     delta_bytes: usize,
 ) -> Result<()> {
     guard(|| {
         let base = device_words(base)?;
+        let delta = cuda::DeviceDelta { address: delta as u64, bytes: delta_bytes };
         // SAFETY: the shim's promise.
-        unsafe { cuda::delta_restore(place.into(), base, out as u64, delta as u64, delta_bytes) }
+        unsafe { cuda::delta_restore(place.into(), base, from..to, out as u64, delta) }
+    })
+}
+
+pub(super) fn cuda_panel_rows(args: &CudaLinear) -> Result<usize> {
+    guard(|| Ok(device_linear(args)?.panel_rows().unwrap_or(0)))
+}
+
+pub(super) unsafe fn cuda_delta_linear_panel(
+    place: &CudaPlace,
+    args: &CudaLinear,
+    from: usize,
+    to: usize,
+    out: usize,
+) -> Result<()> {
+    guard(|| {
+        let product = device_linear(args)?;
+        // SAFETY: the shim's promise.
+        unsafe { cuda::delta_linear_panel(place.into(), &product, from..to, out as u64) }
     })
 }
 

@@ -11,7 +11,7 @@ use cudarc::driver::{result, sys};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::process::{Command, Output};
 use xorz::codec::Encoding;
-use xorz::cuda::{self, BatchRows, DeviceMatrix, Embedding, Linear, Place};
+use xorz::cuda::{self, BatchRows, DeviceDelta, DeviceMatrix, Embedding, Linear, Place};
 use xorz::error::{Error, Kind, Result};
 use xorz::matrix::{Dtype, Shape};
 
@@ -43,6 +43,11 @@ pub fn passes_as<F: Fn()>(child: F, machine: &str, change: impl Fn(&mut Command)
 
 pub fn passes(child: impl Fn(), machine: &str) {
     passes_as(child, machine, |_| ());
+}
+
+/// The delta of `case`, which lies at `address`.
+pub fn delta_of(address: u64, case: &Case) -> DeviceDelta {
+    DeviceDelta { address, bytes: case.blob.len() }
 }
 
 /// A function of the double that is none of libcuda's.
@@ -133,7 +138,10 @@ impl Gpu {
         let (base, delta) = (self.words(case), self.put(blob));
         let out = self.put(&vec![0x5A; case.base.len()]);
         // SAFETY: allocations of those sizes, none freed.
-        unsafe { cuda::delta_restore(self.place(), base, out, delta, blob.len()) }?;
+        unsafe {
+            let delta = DeviceDelta { address: delta, bytes: blob.len() };
+            cuda::delta_restore(self.place(), base, 0..case.shape.n, out, delta)
+        }?;
         Ok(self.get(out, case.base.len()))
     }
 
@@ -151,18 +159,25 @@ impl Gpu {
 
     /// One tenant's rows.
     pub fn linear(&self, case: &Case, x: &[u8], m: usize, bias: Option<&[u8]>) -> Result<Vec<u8>> {
-        let args = Linear {
+        self.product(&Linear {
+            biases: bias.map_or(0, |b| self.put(b)),
+            ..self.one_tenant(case, x, m, &case.blob)
+        })
+    }
+
+    /// Of the delta that `blob` is.
+    pub fn one_tenant(&self, case: &Case, x: &[u8], m: usize, blob: &[u8]) -> Linear {
+        Linear {
             x: self.put(x),
             m,
             weight: self.words(case),
-            biases: bias.map_or(0, |b| self.put(b)),
+            biases: 0,
             bias_stride: 0,
-            arena: self.put(&case.blob),
-            arena_bytes: case.blob.len(),
+            arena: self.put(blob),
+            arena_bytes: blob.len(),
             rows: None,
             deterministic: false,
-        };
-        self.product(&args)
+        }
     }
 
     /// Many tenants' rows. Biases are further apart than they are long.

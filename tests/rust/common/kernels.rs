@@ -91,6 +91,9 @@ pub fn restore(
     if apply {
         // No verdicts: whatever the delta is, it is applied.
         params.extend([Param::Null, Param::U64(0)]);
+    } else {
+        // All rows.
+        params.extend([0, shape.n as u64].map(Param::U64));
     }
     let kernel = format!("xorz_delta_{}_{bits}", if apply { "apply" } else { "restore" });
     Launch { kernel, blocks: (blocks, 1), seed, count: false, late: false, only: None, params }

@@ -4,7 +4,7 @@
 //! one libcuda.
 
 use crate::common::data::Rng;
-use crate::common::gpu::{Gpu, calls, case, exact_case, log, order, order_on, passes, said};
+use crate::common::gpu::{Gpu, calls, case, delta_of, exact_case, log, order, order_on, passes, said};
 use crate::common::grads::fleet_reference;
 use crate::common::kernels::{Fleet, TENANTS, maps};
 use crate::common::linear::{DTYPES, ENCODINGS, first_difference, integers};
@@ -117,7 +117,7 @@ fn child_streams() {
             let before = log().len();
             let place = Place { device: 1, stream };
             // SAFETY: allocations of those sizes, none freed.
-            unsafe { cuda::delta_restore(place, base, out, delta, case.blob.len()) }.unwrap();
+            unsafe { cuda::delta_restore(place, base, 0..33, out, delta_of(delta, &case)) }.unwrap();
             let log = log().split_off(before);
             // The context is changed and changed back where another is current, and only there.
             let others = log.iter().filter(|l| !l.starts_with("cuLaunchKernel"));
@@ -139,7 +139,7 @@ fn child_streams() {
     // SAFETY: none is always right.
     unsafe { result::ctx::set_current(std::ptr::null_mut()) }.unwrap();
     // SAFETY: as above.
-    unsafe { cuda::delta_restore(second.place(), base, out, delta, case.blob.len()) }.unwrap();
+    unsafe { cuda::delta_restore(second.place(), base, 0..33, out, delta_of(delta, &case)) }.unwrap();
     assert_eq!(result::ctx::get_current().unwrap(), None);
 }
 
@@ -336,7 +336,7 @@ fn child_graph() {
     order_on("capture", gpu.stream);
     // SAFETY: allocations of those sizes, none freed.
     unsafe {
-        cuda::delta_restore(gpu.place(), base, out, delta, case.blob.len()).unwrap();
+        cuda::delta_restore(gpu.place(), base, 0..case.shape.n, out, delta_of(delta, &case)).unwrap();
         cuda::delta_linear(gpu.place(), &args, 0, y).unwrap();
     }
     order("end");
@@ -373,9 +373,9 @@ fn child_threads() {
     let outs: Vec<_> = (0..8).map(|_| gpu.put(&case.base)).collect();
     std::thread::scope(|s| {
         for &out in &outs {
-            let bytes = case.blob.len();
+            let delta = delta_of(delta, &case);
             // SAFETY: allocations of those sizes, none freed.
-            s.spawn(move || unsafe { cuda::delta_restore(place, base, out, delta, bytes) }.unwrap());
+            s.spawn(move || unsafe { cuda::delta_restore(place, base, 0..16, out, delta) }.unwrap());
         }
     });
     assert!(outs.iter().all(|out| gpu.get(*out, case.base.len()) == case.fine_tuned));

@@ -31,5 +31,6 @@ mod launch;
 mod layout0;
 mod mutants;
 mod offsets;
+mod panels;
 mod plan;
 mod refusals;

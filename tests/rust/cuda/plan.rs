@@ -185,7 +185,7 @@ fn restore_takes_a_block_for_each_16_rows_of_4096_columns() {
             let both = plan::apply(dtype, shape).unwrap();
             // A verdict a block is read by each block of apply: of many there are not.
             for (launch, verb, blocks) in [
-                (plan::restore(dtype, shape).unwrap(), "restore", blocks),
+                (plan::restore(dtype, shape, &(0..n)).unwrap(), "restore", blocks),
                 (both.verify, "verify", blocks.min(1024)),
                 (both.apply, "apply", blocks),
             ] {
@@ -361,7 +361,7 @@ fn what_the_kernels_cannot_count_is_refused() {
         Shape { n: 1, k: 1 << 31 },
         Shape { n: i32::MAX as usize, k: i32::MAX as usize },
     ] {
-        assert_eq!(kind(plan::restore(Dtype::U8, shape).map(|_| ())), refused);
+        assert_eq!(kind(plan::restore(Dtype::U8, shape, &(0..shape.n)).map(|_| ())), refused);
         assert_eq!(kind(plan::apply(Dtype::U8, shape).map(|_| ())), refused);
         assert_eq!(kind(plan::linear(Dtype::F32, of_one(1), shape).map(|_| ())), refused);
     }

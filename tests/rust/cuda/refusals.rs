@@ -3,14 +3,14 @@
 
 use crate::common::data::Rng;
 use crate::common::device::double;
-use crate::common::gpu::{Gpu, calls, case, order, passes, passes_as, run, said};
+use crate::common::gpu::{Gpu, calls, case, delta_of, order, passes, passes_as, run, said};
 use crate::common::kernels::{Fleet, TENANTS};
 use crate::common::linear::{Case, first_difference, integers};
 use crate::common::lookups::Tables;
 use cudarc::driver::sys;
 use std::process::{Command, Output};
 use xorz::codec::Encoding;
-use xorz::cuda::{self, BatchRows, DeviceMatrix, Embedding, Linear, Place};
+use xorz::cuda::{self, BatchRows, DeviceDelta, DeviceMatrix, Embedding, Linear, Place};
 use xorz::error::{Kind, Result};
 use xorz::matrix::{Dtype, Shape};
 
@@ -98,7 +98,15 @@ fn child_reports() {
 fn any_call(device: i32) -> Result<()> {
     let base = DeviceMatrix { dtype: Dtype::U8, bits: false, shape: Shape { n: 0, k: 0 }, address: 0 };
     // SAFETY: no words.
-    unsafe { cuda::delta_restore(Place { device, stream: 0 }, base, 0, 0, 0) }
+    unsafe {
+        cuda::delta_restore(
+            Place { device, stream: 0 },
+            base,
+            0..base.shape.n,
+            0,
+            DeviceDelta { address: 0, bytes: 0 },
+        )
+    }
 }
 
 /// `XORZ_WANTED`: the kind, then words of the sentence.
@@ -229,7 +237,7 @@ fn child_errors() {
     let (out, delta) = (gpu.put(&case.base), gpu.put(&case.blob));
     // SAFETY: allocations of those sizes, none freed; the double compares streams with those that it made.
     let on = |stream| unsafe {
-        cuda::delta_restore(Place { device: 0, stream }, base, out, delta, case.blob.len())
+        cuda::delta_restore(Place { device: 0, stream }, base, 0..case.shape.n, out, delta_of(delta, &case))
     };
     for stream in [other.stream, 0x1234_5670] {
         said(on(stream), Kind::Device, &["CUDA_ERROR_INVALID_HANDLE", "primary context"]);
@@ -249,7 +257,15 @@ fn child_addresses() {
     let words = |dtype, address| DeviceMatrix { dtype, bits: false, shape: Shape { n: 2, k: 2 }, address };
     for (base, out, delta, name) in [(2, 16, 16, "base"), (16, 2, 16, "out"), (16, 16, 8, "delta")] {
         // SAFETY: there is no device.
-        let r = unsafe { cuda::delta_restore(place, words(Dtype::F32, base), out, delta, 512) };
+        let r = unsafe {
+            cuda::delta_restore(
+                place,
+                words(Dtype::F32, base),
+                0..2,
+                out,
+                DeviceDelta { address: delta, bytes: 512 },
+            )
+        };
         said(r, Kind::InvalidArgument, &[name, "no multiple of"]);
     }
     for (weight, delta, between, name) in
@@ -339,5 +355,5 @@ fn child_outside() {
     let (base, delta) = (gpu.words(&case), gpu.put(&case.blob));
     let out = other.put(&case.base);
     // SAFETY: none: memory of another device, which ends the process.
-    unsafe { cuda::delta_restore(gpu.place(), base, out, delta, case.blob.len()) }.unwrap();
+    unsafe { cuda::delta_restore(gpu.place(), base, 0..5, out, delta_of(delta, &case)) }.unwrap();
 }
