@@ -1,6 +1,6 @@
 // What the shim asks of torch about CUDA, where torch has no GPU: to be preloaded, so that it comes before
 // libtorch_cpu.so. Devices and streams are those that the test says; aten ops on CUDA tensors go to the test,
-// all others to torch. tests/python/cuda_child.py is the other side.
+// all others to torch. tests/python/cuda_tensors.py is the other side.
 //
 // Copies to the host arrive as late as they may: when somebody waits for an event that was recorded behind them.
 // Until then the memory holds what it held. Events and captures of libcuda are therefore here, too.
