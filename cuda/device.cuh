@@ -19,6 +19,7 @@ struct alignas(16) Vector {
 #define XORZ_DEVICE __device__ __forceinline__
 #define XORZ_KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define XORZ_SHARED __shared__
+#define XORZ_CONSTANT __constant__ const
 #define XORZ_UNROLL _Pragma("unroll")
 #define XORZ_UNROLL_4 _Pragma("unroll 4")
 #define XORZ_NO_UNROLL _Pragma("unroll 1")
@@ -140,6 +141,9 @@ XORZ_DEVICE void multiply_f16(float (&sums)[4], const uint32_t (&a)[4], uint32_t
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// The upper half of the product.
+XORZ_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
 
 XORZ_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 XORZ_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }

@@ -32,6 +32,7 @@ enum Status : uint32_t {
   kMismatch = 6,     // a delta of another dtype or shape than the base
   kNoRow = 7,        // an index lies outside of the table
   kOldLayout = 8,    // an `exponent` delta of layout 0: products need entries, which it has not
+  kOtherBase = 9,    // a sound delta of other words than the matrix has, says the digest (digest.cu)
 };
 
 // The status word: the status in the high 8 bits, the slot (0 where there is but one delta) in the others; of

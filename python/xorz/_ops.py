@@ -234,10 +234,11 @@ def delta_restore(
 
 
 def delta_apply_(weight: Tensor, delta: Tensor) -> Tensor:
-    """Turn `weight` from base into fine-tune, in place, and give it back. Its digest is checked first (on
-    CUDA only that every tile can be decoded): what is refused has changed no word.
+    """Turn `weight` from base into fine-tune, in place, and give it back. Its digest is checked first: what is refused has
+    changed no word.
 
-    RuntimeError if it is another base, or requires grad in grad mode.
+    RuntimeError if it is another base, or requires grad in grad mode. On CUDA the device checks: another base is an error of
+    the next call there, or of `cuda_status`.
     """
     _ops.delta_apply_(weight, delta)
     return weight

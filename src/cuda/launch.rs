@@ -1,7 +1,7 @@
 //! The ops: what the host can check, then kernels on the caller's stream.
 
 use super::driver::Device;
-use super::params::{self, Apply, Params};
+use super::params::{self, Params};
 use super::plan::{self, Large, Product, WORKSPACE_ALIGN};
 use super::status::Op;
 use crate::error::{Error, Result};
@@ -186,7 +186,7 @@ pub(super) const DELTA_ALIGN: u64 = 16;
 /// Alignment of slots.
 const SLOT_ALIGN: u64 = 8;
 
-fn check_workspace(address: u64, align: u64) -> Result<()> {
+pub(super) fn check_workspace(address: u64, align: u64) -> Result<()> {
     check_aligned("workspace", address, align)?;
     if address == 0 {
         return Err(Error::invalid("workspace is at no address"));
@@ -199,54 +199,6 @@ pub(super) fn check_aligned(what: &str, address: u64, to: u64) -> Result<()> {
         return Ok(());
     }
     Err(Error::invalid(format!("{what} is at an address that is no multiple of {to} bytes")))
-}
-
-/// Bytes of device memory that [`delta_apply`] works in, aligned to 4. No address is looked at.
-///
-/// # Errors
-/// `Unsupported` for a matrix that is too large.
-pub fn apply_workspace_bytes(weight: DeviceMatrix) -> Result<usize> {
-    Ok(4 * plan::apply(weight.dtype, weight.shape)?.verdicts())
-}
-
-/// `weight [n, k]` turns from base into fine-tuned words, in place. Every tile is decoded first, by a launch before: where one
-/// contradicts itself or its words, or the delta does not fit, no word changes and that is reported. The base's digest is not
-/// compared: who loads a delta does that.
-///
-/// # Errors
-/// As [`super::delta_restore`]; `InvalidArgument` for a misaligned `workspace` or none.
-///
-/// # Safety
-/// As [`super::delta_restore`], `weight` in the place of `out`; and [`apply_workspace_bytes`] at `workspace`, whose contents may be
-/// anything.
-pub unsafe fn delta_apply(
-    place: Place,
-    weight: DeviceMatrix,
-    delta: u64,
-    delta_bytes: usize,
-    workspace: u64,
-) -> Result<()> {
-    let launches = plan::apply(weight.dtype, weight.shape)?;
-    check_aligned("weight", weight.address, weight.dtype.word_bytes() as u64)?;
-    check_aligned("delta", delta, DELTA_ALIGN)?;
-    check_workspace(workspace, 4)?;
-    let device = Device::get(place.device)?;
-    device.raise()?;
-    let params = Apply {
-        weight: weight.address,
-        delta,
-        delta_bytes: delta_bytes as u64,
-        n: weight.shape.n as u64,
-        k: weight.shape.k as u64,
-        dtype: weight.accepted(),
-        status: device.status(Op::Apply),
-        verdicts: workspace,
-        verdict_count: launches.verdicts() as u64,
-    };
-    [launches.verify, launches.apply].into_iter().try_for_each(|launch| {
-        // SAFETY: the parameters of both kernels, by their table; the memory is the caller's promise.
-        unsafe { device.launch(launch, place.stream, params.pack()) }
-    })
 }
 
 /// Makes `device` ready where it is not, so that an op tells what is wrong there before it asks torch for memory.

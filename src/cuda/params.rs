@@ -108,6 +108,32 @@ params! {
 }
 
 params! {
+    /// Of `xorz_digest_leaves`.
+    DigestLeaves {
+        words: Pointer,
+        n: U64,
+        row_bytes: U64,
+        workspace: Pointer,
+    }
+}
+
+params! {
+    /// Of `xorz_digest_root`.
+    DigestRoot {
+        workspace: Pointer,
+        n: U64,
+        k: U64,
+        word_bytes: U32,
+        dtype: U32,
+        delta: Pointer,
+        delta_bytes: U64,
+        status: Pointer,
+        verdict: Pointer,
+        digest: Pointer,
+    }
+}
+
+params! {
     /// Of `xorz_delta_embedding_*`.
     Embedding {
         indices: Pointer,

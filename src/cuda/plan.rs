@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use crate::error::{Error, Result};
-use crate::matrix::{Dtype, Shape};
+use crate::matrix::{Digest, Dtype, Shape};
 
 /// Threads of every block, in x.
 pub const THREADS: u32 = 256;
@@ -28,6 +28,8 @@ pub const WORKSPACE_ALIGN: u64 = 16;
 const SMALL_ROWS: usize = 32;
 /// Blocks of `xorz_delta_verify_*`, each of which leaves a verdict that all blocks of `xorz_delta_apply_*` read.
 const MOST_VERDICTS: u32 = 1024;
+/// Bytes of a digest's workspace before its leaves.
+const DIGEST_HEAD: usize = 32;
 /// Words of W that a block of restore is meant for: rows, columns.
 const RESTORE_BLOCK: (usize, usize) = (16, 4096);
 /// Rows of the tallest tile that a delta may have: panels of a matrix begin and end at multiples, so that none is cut.
@@ -38,7 +40,9 @@ const PANEL_BYTES: usize = 64 << 20;
 const SMALLEST_TILE: (usize, usize) = (16, 256);
 
 /// Every kernel that is launched, by its name in the image.
-pub const ENTRIES: [&str; 31] = [
+pub const ENTRIES: [&str; 33] = [
+    "xorz_digest_leaves",
+    "xorz_digest_root",
     "xorz_delta_restore_8",
     "xorz_delta_restore_16",
     "xorz_delta_restore_32",
@@ -248,9 +252,36 @@ pub fn panel_rows(dtype: Dtype, rows: ProductRows, shape: Shape) -> Option<usize
     Some(shape.n.div_ceil(panels).next_multiple_of(TALLEST_TILE))
 }
 
-/// The two launches of `delta_apply_`.
+/// The two launches that compute a matrix's digest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Digesting {
+    /// Hashes 64 rows a block.
+    pub leaves: Launch,
+    /// Hashes what those have left, and compares the result with a delta's, if one is given.
+    pub root: Launch,
+    /// Bytes of device memory, aligned to [`WORKSPACE_ALIGN`], between the two.
+    pub workspace_bytes: usize,
+}
+
+/// The launches that compute the digest of a matrix of any dtype.
+///
+/// # Errors
+/// `Unsupported` for a matrix that is too large.
+pub fn digest(shape: Shape) -> Result<Digesting> {
+    check_shape(shape)?;
+    let leaves = shape.n.div_ceil(Digest::LEAF_ROWS);
+    Ok(Digesting {
+        leaves: Launch { entry: Entry::find("xorz_digest_leaves")?, grid: (leaves.max(1) as u32, 1) },
+        root: Launch { entry: Entry::find("xorz_digest_root")?, grid: (1, 1) },
+        workspace_bytes: DIGEST_HEAD + size_of::<Digest>() * leaves,
+    })
+}
+
+/// The four launches of `delta_apply_`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Application {
+    /// Leave a verdict of 4 bytes: whether the words are the delta's base.
+    pub digest: Digesting,
     /// Looks at every tile, and changes nothing; each block leaves a verdict of 4 bytes.
     pub verify: Launch,
     /// Changes the words if all verdicts are well.
@@ -258,9 +289,14 @@ pub struct Application {
 }
 
 impl Application {
-    /// Verdicts between the two.
+    /// Verdicts that `apply` reads: one of each block of `verify`, and that of the digest, which is the last.
     pub fn verdicts(&self) -> usize {
-        self.verify.grid.0 as usize
+        self.verify.grid.0 as usize + 1
+    }
+
+    /// Bytes of device memory, aligned to [`WORKSPACE_ALIGN`], between the launches: what the digest takes, then the verdicts.
+    pub fn workspace_bytes(&self) -> usize {
+        self.digest.workspace_bytes + 4 * self.verdicts()
     }
 }
 
@@ -270,6 +306,7 @@ impl Application {
 /// `Unsupported` for a matrix that is too large.
 pub fn apply(dtype: Dtype, shape: Shape) -> Result<Application> {
     Ok(Application {
+        digest: digest(shape)?,
         verify: on_tiles("verify", dtype, shape, MOST_VERDICTS)?,
         apply: on_tiles("apply", dtype, shape, MOST_BLOCKS.0)?,
     })

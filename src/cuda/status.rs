@@ -13,7 +13,7 @@
 
 #![forbid(unsafe_code)]
 
-use crate::error::Error;
+use crate::error::{Error, Hint};
 
 /// The op that a status word belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,11 +69,12 @@ pub enum Code {
     Mismatch = 6,
     NoRow = 7,
     OldLayout = 8,
+    OtherBase = 9,
 }
 
 impl Code {
     /// All, from the mildest.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::TileCorrupt,
         Self::NoTenant,
         Self::BadSlot,
@@ -82,6 +83,7 @@ impl Code {
         Self::Mismatch,
         Self::NoRow,
         Self::OldLayout,
+        Self::OtherBase,
     ];
 }
 
@@ -126,6 +128,10 @@ pub fn error(op: Op, device: i32, word: u32) -> Error {
                 "{whose} is of encoding exponent and layout 0, from a package of version 1, which only the CPU \
                  computes on: pack it again, or encode the delta again"
             ),
+        ),
+        Some(Code::OtherBase) => (
+            |text| Error::mismatch(text).with_hint(Hint::OtherBase),
+            format!("{whose} was made against another base than the weight, whose digest is another; {lost}"),
         ),
         None => (Error::internal, format!("status word {word:#010x}, which means nothing")),
     };

@@ -2,6 +2,7 @@
 // kernel's own would go unnoticed by a linker, so the kernels' sources are what is included.
 #pragma once
 
+#include "digest.cu"
 #include "embedding.cu"
 #include "linear_grad.cu"
 #include "linear_large.cu"
@@ -10,6 +11,8 @@
 #include "restore.cu"
 
 #define XORZ_KERNELS(X)         \
+  X(xorz_digest_leaves)         \
+  X(xorz_digest_root)           \
   X(xorz_delta_restore_8)       \
   X(xorz_delta_restore_16)      \
   X(xorz_delta_restore_32)      \

@@ -13,6 +13,7 @@
 
 #define XORZ_DEVICE inline
 #define XORZ_KERNEL(threads, blocks) extern "C" void
+#define XORZ_CONSTANT static const
 #define XORZ_SHARED static __attribute__((section("xorz_shared")))
 #define XORZ_UNROLL
 #define XORZ_UNROLL_4
@@ -204,6 +205,10 @@ inline void load_matrices_turned(uint32_t (&parts)[4], const void* row, int line
                   2);
     parts[i] = halves[0] | static_cast<uint32_t>(halves[1]) << 16;
   }
+}
+
+inline uint64_t multiply_high(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
 
 inline uint32_t bits_of(float value) {

@@ -63,12 +63,19 @@ def restores() -> None:
             aten_calls.clear()
             ops.delta_apply_(weight, on_gpu)
             assert same_bits(to_cpu(weight), tuned)
-            # As torch's in-place ops do: the version goes up, and nothing is set to zero. A verdict for each 16 rows.
+            # As torch's in-place ops do: the version goes up, and nothing is set to zero. A digest of one leaf, a verdict for
+            # each 16 rows and one for the digest.
             assert aten_calls == [
                 ("aten::view", [37, 300]),
                 ("aten::zero_", [0, 300]),
-                ("aten::new_empty", [3 * 4]),
+                ("aten::new_empty", [32 + 16 + (3 + 1) * 4]),
             ], aten_calls
+            # Words that are not its base, as those are not any more, stay, and the next call says so.
+            ops.delta_apply_(weight, on_gpu)
+            assert same_bits(to_cpu(weight), tuned)
+            with pytest.raises(ValueError, match=r"an earlier delta_apply_ on cuda:0 .* another base"):
+                xorz.cuda_status(0)
+            xorz.cuda_status(0)
     assert all(f"stream {stream:#x} device 0" in line for line in launches()) and len(launches()) > 40
     for dtype in (torch.float64, torch.int64, torch.uint8):
         base = integers((5, 70), 100, torch.float32, 1).to(dtype)

@@ -13,7 +13,7 @@ use std::process::{Command, Output};
 use xorz::codec::Encoding;
 use xorz::cuda::{self, BatchRows, DeviceDelta, DeviceMatrix, Embedding, Linear, Place};
 use xorz::error::{Error, Kind, Result};
-use xorz::matrix::{Dtype, Shape};
+use xorz::matrix::{Digest, Dtype, Shape};
 
 /// Run the ignored test `child` in a process of its own, on a machine as the double is told.
 pub fn run<F: Fn()>(_child: F, machine: &str, change: impl Fn(&mut Command)) -> Output {
@@ -150,6 +150,15 @@ impl Gpu {
         // SAFETY: as above.
         unsafe { cuda::delta_apply(self.place(), weight, delta, blob.len(), self.between(weight)) }?;
         Ok(self.get(weight.address, case.base.len()))
+    }
+
+    /// The digest of words in its memory.
+    pub fn digest(&self, words: DeviceMatrix) -> Result<Digest> {
+        let workspace = self.put(&vec![0xA5; cuda::digest_workspace_bytes(words)?]);
+        let out = self.put(&[0x5A; 16]);
+        // SAFETY: allocations of those sizes, none freed.
+        unsafe { cuda::delta_digest(self.place(), words, workspace, out) }?;
+        Ok(Digest(self.get(out, 16).try_into().unwrap()))
     }
 
     /// What an apply works in.

@@ -18,6 +18,8 @@ pub mod common {
 
 mod budget;
 mod bytes;
+mod digest;
+mod digest_mutants;
 mod edges;
 mod embedding;
 mod forged;

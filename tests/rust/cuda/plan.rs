@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use xorz::cuda::params::{Apply, Embedding, Kind, Linear, Params, Restore, SMALL};
+use xorz::cuda::params::{Apply, DigestLeaves, DigestRoot, Embedding, Kind, Linear, Params, Restore, SMALL};
 use xorz::cuda::plan::{
     self, ENTRIES, GRAD_ROWS, GRAD_STRIP_BYTES, LARGE_W_ROWS, MOST_BLOCKS, Product, ProductRows,
     SMALL_W_ROWS, THREADS, large_rows,
@@ -79,6 +79,8 @@ fn parameters_are_those_of_the_kernels_and_of_the_readme() {
         (table::<Restore>(), "restore.cu", "xorz_delta_restore_##bits", "`xorz_delta_restore_"),
         (table::<Apply>(), "restore.cu", "xorz_delta_verify_##bits", "`xorz_delta_verify_"),
         (table::<Apply>(), "restore.cu", "xorz_delta_apply_##bits", "`xorz_delta_verify_"),
+        (table::<DigestLeaves>(), "digest.cu", "xorz_digest_leaves", "`xorz_digest_leaves"),
+        (table::<DigestRoot>(), "digest.cu", "xorz_digest_root", "`xorz_digest_root"),
         (table::<Embedding>(), "embedding.cu", "xorz_delta_embedding_##bits", "`xorz_delta_embedding_"),
         (
             table::<Linear>()[..SMALL].to_vec(),
@@ -131,6 +133,7 @@ fn numbers_are_those_of_the_kernels() {
         "kMismatch",
         "kNoRow",
         "kOldLayout",
+        "kOtherBase",
     ];
     assert_eq!(names.len(), Code::ALL.len());
     for (code, name) in Code::ALL.into_iter().zip(names) {
@@ -148,8 +151,9 @@ fn numbers_are_those_of_the_kernels() {
     let sums = read("cuda/grad_sums.cuh");
     assert!(sums.contains(&format!("kRowsOfGrad = {GRAD_ROWS};")));
     assert!(sums.contains(&format!("kStripColumns = {GRAD_STRIP_BYTES} / sizeof(W);")));
-    for file in ["embedding", "restore", "linear_small", "linear_segments", "linear_large", "linear_grad"]
-        .map(|f| format!("cuda/{f}.cu"))
+    for file in
+        ["digest", "embedding", "restore", "linear_small", "linear_segments", "linear_large", "linear_grad"]
+            .map(|f| format!("cuda/{f}.cu"))
     {
         let file = &file;
         let text = read(file);
@@ -193,9 +197,23 @@ fn restore_takes_a_block_for_each_16_rows_of_4096_columns() {
                 assert_eq!(launch.entry.name(), format!("xorz_delta_{verb}_{bits}"));
                 assert_eq!(ENTRIES[launch.entry.index()], launch.entry.name());
             }
-            assert_eq!(both.verdicts(), blocks.min(1024) as usize);
+            // And that of the digest, whose leaves are of 64 rows.
+            assert_eq!(both.verdicts(), blocks.min(1024) as usize + 1);
+            assert_eq!(both.workspace_bytes(), 32 + 16 * n.div_ceil(64) + 4 * both.verdicts());
         }
     }
+}
+
+#[test]
+fn a_digest_takes_a_block_for_each_64_rows_and_one_more() {
+    for (n, k, blocks) in [(0, 5, 1), (1, 1, 1), (64, 9, 1), (65, 0, 2), (4096, 4096, 64)] {
+        let plan = plan::digest(Shape { n, k }).unwrap();
+        assert_eq!((plan.leaves.entry.name(), plan.leaves.grid), ("xorz_digest_leaves", (blocks, 1)));
+        assert_eq!((plan.root.entry.name(), plan.root.grid), ("xorz_digest_root", (1, 1)));
+        assert_eq!(plan.workspace_bytes, 32 + 16 * n.div_ceil(64));
+    }
+    let refused = plan::digest(Shape { n: 1 << 31, k: 1 });
+    assert_eq!(refused.unwrap_err().kind(), error::Kind::Unsupported);
 }
 
 #[test]

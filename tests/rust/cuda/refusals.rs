@@ -275,6 +275,17 @@ fn child_addresses() {
         let r = unsafe { cuda::delta_apply(place, words(Dtype::BF16, weight), delta, 512, between) };
         said(r, Kind::InvalidArgument, &[name, if between == 0 { "no address" } else { "no multiple of" }]);
     }
+    for (base, workspace, out, name) in [
+        (2, 16, 16, "words"),
+        (16, 8, 16, "workspace"),
+        (16, 0, 16, "workspace"),
+        (16, 16, 4, "out"),
+        (16, 16, 0, "out"),
+    ] {
+        // SAFETY: as above.
+        let r = unsafe { cuda::delta_digest(place, words(Dtype::F32, base), workspace, out) };
+        said(r, Kind::InvalidArgument, &[name, "address"]);
+    }
     let rows = BatchRows { slots: 16, slot_count: 1, tenant_of_row: 16 };
     let good = Linear {
         x: 16,
