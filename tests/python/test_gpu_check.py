@@ -169,6 +169,11 @@ MUTANTS = {
         "restore and apply",
     ),
     "nothing applied": ("delta_apply_", lambda w, d: w, "restore and apply"),
+    "another base applied": (
+        "delta_apply_",
+        lambda w, d: w.copy_(real["delta_restore"](w, d)),
+        "restore and apply",
+    ),
     "delta ignored": (
         "delta_linear",
         lambda x, w, d, b=None, *, mode="fast": torch.nn.functional.linear(x, w, b),

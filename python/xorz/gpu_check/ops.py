@@ -27,7 +27,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_restores(report: Report, device: torch.device, shapes: list[tuple[int, int]]) -> None:
-    """delta_restore and delta_apply_, word for word, NaN and infinities among them."""
+    """delta_restore and delta_apply_, word for word, NaN and infinities among them; another base is left as it was."""
     for dtype, encoding in itertools.product(DTYPES, ENCODINGS):
         wrong = None
         for shape in shapes:
@@ -41,7 +41,24 @@ def check_restores(report: Report, device: torch.device, shapes: list[tuple[int,
             for way, got in (("restore", delta_restore(base.to(device), there)), ("apply", weight)):
                 if (d := differ(got, tuned)) is not None:
                     wrong = wrong or f"{way} of {list(shape)}: {d}"
+            if differ(base, tuned) is not None and (d := _taken(device, tuned, there)) is not None:
+                wrong = wrong or f"apply to another base of {list(shape)}: {d}"
         report.check(f"restore and apply, {encoding}, {name_of(dtype)}", wrong)
+
+
+def _taken(device: torch.device, other: Tensor, delta: Tensor) -> str | None:
+    """What is wrong where a delta is applied to words that are not its base: on a GPU the device finds out."""
+    weight = other.to(device, copy=True)
+    try:
+        delta_apply_(weight, delta)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            cuda_status(device)
+        return "nothing was said"
+    except (RuntimeError, ValueError) as error:
+        if "base" not in str(error):
+            return str(error)
+    return differ(weight, other)
 
 
 def check_linear(report: Report, device: torch.device, shape: tuple[int, int], rows: list[int]) -> None:
