@@ -3,7 +3,8 @@
 
 `make cuda-gate`. Compiles cuda/*.cu for each architecture, spills and local memory being errors, and compares
 registers, shared memory, blocks a multiprocessor and the memory instructions of each kernel with the
-committed table, and what products cost to issue with cuda/PREDICTED.md (predicted.py). No GPU is needed.
+committed table, and what products cost to issue with cuda/PREDICTED.md (predicted.py); then runs the PTX in an
+interpreter (ptx.py). No GPU is needed.
 
     gate.py [--write] [--only ARCH]...
 
@@ -170,6 +171,7 @@ def rows(archs) -> list[str]:
 def main() -> None:
     # Which itself asks this module for registers and blocks.
     import predicted
+    import ptx
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true")
@@ -203,6 +205,7 @@ def main() -> None:
     print(f"cuda-gate: {len(found)} rows as in cuda/gate.txt")
     if not args.only:
         predicted.compare(write=False)
+        ptx.check()
 
 
 if __name__ == "__main__":
