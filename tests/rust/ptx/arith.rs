@@ -134,10 +134,11 @@ pub(crate) fn one(name: &str) -> Option<One> {
         "bfind.shiftamt.u32" => {
             one!(|a| if a == 0 { LOW } else { u64::from((a as u32).leading_zeros()) })
         }
-        "cvt.u16.u32" => one!(|a| a & 0xFFFF),
+        "cvt.u16.u32" | "cvt.u16.u64" => one!(|a| a & 0xFFFF),
         "cvt.u32.u16" => one!(|a| a & 0xFFFF),
         "cvt.u32.u64" => one!(|a| a & LOW),
         "cvt.u64.u32" => one!(|a| a & LOW),
+        "cvt.u64.u16" => one!(|a| a & 0xFFFF),
         "cvt.s64.s32" => one!(|a| signed(a) as u64),
         "cvt.s32.s8" => one!(|a| u64::from(i32::from(a as u8 as i8) as u32)),
         "cvt.f32.f16" => one!(|a| bits_of_f32(f16::from_bits(a as u16).to_f32())),
@@ -157,6 +158,7 @@ pub(crate) fn two(name: &str) -> Option<(Two, bool)> {
         "sub.s64" | "sub.u64" => two!(|a, b| a.wrapping_sub(b)),
         "mul.lo.s32" | "mul.lo.u32" => two!(|a, b| a.wrapping_mul(b) & LOW),
         "mul.lo.s64" | "mul.lo.u64" => two!(|a, b| a.wrapping_mul(b)),
+        "mul.hi.u64" => two!(|a, b| ((u128::from(a) * u128::from(b)) >> 64) as u64),
         "mul.wide.u32" => two!(|a, b| (a & LOW) * (b & LOW)),
         "div.u32" => return Some((two!(|a, b| a.checked_div(b).unwrap_or(0)), true)),
         "rem.u32" => return Some((two!(|a, b| a.checked_rem(b).unwrap_or(0)), true)),
@@ -166,6 +168,7 @@ pub(crate) fn two(name: &str) -> Option<(Two, bool)> {
         // Shifts by more than the width are shifts by the width (PTX ISA, shl and shr).
         "shl.b32" => two!(|a, b| if b & LOW > 31 { 0 } else { (a << b) & LOW }),
         "shl.b64" => two!(|a, b| if b & LOW > 63 { 0 } else { a << (b & 63) }),
+        "shr.u16" => two!(|a, b| if b & LOW > 15 { 0 } else { a >> b }),
         "shr.u32" => two!(|a, b| if b & LOW > 31 { 0 } else { a >> b }),
         "shr.u64" => two!(|a, b| if b & LOW > 63 { 0 } else { a >> (b & 63) }),
         "shr.s64" => two!(|a, b| ((a as i64) >> (b & LOW).min(63)) as u64),
@@ -183,6 +186,8 @@ pub(crate) fn three(name: &str) -> Option<Three> {
         "mad.lo.s32" => three!(|a, b, c| a.wrapping_mul(b).wrapping_add(c) & LOW),
         "fma.rn.f32" => three!(|a, b, c| bits_of_f32(f32_of(a).mul_add(f32_of(b), f32_of(c)))),
         "fma.rn.f64" => three!(|a, b, c| f64_of(a).mul_add(f64_of(b), f64_of(c)).to_bits()),
+        // The upper word of both, moved left by the low five bits of the third.
+        "shf.l.wrap.b32" => three!(|a, b, c| (((b << 32) | a) << (c & 31)) >> 32 & LOW),
         "prmt.b32" => three!(|a, b, c| permuted(a, b, c)),
         _ => return None,
     })

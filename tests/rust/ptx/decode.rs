@@ -3,7 +3,7 @@
 use crate::arith::{comparison, one, three, two};
 use crate::flow::meetings;
 use crate::ops::{
-    Address, Atomic, Factors, Instruction, Kernel, Logic, Op, Operand, SHARED_AT, Space, Special,
+    Address, Atomic, Factors, Instruction, Kernel, Logic, Op, Operand, SHARED_AT, Space, Special, TABLE_AT,
 };
 use crate::parse::{Register, Source, Statement, kernels};
 
@@ -37,7 +37,7 @@ fn kernel(source: &Source<'_>) -> Result<Kernel, String> {
     }
     let accesses = code.iter().filter_map(|one| match one.op {
         // Past the coherent path lies what nobody writes, of which there are no cells.
-        Op::Load { space: Space::Constant, .. } => None,
+        Op::Load { space: Space::Constant | Space::Table, .. } => None,
         Op::Load { bytes, .. } | Op::Store { bytes, .. } => Some(bytes as usize),
         Op::Matrices { .. } => Some(2),
         _ => None,
@@ -47,6 +47,7 @@ fn kernel(source: &Source<'_>) -> Result<Kernel, String> {
         name: source.name.to_owned(),
         params: source.params.iter().map(|(_, bytes)| *bytes).collect(),
         shared: source.shared.map_or(0, |(_, _, bytes)| bytes as usize),
+        tables: source.tables.iter().map(|(_, bytes)| bytes.clone()).collect(),
         code,
         values: source.values.len(),
         predicates: source.predicates as usize,
@@ -196,6 +197,7 @@ impl Decoder<'_, '_> {
             ["shared", rest @ ..] => (Space::Shared, rest),
             ["global", "nc", rest @ ..] => (Space::Constant, rest),
             ["global", rest @ ..] => (Space::Global, rest),
+            ["const", rest @ ..] => (Space::Table, rest),
             _ => return Err("a load from an unknown space".into()),
         };
         let (many, bytes, signed) = shape(kind)?;
@@ -314,6 +316,9 @@ impl Decoder<'_, '_> {
         }
         if self.source.shared.is_some_and(|(name, _, _)| name == text) {
             return Ok(Operand::Number(SHARED_AT));
+        }
+        if let Some(i) = self.source.tables.iter().position(|(name, _)| *name == text) {
+            return Ok(Operand::Number(TABLE_AT * (i as u64 + 1)));
         }
         self.value_of(text).map(Operand::Register)
     }

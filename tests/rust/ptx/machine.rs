@@ -55,6 +55,7 @@ impl Machine {
         let kernel = kernel.ok_or_else(|| format!("no kernel is called {}", launch.kernel))?;
         let mut memory = Memory::new(&launch.params, known, (kernel.shared, kernel.granule));
         memory.forgives = self.forgives;
+        memory.tables.clone_from(&kernel.tables);
         let grid = Grid { kernel, params: packed(kernel, launch, &memory)?, blocks: launch.blocks };
         let mut rng = Rng::new(launch.seed);
         let mut warps: Vec<_> = (0..WARPS).map(|warp| Warp::new(&grid, warp)).collect();

@@ -38,6 +38,7 @@ mod arith;
 mod broken;
 mod collective;
 mod decode;
+mod digests;
 mod flow;
 mod machine;
 mod memory;

@@ -2,7 +2,7 @@
 //! them, nothing misaligned, nothing that was never written, no race.
 
 use crate::common::device::Param;
-use crate::ops::{Atomic, SHARED_AT, Space};
+use crate::ops::{Atomic, SHARED_AT, Space, TABLE_AT};
 use crate::races::{Cell, Who, Write};
 use std::ops::Range;
 
@@ -33,12 +33,20 @@ pub(crate) struct Memory {
     granule: usize,
     buffers: Vec<Option<Buffer>>,
     shared: Shared,
+    pub(crate) tables: Vec<Vec<u8>>,
     /// Whether unordered writes of other values are no race.
     pub(crate) forgives: bool,
 }
 
 fn cells_of(range: &Range<usize>, granule: usize) -> Range<usize> {
     range.start / granule..range.end.div_ceil(granule)
+}
+
+/// Bytes `from ..` of `size`.
+fn within(from: u64, bytes: usize, size: usize, what: &str) -> Result<Range<usize>, String> {
+    let end = from.checked_add(bytes as u64).filter(|end| *end <= size as u64);
+    let end = end.ok_or_else(|| format!("{bytes} bytes at {from} of {size} of {what}"))?;
+    Ok(from as usize..end as usize)
 }
 
 /// What was loaded, and whether all of it had been written.
@@ -63,7 +71,7 @@ impl Memory {
         let buffers = params.iter().enumerate().map(one).collect();
         let shared =
             Shared { bytes: vec![0xA7; shared], cells: vec![Cell::default(); shared.div_ceil(granule)] };
-        Self { granule, buffers, shared, forgives: false }
+        Self { granule, buffers, shared, tables: vec![], forgives: false }
     }
 
     /// Of the parameter `at`.
@@ -91,11 +99,7 @@ impl Memory {
 
     /// Where an access to shared memory is.
     fn within_shared(&self, at: u64, bytes: usize) -> Result<Range<usize>, String> {
-        let size = self.shared.bytes.len();
-        let from = at.wrapping_sub(SHARED_AT);
-        let end = from.checked_add(bytes as u64).filter(|end| *end <= size as u64);
-        let end = end.ok_or_else(|| format!("{bytes} bytes at {from} of {size} of shared memory"))?;
-        Ok(from as usize..end as usize)
+        within(at.wrapping_sub(SHARED_AT), bytes, self.shared.bytes.len(), "shared memory")
     }
 
     /// The bytes at an address and their cells, if any.
@@ -112,6 +116,12 @@ impl Memory {
             let range = self.within_shared(at, bytes)?;
             let cells = &mut self.shared.cells[cells_of(&range, self.granule)];
             return Ok((&mut self.shared.bytes[range], Some(cells)));
+        }
+        if space == Space::Table {
+            let table = (at / TABLE_AT).checked_sub(1).and_then(|i| self.tables.get_mut(i as usize));
+            let table = table.ok_or_else(|| format!("{bytes} bytes at {at:#x}, where no constants are"))?;
+            let range = within(at % TABLE_AT, bytes, table.len(), "a table of constants")?;
+            return Ok((&mut table[range], None));
         }
         let number = (at >> BUFFER_BITS) as usize;
         let buffer = number.checked_sub(1).and_then(|i| self.buffers.get_mut(i)?.as_mut());

@@ -5,6 +5,9 @@ use crate::arith::{Compare, One, Three, Two};
 /// Where the shared variable begins: not at 0, so that an address that was forgotten is noticed.
 pub(crate) const SHARED_AT: u64 = 0x1000;
 
+/// Where the first table of constants begins, and how far the others are apart.
+pub(crate) const TABLE_AT: u64 = 0x2_0000;
+
 #[derive(Clone, Copy)]
 pub(crate) enum Operand {
     Register(u32),
@@ -23,6 +26,8 @@ pub(crate) enum Space {
     Global,
     /// Device memory past the coherent path: nobody may write there during the launch.
     Constant,
+    /// Tables of constants that a file has.
+    Table,
 }
 
 #[derive(Clone, Copy)]
@@ -99,6 +104,7 @@ pub(crate) struct Kernel {
     pub(crate) name: String,
     pub(crate) params: Vec<u32>,
     pub(crate) shared: usize,
+    pub(crate) tables: Vec<Vec<u8>>,
     /// Bytes of the smallest access, at most four.
     pub(crate) granule: usize,
     pub(crate) code: Vec<Instruction>,

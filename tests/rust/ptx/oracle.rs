@@ -40,6 +40,7 @@ pub(crate) fn machine(test: &str) -> Option<&'static Machine> {
 fn output(kernel: &str) -> Option<usize> {
     let name = kernel.strip_prefix("xorz_").unwrap();
     let outputs = [
+        ("digest", None),
         ("delta_restore", Some(1)),
         ("delta_verify", Some(APPLY_VERDICTS)),
         ("delta_apply", None),

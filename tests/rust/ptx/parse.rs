@@ -44,6 +44,8 @@ pub(crate) struct Source<'t> {
     pub(crate) params: Vec<(&'t str, u32)>,
     /// The shared variable: name, alignment and bytes.
     pub(crate) shared: Option<(&'t str, u64, u64)>,
+    /// The file's tables of constants: name and bytes.
+    pub(crate) tables: Vec<(&'t str, Vec<u8>)>,
     pub(crate) statements: Vec<Statement<'t>>,
     /// Where each label is, as the number of a statement.
     pub(crate) labels: HashMap<&'t str, u32>,
@@ -75,6 +77,7 @@ impl Source<'_> {
 /// Every kernel of a file.
 pub(crate) fn kernels(text: &str) -> Result<Vec<Source<'_>>, String> {
     let mut found = vec![];
+    let tables = tables(text)?;
     let mut rest = text;
     let line_of = |at: &str| 1 + text[..text.len() - at.len()].matches('\n').count() as u32;
     while let Some(at) = rest.find(".entry ") {
@@ -85,10 +88,29 @@ pub(crate) fn kernels(text: &str) -> Result<Vec<Source<'_>>, String> {
         let body = &after[open + 2..];
         let close = body.find("\n}").ok_or("a body without an end")?;
         let params = params.split(',').map(parameter).collect::<Result<_, _>>()?;
-        found.push(Reader::new(name.trim(), params).read(&body[..close], line_of(body))?);
+        let mut source = Reader::new(name.trim(), params).read(&body[..close], line_of(body))?;
+        source.tables.clone_from(&tables);
+        found.push(source);
         rest = &body[close..];
     }
     Ok(found)
+}
+
+/// Each `.const .align 8 .b8 NAME[N] = {..};`.
+fn tables(text: &str) -> Result<Vec<(&str, Vec<u8>)>, String> {
+    text.split('\n').filter(|line| line.starts_with(".const")).map(table).collect()
+}
+
+fn table(line: &str) -> Result<(&str, Vec<u8>), String> {
+    let rest = line.strip_prefix(".const .align 8 .b8 ").ok_or("a table of unknown words")?;
+    let (name, rest) = rest.split_once('[').ok_or("a table without a size")?;
+    let (size, rest) = rest.split_once("] = {").ok_or("a table without bytes")?;
+    let bytes = rest.trim_end_matches(['}', ';']).split(',').map(|b| b.trim().parse::<u8>());
+    let mut bytes: Vec<u8> = bytes.collect::<Result<_, _>>().map_err(|e| format!("the table {name}: {e}"))?;
+    let size = size.parse().ok().filter(|size| *size >= bytes.len());
+    // Bytes that are not named are zeros.
+    bytes.resize(size.ok_or_else(|| format!("the table {name} has more bytes than it says"))?, 0);
+    Ok((name, bytes))
 }
 
 fn parameter(text: &str) -> Result<(&str, u32), String> {
@@ -113,6 +135,7 @@ impl<'t> Reader<'t> {
             name,
             params,
             shared: None,
+            tables: vec![],
             statements: vec![],
             labels: HashMap::new(),
             values: vec![],
