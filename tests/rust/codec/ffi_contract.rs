@@ -11,10 +11,11 @@ use xorz::matrix::Dtype;
 use xorz::package::Codec;
 use xorz::vector::Executor;
 
-const BRIDGE: [&str; 3] = [
+const BRIDGE: [&str; 4] = [
     include_str!("../../../src/ffi/bridge.rs"),
     include_str!("../../../src/ffi/bridge/arguments.rs"),
     include_str!("../../../src/ffi/bridge/device.rs"),
+    include_str!("../../../src/ffi/bridge/products.rs"),
 ];
 const HEADER: &str = include_str!("../../../csrc/xorz.h");
 const RUST: [&str; 6] = [
