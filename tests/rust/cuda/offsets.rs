@@ -164,31 +164,38 @@ fn lookups(device: &Device) -> Checked {
     if well { Ok(()) } else { Err("another row".into()) }
 }
 
-/// An unchanged matrix, of which the last block copies the last words.
+/// An unchanged matrix, of which the last block copies the last words: all of it, and its last panel alone.
 fn restored(device: &Device) -> Checked {
     let (n, k) = (1u64 << 20, 1u64 << 13);
     let small = vec![0; 2 * 8192];
     let mut blob = Case::new(BF16, Shape { n: 1, k: 8192 }, Encoding::Unchanged, &small, &small).blob;
     blob[16..24].copy_from_slice(&n.to_le_bytes());
-    // 256 threads, 8 words a load.
-    let blocks = (n * k / 2048) as u32;
     let (bytes, words) = (2 * n * k, Rng::new(303).bytes(4096));
-    let params = vec![
-        sparse_in(bytes, bytes - 4096, &words),
-        Param::Vast(bytes, vec![], vec![(bytes - 4096, 4096)]),
-        Param::In(blob.clone(), 0),
-        Param::U64(blob.len() as u64),
-        Param::U64(n),
-        Param::U64(k),
-        Param::U32(BF16 as u32),
-        Param::Out(vec![0; 4], 0),
-    ];
-    let kernel = "xorz_delta_restore_16".into();
-    let only = Some((blocks - 1, 0));
-    let launch = Launch { kernel, blocks: (blocks, 1), seed: 1, count: false, late: false, only, params };
-    let after = device.run(&[launch])?.remove(0);
-    let well = status(&after, 7) == 0 && after[1].bytes == words;
-    if well { Ok(()) } else { Err("other words".into()) }
+    for rows in [n, 256] {
+        let out = 2 * rows * k;
+        // 256 threads, 8 words a load.
+        let blocks = (rows * k / 2048) as u32;
+        let params = vec![
+            sparse_in(bytes, bytes - 4096, &words),
+            Param::Vast(out, vec![], vec![(out - 4096, 4096)]),
+            Param::In(blob.clone(), 0),
+            Param::U64(blob.len() as u64),
+            Param::U64(n),
+            Param::U64(k),
+            Param::U32(BF16 as u32),
+            Param::Out(vec![0; 4], 0),
+            Param::U64(n - rows),
+            Param::U64(rows),
+        ];
+        let kernel = "xorz_delta_restore_16".into();
+        let only = Some((blocks - 1, 0));
+        let launch = Launch { kernel, blocks: (blocks, 1), seed: 1, count: false, late: false, only, params };
+        let after = device.run(&[launch])?.remove(0);
+        if status(&after, 7) != 0 || after[1].bytes != words {
+            return Err(format!("other words of {rows} rows"));
+        }
+    }
+    Ok(())
 }
 
 #[test]
@@ -201,7 +208,21 @@ fn words_beyond_2_to_the_32_are_read_and_written_where_they_are() {
     restored(&device).unwrap();
 }
 
-const FEW: [Mutant; 7] = [
+const FEW: [Mutant; 9] = [
+    (
+        "a panel's words in 32 bits",
+        "restore.cu",
+        "void each_tile_of_block(",
+        "first = panel.from * v.k",
+        "first = static_cast<uint32_t>(panel.from * v.k)",
+    ),
+    (
+        "a panel's place in 32 bits",
+        "restore.cu",
+        "xorz_delta_restore_##bits",
+        "out - row_from * k",
+        "out - static_cast<uint32_t>(row_from * k)",
+    ),
     (
         "copied vectors in 32 bits",
         "words.cuh",
