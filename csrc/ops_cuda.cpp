@@ -288,7 +288,8 @@ Tensor delta_restore_cuda(const Tensor& base, const Tensor& delta, const MaybeRa
   const NoGrad guard;
   const OnDevice device(checks);
   const CudaMatrix from = device_words(words, are_bits(base));
-  constexpr size_t kTallest = 256;  // rows of a tile: panels begin and end at multiples
+  // TALLEST_TILE of src/cuda/plan.rs, which refuses panels that begin or end elsewhere.
+  constexpr size_t kTallest = 256;
   const size_t first = rows ? static_cast<size_t>((*rows)[0]) / kTallest * kTallest : 0;
   const size_t past = rows ? (static_cast<size_t>((*rows)[1]) + kTallest - 1) / kTallest * kTallest : from.n;
   Tensor out = restored_rows(checks, device, from, base, base.scalar_type(), delta, first,

@@ -34,7 +34,7 @@ const DIGEST_HEAD: usize = 32;
 const RESTORE_BLOCK: (usize, usize) = (16, 4096);
 /// Rows of the tallest tile that a delta may have: panels of a matrix begin and end at multiples, so that none is cut.
 pub const TALLEST_TILE: usize = 256;
-/// Bytes of the restored words of a panel.
+/// Most bytes of the restored words of a panel, unless the rows of the tallest tile are more.
 const PANEL_BYTES: usize = 64 << 20;
 /// The smallest tile: a matrix must have fewer than 2^32 of them.
 const SMALLEST_TILE: (usize, usize) = (16, 256);
@@ -248,7 +248,8 @@ pub fn panel_rows(dtype: Dtype, rows: ProductRows, shape: Shape) -> Option<usize
     if !computes || rows.slots.is_some() || rows.deterministic || rows.m <= SMALL_ROWS {
         return None;
     }
-    let panels = (shape.n.saturating_mul(shape.k).saturating_mul(dtype.word_bytes())).div_ceil(PANEL_BYTES);
+    let fit = PANEL_BYTES / (shape.k * dtype.word_bytes()) / TALLEST_TILE * TALLEST_TILE;
+    let panels = shape.n.div_ceil(fit.max(TALLEST_TILE));
     Some(shape.n.div_ceil(panels).next_multiple_of(TALLEST_TILE))
 }
 

@@ -79,6 +79,23 @@ def restores() -> None:
                 xorz.cuda_status(0)
             xorz.cuda_status(0)
     assert all(f"stream {stream:#x} device 0" in line for line in launches()) and len(launches()) > 40
+    # Rows are cut from the panel that has them, which begins and ends at multiples of 256 rows or at the last.
+    base = random_weight(600, 40, torch.bfloat16)
+    for encoding in ENCODINGS:
+        tuned, delta = make_delta(base, encoding)
+        given = to_cuda(base), to_cuda(delta)
+        for rows, panel in (
+            ((300, 520), 344),
+            ((256, 512), 256),
+            ((0, 1), 256),
+            ((599, 600), 88),
+            ((511, 513), 344),
+            ((600, 600), 88),
+            ((512, 512), 0),
+        ):
+            aten_calls.clear()
+            assert same_bits(to_cpu(ops.delta_restore(*given, rows=rows)), tuned[slice(*rows)]), rows
+            assert aten_calls[0] == ("aten::new_empty", [panel, 40]), (rows, aten_calls)
     for dtype in (torch.float64, torch.int64, torch.uint8):
         base = integers((5, 70), 100, torch.float32, 1).to(dtype)
         tuned = torch.where(torch.rand(base.shape) < 0.2, base + 1, base)

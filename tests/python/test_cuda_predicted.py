@@ -128,6 +128,8 @@ def test_predictions_are_of_the_kernels_that_are_planned():
     # Of how many rows on few become sixteen.
     text = (ROOT / "src" / "cuda" / "plan.rs").read_text()
     assert f"if m <= if four_byte {{ 4 }} else {{ {predicted.FEW} }} {{ 4 }} else {{ 16 }}" in text
+    # From how many rows on one tenant's go to restored panels.
+    assert f"const SMALL_ROWS: usize = {predicted.MANY};" in text and "|| rows.m <= SMALL_ROWS" in text
 
 
 def test_the_table_has_every_case():

@@ -60,7 +60,7 @@ impl Memory {
                 Param::In(bytes, past) => (bytes, past, false),
                 Param::Out(bytes, past) => (bytes, past, true),
                 Param::U32(_) | Param::U64(_) | Param::Null => return None,
-                Param::Vast(..) => unimplemented!("buffers of which most bytes are not there"),
+                Param::Vast(..) => panic!("no buffers of which most bytes are not there are interpreted"),
             };
             let marks = known.iter().find(|known| known.0 == i).map(|known| &known.1);
             let cell = |i| Cell::new(marks.is_none_or(|marks| marks[i * granule]));
