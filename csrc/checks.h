@@ -31,6 +31,8 @@ struct DtypeRow {
 
 // Bytes of a resident delta's header.
 inline constexpr int64_t kLeastDelta = 192;
+// Bytes of a digest.
+inline constexpr int64_t kDigest = 16;
 
 inline constexpr DtypeRow kDtypes[] = {
     {ScalarType::Float, 1, 4, "float32"},

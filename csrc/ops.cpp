@@ -50,6 +50,8 @@ const Op kOps[] = {
      TORCH_BOX(&delta_concat_cpu), TORCH_BOX(&delta_concat_cuda)},
     {"delta_check", "delta_check(Tensor delta, Tensor base) -> ()", TORCH_BOX(&delta_check_cpu),
      TORCH_BOX(&delta_check_cuda)},
+    {"delta_digest", "delta_digest(Tensor base) -> Tensor", TORCH_BOX(&delta_digest_cpu),
+     TORCH_BOX(&delta_digest_cuda)},
 };
 
 // For tensors of these kinds torch would print a page about backends. The CPU kernels are registered for

@@ -33,6 +33,7 @@ Tensor delta_encode_cpu(const Tensor& base, const Tensor& fine_tuned, const std:
 Tensor delta_slice_cpu(const Tensor& delta, const Tensor& base, int64_t dim, int64_t start, int64_t end);
 Tensor delta_concat_cpu(const std::vector<Tensor>& deltas, const std::vector<Tensor>& bases, int64_t dim);
 void delta_check_cpu(const Tensor& delta, const Tensor& base);
+Tensor delta_digest_cpu(const Tensor& base);
 
 // On a CUDA device; see ops_cuda.cpp and via_host_cuda.cpp.
 Tensor delta_linear_cuda(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -53,6 +54,7 @@ Tensor delta_encode_cuda(const Tensor& base, const Tensor& fine_tuned, const std
 Tensor delta_slice_cuda(const Tensor& delta, const Tensor& base, int64_t dim, int64_t start, int64_t end);
 Tensor delta_concat_cuda(const std::vector<Tensor>& deltas, const std::vector<Tensor>& bases, int64_t dim);
 void delta_check_cuda(const Tensor& delta, const Tensor& base);
+Tensor delta_digest_cuda(const Tensor& base);
 
 // mode="exact" of delta_linear: `input` [..., k] as the caller gave it, `m` its rows, `weight` the base of
 // `delta`.

@@ -168,4 +168,12 @@ void delta_check_cpu(const Tensor& delta, const Tensor& base) {
   core(checks, [&] { delta_check(bytes, words, threads); });
 }
 
+Tensor delta_digest_cpu(const Tensor& base) {
+  const Checks checks{"delta_digest"};
+  const HostMatrix words = checks.words("base", base);
+  const Tensor out = torch::stable::empty({kDigest}, ScalarType::Byte);
+  core(checks, [&] { delta_digest(words, mutable_bytes_of(out, 1), threads); });
+  return out;
+}
+
 }  // namespace xorz

@@ -318,6 +318,18 @@ void delta_apply_cuda(const Tensor& weight, const Tensor& delta) {
   });
 }
 
+Tensor delta_digest_cuda(const Tensor& base) {
+  const Checks checks{"delta_digest", cuda_device_of({&base})};
+  const CudaMatrix words = device_words(checks.words("base", base));
+  const OnDevice device(checks);
+  const size_t between = core(checks, [&] { return cuda_digest_workspace(words); });
+  const Tensor workspace = torch::stable::new_empty(base, {static_cast<int64_t>(between)}, ScalarType::Byte),
+               out = torch::stable::new_empty(base, {kDigest}, ScalarType::Byte);
+  const size_t at = mutable_address(workspace), to = mutable_address(out);
+  core(checks, [&] { cuda_delta_digest(device.place(), words, at, to); });
+  return out;
+}
+
 Tensor delta_embedding_cuda(const Tensor& indices, const Tensor& weight, const Tensor& arena,
                             const Tensor& slots, const Tensor& tenant_of_row) {
   const Checks checks{"delta_embedding", cuda_device_of({&indices, &weight, &arena, &slots, &tenant_of_row})};

@@ -158,6 +158,11 @@ int32_t xorz_delta_check(const void* delta, size_t delta_bytes, const xorz_matri
  * changed. Cheaper than xorz_delta_check: only encoding exponent is decoded. */
 int32_t xorz_delta_matches(const void* delta, size_t delta_bytes, const xorz_matrix* base, xorz_error* error);
 
+/* The same of a base that is elsewhere, such as in a device's memory, of which somebody knows dtype, shape and
+ * digest (16 bytes): base->words is not read, and no stream is looked at. */
+int32_t xorz_delta_matches_known(const void* delta, size_t delta_bytes, const xorz_matrix* base,
+                                 const uint8_t* digest, xorz_error* error);
+
 /* out := the fine-tuned words, as many bytes as base has. */
 int32_t xorz_delta_restore(const xorz_matrix* base, const void* delta, size_t delta_bytes, void* out,
                            size_t out_bytes, const xorz_executor* executor, xorz_error* error);
@@ -297,6 +302,13 @@ int32_t xorz_package_describe(const xorz_package* package, xorz_buffer* json, xo
 int32_t xorz_package_resident(const xorz_package* package, const char* name, const xorz_matrix* base,
                               int32_t prefer, xorz_buffer* delta, xorz_error* error);
 
+/* The same of a base that is elsewhere, such as in a device's memory, of which somebody knows dtype, shape and
+ * digest (16 bytes): base->words is not read. delta := no bytes where words are needed, since the package keeps
+ * no resident delta for `prefer`, or its sha256 must speak for the base. */
+int32_t xorz_package_resident_known(const xorz_package* package, const char* name, const xorz_matrix* base,
+                                    const uint8_t* digest, int32_t prefer, xorz_buffer* delta,
+                                    xorz_error* error);
+
 /* Takes one exchange, of `words` words of the base from word `first` on, of which `changed` differ; its bytes
  * are there until it returns. 0, or another number to have no more. */
 typedef int32_t (*xorz_exchange_sink)(void* context, size_t first, size_t words, const void* exchange,
@@ -348,6 +360,9 @@ int32_t xorz_verify_files(const char* base, const char* package, const char* fin
  * captured graphs. Waits for nothing: synchronise first to hear of all that was launched. XORZ_OK, too, where
  * no op has run on that device. */
 int32_t xorz_cuda_status(int32_t device, xorz_error* error);
+
+/* XORZ_OK where kernels can be launched on a CUDA device, which is made ready; else why not. */
+int32_t xorz_cuda_open(int32_t device, xorz_error* error);
 
 /* ---- counters, process-wide: they prove that products build no matrix ---- */
 

@@ -137,6 +137,7 @@ def _declare(name: str, *arguments: Any, result: Any = c_int32) -> None:
 _E = POINTER(_Error)
 _declare("xorz_version", result=c_char_p)
 _declare("xorz_prefer_auto")
+_declare("xorz_cuda_open", c_int32, _E)
 _declare("xorz_cuda_status", c_int32, _E)
 _declare("xorz_buffer_free", POINTER(_Buffer), result=None)
 _declare("xorz_panels_restored", result=c_uint64)
@@ -144,6 +145,7 @@ _declare("xorz_scratch_peak_bytes", result=c_uint64)
 _declare("xorz_reset_counters", result=None)
 _declare("xorz_delta_info", c_void_p, c_size_t, POINTER(_Info), _E)
 _declare("xorz_delta_matches", c_void_p, c_size_t, POINTER(_Matrix), _E)
+_declare("xorz_delta_matches_known", c_void_p, c_size_t, POINTER(_Matrix), c_char_p, _E)
 _declare("xorz_exchange_encode", POINTER(_Matrix), POINTER(_Matrix), POINTER(_Buffer), POINTER(c_uint64), _E)
 _declare("xorz_exchange_apply", POINTER(_Matrix), c_void_p, c_size_t, c_int32, _E)
 _declare("xorz_writer_new", c_char_p, POINTER(_Options), POINTER(c_void_p), _E)
@@ -156,6 +158,16 @@ _declare("xorz_package_close", c_void_p, result=None)
 _declare("xorz_package_trust", c_void_p, c_int32, _E)
 _declare("xorz_package_describe", c_void_p, POINTER(_Buffer), _E)
 _declare("xorz_package_resident", c_void_p, c_char_p, POINTER(_Matrix), c_int32, POINTER(_Buffer), _E)
+_declare(
+    "xorz_package_resident_known",
+    c_void_p,
+    c_char_p,
+    POINTER(_Matrix),
+    c_char_p,
+    c_int32,
+    POINTER(_Buffer),
+    _E,
+)
 _SINK = ctypes.CFUNCTYPE(c_int32, c_void_p, c_size_t, c_size_t, c_void_p, c_size_t, c_uint64)
 _declare("xorz_package_exchanges", c_void_p, c_char_p, POINTER(_Matrix), _SINK, c_void_p, _E)
 _declare("xorz_base_open", c_char_p, POINTER(_Run), POINTER(c_void_p), _E)
@@ -326,6 +338,18 @@ def delta_matches(delta: Tensor, base: Tensor) -> None:
     _call("xorz_delta_matches", host.data_ptr(), host.numel(), byref(matrix))
 
 
+def delta_matches_known(delta: Tensor, base: Tensor, digest: bytes) -> None:
+    """The same of a base wherever it is, whose digest is known; what its words alone could tell of a forged delta is not."""
+    host = delta.detach().cpu().contiguous()
+    _call("xorz_delta_matches_known", host.data_ptr(), host.numel(), byref(_matrix(base)), _sixteen(digest))
+
+
+def _sixteen(digest: bytes) -> bytes:
+    if len(digest) != 16:
+        raise ValueError(f"a digest has 16 bytes, but this one has {len(digest)}")
+    return digest
+
+
 def exchange(old: Tensor, new: Tensor) -> tuple[bytes, int]:
     """Where two versions of a tensor's words, contiguous on the CPU, differ and by what, for `exchange_apply` in this process;
     and how many differ. ValueError unless dtypes and shapes are the same.
@@ -348,14 +372,19 @@ def exchange_apply(words: Tensor, content: bytes | memoryview, back: bool = Fals
     _call("xorz_exchange_apply", byref(_in_place("words", words)), at, len(content), int(back))
 
 
-def on_host(name: str, tensor: Any) -> Tensor:
-    """The tensor as contiguous CPU memory; no copy if it is that already."""
+def dense(name: str, tensor: Any) -> Tensor:
+    """The tensor without gradients, as words of its own wherever it is. TypeError if it is none, or has no words."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, but is {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         what = f"{tensor.dtype} {tensor.layout} on {tensor.device}"
         raise TypeError(f"{name} must be a dense tensor with data, but is {what}")
-    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
+def on_host(name: str, tensor: Any) -> Tensor:
+    """The tensor as contiguous CPU memory; no copy if it is that already."""
+    return dense(name, tensor).cpu().contiguous()
 
 
 def _in_place(name: str, tensor: Tensor) -> _Matrix:
@@ -368,8 +397,7 @@ def _in_place(name: str, tensor: Tensor) -> _Matrix:
 
 def _matrix(tensor: Tensor) -> _Matrix:
     n = tensor.shape[0] if tensor.dim() > 1 else 1
-    k = tensor[0].numel() if tensor.dim() > 1 and n else torch.Size(tensor.shape[1:]).numel()
-    k = tensor.numel() if tensor.dim() < 2 else k
+    k = torch.Size(tensor.shape[1:]).numel() if tensor.dim() > 1 else tensor.numel()
     dtype = tensor.dtype
     if dtype in OTHERS:
         _, dtype, words, _ = OTHERS[dtype]
@@ -519,6 +547,22 @@ class Package:
         _call("xorz_package_resident", self._handle, _name(name), byref(matrix), code, byref(buffer))
         return _tensor_of(buffer)
 
+    def resident_known(self, name: str, base: Tensor, digest: bytes, prefer: str | None) -> Tensor | None:
+        """The same against a base wherever it is, whose digest is known; None where its words are needed."""
+        matrix, buffer = _matrix(base), _Buffer()
+        code, known = _choice("prefer", prefer, _PREFER), _sixteen(digest)
+        _call(
+            "xorz_package_resident_known",
+            self._handle,
+            _name(name),
+            byref(matrix),
+            known,
+            code,
+            byref(buffer),
+        )
+        made = _tensor_of(buffer)
+        return made if made.numel() else None
+
     def exchanges(self, name: str, base: Tensor, give: Callable[[int, int, bytes, int], None]) -> None:
         """What turns `base`, whose digest is checked first, into the tensor, for `exchange_apply`: `give` gets the first word,
         how many words, the exchange of these, and how many of them differ. Parts that stay are left out; no delta is made.
@@ -589,6 +633,15 @@ def run(jobs: int | None = None, sha256: bool = True, trust: str = "digest") -> 
 def cuda_status(device: int) -> None:
     """Raise what kernels on a CUDA device have reported: ValueError or RuntimeError by its kind."""
     _call("xorz_cuda_status", device)
+
+
+def cuda_serves(device: int) -> bool:
+    """Whether this installation and driver have kernels for a CUDA device; if not, its tensors are copied to be read."""
+    try:
+        _call("xorz_cuda_open", device)
+    except (RuntimeError, ValueError, OSError):
+        return False
+    return True
 
 
 def pack_files(base: Any, fine_tuned: Any, package: Any, options: _Options, run: _Run) -> dict[str, Any]:

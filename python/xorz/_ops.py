@@ -135,6 +135,11 @@ def _(delta, base):
     _check_delta("delta_check", delta)
 
 
+@torch.library.register_fake("xorz::delta_digest")
+def _(base):
+    return base.new_empty(16, dtype=torch.uint8)
+
+
 def _bytes_of_unknown_length(op: str, like: Tensor) -> Tensor:
     torch._check(
         type(like) is not Tensor,
@@ -294,3 +299,15 @@ def cuda_status(device: torch.device | int | str | None = None) -> None:
 def delta_check(delta: Tensor, base: Tensor) -> None:
     """Validate a delta in full, and that it belongs to `base`, digest included; RuntimeError if not. On CUDA it waits."""
     _ops.delta_check(delta, base)
+
+
+def delta_digest(base: Tensor) -> Tensor:
+    """What deltas and packages know their base by: 16 bytes, as uint8 `[16]` on `base`'s device; of its dtype, shape and words.
+
+    `base` is contiguous, of any shape and of a dtype that deltas know. A tree of xxh3-128 (SPEC.md): it finds mistakes, not who
+    makes other words of the same digest. On CUDA nothing waits, and no word is copied to the host.
+
+    Raises:
+        RuntimeError: another dtype, or `base` is not contiguous; what an earlier op on the device has reported.
+    """
+    return _ops.delta_digest(base)

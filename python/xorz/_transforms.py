@@ -207,6 +207,7 @@ for _name, _rule in {
     "delta_linear_grad_input": _map_rows(_ops.delta_linear_grad_input),
     "delta_restore": _map_one_by_one(_ops.delta_restore),
     "delta_check": _map_one_by_one(_ops.delta_check),
+    "delta_digest": _map_one_by_one(_ops.delta_digest),
     "delta_apply_": _map_apply,
     **{name: _refuse_map(name) for name in ("delta_encode", "delta_slice", "delta_concat")},
 }.items():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _core, extra
+from . import _core, digests, extra
 from .progress import bar
 
 StateDict = Mapping[str, Tensor]
@@ -191,13 +191,18 @@ def _base_of(entry: dict[str, Any], base: StateDict) -> Tensor | None:
         return None
     if entry["base_parts"]:
         return _joined(entry, base)
+    return _core.on_host(*_named(entry, base))
+
+
+def _named(entry: dict[str, Any], base: StateDict) -> tuple[str, Tensor]:
+    """The name and the tensor that an entry is a delta of, wherever it is; of the entry's dtype and shape."""
     name = entry["base_name"] or entry["name"]
     if name not in base:
         raise KeyError(
             f"the base has no tensor `{name}`, which the package's `{entry['name']}` is a delta of; give the base that it "
             "was packed against"
         )
-    tensor = _core.on_host(name, base[name])
+    tensor = _core.dense(name, base[name])
     found, shape = _core.dtype_name(tensor.dtype), _core.shape_of(tensor)
     if (found, shape) != (entry["dtype"], entry["shape"]):
         raise ValueError(
@@ -205,7 +210,7 @@ def _base_of(entry: dict[str, Any], base: StateDict) -> Tensor | None:
             f"but the package was made against {entry['dtype']} {entry['shape']}; give the base that it was packed against, "
             "in its dtype"
         )
-    return tensor
+    return name, tensor
 
 
 def _joined(entry: dict[str, Any], base: StateDict) -> Tensor:
@@ -268,8 +273,10 @@ def load_deltas(
 
     No dense matrix is made on the way. `prefer` re-encodes for "speed" or "memory" where the package holds the other;
     None takes what it holds, which is the fastest. A base given by its path is read only for what must be encoded anew,
-    and once for its digests, which the user's cache keeps. `jobs` threads; None is one per core. Tensors named in `skip` are
-    left out. `trust` as `unpack`; with "sha256" every base tensor is read. Errors as `restore`.
+    and once for its digests, which the user's cache keeps. The words of tensors on a GPU stay there, whose digests are
+    computed by it; only one that must be encoded anew is copied, for as long as that takes. `jobs` threads; None is one
+    per core. Tensors named in `skip` are left out. `trust` as `unpack`; with "sha256" every base tensor is read. Errors
+    as `restore`.
     """
     if _is_path("base", base):
         with _core.Base(base, _core.run(jobs)) as old:
@@ -282,11 +289,18 @@ def load_deltas(
                 skip,
             )
     base = extra.plain("base", base)
+    known = {} if trust == "sha256" else digests.elsewhere(base)
+
+    def resident(opened: _core.Package, name: str, entry: dict[str, Any]) -> Tensor:
+        at, words = _named(entry, base)
+        made = opened.resident_known(name, words, known[at], prefer) if at in known else None
+        return opened.resident(name, _core.on_host(at, words), prefer) if made is None else made
+
     return _load_each(
         package,
         trust,
         jobs,
-        lambda opened, name, entry: opened.resident(name, _base_of(entry, base), prefer),
+        resident,
         lambda opened, name, entry: opened.restore(name, _base_of(entry, base)),
         skip,
     )

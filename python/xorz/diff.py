@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import _core, _ops, extra
+from . import _core, _ops, digests, extra
 
 StateDict = Mapping[str, Tensor]
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -217,8 +217,10 @@ def apply_(target: nn.Module | MutableMapping[str, Tensor], delta: StateDelta) -
     Everything is checked before the first word changes: names, dtypes, shapes, the deltas' own bytes and the digests of
     the words that they change. What can still fail is the machine (no memory, an interrupt). Parameters that require grad
     are changed like any others, under `no_grad`; their version counters are bumped, so that a backward pass through values
-    of before raises instead of being wrong. Tensors that share memory are changed once. Tensors elsewhere than on the
-    CPU go through the CPU, one at a time. Names in `target` that the delta does not know are left alone.
+    of before raises instead of being wrong. Tensors that share memory are changed once. On a GPU that has kernels digests and
+    words are its own matter, and the host waits for it once before and once after; only deltas of encoding `exponent` go
+    through the CPU, one tensor at a time, as on other devices: whether its streams are whole is told from the words. Names
+    in `target` that the delta does not know are left alone.
 
     Args:
         target: a module, whose parameters and buffers are changed, or a state_dict, whose tensors are. A state_dict is also
@@ -246,12 +248,15 @@ def apply_(target: nn.Module | MutableMapping[str, Tensor], delta: StateDelta) -
     _check_memory(tensors, jobs, placed, delta)
     for name, blob in jobs.items():
         _check(name, tensors[name], blob)
+    there = digests.elsewhere(
+        {n: _known(tensors[n].detach()) for n in jobs if _in_place(tensors[n], jobs[n])}
+    )
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         # Hashing runs without the interpreter's lock. Of several errors the one of the first tensor is raised.
-        list(pool.map(lambda job: _match(job[0], tensors[job[0]], job[1]), jobs.items()))
+        list(pool.map(lambda job: _match(job[0], tensors[job[0]], job[1], there.get(job[0])), jobs.items()))
     with torch.no_grad():
         for name, blob in jobs.items():
-            _change(tensors[name], blob)
+            _change(tensors[name], blob, name in there)
         for name, value in placed.items():
             _bits(tensors[name]).copy_(_bits(value))
         changed = {n: fresh.pop(n, tensors[n]) for n in states if n in (*jobs, *placed, *fresh)}
@@ -259,6 +264,9 @@ def apply_(target: nn.Module | MutableMapping[str, Tensor], delta: StateDelta) -
             _replace(target, fresh, delta)
         for name, value in changed.items():
             extra.give(target, name, states[name], value)
+    for device in dict.fromkeys(tensors[name].device for name in there):
+        torch.cuda.synchronize(device)
+        _ops.cuda_status(device)
     return target
 
 
@@ -323,17 +331,27 @@ def _check(name: str, tensor: Tensor, blob: Tensor) -> None:
         raise ValueError(f"tensor `{name}` is {text_of(tensor)}, but its delta is of {info.dtype}")
 
 
-def _match(name: str, tensor: Tensor, blob: Tensor) -> None:
+def _in_place(tensor: Tensor, blob: Tensor) -> bool:
+    """Whether a device that has kernels may change the words where they lie: then no tile can fail any more."""
+    plain = tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+    return tensor.device.type == "cuda" and plain and _core.delta_info(blob).encoding != "exponent"
+
+
+def _match(name: str, tensor: Tensor, blob: Tensor, known: bytes | None) -> None:
+    """`known`: the digest of the words, where these stay on their device."""
     try:
-        _core.delta_matches(blob, _known(_core.on_host(name, tensor)))
+        if known is None:
+            _core.delta_matches(blob, _known(_core.on_host(name, tensor)))
+        else:
+            _core.delta_matches_known(blob, _known(tensor.detach()), known)
     except ValueError as error:
         raise ValueError(f"tensor `{name}`: {error}") from error
 
 
-def _change(tensor: Tensor, blob: Tensor) -> None:
+def _change(tensor: Tensor, blob: Tensor, on_device: bool) -> None:
     words = _known(tensor.detach())
-    if words.device.type == "cpu" and words.is_contiguous():
-        _ops.delta_apply_(words, blob)
+    if on_device or (words.device.type == "cpu" and words.is_contiguous()):
+        _ops.delta_apply_(words, blob.to(words.device))
     else:
         new = _ops.delta_restore(_core.on_host("tensor", words), blob)
         _bits(words).copy_(_bits(new))

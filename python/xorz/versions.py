@@ -16,12 +16,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import _core, _ops, locks
 from .checkpoint import PathLike
 from .diff import StateDelta, StateDict, place, tensors_of, text_of
+from .digests import digest_of, digests_of
 
 _LIST, _LOCK = "versions.json", "versions.lock"
 _FORMAT, _FORMAT_VERSION = "xorz-versions", 1
@@ -74,7 +74,7 @@ class Versions:
                 raise TypeError(f"base: `{name}` has dtype {tensor.dtype}, which a package cannot hold")
         firsts: dict[Any, str] = {}
         self._first = {name: firsts.setdefault(place(tensor), name) for name, tensor in self._base.items()}
-        self._digests = {name: _digest(_core.on_host(name, t)) for name, t in self._base.items()}
+        self._digests = {name: digest.hex() for name, digest in digests_of(self._base).items()}
         self.folder, self.keyframe = Path(folder), keyframe
         # A chain that is there is only read: whoever serves it need not be allowed to change it.
         if not (self.folder / _LIST).exists():
@@ -171,7 +171,7 @@ class Versions:
                 step.add(name, fresh, old if held else self._walk(name, chain))
                 if key is not None:
                     key.add(name, fresh, self._base[name])
-                digests[name] = _digest(fresh)
+                digests[name] = digest_of(fresh).hex()
                 # Before the next ones are made.
                 del tensor, fresh, old
             self._check_names("new", kinds)
@@ -210,7 +210,7 @@ class Versions:
                 fresh = self._walk(name, chain)
                 if key is not None:
                     key.add(name, fresh, base)
-                digests[name] = _digest(fresh)
+                digests[name] = digest_of(fresh).hex()
             return self._finish(versions, part, key, self._identity(digests))
 
     def rollback(self, number: int) -> None:
@@ -236,7 +236,8 @@ class Versions:
             raise ValueError(f'prefer must be "auto", "memory" or "speed", but is {prefer!r}')
         out, unchanged, digests = StateDelta(), [], {}
         for name, old, new in self._pairs(number, since):
-            before, after = self._digests[name] if since == 0 else _digest(old), _digest(new)
+            before = self._digests[name] if since == 0 else digest_of(old).hex()
+            after = digest_of(new).hex()
             digests[name] = before, after
             first = self._first[name]
             if first != name and digests[first] == (before, after):
@@ -260,7 +261,7 @@ class Versions:
         out: dict[str, Tensor] = {}
         for name, _, new in self._pairs(number, 0):
             tied = out.get(self._first[name])
-            same = tied is not None and _digest(tied) == _digest(new)
+            same = tied is not None and digest_of(tied) == digest_of(new)
             # The base is copied: a training that goes on from it must not change version 0.
             out[name] = tied if same else new.clone() if number == 0 else new
         return out
@@ -287,7 +288,7 @@ class Versions:
             for name in self._base:
                 tensors = {v: self._walk(name, chain) for v, chain in chains.items()}
                 for v, tensor in tensors.items():
-                    found[v][name] = self._digests[name] if v == 0 else _digest(tensor)
+                    found[v][name] = self._digests[name] if v == 0 else digest_of(tensor).hex()
                 yield name, tensors[since], tensors[number]
             for v, digest in wanted.items():
                 self._compare(v, digest, self._identity(found[v]))
@@ -550,12 +551,6 @@ def _check_list(content: Any) -> None:
 
 def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
-
-
-def _digest(tensor: Tensor) -> str:
-    """A tensor's digest as packages have it, from the header of a delta between it and itself."""
-    with torch.no_grad():
-        return _core.delta_info(_ops.delta_encode(tensor, tensor)).base_digest
 
 
 @contextmanager

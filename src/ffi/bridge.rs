@@ -7,14 +7,15 @@
 
 use super::{Task, guard};
 use crate::cpu;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::matrix::{Dtype, Shape};
 use crate::resident::{self, Resident};
 use crate::vector;
 use arguments::Shim;
 use device::{
-    cuda_apply_workspace, cuda_delta_apply, cuda_delta_embedding, cuda_delta_linear, cuda_delta_linear_panel,
-    cuda_delta_restore, cuda_linear_workspace, cuda_open, cuda_panel_rows,
+    cuda_apply_workspace, cuda_delta_apply, cuda_delta_digest, cuda_delta_embedding, cuda_delta_linear,
+    cuda_delta_linear_panel, cuda_delta_restore, cuda_digest_workspace, cuda_linear_workspace, cuda_open,
+    cuda_panel_rows,
 };
 use products::{
     delta_embedding, delta_linear, delta_linear_grad_input, delta_linear_grouped,
@@ -218,6 +219,7 @@ pub mod door {
         ) -> Result<Vec<u8>>;
         fn delta_concat(parts: &[Part<'_>], dim: usize) -> Result<Vec<u8>>;
         fn delta_check(delta: &[u8], base: &HostMatrix<'_>, executor: &Executor) -> Result<()>;
+        fn delta_digest(base: &HostMatrix<'_>, out: &mut [u8], executor: &Executor) -> Result<()>;
         fn note_exact_panel(bytes: usize);
 
         /// # Safety
@@ -250,6 +252,15 @@ pub mod door {
             delta: usize,
             delta_bytes: usize,
             workspace: usize,
+        ) -> Result<()>;
+        fn cuda_digest_workspace(base: &CudaMatrix) -> Result<usize>;
+        /// # Safety
+        /// As [`crate::cuda::delta_digest`].
+        unsafe fn cuda_delta_digest(
+            place: &CudaPlace,
+            base: &CudaMatrix,
+            workspace: usize,
+            out: usize,
         ) -> Result<()>;
         fn cuda_open(device: i32) -> Result<()>;
         fn cuda_apply_workspace(weight: &CudaMatrix) -> Result<usize>;
@@ -371,6 +382,17 @@ fn delta_check(delta: &[u8], base: &HostMatrix<'_>, executor: &Executor) -> Resu
     guard(|| {
         let base = base.matrix()?;
         vector::delta_check(&Resident::parse(delta)?, &base, &Shim(executor))
+    })
+}
+
+fn delta_digest(base: &HostMatrix<'_>, out: &mut [u8], executor: &Executor) -> Result<()> {
+    guard(|| {
+        let found = vector::delta_digest(&base.matrix()?, &Shim(executor))?;
+        let has = out.len();
+        let out = <&mut [u8; 16]>::try_from(out)
+            .map_err(|_| Error::internal(format!("a digest is 16 bytes, but out has {has}")))?;
+        *out = found.0;
+        Ok(())
     })
 }
 

@@ -7,7 +7,7 @@ use crate::codec::{
     Encoding, Entries, Exceptions, ExponentTile, Grid, RawTile, SparseTile, Tile, decode_tile, exponent,
 };
 use crate::error::{Error, Hint, Result};
-use crate::matrix::{Digest, Matrix};
+use crate::matrix::{Digest, Dtype, Matrix, Shape};
 use std::ops::Range;
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -226,16 +226,17 @@ impl<'a> Resident<'a> {
     /// # Errors
     /// `Mismatch`, naming both.
     pub fn check_base(&self, base: &Matrix<'_>) -> Result<()> {
+        self.check_kind(base.dtype(), base.shape())
+    }
+
+    fn check_kind(&self, dtype: Dtype, shape: Shape) -> Result<()> {
         let h = &self.header;
-        if (h.dtype, h.shape) == (base.dtype(), base.shape()) {
+        if (h.dtype, h.shape) == (dtype, shape) {
             return Ok(());
         }
         Err(Error::mismatch(format!(
-            "the delta is of a {} matrix of {}, but the base is a {} matrix of {}",
-            h.shape,
-            h.dtype,
-            base.shape(),
-            base.dtype()
+            "the delta is of a {} matrix of {}, but the base is a {shape} matrix of {dtype}",
+            h.shape, h.dtype,
         )))
     }
 
@@ -245,7 +246,10 @@ impl<'a> Resident<'a> {
     /// `Mismatch`, naming both shapes or both digests.
     pub fn check_digest(&self, base: &Matrix<'_>) -> Result<()> {
         self.check_base(base)?;
-        let found = base.digest();
+        self.check_found(base.digest())
+    }
+
+    fn check_found(&self, found: Digest) -> Result<()> {
         if found == self.header.base_digest {
             return Ok(());
         }
@@ -264,6 +268,16 @@ impl<'a> Resident<'a> {
     pub fn check_match(&self, base: &Matrix<'_>) -> Result<()> {
         self.check()?;
         self.check_digest(base)
+    }
+
+    /// [`Self::check_match`] of a base that is elsewhere, of which somebody else has computed the digest.
+    ///
+    /// # Errors
+    /// As [`Self::check_match`].
+    pub fn check_known(&self, dtype: Dtype, shape: Shape, digest: Digest) -> Result<()> {
+        self.check()?;
+        self.check_kind(dtype, shape)?;
+        self.check_found(digest)
     }
 
     /// Full validation against its base: [`Self::check`], [`Self::check_digest`], and a decode of every tile

@@ -11,7 +11,7 @@
 //! | `lanes` | the bit streams of `exponent`; `packer` what an instruction set gives to those who write them |
 //! | `bf16dot` | dot products of bf16 words as they are, where the machine has them |
 //! | `bits` | what instruction sets give to code of single registers |
-//! | `check` | a delta and its base looked at in full |
+//! | `check` | a delta and its base looked at in full; `digest` the base's digest alone |
 //! | `encode` | words to tiles and whole deltas, and the estimates that choose how |
 //! | `predicted` | tiles of packages whose changes the base predicts |
 //! | `processor`, `preference`, `trace` | what CPUID says, what `prefer="auto"` comes to, and whether people are told |
@@ -23,6 +23,7 @@
 pub(crate) mod bf16dot;
 pub(crate) mod bits;
 mod check;
+mod digest;
 pub(crate) mod dispatch;
 mod encode;
 mod exchange;
@@ -45,6 +46,7 @@ pub(crate) mod trace;
 pub(crate) mod x86_64;
 
 pub use check::{delta_check, delta_check_on, delta_matches};
+pub use digest::delta_digest;
 pub use dispatch::Isa;
 pub use encode::{encode, encode_on, encode_tiles, encode_tiles_on, estimate, estimate_exactly, estimate_on};
 pub use exchange::{exchange, exchange_apply, exchange_on};

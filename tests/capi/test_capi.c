@@ -313,6 +313,27 @@ static void test_packages(const char* folder) {
           "`v`");
   xorz_buffer delta = {NULL, 0};
   CHECK(xorz_package_resident(package, "w", &from, XORZ_PREFER_STORED, &delta, &error) == XORZ_OK);
+  xorz_delta_info_t info;
+  CHECK(xorz_delta_info(delta.data, delta.length, &info, &error) == XORZ_OK);
+  /* The same of a base whose words are elsewhere: none is read. */
+  xorz_matrix away = from;
+  away.words = NULL;
+  xorz_buffer same = {NULL, 0};
+  CHECK(xorz_delta_matches_known(delta.data, delta.length, &away, info.base_digest, &error) == XORZ_OK);
+  REFUSED(xorz_delta_matches_known(delta.data, delta.length, &away, NULL, &error), XORZ_INVALID_ARGUMENT,
+          "digest is NULL");
+  /* This package may not be believed without a sha256, which is one of words. */
+  CHECK(xorz_package_resident_known(package, "w", &away, info.base_digest, XORZ_PREFER_STORED, &same,
+                                    &error) == XORZ_OK);
+  CHECK(same.length == 0);
+  xorz_buffer_free(&same);
+  info.base_digest[0] ^= 1;
+  REFUSED(xorz_delta_matches_known(delta.data, delta.length, &away, info.base_digest, &error), XORZ_MISMATCH,
+          "digest");
+  REFUSED(xorz_package_resident_known(package, "w", &away, info.base_digest, XORZ_PREFER_STORED, &same,
+                                      &error),
+          XORZ_MISMATCH, "`w`");
+  CHECK(xorz_cuda_open(-1, &error) != XORZ_OK && strlen(error.message) > 0);
   xorz_matrix x = matrix(input, M, K);
   CHECK(xorz_delta_linear(&x, &from, bias, delta.data, delta.length, 0, out, sizeof out, NULL, &error) ==
         XORZ_OK);

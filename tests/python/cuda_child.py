@@ -441,6 +441,24 @@ def refusals() -> None:
         )
 
 
+def digests() -> None:
+    """Digests are computed by the device: of any words, without a wait, in memory of the workspace and sixteen bytes."""
+    for shape, dtype in (
+        ((20, 300), torch.bfloat16),
+        ((131, 7), torch.float32),
+        ((5,), torch.float64),
+        ((0, 3), torch.int8),
+    ):
+        count = torch.Size(shape).numel() * dtype.itemsize
+        base = torch.randint(0, 256, (count,), dtype=torch.uint8).view(dtype).reshape(shape)
+        waits, there = torch_double.torch_double_waits(), to_cuda(base)
+        aten_calls.clear()
+        found = ops.delta_digest(there)
+        assert [name for name, _ in aten_calls] == ["aten::new_empty"] * 2, aten_calls
+        assert torch_double.torch_double_waits() == waits and found.is_cuda
+        assert torch.equal(to_cpu(found), ops.delta_digest(base)), (shape, dtype)
+
+
 def checks() -> None:
     begin(0)
     base = random_weight(20, 300, torch.bfloat16)
@@ -448,6 +466,7 @@ def checks() -> None:
     ops.delta_check(to_cuda(delta), to_cuda(base))
     with pytest.raises(RuntimeError, match=r"xorz::delta_check: .*base"):
         ops.delta_check(to_cuda(delta), to_cuda(tuned))
+    digests()
     # Deltas are made, cut and joined on the host, and come back.
     g = [to_cuda(t) for t in (base, tuned, delta)]
     assert torch.equal(

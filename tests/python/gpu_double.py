@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from xorz import _core
 
 CUDA, OTHER = torch.device("cuda:0"), torch.device("cuda:1")
 # Of csrc/ops.cpp: what has a CUDA kernel, and what goes by the host.
 KERNELS = {
     "delta_linear", "delta_linear_grad_input", "delta_linear_grouped", "delta_linear_grouped_grad_input", "delta_embedding",
-    "delta_restore", "delta_apply_",
+    "delta_restore", "delta_apply_", "delta_digest",
 }  # fmt: skip
 BY_THE_HOST = {"delta_encode", "delta_slice", "delta_concat", "delta_check"}
 # What must know a number on the device before it can go on.
@@ -71,6 +72,8 @@ class Ledger:
         self.synchronized = 0
         self.settled: list[torch.device] = []
         self.events = 0
+        # Copies to the host: how many bytes.
+        self.fetched: list[int] = []
         # Copies from the host: where to.
         self.sent: list[torch.device] = []
         # Copies from one device to another: from, to, dtype.
@@ -281,6 +284,8 @@ def _copied(func, name, args, kwargs, to):
                 raise RuntimeError("a graph would copy from the same memory of the host at each replay")
             else:
                 ledger.lent.append((source, source.clone()))
+            if _is_gpu(source):
+                ledger.fetched.append(source.nbytes)
         elif target.device != source.device:
             ledger.between.append((source.device, target.device, source.dtype))
         plain = source.words if _is_gpu(source) else source
@@ -291,6 +296,8 @@ def _copied(func, name, args, kwargs, to):
     if _is_gpu(source) != (goes.type == "cuda"):
         if goes.type == "cuda":
             ledger.sent.append(goes)
+        else:
+            ledger.fetched.append(source.nbytes)
         if goes.type == "cuda" and kwargs.get("non_blocking") and getattr(source, "pinned", False):
             if ledger.capturing is not None:
                 raise RuntimeError("a graph would copy from the same memory of the host at each replay")
@@ -443,6 +450,7 @@ def machine(monkeypatch) -> Iterator[Ledger]:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ledger.stream)
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: ledger.capturing is not None)
+    monkeypatch.setattr(_core, "cuda_serves", lambda device: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self, device=None: getattr(self, "pinned", False))
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: ledger.wait("rng"))

@@ -204,6 +204,34 @@ def test_each_load_compares_the_words_that_lie_on_the_device_with_the_base_of_th
     tenants.load("after", tmp_path / "alice.xorz")
 
 
+@pytest.mark.parametrize("kind", ["resident", "predicted", "sha256", "diff"])
+def test_a_load_copies_of_the_base_what_must_be_encoded_anew_and_else_its_digests(gpu, tmp_path, kind):
+    torch.manual_seed(0)
+    base = Model().eval()
+    plain = tuned(base, 1, 0.02)
+    states = base.state_dict(), plain.state_dict()
+    trust = "sha256" if kind == "sha256" else "digest"
+    codec = "predicted" if kind == "predicted" else "resident"
+    xorz.pack(*states, tmp_path / "alice.xorz", prefer="speed", codec=codec, trust=trust)
+    source = xorz.diff(*states, prefer="speed") if kind == "diff" else tmp_path / "alice.xorz"
+    # What is served as copies is restored from the base's words on the host: norms and biases here.
+    pairs = zip(base.parameters(), plain.parameters(), strict=True)
+    vectors = sum(p.nbytes for p, q in pairs if p.dim() == 1 and not torch.equal(p, q))
+    words = sum(p.nbytes for p in base.parameters())
+    tenants = xorz.attach(to_gpu(base), budget="8 MiB", prefer="speed", trust=trust)
+    gpu.fetched.clear()
+    tenants.load("alice", source)
+    fetched = sum(gpu.fetched) - vectors
+    # The head is the table, and its delta is compared with it once more.
+    if kind in ("resident", "diff"):
+        assert 16 * 7 <= fetched <= 16 * (len(states[0]) + 1)
+    else:
+        table = base.table.weight.nbytes
+        assert words <= fetched <= words + 2 * table + 16 * (len(states[0]) + 1)
+    with tenants.use("alice"):
+        assert near(base(OnGpu(IDS)), plain(IDS))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_reach_the_input_of_an_attached_model_and_wait_for_nothing(gpu, dtype):
     torch.manual_seed(4)

@@ -2,6 +2,7 @@
 GPU is needed.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -129,8 +130,10 @@ NAMES = (
     "delta_encode",
     "delta_slice",
     "delta_concat",
+    "delta_digest",
 )
 real = {name: getattr(ops, name) for name in NAMES}
+TURNS = itertools.count()
 
 
 def noisy(*args, **kwargs):
@@ -245,6 +248,12 @@ MUTANTS = {
         "delta_linear_grouped, exact",
     ),
     "nothing checked": ("delta_check", lambda delta, base: None, "delta_check"),
+    # Here both are the CPU's; every second one is wrong.
+    "a bit of a digest": (
+        "delta_digest",
+        lambda base: one_word(real["delta_digest"](base)) if next(TURNS) % 2 else real["delta_digest"](base),
+        "delta_digest",
+    ),
 }
 
 
@@ -266,7 +275,7 @@ def test_it_notices(mutant, monkeypatch):
             ops.check_grouped(report, CPU, (37, 300), [7])
         elif name == "delta_embedding":
             ops.check_embedding(report, CPU, [(37, 300)], [7])
-        elif name in ("delta_encode", "delta_slice", "delta_concat", "delta_check"):
+        elif name in ("delta_encode", "delta_slice", "delta_concat", "delta_check", "delta_digest"):
             ops.check_round_trip(report, CPU, (37, 300))
         else:
             ops.check_restores(report, CPU, [(33, 300)])

@@ -213,6 +213,7 @@ def good(dtype=torch.float32):
         "delta_slice": {"delta": delta, "base": base, "dim": 0, "start": 1, "end": 5},
         "delta_concat": {"deltas": [delta, delta], "bases": [base, base], "dim": 1},
         "delta_check": {"delta": delta, "base": base},
+        "delta_digest": {"base": base},
     }
 
 
@@ -250,6 +251,8 @@ TENSORS = [
     for a in getattr(ops, op).default._schema.arguments
     if "Tensor" in str(a.type)
 ]
+# One tensor of any dtype has none beside it, and where it is missing torch finds no op.
+BESIDE = [(op, name) for op, name in TENSORS if op != "delta_digest"]
 
 
 def test_the_table_of_ops_is_whole():
@@ -316,7 +319,7 @@ def test_tensors_of_foreign_kinds(op, name, kind, capfd):
     )
 
 
-@pytest.mark.parametrize(("op", "name"), TENSORS)
+@pytest.mark.parametrize(("op", "name"), BESIDE)
 def test_tensors_of_two_devices(op, name, capfd):
     arguments = good()[op]
     mixed, said = replaced(arguments, name, lambda t: t.to("meta"))
@@ -344,7 +347,7 @@ def test_meta_tensors_alone_give_shapes(op, capfd):
     assert want is None or (got.is_meta and got.shape == want.shape and got.dtype == want.dtype)
 
 
-@pytest.mark.parametrize(("op", "name"), TENSORS)
+@pytest.mark.parametrize(("op", "name"), BESIDE)
 def test_missing_tensors(op, name, capfd):
     value = good()[op][name]
     if isinstance(value, list) or name in ("bias", "biases"):
@@ -357,7 +360,7 @@ def test_missing_tensors(op, name, capfd):
     assert text == f"xorz::{op}: {name} must be a tensor, but is None"
 
 
-@pytest.mark.parametrize(("op", "name"), TENSORS)
+@pytest.mark.parametrize(("op", "name"), BESIDE)
 def test_other_dtypes_name_both(op, name, capfd):
     arguments, said = replaced(good()[op], name, lambda t: t.double())
     text = refusal(op, arguments, capfd)

@@ -173,6 +173,7 @@ def test_opcheck_of_every_op_on_odd_shapes(shape):
         passes(ops.delta_slice, (delta, base, i % 2, 0, base.shape[i % 2]))
         passes(ops.delta_concat, ([delta, delta], [base, base], i % 2))
         passes(ops.delta_check, (delta, base))
+        passes(ops.delta_digest, (base,))
 
 
 def test_opcheck_of_every_op(encoding, dtype):
@@ -194,6 +195,7 @@ def test_opcheck_of_every_op(encoding, dtype):
     passes(ops.delta_slice, (delta, base, 0, 3, 9))
     passes(ops.delta_concat, ([delta, delta], [base, base], 1))
     passes(ops.delta_check, (delta, base))
+    passes(ops.delta_digest, (words,))
 
 
 def test_no_op_is_left_without_a_check():

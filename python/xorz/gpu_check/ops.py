@@ -11,6 +11,7 @@ from .. import (
     delta_apply_,
     delta_check,
     delta_concat,
+    delta_digest,
     delta_embedding,
     delta_encode,
     delta_linear,
@@ -181,6 +182,7 @@ def check_round_trip(report: Report, device: torch.device, shape: tuple[int, int
             "encode": differ(delta_encode(weight, words, prefer="speed"), delta),
             "slice": _restored(base[:, k // 3 :], cut, tuned[:, k // 3 :]),
             "concat": _restored(torch.cat([base, base]), joined, torch.cat([tuned, tuned])),
+            "digest": _digests(weight, [base, base[:, : k // 2].contiguous(), base[:0], base[-1]]),
         }
         try:
             delta_check(there, weight)
@@ -190,6 +192,12 @@ def check_round_trip(report: Report, device: torch.device, shape: tuple[int, int
             wrong["check"] = None if "base" in str(error) else str(error)
         for what, found in wrong.items():
             report.check(f"delta_{what}, {name_of(dtype)}", found)
+
+
+def _digests(like: Tensor, bases: list[Tensor]) -> str | None:
+    """The first digest of the device that is not the CPU's."""
+    found = (differ(delta_digest(base.to(like.device)), delta_digest(base)) for base in bases)
+    return next((wrong for wrong in found if wrong is not None), None)
 
 
 def _restored(base: Tensor, delta: Tensor, want: Tensor) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _core, _ops, checkpoint
+from .. import _core, _ops, checkpoint, digests
 from ..diff import StateDelta
 from . import names
 from .residency import padded
@@ -65,13 +65,12 @@ def prepare(
     """Read, check against the model's own tensors, and say who serves what; errors as `Tenants.load`. `kept`: what modules made
     of the base's weights before it was attached; see `kept.kept`. `trust` as `attach`.
     """
-    own = {
+    base = {
         name: plain(tensor).detach()
         for name, tensor in model.state_dict(keep_vars=True).items()
         if torch.is_tensor(tensor)
     }
-    base = _on_host(own)
-    entries = _entries(model, base, source, prefer, trust, twins(model, own, base))
+    entries = _entries(model, base, source, prefer, trust, twins(model, base))
     where = _places(model)
     out = Prepared()
     base_bytes = sum({t.untyped_storage().data_ptr(): t.nbytes for t in base.values()}.values())
@@ -90,15 +89,6 @@ def prepare(
             )
     _copy(out, small, base, base_bytes if max_copies is None else max_copies, max_copies is None)
     return out
-
-
-def _on_host(base: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The base's words where packages are read; of a model on a GPU a copy, for as long as one tenant is prepared."""
-    made: dict[Any, Tensor] = {}
-    for tensor in base.values():
-        if tensor.device.type != "cpu":
-            made.setdefault(_key(tensor), tensor.cpu())
-    return {n: t if t.device.type == "cpu" else made[_key(t)] for n, t in base.items()}
 
 
 def _key(tensor: Tensor) -> Any:
@@ -122,7 +112,7 @@ def _copy(
         used += base[name].nbytes
         # Vectors and buffers belong to norms and biases, which serve the rows of a batch from a table.
         if used <= limit or base[name].dim() < 2:
-            value = restored_as(base[name], places[0][2])
+            value = restored_as(base[name].cpu(), places[0][2])
             out.values += [(site, param, value) for site, param, _ in places]
         else:
             out.deltas += places
@@ -154,7 +144,7 @@ def _entries(
                 continue
             if kind == "alone" and tensor.shape == base[name].shape and tensor.dtype == base[name].dtype:
                 # A head that the packed base lacked, and the model has: the difference to the model's own.
-                tensor = _ops.delta_encode(base[name].contiguous(), tensor.contiguous())
+                tensor = _ops.delta_encode(_core.on_host(name, base[name]), tensor.contiguous())
                 out[name] = ("delta", tensor)
                 continue
             if kind == "delta" and _core.delta_info(tensor).changed == 0:
@@ -219,9 +209,10 @@ def _read(
         if trust != "digest":
             _same_words(entries, unchecked & set(deltas), words)
         names.report([n for n in ignored if n in {e["name"] for e in entries}])
-    for name, delta in deltas.items():
-        if name in unchecked and name in words:
-            _check(name, words[name], delta)
+    mine = {name: delta for name, delta in deltas.items() if name in unchecked and name in words}
+    known = digests.elsewhere({name: words[name] for name in mine})
+    for name, delta in mine.items():
+        _check(name, words[name], delta, known.get(name))
     if not isinstance(source, (StateDelta, Mapping)):
         deltas, alone = _renamed(deltas, found, ()), _renamed(alone, found, ())
         removed = [found.get(name, name) for name in removed]
@@ -238,7 +229,7 @@ def _same_words(entries: list[dict[str, Any]], mine: set[str], words: Mapping[st
     for name, base_name in ((e["name"], e["base_name"] or e["name"]) for e in entries if e["name"] in mine):
         if name not in words or base_name not in words or words[name] is words[base_name]:
             continue
-        one, other = (words[n].contiguous().view(-1).view(torch.uint8) for n in (name, base_name))
+        one, other = (_core.on_host(n, words[n]).view(-1).view(torch.uint8) for n in (name, base_name))
         if not torch.equal(one, other):
             raise ValueError(
                 f"tensor `{name}`: its delta is one of the base's `{base_name}`, whose words it does not have here"
@@ -286,8 +277,9 @@ def _preferred(delta: Any, base: Tensor | None, prefer: str | None) -> Any:
     try:
         if _core.delta_info(delta).encoding != _OTHER[_core.resolved(prefer)]:
             return delta
-        _core.delta_matches(delta, base)
-        return _ops.delta_encode(base, _ops.delta_restore(base, delta), prefer=prefer)
+        words = _core.on_host("base", base)
+        _core.delta_matches(delta, words)
+        return _ops.delta_encode(words, _ops.delta_restore(words, delta), prefer=prefer)
     except (RuntimeError, ValueError):
         return delta
 
@@ -305,7 +297,8 @@ def _in_memory(
     return deltas, alone, list(source.removed)
 
 
-def _check(name: str, base: Tensor, delta: Any) -> None:
+def _check(name: str, base: Tensor, delta: Any, known: bytes | None) -> None:
+    """Errors as `Tenants.load`. `known`: the base's digest, where its words are on a GPU."""
     if not isinstance(delta, Tensor):
         raise TypeError(f"tensor `{name}`: a delta must be a tensor, but is {type(delta).__name__}")
     if delta.dtype != torch.uint8:
@@ -317,7 +310,10 @@ def _check(name: str, base: Tensor, delta: Any) -> None:
         info = _core.delta_info(delta)
         if info.shape == tuple(base.shape) or info.shape == (base.numel(),):
             _same_dtype(name, _core.dtype_name(info.dtype), base)
-        _core.delta_matches(delta, base.contiguous())
+        if known is None:
+            _core.delta_matches(delta, _core.on_host(name, base))
+        else:
+            _core.delta_matches_known(delta, base, known)
     except ValueError as error:
         text = str(error)
         raise ValueError(text if text.startswith("tensor `") else f"tensor `{name}`: {text}") from None
@@ -369,9 +365,9 @@ def _one(
     elif _computes(site, param):
         out.deltas.append((site, param, tensor))
     elif site.kind == "experts":
-        _add_experts(out, site, param, _experts(tensor, base))
+        _add_experts(out, site, param, _experts(tensor, base.cpu()))
     elif site.kind in ("linear", "conv1d", "embedding") and param == "bias":
-        out.values.append((site, param, restored_as(base, tensor)))
+        out.values.append((site, param, restored_as(base.cpu(), tensor)))
     elif _is_matrix(base) and not site.plain:
         # A module of the user's own may multiply by it.
         out.deltas.append((site, param, tensor))

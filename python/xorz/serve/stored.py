@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _ops
+from .. import _core, _ops
 
 Experts = list[Tensor | None]
 """One delta for each matrix of a stack [E, n, k]; None where nothing changes."""
@@ -23,7 +23,7 @@ class Stored:
     """How a model's tensors are called and cut in a checkpoint.
 
     Attributes:
-        base: name in the checkpoint -> the base's words of it, contiguous views of the model's tensors.
+        base: name in the checkpoint -> the base's words of it, contiguous views of the model's tensors, where these are.
     """
 
     def __init__(self, base: Mapping[str, Tensor], places: dict[str, tuple[str, int, int]]) -> None:
@@ -88,7 +88,7 @@ class Stored:
                 f"tensor `{parts[0]}` is a part of the model's `{name}`, of which the checkpoint does not hold every row of "
                 f"{rows[0]} to {rows[1]} once; it cannot be served"
             )
-        bases = [self.base[part] for part in parts]
+        bases = [_core.on_host(part, self.base[part]) for part in parts]
         deltas = [
             found[part] if part in found else _ops.delta_encode(base, base)
             for part, base in zip(parts, bases, strict=True)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..digests import digests_of
+
 
 class Twins:
     """Tensors of the same words on several devices.
@@ -34,8 +36,8 @@ class Twins:
                 )
 
 
-def twins(model: nn.Module, own: Mapping[str, Tensor], words: Mapping[str, Tensor]) -> Twins:
-    """Find them among `own`, the model's tensors by name where they are; `words`: the same on the host."""
+def twins(model: nn.Module, own: Mapping[str, Tensor]) -> Twins:
+    """Find them among `own`, the model's tensors by name where they are, by digests of their bytes."""
     out = Twins()
     if len({tensor.device for tensor in own.values()}) < 2:
         return out
@@ -45,13 +47,15 @@ def twins(model: nn.Module, own: Mapping[str, Tensor], words: Mapping[str, Tenso
     for name, tensor in own.items():
         if tensor.numel():
             alike.setdefault((tensor.dtype, tensor.shape), []).append(name)
-    for names in alike.values():
+    spread = [names for names in alike.values() if len({own[name].device for name in names}) > 1]
+    same = digests_of({name: _bytes(own[name]) for names in spread for name in names})
+    for names in spread:
         for i, name in enumerate(names):
             for other in names[i + 1 :]:
-                if own[name].device == own[other].device or not _same(words[name], words[other]):
+                if own[name].device == own[other].device or same[name] != same[other]:
                     continue
                 is_tied = _root(tied, name) == _root(tied, other)
-                if is_tied or _tells(words[name]):
+                if is_tied or _tells(own[name]):
                     found = out.sure if is_tied else out.unsure
                     found.setdefault(name, []).append(other)
                     found.setdefault(other, []).append(name)
@@ -72,7 +76,5 @@ def _tells(words: Tensor) -> bool:
     return words.dim() > 1 and bool((words != words.flatten()[0]).any())
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape and dtype have the same words; most differ at the beginning."""
-    a, b = (t.contiguous().view(-1).view(torch.uint8) for t in (one, other))
-    return torch.equal(a[:64], b[:64]) and torch.equal(a, b)
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)

@@ -66,6 +66,23 @@ pub(super) unsafe fn cuda_delta_apply(
     })
 }
 
+pub(super) fn cuda_digest_workspace(base: &CudaMatrix) -> Result<usize> {
+    guard(|| cuda::digest_workspace_bytes(device_words(base)?))
+}
+
+pub(super) unsafe fn cuda_delta_digest(
+    place: &CudaPlace,
+    base: &CudaMatrix,
+    workspace: usize,
+    out: usize,
+) -> Result<()> {
+    guard(|| {
+        let base = device_words(base)?;
+        // SAFETY: the shim's promise.
+        unsafe { cuda::delta_digest(place.into(), base, workspace as u64, out as u64) }
+    })
+}
+
 pub(super) fn cuda_open(device: i32) -> Result<()> {
     guard(|| cuda::open(device))
 }

@@ -2,7 +2,7 @@
 
 use super::pointers::{
     XorzBuffer, XorzError, XorzExecutor, XorzMatrix, bytes, bytes_mut, call, executor, give, give_bytes,
-    matrix, mode, null, parse, prefer, reference,
+    known_matrix, matrix, mode, null, parse, prefer, reference,
 };
 use crate::cpu;
 use crate::cuda;
@@ -52,6 +52,16 @@ pub struct XorzPart {
 pub unsafe extern "C" fn xorz_cuda_status(device: i32, error: *mut XorzError) -> i32 {
     // SAFETY: the caller keeps the header's contract.
     unsafe { call(error, || cuda::reported(device)) }
+}
+
+/// Whether a device's kernels can be launched, or why not.
+///
+/// # Safety
+/// As `csrc/xorz.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xorz_cuda_open(device: i32, error: *mut XorzError) -> i32 {
+    // SAFETY: the caller keeps the header's contract.
+    unsafe { call(error, || cuda::open(device)) }
 }
 
 /// Read the header of a resident delta.
@@ -363,6 +373,27 @@ pub unsafe extern "C" fn xorz_delta_matches(
     unsafe {
         call(error, || {
             vector::delta_matches(&parse(delta, delta_bytes)?, &matrix(base, "base")?, &vector::Serial)
+        })
+    }
+}
+
+/// The same of a base that is elsewhere.
+///
+/// # Safety
+/// As `csrc/xorz.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xorz_delta_matches_known(
+    delta: *const c_void,
+    delta_bytes: usize,
+    base: *const XorzMatrix,
+    digest: *const u8,
+    error: *mut XorzError,
+) -> i32 {
+    // SAFETY: the caller keeps the header's contract.
+    unsafe {
+        call(error, || {
+            let (dtype, shape, digest) = known_matrix(base, digest)?;
+            parse(delta, delta_bytes)?.check_known(dtype, shape, digest)
         })
     }
 }

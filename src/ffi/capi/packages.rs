@@ -2,8 +2,8 @@
 
 use super::files::{XorzOptions, XorzRun, options, path, run, trust};
 use super::pointers::{
-    XorzBuffer, XorzError, XorzMatrix, bytes, bytes_mut, call, free, give_box, give_bytes, matrix, null,
-    prefer, reference, text,
+    XorzBuffer, XorzError, XorzMatrix, bytes, bytes_mut, call, free, give_box, give_bytes, known_matrix,
+    matrix, null, prefer, reference, text,
 };
 use crate::codec::Prefer;
 use crate::error::Result;
@@ -236,6 +236,31 @@ pub unsafe extern "C" fn xorz_package_resident(
             let (name, base) = (text(name, "name")?, matrix(base, "base")?);
             let made = package.resident(name, &base, prefer_or_stored(prefer_code)?)?;
             give_bytes(delta, made, "delta")
+        })
+    }
+}
+
+/// One tensor's resident delta, of a base that is elsewhere.
+///
+/// # Safety
+/// As `csrc/xorz.h` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn xorz_package_resident_known(
+    package: *const XorzPackage,
+    name: *const c_char,
+    base: *const XorzMatrix,
+    digest: *const u8,
+    prefer_code: i32,
+    delta: *mut XorzBuffer,
+    error: *mut XorzError,
+) -> i32 {
+    // SAFETY: the caller keeps the header's contract.
+    unsafe {
+        call(error, || {
+            let package = &reference(package, "package")?.0;
+            let (name, base) = (text(name, "name")?, known_matrix(base, digest)?);
+            let made = package.resident_known(name, base, prefer_or_stored(prefer_code)?)?;
+            give_bytes(delta, made.unwrap_or_default(), "delta")
         })
     }
 }

@@ -5,7 +5,7 @@ use crate::codec::Prefer;
 use crate::cpu;
 use crate::error::{Error, Result};
 use crate::ffi::{Task, guard};
-use crate::matrix::{Dtype, Matrix, Shape};
+use crate::matrix::{Digest, Dtype, Matrix, Shape};
 use crate::resident::Resident;
 use crate::vector::{self, Executor, Serial};
 use std::ffi::{CStr, c_char, c_void};
@@ -207,6 +207,16 @@ pub(super) unsafe fn matrix<'a>(p: *const XorzMatrix, what: &str) -> Result<Matr
         (m, bytes(m.words, m.bytes, &format!("{what}.words"))?)
     };
     Matrix::new(Dtype::of_code(m.dtype)?, Shape { n: m.n, k: m.k }, data)
+}
+
+/// Dtype, shape and digest of a matrix whose words are elsewhere.
+///
+/// # Safety
+/// `p` is null or a matrix, whose words are not looked at; `digest` is null or 16 readable bytes.
+pub(super) unsafe fn known_matrix(p: *const XorzMatrix, digest: *const u8) -> Result<(Dtype, Shape, Digest)> {
+    // SAFETY: the caller's promise, twice.
+    let (m, digest) = unsafe { (reference(p, "base")?, reference(digest.cast::<[u8; 16]>(), "digest")?) };
+    Ok((Dtype::of_code(m.dtype)?, Shape { n: m.n, k: m.k }, Digest(*digest)))
 }
 
 /// # Safety

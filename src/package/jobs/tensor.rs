@@ -4,7 +4,7 @@ use super::reencode;
 use super::restore::{Restore, RestoreScratch, digest_of_words};
 use crate::codec::{Encoding, Prefer};
 use crate::error::{Error, Result};
-use crate::matrix::{Digest, Matrix, Shape};
+use crate::matrix::{Digest, Dtype, Matrix, Shape};
 use crate::package::checkpoint::bases::Base;
 use crate::package::checkpoint::files::TensorFile;
 use crate::package::format::blob::{Blob, resident_limit};
@@ -39,6 +39,33 @@ impl Package {
     /// tensor stored alone; `InvalidArgument` for an unknown name; `Corrupt`, `Truncated` or `Io`.
     pub fn resident(&self, name: &str, base: &Matrix<'_>, prefer: Option<Prefer>) -> Result<Vec<u8>> {
         self.of_tensor(name, |entry| self.delta(entry, in_memory(entry, base)?, prefer))
+    }
+
+    /// [`Package::resident`] of a base that is elsewhere, as in a device's memory, of which dtype, shape and digest are known.
+    /// Nothing where its words are needed: they must speak for it ([`Trust::Sha256`]), or the delta is encoded anew.
+    ///
+    /// # Errors
+    /// As [`Package::resident`].
+    pub fn resident_known(
+        &self,
+        name: &str,
+        (dtype, shape, found): (Dtype, Shape, Digest),
+        prefer: Option<Prefer>,
+    ) -> Result<Option<Vec<u8>>> {
+        self.of_tensor(name, |entry| {
+            let wanted = entry.base.as_ref().ok_or_else(stored_alone)?;
+            check_kind(entry, dtype, shape)?;
+            if !wanted.is(found) {
+                return Err(another_base(wanted, found));
+            }
+            if self.trust() == Trust::Sha256 {
+                return Ok(None);
+            }
+            match self.as_stored(entry, prefer)? {
+                None if entry.codec == Codec::Unchanged => unchanged_delta(entry, found).map(Some),
+                made => Ok(made),
+            }
+        })
     }
 
     /// One tensor's fine-tuned bytes into `out`, which has [`Entry::bytes`]. `base` is ignored for a tensor
@@ -207,16 +234,20 @@ fn in_memory<'a>(entry: &Entry, base: &Matrix<'a>) -> Result<Compared<'a>> {
     if entry.base.is_none() {
         return Err(stored_alone());
     }
-    let (dtype, shape) = (entry.word_dtype(), entry.shape()?);
-    if dtype != Some(base.dtype()) || shape != base.shape() {
-        return Err(Error::mismatch(format!(
-            "is a delta of a {shape} matrix of {}, but the base is a {} matrix of {}",
-            entry.dtype,
-            base.shape(),
-            base.dtype()
-        )));
-    }
+    check_kind(entry, base.dtype(), base.shape())?;
     compared(entry, TensorWords::Memory(base.bytes()), base.digest())
+}
+
+/// `Mismatch` for a base of another dtype or shape than the entry's.
+fn check_kind(entry: &Entry, dtype: Dtype, shape: Shape) -> Result<()> {
+    let own = entry.shape()?;
+    if entry.word_dtype() == Some(dtype) && own == shape {
+        return Ok(());
+    }
+    let of = &entry.dtype;
+    Err(Error::mismatch(format!(
+        "is a delta of a {own} matrix of {of}, but the base is a {shape} matrix of {dtype}"
+    )))
 }
 
 /// The base tensor of `entry` in an open base.

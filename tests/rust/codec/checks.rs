@@ -96,3 +96,33 @@ fn damage_is_told_in_the_oracles_words_forged_or_not() {
     // A flip of a word's bits makes another right delta, if it is sealed.
     assert!(refused > 1000 && passed > 100, "{refused} refused, {passed} passed");
 }
+
+#[test]
+fn a_digest_by_itself_is_that_of_the_matrix_for_every_dtype_and_shape() {
+    let mut rng = Rng::new(27);
+    for dtype in Dtype::ALL {
+        for (n, k) in [
+            (0, 0),
+            (0, 7),
+            (5, 0),
+            (1, 1),
+            (1, 4097),
+            (63, 3),
+            (64, 3),
+            (65, 3),
+            (256, 5),
+            (257, 40),
+            (1027, 33),
+        ] {
+            let shape = Shape { n, k };
+            let words = rng.weights(dtype, n * k);
+            let base = matrix(dtype, shape, &words);
+            assert_eq!(vector::delta_digest(&base, &Serial).unwrap(), base.digest(), "{dtype} {shape}");
+            assert_eq!(
+                vector::delta_digest(&base, &Shuffled(3)).unwrap(),
+                base.digest(),
+                "{dtype} {shape}, threads"
+            );
+        }
+    }
+}

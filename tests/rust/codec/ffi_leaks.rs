@@ -7,7 +7,7 @@ use std::ffi::{CString, c_char, c_void};
 use std::ptr::{null, null_mut};
 use xorz::error::Kind;
 use xorz::ffi::capi::*;
-use xorz::matrix::Dtype;
+use xorz::matrix::{Dtype, Matrix, Shape};
 
 const N: usize = 24;
 const K: usize = 40;
@@ -145,6 +145,12 @@ fn nothing_is_left_of_packages_and_bases_that_nobody_takes() {
         xorz_package_resident(package, name, &raw const matrix, -1, out, none)
     };
     leaves_nothing("xorz_package_resident", empty(), resident, &mut free_buffer);
+    let digest = Matrix::new(Dtype::BF16, Shape { n: matrix.n, k: matrix.k }, &base).unwrap().digest();
+    let known = &mut |out: *mut XorzBuffer| unsafe {
+        // SAFETY: as above; the digest has its 16 bytes.
+        xorz_package_resident_known(package, name, &raw const matrix, digest.0.as_ptr(), -1, out, none)
+    };
+    leaves_nothing("xorz_package_resident_known", empty(), known, &mut free_buffer);
 
     let (mut old, one) = (null_mut(), XorzRun { jobs: 1, flags: 0, stop: null() });
     let open_base = &mut |out: *mut *mut XorzBase| unsafe {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use xorz::codec::Prefer;
 use xorz::error::{Error, Kind};
 use xorz::matrix::{Dtype, Matrix, Shape};
-use xorz::package::{Base, Codec, PackOptions, Package, Run, SafeTensors, Tensor, Writer};
+use xorz::package::{Base, Codec, PackOptions, Package, Run, SafeTensors, Tensor, Trust, Writer};
 use xorz::resident::{Resident, encode_pair, restore};
 
 /// A base in a file and in memory, and a package of one fine-tune of it.
@@ -51,6 +51,11 @@ impl Loaded {
         matrix(self.dtype, self.shape, words)
     }
 
+    /// What loading gives where the words are elsewhere.
+    fn known(&self, base: &Matrix<'_>, prefer: Option<Prefer>) -> Result<Option<Vec<u8>>, Error> {
+        self.package.resident_known("w", (base.dtype(), base.shape(), base.digest()), prefer)
+    }
+
     /// What loading gives is what encoding gives, for both preferences.
     fn compare(&self, what: &str) {
         let on_disk = Base::open(&self.file(), &Run::default()).unwrap();
@@ -62,6 +67,8 @@ impl Loaded {
             assert!(from_file == want, "{what} {prefer:?}: from a file");
             let in_memory = self.package.resident("w", &base, Some(prefer)).unwrap();
             assert!(in_memory == want, "{what} {prefer:?}: from memory");
+            let by_digest = self.known(&base, Some(prefer)).unwrap();
+            assert!(by_digest.is_none_or(|made| made == want), "{what} {prefer:?}: by the digest");
             let mut out = vec![0; self.tuned.len()];
             restore(&Resident::parse(&want).unwrap(), &base, &mut out).unwrap();
             assert!(out == self.tuned, "{what} {prefer:?}: restored");
@@ -200,4 +207,59 @@ fn real_pairs_are_loaded_as_encoding_gives_them() {
         }
     }
     assert!(seen > 20, "{seen} tensors in {}", dir.display());
+}
+
+#[test]
+fn words_that_are_elsewhere_are_asked_for_where_no_delta_is_stored_and_another_digest_gives_none() {
+    let mut rng = Rng::new(72);
+    let base = rng.weights(Dtype::BF16, 90 * 70);
+    let tuned = perturbed(&mut rng, Dtype::BF16, &base, 0.1);
+    let dims = [90, 70];
+    for codec in [Codec::Resident, Codec::ResidentZstd, Codec::Predicted, Codec::Planes, Codec::Unchanged] {
+        let new = if codec == Codec::Unchanged { base.clone() } else { tuned.clone() };
+        let given = (codec != Codec::Unchanged).then_some(codec);
+        let made = Loaded::new(Dtype::BF16, &dims, base.clone(), new.clone(), given);
+        let (old, new) = (made.matrix(&base), made.matrix(&new));
+        let stored = made.package.entries()[0].prefer;
+        for prefer in [None, Some(Prefer::Speed), Some(Prefer::Memory)] {
+            let found = made.known(&old, prefer).unwrap();
+            let holds = matches!(codec, Codec::Resident | Codec::ResidentZstd);
+            let at_once = codec == Codec::Unchanged || (holds && (prefer.is_none() || prefer == stored));
+            assert_eq!(found.is_some(), at_once, "{codec:?} {prefer:?} of {stored:?}");
+            if let Some(found) = found {
+                let want = encode_pair(&old, &new, prefer.or(stored).unwrap_or(Prefer::Memory)).unwrap();
+                assert!(found == want, "{codec:?} {prefer:?}");
+            }
+            for wrong in [made.matrix(&tuned), matrix(Dtype::BF16, Shape { n: 70, k: 90 }, &base)] {
+                let error = made.known(&wrong, prefer).unwrap_err();
+                assert_eq!(error.kind(), Kind::Mismatch, "{error}");
+                let said = error.to_string();
+                assert!(
+                    said.contains("`w`") && (said.contains("digest") || said.contains("[70, 90]")),
+                    "{said}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_digest_does_not_speak_for_a_base_where_a_sha256_must() {
+    let mut rng = Rng::new(73);
+    let base = rng.weights(Dtype::BF16, 40 * 70);
+    let tuned = perturbed(&mut rng, Dtype::BF16, &base, 0.1);
+    let dir = tempfile::tempdir().unwrap();
+    let (path, dims) = (dir.path().join("p.xorz"), [40, 70]);
+    let options =
+        PackOptions { codec: Some(Codec::Resident), trust: Trust::Sha256, ..PackOptions::default() };
+    let mut w = Writer::create(&path, options).unwrap();
+    let t = |bytes| Tensor { name: "w", dtype: "BF16", dims: &dims, bytes };
+    w.add(&t(&tuned), Some(&t(&base))).unwrap();
+    w.finish().unwrap();
+    let mut package = Package::open(&path).unwrap();
+    let old = matrix(Dtype::BF16, Shape { n: 40, k: 70 }, &base);
+    let known = (old.dtype(), old.shape(), old.digest());
+    assert!(package.resident_known("w", known, None).unwrap().is_some());
+    package.trust_in(Trust::Sha256).unwrap();
+    assert!(package.resident_known("w", known, None).unwrap().is_none());
 }
