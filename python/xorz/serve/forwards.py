@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import experts, split
 from .known_ops import embedding_of_each, embedding_rows
 from .rows import BASE, TABLE, RowMap, Table, Unknown
+from .runs import product as runs_product
 from .site import Site
 from .weight import Refused, Weight, derive, plain, with_dense
 
@@ -110,7 +111,13 @@ def _plan(site: Site, rows: RowMap, key: Any) -> None:
         except Table:
             return
         biases = site.biases("bias")
-        rows.plans[key] = (_grouped, (weight, biases, *site.grouped("weight", biases), slots), said)
+        given = (weight, biases, *site.grouped("weight", biases), slots)
+        runs = site.runs(slots, weight.dtype)
+        if runs is None:
+            rows.plans[key] = (_grouped, given, said)
+        else:
+            deltas = functools.partial(site.delta, "weight")
+            rows.plans[key] = (functools.partial(runs_product, runs), (*given, deltas), None)
     elif mode != "exact" and not site.alone(rows):
         delta = site.deltas.get(("weight", rows.only))
         if bias is not None:

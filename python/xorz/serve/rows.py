@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .runs import note
+
 BASE = -1
 """The slot of the base."""
 
@@ -306,6 +308,7 @@ class RowMap:
             return torch.full((count,), self.only, dtype=torch.int32, device=self.device)
         layout = self._layout_of(lead, flattens, who, place)
         if layout == ("dim", 0) and lead == (len(self.slots),):
+            self._note(self.tensor)
             return self.tensor
         # Layers that are given the same share one tensor.
         key = (layout, *lead)
@@ -316,7 +319,15 @@ class RowMap:
         return found
 
     def _spread(self, layout: Layout, lead: tuple[int, ...]) -> Tensor:
-        return self.tensor[self.index(layout, lead).reshape(-1)]
+        found = self.tensor[self.index(layout, lead).reshape(-1)]
+        if layout in (("dim", 0), ("flat", 0)):
+            self._note(found)
+        return found
+
+    def _note(self, spread: Tensor) -> None:
+        """Say whose these rows are, each of the batch's so many times one after another; of rows of a graph nobody knows."""
+        if self.fixed is None:
+            note(spread, self.slots, spread.numel() // len(self.slots))
 
     def _layout_of(self, lead: tuple[int, ...], flattens: bool, who: str, place: Any) -> Layout:
         """Where the rows are in a shape; errors as `rows`."""

@@ -1,6 +1,7 @@
 """What is stored of one attached module: the base's tensors, and for each tenant its deltas and small dense tensors."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +11,8 @@ from torch.autograd import forward_ad
 from .arena import Arena
 from .fixed import DeviceTables
 from .rows import BASE, HOST, RowMap, lasting
+from .runs import DTYPES, Runs, known_of
+from .runs import product as runs_product
 from .weight import Weight
 
 F = nn.functional
@@ -387,9 +390,16 @@ class Site:
                 return F.linear(input, weight, bias)
             return torch.ops.xorz.delta_linear(input, weight, bias, delta, mode=mode)
         grouped = self.grouped(param, biases)
+        runs = None if torch.is_grad_enabled() or _is_transformed() else self.runs(slots, input.dtype)
+        if runs is not None:
+            return runs_product(runs, input, weight, biases, *grouped, slots, partial(self.delta, param))
         return _below_autograd(
             torch.ops.xorz.delta_linear_grouped, input, weight, biases, *grouped, slots, mode=mode
         )
+
+    def runs(self, slots: Tensor, dtype: torch.dtype) -> Runs | None:
+        """What is multiplied for one tenant alone of rows with these slots; None if the grouped kernel takes all."""
+        return known_of(slots) if self.owner.mode == "fast" and dtype in DTYPES else None
 
     def grouped(self, param: str, biases: Tensor | None) -> tuple[Tensor, Tensor]:
         """The arena, and where each slot's delta of `param` lies in it, for a product with these biases."""
@@ -405,8 +415,11 @@ _LINEAR = torch.ops.xorz.delta_linear
 
 def _below_autograd(op: Any, *args: Any, **kwargs: Any) -> Tensor:
     """`op`, past the Python kernel that differentiates it where nothing can be: it takes longer than a small product."""
-    transformed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    if transformed or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or _is_transformed():
         return op(*args, **kwargs)
     with torch._C._AutoDispatchBelowAutograd():
         return op.default(*args, **kwargs)
+
+
+def _is_transformed() -> bool:
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
