@@ -4,7 +4,8 @@ a driver would have to do. No expectation but in tests.
 torch decides what runs (shapes, autograd, dispatch); each op that arrives computes on the words by torch's and xorz's CPU
 kernels. It is stricter than a GPU where a GPU would be slow or wrong: an op that meets tensors of two devices is refused as
 torch does it, an op of xorz without a CUDA kernel is refused, and whatever waits for the device (a number that is read, a
-mask turned to places, a copy to the host or from memory that is not pinned) is written into `waits`.
+mask turned to places, a copy to the host or from memory that is not pinned) is written into `waits`. What only a kernel could
+know of a delta that it applies is told by nobody before the device was waited for, and then by the next op or `cuda_status`.
 
 `Graph` captures as a CUDA graph does: ops are noted with the buffers that they were given, and a replay computes them on what
 lies there by then. Nothing may wait in between, and a replay that reads what nobody holds any more raises. What is not
@@ -86,6 +87,9 @@ class Ledger:
         self.late: list[Graph] = []
         # Pinned memory that copies which nobody waits for read, and what it held.
         self.lent: list[tuple[Tensor, Tensor]] = []
+        # What kernels have reported, and what of that can be heard.
+        self.reported: list[str] = []
+        self.heard: list[str] = []
         # What was made on its devices, by the number that Python gives it while it is there.
         self.alive: dict[int, weakref.ref] = {}
 
@@ -94,6 +98,11 @@ class Ledger:
         if self.capturing is not None:
             raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
         self.waits.append(what)
+
+    def hear(self) -> None:
+        """Raises what was reported, once."""
+        if self.heard:
+            raise ValueError(f"an earlier delta_apply_ on cuda:0 reported: {self.heard.pop(0)}")
 
     def overwritten(self) -> list[Tensor]:
         """Pinned memory that was written to while a copy may still have read it."""
@@ -105,6 +114,7 @@ class Ledger:
 
     def catch_up(self) -> None:
         """The device has done all that it was asked."""
+        self.heard, self.reported = self.heard + self.reported, []
         late, self.late = self.late, []
         for graph in late:
             graph.run()
@@ -195,12 +205,16 @@ def _run(func, args, kwargs):
         to = CUDA
     if not here and (to is None or to.type != "cuda"):
         return func(*args, **kwargs)
-    if name == "to":
-        return func.decompose(*args, **kwargs)  # in inference mode it comes as it was called
+    if name == "to":  # in inference mode it comes as it was called
+        if here:
+            return func.decompose(*args, **kwargs)
+        asked = {key: kwargs[key] for key in ("dtype", "non_blocking") if key in kwargs} | {"device": to}
+        return _run(torch.ops.aten._to_copy.default, args[:1], asked)
     ledger.ops.append(name)
     ledger.streams.append(ledger.stream)
     if func.namespace == "xorz":
         _check_op(name, leaves)
+        ledger.hear()
     places = list(dict.fromkeys(leaf.place for leaf in here))
     if len(places) > 1 and name not in ("_to_copy", "copy_"):
         raise RuntimeError(
@@ -225,11 +239,24 @@ def _run(func, args, kwargs):
                 f"{name}: expected all tensors to be on the same device, but found {places[0]} and cpu"
             )
         ledger.wait(f"{name} by numbers of the host")
+    if name == "delta_apply_":
+        return _applied(func, args, kwargs, places[0])
     out = _apply(func, args, kwargs, places[0] if places else to)
     if name in TURNING:
         with torch._C._DisableTorchDispatch():
             func(*args, **kwargs)  # what says of itself how it is shaped
     return _noted(func, args, kwargs, out)
+
+
+def _applied(func, args, kwargs, place):
+    """What the host cannot know of a delta is reported, and heard of later."""
+    try:
+        return _noted(func, args, kwargs, _apply(func, args, kwargs, place))
+    except RuntimeError as refusal:
+        if "digest" not in str(refusal):
+            raise
+        ledger.reported.append(str(refusal))
+        return None
 
 
 def _noted(func, args, kwargs, out):
@@ -453,6 +480,8 @@ def machine(monkeypatch) -> Iterator[Ledger]:
     monkeypatch.setattr(_core, "cuda_serves", lambda device: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self, device=None: getattr(self, "pinned", False))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(_core, "cuda_status", lambda device: ledger.hear())
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: ledger.wait("rng"))
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: ledger.wait("rng"))
     with _Machine():

@@ -3,15 +3,13 @@
 What changes is kept as exchanges (src/vector/exchange.rs): where words differ, and their XOR. One exchange makes the new words
 and takes them back, touches no other word, and compares each word that it changes. They lie in a file that has no
 name. Nothing here knows vLLM's life cycle or where packages come from; `sync` does. No dense copy of the model is made: what is
-held is a few MiB, with tensor parallelism one tensor.
+held is a few MiB, with tensor parallelism one tensor. Words on a GPU are changed by `on_device`, in the place of `OnHost`.
 """
 
 import ctypes
 import hashlib
-import os
-import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -23,9 +21,15 @@ from torch import Tensor, nn
 from .. import _core, _ops
 from .packages import Checkpoint
 from .plan import Piece, Plan, parameters
+from .shelf import Shelf
 
 # Of the words that an exchange is for: of smaller ones there would be so many that to call for each takes its time.
 _BLOCK_BYTES = 4 << 20
+
+
+REPORTS = threading.RLock()
+"""What a kernel reports is heard by whichever op of xorz is called next on that device. So whoever calls one on the model's
+device beside the thread that applies holds this, or it would hear of a step that was refused in that one's place."""
 
 
 class Broken(RuntimeError):
@@ -39,59 +43,6 @@ Span = tuple[str, int, int]
 """Words of a parameter, row after row: its name, the first one, the one after the last."""
 
 
-class Shelf:
-    """Where exchanges lie until they are applied, and after that as the way back: a file without a name.
-
-    It is the kernel's to keep it in memory or on the disk, and gone when nobody has it open. Where no such file can be made or
-    written (a full disk, a machine without one) it is in memory.
-    """
-
-    def __init__(self) -> None:
-        """It is empty, and takes nothing."""
-        self._file: Any = None
-        self._used = 0
-
-    def put(self, content: bytes) -> tuple[int, int]:
-        """Where it lies, and its length. OSError where there is no room in memory, either."""
-        at, self._used = self._used, self._used + len(content)
-        try:
-            self._write(at, content)
-        except OSError:
-            self._into_memory(at)
-            self._write(at, content)
-        return at, len(content)
-
-    def _write(self, at: int, content: bytes) -> None:
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="xorz-update-", buffering=0)
-        rest = memoryview(content)
-        while rest:
-            count = os.pwrite(self._file.fileno(), rest, at)
-            at, rest = at + count, rest[count:]
-
-    def _into_memory(self, count: int) -> None:
-        """The same file, its first `count` bytes, in memory."""
-        old, self._file = self._file, open(os.memfd_create("xorz-update"), "r+b", buffering=0)
-        sent = 0
-        while old is not None and sent < count:
-            sent += os.sendfile(self._file.fileno(), old.fileno(), sent, count - sent)
-        if old is not None:
-            old.close()
-
-    def __del__(self) -> None:
-        """The file is gone with the last step that needs it."""
-        if self._file is not None:
-            self._file.close()
-
-    def read(self, at: int, into: memoryview) -> None:
-        """OSError where it cannot be read."""
-        while into:
-            count = os.preadv(self._file.fileno(), [into], at)
-            if count == 0:
-                raise OSError("xorz: the file of what an update changes was cut")
-            at, into = at + count, into[count:]
-
-
 @dataclass(frozen=True)
 class Step:
     """What changes some words of one parameter.
@@ -101,12 +52,20 @@ class Step:
         shelf: what the exchange lies on.
         at: where it lies there, and its length.
         back: whether it makes the old words of the new.
+        other: the same as `at` of what goes the other way, where one content does not go both.
     """
 
-    span: Span
+    span: Span | Key
     shelf: Shelf
     at: tuple[int, int]
     back: bool = False
+    other: tuple[int, int] | None = None
+
+    def turned(self) -> "Step":
+        """The other way."""
+        if self.other is None:
+            return replace(self, back=not self.back)
+        return replace(self, back=not self.back, at=self.other, other=self.at)
 
 
 Way = list[list[Step]]
@@ -134,10 +93,13 @@ class Staged:
     seen: dict[str, tuple[int, int]] | None = None
     _shelf: Shelf = field(default_factory=Shelf)
 
-    def add(self, spans: list[Span], exchange: bytes, changed: int) -> None:
-        """One more step, in each of these places, and how many words it changes."""
-        at = self._shelf.put(exchange)
-        self.way[-1] += [Step(span, self._shelf, at) for span in spans]
+    def add(self, spans: Sequence[Span | Key], there: Any, changed: int, back: Any = None) -> None:
+        """One more step, in each of these places: bytes that lead there, those that lead back if they are others, and how many
+        words it changes.
+        """
+        at = self._shelf.put(there)
+        other = None if back is None else self._shelf.put(back)
+        self.way[-1] += [Step(span, self._shelf, at, other=other) for span in spans]
         self.changed += changed
 
     @property
@@ -147,8 +109,9 @@ class Staged:
 
     @property
     def bytes(self) -> int:
-        """What its exchanges take on their shelves."""
-        return sum(length for _, (_, length) in {(step.shelf, step.at) for step in self.steps})
+        """What it takes on its shelves, the way back included."""
+        places = {(step.shelf, at) for step in self.steps for at in (step.at, step.other) if at is not None}
+        return sum(length for _, (_, length) in places)
 
 
 class Group:
@@ -184,9 +147,14 @@ class Group:
 class Words:
     """A model's parameters as this process holds them, by the checkpoint tensors that they are made of."""
 
-    def __init__(self, model: nn.Module, base: Checkpoint, followed: Plan, group: Group) -> None:
-        """Collective: every process of `group` makes one at the same time."""
+    def __init__(
+        self, model: nn.Module, base: Checkpoint, followed: Plan, group: Group, hand: "OnHost | None" = None
+    ) -> None:
+        """Collective: every process of `group` makes one at the same time. `hand`: what reads and changes words where they lie;
+        those of the host by default.
+        """
         self.model, self.base, self.plan, self.group = model, base, followed, group
+        self.hand = hand or OnHost()
         self.read()
         mine = {
             name: sorted({(p.rows, p.cols) for p in self._of(name, self.plan.users[name][0])})
@@ -258,7 +226,9 @@ class Words:
         return self.params[param].view(-1)[first:end]
 
     def whole(self, name: str) -> Tensor:
-        """A checkpoint tensor as the model holds it now: in place, or put together from all processes' parts (collective)."""
+        """A checkpoint tensor as the model holds it now: in place, wherever that is, or put together in the host's memory from
+        all processes' parts (collective).
+        """
         dtype, shape = self.base.tensors[name]
         if name not in self._apart:
             [(key, _)] = self.places(name)[:1]
@@ -276,6 +246,66 @@ class Words:
         return name in self._apart
 
 
+class OnHost:
+    """Words in the host's memory: read in place, changed by exchanges, by as many threads as torch has here."""
+
+    def read(self, at: Tensor) -> Tensor:
+        """Words of a parameter in the host's memory, contiguous."""
+        return at
+
+    def stage(self, words: Words, opened: _core.Package, name: str, whole: Tensor, staged: Staged) -> None:
+        """As `stage`, of a tensor that this process holds whole."""
+        starts = []
+        for key, _ in words.places(name):
+            at = words.at(key)
+            if at.data_ptr() != whole.data_ptr() and not torch.equal(bits(at), bits(whole)):
+                raise ValueError(
+                    f"parameter `{key[0]}` does not hold the words of `{name}`, which others hold"
+                )
+            starts.append(words.start(key))
+
+        def give(first: int, count: int, exchange: bytes, changed: int) -> None:
+            staged.add([(param, at + first, at + first + count) for param, at in starts], exchange, changed)
+
+        opened.exchanges(name, whole, give)
+
+    def add(
+        self, words: Words, key: Key, now: Tensor, then: Tensor, staged: Staged, is_counted: bool
+    ) -> None:
+        """Prepare the change of these rows from `now` to `then`, both in the host's memory; what is tied is counted once."""
+        param, start = words.start(key)
+        step = max(1, _BLOCK_BYTES // now.element_size())
+        for a in range(0, now.numel(), step):
+            old, new = (t.reshape(-1)[a : a + step] for t in (now, then))
+            exchange, changed = _core.exchange(old, new)
+            if changed:
+                span = param, start + a, start + a + old.numel()
+                staged.add([span], exchange, changed if is_counted else 0)
+
+    def turn(self, words: Words, steps: list[Step], done: Callable[[Step], None]) -> None:
+        """Do steps that are of other words each, and note each."""
+        rooms = threading.local()
+
+        def work(step: Step) -> None:
+            at, length = step.at
+            if len(room := getattr(rooms, "bytes", b"")) < length:
+                rooms.bytes = room = bytearray(length)
+            exchange = memoryview(room)[:length]
+            step.shelf.read(at, exchange)
+            # Compares each word that changes with what it was; where one is not, all are what they were again.
+            _core.exchange_apply(words.span(step.span), exchange, step.back)
+            done(step)
+
+        threads = min(torch.get_num_threads(), len(steps))
+        if threads < 2:
+            for step in steps:
+                work(step)
+            return
+        with ThreadPoolExecutor(threads, thread_name_prefix="xorz-update") as pool:
+            for _ in pool.map(work, steps):
+                pass
+
+
 def stage(words: Words, opened: _core.Package, name: str, whole: Tensor, staged: Staged) -> None:
     """Prepare the change of one checkpoint tensor from `whole`, its words now, to those that a package makes of them.
 
@@ -283,38 +313,26 @@ def stage(words: Words, opened: _core.Package, name: str, whole: Tensor, staged:
     """
     if words.is_apart(name):
         between(words, name, whole, opened.restore(name, whole), staged)
-        return
-    starts = []
-    for key, _ in words.places(name):
-        at = words.at(key)
-        if at.data_ptr() != whole.data_ptr() and not torch.equal(bits(at), bits(whole)):
-            raise ValueError(f"parameter `{key[0]}` does not hold the words of `{name}`, which others hold")
-        starts.append(words.start(key))
-
-    def give(first: int, count: int, exchange: bytes, changed: int) -> None:
-        staged.add([(param, at + first, at + first + count) for param, at in starts], exchange, changed)
-
-    opened.exchanges(name, whole, give)
+    else:
+        words.hand.stage(words, opened, name, whole, staged)
 
 
-def between(words: Words, name: str, old: Tensor, new: Tensor, staged: Staged) -> None:
-    """The same, from a checkpoint tensor's words in both versions; this process's parts must be the old ones."""
+def between(
+    words: Words, name: str, old: Tensor, new: Tensor, staged: Staged, of: Tensor | None = None
+) -> None:
+    """The same, from a checkpoint tensor's words in both versions, in the host's memory; this process's parts must be the old
+    ones. `of`: what `old` was just read from, if it was, which is not read again.
+    """
     for number, (key, piece) in enumerate(words.places(name)):
-        at = words.at(key)
-        was, becomes = (_cut(t, piece).reshape(at.shape) for t in (old, new))
+        place = words.at(key)
+        was, becomes = (_cut(t, piece).reshape(place.shape) for t in (old, new))
+        is_read = of is not None and place.data_ptr() == of.data_ptr() and place.shape == of.shape
+        at = was if is_read else words.hand.read(place)
         if not torch.equal(bits(at), bits(was)):
             raise ValueError(
                 f"parameter `{key[0]}` does not hold the words of `{name}` of the version before"
             )
-        param, start = words.start(key)
-        step = max(1, _BLOCK_BYTES // at.element_size())
-        for a in range(0, at.numel(), step):
-            now, then = (t.reshape(-1)[a : a + step] for t in (at, becomes))
-            exchange, changed = _core.exchange(now, then)
-            if changed:
-                # What is tied is counted once.
-                span = param, start + a, start + a + now.numel()
-                staged.add([span], exchange, 0 if number else changed)
+        words.hand.add(words, key, at, becomes, staged, number == 0)
 
 
 def _cut(tensor: Tensor, piece: Piece) -> Tensor:
@@ -346,7 +364,7 @@ def apply(words: Words, staged: Staged) -> Way:
     try:
         _check_seen(words, staged)
         for steps in staged.way:
-            _turn(words, steps, done.append)
+            words.hand.turn(words, steps, done.append)
     except BaseException as caught:
         error = caught
     try:
@@ -367,38 +385,14 @@ def _check_seen(words: Words, staged: Staged) -> None:
             )
 
 
-def _turn(words: Words, steps: list[Step], done: Callable[[Step], None]) -> None:
-    """Do steps that are of other words each, by as many threads as torch has here, and note each."""
-    rooms = threading.local()
-
-    def work(step: Step) -> None:
-        at, length = step.at
-        if len(room := getattr(rooms, "bytes", b"")) < length:
-            rooms.bytes = room = bytearray(length)
-        exchange = memoryview(room)[:length]
-        step.shelf.read(at, exchange)
-        # Compares each word that changes with what it was; where one is not, all are what they were again.
-        _core.exchange_apply(words.span(step.span), exchange, step.back)
-        done(step)
-
-    threads = min(torch.get_num_threads(), len(steps))
-    if threads < 2:
-        for step in steps:
-            work(step)
-        return
-    with ThreadPoolExecutor(threads, thread_name_prefix="xorz-update") as pool:
-        for _ in pool.map(work, steps):
-            pass
-
-
 def _reversed(way: Way) -> Way:
-    return [[replace(step, back=not step.back) for step in reversed(steps)] for steps in reversed(way)]
+    return [[step.turned() for step in reversed(steps)] for steps in reversed(way)]
 
 
 def _take_back(words: Words, done: list[Step]) -> None:
     for [step] in _reversed([[step] for step in done]):
         try:
-            _turn(words, [step], lambda _: None)
+            words.hand.turn(words, [step], lambda _: None)
         except BaseException as error:
             raise Broken(
                 f"the update failed, and parameter `{step.span[0]}` could not be taken back: the model holds neither version; "
@@ -406,14 +400,24 @@ def _take_back(words: Words, done: list[Step]) -> None:
             ) from error
 
 
+def known_words(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous, in place; one of a dtype that has no code of its own as the words that it is made of."""
+    kind = _core.OTHERS.get(tensor.dtype)
+    if kind is None:
+        return tensor
+    return (tensor if tensor.dim() else tensor.view(1)).view(kind[1])
+
+
 def digest_of(tensor: Tensor) -> str:
-    """A tensor's digest, as packages have it."""
-    return _core.delta_info(_ops.delta_encode(tensor, tensor)).base_digest
+    """A tensor's digest, as packages have it, wherever its words lie."""
+    words = known_words(_core.on_host("tensor", tensor))
+    return _core.delta_info(_ops.delta_encode(words, words)).base_digest
 
 
 def sha256_of(tensor: Tensor) -> str:
-    """The sha256 of a tensor's words, as packages have it."""
-    return hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+    """The sha256 of a tensor's words, as packages have it, wherever they lie."""
+    words = _core.on_host("tensor", tensor)
+    return hashlib.sha256(words.view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def missing(plan: Plan, names: Mapping[str, Any]) -> list[str]:
