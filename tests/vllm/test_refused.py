@@ -12,6 +12,7 @@ import pytest
 import torch
 import xorz.vllm
 from torch import nn
+from xorz.vllm import in_place
 from xorz.vllm.layers import XorzConfig
 from xorz.vllm.manager import Settings, Unfit, _check_engine, check_config
 from xorz.vllm.packages import what_is
@@ -113,10 +114,6 @@ ON_A_GPU = {
         {"compilation_config__pass_config__enable_sp": True},
         r"sequence parallelism \(pass_config\.enable_sp\) is not served",
     ),
-    "updates": (
-        {"weight_transfer_config": SimpleNamespace(backend="xorz")},
-        "updates in place .* are not served on a GPU; publish versions as tenants",
-    ),
 }
 
 
@@ -129,15 +126,58 @@ def test_engines_on_a_gpu(changed, words):
     _check_engine(config(**changed), "cpu")
 
 
-def test_updates_without_tenants_on_a_gpu():
-    for device in ("cpu", "cuda"):
-        alone = config(weight_transfer_config=SimpleNamespace(backend="xorz"))
-        alone.lora_config, alone.device_config = None, SimpleNamespace(device=torch.device(device))
-        if device == "cpu":
-            check_config(alone)
-        else:
-            with pytest.raises(ValueError, match=r"updates in place .* are not served on a GPU"):
-                check_config(alone)
+UPDATED = {
+    "a sleep": ({"model_config__enable_sleep_mode": True}, "sleep mode .* tenants or weights lie in"),
+    "offloading": ({"offload_config__uva__cpu_offload_gb": 2.0}, "kept on the host .* are not served"),
+    "offloading by groups": ({"offload_config__prefetch__offload_group_size": 4}, "kept on the host"),
+    "experts": (
+        {"model_config__is_moe": True},
+        "mixtures of experts are not served on a GPU by --quantization",
+    ),
+    "latent attention": ({"model_config__use_mla": True}, "updates in place of a model with MLA"),
+}
+
+
+@pytest.mark.parametrize("tenants", [True, False])
+@pytest.mark.parametrize("changed, words", UPDATED.values(), ids=UPDATED)
+def test_updates_on_a_gpu(changed, words, tenants, monkeypatch):
+    """What may be asked of an engine that is updated in place, alone and with tenants."""
+    updated = {"weight_transfer_config": SimpleNamespace(backend="xorz")}
+
+    def start(device, **more):
+        made = config(**updated, **more)
+        made.parallel_config.data_parallel_size = 1
+        made.lora_config, made.device_config = object() if tenants else None, SimpleNamespace(device=device)
+        check_config(made)
+
+    for device in ("cuda", torch.device("cuda:1")):
+        start(device)
+        with pytest.raises(ValueError, match=words if not tenants else "MLA|experts|sleep|on the host"):
+            start(device, **changed)
+    if "use_mla" not in str(changed):
+        start("cpu", **changed)
+    with pytest.raises(ValueError, match="device xpu is not served"):
+        start("xpu")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(ValueError, match="AMD's GPUs are not served"):
+        start("cuda")
+
+
+def test_updates_of_latent_attention_are_refused_on_the_cpu_too():
+    updated = config(weight_transfer_config=SimpleNamespace(backend="xorz"), model_config__use_mla=True)
+    updated.lora_config, updated.device_config = None, SimpleNamespace(device="cpu")
+    with pytest.raises(ValueError, match="updates in place of a model with MLA are not served"):
+        check_config(updated)
+    updated.weight_transfer_config = SimpleNamespace(backend="nccl")
+    with pytest.raises(ValueError, match="serves nothing"):
+        check_config(updated)
+
+
+def test_experts_of_vllm_s_own_may_be_updated_on_a_gpu():
+    own = config(weight_transfer_config=SimpleNamespace(backend="xorz"), model_config__is_moe=True)
+    own.quant_config, own.lora_config = None, None
+    assert not any(in_place.unserved(own, "cuda").values())
+    assert in_place.unserved(config(), "cuda") == {}
 
 
 def test_other_devices(monkeypatch):

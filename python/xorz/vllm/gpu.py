@@ -24,13 +24,10 @@ _WHERE_OTHERS_READ = "vllm.models."
 def unserved(config: Any, device: Any, settings: Any) -> dict[str, bool]:
     """What an engine on this device may ask for that is refused: a sentence each, and whether it is so; none for the CPU."""
     kind = torch.device(device).type
-    if kind == "cpu":
-        return {}
     if kind != "cuda":
-        return {f"device {device} is not served; the CPU and CUDA are": True}
+        return of_device(device)
     model, parallel = config.model_config, config.parallel_config
-    return {
-        "AMD's GPUs are not served: the kernels are CUDA's": torch.version.hip is not None,
+    own = {
         "on a GPU say how much of its memory tenants may take, which is taken before vLLM measures what is left "
         """(--additional-config '{"xorz": {"memory": "8 GiB"}}')""": settings.memory is None,
         'mode="exact" is not served on a GPU: it has to know on the host who has which row, in each layer; use "fast" or '
@@ -38,33 +35,37 @@ def unserved(config: Any, device: Any, settings: Any) -> dict[str, bool]:
         "mixtures of experts are not served on a GPU: which experts have rows is read back; use the CPU": model.is_moe,
         "models with a state beside keys and values (Mamba, hybrids) are not served on a GPU: their kernels read parameters "
         "past the layers": model.is_hybrid or model.is_attention_free,
-        "sleep mode (--enable-sleep-mode) is not served on a GPU: it takes memory away that tenants lie in": getattr(
-            model, "enable_sleep_mode", False
-        ),
         "batch-sharded sampling (--enable-batch-sharded-sampling) is not served: it computes logits in another "
         "order": getattr(parallel, "enable_batch_sharded_sampling", False),
-        "weights that are kept on the host (--cpu-offload-gb, --offload-group-size) are not served on a GPU": bool(
-            config.offload_config.uva.cpu_offload_gb or config.offload_config.prefetch.offload_group_size
-        ),
         # Of vLLM 0.31; those after it have none.
         "sequence parallelism (pass_config.enable_sp) is not served: norms are given other rows than the step's": bool(
             getattr(config.compilation_config.pass_config, "enable_sp", False)
         ),
-    } | updates(config, device)
-
-
-def updates(config: Any, device: Any) -> dict[str, bool]:
-    """The same of an engine whose base is updated in place by packages, which may serve no tenants."""
-    return {
-        'updates in place (--weight-transfer-config \'{"backend": "xorz"}\') are not served on a GPU; publish versions as '
-        "tenants": is_updated(config) and torch.device(device).type != "cpu"
     }
+    return of_device(device) | of_memory(config) | own
 
 
-def is_updated(config: Any) -> bool:
-    """Whether the base is to be updated in place by packages."""
-    transfer = getattr(config, "weight_transfer_config", None)
-    return transfer is not None and transfer.backend == "xorz"
+def of_device(device: Any) -> dict[str, bool]:
+    """Of the device alone, in the same way."""
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return {}
+    if kind != "cuda":
+        return {f"device {device} is not served; the CPU and CUDA are": True}
+    return {"AMD's GPUs are not served: the kernels are CUDA's": torch.version.hip is not None}
+
+
+def of_memory(config: Any) -> dict[str, bool]:
+    """Of where weights lie on a GPU, and whether they stay there, in the same way."""
+    model, offload = config.model_config, config.offload_config
+    return {
+        "sleep mode (--enable-sleep-mode) is not served on a GPU: it takes memory away that tenants or weights lie in": getattr(
+            model, "enable_sleep_mode", False
+        ),
+        "weights that are kept on the host (--cpu-offload-gb, --offload-group-size) are not served on a GPU": bool(
+            offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size
+        ),
+    }
 
 
 def check_model(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 
 from ..serve.residency import Piece, Residency, size_of
 from ..serve.rows import copy_to, staged
-from . import gpu
+from . import gpu, in_place
 from .experts import XorzExpertsMethod
 from .layers import XorzConfig, XorzEmbeddingMethod, XorzLinearMethod, XorzRMSNorm
 from .packages import Checkpoint, Loader, Prepared, check_trust, split_name, what_is
@@ -406,8 +406,8 @@ def check_config(config: Any) -> None:
     device = config.device_config.device
     if config.lora_config is not None:
         _check_engine(config, device)
-    elif gpu.is_updated(config):
-        _refuse(gpu.updates(config, device))
+    elif in_place.is_updated(config):
+        refuse(in_place.unserved(config, device))
     else:
         raise ValueError(
             "xorz: --quantization xorz serves nothing without --enable-lora (tenants are vLLM's adapters), or "
@@ -436,10 +436,11 @@ def _check_engine(config: Any, device: Any) -> None:
         "an output layer of another dtype than the model's (head_dtype), whose words vLLM reads past it, is not "
         "served": model.head_dtype != model.dtype,
     }
-    _refuse(unfit | gpu.unserved(config, device, Settings.of(config)))
+    refuse(unfit | gpu.unserved(config, device, Settings.of(config)) | in_place.unserved(config, device))
 
 
-def _refuse(unfit: dict[str, bool]) -> None:
+def refuse(unfit: dict[str, bool]) -> None:
+    """ValueError with the first sentence that is so."""
     for text, is_so in unfit.items():
         if is_so:
             raise ValueError(f"xorz: {text}")

@@ -29,8 +29,9 @@ from vllm.logger import init_logger
 
 from .. import _core
 from ..versions import Versions
-from . import packages, update
-from .manager import Settings, folder_of
+from . import in_place, packages, update
+from .manager import Settings, folder_of, refuse
+from .on_device import OnDevice
 from .plan import plan
 
 logger = init_logger("vllm.xorz")
@@ -157,14 +158,16 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
     def __init__(self, config: Any, vllm_config: Any, device: Any, model: Any) -> None:
         """As vLLM's; ValueError for engines that cannot be updated."""
         super().__init__(config, vllm_config, device, model)
-        if torch.device(device).type != "cpu":
-            raise ValueError(
-                f"xorz: weight transfer to device {device} is not served; to the CPU it is (publish versions as tenants)"
-            )
+        refuse(in_place.unserved(vllm_config, device))
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise ValueError("xorz: weight transfer with pipeline parallelism is not served")
         if vllm_config.parallel_config.enable_expert_parallel:
             raise ValueError("xorz: weight transfer with expert parallelism is not served")
+        self._hand = update.OnHost()
+        if torch.device(device).type != "cpu":
+            in_place.check_layers(model)
+            in_place.check_device(device)
+            self._hand = OnDevice(device)
         self.took_back = True
         self.version, self.identity, self.keep = "0", None, 1
         self.trust = self._least = Settings.of(vllm_config).trust
@@ -211,7 +214,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
         self._next = None
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """See `receive_weights`; there is no device to wait for."""
+        """See `receive_weights`; it asks nothing of a device that would have to be waited for."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: XorzUpdateInfo) -> None:
@@ -320,8 +323,8 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
             tp = get_tp_group()
             group = update.Group(tp.cpu_group, tp.rank_in_group, tp.world_size)
             base = packages.Checkpoint(self._folder)
-            _check_words(self.model)
-            self._words = update.Words(self.model, base, plan(self.model, base.tensors), group)
+            _check_words(self.model, self.device)
+            self._words = update.Words(self.model, base, plan(self.model, base.tensors), group, self._hand)
         return self._words
 
     def _prepare(self, info: XorzUpdateInfo) -> _Next:
@@ -596,9 +599,12 @@ def _download(address: str, file: Any) -> None:
             file.write(part)
 
 
-def _check_words(model: torch.nn.Module) -> None:
-    """ValueError where the parameters do not hold the checkpoint's words at all."""
+def _check_words(model: torch.nn.Module, device: Any) -> None:
+    """ValueError where the parameters do not hold the checkpoint's words at all, or not where the engine computes."""
+    kind = torch.device(device).type
     for name, param in model.named_parameters():
+        if param.device.type != kind:
+            raise ValueError(f"xorz: parameter `{name}` is on {param.device}, but the engine is on {device}")
         if param.numel() == 0 or param.is_meta:
             raise ValueError(
                 f"xorz: parameter `{name}` holds no words: vLLM has repacked it for its CPU kernels; start the engine with "
