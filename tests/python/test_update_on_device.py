@@ -74,6 +74,8 @@ def test_steps_there_and_back_where_the_words_lie(gpu, tmp_path, made):
         assert staged.changed == sum(
             int((made[number][n] != made[number - 1][n]).sum()) for n in on_host.SHAPES
         )
+        # There and back.
+        assert staged.bytes == sum(step.at[1] + step.other[1] for step in staged.steps)
         gpu.ops.clear()
         ways.append(update.apply(words, staged))
         assert holds(model, made[number])
@@ -190,11 +192,17 @@ def interrupted(plain, weight, delta):
     raise KeyboardInterrupt
 
 
+def interrupted_and_reported(plain, weight, delta):
+    reported(plain, weight, delta)
+    raise KeyboardInterrupt
+
+
 FAILURES = {
     "before it was done": (early, MemoryError, "out of memory"),
     "after it was done": (late, RuntimeError, "lost the stream"),
     "a report": (reported, RuntimeError, "parameter `.*`, rows .* reported"),
     "an interrupt": (interrupted, KeyboardInterrupt, "^$"),
+    "an interrupt of what was refused": (interrupted_and_reported, KeyboardInterrupt, "^$"),
 }
 
 

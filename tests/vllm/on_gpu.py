@@ -3,6 +3,7 @@ model of a checkpoint says, on the CPU, by torch.
 """
 
 import functools
+import os
 
 import engines
 import gpu_double
@@ -50,7 +51,8 @@ def alone():
 
     xorz.vllm.register()
     with set_current_vllm_config(config_of(models.base("qwen3", engines.FOLDER))):
-        init_distributed_environment(1, 0, "tcp://127.0.0.1:29581", 0, "gloo")
+        address = f"tcp://127.0.0.1:{20000 + os.getpid() % 20000}"
+        init_distributed_environment(1, 0, address, 0, "gloo")
         initialize_model_parallel(1, 1)
         yield
     cleanup_dist_env_and_memory()

@@ -196,6 +196,29 @@ def test_prepared_in_a_thread_while_steps_are_asked(run, gpu, monkeypatch):
     assert made.has(1) and made.says(out, 1)
 
 
+def test_words_are_trusted_by_their_sha256_there_too(run, gpu, monkeypatch, tmp_path):
+    made = Engine(monkeypatch, run)
+    old, new, third = (load_file(path / "model.safetensors") for path in made.paths[:3])
+    name = "model.layers.0.mlp.down_proj.weight"
+    changed = {n: new[n] if n == name else old[n] for n in old}
+    xorz.pack(old, changed, tmp_path / "1.xorz", trust="sha256")
+    for forged in ("model.norm.weight", name):
+        path = runs.forged(tmp_path / "1.xorz", forged, tmp_path / "forged.xorz")
+        made.init(trust="sha256")
+        with pytest.raises(ValueError, match=f"tensor `{forged}`: .*sha256"):
+            made.receive(source=str(path))
+    with _disable_current_modes():
+        xorz.pack(old, third, tmp_path / "plain.xorz")
+    with pytest.raises(ValueError, match="sha256"):
+        made.receive(source=str(tmp_path / "plain.xorz"))
+    assert made.has(0)
+    made.to("one", source=str(tmp_path / "1.xorz"), version="one")
+    with _disable_current_modes(), torch.no_grad():
+        made.twin.load_weights(iter(changed.items()))
+        wanted = dict(made.twin.named_parameters())
+        assert all(torch.equal(update.bits(w), update.bits(wanted[n].data)) for n, w in made.words().items())
+
+
 def test_what_does_not_fit_changes_nothing(run, gpu, monkeypatch, tmp_path):
     made = Engine(monkeypatch, run)
     versions = xorz.Versions(load_file(made.paths[0] / "model.safetensors"), made.chain)
@@ -280,6 +303,26 @@ def test_words_on_another_device_than_the_engine_s_are_refused(run, gpu, monkeyp
         ValueError, match=r"parameter `model\.norm\.weight` is on cpu, but the engine is on cuda:0"
     ):
         made.init()
+
+
+def test_an_engine_that_cannot_be_updated_does_not_start(run, gpu, monkeypatch):
+    """Whatever its settings are; without `--quantization xorz` nobody has looked at them before."""
+    made = Engine(monkeypatch, run, "vLLM's own")
+
+    def start():
+        sync.XorzWeightTransferEngine(made.config.weight_transfer_config, made.config, CUDA, made.model)
+
+    start()
+    with monkeypatch.context() as asleep:
+        asleep.setattr(made.config.model_config, "enable_sleep_mode", True)
+        with pytest.raises(ValueError, match=r"sleep mode .* is not served on a GPU"):
+            start()
+    layer = made.model.model.layers[1].mlp.down_proj
+    layer.quant_method = named("Fp8LinearMethod")
+    with pytest.raises(
+        ValueError, match=r"layer `model\.layers\.1\.mlp\.down_proj` is computed by Fp8LinearMethod"
+    ):
+        start()
 
 
 def test_gpus_and_installations_that_cannot_do_it(run, gpu, monkeypatch):

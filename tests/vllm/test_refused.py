@@ -135,6 +135,7 @@ UPDATED = {
         "mixtures of experts are not served on a GPU by --quantization",
     ),
     "latent attention": ({"model_config__use_mla": True}, "updates in place of a model with MLA"),
+    "pictures": ({"model_config__is_multimodal_model": True}, "updates in place of multimodal models"),
 }
 
 
@@ -152,9 +153,11 @@ def test_updates_on_a_gpu(changed, words, tenants, monkeypatch):
 
     for device in ("cuda", torch.device("cuda:1")):
         start(device)
-        with pytest.raises(ValueError, match=words if not tenants else "MLA|experts|sleep|on the host"):
+        with pytest.raises(
+            ValueError, match=words if not tenants else "MLA|experts|sleep|on the host|multimodal"
+        ):
             start(device, **changed)
-    if "use_mla" not in str(changed):
+    if not tenants and "use_mla" not in str(changed):
         start("cpu", **changed)
     with pytest.raises(ValueError, match="device xpu is not served"):
         start("xpu")

@@ -29,7 +29,9 @@ def unserved(config: Any, device: Any) -> dict[str, bool]:
     is_ours = config.quant_config is not None and config.quant_config.get_name() == "xorz"
     own |= {
         "mixtures of experts are not served on a GPU by --quantization xorz: which experts have rows is read back; leave that "
-        "out where the base is only updated": config.model_config.is_moe and is_ours
+        "out where the base is only updated": config.model_config.is_moe and is_ours,
+        "updates in place of multimodal models are not served on a GPU: vLLM keeps what their encoders have made of "
+        "pictures": config.model_config.is_multimodal_model,
     }
     return of_device(device) | of_memory(config) | own
 
@@ -70,9 +72,7 @@ def check_layers(model: nn.Module) -> None:
         impl = getattr(module, "impl", None)
         if module is model or own is None:
             continue
-        # That of an encoder's attention makes scales, of no weights.
-        is_known = impl is not None or type(module).__name__ == "MMEncoderAttention"
-        if type(module).__name__.startswith("MLA") or not is_known:
+        if type(module).__name__.startswith("MLA") or impl is None:
             raise ValueError(_second_form(f"layer `{name}`", type(module).__name__))
         if getattr(impl, "sinks", None) is not None:
             # FlashInfer's have them in float32.

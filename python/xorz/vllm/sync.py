@@ -427,6 +427,8 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
             if changed:
                 update.stage(words, opened, name, whole, out.staged)
                 return None
+            if by_sum and whole is not None:
+                whole = words.hand.read(whole)  # once for both
             there = self._digests.get(name) or update.digest_of(whole)
             # Of small tensors packages keep 16 digits.
             if not there.startswith(entry["base"]):
