@@ -115,15 +115,19 @@ def product(
     if flat.size(0) != runs.count:
         # Which the op refuses, in its own words.
         return torch.ops.xorz.delta_linear_grouped(input, weight, biases, arena, slots, tenant_of_row)
+
+    def alone(slot: int, mine: Tensor) -> Tensor:
+        bias, delta = None if biases is None else biases[slot], delta_of(slot)
+        if delta is None:
+            return F.linear(mine, weight, bias)
+        return torch.ops.xorz.delta_linear(mine, weight, bias, delta)
+
+    if not runs.rest and len(runs.alone) == 1:
+        return alone(next(iter(runs.alone)), flat).view(*input.shape[:-1], -1)
     out = flat.new_empty(flat.size(0), weight.size(0))
     for slot, spans in runs.alone.items():
         parts = [flat[first:end] for first, end in spans]
-        mine = parts[0] if len(parts) == 1 else torch.cat(parts)
-        bias, delta = None if biases is None else biases[slot], delta_of(slot)
-        if delta is None:
-            made = F.linear(mine, weight, bias)
-        else:
-            made = torch.ops.xorz.delta_linear(mine, weight, bias, delta)
+        made = alone(slot, parts[0] if len(parts) == 1 else torch.cat(parts))
         for (first, end), part in zip(spans, made.split([end - first for first, end in spans]), strict=True):
             out[first:end] = part
     for first, end in runs.rest:

@@ -21,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
+from . import products  # noqa: F401  (its op)
 from .experts import XorzExpertsMethod
 from .gpu import LEAST_CAPABILITY
 from .rows import Site
@@ -38,6 +39,8 @@ def _product(
     biases = None
     if bias is not None:
         biases = own.table if own is not None else bias.expand(site.slots.size(0) + 1, -1)
+    if site.mode == "fast" and site.arena.device.type == "cuda":
+        return torch.ops.xorz_vllm.product(x, layer.weight, biases, site.arena, site.slots, rows(site, x))
     return torch.ops.xorz.delta_linear_grouped(
         x, layer.weight, biases, site.arena, site.slots, rows(site, x), mode=site.mode
     )

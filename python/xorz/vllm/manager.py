@@ -30,7 +30,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 
 from ..serve.residency import Piece, Residency, size_of
 from ..serve.rows import copy_to, staged
-from . import gpu, in_place
+from . import gpu, in_place, products
 from .experts import XorzExpertsMethod
 from .layers import XorzConfig, XorzEmbeddingMethod, XorzLinearMethod, XorzRMSNorm
 from .packages import Checkpoint, Loader, Prepared, check_trust, split_name, what_is
@@ -176,6 +176,8 @@ class XorzManager(LRUCacheLoRAModelManager):
         self.offsets = torch.zeros(
             len(self.matrices), self.lora_slots, 2, dtype=torch.int64, device=self.device
         )
+        # The same as the host knows it.
+        self.places = torch.zeros(self.offsets.shape, dtype=torch.int64)
         # Of the adapter that is given a slot, on the way from the host to `offsets`.
         self._arriving = torch.zeros_like(self.offsets[:, 0])
         first = 0
@@ -189,8 +191,13 @@ class XorzManager(LRUCacheLoRAModelManager):
                 module._parameters[attribute].data = self.params[name] = site.table[-1]
             else:
                 count = len(matrices_of(name, param))
-                slots = self.offsets[first : first + count]
-                site.slots, first = slots if param.dim() == 3 else slots[0], first + count
+                slots, places = (t[first : first + count] for t in (self.offsets, self.places))
+                first += count
+                if param.dim() == 3:
+                    site.slots = slots
+                else:
+                    site.slots, site.places = slots[0], places[0]
+                    products.register(site)
             for module, attribute in users:
                 setattr(module, f"xorz_{attribute}", site)
                 if getattr(module, "use_fused_embedding", False):
@@ -293,7 +300,8 @@ class XorzManager(LRUCacheLoRAModelManager):
         """Take its slot back; nothing points at memory that may be free."""
         if lora_id in self.lora_index_to_id:
             with self._order.beside():
-                self.offsets[:, self.lora_index_to_id.index(lora_id)] = 0
+                slot = self.lora_index_to_id.index(lora_id)
+                self.offsets[:, slot] = self.places[:, slot] = 0
         super()._deactivate_adapter(lora_id)
 
     def remove_all_adapters(self) -> None:
@@ -303,6 +311,7 @@ class XorzManager(LRUCacheLoRAModelManager):
         nobody = torch.zeros(0, dtype=torch.int32)
         with self._order.beside():
             self.offsets.zero_()
+            self.places.zero_()
             self.row_map.write(nobody, nobody)
         super().remove_all_adapters()
 
@@ -318,6 +327,7 @@ class XorzManager(LRUCacheLoRAModelManager):
         with self._order.beside():
             copy_to(self._arriving, lora.places)
             self.offsets[:, slot].copy_(self._arriving)
+            self.places[:, slot] = lora.places
             for name, site in self.vectors.items():
                 if name in lora.values:
                     copy_to(site.table[slot], lora.values[name])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..serve.rows import copy_to
+from ..serve.runs import Runs, runs_of
 
 _APART = 64
 """Rows that maps are multiples of, so that each begins as aligned as memory of its own."""
@@ -31,6 +32,7 @@ class Rows:
         self._all = self._of_base(count).to(device)
         self.tokens, self.sampled, self.places = self._all.unbind()
         self.of_prompt: Tensor | None = None
+        self._runs: Runs | None = None
 
     def _of_base(self, count: int) -> Tensor:
         out = torch.full((3, count), -1, dtype=torch.int32)
@@ -47,6 +49,13 @@ class Rows:
         new[1, : sampled.numel()] = sampled
         new[2, : tokens.numel()] = torch.where(tokens < 0, self.slots, tokens)
         copy_to(self._all, new)
+        self._runs = None if self._all.device.type == "cpu" else runs_of(tokens)
+
+    def runs_of(self, rows: Tensor) -> Runs | None:
+        """What becomes of these rows of a step on a GPU, if they are the first of `tokens` and some tenant has many."""
+        if self._runs is None or rows.data_ptr() != self.tokens.data_ptr():
+            return None
+        return self._runs.until(rows.numel())
 
     def count(self, shape: torch.Size) -> int:
         """Rows of the step in a layer's input, of which these are all dimensions but the features'.
@@ -92,6 +101,7 @@ class Site:
 
     Attributes:
         slots: int64 [s, 2], offset and length in the arena, of a matrix.
+        places: the same on the host, as the host knows them by now.
         table: [s + 1, n], the tenants' own vectors and, last, the base's, of a bias or a norm.
     """
 
@@ -99,4 +109,10 @@ class Site:
         """A parameter that no tenant has changed yet."""
         self.arena, self.rows, self.mode = arena, rows, mode
         self.slots: Tensor | None = None
+        self.places: Tensor | None = None
         self.table: Tensor | None = None
+
+    def delta(self, slot: int) -> Tensor | None:
+        """The delta in a slot; None if it has the base's words, as -1 does."""
+        offset, length = self.places[slot].tolist() if slot >= 0 else (0, 0)
+        return self.arena[offset : offset + length] if length else None
