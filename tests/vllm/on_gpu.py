@@ -34,7 +34,7 @@ class Alone(nn.Module):
 
 
 def config_of(path, **settings):
-    extra = {"xorz": {"mode": "fast", "memory": "4 MiB"}}
+    extra = {"xorz": {"mode": "fast", "memory": "4 MiB"} | settings.pop("xorz", {})}
     return EngineArgs(
         str(path), additional_config=extra, **(engines.SETTINGS | settings)
     ).create_engine_config()

@@ -12,6 +12,7 @@ import pytest
 import torch
 import xorz.vllm
 from torch import nn
+from vllm.config import CUDAGraphMode
 from xorz.vllm import in_place
 from xorz.vllm.layers import XorzConfig
 from xorz.vllm.manager import Settings, Unfit, _check_engine, check_config
@@ -35,7 +36,9 @@ def config(**changed):
             enable_batch_sharded_sampling=False,
         ),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
-        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=False)),
+        compilation_config=SimpleNamespace(
+            pass_config=SimpleNamespace(enable_sp=False), cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE
+        ),
         offload_config=SimpleNamespace(
             uva=SimpleNamespace(cpu_offload_gb=0.0), prefetch=SimpleNamespace(offload_group_size=0)
         ),
@@ -92,11 +95,11 @@ ON_A_GPU = {
     "no memory": ({"additional_config": {}}, "on a GPU say how much of its memory tenants may take"),
     "exact": (
         {"additional_config": {"xorz": {"memory": "1 GiB", "mode": "exact"}}},
-        'mode="exact" is not served on a GPU.*"deterministic"',
+        'mode="exact" is served on a GPU without CUDA graphs alone.*"deterministic"',
     ),
     "experts": (
         {"model_config__is_moe": True, "parallel_config__data_parallel_size": 1},
-        "mixtures of experts are not served on a GPU",
+        "mixtures of experts are served on a GPU without CUDA graphs alone",
     ),
     "a hybrid": ({"model_config__is_hybrid": True}, "Mamba, hybrids"),
     "Mamba": ({"model_config__is_attention_free": True}, "Mamba, hybrids"),
@@ -124,6 +127,15 @@ def test_engines_on_a_gpu(changed, words):
         with pytest.raises(ValueError, match=words):
             _check_engine(config(**changed), device)
     _check_engine(config(**changed), "cpu")
+
+
+@pytest.mark.parametrize("what", ["exact", "experts"])
+def test_what_reads_the_device_back_is_served_on_a_gpu_that_captures_no_graphs(what):
+    changed, words = ON_A_GPU[what]
+    _check_engine(config(**changed, compilation_config__cudagraph_mode=CUDAGraphMode.NONE), "cuda")
+    for mode in (CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL, CUDAGraphMode.FULL_DECODE_ONLY, None):
+        with pytest.raises(ValueError, match=words):
+            _check_engine(config(**changed, compilation_config__cudagraph_mode=mode), "cuda")
 
 
 UPDATED = {

@@ -117,13 +117,17 @@ def _routed_experts(
             of, stack[expert], None, arena, slots[expert], rows[token], mode=mode
         )
 
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    out = x.new_zeros(x.shape, dtype=torch.float32)
     choices, how = ids.size(1), MoEActivation(activation)
     # All choices by expert, and those of an expert by token.
-    order = ids.flatten().argsort(stable=True)
-    chosen, counts = ids.flatten()[order].unique_consecutive(return_counts=True)
-    for expert, place in zip(chosen.tolist(), order.split(counts.tolist()), strict=True):
-        if expert < 0:
+    flat = ids.flatten().long()
+    order = flat.argsort(stable=True)
+    # How many each expert has, and before the first those of none: the one thing that is waited for on a GPU.
+    counts = (
+        flat.new_zeros(up.size(0) + 1).scatter_add_(0, flat.clamp(min=-1) + 1, torch.ones_like(flat)).cpu()
+    )
+    for expert, place in enumerate(order.split(counts.tolist()), -1):
+        if expert < 0 or not place.numel():
             continue
         token = place // choices
         scale = weights.flatten()[place, None]

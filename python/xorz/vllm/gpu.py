@@ -30,9 +30,11 @@ def unserved(config: Any, device: Any, settings: Any) -> dict[str, bool]:
     own = {
         "on a GPU say how much of its memory tenants may take, which is taken before vLLM measures what is left "
         """(--additional-config '{"xorz": {"memory": "8 GiB"}}')""": settings.memory is None,
-        'mode="exact" is not served on a GPU: it has to know on the host who has which row, in each layer; use "fast" or '
-        '"deterministic"': settings.mode == "exact",
-        "mixtures of experts are not served on a GPU: which experts have rows is read back; use the CPU": model.is_moe,
+        'mode="exact" is served on a GPU without CUDA graphs alone (--enforce-eager): it has to know on the host who has which '
+        'row, in each layer; or use "fast" or "deterministic"': settings.mode == "exact"
+        and _captures(config),
+        "mixtures of experts are served on a GPU without CUDA graphs alone (--enforce-eager): how many rows each expert has is "
+        "read back": model.is_moe and _captures(config),
         "models with a state beside keys and values (Mamba, hybrids) are not served on a GPU: their kernels read parameters "
         "past the layers": model.is_hybrid or model.is_attention_free,
         "batch-sharded sampling (--enable-batch-sharded-sampling) is not served: it computes logits in another "
@@ -43,6 +45,11 @@ def unserved(config: Any, device: Any, settings: Any) -> dict[str, bool]:
         ),
     }
     return of_device(device) | of_memory(config) | own
+
+
+def _captures(config: Any) -> bool:
+    """Whether an engine captures CUDA graphs, of whatever kind, in which nothing can wait."""
+    return getattr(config.compilation_config.cudagraph_mode, "name", None) != "NONE"
 
 
 def of_device(device: Any) -> dict[str, bool]:
