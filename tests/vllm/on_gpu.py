@@ -58,7 +58,7 @@ def alone():
     cleanup_dist_env_and_memory()
 
 
-def model_of(path, **settings):
+def model_of(path, attends=False, **settings):
     from vllm.model_executor.layers import rotary_embedding
     from vllm.model_executor.model_loader import get_model
 
@@ -67,7 +67,7 @@ def model_of(path, **settings):
     config = config_of(path, **settings)
     with set_current_vllm_config(config):
         out = get_model(vllm_config=config)
-    for layer in out.model.layers:
+    for layer in () if attends else out.model.layers:
         layer.self_attn.attn = Alone()
     return out
 

@@ -7,6 +7,7 @@ vLLM's own models and layers, on the double of a GPU of tests/python, with and w
 """
 
 import gpu_double
+import models
 import on_gpu
 import pytest
 import runs
@@ -404,10 +405,18 @@ def test_layers_that_may_keep_weights_in_another_form_are_refused_by_name(model,
         in_place.check_layers(model)
 
 
-def test_layers_that_compute_with_their_parameters_as_they_were_loaded_are_not():
+@pytest.mark.parametrize("quantization", ["xorz", None])
+def test_layers_that_compute_with_their_parameters_as_they_were_loaded_are_not(
+    alone, monkeypatch, quantization
+):
     kept = named("UnquantizedFusedMoEMethod", unquantized_backend=named("B", name="TRITON"))
     in_place.check_layers(layer(quant_method=kept))
     in_place.check_layers(layer(quant_method=None))
     in_place.check_layers(nn.Sequential(Latent()))
+    as_on_cuda(monkeypatch)
     for kind in KINDS:
-        in_place.check_layers(plain(kind)[0])
+        settings = TRANSFER | {"enable_lora": False, "quantization": quantization}
+        model = on_gpu.model_of(models.base(kind, FOLDER), attends=True, **settings)
+        hooks = [m for m in model.modules() if hasattr(m, "process_weights_after_loading")]
+        assert len(hooks) == len(model.model.layers)
+        in_place.check_layers(model)

@@ -81,13 +81,15 @@ def check_layers(model: nn.Module) -> None:
 
 def _is_as_loaded(method: Any) -> bool:
     kind = type(method).__name__
-    if kind == _EXPERTS:
-        return getattr(method.unquantized_backend, "name", None) in _EXPERTS_AS_LOADED
-    return kind in _AS_LOADED
+    return kind in _AS_LOADED or (kind == _EXPERTS and _backend(method) in _EXPERTS_AS_LOADED)
+
+
+def _backend(method: Any) -> str | None:
+    return getattr(getattr(method, "unquantized_backend", None), "name", None)
 
 
 def _what(method: Any) -> str:
-    backend = getattr(getattr(method, "unquantized_backend", None), "name", None)
+    backend = _backend(method)
     return type(method).__name__ + (f" ({backend})" if backend else "")
 
 
