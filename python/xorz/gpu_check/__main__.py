@@ -1,7 +1,7 @@
 """`python -m xorz.gpu_check`: does this GPU compute what the CPU does, and how fast? For the first day on a new device.
 
     python -m xorz.gpu_check [--device cuda:0] [--quick] [--json FILE] [--no-timings] [--no-memcheck] [--no-graphs]
-                             [--minutes 8]
+                             [--minutes 8] [--vllm [--folder FOLDER]]
 
 Runs every op that takes CUDA tensors on data that it makes, beside the CPU by the promises of the README (weights bit for bit,
 exact sums bit for bit, a bound elsewhere) and beside torch; a whole model with tenants, alone, mixed, swapped, generating, in a
@@ -11,6 +11,10 @@ Prints tables, and the same as JSON.
 
 Exits with 0 where all is as promised, 1 where anything differs, 2 where nothing can be told: there is no such device, or this
 xorz has no kernels for it.
+
+`--vllm`, in the Python that has vLLM, tries its engines instead: many tenants in one, beside each tenant's whole model in vLLM
+without xorz and beside float64; eager, in graphs, in each of its model runners, on two GPUs; `serving` says how. `--folder` is
+where models, packages and what engines said stay; without it they go.
 
 `--device cpu` runs the same comparisons on the CPU's own kernels: it shows that this program works, nothing of a GPU.
 """
@@ -40,6 +44,7 @@ from .ops import (
     check_round_trip,
 )
 from .report import Report
+from .serving import cannot_serve, check_vllm
 from .timings import time_all
 
 SANITIZER = "compute-sanitizer"
@@ -68,9 +73,8 @@ def check_memory(report: Report, device: torch.device) -> None:
     report.check(f"{SANITIZER} finds no access out of bounds", wrong)
 
 
-def run(device: torch.device, args: argparse.Namespace) -> Report:
-    """Every check, then the timings."""
-    quick = args.quick
+def begin(device: torch.device) -> Report:
+    """Say what this is, and where."""
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
     report = Report(name)
@@ -83,6 +87,13 @@ def run(device: torch.device, args: argparse.Namespace) -> Report:
             "memory": found.total_memory,
             "cuda_of_torch": torch.version.cuda,
         }
+    return report
+
+
+def run(report: Report, device: torch.device, args: argparse.Namespace) -> None:
+    """Every check, then the timings."""
+    quick = args.quick
+    on_gpu = device.type == "cuda"
     small = [(1, 1), (33, 300), (17, 4099)]
     shapes = small if quick else [*small, (300, 5000), (4096, 4096)]
     one = ((67, 300), [1, 4, 17, 40]) if quick else ((1000, 1100), [1, 3, 4, 16, 17, 64, 200, 515])
@@ -120,7 +131,6 @@ def run(device: torch.device, args: argparse.Namespace) -> Report:
         shapes = [(256, 512)] if quick else [(4096, 4096), (11008, 4096), (4096, 11008)]
         rows, rounds = ([1, 8], 3) if quick else ([1, 8, 16, 64, 512], 30)
         report.attempt("timings", time_all, device, shapes, rows, 8, rounds, 60 * args.minutes, quick)
-    return report
 
 
 def cannot_run(device: torch.device) -> str | None:
@@ -147,14 +157,23 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--no-timings", action="store_true")
     parser.add_argument("--no-memcheck", action="store_true")
     parser.add_argument("--no-graphs", action="store_true")
-    parser.add_argument("--minutes", type=float, default=8, help="no timing begins later than this")
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="no timing and no engine begins later than this"
+    )
+    parser.add_argument("--vllm", action="store_true", help="try vLLM's engines instead")
+    parser.add_argument(
+        "--folder", type=Path, help="of --vllm: keep models and what engines said in this new folder"
+    )
     args = parser.parse_args(arguments)
-    why = cannot_run(args.device)
+    if args.folder is not None and args.folder.exists():
+        parser.error(f"--folder: {args.folder} is there already")
+    why = (cannot_serve() if args.vllm else None) or cannot_run(args.device)
     if why is not None:
         print(f"xorz: {why}", file=sys.stderr)
         return 2
     with torch.no_grad():
-        report = run(args.device, args)
+        report = begin(args.device)
+        (check_vllm if args.vllm else run)(report, args.device, args)
     failed = sum(not c["passed"] for c in report.checks)
     left = f", {len(report.left_out)} left out" if report.left_out else ""
     print(f"\n{len(report.checks)} checks, {failed} failed{left}; {report.seconds():.0f} s")

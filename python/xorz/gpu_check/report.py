@@ -26,12 +26,11 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
-    def check(self, name: str, wrong: str | None) -> None:
-        """Note a check; `wrong` says what differs."""
-        self.checks.append({"check": name, "passed": wrong is None, "wrong": wrong})
-        print(
-            f"{'ok  ' if wrong is None else 'FAIL'} {name}{'' if wrong is None else ': ' + wrong}", flush=True
-        )
+    def check(self, name: str, wrong: str | None, line: str | None = None, **numbers: Any) -> None:
+        """Note a check; `wrong` says what differs. `line` is printed in the name's place, `numbers` are kept beside it."""
+        self.checks.append({"check": name, "passed": wrong is None, "wrong": wrong, **numbers})
+        said = "" if wrong is None else ": " + wrong
+        print(f"{'ok  ' if wrong is None else 'FAIL'} {line or name}{said}", flush=True)
 
     def leave_out(self, what: str) -> None:
         """Note what was not done, and why."""
