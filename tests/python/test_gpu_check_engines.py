@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -266,6 +267,39 @@ def test_on_a_gpu_graphs_of_both_kinds_are_tried():
     assert all(way.settings["enforce_eager"] for way in ways("cuda", graphs=False)[0].values())
     made, left = ways("cpu")
     assert list(made) == ["eager, deterministic", "fast"] and "CUDA graphs: the CPU has none" in left
+
+
+def test_both_model_runners_and_two_devices_are_tried_where_there_are_any(monkeypatch):
+    report, default = Report("a double"), serving.Way("d", {"max_loras": 3}, {}, timed=True)
+    monkeypatch.setattr(serving.importlib.util, "find_spec", lambda name: None)
+    assert serving.other_runner(report, default, {"second_runner": False}) is None
+    assert "it needs Triton" in report.left_out[0]
+    monkeypatch.setattr(serving.importlib.util, "find_spec", lambda name: name)
+    for chosen, other in ((False, "1"), (True, "0")):
+        way = serving.other_runner(report, default, {"second_runner": chosen})
+        assert way.environment == {"VLLM_USE_V2_MODEL_RUNNER": other} and not way.timed
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert serving.on_two(report, gpu, default) is None and "there are not two GPUs" in report.left_out[1]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert serving.on_two(report, gpu, default).settings == {"max_loras": 3, "tensor_parallel_size": 2}
+    # The GPU that is asked for comes first, and is the one of an engine on one.
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    seen = serving.environment(torch.device("cuda:1"), Path(), plain=True)
+    assert seen["CUDA_VISIBLE_DEVICES"] == "1,0" and seen["VLLM_PLUGINS"] == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    assert serving.environment(torch.device("cuda:1"), Path(), plain=False)["CUDA_VISIBLE_DEVICES"] == "3,5"
+
+
+def test_graphs_that_vllm_did_not_make_were_not_tried():
+    report = Report("a double")
+    default, eager = serving.Way("d", {}, {}), serving.Way("e", {"enforce_eager": True}, {})
+    piecewise = serving.Way("p", {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}, {})
+    for way, made in ((default, "FULL_AND_PIECEWISE"), (piecewise, "PIECEWISE"), (eager, "NONE")):
+        serving.check_graphs(report, way.name, way, {"device": "cuda", "graphs": made})
+    assert report.left_out == []
+    serving.check_graphs(report, "d", default, {"device": "cuda", "graphs": "PIECEWISE"})
+    assert report.left_out == ["d: graphs of FULL_AND_PIECEWISE: vLLM has made PIECEWISE"]
 
 
 def test_the_whole_of_it(tmp_path, monkeypatch, capsys):

@@ -71,7 +71,7 @@ class Engine:
     """An engine, and all that it was asked."""
 
     def __init__(self, spec: Spec) -> None:
-        """Starts it."""
+        """Starts it, in this very process."""
         from vllm import LLM
 
         self.spec = spec
@@ -165,7 +165,7 @@ class Engine:
         return sorted(out)[1]
 
     def facts(self) -> dict[str, Any]:
-        """What vLLM chose."""
+        """What vLLM has chosen by itself."""
         from vllm.platforms import current_platform
 
         config = self.llm.llm_engine.vllm_config

@@ -288,19 +288,18 @@ def ways_of(device: torch.device, quick: bool, graphs: bool) -> tuple[list[Way],
     return [eager, piecewise, default], []
 
 
-def _other_runner(default: Way, facts: dict[str, Any]) -> Way:
-    """The model runner that vLLM has not chosen by itself."""
+def other_runner(report: Report, default: Way, facts: dict[str, Any]) -> Way | None:
+    """The default with the model runner that vLLM has not chosen by itself, by `facts`; None, and why, if there is none."""
     second = not facts["second_runner"]
+    if second and importlib.util.find_spec("triton") is None:
+        report.leave_out("vLLM's second model runner: it needs Triton, which is not installed")
+        return None
     name = f"{default.name}, {'second' if second else 'first'} model runner"
-    return dataclasses.replace(
-        default,
-        name=name,
-        environment=default.environment | {"VLLM_USE_V2_MODEL_RUNNER": str(int(second))},
-        timed=False,
-    )
+    chosen = default.environment | {"VLLM_USE_V2_MODEL_RUNNER": str(int(second))}
+    return dataclasses.replace(default, name=name, environment=chosen, timed=False)
 
 
-def _on_two(report: Report, device: torch.device, default: Way) -> Way | None:
+def on_two(report: Report, device: torch.device, default: Way) -> Way | None:
     """Tensor parallel, where there are two of what it needs."""
     more, settings = {}, default.settings | {"tensor_parallel_size": 2}
     if device.type == "cuda":
@@ -373,7 +372,7 @@ def check_kind(
         def run(report: Report) -> None:
             facts[way.name] = check_served(report, engines, reference, way)
             report.facts[f"{kind}, {way.name}"] = facts[way.name]
-            _check_graphs(report, f"{kind}, {way.name}", way, facts[way.name])
+            check_graphs(report, f"{kind}, {way.name}", way, facts[way.name])
 
         report.attempt(f"{kind}, {way.name}", run)
 
@@ -381,11 +380,11 @@ def check_kind(
         served(way)
     if all_ways and not args.quick:
         if default.name in facts:
-            served(_other_runner(default, facts[default.name]))
-        served(_on_two(report, device, default))
+            served(other_runner(report, default, facts[default.name]))
+        served(on_two(report, device, default))
 
 
-def _check_graphs(report: Report, what: str, way: Way, facts: dict[str, Any]) -> None:
+def check_graphs(report: Report, what: str, way: Way, facts: dict[str, Any]) -> None:
     """Say so where vLLM has captured other graphs than were asked for: then those were not tried."""
     if facts["device"] == "cpu" or way.settings.get("enforce_eager"):
         return
