@@ -348,6 +348,17 @@ def test_an_engine_that_does_not_start_says_why(kin, monkeypatch):
         engines.answer(WAY, BASE, None)
 
 
+def test_what_an_engine_ended_with_is_its_last_error(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text(
+        "(Main pid=1) WARNING [base.py:380] ValueError: no tokenizer\nTraceback:\nKeyError: 'a'\n"
+        "(Worker pid=2) ERROR RuntimeError: xorz: 'alice' does not fit\n\n  File x\nshutting down\nbye\n"
+    )
+    assert serving.end_of(log) == (
+        "(Worker pid=2) ERROR RuntimeError: xorz: 'alice' does not fit | File x | shutting down | bye"
+    )
+
+
 def test_where_there_is_no_vllm_it_says_so(capsys):
     if serving.cannot_serve() is None:
         pytest.skip("vLLM is here")

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -112,9 +113,11 @@ class Engines:
                     timeout=self.seconds,
                 )
             except subprocess.TimeoutExpired as error:
-                raise RuntimeError(f"the engine was not done in {self.seconds:.0f} s: {_end(log)}") from error
+                raise RuntimeError(
+                    f"the engine was not done in {self.seconds:.0f} s: {end_of(log)}"
+                ) from error
         if done.returncode or not answers.exists():
-            raise RuntimeError(f"the engine ended with exit code {done.returncode}: {_end(log)}")
+            raise RuntimeError(f"the engine ended with exit code {done.returncode}: {end_of(log)}")
         return json.loads(answers.read_text())
 
 
@@ -138,11 +141,13 @@ def environment(device: torch.device, folder: Path, plain: bool) -> dict[str, st
     return out | {"CUDA_VISIBLE_DEVICES": ",".join(every[first:] + every[:first])}
 
 
-def _end(log: Path) -> str:
-    """The last of what an engine said, and the first error in it."""
+def end_of(log: Path) -> str:
+    """The last error that an engine spoke of, and how its log ends; what vLLM only warns of is no error."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line]
-    return " | ".join([*errors[:1], *lines[-4:]])
+    errors = [
+        line for line in lines if re.search(r"\b\w+(Error|Exception): ", line) and "WARNING" not in line
+    ]
+    return " | ".join(dict.fromkeys([*errors[-1:], *lines[-3:]]))
 
 
 _COLUMNS = (
