@@ -62,7 +62,7 @@ class Step:
     other: tuple[int, int] | None = None
 
     def turned(self) -> "Step":
-        """The other way."""
+        """The same step the other way."""
         if self.other is None:
             return replace(self, back=not self.back)
         return replace(self, back=not self.back, at=self.other, other=self.at)
