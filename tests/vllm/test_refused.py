@@ -169,7 +169,7 @@ def test_updates_on_a_gpu(changed, words, tenants, monkeypatch):
             ValueError, match=words if not tenants else "MLA|experts|sleep|on the host|multimodal"
         ):
             start(device, **changed)
-    if not tenants and "use_mla" not in str(changed):
+    if not tenants and not {"model_config__use_mla", "model_config__is_multimodal_model"} & set(changed):
         start("cpu", **changed)
     with pytest.raises(ValueError, match="device xpu is not served"):
         start("xpu")
@@ -178,10 +178,12 @@ def test_updates_on_a_gpu(changed, words, tenants, monkeypatch):
         start("cuda")
 
 
-def test_updates_of_latent_attention_are_refused_on_the_cpu_too():
-    updated = config(weight_transfer_config=SimpleNamespace(backend="xorz"), model_config__use_mla=True)
+@pytest.mark.parametrize("what", ["latent attention", "pictures"])
+def test_updates_of_what_is_kept_beside_the_words_are_refused_on_the_cpu_too(what):
+    changed, words = UPDATED[what]
+    updated = config(weight_transfer_config=SimpleNamespace(backend="xorz"), **changed)
     updated.lora_config, updated.device_config = None, SimpleNamespace(device="cpu")
-    with pytest.raises(ValueError, match="updates in place of a model with MLA are not served"):
+    with pytest.raises(ValueError, match=f"{words}.* not served"):
         check_config(updated)
     updated.weight_transfer_config = SimpleNamespace(backend="nccl")
     with pytest.raises(ValueError, match="serves nothing"):

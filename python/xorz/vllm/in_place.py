@@ -22,7 +22,9 @@ def unserved(config: Any, device: Any) -> dict[str, bool]:
         return {}
     own = {
         "updates in place of a model with MLA are not served: vLLM makes others of some weights when it has loaded "
-        "them": config.model_config.use_mla
+        "them": config.model_config.use_mla,
+        "updates in place of multimodal models are not served: vLLM keeps what their encoders have made of "
+        "pictures": config.model_config.is_multimodal_model,
     }
     if torch.device(device).type != "cuda":
         return of_device(device) | own
@@ -30,8 +32,6 @@ def unserved(config: Any, device: Any) -> dict[str, bool]:
     own |= {
         "mixtures of experts are not served on a GPU by --quantization xorz: which experts have rows is read back; leave that "
         "out where the base is only updated": config.model_config.is_moe and is_ours,
-        "updates in place of multimodal models are not served on a GPU: vLLM keeps what their encoders have made of "
-        "pictures": config.model_config.is_multimodal_model,
     }
     return of_device(device) | of_memory(config) | own
 
