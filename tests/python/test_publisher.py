@@ -188,7 +188,7 @@ def test_a_version_that_failed_half_way_leaves_the_copy_that_is_held_as_it_was(
             calls = []
             owner, attribute = {
                 "add": (_core.Writer, "add"),
-                "digest": (versions, "_digest"),
+                "digest": (versions, "digest_of"),
                 "finish": (_core.Writer, "finish"),
             }[fails]
             real = getattr(owner, attribute)
