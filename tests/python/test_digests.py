@@ -149,3 +149,21 @@ def test_versions_of_a_model_on_a_gpu_know_its_base_by_digests(gpu, tmp_path):
     assert run.digest(0) == on_host.digest(0) and sum(gpu.fetched) == 16 * len(before)
     assert run.publish(after) == 1
     assert run.digest(1) == on_host.digest(on_host.publish(after))
+
+
+def test_what_gpu_check_will_run_on_a_gpu_passes_on_the_double(gpu, monkeypatch):
+    from xorz.gpu_check import models
+    from xorz.gpu_check.report import Report
+
+    real = nn.Module.to
+    monkeypatch.setattr(
+        nn.Module,
+        "to",
+        lambda self, to: real(self, to) if isinstance(to, torch.dtype) else to_gpu(self, {"": to}),
+    )
+    report = Report("a double")
+    models.check_applied(report, gpu_double.CUDA, 48)
+    models.check_model(report, gpu_double.CUDA, 48)
+    assert len(report.checks) > 20 and report.passed, report.checks
+    # Prompts of several tenants, each tenant's rows alone; and words that were changed where they lie.
+    assert {"delta_linear", "delta_linear_grouped", "delta_apply_", "delta_digest"} <= set(gpu.ops)

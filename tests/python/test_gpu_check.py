@@ -2,6 +2,7 @@
 GPU is needed.
 """
 
+import contextlib
 import itertools
 import json
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import xorz
 from xorz.gpu_check import __main__ as gpu_check
 from xorz.gpu_check import models, ops, timings
 from xorz.gpu_check.report import BITS, Report
@@ -324,6 +326,28 @@ def test_it_notices_a_model_that_is_served_wrong(mutant, monkeypatch):
     failed = [f"{check['check']}," for check in report.checks if not check["passed"]]
     for what in noticed_by:
         assert sum(f"attach, {what}" in check for check in failed) == 3, (what, failed)
+
+
+def another_word(model, delta):
+    xorz.apply_(model, delta)
+    with torch.no_grad():
+        model.blocks[1].down.weight.view(torch.int16)[-1, -1] ^= 1
+
+
+def whatever_it_was(model, delta):
+    with contextlib.suppress(ValueError):
+        xorz.apply_(model, delta)
+
+
+@pytest.mark.parametrize("mutant", [another_word, whatever_it_was, lambda model, delta: None])
+def test_it_notices_a_model_that_is_changed_wrong(mutant, monkeypatch):
+    report = Report("CPU")
+    with torch.no_grad():
+        models.check_applied(report, CPU, 32)
+        assert report.passed and len(report.checks) == 2
+        monkeypatch.setattr(models, "apply_", mutant)
+        models.check_applied(report, CPU, 32)
+    assert [check["passed"] for check in report.checks] == [True, True, False, False]
 
 
 def test_it_notices_other_tokens(monkeypatch):

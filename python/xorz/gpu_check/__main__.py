@@ -30,7 +30,14 @@ import torch
 
 from .. import __version__, delta_restore
 from .data import fine_tune, random_words
-from .models import check_generate, check_graph_rows, check_model, check_model_graph, check_spread
+from .models import (
+    check_applied,
+    check_generate,
+    check_graph_rows,
+    check_model,
+    check_model_graph,
+    check_spread,
+)
 from .ops import (
     check_embedding,
     check_exact,
@@ -115,6 +122,7 @@ def run(report: Report, device: torch.device, args: argparse.Namespace) -> None:
     shapes, rows = (small, [1, 40]) if quick else ([*small, (1000, 4500)], [1, 40, 700])
     report.attempt("delta_embedding", check_embedding, device, shapes, rows)
     report.attempt("attach", check_model, device, 64 if quick else 512)
+    report.attempt("apply_", check_applied, device, 64 if quick else 512)
     report.attempt("generate", check_generate, device)
     if on_gpu:
         report.attempt("reports", check_reports, device)

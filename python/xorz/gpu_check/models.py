@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import attach, diff
+from .. import apply_, attach, diff
 from .data import name_of
-from .report import Report
+from .report import Report, differ
 
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """How far two runs of one model may be from each other, of its largest output: other sums in each layer."""
@@ -91,6 +91,11 @@ def check_model(report: Report, device: torch.device, k: int) -> None:
         for what in ("mixed", "mixed again"):
             with tenants.use(NAMES):
                 wrong[what] = _far(model(ids.to(device)), want)
+        # Of so many rows each tenant's are multiplied for it alone.
+        prompts = torch.randint(0, 200, (len(NAMES), 140), generator=torch.Generator().manual_seed(7))
+        long = torch.stack([family[name](prompts)[row] for row, name in enumerate(NAMES)])
+        with tenants.use(NAMES):
+            wrong["long prompts of several"] = _far(model(prompts.to(device)), long)
         tenants.swap("bob", diff(base.state_dict(), family["alice"].state_dict()))
         with tenants.use("bob"):
             wrong["swapped"] = _far(model(ids.to(device)), apart["alice"])
@@ -102,6 +107,32 @@ def check_model(report: Report, device: torch.device, k: int) -> None:
         wrong["detached"] = _far(model(ids.to(device)), apart[None])
         for what, found in wrong.items():
             report.check(f"attach, {what}, {mode}, {name_of(dtype)}", found)
+
+
+def check_applied(report: Report, device: torch.device, k: int) -> None:
+    """The words of a model on the device are turned into a fine-tune's, bit for bit; another base is left as it was."""
+    base = _Model(k, 200).to(torch.bfloat16)
+    tuned = _tuned(base, 1, 0.02)
+    for prefer in ("speed", "memory"):
+        delta = diff(base.state_dict(), tuned.state_dict(), prefer=prefer)
+        model, other = (copy.deepcopy(one).to(device) for one in (base, tuned))
+        apply_(model, delta)
+        wrong = _differ(model, tuned)
+        try:
+            apply_(other, delta)
+            wrong = wrong or "a delta was applied to another base"
+        except ValueError as error:
+            wrong = wrong or (None if "digest" in str(error) else str(error))
+        report.check(
+            f"apply_ to a model, prefer={prefer}, {name_of(torch.bfloat16)}", wrong or _differ(other, tuned)
+        )
+
+
+def _differ(model: nn.Module, want: nn.Module) -> str | None:
+    """The first tensor with other words."""
+    there = dict(model.named_parameters())
+    found = ((name, differ(there[name].detach(), p.detach())) for name, p in want.named_parameters())
+    return next((f"{name}: {wrong}" for name, wrong in found if wrong is not None), None)
 
 
 def check_spread(report: Report, devices: tuple[torch.device, torch.device], k: int) -> None:
