@@ -158,8 +158,8 @@ int32_t xorz_delta_check(const void* delta, size_t delta_bytes, const xorz_matri
  * changed. Cheaper than xorz_delta_check: only encoding exponent is decoded. */
 int32_t xorz_delta_matches(const void* delta, size_t delta_bytes, const xorz_matrix* base, xorz_error* error);
 
-/* The same of a base that is elsewhere, such as in a device's memory, of which somebody knows dtype, shape and
- * digest (16 bytes): base->words is not read, and no stream is looked at. */
+/* The same of a base that is elsewhere, such as in a device's memory, of which somebody knows dtype, shape
+ * and digest (16 bytes): base->words is not read, and no stream is looked at. */
 int32_t xorz_delta_matches_known(const void* delta, size_t delta_bytes, const xorz_matrix* base,
                                  const uint8_t* digest, xorz_error* error);
 
@@ -302,9 +302,9 @@ int32_t xorz_package_describe(const xorz_package* package, xorz_buffer* json, xo
 int32_t xorz_package_resident(const xorz_package* package, const char* name, const xorz_matrix* base,
                               int32_t prefer, xorz_buffer* delta, xorz_error* error);
 
-/* The same of a base that is elsewhere, such as in a device's memory, of which somebody knows dtype, shape and
- * digest (16 bytes): base->words is not read. delta := no bytes where words are needed, since the package keeps
- * no resident delta for `prefer`, or its sha256 must speak for the base. */
+/* The same of a base that is elsewhere, such as in a device's memory, of which somebody knows dtype, shape
+ * and digest (16 bytes): base->words is not read. delta := no bytes where words are needed, since the package
+ * keeps no resident delta for `prefer`, or its sha256 must speak for the base. */
 int32_t xorz_package_resident_known(const xorz_package* package, const char* name, const xorz_matrix* base,
                                     const uint8_t* digest, int32_t prefer, xorz_buffer* delta,
                                     xorz_error* error);

@@ -330,9 +330,9 @@ static void test_packages(const char* folder) {
   info.base_digest[0] ^= 1;
   REFUSED(xorz_delta_matches_known(delta.data, delta.length, &away, info.base_digest, &error), XORZ_MISMATCH,
           "digest");
-  REFUSED(xorz_package_resident_known(package, "w", &away, info.base_digest, XORZ_PREFER_STORED, &same,
-                                      &error),
-          XORZ_MISMATCH, "`w`");
+  REFUSED(
+      xorz_package_resident_known(package, "w", &away, info.base_digest, XORZ_PREFER_STORED, &same, &error),
+      XORZ_MISMATCH, "`w`");
   CHECK(xorz_cuda_open(-1, &error) != XORZ_OK && strlen(error.message) > 0);
   xorz_matrix x = matrix(input, M, K);
   CHECK(xorz_delta_linear(&x, &from, bias, delta.data, delta.length, 0, out, sizeof out, NULL, &error) ==
