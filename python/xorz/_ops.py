@@ -308,6 +308,7 @@ def delta_digest(base: Tensor) -> Tensor:
     makes other words of the same digest. On CUDA nothing waits, and no word is copied to the host.
 
     Raises:
-        RuntimeError: another dtype, or `base` is not contiguous; what an earlier op on the device has reported.
+        RuntimeError: another dtype, or `base` is not contiguous. What earlier ops on the device have reported is not said here,
+            but by the next other op, or `cuda_status`.
     """
     return _ops.delta_digest(base)

@@ -289,7 +289,14 @@ def load_deltas(
                 skip,
             )
     base = extra.plain("base", base)
-    known = {} if trust == "sha256" else digests.elsewhere(base)
+    known: dict[str, bytes] = {}
+
+    def begin(mine: dict[str, dict[str, Any]]) -> None:
+        if trust != "sha256":
+            names = {
+                e["base_name"] or n for n, e in mine.items() if e["base"] is not None and not e["base_parts"]
+            }
+            known.update(digests.elsewhere({name: base[name] for name in sorted(names & base.keys())}))
 
     def resident(opened: _core.Package, name: str, entry: dict[str, Any]) -> Tensor:
         at, words = _named(entry, base)
@@ -303,6 +310,7 @@ def load_deltas(
         resident,
         lambda opened, name, entry: opened.restore(name, _base_of(entry, base)),
         skip,
+        begin,
     )
 
 
@@ -313,8 +321,11 @@ def _load_each(
     resident: Callable[[_core.Package, str, dict[str, Any]], Tensor],
     whole: Callable[[_core.Package, str, dict[str, Any]], Tensor],
     skip: Container[str],
+    begin: Callable[[dict[str, dict[str, Any]]], None] = lambda _: None,
 ) -> dict[str, Tensor]:
-    """Every tensor of the package, several at a time; of several errors, that of the first tensor."""
+    """Every tensor of the package, several at a time; of several errors, that of the first tensor. `begin` is told of the
+    entries before the first.
+    """
 
     def load(name: str, entry: dict[str, Any]) -> Tensor:
         if entry["base"] is None:
@@ -324,6 +335,7 @@ def _load_each(
     workers = _core.run(jobs).jobs or len(os.sched_getaffinity(0))
     with _core.Package(package, trust) as opened, ThreadPoolExecutor(workers) as pool, ExitStack() as stack:
         mine = {n: e for n, e in opened.entries.items() if not e["same"] and n not in skip}
+        begin(mine)
         total = sum(entry["bytes"] for entry in mine.values())
         shown = stack.enter_context(bar(total=total, unit="B", desc=f"loading {os.path.basename(package)}"))
         # Large tensors first, so that no large one is begun when all others are done.

@@ -218,7 +218,7 @@ def apply_(target: nn.Module | MutableMapping[str, Tensor], delta: StateDelta) -
     the words that they change. What can still fail is the machine (no memory, an interrupt). Parameters that require grad
     are changed like any others, under `no_grad`; their version counters are bumped, so that a backward pass through values
     of before raises instead of being wrong. Tensors that share memory are changed once. On a GPU that has kernels digests and
-    words are its own matter, and the host waits for it once before and once after; only deltas of encoding `exponent` go
+    words are its own matter, and the host waits for it before and after; only deltas of encoding `exponent` go
     through the CPU, one tensor at a time, as on other devices: whether its streams are whole is told from the words. Names
     in `target` that the delta does not know are left alone.
 
@@ -230,7 +230,8 @@ def apply_(target: nn.Module | MutableMapping[str, Tensor], delta: StateDelta) -
 
     Raises:
         KeyError: a tensor is missing; ValueError: a tensor is another than the one that was diffed (both values are named),
-        has two new values, or has no place, or the module is attached to tenants; TypeError: arguments of other types.
+        has two new values, or has no place, or the module is attached to tenants; TypeError: arguments of other types;
+        RuntimeError: what ops before have reported of a GPU that the target is on.
         `target` is untouched then.
     """
     if not isinstance(delta, StateDelta):
@@ -251,6 +252,10 @@ def apply_(target: nn.Module | MutableMapping[str, Tensor], delta: StateDelta) -
     there = digests.elsewhere(
         {n: _known(tensors[n].detach()) for n in jobs if _in_place(tensors[n], jobs[n])}
     )
+    # What ops before have reported is said before the first word changes, not in the midst of it.
+    for device in dict.fromkeys(tensors[name].device for name in there):
+        torch.cuda.synchronize(device)
+        _ops.cuda_status(device)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         # Hashing runs without the interpreter's lock. Of several errors the one of the first tensor is raised.
         list(pool.map(lambda job: _match(job[0], tensors[job[0]], job[1], there.get(job[0])), jobs.items()))

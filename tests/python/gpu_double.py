@@ -218,7 +218,8 @@ def _run(func, args, kwargs):
     ledger.streams.append(ledger.stream)
     if func.namespace == "xorz":
         _check_op(name, leaves)
-        ledger.hear()
+        if name != "delta_digest":
+            ledger.hear()
     places = list(dict.fromkeys(leaf.place for leaf in here))
     if len(places) > 1 and name not in ("_to_copy", "copy_"):
         raise RuntimeError(

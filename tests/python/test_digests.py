@@ -2,6 +2,9 @@
 compared, and changed in place, where they lie, with what the plain fine-tune has as the result.
 """
 
+import copy
+import re
+
 import gpu_double
 import pytest
 import torch
@@ -105,7 +108,7 @@ def test_a_model_on_a_gpu_is_changed_where_its_words_lie(gpu, prefer, step):
     # What is decoded to the end before a word changes is copied to be looked at and to be changed.
     there = [n for n in delta.deltas if n not in by_host]
     assert sum(gpu.fetched) == 16 * len(there) + 2 * sum(parameters[n].nbytes for n in by_host)
-    assert gpu.synchronized == (1 if there else 0)
+    assert gpu.synchronized == (2 if there else 0)
 
 
 def test_another_base_on_a_gpu_is_refused_by_name_and_stays(gpu):
@@ -124,6 +127,71 @@ def test_another_base_on_a_gpu_is_refused_by_name_and_stays(gpu):
     delta.deltas["2.weight"][-1] ^= 1
     with pytest.raises(ValueError, match=r"tensor `2.weight`: .*bytes have digest"):
         xorz.apply_(model, delta)
+
+
+def refused_before(gpu) -> None:
+    """Somebody's op on the device is refused, and nobody has heard of it yet."""
+    base = words((9, 40), torch.bfloat16)
+    ops.delta_apply_(OnGpu(base + 1), OnGpu(ops.delta_encode(base, base.flip(0))))
+    gpu.catch_up()
+    assert gpu.heard
+
+
+def test_what_ops_before_have_reported_is_said_before_a_word_changes(gpu):
+    old, new = pair()
+    delta = xorz.diff(old.state_dict(), new.state_dict(), prefer="speed")
+    state = {n: t if n == "0.weight" else OnGpu(t.clone()) for n, t in old.state_dict().items()}
+    kept = state["0.weight"].clone()
+    refused_before(gpu)
+    with pytest.raises((RuntimeError, ValueError), match="an earlier delta_apply_"):
+        xorz.apply_(state, delta)
+    assert torch.equal(state["0.weight"], kept)
+    assert all(torch.equal(state[n].words, t) for n, t in old.state_dict().items() if n != "0.weight")
+    xorz.apply_(state, delta)
+    assert all(torch.equal(getattr(state[n], "words", state[n]), t) for n, t in new.state_dict().items())
+
+
+def test_a_load_takes_nobodys_report_for_its_own(gpu, tmp_path):
+    old, new = pair()
+    xorz.pack(old.state_dict(), new.state_dict(), tmp_path / "alice.xorz", prefer="speed", codec="resident")
+    model = to_gpu(old)
+    tenants = xorz.attach(model, budget="8 MiB", prefer="speed")
+    refused_before(gpu)
+    tenants.load("alice", tmp_path / "alice.xorz")
+    with pytest.raises((RuntimeError, ValueError), match="an earlier delta_apply_"):
+        xorz.cuda_status(0)
+
+
+def test_only_tensors_of_the_package_are_asked_for_digests(gpu, tmp_path):
+    old, new = pair()
+    some = {n: t for n, t in old.state_dict().items() if n.startswith("0.")}
+    after = {n: new.state_dict()[n] for n in some}
+    xorz.pack(some, after, tmp_path / "some.xorz", prefer="speed", codec="resident")
+    there = {n: OnGpu(t.clone()) for n, t in old.state_dict().items()}
+    gpu.ops.clear()
+    got = xorz.load_deltas(there, tmp_path / "some.xorz", prefer="speed", skip=("0.bias",))
+    assert list(got) == ["0.weight"] and gpu.ops.count("delta_digest") == 1
+
+
+def test_a_forged_delta_is_refused_of_a_base_on_a_gpu_too(gpu):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(96, 64, bias=False)).bfloat16()
+    weight = base[0].weight.detach()
+    forged = ops.delta_encode(weight, (weight.float() + 1e-3).bfloat16(), prefer="memory").clone()
+    other = weight * 64
+    # Both digests are made good, so that the streams alone are too short for these words.
+    for at, told in ((112, r"this base has digest (\w{32})"), (160, r"its bytes have digest (\w{32})")):
+        with pytest.raises(RuntimeError) as caught:
+            ops.delta_check(forged, other)
+        digest = bytes.fromhex(re.search(told, str(caught.value))[1])
+        forged[at : at + 16] = torch.tensor(list(digest), dtype=torch.uint8)
+    assert xorz.delta_info(forged).encoding == "exponent"
+    with torch.no_grad():
+        base[0].weight.copy_(other)
+    for prefer in ("memory", None):
+        tenants = xorz.attach(to_gpu(copy.deepcopy(base)), budget="8 MiB", prefer=prefer)
+        with pytest.raises(ValueError, match=r"tensor `0.weight`: .*more bits than it has"):
+            tenants.load("x", {"0.weight": forged})
 
 
 def test_a_gpu_without_kernels_is_asked_for_nothing(gpu, monkeypatch):

@@ -179,3 +179,20 @@ def test_rows_of_graphs_are_the_grouped_products(gpu):
         gpu.ops.clear()
         assert wrong(base(OnGpu(x)), x, plain) == []
     assert "delta_linear" not in gpu.ops and gpu.ops.count("delta_linear_grouped") == 2
+
+
+def test_an_expert_without_tokens_is_no_batch():
+    """On the CPU, in mode deterministic, where a map of no tokens is asked for, too."""
+    with torch.no_grad():
+        base, plain = models(torch.float32)
+    tenants = xorz.attach(base, mode="deterministic")
+    for name in ("alice", "bob"):
+        tenants.load(name, xorz.diff(plain[None].state_dict(), plain[name].state_dict()))
+    x = torch.randn(2, 3, 40)
+    with torch.no_grad(), tenants.use(["alice", "bob"]):
+        for chosen in (torch.tensor([0, 4]), torch.tensor([], dtype=torch.int64)):
+            with tenants.regroup(chosen, x.shape[:-1]):
+                got = base(x.flatten(0, 1)[chosen])
+            want = [plain[("alice", "bob")[int(i) // 3]](x.flatten(0, 1)[i]) for i in chosen]
+            assert got.shape == (len(chosen), 24)
+            assert all(torch.allclose(mine, other, atol=1e-5) for mine, other in zip(got, want, strict=True))

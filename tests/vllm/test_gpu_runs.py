@@ -74,6 +74,17 @@ def sites(made):
     return {id(site): site for site in found if site is not None}.values()
 
 
+def test_logits_take_no_more_than_they_are(gpu, made):
+    made.set(["A"] * ROWS)
+    states = made.model(made.ids, made.places, None, None)
+    gpu.ops.clear()
+    with made.manager.row_map.scoring(states):
+        made.model.compute_logits(states)
+        made.model.compute_logits(states[5:])
+    assert gpu.ops.count("delta_linear_grouped") == 2
+    assert not {"delta_linear", "new_empty", "empty"} & set(gpu.ops), gpu.ops
+
+
 def test_what_is_captured_reads_rows_from_the_device(gpu, made):
     every = np.ones(ROWS, dtype=np.int32)
     with made.mixin.maybe_dummy_run_with_lora(

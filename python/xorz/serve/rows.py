@@ -326,7 +326,7 @@ class RowMap:
 
     def _note(self, spread: Tensor) -> None:
         """Say whose these rows are, each of the batch's so many times one after another; of rows of a graph nobody knows."""
-        if self.fixed is None:
+        if self.fixed is None and self.slots:
             note(spread, self.slots, spread.numel() // len(self.slots))
 
     def _layout_of(self, lead: tuple[int, ...], flattens: bool, who: str, place: Any) -> Layout:

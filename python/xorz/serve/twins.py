@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from .. import _core
 from ..digests import digests_of
 
 
@@ -77,4 +78,6 @@ def _tells(words: Tensor) -> bool:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+    """Row by row, which a device hashes side by side."""
+    words = _core.dense("tensor", tensor).contiguous()
+    return (words if words.dim() else words.view(1)).view(torch.uint8)

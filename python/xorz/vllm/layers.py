@@ -39,7 +39,8 @@ def _product(
     biases = None
     if bias is not None:
         biases = own.table if own is not None else bias.expand(site.slots.size(0) + 1, -1)
-    if site.mode == "fast" and site.arena.device.type == "cuda":
+    # Logits are as large as what their products would take more, and their rows are those that are sampled: few.
+    if rows is _of_tokens and site.mode == "fast" and site.arena.device.type == "cuda":
         return torch.ops.xorz_vllm.product(x, layer.weight, biases, site.arena, site.slots, rows(site, x))
     return torch.ops.xorz.delta_linear_grouped(
         x, layer.weight, biases, site.arena, site.slots, rows(site, x), mode=site.mode
