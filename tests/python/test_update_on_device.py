@@ -6,11 +6,7 @@ On the double of a GPU, whose `delta_apply_` tells of a refusal when the device 
 the words of the version's own file, loaded by the model's own loader.
 """
 
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import gpu_double
 import pytest
@@ -415,22 +411,4 @@ print("fine", rank)
 
 
 def test_two_processes_that_hold_parts_change_both_or_none(tmp_path, made):
-    env = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(20000 + os.getpid() % 20000),
-        "WORLD_SIZE": "2",
-    }
-    here = str(Path(__file__).parent)
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, here, str(tmp_path)],
-            env=env | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for rank, child in enumerate(children):
-        out, err = child.communicate(timeout=600)
-        assert child.returncode == 0 and f"fine {rank}" in out, err[-3000:]
+    on_host.in_two_processes(CHILD, tmp_path)

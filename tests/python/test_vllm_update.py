@@ -321,8 +321,8 @@ print("fine", rank)
 """
 
 
-def test_two_processes_that_hold_parts(tmp_path):
-    versions(tmp_path)
+def in_two_processes(program, folder):
+    """Run it as ranks 0 and 1 of a gloo group, given the tests' folder and another one; each must say that it is fine."""
     env = os.environ | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(20000 + os.getpid() % 20000),
@@ -331,7 +331,7 @@ def test_two_processes_that_hold_parts(tmp_path):
     here = str(Path(__file__).parent)
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", CHILD, here, str(tmp_path)],
+            [sys.executable, "-c", program, here, str(folder)],
             env=env | {"RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -342,6 +342,11 @@ def test_two_processes_that_hold_parts(tmp_path):
     for rank, child in enumerate(children):
         out, err = child.communicate(timeout=600)
         assert child.returncode == 0 and f"fine {rank}" in out, err[-3000:]
+
+
+def test_two_processes_that_hold_parts(tmp_path):
+    versions(tmp_path)
+    in_two_processes(CHILD, tmp_path)
     assert load_file(tmp_path / "v3" / "model.safetensors").keys() == SHAPES.keys()
 
 

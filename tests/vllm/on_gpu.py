@@ -4,6 +4,7 @@ model of a checkpoint says, on the CPU, by torch.
 
 import functools
 import os
+from contextlib import contextmanager
 
 import engines
 import gpu_double
@@ -40,9 +41,9 @@ def config_of(path, **settings):
     ).create_engine_config()
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """vLLM's groups of processes, of this one."""
+@contextmanager
+def processes(kind):
+    """vLLM's groups of processes, of this one, as a model of this kind wants them; gives its config."""
     from vllm.distributed import (
         cleanup_dist_env_and_memory,
         init_distributed_environment,
@@ -50,12 +51,19 @@ def alone():
     )
 
     xorz.vllm.register()
-    with set_current_vllm_config(config_of(models.base("qwen3", engines.FOLDER))):
+    config = config_of(models.base(kind, engines.FOLDER))
+    with set_current_vllm_config(config):
         address = f"tcp://127.0.0.1:{20000 + os.getpid() % 20000}"
         init_distributed_environment(1, 0, address, 0, "gloo")
         initialize_model_parallel(1, 1)
-        yield
+        yield config
     cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with processes("qwen3"):
+        yield
 
 
 def model_of(path, attends=False, **settings):

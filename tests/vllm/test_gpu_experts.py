@@ -11,10 +11,8 @@ import models
 import on_gpu
 import pytest
 import torch
-import xorz.vllm
-from on_gpu import ROWS, Runner, config_of, model_of, said
+from on_gpu import ROWS, Runner, model_of, said
 from torch.utils._python_dispatch import _disable_current_modes
-from vllm.config import set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.fused_moe.runner import moe_runner
 
@@ -27,19 +25,8 @@ LAYERS = {"mixtral": 2, "olmoe": 2, "qwen2_moe": 2}
 @pytest.fixture(scope="module")
 def alone():
     """As `on_gpu.alone`, with the group of processes that mixtures ask for."""
-    from vllm.distributed import (
-        cleanup_dist_env_and_memory,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-
-    xorz.vllm.register()
-    config = config_of(models.base("mixtral", engines.FOLDER))
-    with set_current_vllm_config(config), set_forward_context(None, config):
-        init_distributed_environment(1, 0, "tcp://127.0.0.1:29583", 0, "gloo")
-        initialize_model_parallel(1, 1)
+    with on_gpu.processes("mixtral") as config, set_forward_context(None, config):
         yield
-    cleanup_dist_env_and_memory()
 
 
 @functools.cache

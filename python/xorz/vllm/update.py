@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _core, _ops
+from .. import _core, digests
 from .packages import Checkpoint
 from .plan import Piece, Plan, parameters
 from .shelf import Shelf
@@ -410,8 +410,7 @@ def known_words(tensor: Tensor) -> Tensor:
 
 def digest_of(tensor: Tensor) -> str:
     """A tensor's digest, as packages have it, wherever its words lie."""
-    words = known_words(_core.on_host("tensor", tensor))
-    return _core.delta_info(_ops.delta_encode(words, words)).base_digest
+    return digests.digest_of(known_words(_core.on_host("tensor", tensor))).hex()
 
 
 def sha256_of(tensor: Tensor) -> str:
