@@ -5,9 +5,9 @@
 //     the tenant's delta, opened before; refused: NaN
 //     for each tile column of the delta (the base, `raw`: one of all columns):
 //       where the panel's rows begin in the delta's streams (patch_*.cuh)
-//       for each 32 columns (stages.cuh): x and W by cp.async, 2 steps ahead (f32: 1)
-//         W of the next step: base words -> fine-tuned words, each warp its 8 rows   (`raw`: the payload is W)
-//         x . W of this step: ldmatrix and mma.m16n8k16, f32 sums; f32: FMAs         (sums.cuh)
+//       for each window of 64 columns (f32: 32; stages.cuh): W by cp.async, 2 windows ahead, x by steps of 32 columns, 1 ahead
+//         W of the next window: base words -> fine-tuned words   (`raw`: the payload is W)
+//         x . W of this window: ldmatrix and mma.m16n8k16, f32 sums; f32: FMAs         (sums.cuh)
 //     sum + bias: finite -> round once -> y;  else again from the fine-tuned words in f64 (again_f64_tile.cuh)
 //
 // One barrier a step. Pairs go to blocks with the row tiles of a panel side by side, so that a panel's words and
@@ -20,8 +20,14 @@
 // the deltas decoded, ceil(rows of the tenant / 128) times; `exponent` reads base words twice a pair), x once a panel,
 // from L2. Threads 256, two blocks a multiprocessor: 128 registers. Shared memory: 40 KiB of stages, which hold the marks
 // of rows before the steps and the decode path after them; 2 KiB.
+//
+// Issue and shared memory: PREDICTED.md counts both. On sm_90 it is shared memory that a block waits for: for each mma 256 bytes of
+// operands (a warp has 32 x 32 outputs) and 96 of copies (a block 64 x 128) take 2.75 cycles of it, and the mma one. Warps of 64 x 64
+// and blocks of 256 x 128 would take 1.4; they need 128 registers for sums alone, so one block a multiprocessor, and a quarter of
+// the pairs, of which 4096 rows of W and 256 of x then give 32 for 132 multiprocessors.
 #include "again_f64_tile.cuh"
 #include "patch_entries.cuh"
+#include "patch_rows.cuh"
 #include "patch_streams.cuh"
 #include "sums.cuh"
 
@@ -57,16 +63,17 @@ XORZ_DEVICE void add_patched(LargeShared<W>& shared, const Product<W>& p, const 
                              uint32_t cols, Sums& sums) {
   const Pair& pair = shared.pair;
   const uint32_t k = static_cast<uint32_t>(p.k);
-  Copier<W> copier;
+  Copier<W, Patch::kRoom && sizeof(W) == 2> copier;
   copier.begin(p.x, shared.rows, pair.count, words + pair.r0 * p.k, pair.panel, p.k);
-  Patch patch;
   XORZ_NO_UNROLL
   for (uint32_t i = 0; i < across; i++) {  // hot: across
     const uint32_t from = i * cols, to = k - from < cols ? k : from + cols;
+    Patch patch;
     patch.begin(shared.marks, &shared.corrupt, shared.tenant.view, words, pair.r0, pair.panel, i, 0);
-    const auto patch_step = [&](W* w, uint32_t column) { patch.step(w, column - from); };
-    const auto multiply = [&](const W* x, const W* w) { sums.step(x, w); };
-    run_steps(shared.stages, copier, from, to, patch_step, multiply);
+    const auto patch_step = [&](W* w, uint32_t column, uint32_t step) {
+      patch.template step_of_window<Stages<W>::kSteps>(w, column - from, step);
+    };
+    run_steps(shared.stages, copier, from, to, patch_step, sums);
     patch.end(&shared.corrupt);
   }
 }
@@ -74,29 +81,44 @@ XORZ_DEVICE void add_patched(LargeShared<W>& shared, const Product<W>& p, const 
 // What the sums are, to y; which of them are to be computed again. The block calls.
 template <class D, class Sums>
 XORZ_DEVICE bool write_sums(LargeShared<typename D::Word>& shared, const Product<typename D::Word>& p,
-                            const Sums& sums) {
+                            Sums& sums) {
   using W = typename D::Word;
   const Pair& pair = shared.pair;
   const bool refused = shared.tenant.way == kRefused;
-  const uint32_t corrupt = shared.corrupt;
-  const W* bias =
-      p.biases == nullptr || refused ? nullptr : p.biases + bias_row(p, shared.tenant.slot) + pair.r0;
+  // By sixteens of the panel.
+  const uint32_t lost = refused ? ~0u : shared.corrupt;
+  if (p.biases != nullptr && !refused) {
+    const W* bias = p.biases + bias_row(p, shared.tenant.slot) + pair.r0;
+    sums.add([&](uint32_t r) { return r < pair.panel ? D::value(load_once(bias + r)) : 0; });
+  }
   bool again = false;
-  sums.each([&](uint32_t j, uint32_t r, float sum) {
-    if (j >= pair.count || r >= pair.panel) return;
-    W* to = p.out + shared.rows[j] * p.n + pair.r0 + r;
-    const float value = bias == nullptr ? sum : sum + D::value(load_once(bias + r));
-    if (refused || (corrupt >> (r / kTileLanes) & 1))
-      store(to, nan_word<W>());
-    else if (finite(value))
-      store(to, D::round(value));
-    else {
-      shared_or(&shared.again.bits[r][j / 32], 1u << (j % 32));
-      again = true;
-    }
+  sums.each_row([&](uint32_t j, const auto& each_of_row) {
+    if (j >= pair.count) return;
+    W* row = p.out + shared.rows[j] * p.n + pair.r0;
+    each_of_row([&](uint32_t r, float sum) {
+      if (r >= pair.panel) return;
+      if (lost != 0 && (lost >> (r / kTileLanes) & 1) != 0) {  // cold: lost
+        store(row + r, nan_word<W>());                         // cold: lost
+      } else if (finite(sum)) {
+        store(row + r, D::round(sum));
+      } else {
+        shared_or(&shared.again.bits[r][j / 32], 1u << (j % 32));  // cold: again
+        again = true;                                              // cold: again
+      }
+    });
   });
   return again;
 }
+
+// How tiles of `sparse` are patched.
+template <class D>
+struct EntriesOf {
+  using Type = PatchRows<D>;
+};
+template <>
+struct EntriesOf<F32> {
+  using Type = PatchEntries<F32>;
+};
 
 template <class D>
 XORZ_DEVICE void linear_pair(LargeShared<typename D::Word>& shared, const Product<typename D::Word>& p) {
@@ -107,7 +129,7 @@ XORZ_DEVICE void linear_pair(LargeShared<typename D::Word>& shared, const Produc
   Sums sums;
   sums.begin(shared.pair.count);
   if (way == kOnEntries)
-    add_patched<PatchEntries<D>>(shared, p, p.weight, view.across, view.tile_cols(), sums);
+    add_patched<typename EntriesOf<D>::Type>(shared, p, p.weight, view.across, view.tile_cols(), sums);
   else if (way == kOnStream)
     add_patched<PatchStreams<D>>(shared, p, p.weight, view.across, view.tile_cols(), sums);
   else if (way != kRefused)

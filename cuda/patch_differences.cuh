@@ -47,7 +47,9 @@ class DifferencesOfRow {
     any_ = warp_ballot(at_ < past_) != 0;
   }
 
-  // Those of columns `column` .. `column` + 31 of the tile column. The warp calls; `w` is its rows' only.
+  // Those of columns `column` .. `column` + 31 of the tile column. The warp calls; `w` is its rows' only, a
+  // window of `kSteps` steps.
+  template <uint32_t kSteps>
   XORZ_DEVICE void step(W* w, uint32_t column) {
     if (!any_) return;
     const uint32_t row = thread_index_anew() / kQuad, quad = thread_index_anew() % kQuad;
@@ -56,7 +58,7 @@ class DifferencesOfRow {
       const bool takes = column_ < column + kStepColumns;
       votes = warp_ballot(takes);
       if (takes && column_ >= column && !second_) {
-        W* word = &w[Stages<W>::word_at(row, column_ - column)];
+        W* word = &w[Stages<W>::template word_of_window<kSteps>(row, column_)];
         const W second = pair_ ? load_once(words_ + at_ + quad + 1) : W(0);
         *word = word_after(D::kCode, *word, load_once(words_ + at_ + quad), pair_, second);
       }

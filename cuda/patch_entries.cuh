@@ -132,6 +132,9 @@ class PatchEntries {
   }
 
  public:
+  // Whether there are registers for what could be computed again.
+  static constexpr bool kRoom = false;
+
   // Before the first step of tile column `across`, at column `start` of it. The block calls.
   XORZ_DEVICE void begin(Marks& marks, uint32_t* corrupt, const View& v, const W*, uint64_t r0,
                          uint32_t panel, uint32_t across, uint32_t start) {
@@ -169,7 +172,14 @@ class PatchEntries {
     }
     // Another lane of the row may have written what an exception overrides.
     warp_sync();
-    exceptions_.step(w, column);
+    exceptions_.template step<1>(w, column);
+  }
+
+  // The same of step `step_at` of a window of one.
+  template <uint32_t kSteps>
+  XORZ_DEVICE void step_of_window(W* w, uint32_t column, uint32_t) {
+    static_assert(kSteps == 1, "patch_rows.cuh has wider ones");
+    step(w, column);
   }
 
   // After the last step. The block calls.

@@ -42,7 +42,9 @@ class ExceptionsOfRow {
     any_ = warp_ballot(at_ < past_) != 0;
   }
 
-  // Those of columns `column` .. `column` + 31 of the tile column. The warp calls; `w` is its rows' only.
+  // Those of columns `column` .. `column` + 31 of the tile column. The warp calls; `w` is its rows' only, a
+  // window of `kSteps` steps.
+  template <uint32_t kSteps>
   XORZ_DEVICE void step(W* w, uint32_t column) {
     if (!any_) return;
     const uint32_t row = thread_index_anew() / kQuad, quad = thread_index_anew() % kQuad;
@@ -51,7 +53,7 @@ class ExceptionsOfRow {
       const bool takes = column_ < column + kStepColumns;
       votes = warp_ballot(takes);
       if (takes && column_ >= column)
-        w[Stages<W>::word_at(row, column_ - column)] = load_once(words_ + at_ + quad);
+        w[Stages<W>::template word_of_window<kSteps>(row, column_)] = load_once(words_ + at_ + quad);
       const uint32_t taken = leading_votes(votes);
       at_ += taken;
       if (taken != 0) fetch();
@@ -63,6 +65,7 @@ template <class W>
 class ExceptionsOfRow<W, false> {
  public:
   XORZ_DEVICE void begin(const Marks&, const View&) {}
+  template <uint32_t kSteps>
   XORZ_DEVICE void step(W*, uint32_t) {}
 };
 

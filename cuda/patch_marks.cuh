@@ -51,7 +51,7 @@ XORZ_DEVICE void mark_listed(Marks& marks, uint32_t* corrupt, const View& v, con
   if (list.count == 0) return;
   block_sync();
   const uint16_t* positions = reinterpret_cast<const uint16_t*>(v.bytes + list.positions);
-  each_tile(v, r0, panel, across, [&](uint32_t tile) {
+  each_tile(v, r0, panel, across, [&](uint32_t tile) {  // cold: listed
     const Rect rect = rect_of(v, tile);
     Span span;
     bool sound = listed_of(v, list, tile, span);
@@ -77,11 +77,16 @@ XORZ_DEVICE void mark_listed(Marks& marks, uint32_t* corrupt, const View& v, con
 
 // W as it is.
 struct NoPatch {
+  // Whether there are registers for what could be computed again.
+  static constexpr bool kRoom = true;
+
   template <class W>
   XORZ_DEVICE void begin(Marks&, uint32_t*, const View&, const W*, uint64_t, uint32_t, uint32_t, uint32_t) {}
   XORZ_DEVICE void pass_over(uint32_t) {}
   template <class W>
   XORZ_DEVICE void step(W*, uint32_t) {}
+  template <uint32_t kSteps, class W>
+  XORZ_DEVICE void step_of_window(W*, uint32_t, uint32_t) {}
   XORZ_DEVICE void end(uint32_t*) {}
 };
 

@@ -112,6 +112,9 @@ class PatchStreams {
   XORZ_DEVICE W unit(uint32_t i) const { return i < count_ ? load_once(units_ + i) : W(0); }
 
  public:
+  // Whether there are registers for what could be computed again.
+  static constexpr bool kRoom = false;
+
   // Before the first step of tile column `across`, at column `start` of it. The block calls.
   XORZ_DEVICE void begin(Marks& marks, uint32_t* corrupt, const View& v, const W* weight, uint64_t r0,
                          uint32_t panel, uint32_t across, uint32_t start) {
@@ -155,13 +158,18 @@ class PatchStreams {
   }
 
   // Columns `column` .. + 31 of the tile column, in `w`. The block calls; every warp has its own rows.
-  XORZ_DEVICE void step(W* w, uint32_t column) {
+  XORZ_DEVICE void step(W* w, uint32_t column) { step_of_window<1>(w, column, 0); }
+
+  // The same of step `step` of a window of `kSteps`, of which `column` is the first.
+  template <uint32_t kSteps>
+  XORZ_DEVICE void step_of_window(W* w, uint32_t column, uint32_t step) {
+    column += step * kStepColumns;
     const uint32_t lane = thread_index_anew() % 32, row = thread_index_anew() / 32 * kRowsOfWarp;
     const bool live = column + lane < cols_;
     XORZ_UNROLL
     for (uint32_t i = 0; i < kRowsOfWarp; i++) {
       if (i >= rows_) continue;
-      W* word = &w[Stages<W>::word_at(row + i, lane)];
+      W* word = &w[Stages<W>::template word_of_window<kSteps>(row + i, step * kStepColumns + lane)];
       const W base = live ? *word : W(0);
       const uint32_t of_class =
           warp_shuffle(width_of_class_, static_cast<uint32_t>(base >> shift_) & (kClasses - 1));
@@ -183,10 +191,10 @@ class PatchStreams {
     }
     // Another lane may have written what a difference is added to.
     warp_sync();
-    differences_.step(w, column);
+    differences_.template step<kSteps>(w, column);
     // Another lane of the row may have added to what an exception overrides.
     warp_sync();
-    exceptions_.step(w, column);
+    exceptions_.template step<kSteps>(w, column);
   }
 
   // Streams are looked at as a whole before the first step.

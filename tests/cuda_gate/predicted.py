@@ -149,20 +149,38 @@ def small_trips(case: Case) -> Callable[[sass.Loop, list[sass.Loop]], float]:
     return trips
 
 
+# Columns of W that `linear_large` patches at a time, of words of 2 bytes; rows that a warp has of them, records of a row at
+# once, and the share of the warps that patch (patch_rows.cuh).
+WINDOW, WARP_ROWS, AT_ONCE, PATCHERS = 64, 32, 4, 2 / WARPS
+
+
+def rounds_of_window(share: float) -> float:
+    """How often a warp goes on with a window of `sparse`: a row whose four records are all taken has another round, and the
+    warp has as many as its fullest row. Records of a row are binomial: of `share` of the columns, and what steps over more
+    than 255 columns that did not change."""
+    skipped = (1 - share) ** 255
+    records = share * (1 + skipped / (1 - skipped))
+    some = [math.comb(WINDOW, i) * records**i * (1 - records) ** (WINDOW - i) for i in range(WINDOW + 1)]
+    # Round r + 1 comes where some row has at least 4 r.
+    return 1 + sum(1 - sum(some[:least]) ** WARP_ROWS for least in range(AT_ONCE, WINDOW + 1, AT_ONCE))
+
+
 def large_trips(case: Case) -> Callable[[sass.Loop, list[sass.Loop]], float]:
     """The same of `linear_large`, of one pair of a panel and a tile of rows of x."""
     across = K / 1024 if case.kind == "exponent" else 1
 
     def trips(loop: sass.Loop, same: list[sass.Loop]) -> float:
         # The compiler may have put parts of the others' loops into that of streams.
-        streams, entries = ("patch_streams.cuh" in loop.files, "patch_entries.cuh" in loop.files)
+        streams, entries = ("patch_streams.cuh" in loop.files, "patch_rows.cuh" in loop.files)
         of = "exponent" if streams else "sparse" if entries else "base"
         if of != case.kind:
             return 0
         if loop.name == "across":
             return across
         if loop.name == "step":
-            return K / 32 / across
+            return K / WINDOW / across
+        if loop.name == "entries_taken":
+            return rounds_of_window(case.amount)
         if loop.name == "walk":
             # Four of the block's warps have a tile of 16 rows of the panel.
             return 16 * 1024 / 256 / 2
@@ -207,6 +225,7 @@ def fractions(case: Case) -> dict[str, float]:
         "product": 0.0 if case.kind == "exponent" else 1 / (max(1, min(case.m, block) // each) + 1),
         "streams": float(case.kind == "exponent"),
         "entries": float(case.kind == "sparse"),
+        "patchers": PATCHERS,
         "differences": 0.0,
         "refill": case.amount / 16 if case.kind == "exponent" else 0.0,
     }
@@ -263,8 +282,9 @@ this. For 4096 x 4096 of bf16:
   once, at the memory's full speed. Microseconds, by the machines' data sheets ({machines}). A ratio below 1 says that
   issuing is not what such a product waits for; what it does wait for (latency, barriers, a pipe that takes fewer than four
   a cycle: integers on half the lanes, shuffles and bit counts on a quarter or less) only a GPU can tell.
-- *mma*: `large` alone: the matrix instructions' own time as a share of the issue time. `large` of one tenant is mode
-  deterministic; in mode fast its rows go to restored panels, below.
+- *mma*: `large` alone: the matrix instructions' own time as a share of the issue time (not of shared memory's, below). Two
+  of its eight warps patch `sparse`: what they issue for it counts a quarter, as if the four schedulers had even shares.
+  `large` of one tenant is mode deterministic; in mode fast its rows go to restored panels, below.
 
 Rows of a tenant lie side by side. `sparse`: a tile has as many records as its fullest row is expected to have.
 `exponent`: tiles of 16 x 1024, no differences.
@@ -336,6 +356,44 @@ def in_flight(
     return out
 
 
+# What an access of one word by each of 32 lanes to banks by chance takes: the fullest of 32 banks has 3.5 of the lanes.
+BY_CHANCE = 3.5
+
+
+def shared_memory() -> list[str]:
+    """What a multiprocessor's shared memory moves for `linear_large`, by the sources: 128 bytes a cycle."""
+    out = [
+        "## Shared memory",
+        "",
+        "Bytes of shared memory for 64 columns of a pair of `linear_large_bf16`, by 128 a cycle of a multiprocessor: *copies*,",
+        "x and W as they arrive; *matrices*, what eight warps load of both, 32 rows of each a warp; *patches*, words that a",
+        "lane reads or writes by itself, in cycles of 128 bytes: of `sparse` 3.5 for 32 lanes, since banks are by chance, of",
+        "`exponent` one for 32 columns of a row. *mma*: the matrix instructions' own time as a share of the sum: what shared",
+        "memory leaves of the tensor peak, however little is issued. Tiles of 64 x 128 are small for sm_90: a warp's 32 x 32",
+        "load 256 bytes an mma, and copies are 96 more.",
+        "",
+        "| words | copies | matrices | patches | cycles | mma, sm_80 | mma, sm_90 | mma, sm_100 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    copies, matrices = (128 + 64) * WINDOW * 2, WARPS * (32 + 32) * WINDOW * 2
+    products = 128 / 16 * 64 / 8 * WINDOW / 16
+    for kind, amount in [("base", 0.0), ("sparse", 0.01), ("sparse", 0.05), ("exponent", 3.5)]:
+        patches = {
+            "base": 0.0,
+            "sparse": 2 * AT_ONCE * rounds_of_window(amount) * WARPS * PATCHERS * BY_CHANCE
+            if amount
+            else 0.0,
+            "exponent": 2 * 64 * WINDOW / 32,
+        }[kind] * 128
+        cycles = (copies + matrices + patches) / 128
+        shares = [f"{products / machine.matrices / cycles:.0%}" for machine in MACHINES.values()]
+        name = Case(64, 1, kind, amount).name if kind != "exponent" else kind
+        out.append(
+            f"| {name} | {copies} | {matrices} | {patches:.0f} | {cycles:.0f} | {' | '.join(shares)} |"
+        )
+    return out
+
+
 def check_marks(kernels: list[sass.Kernel], hot: dict[tuple[str, int], str]) -> None:
     """SystemExit where a mark is of no loop: what it stands at has no instruction of its own any more, or another name."""
     lost = set(hot.values()) - {loop.name for kernel in kernels for loop in sass.marked_loops(kernel, hot)}
@@ -374,7 +432,10 @@ def table(found: dict[int, dict[str, sass.Kernel]], used: dict[int, dict[str, tu
         issue, _, matrices = times(case, cost[90], 90)
         cells.append(f"{matrices / issue:.0%}" if matrices else "")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *restored(found, marks), "", *in_flight(found, used)]) + "\n"
+    return (
+        "\n".join([*lines, "", *restored(found, marks), "", *in_flight(found, used), "", *shared_memory()])
+        + "\n"
+    )
 
 
 def disassembled() -> tuple[dict, dict]:

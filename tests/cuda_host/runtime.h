@@ -86,6 +86,10 @@ bool copies_are_late();
 namespace xorz {
 
 inline uint32_t thread_index() { return host::where().thread; }
+template <class T>
+T held(T value) {
+  return value;
+}
 inline uint32_t thread_index_anew() { return thread_index(); }
 inline uint32_t block_x() { return host::where().block_x; }
 inline uint32_t block_y() { return host::where().block_y; }

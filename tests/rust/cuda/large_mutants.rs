@@ -15,81 +15,109 @@ use xorz::codec::split::split;
 use xorz::matrix::{Dtype, Shape};
 use xorz::resident::Resident;
 
-const STAGES: [Mutant; 9] = [
-    ("a wait weakened", "stages.cuh", "run_steps(", "<kLate - 2>", "<kLate - 1>"),
-    ("a buffer of W too few", "stages.cuh", "struct Stages", "kOfW = kOfX + 1", "kOfW = kOfX"),
-    ("multiplied a turn late", "stages.cuh", "run_steps(", "kLate = S::kOfX;", "kLate = S::kOfX + 1;"),
+const STAGES: [Mutant; 13] = [
+    ("a wait for W weakened", "stages.cuh", "run_steps(", "<0>", "<1>"),
+    ("a wait for x weakened", "stages.cuh", "run_steps(", "<1>", "<2>"),
+    ("a window over the patched one", "stages.cuh", "run_steps(", "copied = free;", "copied = patched;"),
+    ("windows out of order", "stages.cuh", "run_steps(", "multiplied = patched;", "multiplied = free;"),
+    ("the first turn multiplied", "stages.cuh", "run_steps(", "sums.stop();", "sums.start();"),
     ("a column too many", "stages.cuh", "class Copier", "from + c < end_", "from + c <= end_"),
     ("a piece over the end", "stages.cuh", "class Copier", "from + S::kPer <= end_", "from < end_"),
-    ("the last step not patched", "stages.cuh", "run_steps(", "patched < steps", "patched + 1 < steps"),
-    ("x of the last step", "stages.cuh", "run_steps(", "turn - 1 < steps", "turn < steps"),
+    ("a piece before the first column", "stages.cuh", "class Copier", "from < end_ && ", ""),
+    ("x over the end", "stages.cuh", "class Copier", "x_column < last ? x_column : last", "x_column"),
+    (
+        "the last window not patched",
+        "stages.cuh",
+        "run_steps(",
+        "patch(stages.w[patched], column, s);",
+        "if (column + kWindow < to) patch(stages.w[patched], column, s);",
+    ),
+    ("x of the step before", "stages.cuh", "run_steps(", "(s + 1) * kStepColumns", "s * kStepColumns"),
     ("x in the wrong order", "stages.cuh", "void begin(", "rows[row + i * kApart]", "(row + i * kApart)"),
     ("a row too many", "linear_large.cu", "write_sums(", "j >= pair.count", "j > pair.count"),
 ];
 
-const SUMS: [Mutant; 7] = [
+const SUMS: [Mutant; 8] = [
     (
         "halves of b swapped",
         "sums.cuh",
         "void begin(",
         "lane % 8, lane / 8 % 2",
-        "lane % 8, 1 - lane / 8 % 2",
+        "lane % 8, (1 - lane / 8 % 2)",
     ),
     ("columns of b swapped", "sums.cuh", "uint32_t b0 =", "b[j / 2][j % 2 * 2]", "b[j / 2][(j + 1) % 2 * 2]"),
     ("rows of a swapped", "sums.cuh", "void begin(", "lane % 16", "(lane + 8) % 16"),
-    ("sums of other rows", "sums.cuh", "void each(", "e / 2 * 8", "(1 - e / 2) * 8"),
-    ("sums of other columns", "sums.cuh", "void each(", "+ e % 2", "+ (e + 1) % 2"),
+    ("sums of other rows", "sums.cuh", "void each_row(", "i * 8 + lane / 4", "(i ^ 1) * 8 + lane / 4"),
+    ("sums of other columns", "sums.cuh", "void each_row(", "+ j % 2, sum", "+ (j + 1) % 2, sum"),
+    ("a bias of the row beside", "sums.cuh", "void add(", "* 2 + j % 2);", "* 2 + (j + 1) % 2);"),
     ("a lone row left out", "sums.cuh", "void begin(", "count <= x0 ?", "count <= x0 + 1 ?"),
     ("sums kept", "sums.cuh", "void begin(", "j < 4; j++", "j < 3; j++"),
 ];
 
-const ENTRIES: [Mutant; 10] = [
+const ENTRIES: [Mutant; 15] = [
     (
         "one change dropped",
-        "patch_entries.cuh",
-        "bool use(",
-        "difference_ != nothing;",
-        "difference_ != nothing && quad != 3;",
+        "patch_rows.cuh",
+        "void use(",
+        "if (at[i] < end) *place[i]",
+        "if (at[i] < end && i != 3) *place[i]",
     ),
-    ("a gap off by one", "patch_entries.cuh", "column_here()", "if (quad >= by) gaps", "if (quad > by) gaps"),
-    ("a step's end off by one", "patch_entries.cuh", "bool use(", "at < end", "at <= end"),
     (
-        "a second entry taken for a first",
-        "patch_entries.cuh",
-        "bool use(",
-        "warp_ballot(close) != 0",
-        "false",
+        "a gap off by one",
+        "patch_rows.cuh",
+        "void use(",
+        "at[i - 1]) + gap_[i]",
+        "at[i - 1]) + gap_[i] + (i == 3)",
     ),
+    (
+        "a window's end off by one",
+        "patch_rows.cuh",
+        "void use(",
+        "taken += at[i] < end",
+        "taken += at[i] <= end",
+    ),
+    ("a second entry taken for a first", "patch_rows.cuh", "void use(", "gap_[i] == 0 ?", "false ?"),
     (
         "a second entry on the rounded sum",
-        "patch_entries.cuh",
-        "add_in_order(",
-        "(there == last_ ? sum_ : D::value(*word))",
-        "D::value(*word)",
+        "patch_rows.cuh",
+        "void use(",
+        "gap_[i] == 0 ? sum_ :",
+        "gap_[i] == 0 ? D::value(D::narrow(sum_)) :",
     ),
-    ("the sum not kept", "patch_entries.cuh", "add_at_once(", "    sum_ = sum;\n", ""),
     (
-        "four records a step",
-        "patch_entries.cuh",
-        "bool use(",
-        "return warp_ballot(taken == kQuad) == 0;",
-        "return true;",
+        "the first entry taken for a second",
+        "patch_rows.cuh",
+        "void begin(",
+        "if (gap_[0] != 0) return;",
+        "return;",
     ),
+    ("a column beside the first", "patch_rows.cuh", "void begin(", "column_ = kNoColumn;\n  }", "}"),
+    ("four records a window", "patch_rows.cuh", "void use(", "while (taken == kAtOnce)", "while (false)"),
     (
         "a record twice",
-        "patch_entries.cuh",
-        "bool use(",
-        "next_ += taken;",
-        "next_ += taken - (taken == kQuad);",
+        "patch_rows.cuh",
+        "void use(",
+        "differences_ += taken",
+        "differences_ += (taken - (taken == kAtOnce))",
     ),
+    ("the word of another row", "patch_rows.cuh", "void begin(", ">(row);", ">(row ^ 1);"),
     (
-        "entries beyond the last column",
-        "patch_entries.cuh",
-        "After the last step",
-        "while (!use<false>(nullptr, kMaxTileCols, ~0u)) {\n    }\n",
+        "padding taken for a column",
+        "patch_rows.cuh",
+        "void use_columns(",
+        "if (difference == no_op<W>(D::kCode)) continue;",
         "",
     ),
-    ("a tile found corrupt", "patch_entries.cuh", "void end(", "if (!sound_)", "if (false)"),
+    ("columns passed over", "patch_rows.cuh", "void use_columns(", "at >= end", "at + 1 >= end"),
+    (
+        "a second entry of a column on the rounded sum",
+        "patch_rows.cuh",
+        "void use_columns(",
+        "at == column_ ?",
+        "false ?",
+    ),
+    ("entries beyond the last column", "patch_rows.cuh", "After the last step", "sound_ = false;", "{}"),
+    ("a tile found corrupt", "patch_rows.cuh", "void end(", "if (!sound_)", "if (false)"),
 ];
 
 const DIFFERENCES: [Mutant; 9] = [
@@ -172,7 +200,7 @@ const STREAMS: [Mutant; 9] = [
 
 const REST: [Mutant; 8] = [
     ("a verdict before it is there", "linear_large.cu", "k != 0, k, sums);", "  block_sync();\n", ""),
-    ("no decode path", "linear_large.cu", "write_sums(", "finite(value)", "true"),
+    ("no decode path", "linear_large.cu", "write_sums(", "finite(sum)", "true"),
     (
         "the next pair of no tile",
         "linear_large.cu",
@@ -214,10 +242,10 @@ const RACES: [Mutant; 8] = [
         "  block_sync();\n",
         "",
     ),
-    ("no barrier a turn", "stages.cuh", "wait_for_copies<kLate", "    block_sync();\n", ""),
-    ("x over what is multiplied", "stages.cuh", "run_steps(", "kLate = S::kOfX;", "kLate = S::kOfX + 1;"),
+    ("no barrier a step", "stages.cuh", "wait_for_copies<1>", "block_sync();", ""),
+    ("x over what is multiplied", "stages.cuh", "run_steps(", "stages.x[1 - now], 0", "stages.x[now], 0"),
     ("differences over streams", "patch_streams.cuh", "Another lane may have", "    warp_sync();\n", ""),
-    ("a column's entries", "patch_entries.cuh", "add_in_order(", "    warp_sync();\n", ""),
+    ("copies over marks", "stages.cuh", "sums.stop();", "block_sync();", ""),
     (
         "the next pair before it is there",
         "linear_large.cu",
@@ -409,6 +437,45 @@ fn of_pairs(rng: &mut Rng, dtype: Dtype, encoding: Encoding, share: f64, m: usiz
     Wanted { dtype, all: all.into_iter().map(|large| (large, want.clone())).collect(), exact: true }
 }
 
+/// So few differences, some of two entries, that gaps are columns.
+fn of_few(rng: &mut Rng, dtype: Dtype) -> Wanted {
+    let (shape, m) = (Shape { n: 36, k: 3000 }, 2);
+    let base: Vec<u8> = (0..shape.n * shape.k).flat_map(|_| word(dtype, 1.0 / 512.0)).collect();
+    let other = |i: usize| word(dtype, if i.is_multiple_of(2) { 1.0 + 3.0 / 128.0 } else { 2.0 / 512.0 });
+    let other: Vec<u8> = (0..shape.n * shape.k).flat_map(other).collect();
+    let mut fine_tuned = rng.mix(dtype, &base, &other, 0.0015);
+    // Whose column is the last one of a window, and of the matrix.
+    for at in [63, shape.k - 1, 2 * shape.k + 127] {
+        fine_tuned[at * 2..][..2].copy_from_slice(&word(dtype, 3.0));
+    }
+    let mut case = Case::new(dtype, shape, Encoding::Sparse, &base, &fine_tuned);
+    assert_eq!(case.blob[14], 2, "gaps of two bytes");
+    padding_in_column_0(&mut case.blob, shape.n.div_ceil(16));
+    let x = integers(rng, dtype, m * shape.k, 1);
+    let want = case.reference(&x, m, None);
+    let all = ways(|late, seed| alone(&case, &case.blob, &x, m, seed).large(None, late));
+    Wanted { dtype, all: all.into_iter().map(|large| (large, want.clone())).collect(), exact: true }
+}
+
+/// Padding of one tile column of records with gaps of two bytes, whose column says nothing.
+fn padding_in_column_0(blob: &mut [u8], tiles: usize) {
+    let number = |at: usize| u32::from_le_bytes(blob[at..at + 4].try_into().unwrap()) as usize;
+    let (directory, payload) = (number(64), number(72));
+    let spans: Vec<_> =
+        (0..tiles).map(|t| (number(directory + 4 * t), number(directory + 4 * t + 4))).collect();
+    let mut padded = 0;
+    for (from, to) in spans {
+        let (gaps, differences) = (payload + from * 64, payload + from * 64 + (to - from) * 32);
+        for at in (0..(to - from) * 32).step_by(2) {
+            if blob[differences + at..][..2] == [0x00, 0x80] {
+                blob[gaps + at..][..2].fill(0);
+                padded += 1;
+            }
+        }
+    }
+    assert!(padded > 0);
+}
+
 fn alone<'a>(case: &'a Case, blob: &'a [u8], x: &'a [u8], m: usize, seed: u64) -> Linear<'a> {
     Linear { arena: blob, seed, ..Linear::of_one(case, x, m) }
 }
@@ -494,6 +561,8 @@ fn caught_by_results(mutants: &[Mutant]) {
         of_pairs(&mut Rng::new(166), dtype, Encoding::Exponent, 0.03, 3),
         of_fleet(&mut rng, dtype, (70, 300, 25), 0.0),
         of_fleet(&mut rng, dtype, (17, 320, 14), 0.002),
+        of_few(&mut Rng::new(167), dtype),
+        of_fleet(&mut Rng::new(168), dtype, (17, 320, 13), 0.0),
     ];
     let contradictions = of_contradictions(&mut rng);
     all_caught(mutants, LIST, &[], |device| check(device, &wanted, &contradictions));

@@ -166,14 +166,14 @@ const MUTANTS: [Changed; 28] = [
     Changed {
         what: "a group of copies that does not end",
         kernel: "linear_large_bf16",
-        after: "",
+        after: "cp.async.wait_group",
         pick: "cp.async.commit_group",
         to: nothing,
     },
     Changed {
         what: "a copy left out",
         kernel: "linear_large_f32",
-        after: "",
+        after: "cp.async.wait_group",
         pick: "cp.async.cg",
         to: nothing,
     },
@@ -298,6 +298,13 @@ fn passes(kernel: &str, machine: &Machine) -> Result<(), String> {
         name if name.contains("grad") => (Way::Grad, 40),
         _ => (Way::Many, 40),
     };
+    if way == Way::Many {
+        // The base, entries and streams; whole windows; warps with sixteen rows of x, and with more.
+        let fleet = Fleet::new(&mut rng, dtype, Shape { n: 20, k: 320 }, words, 0.1);
+        [-1, 0, 3]
+            .into_iter()
+            .try_for_each(|tenant| check_exact(machine, &fleet, way, &vec![tenant; rows], 3))?;
+    }
     // Rows that begin anywhere, and rows that go by sixteen bytes.
     [(35, 259), (72, 544)].into_iter().try_for_each(|(n, k)| {
         let fleet = Fleet::new(&mut rng, dtype, Shape { n, k }, words, 0.1);
