@@ -100,43 +100,48 @@ XORZ_DEVICE uint32_t open_tenant(const Product<W>& p, int32_t slot, uint32_t dty
   return kRefused;
 }
 
+// Sort the block's `rows` rows of x, the first of them row `m0`, by tenant. One warp calls.
+template <uint32_t M, class W>
+XORZ_DEVICE void sort_rows(Batch<M>& batch, const Product<W>& p, uint64_t m0, uint32_t rows) {
+  const uint32_t thread = thread_index();
+  const bool live = thread < rows;
+  const int32_t slot = !live || p.tenant_of_row == nullptr ? 0 : load_once(p.tenant_of_row + m0 + thread);
+  uint32_t count = 0, placed = 0;
+  XORZ_NO_UNROLL
+  for (uint32_t left = warp_ballot(live); left != 0;) {
+    const uint32_t head = first_bit(left);
+    const int32_t its = warp_shuffle(slot, head);
+    const uint32_t same = warp_ballot(live && slot == its);  // hot: gather
+    if (same >> thread & 1) {
+      const uint32_t at = placed + bit_count(same & ((1u << thread) - 1));
+      batch.order[at] = thread;
+      batch.owner[at] = count;
+    }
+    if (thread == head) {
+      batch.slot[count] = slot;
+      batch.first[count] = placed;
+    }
+    placed += bit_count(same);
+    count++;
+    left &= ~same;
+  }
+  if (thread == 0) {
+    batch.first[count] = placed;
+    batch.tenants = count;
+  }
+}
+
 // Sort the block's `rows` rows of x, the first of them row `m0`, and open what they need; `sorted` is called in between, where
 // whose rows they are is known. The block calls.
 template <class D, uint32_t M, class Sorted>
 XORZ_DEVICE void gather_batch(Batch<M>& batch, const Product<typename D::Word>& p, uint64_t m0, uint32_t rows,
                               Sorted sorted) {
   const uint32_t thread = thread_index();
-  if (thread < 32) {
-    const bool live = thread < rows;
-    const int32_t slot = !live || p.tenant_of_row == nullptr ? 0 : load_once(p.tenant_of_row + m0 + thread);
-    uint32_t count = 0, placed = 0;
-    XORZ_NO_UNROLL
-    for (uint32_t left = warp_ballot(live); left != 0;) {
-      const uint32_t head = first_bit(left);
-      const int32_t its = warp_shuffle(slot, head);
-      const uint32_t same = warp_ballot(live && slot == its);  // hot: gather
-      if (same >> thread & 1) {
-        const uint32_t at = placed + bit_count(same & ((1u << thread) - 1));
-        batch.order[at] = thread;
-        batch.owner[at] = count;
-      }
-      if (thread == head) {
-        batch.slot[count] = slot;
-        batch.first[count] = placed;
-      }
-      placed += bit_count(same);
-      count++;
-      left &= ~same;
-    }
-    if (thread == 0) {
-      batch.first[count] = placed;
-      batch.tenants = count;
-    }
-  }
+  if (thread < 32) sort_rows(batch, p, m0, rows);  // each: one_warp
   block_sync();
   sorted();
   if (thread < batch.tenants) {
-    batch.way[thread] = open_tenant(p, batch.slot[thread], D::kCode, batch.view[thread]);
+    batch.way[thread] = open_tenant(p, batch.slot[thread], D::kCode, batch.view[thread]);  // each: one_warp
     batch.corrupt[thread] = 0;
   }
   block_sync();

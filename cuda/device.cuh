@@ -10,6 +10,9 @@ namespace xorz {
 struct alignas(16) Vector {
   uint32_t part[4];
 };
+struct alignas(8) HalfVector {
+  uint32_t part[2];
+};
 }  // namespace xorz
 
 #ifdef __CUDACC__
@@ -58,6 +61,11 @@ template <class T>
 XORZ_DEVICE T warp_shuffle(T value, uint32_t lane) {
   return __shfl_sync(0xFFFFFFFFu, value, static_cast<int>(lane));
 }
+// From lane `lane` modulo 32.
+template <class T>
+XORZ_DEVICE T warp_shuffle_modulo(T value, uint32_t lane) {
+  return warp_shuffle(value, lane);
+}
 template <class T>
 XORZ_DEVICE T warp_shuffle_xor(T value, uint32_t mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, static_cast<int>(mask));
@@ -99,8 +107,12 @@ XORZ_DEVICE void fetch_ahead(const void* at) {
 XORZ_DEVICE void store_vector(void* at, const Vector& v) {
   *static_cast<uint4*>(at) = make_uint4(v.part[0], v.part[1], v.part[2], v.part[3]);
 }
-// Sixteen bytes of shared memory.
+// Sixteen bytes of shared memory, or eight.
 XORZ_DEVICE Vector load_shared(const void* at) { return load_vector(at); }
+XORZ_DEVICE HalfVector load_shared_half(const void* at) {
+  const uint2 v = *static_cast<const uint2*>(at);
+  return {{v.x, v.y}};
+}
 XORZ_DEVICE void store_shared(void* at, const Vector& v) { store_vector(at, v); }
 XORZ_DEVICE void shared_or(uint32_t* at, uint32_t bits) { atomicOr(at, bits); }
 XORZ_DEVICE void raise_to(uint32_t* at, uint32_t value) { atomicMax(at, value); }
@@ -151,6 +163,10 @@ XORZ_DEVICE void multiply_f16(float (&sums)[4], const uint32_t (&a)[4], uint32_t
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// The lower halves of two words, a's first, and the upper ones.
+XORZ_DEVICE uint32_t lower_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+XORZ_DEVICE uint32_t upper_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
 // The upper half of the product.
 XORZ_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }

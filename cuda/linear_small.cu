@@ -4,7 +4,7 @@
 //   block (i, j): rows 16 i .. of W (a panel), rows M j .. of x
 //     sort the rows by tenant, ask for the panel's first columns, open the tenants' deltas (batch.cuh)
 //     rows on the base's words (the base, `unchanged`, `sparse`), together: panel x rows in registers
-//       (product.cuh; bf16 and f16, blocks of 16 rows: product_tensor.cuh)
+//       (f32: product.cuh; bf16 and f16: product_tensor.cuh)
 //     each tenant with words of its own (`raw`): the same on its payload
 //     `sparse` tenants: their entries (entries.cuh)
 //     `exponent` tenants: decode and multiply, a warp a tile (streams.cuh)
@@ -38,6 +38,7 @@ struct LinearShared {
     struct {
       Round<W> round;
       Runs runs;
+      EntryRows<M> rows;
     } entries;
     StreamSums<M> streams;
     struct {
@@ -86,11 +87,12 @@ XORZ_DEVICE void linear_small(LinearShared<typename D::Word, M>& shared, const P
     uint32_t count = 0;
     block_sync();
     if (t == 0) {
-      for (uint32_t i = 0; i < batch.tenants; i++) {
-        if (batch.way[i] != kOnBase && batch.way[i] != kOnEntries) continue;
-        for (uint32_t at = batch.first[i]; at < batch.first[i + 1]; at++, count++)
-          if (thread == 0) shared.list[count] = batch.order[at];
-      }
+      const uint32_t at = thread % 32, rows_of_all = batch.first[batch.tenants];
+      const uint32_t way = at < rows_of_all ? batch.way[batch.owner[at % M]] : kRefused;
+      const uint32_t on_base = warp_ballot(way == kOnBase || way == kOnEntries);
+      count = bit_count(on_base);
+      if (thread < 32 && (on_base >> at & 1) != 0)
+        shared.list[bit_count(on_base & ((1u << at) - 1))] = batch.order[at % M];
     } else if (batch.way[t - 1] == kOnOwnWords) {
       const View& v = batch.view[t - 1];
       words = reinterpret_cast<const W*>(v.bytes + v.payload) + r0 * p.k;
@@ -101,13 +103,16 @@ XORZ_DEVICE void linear_small(LinearShared<typename D::Word, M>& shared, const P
     if (count == 0) continue;  // hot: tenants
     const uint32_t k = static_cast<uint32_t>(p.k);
     float (&total)[kPanel][M] = shared.total;
-    if constexpr (M == 16 && sizeof(W) == 2)
+    if constexpr (sizeof(W) == 2)
       add_product_by_tensor<D>(total, shared.partials, words, k, panel, x, shared.list,
                                count);  // each: product
     else
       add_product<D>(total, shared.partial, words, k, panel, x, shared.list, count);  // each: product
   }
-  add_entries<D, M>(shared.total, shared.entries.round, shared.entries.runs, batch, x, r0);  // each: entries
+  auto& entries = shared.entries;
+  add_entries<D>(shared.total, entries.rows, entries.round, entries.runs, batch, x,
+                 static_cast<uint32_t>(p.k),
+                 r0);  // each: entries
   block_sync();
   add_streams<D, M>(shared.total, shared.streams, batch, p.weight, x, r0);  // each: streams
 
@@ -124,14 +129,14 @@ XORZ_DEVICE void linear_small(LinearShared<typename D::Word, M>& shared, const P
     for (uint32_t i = thread; i < batch.rows(t) * kPanel; i += kWarps * 32) {
       const uint32_t r = i % kPanel, j = batch.order[batch.first[t] + i / kPanel];
       if (r >= panel) continue;
-      float value = shared.total[r][j];
+      float value = shared.total[r][j];  // each: outputs
       if (p.biases != nullptr && !refused)
-        value += D::value(load_once(p.biases + bias_row(p, batch.slot[t]) + r0 + r));
-      W* to = p.out + (m0 + j) * p.n + r0 + r;
+        value += D::value(load_once(p.biases + bias_row(p, batch.slot[t]) + r0 + r));  // each: outputs
+      W* to = p.out + (m0 + j) * p.n + r0 + r;                                         // each: outputs
       if (refused)
         store(to, nan_word<W>());
       else if (finite(value))
-        store(to, D::round(value));
+        store(to, D::round(value));  // each: outputs
       else {
         shared_or(&f64.again[r], 1u << j);
         again = true;
@@ -158,9 +163,7 @@ XORZ_DEVICE void linear_small(LinearShared<typename D::Word, M>& shared, const P
                                             slot_count, tenant_of_row, out, m, n, k, status});              \
   }
 
-XORZ_LINEAR_SMALL(bf16, Bf16, 4)
 XORZ_LINEAR_SMALL(bf16, Bf16, 16)
-XORZ_LINEAR_SMALL(f16, F16, 4)
 XORZ_LINEAR_SMALL(f16, F16, 16)
 XORZ_LINEAR_SMALL(f32, F32, 4)
 XORZ_LINEAR_SMALL(f32, F32, 16)

@@ -1,5 +1,5 @@
-// Rows of words (of the base, or a tenant's own) times rows of x, in registers, an FMA a term. What few rows of x
-// (and f32 of any number) are computed by; more are product_tensor.cuh's.
+// Rows of words (of the base, or a tenant's own) of f32 times rows of x, in registers, an FMA a term; bf16 and f16 are
+// product_tensor.cuh's.
 //
 //   warp w: rows 4 (w % 4) .. + 3 of the panel; chunks w / 4, w / 4 + 2, ... of 32 lanes x 16 bytes
 //   for each chunk: four 16-byte loads of W, once, the next chunk's on their way; for each row of x: one 16-byte load of x
@@ -7,9 +7,9 @@
 //
 // Order of one output: a lane's columns from left to right, one FMA each; lanes by a butterfly (16, 8, 4, 2,
 // 1); the even chunks' sum plus the odd ones'; then added to the total. It does not depend on the other rows.
-// With c columns a chunk (256, f32: 128) the longest chain is ceil(k / 2c) * c / 32 + 7 roundings.
+// With c columns a chunk (128) the longest chain is ceil(k / 2c) * c / 32 + 7 roundings.
 // Rows that the panel has not are those of its last one again, whose sums nobody takes: no row is asked for its place.
-// In flight: 2 KiB a warp and as much again where registers allow it (not for f32 by 16 rows of x).
+// In flight: 2 KiB a warp and as much again where registers allow it (not by 16 rows of x).
 // Registers: 4 M sums, 4 x 4 of W and 4 x 4 of the next chunk, 4 of x.
 #pragma once
 
@@ -39,7 +39,7 @@ XORZ_DEVICE void sum_columns(float (&sum)[4][M], const typename D::Word* const (
                              uint32_t k, const typename D::Word* x, const uint32_t* list, uint32_t count) {
   using W = typename D::Word;
   constexpr uint32_t kPer = 16 / sizeof(W), kApart = 64 * kPer;
-  constexpr bool kAhead = kWhole && (sizeof(W) == 2 || M <= 4);
+  constexpr bool kAhead = kWhole && M <= 4;
   const auto columns = [&](const W* of, uint32_t at) {
     return kWhole ? load_vector_once(of + at) : load_columns(of, at, k);
   };
@@ -52,16 +52,16 @@ XORZ_DEVICE void sum_columns(float (&sum)[4][M], const typename D::Word* const (
     Vector w[4];
     XORZ_UNROLL
     for (uint32_t r = 0; r < 4; r++) {
-      w[r] = kAhead ? next[r] : columns(row[r], c);  // hot: product
+      w[r] = kAhead ? next[r] : columns(row[r], c);
       if (kAhead && k - c > kApart) next[r] = columns(row[r], c + kApart);
     }
     XORZ_UNROLL
     for (uint32_t j = 0; j < M; j++) {
       if (j >= count) break;
-      const Vector v = columns(x + static_cast<uint64_t>(list[j]) * k, c);  // each: row
+      const Vector v = columns(x + static_cast<uint64_t>(list[j]) * k, c);
       XORZ_UNROLL
       for (uint32_t i = 0; i < kPer; i++) {
-        const float value = D::value(word_in<W>(v, i));  // each: row
+        const float value = D::value(word_in<W>(v, i));
         XORZ_UNROLL
         for (uint32_t r = 0; r < 4; r++) sum[r][j] = fused(D::value(word_in<W>(w[r], i)), value, sum[r][j]);
       }
@@ -91,7 +91,7 @@ XORZ_DEVICE void add_product(float (&total)[kPanel][M], float (&partial)[kPanel]
   if (k % kPer == 0 && aligned(words, 16) && aligned(x, 16))
     sum_columns<D, M, true>(sum, row, from, k, x, list, count);
   else
-    sum_columns<D, M, false>(sum, row, from, k, x, list, count);  // cold: pieces
+    sum_columns<D, M, false>(sum, row, from, k, x, list, count);
   XORZ_UNROLL
   for (uint32_t r = 0; r < 4; r++) XORZ_UNROLL
   for (uint32_t j = 0; j < M; j++) {

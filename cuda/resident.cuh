@@ -100,12 +100,13 @@ XORZ_DEVICE uint32_t words_of_tile(const View& v) {
   return rows * columns_of_tile(v);
 }
 
-// Records: two entries a column, and one that pads for each 255 columns or fewer that are stepped over. Units of a stream: no
-// word takes more than one.
-XORZ_DEVICE bool units_of(const View& v, uint32_t tile, Span& span) {
-  const uint32_t most =
-      v.encoding == kSparse ? 2 * columns_of_tile(v) + kMaxTileCols / 128 : words_of_tile(v);
+// Which units are a tile's, of which no sound one has more than `most`.
+XORZ_DEVICE bool units_of(const View& v, uint32_t tile, uint32_t most, Span& span) {
   return span_of(v, kHeaderBytes, tile, v.units, span) && span.to - span.from <= most;
+}
+// Those of a stream, of which no word takes more than one.
+XORZ_DEVICE bool units_of(const View& v, uint32_t tile, Span& span) {
+  return units_of(v, tile, words_of_tile(v), span);
 }
 
 // Where a section begins that follows one that ends at `end`.

@@ -130,7 +130,7 @@ XORZ_DEVICE void exponent_tile(RestoreShared& shared, uint32_t tile, const W* ba
   const Rect rect = rect_of(v, tile);
   const uint32_t lane = thread_index() % 32;
   W* stage = reinterpret_cast<W*>(shared.stage[thread_index() / 32]);
-  constexpr uint32_t kWords = Chunk<W>::kWords;
+  constexpr uint32_t kWords = Chunk<W>::kWords, kSteps = 4;
   const W* from = (kWork == kRestore ? base : out) + rect.r0 * v.k + rect.c0;
   W* corner = out + rect.r0 * v.k + rect.c0;
   Stream<W> stream;
@@ -142,15 +142,29 @@ XORZ_DEVICE void exponent_tile(RestoreShared& shared, uint32_t tile, const W* ba
     while (r < rect.rows) {
       const W* row = from + r * v.k;
       chunk.put(stage, row, rect.cols, c, lane);
-      const uint32_t next_c = c + kWords < rect.cols ? c + kWords : 0, next_r = r + (next_c == 0);
+      const uint32_t next_c = c + kWords < rect.cols ? c + kWords : 0,
+                     next_r = r + (next_c == 0);  // hot: chunk
       if (next_r < rect.rows) chunk.fetch(from + next_r * v.k, rect.cols, next_c, lane);
       warp_sync();
-      const uint32_t count = rect.cols - c < kWords ? rect.cols - c : kWords;  // hot: chunk
-      for (uint32_t s = 0; s < count; s += 32) {
+      const uint32_t count = rect.cols - c < kWords ? rect.cols - c : kWords;
+      uint32_t s = 0;
+      XORZ_NO_UNROLL
+      for (; s + 32 * kSteps <= count; s += 32 * kSteps) {
+        typename InRegisters<W>::Word words[kSteps];
+        XORZ_UNROLL
+        for (uint32_t i = 0; i < kSteps; i++) words[i] = stage[s + 32 * i + lane];
+        stream.template steps<kSteps, true>(words, 0);
+        XORZ_UNROLL
+        for (uint32_t i = 0; i < kSteps; i++)
+          stage[s + 32 * i + lane] = static_cast<W>(words[i]);  // hot: decoded
+      }
+      XORZ_NO_UNROLL
+      for (; s < count; s += 32) {
         const bool live = s + lane < count;
-        const W word = stream.step(live ? stage[s + lane] : W(0), live);  // hot: decoded
+        const W word = stream.step(live ? stage[s + lane] : W(0), live);  // each: pieces
         if (live) stage[s + lane] = word;
       }
+      stream.fetch_ahead_units();
       warp_sync();
       W* to = corner + r * v.k + c;
       uint32_t whole = 0;

@@ -29,8 +29,9 @@ struct Records {
 template <class W>
 XORZ_DEVICE bool records_of(const View& v, uint32_t tile, Records<W>& records) {
   Span span;
-  // No tile has so many records that gaps of one byte could wrap a column of 32 bits.
-  if (!units_of(v, tile, span)) return false;
+  // Two entries a column, and one that pads for each 255 columns or fewer that are stepped over: no tile has so many records that
+  // gaps of one byte could wrap a column of 32 bits.
+  if (!units_of(v, tile, 2 * columns_of_tile(v) + kMaxTileCols / 128, span)) return false;
   const uint64_t record = kTileLanes * (v.gap_bytes + sizeof(W));
   records.count = span.to - span.from;
   records.gap_bytes = v.gap_bytes;
@@ -49,10 +50,17 @@ XORZ_DEVICE Span run_of(uint32_t count, uint32_t i, uint32_t of) {
 template <class W>
 XORZ_DEVICE uint32_t gap_sum(const Records<W>& records, uint32_t lane, Span run) {
   uint32_t sum = 0;
-  if (records.gap_bytes == 1) {
-    XORZ_UNROLL_4
-    for (uint32_t j = run.from; j < run.to; j++) sum = records.column_at(j, lane, sum);  // hot: gaps
+  if (records.gap_bytes != 1) return sum;
+  const uint8_t* gaps = records.gaps + run.from * kTileLanes + lane;
+  uint32_t left = run.to - run.from;
+  XORZ_NO_UNROLL
+  for (; left >= 4; left -= 4, gaps += 4 * kTileLanes) {
+    XORZ_UNROLL
+    for (uint32_t i = 0; i < 4; i++) sum += load_once(gaps + i * kTileLanes);  // hot: gaps
   }
+  XORZ_UNROLL
+  for (uint32_t i = 0; i < 3; i++)
+    if (i < left) sum += load_once(gaps + i * kTileLanes);
   return sum;
 }
 

@@ -6,9 +6,10 @@
 //   from L1:
 //     for each row of the tile down to the panel's last: (rows above the panel are decoded and thrown away)
 //       for each 128 columns: base words, 32 side by side a load, the next 128 columns' on their way
-//         for each 32: word = decode (exponent.cuh)
-//         for each row of x, for each 32: an FMA of the word, and where the 128 have differences one of each of its two, of
-//         which those that there are not are zeros
+//         four times 32: word = decode (exponent.cuh)
+//         for each row of x, for each 32: an FMA of the word
+//         where the 128 have differences, for each 32 that have: for each row of x an FMA of each of a word's two, of which
+//         those that there are not are zeros
 //       lanes by a butterfly -> the warp's sums in shared memory
 //     block_sync; warps' sums, in order -> total
 //
@@ -17,8 +18,8 @@
 //
 // Exceptions are never looked at: where products would need them a difference is NaN, and the decode path follows.
 //
-// Order of one output: a lane's columns from left to right, one FMA for the word and one for each of its differences (zeros change
-// no finite sum); lanes by a butterfly (16, 8, 4, 2, 1); added to the total, tile column after tile column. Longest
+// Order of one output: four of a lane's columns from left to right, one FMA for each word, then one for each of their differences (zeros
+// change no finite sum), and so on; lanes by a butterfly (16, 8, 4, 2, 1); added to the total, tile column after tile column. Longest
 // chain: a tile's columns / 32, the differences of a lane's columns, 5, and one a tile.
 // Shared memory: 8 KiB of sums. Registers: M sums, the stream's 11 to 16, 8 of base words.
 #pragma once
@@ -83,6 +84,9 @@ class Differences {
   }
 
  public:
+  // Whether the next one lies before `count` positions from `position` on: the same in all lanes.
+  XORZ_DEVICE bool within(uint32_t position, uint32_t count) const { return next_ < position + count; }
+
   // Those of the lane's word in the step just made: how many, and which.
   uint32_t count = 0;
   W first = 0, second = 0;
@@ -139,57 +143,77 @@ struct WordsAhead {
   // From where the lane's first column is; `cols` columns of the row are left there.
   XORZ_DEVICE void fetch(const W* row, uint32_t cols) {
     const uint32_t lane = thread_index() % 32;
+    if (cols >= 32 * kAheadSteps) {
+      XORZ_UNROLL
+      for (uint32_t i = 0; i < kAheadSteps; i++) word[i] = load_once(row + 32 * i);
+      return;
+    }
     XORZ_UNROLL
     for (uint32_t i = 0; i < kAheadSteps; i++)
-      if (cols >= 32 * kAheadSteps || 32 * i + lane < cols) word[i] = load_once(row + 32 * i);
+      if (32 * i + lane < cols) word[i] = load_once(row + 32 * i);
   }
 };
 
-// What a lane multiplies its columns of x by, step by step: the word, and its differences where the step has any.
-struct Terms {
-  float word[kAheadSteps], first[kAheadSteps], second[kAheadSteps];
-  bool differ;  // the same in all lanes
+// Rows of x of a tenant: those of `order`, of which there are `count`, by the lane's column of a step; `stride` words from row to row.
+template <class W>
+struct RowsOf {
+  const W* x;
+  uint64_t stride;
+  const uint32_t* order;
+  uint32_t count;
 };
 
-// The next steps' terms, from their base words; `position` is the first one's in the tile, and `cols` columns are left of its row.
-// False where the tile contradicts itself. The whole warp calls.
-template <class D>
-XORZ_DEVICE bool decode_terms(Terms& terms, Stream<typename D::Word>& stream,
-                              Differences<typename D::Word>& differences,
-                              const WordsAhead<typename D::Word>& base, uint32_t position, uint32_t cols) {
+// sums += the next steps' words times their columns of the rows of x. Base words become fine-tuned ones; `cols` columns are left
+// of the tile's row, of kWhole as many as the steps have. The whole warp calls.
+template <class D, bool kWhole, uint32_t M>
+XORZ_DEVICE void sum_words(float (&sums)[M], Stream<typename D::Word>& stream,
+                           WordsAhead<typename D::Word>& base, uint32_t cols,
+                           const RowsOf<typename D::Word>& rows) {
+  using W = typename D::Word;
   const uint32_t lane = thread_index() % 32;
-  terms.differ = false;
-  XORZ_UNROLL
-  for (uint32_t i = 0; i < kAheadSteps; i++) {
-    terms.word[i] = terms.first[i] = terms.second[i] = 0;
-    if (32 * i >= cols) continue;
-    const bool here = 32 * i + lane < cols;
-    const typename D::Word word = stream.step(static_cast<typename D::Word>(base.word[i]), here);
-    if (!differences.step(position + 32 * i, here)) return false;
-    if (here) terms.word[i] = D::value(word);
-    if (!differences.any) continue;
-    terms.differ = true;
-    if (differences.count > 0) terms.first[i] = D::value(differences.first);    // each: differences
-    if (differences.count > 1) terms.second[i] = D::value(differences.second);  // each: differences
-  }
-  return true;
-}
-
-// sum += terms times the lane's columns of a row of x, which begin at `x`.
-template <class D>
-XORZ_DEVICE void add_terms(float& sum, const Terms& terms, const typename D::Word* x, uint32_t cols) {
-  const uint32_t lane = thread_index() % 32;
-  float value[kAheadSteps];
+  uint32_t live = 0;
   XORZ_UNROLL
   for (uint32_t i = 0; i < kAheadSteps; i++)
-    value[i] = 32 * i + lane < cols ? D::value(load_once(x + 32 * i)) : 0.0f;
+    live |= static_cast<uint32_t>(kWhole || 32 * i + lane < cols) << i;
+  stream.template steps<kAheadSteps, kWhole>(base.word, live);
   XORZ_UNROLL
-  for (uint32_t i = 0; i < kAheadSteps; i++) {
-    sum = fused(terms.word[i], value[i], sum);
-    if (!terms.differ) continue;
-    sum = fused(terms.first[i], value[i], sum);   // each: differences
-    sum = fused(terms.second[i], value[i], sum);  // each: differences
+  for (uint32_t j = 0; j < M; j++) {
+    if (j >= rows.count) break;
+    const W* x = rows.x + rows.order[j] * rows.stride;  // each: row
+    float value[kAheadSteps];
+    XORZ_UNROLL
+    for (uint32_t i = 0; i < kAheadSteps; i++)
+      value[i] = (live >> i & 1) != 0 ? D::value(load_once(x + 32 * i)) : 0.0f;  // each: row
+    XORZ_UNROLL
+    for (uint32_t i = 0; i < kAheadSteps; i++) {
+      const float word = (live >> i & 1) != 0 ? D::value(static_cast<W>(base.word[i])) : 0.0f;
+      sums[j] = fused(word, value[i], sums[j]);  // each: row
+    }
   }
+}
+
+// sums += the differences of the same steps times their columns of the rows of x: first, then second ones, zeros where there are none.
+// `position` is the first step's in the tile. False where the tile contradicts itself. The whole warp calls.
+template <class D, uint32_t M>
+XORZ_DEVICE bool sum_differences(float (&sums)[M], Differences<typename D::Word>& differences,
+                                 uint32_t position, uint32_t cols, const RowsOf<typename D::Word>& rows) {
+  const uint32_t lane = thread_index() % 32;
+  XORZ_NO_UNROLL
+  for (uint32_t c = 0; c < 32 * kAheadSteps && c < cols; c += 32) {
+    const bool here = c + lane < cols;
+    if (!differences.step(position + c, here)) return false;
+    if (!differences.any) continue;
+    const float first = differences.count > 0 ? D::value(differences.first) : 0.0f,
+                second = differences.count > 1 ? D::value(differences.second) : 0.0f;
+    XORZ_UNROLL
+    for (uint32_t j = 0; j < M; j++) {
+      if (j >= rows.count) break;
+      const float value = here ? D::value(load_once(rows.x + rows.order[j] * rows.stride + c)) : 0.0f;
+      sums[j] = fused(first, value, sums[j]);
+      sums[j] = fused(second, value, sums[j]);
+    }
+  }
+  return true;
 }
 
 // The sums of one tile with the rows of x of its tenant; false where the tile contradicts itself. The whole warp calls.
@@ -208,7 +232,7 @@ XORZ_DEVICE bool sum_stream(float (&sums)[kTileLanes][M], const Batch<M>& batch,
   Differences<W> differences;
   if (!stream.begin(view, tile) || !differences.begin(view, tile)) return false;
   const W* row = weight + rect.r0 * view.k + rect.c0 + lane;
-  x += rect.c0 + lane;
+  x = held(x + rect.c0 + lane);
   WordsAhead<W> ahead = {};
   ahead.fetch(row, rect.cols);
   XORZ_NO_UNROLL
@@ -218,22 +242,23 @@ XORZ_DEVICE bool sum_stream(float (&sums)[kTileLanes][M], const Batch<M>& batch,
     for (uint32_t j = 0; j < M; j++) sum[j] = 0;
     XORZ_NO_UNROLL
     for (uint32_t from = 0; from < rect.cols; from += 32 * kAheadSteps) {
-      const WordsAhead<W> base = ahead;
-      if (from + 32 * kAheadSteps < rect.cols)  // hot: steps
-        ahead.fetch(row + from + 32 * kAheadSteps, rect.cols - from - 32 * kAheadSteps);
-      else if (r + 1 < rows)
-        ahead.fetch(row + view.k, rect.cols);
-      Terms terms;
-      if (!decode_terms<D>(terms, stream, differences, base, (r << view.cols_log2) + from, rect.cols - from))
+      WordsAhead<W> base = ahead;
+      const uint32_t next = from + 32 * kAheadSteps;
+      const bool same_row = next < rect.cols;
+      if (same_row || r + 1 < rows)  // hot: steps
+        ahead.fetch(same_row ? row + next : row + view.k, same_row ? rect.cols - next : rect.cols);
+      const uint32_t position = (r << view.cols_log2) + from, left = rect.cols - from;
+      // Rows above the panel are only decoded.
+      const RowsOf<W> rows_of = {x + from, view.k, batch.order + first, r < above ? 0 : count};
+      if (left >= 32 * kAheadSteps)
+        sum_words<D, true>(sum, stream, base, left, rows_of);
+      else
+        sum_words<D, false>(sum, stream, base, left, rows_of);  // each: pieces
+      if (differences.within(position, 32 * kAheadSteps) &&
+          !sum_differences<D>(sum, differences, position, left, rows_of))  // each: differences
         return false;
-      if (r < above) continue;
-      XORZ_UNROLL
-      for (uint32_t j = 0; j < M; j++) {
-        if (j >= count) break;
-        const typename D::Word* its = x + batch.order[first + j] * view.k + from;  // each: row
-        add_terms<D>(sum[j], terms, its, rect.cols - from);                        // each: row
-      }
     }
+    stream.fetch_ahead_units();
     if (r < above) continue;
     XORZ_UNROLL
     for (uint32_t j = 0; j < M; j++) {

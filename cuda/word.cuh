@@ -102,8 +102,8 @@ XORZ_DEVICE typename D::Word round_f64(double value) {
   return D::round(float_of(towards ? bits + 1 : bits - 1));
 }
 
-// Word `i` of sixteen bytes.
-template <class W>
+// Word `i` of sixteen bytes, or of eight.
+template <class W, class Vector>
 XORZ_DEVICE W word_in(const Vector& vector, uint32_t i) {
   if constexpr (sizeof(W) == 4)
     return static_cast<W>(vector.part[i]);

@@ -40,7 +40,7 @@ const PANEL_BYTES: usize = 64 << 20;
 const SMALLEST_TILE: (usize, usize) = (16, 256);
 
 /// Every kernel that is launched, by its name in the image.
-pub const ENTRIES: [&str; 33] = [
+pub const ENTRIES: [&str; 31] = [
     "xorz_digest_leaves",
     "xorz_digest_root",
     "xorz_delta_restore_8",
@@ -59,9 +59,7 @@ pub const ENTRIES: [&str; 33] = [
     "xorz_delta_embedding_16",
     "xorz_delta_embedding_32",
     "xorz_delta_embedding_64",
-    "xorz_linear_small_bf16_m4",
     "xorz_linear_small_bf16_m16",
-    "xorz_linear_small_f16_m4",
     "xorz_linear_small_f16_m16",
     "xorz_linear_small_f32_m4",
     "xorz_linear_small_f32_m16",
@@ -383,8 +381,8 @@ pub fn linear(dtype: Dtype, rows: ProductRows, shape: Shape) -> Result<Product> 
     if rows.deterministic || takes_tiles(rows, four_byte) {
         return Ok(Product::Large(Large::new("large", dtype, rows, shape.n.div_ceil(LARGE_W_ROWS))?));
     }
-    // Sixteen rows are multiplied by tensor cores, which take fewer instructions for three than FMAs do; f32 has none.
-    let block_rows = if m <= if four_byte { 4 } else { 2 } { 4 } else { 16 };
+    // Tensor cores multiply sixteen rows by fewer instructions than FMAs one; f32 has none.
+    let block_rows = if four_byte && m <= 4 { 4 } else { 16 };
     let entry = Entry::find(&format!("xorz_linear_small_{name}_m{block_rows}"))?;
     Ok(Product::Small(Small { entry, n: shape.n, m, block_rows }))
 }

@@ -67,7 +67,7 @@ class Case:
         tiled, small = self.m // 128 + (self.tenants + 1 if self.tenants > 1 else 1), -(-self.m // 16)
         if self.m > 32 and tiled <= 2 * small:
             return "linear_large_bf16"
-        return f"linear_small_bf16_m{4 if self.m <= FEW else 16}"
+        return "linear_small_bf16_m16"
 
     @property
     def records(self) -> float:
@@ -87,7 +87,6 @@ class Case:
 
 
 # As in src/cuda/plan.rs.
-FEW = 2
 MANY = 32
 CASES = [
     Case(m, tenants, kind, amount)
@@ -117,27 +116,23 @@ def small_trips(case: Case) -> Callable[[sass.Loop, list[sass.Loop]], float]:
     rounds = math.ceil(pairs / WARPS)
 
     def trips(loop: sass.Loop, same: list[sass.Loop]) -> float:
-        longest = max(same, key=lambda other: other.ops["LDG"])
         if loop.name == "gather":
             return tenants
         if loop.name == "tenants":
             return tenants + 1
-        if loop.name == "product":
-            return K / 256 / 2
         if loop.name == "product_tensor":
             wanted = 16 if rows > 8 else 8
             return K / 1024 if loop.ops["HMMA"] == wanted else 0
         if loop.name == "round":
             return math.ceil(rows / 4) if case.kind == "sparse" else 0
         if loop.name == "stage":
-            return K / 8 / 256
+            return K / 2 / 256 / 4
         if loop.name == "gaps":
-            return case.records / runs / longest.ops["LDG"] if loop.first == longest.first else 0
+            # Of both: what does not go by fours is done apart, and counted whole.
+            return math.ceil(case.records / runs) // 4
         if loop.name == "entries":
-            wanted = (
-                loop.ops["FFMA"] == of_segment * loop.ops["LDG"] / 2 and loop.ops["LDG"] == longest.ops["LDG"]
-            )
-            return case.records / runs / (loop.ops["LDG"] / 2) if wanted else 0
+            rows_at_once = 1 if of_segment == 1 else 4
+            return math.ceil(case.records / runs) // 4 if loop.ops["FFMA"] == 4 * rows_at_once else 0
         if loop.name == "pairs":
             return rounds if case.kind == "exponent" else 0
         if loop.name == "rows":
@@ -196,13 +191,13 @@ def restore_trips(case: Case) -> Callable[[sass.Loop, list[sass.Loop]], float]:
 
     def trips(loop: sass.Loop, same: list[sass.Loop]) -> float:
         unrolled = max(other.ops["LDG"] + other.ops["LDS"] for other in same)
-        if loop.name in ("copied", "gaps", "before") and loop.ops["LDG"] + loop.ops["LDS"] != unrolled:
+        if loop.name in ("copied", "before") and loop.ops["LDG"] + loop.ops["LDS"] != unrolled:
             return 0  # what is left of the unrolled loop
         if loop.name == "copied":
             # Two rows a warp, by pieces of 16 bytes; here it is gone through once for both.
             return 2 * K / 8 / 32 / unrolled if sparse else 0
         if loop.name == "gaps":
-            return case.records / runs / unrolled if sparse else 0
+            return math.ceil(case.records / runs) // 4 if sparse else 0
         if loop.name == "before":
             return runs / 2 / unrolled if sparse else 0
         if loop.name == "run":
@@ -219,9 +214,16 @@ def restore_trips(case: Case) -> Callable[[sass.Loop, list[sass.Loop]], float]:
 def fractions(case: Case) -> dict[str, float]:
     """Of what is unrolled for more than there is, or not always done."""
     each = max(1, case.m // case.tenants)
-    block = 4 if case.kernel.endswith("_m4") else 16
+    block = 16  # rows of x
     return {
         "row": min(each, block) / block,
+        # What one of the block's warps does for all of them.
+        "one_warp": 1 / WARPS,
+        # What half a warp does for each tenant, and a thread for each output.
+        "tenants": math.ceil(max(1, min(case.m, block) // each) / 2) / WARPS,
+        "outputs": math.ceil(min(case.m, block) / 2) / WARPS,
+        # Of rows whose columns are no whole steps, or that lie at odd addresses.
+        "pieces": 0.0,
         "product": 0.0 if case.kind == "exponent" else 1 / (max(1, min(case.m, block) // each) + 1),
         "streams": float(case.kind == "exponent"),
         "entries": float(case.kind == "sparse"),
@@ -229,6 +231,9 @@ def fractions(case: Case) -> dict[str, float]:
         "differences": 0.0,
         "refill": case.amount / 16 if case.kind == "exponent" else 0.0,
     }
+
+
+AROUND = {"rows": "pairs"}
 
 
 def instructions(kernel_name: str, kernel: sass.Kernel, case: Case, marks: dict) -> float:
@@ -241,6 +246,10 @@ def instructions(kernel_name: str, kernel: sass.Kernel, case: Case, marks: dict)
     loops = sass.marked_loops(kernel, marks["hot"])
     for loop in loops:
         times = trips(loop, [other for other in loops if other.name == loop.name])
+        # The compiler may put an inner loop beside the one round it.
+        for outer in (outer for outer in loops if outer.name == AROUND.get(loop.name)):
+            if not outer.first <= loop.first <= loop.last <= outer.last:
+                times *= trips(outer, [outer])
         for at in range(loop.first, loop.last + 1):
             weight[at] *= times
     for at, i in enumerate(kernel.code):
@@ -252,7 +261,7 @@ def instructions(kernel_name: str, kernel: sass.Kernel, case: Case, marks: dict)
 def panels(case: Case) -> int:
     """Blocks' worth of work: panels of W by blocks or tiles of rows of x."""
     if "large" not in case.kernel:
-        return N // 16 * -(-case.m // (4 if case.kernel.endswith("_m4") else 16))
+        return N // 16 * -(-case.m // 16)
     tiles = (
         case.m // 128
         if case.tenants == 1 and case.m > 128
@@ -277,7 +286,7 @@ this. For 4096 x 4096 of bf16:
 
 - *instructions*: what a block's eight warps issue for a panel (16 rows of W by up to 16 rows of x; `large`: 64 by up to
   128), on sm_90: the longest way through the machine code that ptxas makes, loops counted as often as shape and encoding
-  say.
+  say. What one warp does for the block (whose rows are whose, opening deltas) counts once, what such rows never reach does not.
 - *issue*: that of the multiprocessor with the most panels, at four instructions a cycle; *bytes*: base, deltas, x and y
   once, at the memory's full speed. Microseconds, by the machines' data sheets ({machines}). A ratio below 1 says that
   issuing is not what such a product waits for; what it does wait for (latency, barriers, a pipe that takes fewer than four
@@ -344,7 +353,6 @@ def in_flight(
         "|---|---|---|---|---|---|",
     ]
     for name, bytes_of_warp in [
-        ("linear_small_bf16_m4", 4 * 512),
         ("linear_small_bf16_m16", 8 * 512),
         ("linear_large_bf16", 2 * 512),
     ]:

@@ -5,9 +5,9 @@ mark lines:
 
     // hot: NAME     the innermost loop round it is called NAME; how often it is gone through is a scenario's to say
     // each: NAME    what it and what it calls cost is taken that many times (a fraction, where code is unrolled for more)
-    // cold: WHY     no scenario goes there
+    // cold: WHY     no scenario goes there: it costs nothing
 
-The cost of a warp is that of the longest way through the code from its entry to an exit that no cold block lies on, loops
+The cost of a warp is that of the longest way through the code from its entry to an exit, cold blocks left out, loops
 counted as often as the scenario says: at least what a warp issues, where lengths of loops are right.
 """
 
@@ -124,21 +124,24 @@ class Loop:
 def marked_loops(kernel: Kernel, hot: dict[tuple[str, int], str]) -> list[Loop]:
     """The marked loops, one for each copy that the compiler made."""
     every = kernel.loops()
-    found: dict[tuple[int, int], str] = {}
+    named: dict[tuple[int, int], list[str]] = {}
     for at, i in enumerate(kernel.code):
         for line in i.lines & hot.keys():
             loop = next((loop for loop in every if loop[0] <= at <= loop[1]), None)
             if loop is not None:
-                found.setdefault(loop, hot[line])
-    # An instruction that was moved out of its loop does not give its name to what is round it.
-    for first, last in list(found):
-        name = found[first, last]
-        if any(
-            found.get(other) == name and first <= other[0] and other[1] <= last
-            for other in found
-            if other != (first, last)
-        ):
-            del found[first, last]
+                named.setdefault(loop, []).append(hot[line])
+    # Neither what was moved out of a loop, nor what is left of an unrolled one, gives its name to what is round it.
+    found: dict[tuple[int, int], str] = {}
+    for (first, last), names in named.items():
+        within = {
+            name
+            for other, its in named.items()
+            if other != (first, last) and first <= other[0] and other[1] <= last
+            for name in its
+        }
+        own = next((name for name in names if name not in within), None)
+        if own is not None:
+            found[first, last] = own
     return [
         Loop(
             name,
@@ -188,9 +191,9 @@ def warp_cost(kernel: Kernel, weight: list[float], cold: set[tuple[str, int]]) -
             if not i.name.startswith(("BSYNC", "BSSY", "WARPSYNC", "NOP"))
         ]
         is_cold = 2 * sum(bool(i.lines & cold) for i in code) > len(code)
-        if here is None or (is_cold and kernel.code[last].name != "EXIT"):
+        if here is None:
             continue
-        here += sum(weight[first : last + 1])
+        here += 0 if is_cold else sum(weight[first : last + 1])
         if kernel.code[last].name == "EXIT":
             longest = max(longest, here)
         for to in next_of(kernel, last):

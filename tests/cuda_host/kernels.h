@@ -29,9 +29,7 @@
   X(xorz_delta_embedding_16)    \
   X(xorz_delta_embedding_32)    \
   X(xorz_delta_embedding_64)    \
-  X(xorz_linear_small_bf16_m4)  \
   X(xorz_linear_small_bf16_m16) \
-  X(xorz_linear_small_f16_m4)   \
   X(xorz_linear_small_f16_m16)  \
   X(xorz_linear_small_f32_m4)   \
   X(xorz_linear_small_f32_m16)  \

@@ -115,6 +115,10 @@ T warp_shuffle(T value, uint32_t lane, int line = __builtin_LINE()) {
   return value;
 }
 template <class T>
+T warp_shuffle_modulo(T value, uint32_t lane, int line = __builtin_LINE()) {
+  return warp_shuffle(value, lane % 32, line);
+}
+template <class T>
 T warp_shuffle_xor(T value, uint32_t mask, int line = __builtin_LINE()) {
   return warp_shuffle(value, (thread_index() % 32) ^ mask, line);
 }
@@ -146,6 +150,12 @@ inline void store_vector(void* at, const Vector& v) { store(static_cast<Vector*>
 inline Vector load_shared(const void* at) {
   if (reinterpret_cast<uintptr_t>(at) % 16 != 0) host::fail("a misaligned load of shared memory");
   Vector v;
+  std::memcpy(&v, at, sizeof v);
+  return v;
+}
+inline HalfVector load_shared_half(const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 8 != 0) host::fail("a misaligned load of shared memory");
+  HalfVector v;
   std::memcpy(&v, at, sizeof v);
   return v;
 }
@@ -211,6 +221,8 @@ inline void load_matrices_turned(uint32_t (&parts)[4], const void* row, int line
   }
 }
 
+inline uint32_t lower_halves(uint32_t a, uint32_t b) { return (a & 0xFFFF) | b << 16; }
+inline uint32_t upper_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xFFFF0000u); }
 inline uint64_t multiply_high(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }

@@ -131,7 +131,7 @@ def products() -> None:
         given = [to_cuda(t) for t in (x, base.view(words), bias)]
         assert same_bits(to_cpu(ops.delta_linear(*given, to_cuda(delta, offset=24))), want)
     kernels = {line.split()[1] for line in launches()}
-    assert {"xorz_linear_small_bf16_m4", "xorz_linear_small_f32_m16", "xorz_linear_large_f16"} <= kernels
+    assert {"xorz_linear_small_bf16_m16", "xorz_linear_small_f32_m4", "xorz_linear_large_f16"} <= kernels
 
 
 def panels() -> None:

@@ -125,9 +125,9 @@ def test_predictions_are_of_the_kernels_that_are_planned():
     both = planned.keys() & here.keys()
     assert len(both) >= 6 and {planned[key] for key in both} == {"small", "large"}
     assert {key: here[key] for key in both} == {key: planned[key] for key in both}
-    # Of how many rows on few become sixteen.
+    # Blocks of four rows are of f32 alone.
     text = (ROOT / "src" / "cuda" / "plan.rs").read_text()
-    assert f"if m <= if four_byte {{ 4 }} else {{ {predicted.FEW} }} {{ 4 }} else {{ 16 }}" in text
+    assert "if four_byte && m <= 4 { 4 } else { 16 }" in text
     # From how many rows on one tenant's go to restored panels.
     assert f"const SMALL_ROWS: usize = {predicted.MANY};" in text and "|| rows.m <= SMALL_ROWS" in text
 

@@ -201,9 +201,11 @@ impl Linear<'_> {
             Param::U64(k as u64),
             Param::Out(vec![0; 4], 0),
         ];
-        let blocks = (n.div_ceil(16).max(1) as u32, self.m.div_ceil(self.rows).max(1) as u32);
+        // Words of two bytes have blocks of sixteen rows alone.
+        let rows = *blocks_of(self.dtype).iter().find(|rows| **rows >= self.rows).unwrap();
+        let blocks = (n.div_ceil(16).max(1) as u32, self.m.div_ceil(rows).max(1) as u32);
         Launch {
-            kernel: format!("xorz_linear_small_{name}_m{}", self.rows),
+            kernel: format!("xorz_linear_small_{name}_m{rows}"),
             blocks,
             seed: self.seed,
             count: false,
@@ -384,6 +386,11 @@ impl Fleet {
     }
 }
 
+/// How many rows of x a block of `linear_small` may have.
+pub fn blocks_of(dtype: Dtype) -> &'static [usize] {
+    if dtype == Dtype::F32 { &[4, 16] } else { &[16] }
+}
+
 /// Maps of `m` rows: all different, one tenant, the base, a few favourites, any, in runs, streams alone.
 pub fn maps(rng: &mut Rng, m: usize) -> Vec<Vec<i32>> {
     let all = TENANTS.len() as u64;
@@ -395,7 +402,9 @@ pub fn maps(rng: &mut Rng, m: usize) -> Vec<Vec<i32>> {
     let runs = (0..m).map(|i| TENANTS[i * 5 / m.max(1) + 1]).collect();
     let streams = (0..m).map(|i| [3, 7, 8, 10][i % 4]).collect();
     let entries = (0..m).map(|i| [0, 1, 2, 9][i % 4]).collect();
-    vec![distinct, vec![one; m], vec![-1; m], zipf, mixed, runs, streams, entries]
+    // Of those with entries 2, 5, 1 and 3 rows side by side, others between them.
+    let groups = (0..m).map(|i| [0, 0, 1, 1, 1, 1, 1, 3, 2, 9, 9, 9, -1, -1, 3, 3][i % 16]).collect();
+    vec![distinct, vec![one; m], vec![-1; m], zipf, mixed, runs, streams, entries, groups]
 }
 
 /// The kernels of this repository.

@@ -4,8 +4,8 @@
 use crate::common::data::{Rng, adversarial, perturbed, value, word};
 use crate::common::device::{After, Device, Launch, Param, root};
 use crate::common::kernels::{
-    APPLY_STATUS, APPLY_WEIGHT, Fleet, LINEAR_OUT, LINEAR_STATUS, Linear, assert_streams, device, maps,
-    mixes, nudged, on_tiles, restore, run_applies, status, tuned,
+    APPLY_STATUS, APPLY_WEIGHT, Fleet, LINEAR_OUT, LINEAR_STATUS, Linear, assert_streams, blocks_of, device,
+    maps, mixes, nudged, on_tiles, restore, run_applies, status, tuned,
 };
 use crate::common::linear::{Case, DTYPES, ENCODINGS, first_difference, integers, values};
 use xorz::codec::Encoding;
@@ -166,7 +166,7 @@ fn one_hot_x_gives_the_fine_tuned_column_exactly() {
             assert_streams(&case.blob);
             let x: Vec<u8> =
                 (0..k * k).flat_map(|i| word(dtype, f64::from(u8::from(i / k == i % k)))).collect();
-            for rows in [4, 16] {
+            for &rows in blocks_of(dtype) {
                 let launch = Linear {
                     dtype,
                     shape,

@@ -12,7 +12,7 @@ use xorz::matrix::{Dtype, Shape};
 
 const DTYPE: Dtype = Dtype::BF16;
 
-const RESTORE: [Mutant; 15] = [
+const RESTORE: [Mutant; 16] = [
     ("gaps summed without a barrier", "restore.cu", "gap_sum(records", "  block_sync();\n", ""),
     (
         "exceptions without a barrier",
@@ -53,20 +53,27 @@ const RESTORE: [Mutant; 15] = [
     ),
     ("a second difference left out", "differences.cuh", "word_after(", "pair ? sum +", "false ? sum +"),
     ("staged words without a barrier", "restore.cu", "chunk.put(", "      warp_sync();\n", ""),
-    ("a refill one bit early", "exponent.cuh", "W step(", "held_ < w", "held_ <= w"),
-    ("units of the lane above", "exponent.cuh", "W step(", "(1u << lane_) - 1", "(2u << lane_) - 1"),
-    ("never the next window", "exponent.cuh", "W step(", "mine < kStreamLanes ? first : second", "first"),
+    ("a refill one bit early", "exponent.cuh", "void steps(", "held_ < width[i]", "held_ <= width[i]"),
+    ("units of the lane above", "exponent.cuh", "void steps(", "(1u <<", "(2u <<"),
     (
-        "a window fetched twice",
+        "a unit above other bits",
         "exponent.cuh",
-        "W step(",
-        "(kWindows - 1) * kStreamLanes",
-        "(kWindows - 2) * kStreamLanes",
+        "Without a branch",
+        "fresh[i] << held[i]",
+        "fresh[i] << held[0]",
+    ),
+    ("units of the step before", "exponent.cuh", "void steps(", "mine = at_ +", "mine = at_ - (i != 0) +"),
+    (
+        "the next steps of another place",
+        "restore.cu",
+        "kSteps, true>",
+        "stage[s + 32 * i",
+        "stage[s + 32 * (i ^ 1)",
     ),
     ("an offset one bit wide", "exponent.cuh", "Without a branch", "over >> 1", "over"),
 ];
 
-const LINEAR: [Mutant; 27] = [
+const LINEAR: [Mutant; 38] = [
     ("a column too many", "product.cuh", "load_columns(", "c + i < k", "c + i <= k"),
     ("warps added without a barrier", "product_tensor.cuh", "partial.sum[warp]", "  block_sync();\n", ""),
     (
@@ -107,27 +114,56 @@ const LINEAR: [Mutant; 27] = [
         "groups * kW",
         "0 * kW",
     ),
-    ("gaps summed without a barrier", "entries.cuh", "gap_sum(records", "        block_sync();\n", ""),
-    ("gap sums overwritten", "entries.cuh", "add_entries(", "parity ^= 1", "parity ^= 0"),
+    ("gaps taken without a barrier", "entries.cuh", "stage_rows(round, rows", "    block_sync();\n", ""),
+    ("sums taken without a barrier", "entries.cuh", "runs.sums[warp]", "    block_sync();\n", ""),
+    ("the other half warp's gaps", "entries.cuh", "bool add_tiles(", "0 : both - gaps", "0 : gaps"),
+    ("a pair's gaps left out", "entries.cuh", "bool add_tiles(", "< group.run / 2)", "+ 1 < group.run / 2)"),
+    ("a run's last record left out", "entries.cuh", "void walk(", "left != 0", "left > 1"),
+    ("a record behind the run's", "entries.cuh", "void walk_four(", "i < count", "i <= count"),
     (
-        "x staged over x in use",
+        "a neighbour's share of the records",
         "entries.cuh",
-        "add_entries(",
-        "      block_sync();\n      stage_rows",
-        "      stage_rows",
+        "bool add_tiles(",
+        "share + records.count",
+        "share",
     ),
     (
-        "a run's neighbour's sums",
+        "columns in the wrong order",
         "entries.cuh",
-        "add_entries(",
-        "before < segment.run)",
-        "before + 1 < segment.run)",
+        "void stage_pair(",
+        "lower_halves(two[0]",
+        "upper_halves(two[0]",
     ),
-    ("a run's last record left out", "entries.cuh", "void walk(", "j < run.to;", "j + 1 < run.to;"),
-    ("a neighbour's share of the records", "entries.cuh", "add_entries(", "share + records.count", "share"),
+    (
+        "rows of x in the wrong order",
+        "entries.cuh",
+        "void stage_rows(",
+        "r < count ? r : 0",
+        "r < count ? count - 1 - r : 0",
+    ),
+    ("the last columns are the first", "entries.cuh", "stage_pair(round.x[c], pairs", "+= kThreads", "+= 0"),
+    (
+        "another tenant's rows of the group",
+        "entries.cuh",
+        "bool add_tiles(",
+        "from + r - group.from",
+        "from + r",
+    ),
+    ("another tenant's runs", "entries.cuh", "bool add_tiles(", "(2u << half_warp)", "(1u << half_warp)"),
+    ("a tenant's rows in two groups", "entries.cuh", "void begin(", "near >= 2 ? 2", "near >= 2 ? 1"),
+    ("the base's list of other rows", "linear_small.cu", "on_base =", "way == kOnBase ||", ""),
     ("sums taken before they are there", "streams.cuh", "sums.tenant[warp] =", "    block_sync();\n", ""),
     ("tiles of a round twice", "streams.cuh", "add_streams(", "round += kWarps", "round += kWarps - 1"),
-    ("a row's base words twice", "streams.cuh", "bool sum_stream(", "fetch(row + view.k", "fetch(row"),
+    ("a row's base words twice", "streams.cuh", "bool sum_stream(", ": row + view.k", ": row"),
+    ("the last columns for whole steps", "streams.cuh", "bool sum_stream(", "left >= 32 *", "left >= 1 *"),
+    (
+        "columns that there are not",
+        "streams.cuh",
+        "void sum_words(",
+        "lane < cols) << i",
+        "lane <= cols) << i",
+    ),
+    ("the last difference of the steps", "streams.cuh", "bool within(", "next_ <", "next_ + 1 <"),
     ("rows above the panel for its own", "streams.cuh", "bool sum_stream(", "(r0 - rect.r0)", "(0 * r0)"),
     (
         "a difference passed over",
@@ -137,7 +173,7 @@ const LINEAR: [Mutant; 27] = [
         "next_ < position + 31",
     ),
     ("the window of differences", "streams.cuh", "bool take(", "++used_ == 32", "++used_ == 31"),
-    ("second differences left out", "streams.cuh", "bool decode_terms(", "differences.count > 1", "false"),
+    ("second differences left out", "streams.cuh", "bool sum_differences(", "differences.count > 1", "false"),
     (
         "first differences of other words",
         "streams.cuh",
@@ -156,7 +192,7 @@ const LINEAR: [Mutant; 27] = [
     ("the base's bias", "batch.cuh", "bias_row(", "slot < 0 ? p.slot_count", "slot < 0 ? 0"),
 ];
 
-/// Of few rows of x, which no matrix instruction multiplies.
+/// Of f32, which no matrix instruction multiplies.
 const FUSED: [Mutant; 3] = [
     ("halves added without a barrier", "product.cuh", "half == 1 && lane", "  block_sync();\n", ""),
     ("a lane left out of the butterfly", "product.cuh", "void add_product(", "other = 16;", "other = 8;"),
@@ -231,29 +267,29 @@ fn restores(device: &Device) -> Result<(), String> {
 }
 
 /// Products of `rows` rows of x a block.
-fn products(device: &Device, rows: usize) -> Result<(), String> {
+fn products(device: &Device, dtype: Dtype, rows: usize) -> Result<(), String> {
     let mut rng = Rng::new(62);
     for (n, k, odd) in [(33, 290, 0.002), (35, 1030, 0.0), (18, 4360, 0.0)] {
         let shape = Shape { n, k };
         let words = |r: &mut Rng, words: usize| {
-            let plain = integers(r, DTYPE, words, 6);
-            let special = adversarial(r, DTYPE, words);
-            r.mix(DTYPE, &plain, &special, odd)
+            let plain = integers(r, dtype, words, 6);
+            let special = adversarial(r, dtype, words);
+            r.mix(dtype, &plain, &special, odd)
         };
-        let mut fleet = Fleet::new(&mut rng, DTYPE, shape, words, 0.1);
+        let mut fleet = Fleet::new(&mut rng, dtype, shape, words, 0.1);
         // A tenant whose exponent tiles hold more than 32 differences each, two of some words (256 less a
         // negative number).
         let many: Vec<u8> =
-            (0..n * k).flat_map(|i| word(DTYPE, if i % 40 == 7 { 256.0 } else { 1.0 })).collect();
+            (0..n * k).flat_map(|i| word(dtype, if i % 40 == 7 { 256.0 } else { 1.0 })).collect();
         if odd == 0.0 {
-            let case = Case::new(DTYPE, shape, Encoding::Exponent, &fleet.cases[0].base, &many);
+            let case = Case::new(dtype, shape, Encoding::Exponent, &fleet.cases[0].base, &many);
             let blob = all_apart(&case, 16, 512);
             fleet.slots[10] = [fleet.arena.len() as i64, blob.len() as i64];
             fleet.arena.extend_from_slice(&blob);
             fleet.cases[10] = case;
         }
         let m = 16;
-        let x = integers(&mut rng, DTYPE, m * k, 2);
+        let x = integers(&mut rng, dtype, m * k, 2);
         let maps = maps(&mut rng, m);
         let seeds = if k == 1030 { 0..3 } else { 1..2 };
         for seed in seeds {
@@ -261,9 +297,9 @@ fn products(device: &Device, rows: usize) -> Result<(), String> {
             for (after, map) in device.run(&launches)?.iter().zip(&maps) {
                 let (got, want) = (&after[LINEAR_OUT].bytes, fleet.reference(&x, map));
                 let wrong = if odd == 0.0 {
-                    first_difference(DTYPE, got, &want)
+                    first_difference(dtype, got, &want)
                 } else {
-                    let got = values(DTYPE, got);
+                    let got = values(dtype, got);
                     let class = |v: f64| {
                         (
                             v.is_nan(),
@@ -290,7 +326,7 @@ const RESTORE_LIST: &str =
 const LINEAR_LIST: &str =
     "#include \"linear_small.cu\"\n#define XORZ_KERNELS(X) X(xorz_linear_small_bf16_m16)\n";
 const FUSED_LIST: &str =
-    "#include \"linear_small.cu\"\n#define XORZ_KERNELS(X) X(xorz_linear_small_bf16_m4)\n";
+    "#include \"linear_small.cu\"\n#define XORZ_KERNELS(X) X(xorz_linear_small_f32_m4)\n";
 
 #[test]
 fn mutants_of_restore_are_caught() {
@@ -299,8 +335,8 @@ fn mutants_of_restore_are_caught() {
 
 #[test]
 fn mutants_of_products_are_caught() {
-    all_caught(&LINEAR, LINEAR_LIST, &[], |device| products(device, 16));
-    all_caught(&FUSED, FUSED_LIST, &[], |device| products(device, 4));
+    all_caught(&LINEAR, LINEAR_LIST, &[], |device| products(device, DTYPE, 16));
+    all_caught(&FUSED, FUSED_LIST, &[], |device| products(device, Dtype::F32, 4));
 }
 
 #[test]

@@ -250,12 +250,11 @@ fn small(dtype: Dtype, m: usize, shape: Shape) -> plan::Small {
 const COMPUTING: [(Dtype, &str); 3] = [(Dtype::BF16, "bf16"), (Dtype::F16, "f16"), (Dtype::F32, "f32")];
 
 #[test]
-fn few_rows_take_blocks_of_4_and_more_take_16_which_tensor_cores_multiply() {
+fn few_rows_of_f32_take_blocks_of_4_and_all_others_16() {
     let shape = Shape { n: 33, k: 100 };
     for (dtype, name) in COMPUTING {
-        let few = if dtype == Dtype::F32 { 4 } else { 2 };
-        for (m, rows, y) in [(1, 4, 1), (few, 4, 1), (few + 1, 16, 1), (16, 16, 1), (17, 16, 2), (32, 16, 2)]
-        {
+        let few = if dtype == Dtype::F32 { 4 } else { 16 };
+        for (m, rows, y) in [(1, few, 1), (4, few, 1), (5, 16, 1), (16, 16, 1), (17, 16, 2), (32, 16, 2)] {
             let launches: Vec<_> = small(dtype, m, shape).launches().collect();
             assert_eq!(launches.len(), 1);
             let (launch, first, count) = launches[0];

@@ -102,14 +102,14 @@ const MUTANTS: [Changed; 28] = [
     },
     Changed {
         what: "a lane by its number in place of the one across",
-        kernel: "linear_small_bf16_m4",
+        kernel: "linear_small_f32_m4",
         after: "",
         pick: "shfl.sync.bfly",
         to: |l| l.replace("bfly", "idx"),
     },
     Changed {
         what: "half of the lanes in the mask of a shuffle",
-        kernel: "linear_small_bf16_m4",
+        kernel: "linear_small_f32_m4",
         after: "",
         pick: "shfl.sync.bfly",
         to: |l| with_mask(l, "65535"),

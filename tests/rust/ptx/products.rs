@@ -82,7 +82,7 @@ fn integer_products_are_exact_in_any_mix_of_tenants() {
             for (i, &m) in ROWS.iter().enumerate().filter(|(i, _)| these(i)) {
                 let maps = maps(&mut rng, m);
                 for (j, way) in WAYS.into_iter().enumerate() {
-                    if m > 33 && way == Way::Few(4) {
+                    if way == Way::Few(4) && (m > 33 || dtype != Dtype::F32) {
                         continue;
                     }
                     let map = &maps[(3 * i + 2 * j) % maps.len()];

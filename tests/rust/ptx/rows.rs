@@ -3,7 +3,7 @@
 
 use crate::common::data::Rng;
 use crate::common::device::Param;
-use crate::common::kernels::{Fleet, LINEAR_OUT, status};
+use crate::common::kernels::{Fleet, LINEAR_OUT, blocks_of, status};
 use crate::common::linear::{DTYPES, first_difference, integers};
 use crate::common::lookups::{LOOKUP_OUT, LOOKUP_STATUS, Tables};
 use crate::machine::Machine;
@@ -93,7 +93,7 @@ fn words_at_odd_places_are_multiplied() {
             let x = integers(&mut rng, dtype, 6 * k, 3);
             let map = [0, 3, 4, -1, 8, 2];
             for (at, by) in [(0, 1), (1, 3), (LINEAR_OUT, 5), (2, 1)] {
-                for rows in [4, 16] {
+                for &rows in blocks_of(dtype) {
                     let mut launch = fleet.launch(&x, &map, rows, 1);
                     moved(&mut launch.params[at], by * w);
                     let after = run(machine, &launch).unwrap();
