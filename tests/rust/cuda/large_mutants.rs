@@ -120,6 +120,40 @@ const ENTRIES: [Mutant; 15] = [
     ("a tile found corrupt", "patch_rows.cuh", "void end(", "if (!sound_)", "if (false)"),
 ];
 
+/// Quads of lanes: f32, and gradients.
+const QUADS: [Mutant; 6] = [
+    (
+        "one change dropped",
+        "patch_entries.cuh",
+        "bool use(",
+        "difference_ != nothing;",
+        "difference_ != nothing && quad != 3;",
+    ),
+    ("a gap off by one", "patch_entries.cuh", "column_here()", "if (quad >= by) gaps", "if (quad > by) gaps"),
+    ("a step's end off by one", "patch_entries.cuh", "bool use(", "at < end", "at <= end"),
+    (
+        "a second entry taken for a first",
+        "patch_entries.cuh",
+        "bool use(",
+        "warp_ballot(close) != 0",
+        "false",
+    ),
+    (
+        "four records a step",
+        "patch_entries.cuh",
+        "bool use(",
+        "return warp_ballot(taken == kQuad) == 0;",
+        "return true;",
+    ),
+    (
+        "a record twice",
+        "patch_entries.cuh",
+        "bool use(",
+        "next_ += taken;",
+        "next_ += taken - (taken == kQuad);",
+    ),
+];
+
 const DIFFERENCES: [Mutant; 9] = [
     ("the last difference of a row", "patch_marks.cuh", "mark_listed(", "= e + 1;", "= e;"),
     (
@@ -587,7 +621,7 @@ fn mutants_of_streams_and_of_the_rest_are_caught() {
 fn mutants_of_f32_are_caught() {
     let mut rng = Rng::new(163);
     let wanted = [of_fleet(&mut rng, Dtype::F32, (33, 100, 13), 0.0), of_columns(&mut rng)];
-    all_caught(&FUSED, FUSED_LIST, &[], |device| check(device, &wanted, &[]));
+    all_caught(&[&FUSED[..], &QUADS].concat(), FUSED_LIST, &[], |device| check(device, &wanted, &[]));
 }
 
 #[test]
