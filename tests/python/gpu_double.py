@@ -13,6 +13,7 @@ modelled: work that runs beside the host's next steps, but for a replay that is 
 the current one of every device; memory lent again.
 """
 
+import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -212,8 +213,9 @@ def _run(func, args, kwargs):
         asked = {key: kwargs[key] for key in ("dtype", "non_blocking") if key in kwargs} | {"device": to}
         return _run(torch.ops.aten._to_copy.default, args[:1], asked)
     if func._schema.name in OPDEFS:
-        with _Machine():  # written in Python: what it asks is what counts
-            return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        between = getattr(ledger.capturing, "pieces", None)
+        run = functools.partial(_asked, OPDEFS[func._schema.name]._init_fn, args, kwargs)
+        return between.without(func._schema.name, run) if between is not None else run()
     ledger.ops.append(name)
     ledger.streams.append(ledger.stream)
     if func.namespace == "xorz":
@@ -251,6 +253,12 @@ def _run(func, args, kwargs):
         with torch._C._DisableTorchDispatch():
             func(*args, **kwargs)  # what says of itself how it is shaped
     return _noted(func, args, kwargs, out)
+
+
+def _asked(written, args, kwargs):
+    """Of an op that is written in Python, what it asks is what counts."""
+    with _Machine():
+        return written(*args, **kwargs)
 
 
 def _applied(func, args, kwargs, place):
@@ -350,7 +358,8 @@ def _copied(func, name, args, kwargs, to):
 class Graph:
     """As `torch.cuda.CUDAGraph` and `torch.cuda.graph(...)` in one: `with Graph() as graph`, then `graph.replay()`."""
 
-    def __init__(self) -> None:
+    def __init__(self, pieces: "Pieces | None" = None) -> None:
+        self.pieces = pieces
         self._ops: list = []
         # Memory that was there before, which nobody keeps for a graph's sake; what it made itself it keeps.
         self._given: dict[int, StorageWeakRef] = {}
@@ -414,6 +423,42 @@ class Graph:
                         mine = self._words(there)
                         if mine.data_ptr() != words.data_ptr():
                             mine.copy_(words)
+
+
+class Pieces:
+    """As vLLM's piecewise graphs: ops of these names are in none. Each ends the piece that is captured, runs at once, and
+    begins another piece; a replay does the same, and hands them the tensors of the capture. What they give anew nobody keeps.
+    """
+
+    def __init__(self, left_out) -> None:
+        self._names, self._parts = set(left_out), []
+
+    def __enter__(self) -> "Pieces":
+        self._parts.append(Graph(self).__enter__())
+        return self
+
+    def __exit__(self, *error) -> None:
+        ledger.capturing = None
+
+    def without(self, name: str, run):
+        """What an op that is written in Python gives, in a piece or between two."""
+        if name not in self._names:
+            return run()
+        ledger.capturing = None
+        out = run()
+        self._parts += [run, Graph(self).__enter__()]
+        return out
+
+    @property
+    def count(self) -> tuple[int, int]:
+        """Pieces, and ops between them."""
+        graphs = sum(isinstance(part, Graph) for part in self._parts)
+        return graphs, len(self._parts) - graphs
+
+    def replay(self) -> None:
+        """Piece by piece."""
+        for part in self._parts:
+            part.replay() if isinstance(part, Graph) else part()
 
 
 class _Place:

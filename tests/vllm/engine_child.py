@@ -1,10 +1,12 @@
 """An engine in a process of its own, for settings that cannot share one: what it says, as JSON on the last
 line.
 
-    engine_child.py BASE SETTINGS [NAME=PACKAGE]...     SETTINGS: JSON; "compile": true turns torch.compile on
+    engine_child.py BASE SETTINGS [NAME=PACKAGE]...     SETTINGS: JSON; "compile": true turns torch.compile on,
+                                                        "pieces" vLLM's own compilation, in pieces
 
 vLLM turns torch.compile off for every engine with adapters on the CPU. With "compile" that one line of its
-platform is undone, here in the test, to see the graphs that a GPU's engine would trace.
+platform is undone, here in the test, to see the graphs that a GPU's engine would trace. With "pieces" they are
+cut where a GPU's engine that leaves mixtures out of its graphs cuts them: what each piece calls is said, too.
 """
 
 import json
@@ -16,7 +18,7 @@ import engines
 import xorz.vllm
 
 
-def compiling():
+def compiling(in_pieces):
     from vllm.config import CompilationMode
     from vllm.platforms.cpu import CpuPlatform
 
@@ -25,18 +27,43 @@ def compiling():
     def check(cls, config):
         plain(cls, config)
         if config.model_config is not None:
-            config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
-            config.compilation_config.backend = "inductor"
+            own = config.compilation_config
+            own.mode = CompilationMode.VLLM_COMPILE if in_pieces else CompilationMode.DYNAMO_TRACE_ONCE
+            own.backend = "inductor"
+            if in_pieces:
+                from xorz.vllm.pieces import OP
+
+                own.set_splitting_ops_for_v1("")
+                own.splitting_ops.append(OP)
+                own.compile_sizes = []  # which comes with the sizes of graphs
 
     CpuPlatform.check_and_update_config = classmethod(check)
+
+
+def cut():
+    """Pieces of the graphs that vLLM cuts from now on: whether each is left out of CUDA graphs, and the ops that it calls."""
+    from vllm.compilation import backends
+
+    plain, out = backends.split_graph, []
+
+    def split_graph(graph, ops):
+        whole, pieces = plain(graph, ops)
+        for piece in pieces:
+            called = [str(node.target) for node in piece.graph.graph.nodes if node.op == "call_function"]
+            out.append([piece.is_splitting_graph, called])
+        return whole, pieces
+
+    backends.split_graph = split_graph
+    return out
 
 
 def main():
     base, settings = sys.argv[1], json.loads(sys.argv[2])
     named = dict(word.split("=", 1) for word in sys.argv[3:])
     compiled = settings.pop("compile", False)
+    pieces = cut()
     if compiled:
-        compiling()
+        compiling(compiled == "pieces")
         settings["enforce_eager"] = False
     llm = engines.engine(base, **settings)
     adapters = {None: None} | {name: xorz.vllm.load(llm, name, package) for name, package in named.items()}
@@ -49,7 +76,7 @@ def main():
         prompts = [p for _ in names for p in engines.PROMPTS]
         got = engines.ask(llm, prompts, [adapters[n] for n in names for _ in engines.PROMPTS])
         rounds.append([[s.tokens, s.logprob] for s in got])
-    out = {"rounds": rounds, "memory": llm.collective_rpc("xorz_memory")}
+    out = {"rounds": rounds, "pieces": pieces, "memory": llm.collective_rpc("xorz_memory")}
     if compiled:
         from torch._dynamo.utils import counters
 

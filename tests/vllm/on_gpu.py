@@ -12,7 +12,7 @@ import models
 import pytest
 import torch
 import xorz.vllm
-from gpu_double import CUDA, Graph, OnGpu, to_gpu
+from gpu_double import CUDA, Graph, OnGpu, Pieces, to_gpu
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
@@ -39,6 +39,23 @@ def config_of(path, **settings):
     return EngineArgs(
         str(path), additional_config=extra, **(engines.SETTINGS | settings)
     ).create_engine_config()
+
+
+def with_graphs(config):
+    """The config as vLLM resolves it on a GPU by default (`cuda_config.py` asks it), and as the plugin settles it then."""
+    from vllm.config import CompilationMode, CUDAGraphMode
+    from xorz.vllm import pieces
+
+    own = config.compilation_config
+    own.mode, own.cudagraph_mode, own.splitting_ops = (
+        CompilationMode.VLLM_COMPILE,
+        CUDAGraphMode.FULL_AND_PIECEWISE,
+        None,
+    )
+    own.use_inductor_graph_partition = False
+    own.set_splitting_ops_for_v1("")
+    pieces.leave_out(config)
+    return config
 
 
 @contextmanager
@@ -87,14 +104,23 @@ def gpu(monkeypatch, alone):
 
 
 class Runner:
-    """What vLLM's model runners have of adapters: its own mixin, over a model on the device; `plain` has what to expect."""
+    """What vLLM's model runners have of adapters: its own mixin, over a model on the device; `plain` has what to expect.
 
-    def __init__(self, monkeypatch, kind, **settings) -> None:
+    `graphs`: of an engine that captures graphs, by vLLM's default.
+    """
+
+    def __init__(self, monkeypatch, kind, graphs=False, **settings) -> None:
         from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
         from xorz.vllm import manager
 
         base = models.base(kind, engines.FOLDER)
-        self.config, model = config_of(base, **settings), model_of(base)
+        self.config = config_of(base, **settings)
+        if graphs:
+            with_graphs(self.config)
+        # Compiled it is nowhere here.
+        model = model_of(
+            base, compilation_config={"splitting_ops": self.config.compilation_config.splitting_ops}
+        )
         self.kind, self.adapters = kind, {}
         twin, self.plain = plain(kind)
         followed = manager.plan
@@ -132,8 +158,11 @@ class Runner:
     def step(self):
         return said(self.model, self.ids, self.places)
 
-    def captured(self):
-        """A graph of a step, taken as vLLM takes it: with its adapters for warming up, which change nothing."""
+    def captured(self, left_out=None):
+        """A graph of a step, taken as vLLM takes it: with its adapters for warming up, which change nothing.
+
+        `left_out`: in pieces, without ops of these names.
+        """
         import numpy as np
 
         every = np.ones(ROWS, dtype=np.int32)
@@ -141,7 +170,7 @@ class Runner:
             self.mixin.lora_config, every, every, num_active_loras=self.mixin.lora_config.max_loras
         ):
             self.step()
-            with Graph() as graph:
+            with Graph() if left_out is None else Pieces(left_out) as graph:
                 out = self.step()
         return graph, out
 

@@ -1,5 +1,6 @@
-"""Promise: on a GPU that captures no graphs the plugin's engine serves mixtures of experts, each token with its own tenant's,
-by one wait for each layer of experts; and `mode="exact"`, in which a row has the bits of its tenant's plain model.
+"""Promise: on a GPU the plugin's engine serves mixtures of experts, each token with its own tenant's, by one wait for each
+layer of experts: without graphs, and between the pieces of piecewise ones, whoever has come and gone since they were captured.
+Without graphs it serves `mode="exact"`, in which a row has the bits of its tenant's plain model.
 
 On the double of a GPU, with vLLM's own layers and routers; what is expected is the plain fine-tuned model's, by torch.
 """
@@ -11,10 +12,13 @@ import models
 import on_gpu
 import pytest
 import torch
+from gpu_double import OnGpu
 from on_gpu import ROWS, Runner, model_of, said
 from torch.utils._python_dispatch import _disable_current_modes
+from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.fused_moe.runner import moe_runner
+from xorz.vllm import pieces
 
 gpu = on_gpu.gpu
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a double of a GPU, beside a real one")
@@ -40,11 +44,17 @@ def plain(kind):
     return out
 
 
-def runner(monkeypatch, kind, **own):
+def runner(monkeypatch, kind, graphs=False, **own):
     # An engine finds a layer's runner by its name, in the context of a step, of which there is none here.
-    monkeypatch.setattr(moe_runner, "get_layer_from_name", lambda found: found)
-    monkeypatch.setattr(moe_runner.MoERunner, "_encode_layer_name", lambda self: self)
-    out = Runner(monkeypatch, kind, xorz={"memory": "64 MiB", **own})
+    runners = {}
+
+    def name_of(layer):
+        runners[str(id(layer))] = layer
+        return moe_runner.LayerName(str(id(layer))) if moe_runner._USE_LAYERNAME else str(id(layer))
+
+    monkeypatch.setattr(moe_runner, "get_layer_from_name", runners.__getitem__)
+    monkeypatch.setattr(moe_runner.MoERunner, "_encode_layer_name", name_of)
+    out = Runner(monkeypatch, kind, graphs, xorz={"memory": "64 MiB", **own})
     out.plain = plain(kind)
     for name in "AB":
         out.load(name)
@@ -72,6 +82,59 @@ def test_tokens_have_their_tenants_experts_and_a_layer_waits_once(gpu, monkeypat
         # vLLM rounds between experts, so that a router may choose another one of two that are about as good: few rows.
         assert found[-3] < 0.1 and found[-1] < 0.6, found
         assert gpu.waits == ["a copy to the host"] * LAYERS[kind]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_mixtures_run_between_the_pieces_of_graphs(gpu, monkeypatch, kind):
+    """Captured while nobody was there, by what vLLM's configuration names by then."""
+    made = runner(monkeypatch, kind, graphs=True)
+    graph, out = made.captured(made.config.compilation_config.splitting_ops)
+    assert graph.count == (LAYERS[kind] + 1, LAYERS[kind])
+    before = made.places_in_memory()
+    for i, names in enumerate(MIXED * 2):
+        if "C" in names:
+            made.load("C")
+        if i == len(MIXED):
+            made.unload("A")  # whose place another one has by the time that she is back
+        made.set(names)
+        gpu.waits.clear()
+        graph.replay()
+        assert gpu.waits == ["a copy to the host"] * LAYERS[kind]
+        found = shares(made, out, names)
+        assert found[-3] < 0.1 and found[-1] < 0.6, (names, found)
+        assert torch.equal(out.words, made.step().words), names
+    assert made.places_in_memory() == before
+    assert gpu.synchronized == 0 and gpu.overwritten() == []
+
+
+def test_what_all_tokens_share_comes_first(gpu, monkeypatch):
+    """vLLM scales the other one."""
+    made = runner(monkeypatch, "qwen2_moe", graphs=True)
+    one, two = (OnGpu(torch.full((3, 4), value)) for value in (1.0, 2.0))
+    monkeypatch.setattr(moe_runner, "_moe_forward", lambda *args: (one, two))
+    name = made.model.model.layers[0].mlp.experts._encode_layer_name()
+    found = pieces.run_beside_shared(one, one, None, None, name, 0)
+    assert [part.words.unique().tolist() for part in found] == [[1.0], [2.0]]
+
+
+def test_what_would_capture_experts_is_refused_by_name(gpu, monkeypatch):
+    made = runner(monkeypatch, "mixtral", graphs=True)
+    # Whole steps, and pieces that have the mixture in them.
+    for left_out in (None, ["vllm::unified_attention_with_output"]):
+        with pytest.raises(
+            RuntimeError, match=r"experts cannot be captured in a CUDA graph.*--enforce-eager"
+        ):
+            made.captured(left_out)
+        gpu.capturing = None
+    pieces.check_model(made.model, made.config)
+    layer = made.model.model.layers[1].block_sparse_moe.experts
+    layer._forward_entry = torch.ops.vllm.moe_forward
+    with pytest.raises(
+        ValueError, match=r"`model\.layers\.1\.block_sparse_moe\.experts.*` would be captured, by MoERunner"
+    ):
+        pieces.check_model(made.model, made.config)
+    made.config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+    pieces.check_model(made.model, made.config)
 
 
 def test_rows_have_the_bits_of_their_tenants_plain_model(gpu, monkeypatch):

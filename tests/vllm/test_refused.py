@@ -12,8 +12,8 @@ import pytest
 import torch
 import xorz.vllm
 from torch import nn
-from vllm.config import CUDAGraphMode
-from xorz.vllm import in_place
+from vllm.config import CompilationMode, CUDAGraphMode
+from xorz.vllm import in_place, pieces
 from xorz.vllm.layers import XorzConfig
 from xorz.vllm.manager import Settings, Unfit, _check_engine, check_config
 from xorz.vllm.packages import what_is
@@ -37,7 +37,12 @@ def config(**changed):
         ),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         compilation_config=SimpleNamespace(
-            pass_config=SimpleNamespace(enable_sp=False), cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE
+            pass_config=SimpleNamespace(enable_sp=False),
+            cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
+            mode=CompilationMode.VLLM_COMPILE,
+            splitting_ops=["vllm::unified_attention_with_output"],
+            splitting_ops_contain_attention=lambda: True,
+            use_inductor_graph_partition=False,
         ),
         offload_config=SimpleNamespace(
             uva=SimpleNamespace(cpu_offload_gb=0.0), prefetch=SimpleNamespace(offload_group_size=0)
@@ -55,6 +60,7 @@ def config(**changed):
             is_multimodal_model=False,
             is_encoder_decoder=False,
             is_moe=False,
+            using_transformers_backend=lambda: False,
         ),
     )
     for path, value in changed.items():
@@ -95,11 +101,11 @@ ON_A_GPU = {
     "no memory": ({"additional_config": {}}, "on a GPU say how much of its memory tenants may take"),
     "exact": (
         {"additional_config": {"xorz": {"memory": "1 GiB", "mode": "exact"}}},
-        'mode="exact" is served on a GPU without CUDA graphs alone.*"deterministic"',
+        'mode="exact" is served on a GPU without CUDA graphs alone.*--enforce-eager.*"deterministic"',
     ),
     "experts": (
         {"model_config__is_moe": True, "parallel_config__data_parallel_size": 1},
-        "mixtures of experts are served on a GPU without CUDA graphs alone",
+        "mixtures of experts are served on a GPU between the pieces of piecewise CUDA graphs, or without graphs",
     ),
     "a hybrid": ({"model_config__is_hybrid": True}, "Mamba, hybrids"),
     "Mamba": ({"model_config__is_attention_free": True}, "Mamba, hybrids"),
@@ -136,6 +142,27 @@ def test_what_reads_the_device_back_is_served_on_a_gpu_that_captures_no_graphs(w
     for mode in (CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL, CUDAGraphMode.FULL_DECODE_ONLY, None):
         with pytest.raises(ValueError, match=words):
             _check_engine(config(**changed, compilation_config__cudagraph_mode=mode), "cuda")
+
+
+def test_a_worker_takes_mixtures_that_its_graphs_leave_out_and_no_others():
+    """Whoever makes a configuration past vLLM's entry points."""
+    changed, words = ON_A_GPU["experts"]
+    made = config(**changed)
+    pieces.leave_out(made)
+    own = made.compilation_config
+    assert own.cudagraph_mode == CUDAGraphMode.PIECEWISE
+    assert own.splitting_ops == ["vllm::unified_attention_with_output", pieces.OP]
+    _check_engine(made, "cuda")
+    pieces.leave_out(made)
+    assert own.splitting_ops == ["vllm::unified_attention_with_output", pieces.OP]
+    own.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    with pytest.raises(
+        ValueError, match=f"{words}.*cudagraph_mode is .*FULL_AND_PIECEWISE.* not been settled"
+    ):
+        _check_engine(made, "cuda")
+    own.cudagraph_mode, own.splitting_ops = CUDAGraphMode.PIECEWISE, own.splitting_ops[:1]
+    with pytest.raises(ValueError, match=f"{words}.*not been settled"):
+        _check_engine(made, "cuda")
 
 
 UPDATED = {

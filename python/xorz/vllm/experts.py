@@ -13,6 +13,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
+from ..serve.rows import capturing
 from .rows import Site
 
 _ACTIVATIONS = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)
@@ -117,6 +118,11 @@ def _routed_experts(
             of, stack[expert], None, arena, slots[expert], rows[token], mode=mode
         )
 
+    if capturing(x.device):
+        raise RuntimeError(
+            "xorz: experts cannot be captured in a CUDA graph: how many rows each has is read back; start the engine with "
+            "--enforce-eager"
+        )
     out = x.new_zeros(x.shape, dtype=torch.float32)
     choices, how = ids.size(1), MoEActivation(activation)
     # All choices by expert, and those of an expert by token.

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import pieces
+
 LEAST_CAPABILITY = 80
 """Of the CUDA kernels: 8.0."""
 
@@ -30,11 +32,9 @@ def unserved(config: Any, device: Any, settings: Any) -> dict[str, bool]:
     own = {
         "on a GPU say how much of its memory tenants may take, which is taken before vLLM measures what is left "
         """(--additional-config '{"xorz": {"memory": "8 GiB"}}')""": settings.memory is None,
-        'mode="exact" is served on a GPU without CUDA graphs alone (--enforce-eager): it has to know on the host who has which '
-        'row, in each layer; or use "fast" or "deterministic"': settings.mode == "exact"
-        and _captures(config),
-        "mixtures of experts are served on a GPU without CUDA graphs alone (--enforce-eager): how many rows each expert has is "
-        "read back": model.is_moe and _captures(config),
+        'mode="exact" is served on a GPU without CUDA graphs alone: it has to know on the host who has which row, in each '
+        "product, so that nothing would be left for graphs to hold; start the engine with --enforce-eager, or with the mode "
+        '"fast" or "deterministic"': settings.mode == "exact" and pieces.captures(config),
         "models with a state beside keys and values (Mamba, hybrids) are not served on a GPU: their kernels read parameters "
         "past the layers": model.is_hybrid or model.is_attention_free,
         "batch-sharded sampling (--enable-batch-sharded-sampling) is not served: it computes logits in another "
@@ -44,12 +44,7 @@ def unserved(config: Any, device: Any, settings: Any) -> dict[str, bool]:
             getattr(config.compilation_config.pass_config, "enable_sp", False)
         ),
     }
-    return of_device(device) | of_memory(config) | own
-
-
-def _captures(config: Any) -> bool:
-    """Whether an engine captures CUDA graphs, of whatever kind, in which nothing can wait."""
-    return getattr(config.compilation_config.cudagraph_mode, "name", None) != "NONE"
+    return of_device(device) | of_memory(config) | own | pieces.unserved(config)
 
 
 def of_device(device: Any) -> dict[str, bool]:

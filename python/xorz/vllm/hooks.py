@@ -54,6 +54,21 @@ HOOKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             *("shared_experts", "shared_expert_gate"),
         ),
     ),
+    # What mixtures are left out of CUDA graphs by.
+    ("vllm.model_executor.layers.fused_moe", "MoERunner._select_forward", ("self",)),
+    (
+        "vllm.model_executor.layers.fused_moe.runner.moe_runner",
+        "_moe_forward",
+        (
+            *("hidden_states", "router_logits", "shared_experts_input", "input_ids", "layer_name"),
+            "hidden_dim_unpadded",
+        ),
+    ),
+    ("vllm.model_executor.layers.fused_moe.runner.moe_runner", "_layer_name_type", ()),
+    ("vllm.config.compilation", "CompilationConfig.splitting_ops_contain_attention", ("self",)),
+    ("vllm.config.compilation", "CUDAGraphMode.has_piecewise_cudagraphs", ("self",)),
+    ("vllm.config.model", "ModelConfig.using_transformers_backend", ("self",)),
+    ("vllm.compilation.partition_rules", "should_split", ("node", "splitting_ops")),
     (
         "vllm.model_executor.layers.fused_moe",
         "RoutedExperts.forward_modular",

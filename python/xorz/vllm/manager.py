@@ -30,7 +30,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 
 from ..serve.residency import Piece, Residency, size_of
 from ..serve.rows import copy_to, staged
-from . import gpu, in_place, products
+from . import gpu, in_place, pieces, products
 from .experts import XorzExpertsMethod
 from .layers import XorzConfig, XorzEmbeddingMethod, XorzLinearMethod, XorzRMSNorm
 from .packages import Checkpoint, Loader, Prepared, check_trust, split_name, what_is
@@ -217,6 +217,7 @@ class XorzManager(LRUCacheLoRAModelManager):
         unread = _read_by_others(self.model)
         if torch.device(self.device).type != "cpu":
             gpu.check_model(self.model)
+            pieces.check_model(self.model, self._vllm_config)
             unread |= gpu.read_past(self.model)
         out: dict[tuple[str, nn.Parameter], list[tuple[nn.Module, str]]] = {}
         for _, module in self.model.named_modules():

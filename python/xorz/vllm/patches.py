@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.quantization import register_quantization_config
 
-from . import layers, manager, replaced, resolvers, rpc, serving
+from . import layers, manager, pieces, replaced, resolvers, rpc, serving
 from .packages import is_package
 
 _PATIENCE_SECONDS = 300.0
@@ -38,6 +38,8 @@ def _start() -> None:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = plain(self, *args, **kwargs)
         if isinstance(out.quant_config, layers.XorzConfig):
+            if torch.device(out.device_config.device).type == "cuda":
+                pieces.leave_out(out)
             manager.check_config(out)
         return out
 
@@ -50,7 +52,9 @@ def _unquantized() -> None:
     Other linear layers are left alone: a model may read their weights past them, as it does those of convolutions.
     """
     from vllm.model_executor.layers import linear, vocab_parallel_embedding
-    from vllm.model_executor.layers.fused_moe import GateLinear
+    from vllm.model_executor.layers.fused_moe import GateLinear, MoERunner
+
+    MoERunner._select_forward = pieces.select(MoERunner._select_forward)
 
     def is_gate(layer: Any) -> bool:
         return isinstance(layer, GateLinear) or layer.prefix.endswith(".shared_expert_gate")
