@@ -11,14 +11,18 @@ import engines
 import models
 import on_gpu
 import pytest
+import runs
 import torch
-from gpu_double import OnGpu
+from gpu_double import CUDA, OnGpu
 from on_gpu import ROWS, Runner, model_of, said
+from safetensors.torch import load_file
+from test_gpu_sync import Engine
 from torch.utils._python_dispatch import _disable_current_modes
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.fused_moe.runner import moe_runner
 from xorz.vllm import pieces
+from xorz.vllm.sync import XorzWeightTransferEngine
 
 gpu = on_gpu.gpu
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a double of a GPU, beside a real one")
@@ -44,8 +48,9 @@ def plain(kind):
     return out
 
 
-def runner(monkeypatch, kind, graphs=False, **own):
-    # An engine finds a layer's runner by its name, in the context of a step, of which there is none here.
+@pytest.fixture
+def by_name(monkeypatch):
+    """An engine finds a layer's runner by its name, in the context of a step, of which there is none here."""
     runners = {}
 
     def name_of(layer):
@@ -54,6 +59,9 @@ def runner(monkeypatch, kind, graphs=False, **own):
 
     monkeypatch.setattr(moe_runner, "get_layer_from_name", runners.__getitem__)
     monkeypatch.setattr(moe_runner.MoERunner, "_encode_layer_name", name_of)
+
+
+def runner(monkeypatch, kind, graphs=False, **own):
     out = Runner(monkeypatch, kind, graphs, xorz={"memory": "64 MiB", **own})
     out.plain = plain(kind)
     for name in "AB":
@@ -71,7 +79,7 @@ def shares(made, out, names):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_tokens_have_their_tenants_experts_and_a_layer_waits_once(gpu, monkeypatch, kind):
+def test_tokens_have_their_tenants_experts_and_a_layer_waits_once(gpu, by_name, monkeypatch, kind):
     made = runner(monkeypatch, kind)
     for names in MIXED:
         if "C" in names:
@@ -85,7 +93,7 @@ def test_tokens_have_their_tenants_experts_and_a_layer_waits_once(gpu, monkeypat
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_mixtures_run_between_the_pieces_of_graphs(gpu, monkeypatch, kind):
+def test_mixtures_run_between_the_pieces_of_graphs(gpu, by_name, monkeypatch, kind):
     """Captured while nobody was there, by what vLLM's configuration names by then."""
     made = runner(monkeypatch, kind, graphs=True)
     graph, out = made.captured(made.config.compilation_config.splitting_ops)
@@ -107,7 +115,50 @@ def test_mixtures_run_between_the_pieces_of_graphs(gpu, monkeypatch, kind):
     assert gpu.synchronized == 0 and gpu.overwritten() == []
 
 
-def test_what_all_tokens_share_comes_first(gpu, monkeypatch):
+@pytest.mark.parametrize("how", ["tenants", "no tenants"])
+def test_mixtures_are_updated_in_place(gpu, by_name, monkeypatch, how):
+    """Experts and routers: a step, a jump and the ways back, bit for bit, where graphs that were captured read them."""
+    paths, chain = runs.run("mixtral", engines.FOLDER)
+    twin, _ = on_gpu.plain("mixtral")
+    logits = []
+    with _disable_current_modes():
+        for path in paths:
+            twin.load_weights(iter(load_file(path / "model.safetensors").items()))
+            logits.append(said(twin).float())
+    own = {"graphs": True, "xorz": {"memory": "64 MiB"}} if how == "tenants" else {}
+    made = Engine(monkeypatch, ("mixtral", paths, chain, twin, logits), how, **own)
+    names = ["A", None] * (ROWS // 2)
+    if how == "tenants":
+        graph, out = made.runner.captured(made.config.compilation_config.splitting_ops)
+        made.runner.plain = plain("mixtral")
+    places = {name: p.data_ptr() for name, p in made.model.named_parameters()}
+
+    def is_at(number):
+        if how == "tenants":
+            made.runner.set([None] * ROWS)
+            graph.replay()
+            assert made.says(out, number)
+        assert made.has(number)
+        assert made.says(said(made.model, OnGpu(on_gpu.IDS.clone()), OnGpu(on_gpu.PLACES.clone())), number)
+        assert {name: p.data_ptr() for name, p in made.model.named_parameters()} == places
+
+    is_at(0)
+    for number, back in ((1, False), (4, False), (1, True), (0, False)):
+        made.to(number, **({"rollback": True, "version": number} if back else {}))
+        is_at(number)
+    if how == "no tenants":
+        # Graphs that have the mixture in them, whatever the configuration says.
+        with pytest.raises(ValueError, match="routed_experts` would be captured"):
+            XorzWeightTransferEngine(None, on_gpu.with_graphs(made.config), CUDA, made.model)
+    else:
+        made.runner.load("A")
+        made.runner.set(names)
+        graph.replay()
+        found = shares(made.runner, out, names)
+        assert found[-3] < 0.1 and found[-1] < 0.6, found
+
+
+def test_what_all_tokens_share_comes_first(gpu, by_name, monkeypatch):
     """vLLM scales the other one."""
     made = runner(monkeypatch, "qwen2_moe", graphs=True)
     one, two = (OnGpu(torch.full((3, 4), value)) for value in (1.0, 2.0))
@@ -117,7 +168,7 @@ def test_what_all_tokens_share_comes_first(gpu, monkeypatch):
     assert [part.words.unique().tolist() for part in found] == [[1.0], [2.0]]
 
 
-def test_what_would_capture_experts_is_refused_by_name(gpu, monkeypatch):
+def test_what_would_capture_experts_is_refused_by_name(gpu, by_name, monkeypatch):
     made = runner(monkeypatch, "mixtral", graphs=True)
     # Whole steps, and pieces that have the mixture in them.
     for left_out in (None, ["vllm::unified_attention_with_output"]):
@@ -137,7 +188,7 @@ def test_what_would_capture_experts_is_refused_by_name(gpu, monkeypatch):
     pieces.check_model(made.model, made.config)
 
 
-def test_rows_have_the_bits_of_their_tenants_plain_model(gpu, monkeypatch):
+def test_rows_have_the_bits_of_their_tenants_plain_model(gpu, by_name, monkeypatch):
     made = runner(monkeypatch, "qwen2", mode="exact")
     for names in (["A"] * ROWS, ["B"] * ROWS):
         made.set(names)

@@ -44,7 +44,7 @@ def run(request, alone):
 class Engine:
     """A model on the device and the part of the engine that updates it, driven as vLLM's worker drives it."""
 
-    def __init__(self, monkeypatch, run, how="tenants") -> None:
+    def __init__(self, monkeypatch, run, how="tenants", **own) -> None:
         self.kind, self.paths, self.chain, self.twin, self.logits = run
         followed = sync.plan
 
@@ -56,7 +56,7 @@ class Engine:
         monkeypatch.setattr(sync, "plan", planned)
         self.runner = None
         if how == "tenants":
-            self.runner = Runner(monkeypatch, self.kind, **TRANSFER)
+            self.runner = Runner(monkeypatch, self.kind, **TRANSFER, **own)
             self.config, self.model = self.runner.config, self.runner.model
         else:
             settings = TRANSFER | {"enable_lora": False}
@@ -387,6 +387,7 @@ KEPT = {
     ),
     "a hook of the model's own": (Repacks(), "the model is computed by Repacks"),
     "a hook of a layer's own": (nn.Sequential(Repacks()), "layer `0` is computed by Repacks"),
+    "gates in one matrix": (layer(_fse_fuse_gate=True), "layer `1` is computed by Module with joined gates"),
     "attention with sinks": (
         layer(impl=named("FlashInferImpl", sinks=[1]), process_weights_after_loading=print),
         "layer `1` is computed by FlashInferImpl with sinks",

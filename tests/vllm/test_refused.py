@@ -169,9 +169,9 @@ UPDATED = {
     "a sleep": ({"model_config__enable_sleep_mode": True}, "sleep mode .* tenants or weights lie in"),
     "offloading": ({"offload_config__uva__cpu_offload_gb": 2.0}, "kept on the host .* are not served"),
     "offloading by groups": ({"offload_config__prefetch__offload_group_size": 4}, "kept on the host"),
-    "experts": (
+    "experts in graphs": (
         {"model_config__is_moe": True},
-        "mixtures of experts are not served on a GPU by --quantization",
+        "mixtures of experts are served on a GPU between the pieces of piecewise CUDA graphs, or without graphs",
     ),
     "latent attention": ({"model_config__use_mla": True}, "updates in place of a model with MLA"),
     "pictures": ({"model_config__is_multimodal_model": True}, "updates in place of multimodal models"),
@@ -217,10 +217,15 @@ def test_updates_of_what_is_kept_beside_the_words_are_refused_on_the_cpu_too(wha
         check_config(updated)
 
 
-def test_experts_of_vllm_s_own_may_be_updated_on_a_gpu():
+def test_experts_may_be_updated_on_a_gpu():
     own = config(weight_transfer_config=SimpleNamespace(backend="xorz"), model_config__is_moe=True)
     own.quant_config, own.lora_config = None, None
     assert not any(in_place.unserved(own, "cuda").values())
+    # And xorz's own, where its graphs leave them out.
+    ours = config(weight_transfer_config=SimpleNamespace(backend="xorz"), model_config__is_moe=True)
+    assert any(in_place.unserved(ours, "cuda").values())
+    pieces.leave_out(ours)
+    assert not any(in_place.unserved(ours, "cuda").values())
     assert in_place.unserved(config(), "cuda") == {}
 
 

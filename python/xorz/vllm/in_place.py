@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import _ops
+from . import pieces
 from .gpu import LEAST_CAPABILITY, check_model, of_device, of_memory
 
 
@@ -29,11 +30,7 @@ def unserved(config: Any, device: Any) -> dict[str, bool]:
     if torch.device(device).type != "cuda":
         return of_device(device) | own
     is_ours = config.quant_config is not None and config.quant_config.get_name() == "xorz"
-    own |= {
-        "mixtures of experts are not served on a GPU by --quantization xorz: which experts have rows is read back; leave that "
-        "out where the base is only updated": config.model_config.is_moe and is_ours,
-    }
-    return of_device(device) | of_memory(config) | own
+    return of_device(device) | of_memory(config) | own | (pieces.unserved(config) if is_ours else {})
 
 
 def is_updated(config: Any) -> bool:
@@ -47,6 +44,7 @@ _AS_LOADED = {
     "UnquantizedEmbeddingMethod",
     "XorzLinearMethod",
     "XorzEmbeddingMethod",
+    "XorzExpertsMethod",
     # Of routers; only on AMD's GPUs it keeps a second form of the weight.
     "_GateLinearMethod",
 }
@@ -68,6 +66,9 @@ def check_layers(model: nn.Module) -> None:
         method = getattr(module, "quant_method", None)
         if method is not None and not _is_as_loaded(method):
             raise ValueError(_second_form(f"layer `{name}`", _what(method)))
+        if getattr(module, "_fse_fuse_gate", False):
+            # Two gates in one matrix, made once.
+            raise ValueError(_second_form(f"layer `{name}`", f"{type(module).__name__} with joined gates"))
         own = getattr(module, "process_weights_after_loading", None)
         impl = getattr(module, "impl", None)
         if module is model or own is None:

@@ -29,7 +29,7 @@ from vllm.logger import init_logger
 
 from .. import _core
 from ..versions import Versions
-from . import in_place, packages, update
+from . import in_place, packages, pieces, update
 from .manager import Settings, folder_of, refuse
 from .on_device import OnDevice
 from .plan import plan
@@ -166,6 +166,7 @@ class XorzWeightTransferEngine(WeightTransferEngine[XorzInitInfo, XorzUpdateInfo
         self._hand = update.OnHost()
         if torch.device(device).type != "cpu":
             in_place.check_layers(model)
+            pieces.check_model(model, vllm_config)
             in_place.check_device(device)
             self._hand = OnDevice(device)
         self.took_back = True
