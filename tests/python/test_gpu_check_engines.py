@@ -43,7 +43,7 @@ class Double(serving.Engines):
 
     def _answer(self, words, asked, prompt, dtype, scored):
         """What the model of the words `words` says to who asks for those of `asked`."""
-        key = words, prompt, dtype
+        key = self.family.kind, words, prompt, dtype
         if key not in self.known:
             self.known[key] = said(self.family.folders[words], self.prompts[prompt], dtype)
         tokens, logprobs = self.known[key]
@@ -68,6 +68,12 @@ class Double(serving.Engines):
                 for i in range(len(self.prompts))
                 for w in whose
             ]
+        for phase, words in (("after an update in place", way.update), ("after it was rolled back", BASE)):
+            if way.update and not plain:
+                served = self.wrong.get(phase, words)
+                phases[phase] = [
+                    self._answer(served, words, i, dtype, True) for i in range(len(self.prompts))
+                ]
         memory = {"before": [None], "after": [None], "deltas": [0]} | ({} if plain else self.memory)
         facts = {"device": self.device_of_vllm, "graphs": self.graphs, "second_runner": False}
         return {"phases": phases, "memory": memory, "rates": {}, "facts": facts}
@@ -88,13 +94,13 @@ def reference(kin):
 WAY = serving.Way("a double", {}, {})
 
 
-def judge(kin, reference, **wrong):
+def judge(kin, reference, way=WAY, **wrong):
     """The checks of an engine that does something wrong."""
     report, engines = Report("CPU"), Double(kin, CPU, True, 60, False)
     for name, value in wrong.items():
         setattr(engines, name, value)
     with torch.no_grad():
-        report.attempt("a double", lambda r: serving.check_served(r, engines, reference, WAY))
+        report.attempt("a double", lambda r: serving.check_served(r, engines, reference, way))
     return report
 
 
@@ -130,6 +136,32 @@ def test_whoever_is_served_as_another_one_fails(kin, reference, wrong):
     for why in found.values():
         assert "from float64 of" in why and any(f"({words}, prompt of" in why for words in wrong), why
         assert "from another model's answer, less than" in why
+
+
+@pytest.mark.parametrize(
+    "phase, served", [("after an update in place", BASE), ("after it was rolled back", "all")]
+)
+def test_a_base_that_was_not_updated_or_not_rolled_back_fails(kin, reference, phase, served):
+    way = serving.Way("a double", {}, {}, update="all")
+    assert judge(kin, reference, way).passed
+    assert set(failed(judge(kin, reference, way, wrong={phase: served}))) == {phase}
+
+
+def test_a_mixture_s_experts_are_told_apart(tmp_path):
+    with torch.no_grad():
+        mixture = Family("mixtral", tmp_path, quick=True)
+        reference = serving.Reference(
+            Double(mixture, CPU, True, 60, False), dict.fromkeys(mixture.folders, WAY)
+        )
+        assert judge(mixture, reference).passed
+        assert set(failed(judge(mixture, reference, wrong={"sparse": "all"}))) == {
+            "together",
+            "from the prefix cache",
+        }
+        off = dict(mixture.left_out("sparse", mixture.prompts((40,))[0]))
+    stacks = [name for name in off if "experts" in name]
+    assert len(stacks) == 2 * 2 * 4 and all(float(by.abs().max()) > 0 for by in off.values())
+    assert any(name.endswith("mlp.gate.weight") for name in off)
 
 
 @pytest.mark.parametrize(
@@ -260,13 +292,26 @@ def ways(device, **options):
 def test_on_a_gpu_graphs_of_both_kinds_are_tried():
     """No GPU is here: only what would be asked for."""
     made, left = ways("cuda")
-    assert list(made) == ["eager, deterministic", "piecewise graphs", "vLLM's default graphs"] and not left
+    assert (
+        list(made)
+        == [
+            "eager, deterministic",
+            "eager, exact",
+            "piecewise graphs",
+            "vLLM's default graphs",
+        ]
+        and not left
+    )
+    assert made["eager, exact"].xorz == {"mode": "exact"} and made["eager, exact"].update == "all"
     assert made["eager, deterministic"].settings["enforce_eager"]
     assert "enforce_eager" not in made["vLLM's default graphs"].settings
     assert made["piecewise graphs"].settings["compilation_config"] == {"cudagraph_mode": "PIECEWISE"}
     assert all(way.settings["enforce_eager"] for way in ways("cuda", graphs=False)[0].values())
     made, left = ways("cpu")
-    assert list(made) == ["eager, deterministic", "fast"] and "CUDA graphs: the CPU has none" in left
+    assert (
+        list(made) == ["eager, deterministic", "eager, exact", "fast"]
+        and "CUDA graphs: the CPU has none" in left
+    )
 
 
 def test_both_model_runners_and_two_devices_are_tried_where_there_are_any(monkeypatch):
@@ -300,13 +345,18 @@ def test_graphs_that_vllm_did_not_make_were_not_tried():
     assert report.left_out == []
     serving.check_graphs(report, "d", default, {"device": "cuda", "graphs": "PIECEWISE"})
     assert report.left_out == ["d: graphs of FULL_AND_PIECEWISE: vLLM has made PIECEWISE"]
+    # Of a mixture none are full.
+    serving.check_graphs(report, "m", default, {"device": "cuda", "graphs": "PIECEWISE"}, True)
+    assert len(report.left_out) == 1
+    serving.check_graphs(report, "m", default, {"device": "cuda", "graphs": "FULL_AND_PIECEWISE"}, True)
+    assert report.left_out[1] == "m: graphs of PIECEWISE: vLLM has made FULL_AND_PIECEWISE"
 
 
 def test_the_whole_of_it(tmp_path, monkeypatch, capsys):
     class Short(Double):
         def answer(self, way, words, packages):
             self.prompts = self.family.prompts((9, 40, 100))
-            self.asked.append((way.name, words, packages is None))
+            self.asked.append((self.family.kind, way.name, words, packages is None, way.update))
             return super().answer(way, words, packages)
 
         asked: ClassVar[list] = []
@@ -317,15 +367,21 @@ def test_the_whole_of_it(tmp_path, monkeypatch, capsys):
     given = ["--vllm", "--device", "cpu", "--quick", "--json", str(found), "--folder", str(tmp_path / "kept")]
     assert gpu_check.main(given) == 0
     # One after another: each whole model without xorz, then all tenants at once.
-    assert Short.asked == [
-        *(("fast" if words == BASE else "eager, deterministic", words, True) for words in (BASE, *TUNES)),
-        ("eager, deterministic", BASE, False),
-        ("fast", BASE, False),
+    whole = [(BASE, "fast"), *((words, "eager, deterministic") for words in TUNES)]
+    assert [(*asked[:4], asked[4] * (not asked[3])) for asked in Short.asked] == [
+        *(("qwen3", way, words, True, "") for words, way in whole),
+        ("qwen3", "eager, deterministic", BASE, False, ""),
+        ("qwen3", "eager, exact", BASE, False, "all"),
+        ("qwen3", "fast", BASE, False, ""),
+        *(("mixtral", way, words, True, "") for words, way in whole),
+        ("mixtral", "eager, deterministic", BASE, False, "all"),
+        ("mixtral", "fast", BASE, False, ""),
     ]
     said, told = capsys.readouterr().out, json.loads(found.read_text())
-    assert told["passed"] and len(told["checks"]) == 6 and "6 checks, 0 failed, 4 left out" in said
+    assert told["passed"] and len(told["checks"]) == 19 and "19 checks, 0 failed, 7 left out" in said
     assert {"from_plain", "from_plain_bound", "tenants"} < set(told["checks"][0])
     assert "of 61 tensors that tenants have changed 61 would be noticed, if that one" in said
+    assert "mixtral: of 73 tensors that tenants have changed 73 would be noticed" in said
     assert (tmp_path / "kept" / "qwen3" / "sparse.xorz").exists()
     monkeypatch.setattr(Short, "wrong", {"vectors": "sparse"})
     given[-1] = str(tmp_path / "again")

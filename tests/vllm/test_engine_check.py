@@ -1,6 +1,9 @@
 """Promise: `python -m xorz.gpu_check --vllm` finds vLLM's engine on the CPU right, by engines over each whole model without
-xorz and by float64; and wrong where a tenant's package holds another's words, or lacks one tensor.
+xorz and by float64, `mode="exact"`, mixtures and a base that is updated in place included; and wrong where a tenant's package
+holds another's words, or lacks one tensor.
 """
+
+import dataclasses
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ def tried(tmp_path_factory):
     with torch.no_grad():
         kin = Family("qwen3", tmp_path_factory.mktemp("qwen3"), quick=True)
         engines = serving.Engines(kin, CPU, True, 600, timed=True)
-        [eager, fast], _ = serving.ways_of(CPU, True, True)
+        [eager, _exact, fast], _ = serving.ways_of(CPU, True, True)
         reference = serving.Reference(engines, dict.fromkeys(kin.folders, eager) | {BASE: fast})
     return kin, engines, reference, fast
 
@@ -50,6 +53,37 @@ def test_the_engine_is_found_right(tried, capsys):
     ]
     assert all(t["xorz_tokens_a_second"] > 0 < t["plain_tokens_a_second"] for t in report.timings)
     assert "tokens a second while decoding" in capsys.readouterr().out
+
+
+def phases_of(report, way):
+    """What was compared, and whose words those were."""
+    found = {c["check"].split(f"{way.name}: ")[1]: c.get("tenants") for c in report.checks}
+    assert report.passed, report.checks
+    return found
+
+
+def test_exact_sums_and_an_update_in_place_are_found_right(tried):
+    _kin, engines, reference, _fast = tried
+    way = serving.ways_of(CPU, True, True)[0][1]
+    assert way.xorz == {"mode": "exact"}
+    report = Report("CPU")
+    with torch.no_grad():
+        serving.check_served(report, engines, reference, way)
+    found = phases_of(report, way)
+    assert (found["after an update in place"], found["after it was rolled back"]) == (["all"], [BASE])
+
+
+def test_a_mixture_is_found_right_and_its_base_updated(tmp_path):
+    with torch.no_grad():
+        kin = Family("mixtral", tmp_path, quick=True)
+        engines = serving.Engines(kin, CPU, True, 600, timed=False)
+        [eager, _exact, fast], _ = serving.ways_of(CPU, True, True)
+        reference = serving.Reference(engines, dict.fromkeys(kin.folders, eager))
+        report, way = Report("CPU"), dataclasses.replace(fast, update="all")
+        serving.check_served(report, engines, reference, way)
+    found = phases_of(report, way)
+    assert found["together"] == [BASE, *TUNES]
+    assert (found["after an update in place"], found["after it was rolled back"]) == (["all"], [BASE])
 
 
 def lacking(kin, name, tensor):

@@ -3,7 +3,8 @@
     python -m xorz.gpu_check.engine SPEC ANSWERS     both JSON files; `Spec` says what the first one holds
 
 A plain engine is asked for one model's answers. One with xorz has tenants, who are asked together with the base, again from the
-prefix cache, and while others are loaded, unloaded and published anew.
+prefix cache, and while others are loaded, unloaded and published anew; at last its base may be updated in place, and rolled
+back.
 """
 
 import json
@@ -33,6 +34,7 @@ class Spec:
         many: how many tenants have a request each while decoding is timed; 0 times nothing.
         timed_tokens: how many tokens each of those has.
         scratch: a folder for packages that are published while it runs.
+        update: by whose package its base is updated in place, when all tenants have gone; none if empty.
     """
 
     model: str
@@ -44,6 +46,7 @@ class Spec:
     many: int
     timed_tokens: int
     scratch: str
+    update: str = ""
 
 
 @dataclass
@@ -249,7 +252,30 @@ def _served(engine: Engine) -> dict[str, Any]:
         paths = list(spec.packages.values())
         many = [load(llm, f"tenant-{i}", paths[i % len(paths)]) for i in range(spec.many)]
         rates = {"one": engine.rate(many[:1]), "many": engine.rate(many), "base": engine.rate([None])}
+        for lora in many:
+            unload(llm, lora)
+    if spec.update:
+        phases |= _updated(engine)
     return {"phases": phases, "memory": memory, "rates": rates}
+
+
+def _updated(engine: Engine) -> dict[str, list[dict[str, Any]]]:
+    """What it answers when its base has become another one where it lies, and when it is itself again.
+
+    Prompts that are not scored would be answered from the prefix cache, if that were not empty by then.
+    """
+    from ..vllm import client
+
+    llm, spec = engine.llm, engine.spec
+
+    def everybody(words: str) -> list[dict[str, Any]]:
+        return engine.everybody({words: None}, scored=False) + engine.everybody({words: None}, scored=True)
+
+    client.init(llm)
+    client.update(llm, spec.packages[spec.update])
+    phases = {"after an update in place": everybody(spec.update)}
+    client.rollback(llm)
+    return phases | {"after it was rolled back": everybody(spec.words)}
 
 
 def _plain(engine: Engine) -> dict[str, Any]:

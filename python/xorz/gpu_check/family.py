@@ -26,9 +26,15 @@ _EVERY = (0.01, 1.0, 0.3)
 _FAR = (3.0, 0.25, 1.0)
 """Of `TUNES`, how far those words move, in deviations of their matrix."""
 
-_GAINS = {"q_proj": 1.5, "k_proj": 1.5, "o_proj": 2.0, "down_proj": 2.0, "lm_head": 2.5}
+_GAINS = {"q_proj": 1.5, "k_proj": 1.5, "o_proj": 2.0, "down_proj": 2.0, "lm_head": 2.5, "gate": 5.0}
 """How much wider than its input a product's result is, 1 where nothing is said: attention looks at some tokens and not at all
-alike, each layer adds as much as the one before, and what follows is no draw. So each tensor counts, and can be tried.
+alike, each layer adds as much as the one before, and what follows is no draw. So each tensor counts, and can be tried. Routers
+weigh few experts for much.
+"""
+
+_EXPERTS, _CHOSEN = 4, 3
+"""Of a mixture. All but one are chosen, so that where rounding has a router choose another one, both weigh little: a token that
+goes elsewhere would be further off than any rounding, in plain engines, too, and nothing else would be noticed.
 """
 
 
@@ -45,7 +51,7 @@ def sizes(quick: bool) -> dict[str, Any]:
 
 
 def _config(kind: str, quick: bool) -> Any:
-    from transformers import LlamaConfig, Qwen3Config
+    from transformers import LlamaConfig, MixtralConfig, Qwen3Config
 
     given = sizes(quick)
     width = given["hidden_size"]
@@ -53,6 +59,10 @@ def _config(kind: str, quick: bool) -> Any:
         # Norms of heads, and a head of its own.
         heads = {"num_attention_heads": max(2, width // 128), "head_dim": 128}
         return Qwen3Config(**given, **heads, tie_word_embeddings=False)
+    if kind == "mixtral":
+        heads = {"num_attention_heads": width // 64, "head_dim": 64, "tie_word_embeddings": False}
+        given |= {"intermediate_size": given["intermediate_size"] // 2}
+        return MixtralConfig(**given, **heads, num_local_experts=_EXPERTS, num_experts_per_tok=_CHOSEN)
     # Biases, and the table of embeddings is the head, too.
     return LlamaConfig(
         **given, num_attention_heads=width // 64, head_dim=64, attention_bias=True, tie_word_embeddings=True
@@ -65,14 +75,16 @@ def _made(config: Any, folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
-        of = name.split(".")[-2]
+        *_, of, last = name.split(".")
         if parameter.dim() == 1:
             around = 1.5 if of in ("q_norm", "k_norm") else float(name.endswith("norm.weight"))
             parameter.copy_(around + 0.2 * torch.randn(parameter.shape, generator=generator))
         elif of == "embed_tokens":
             parameter.normal_(0, 0.1 if config.tie_word_embeddings else 1.0, generator=generator)
         else:
-            deviation = _GAINS.get(of, 1.0) / math.sqrt(parameter.shape[1])
+            # Of experts, which are stacked, the name comes last.
+            gain = _GAINS.get(last if parameter.dim() == 3 else of, 1.0)
+            deviation = gain / math.sqrt(parameter.shape[-1])
             parameter.normal_(0, deviation, generator=generator)
     model.to(torch.bfloat16).save_pretrained(folder)
 
@@ -98,15 +110,16 @@ class Family:
     Attributes:
         folders: of whole models, by `BASE` and the names of `TUNES`.
         packages: by the names of `TUNES`.
+        is_mixture: whether it has experts.
     """
 
     def __init__(self, kind: str, folder: Path, quick: bool) -> None:
-        """Made in `folder` from fixed seeds; `kind` is qwen3 or llama."""
+        """Made in `folder` from fixed seeds; `kind` is qwen3, llama or mixtral."""
         from safetensors.torch import load_file, save_file
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        self.kind, self.folder = kind, folder
+        self.kind, self.folder, self.is_mixture = kind, folder, kind == "mixtral"
         self.vocabulary = sizes(quick)["vocab_size"]
         self.folders = {BASE: folder / BASE}
         self.packages: dict[str, Path] = {}
@@ -145,20 +158,26 @@ class Family:
         return self._known[key]
 
     def left_out(self, name: str, tokens: list[int]) -> Iterator[tuple[str, Tensor]]:
-        """By tensor that a fine-tune has changed: by how much `exact` is off if that one alone is the base's."""
+        """By tensor that a fine-tune has changed, each expert's own: by how much `exact` is off if that alone is the base's."""
         model, base = self._model(name), dict(self._model(BASE).named_parameters())
         want, _ = self.exact(name, tokens)
         for tensor, parameter in model.named_parameters():
-            if not torch.equal(parameter, base[tensor]):
-                kept, parameter.data = parameter.data, base[tensor].data
-                got, _ = _said(model, tokens)
-                parameter.data = kept
-                yield tensor, got - want
+            is_stack = parameter.dim() == 3
+            stacks = [t.data if is_stack else t.data[None] for t in (parameter, base[tensor])]
+            for i, (own, its) in enumerate(zip(*stacks, strict=True)):
+                if not torch.equal(own, its):
+                    kept = own.clone()
+                    own.copy_(its)
+                    got, _ = _said(model, tokens)
+                    own.copy_(kept)
+                    yield f"{tensor}[{i}]" if is_stack else tensor, got - want
 
     def _model(self, name: str) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
         if name not in self._models:
-            found = AutoModelForCausalLM.from_pretrained(self.folders[name], dtype=torch.float64)
+            # The other ways to run experts have no float64.
+            more = {"experts_implementation": "eager"} if self.is_mixture else {}
+            found = AutoModelForCausalLM.from_pretrained(self.folders[name], dtype=torch.float64, **more)
             self._models[name] = found.eval()
         return self._models[name]
