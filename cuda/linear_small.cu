@@ -17,7 +17,7 @@
 //
 // Bytes: base words once (`exponent` beside other kinds of rows in the same block: again, from L2, and what tenants
 // share of it from L1), each tenant's tiles of the panel once (gaps of one byte again, from L1), x once a panel for
-// each part, from L2. Threads 256. Shared memory: see gate.txt: 32 KiB of staged words, 6 KiB of runs, 2 KiB of totals,
+// each part, from L2. Threads 256. Shared memory: see gate.txt: 32 KiB of staged words, 2.5 KiB of runs, 2 KiB of totals,
 // up to 16 open deltas.
 #include "again_f64.cuh"
 #include "entries.cuh"

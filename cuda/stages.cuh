@@ -190,6 +190,8 @@ XORZ_DEVICE void run_steps(Stages<W>& stages, const Copier<W, kHeld>& copier, ui
       else
         copier.template copy<false>(next, stages.x[1 - now], 0, nullptr, to);
       patch(stages.w[patched], column, s);
+      // Lanes may leave a patch at different times, and matrix instructions want the warp together.
+      warp_sync();
       sums.step(stages.x[now], stages.w[multiplied], s, column != from);
     }
     sums.start();

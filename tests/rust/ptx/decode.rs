@@ -151,7 +151,11 @@ impl Decoder<'_, '_> {
     fn logic(&self, what: &str) -> Decoded<Op> {
         let p = self.predicate(0)?;
         let f = match what {
-            "mov" => return Ok(Op::Truth { p, is: self.number(1)? != 0 }),
+            "mov" => match self.predicate(1) {
+                // Both are the one that is copied, which is no more certain for being asked twice.
+                Ok(a) => return Ok(Op::Logic { f: Logic::And, p, a, b: a }),
+                Err(_) => return Ok(Op::Truth { p, is: self.number(1)? != 0 }),
+            },
             "not" => return Ok(Op::Not { p, a: self.predicate(1)? }),
             "and" => Logic::And,
             "or" => Logic::Or,

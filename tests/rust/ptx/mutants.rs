@@ -227,11 +227,11 @@ const MUTANTS: [Changed; 28] = [
         to: nothing,
     },
     Changed {
-        what: "another lane in a shuffle",
+        what: "lanes that take a unit, not counted",
         kernel: "delta_restore_16",
         after: "vote.sync",
-        pick: "shfl.sync.idx",
-        to: |l| l.replace("shfl.sync.idx", "shfl.sync.bfly"),
+        pick: "popc.b32",
+        to: |l| l.replace("popc.b32", "brev.b32"),
     },
     Changed {
         what: "no barrier before rows are placed",
