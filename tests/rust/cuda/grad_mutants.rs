@@ -88,6 +88,18 @@ const STRIPS: [Mutant; 14] = [
     ),
 ];
 
+/// Quads of lanes, which products of bf16 and f16 do without (`large_mutants`).
+const QUADS: [Mutant; 2] = [
+    (
+        "a second entry on the rounded sum",
+        "patch_entries.cuh",
+        "add_in_order(",
+        "(there == last_ ? sum_ : D::value(*word))",
+        "D::value(*word)",
+    ),
+    ("a tile found corrupt", "patch_entries.cuh", "void end(", "if (!sound_)", "if (false)"),
+];
+
 const SUMS: [Mutant; 6] = [
     (
         "rows of W swapped",
@@ -179,7 +191,21 @@ fn wanted(rng: &mut Rng, dtype: Dtype) -> Vec<Wanted> {
         let want = case.reference_grad(&x, 6);
         all.push(Wanted { dtype, large: grad_of_one(&case, &case.blob, &x, 6, true, 1), want });
     }
+    all.push(of_pairs(rng, dtype));
     all
+}
+
+/// Many differences that one bf16 cannot hold, side by side and alone.
+fn of_pairs(rng: &mut Rng, dtype: Dtype) -> Wanted {
+    let shape = Shape { n: 20, k: 96 };
+    let words = shape.n * shape.k;
+    let base: Vec<u8> = (0..words).flat_map(|_| word(dtype, (rng.next() % 9 + 1) as f64 / 512.0)).collect();
+    let far: Vec<u8> = (0..words).flat_map(|_| word(dtype, 1.0 + (rng.next() % 64) as f64 / 128.0)).collect();
+    let fine_tuned = rng.mix(dtype, &base, &far, 0.3);
+    let case = Case::new(dtype, shape, Encoding::Sparse, &base, &fine_tuned);
+    let x = integers(rng, dtype, 3 * shape.n, 1);
+    let want = case.reference_grad(&x, 3);
+    Wanted { dtype, large: grad_of_one(&case, &case.blob, &x, 3, true, 1), want }
 }
 
 /// A tile whose last record lies beyond its columns, right of all strips but the last.
@@ -225,7 +251,7 @@ const FUSED_LIST: &str = "#include \"linear_grad.cu\"\n#include \"linear_segment
 fn mutants_of_gradients_are_caught() {
     let mut rng = Rng::new(331);
     let (all, bad) = (wanted(&mut rng, Dtype::BF16), contradiction(&mut rng));
-    all_caught(&[&STRIPS[..], &SUMS].concat(), LIST, &[], |device| check(device, &all, Some(&bad)));
+    all_caught(&[&STRIPS[..], &QUADS, &SUMS].concat(), LIST, &[], |device| check(device, &all, Some(&bad)));
     let all = wanted(&mut rng, Dtype::F32);
     all_caught(&FUSED, FUSED_LIST, &[], |device| check(device, &all, None));
 }
