@@ -24,6 +24,8 @@ import toolchain  # noqa: E402
 TABLE = ROOT / "cuda" / "PREDICTED.md"
 N = K = 4096
 WARPS = 8
+# Rows of x of a tile of `linear_large`.
+TILE = 128
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,24 @@ class Case:
     @property
     def kernel(self) -> str:
         """Of `plan.rs`."""
-        tiled, small = self.m // 128 + (self.tenants + 1 if self.tenants > 1 else 1), -(-self.m // 16)
+        tiled, small = self.m // TILE + (self.tenants + 1 if self.tenants > 1 else 1), -(-self.m // 16)
         if self.m > 32 and tiled <= 2 * small:
             return "linear_large_bf16"
         return "linear_small_bf16_m16"
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of rows of x of `linear_large`."""
+        return self.tenants * -(-max(1, self.m // self.tenants) // TILE)
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of x of the fullest of them."""
+        return min(TILE, max(1, self.m // self.tenants))
+
+    def height(self, machine: Machine) -> int:
+        """Rows of W of its panels, as linear_large.cu has it: half of 64 where half of the multiprocessors would have none."""
+        return 32 if 2 * self.tiles * (N // 64) <= machine.processors else 64
 
     @property
     def records(self) -> float:
@@ -160,7 +176,7 @@ def rounds_of_window(share: float) -> float:
     return 1 + sum(1 - sum(some[:least]) ** WARP_ROWS for least in range(AT_ONCE, WINDOW + 1, AT_ONCE))
 
 
-def large_trips(case: Case) -> Callable[[sass.Loop, list[sass.Loop]], float]:
+def large_trips(case: Case, height: int) -> Callable[[sass.Loop, list[sass.Loop]], float]:
     """The same of `linear_large`, of one pair of a panel and a tile of rows of x."""
     across = K / 1024 if case.kind == "exponent" else 1
 
@@ -177,8 +193,8 @@ def large_trips(case: Case) -> Callable[[sass.Loop, list[sass.Loop]], float]:
         if loop.name == "entries_taken":
             return rounds_of_window(case.amount)
         if loop.name == "walk":
-            # Four of the block's warps have a tile of 16 rows of the panel.
-            return 16 * 1024 / 256 / 2
+            # A tile of 16 rows of the panel a warp, of so many of the block's warps.
+            return 16 * 1024 / 256 * (height / 16) / WARPS
         raise KeyError(f"nobody knows how often {loop.name} is gone through")
 
     return trips
@@ -211,7 +227,16 @@ def restore_trips(case: Case) -> Callable[[sass.Loop, list[sass.Loop]], float]:
     return trips
 
 
-def fractions(case: Case) -> dict[str, float]:
+FULL = Case(TILE, 1, "base", 0.0)
+
+
+def matrices(case: Case, height: int) -> float:
+    """How many mma of 16 x 8 x 16 `linear_large` has for a panel of `height` rows and a tile; a warp: 32 rows of x, or 16."""
+    each = height // 2
+    return math.ceil(case.tile_rows / each) * each / 16 * height / 8 * K / 16
+
+
+def fractions(case: Case, height: int) -> dict[str, float]:
     """Of what is unrolled for more than there is, or not always done."""
     each = max(1, case.m // case.tenants)
     block = 16  # rows of x
@@ -227,7 +252,9 @@ def fractions(case: Case) -> dict[str, float]:
         "product": 0.0 if case.kind == "exponent" else 1 / (max(1, min(case.m, block) // each) + 1),
         "streams": float(case.kind == "exponent"),
         "entries": float(case.kind == "sparse"),
-        "patchers": PATCHERS,
+        "patchers": PATCHERS * height / 64,
+        # The compiler joins the ways of 32 rows of x and of 16: what the longer one has, by how many mma there are.
+        "multiplied": matrices(case, height) / matrices(FULL, 64),
         "differences": 0.0,
         "refill": case.amount / 16 if case.kind == "exponent" else 0.0,
     }
@@ -236,12 +263,15 @@ def fractions(case: Case) -> dict[str, float]:
 AROUND = {"rows": "pairs"}
 
 
-def instructions(kernel_name: str, kernel: sass.Kernel, case: Case, marks: dict) -> float:
+def instructions(kernel_name: str, kernel: sass.Kernel, case: Case, marks: dict, machine: Machine) -> float:
     """What a warp issues for its share of a panel, or of a block's tile."""
+    height = case.height(machine)
     trips = (
-        large_trips if "large" in kernel_name else restore_trips if "restore" in kernel_name else small_trips
-    )(case)
-    share = fractions(case)
+        large_trips(case, height)
+        if "large" in kernel_name
+        else (restore_trips if "restore" in kernel_name else small_trips)(case)
+    )
+    share = fractions(case, height)
     weight = [1.0] * len(kernel.code)
     loops = sass.marked_loops(kernel, marks["hot"])
     for loop in loops:
@@ -253,30 +283,35 @@ def instructions(kernel_name: str, kernel: sass.Kernel, case: Case, marks: dict)
         for at in range(loop.first, loop.last + 1):
             weight[at] *= times
     for at, i in enumerate(kernel.code):
-        for name in {marks["each"][line] for line in i.lines & marks["each"].keys()}:
+        names = {marks["each"][line] for line in i.lines & marks["each"].keys()}
+        for name in names:
             weight[at] *= share[name]
+        # Sixteen rows of x by 32 of W load three quarters of what twice as many rows of x do, for half of the mma.
+        if "multiplied" in names and height == 32 and not i.name.startswith("HMMA"):
+            weight[at] *= 1.5
+    if "large" in kernel_name:
+        hmma = [w if i.name.startswith("HMMA") else 0.0 for w, i in zip(weight, kernel.code, strict=True)]
+        counted, wanted = WARPS * sass.warp_cost(kernel, hmma, set(marks["cold"])), matrices(case, height)
+        if counted != wanted:
+            raise SystemExit(
+                f"cuda-gate: {case} has {counted} mma by the machine code, and {wanted} by its shape"
+            )
     return sass.warp_cost(kernel, weight, set(marks["cold"]))
 
 
-def panels(case: Case) -> int:
+def panels(case: Case, machine: Machine) -> int:
     """Blocks' worth of work: panels of W by blocks or tiles of rows of x."""
     if "large" not in case.kernel:
         return N // 16 * -(-case.m // 16)
-    tiles = (
-        case.m // 128
-        if case.tenants == 1 and case.m > 128
-        else case.tenants * -(-max(1, case.m // case.tenants) // 128)
-    )
-    return N // 64 * tiles
+    return N // case.height(machine) * case.tiles
 
 
-def times(case: Case, cost: float, arch: int) -> tuple[float, float, float]:
+def times(case: Case, cost: float, machine: Machine) -> tuple[float, float, float]:
     """Microseconds to issue, to move the bytes, and to multiply where tensor cores do, of one machine."""
-    machine = MACHINES[arch]
-    most = math.ceil(panels(case) / machine.processors)
+    most = math.ceil(panels(case, machine) / machine.processors)
     issue = most * cost * WARPS / 4 / machine.ghz / 1e3
-    matrices = most * (K / 32) * 128 if "large" in case.kernel else 0
-    return issue, case.bytes / machine.terabytes / 1e6, matrices / machine.matrices / machine.ghz / 1e3
+    multiplied = most * matrices(case, case.height(machine)) if "large" in case.kernel else 0
+    return issue, case.bytes / machine.terabytes / 1e6, multiplied / machine.matrices / machine.ghz / 1e3
 
 
 HEAD = """# What products cost a GPU, predicted
@@ -285,14 +320,16 @@ Written by `make cuda-gate ARGS=--write` and compared by `make cuda-gate`. **Pre
 this. For 4096 x 4096 of bf16:
 
 - *instructions*: what a block's eight warps issue for a panel (16 rows of W by up to 16 rows of x; `large`: 64 by up to
-  128), on sm_90: the longest way through the machine code that ptxas makes, loops counted as often as shape and encoding
-  say. What one warp does for the block (whose rows are whose, opening deltas) counts once, what such rows never reach does not.
+  128, or 32 where those would leave half of the multiprocessors without one), on sm_90: the longest way through the machine
+  code that ptxas makes, loops counted as often as shape and encoding say. What one warp does for the block (whose rows are
+  whose, opening deltas) counts once, what such rows never reach does not.
 - *issue*: that of the multiprocessor with the most panels, at four instructions a cycle; *bytes*: base, deltas, x and y
   once, at the memory's full speed. Microseconds, by the machines' data sheets ({machines}). A ratio below 1 says that
   issuing is not what such a product waits for; what it does wait for (latency, barriers, a pipe that takes fewer than four
   a cycle: integers on half the lanes, shuffles and bit counts on a quarter or less) only a GPU can tell.
 - *mma*: `large` alone: the matrix instructions' own time as a share of the issue time (not of shared memory's, below). Two
   of its eight warps patch `sparse`: what they issue for it counts a quarter, as if the four schedulers had even shares.
+  Warps without rows of x multiply nothing.
   `large` of one tenant is mode deterministic; in mode fast its rows go to restored panels, below.
 
 Rows of a tenant lie side by side. `sparse`: a tile has as many records as its fullest row is expected to have.
@@ -323,17 +360,17 @@ def restored(found: dict[int, dict[str, sass.Kernel]], marks: dict) -> list[str]
             case = Case(m, 1, kind, amount)
             cells = [case.name, str(m)]
             for arch, machine in MACHINES.items():
-                cost = instructions(RESTORE, found[arch][f"xorz_{RESTORE}"], case, marks)
+                cost = instructions(RESTORE, found[arch][f"xorz_{RESTORE}"], case, marks, machine)
                 most = math.ceil(N / 16 / machine.processors)
                 issue = most * cost * WARPS / 4 / machine.ghz / 1e3
                 moved = (case.bytes - 2 * m * (N + K) + 2 * N * K) / machine.terabytes / 1e6
-                matrices = m / 16 * N / 8 * K / 16 / machine.processors / machine.matrices / machine.ghz / 1e3
-                product = max(matrices, 2 * (N * K + m * (N + K)) / machine.terabytes / 1e6)
-                large = instructions(case.kernel, found[arch][f"xorz_{case.kernel}"], case, marks)
+                peak = m / 16 * N / 8 * K / 16 / machine.processors / machine.matrices / machine.ghz / 1e3
+                product = max(peak, 2 * (N * K + m * (N + K)) / machine.terabytes / 1e6)
+                large = instructions(case.kernel, found[arch][f"xorz_{case.kernel}"], case, marks, machine)
                 cells += [
                     f"{issue:.1f} ({moved:.1f})",
                     f"{product:.1f}",
-                    f"{times(case, large, arch)[0]:.1f}",
+                    f"{times(case, large, machine)[0]:.1f}",
                 ]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -383,7 +420,7 @@ def shared_memory() -> list[str]:
         "| words | copies | matrices | patches | cycles | mma, sm_80 | mma, sm_90 | mma, sm_100 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    copies, matrices = (128 + 64) * WINDOW * 2, WARPS * (32 + 32) * WINDOW * 2
+    copies, loads = (128 + 64) * WINDOW * 2, WARPS * (32 + 32) * WINDOW * 2
     products = 128 / 16 * 64 / 8 * WINDOW / 16
     for kind, amount in [("base", 0.0), ("sparse", 0.01), ("sparse", 0.05), ("exponent", 3.5)]:
         patches = {
@@ -393,12 +430,10 @@ def shared_memory() -> list[str]:
             else 0.0,
             "exponent": 2 * 64 * WINDOW / 32,
         }[kind] * 128
-        cycles = (copies + matrices + patches) / 128
+        cycles = (copies + loads + patches) / 128
         shares = [f"{products / machine.matrices / cycles:.0%}" for machine in MACHINES.values()]
         name = Case(64, 1, kind, amount).name if kind != "exponent" else kind
-        out.append(
-            f"| {name} | {copies} | {matrices} | {patches:.0f} | {cycles:.0f} | {' | '.join(shares)} |"
-        )
+        out.append(f"| {name} | {copies} | {loads} | {patches:.0f} | {cycles:.0f} | {' | '.join(shares)} |")
     return out
 
 
@@ -430,15 +465,15 @@ def table(found: dict[int, dict[str, sass.Kernel]], used: dict[int, dict[str, tu
     lines.append("|---|---|---|---|---|" + "---|---|---|" * len(MACHINES) + "---|")
     for case in CASES:
         cost = {
-            arch: instructions(case.kernel, found[arch][f"xorz_{case.kernel}"], case, marks)
-            for arch in MACHINES
+            arch: instructions(case.kernel, found[arch][f"xorz_{case.kernel}"], case, marks, machine)
+            for arch, machine in MACHINES.items()
         }
         cells = [case.name, str(case.m), str(case.tenants), case.kernel, f"{cost[90] * WARPS:.0f}"]
-        for arch in MACHINES:
-            issue, moved, _ = times(case, cost[arch], arch)
+        for arch, machine in MACHINES.items():
+            issue, moved, _ = times(case, cost[arch], machine)
             cells += [f"{issue:.1f}", f"{moved:.1f}", f"{issue / moved:.2f}"]
-        issue, _, matrices = times(case, cost[90], 90)
-        cells.append(f"{matrices / issue:.0%}" if matrices else "")
+        issue, _, multiplied = times(case, cost[90], MACHINES[90])
+        cells.append(f"{multiplied / issue:.0%}" if multiplied else "")
         lines.append("| " + " | ".join(cells) + " |")
     return (
         "\n".join([*lines, "", *restored(found, marks), "", *in_flight(found, used), "", *shared_memory()])

@@ -6,7 +6,8 @@
 use crate::common::data::{Rng, adversarial, perturbed, value, word};
 use crate::common::device::{Device, TSAN};
 use crate::common::kernels::{
-    Fleet, LINEAR_OUT, LINEAR_STATUS, Large, Linear, all_apart, nudged, on_tiles, run_large, status,
+    Fleet, LINEAR_OUT, LINEAR_STATUS, LOW_PANELS, Large, Linear, all_apart, nudged, on_tiles, run_large,
+    status,
 };
 use crate::common::linear::{Case, first_difference, integers, values};
 use crate::common::mutants::{Mutant, all_caught};
@@ -267,6 +268,46 @@ const REST: [Mutant; 8] = [
     ),
 ];
 
+/// Panels of 32 rows.
+const LOW: [Mutant; 6] = [
+    (
+        "rows of a low panel passed over",
+        "linear_large.cu",
+        "fetch_pair(",
+        "(pair.at) * pair.height",
+        "(pair.at) * kRowsOfW",
+    ),
+    (
+        "low panels counted as tall",
+        "linear_large.cu",
+        "block_sync();\n  XORZ_NO_UNROLL",
+        "(pair.at) * pair.height",
+        "(pair.at) * kRowsOfW",
+    ),
+    ("rows of x of a tall panel's warp", "sums.cuh", "first_of_x(", "warp * 16", "warp / 2 * 32"),
+    ("rows of W of a tall panel's warp", "sums.cuh", "first_of_w(", "height < kRowsOfW ? 0 :", "false ? 0 :"),
+    (
+        "sums of the next warp's rows",
+        "sums.cuh",
+        "next warp's",
+        "if (i >= 2 && height < kRowsOfW) break;",
+        "",
+    ),
+    ("a lone row of the next warp", "sums.cuh", "void begin(", "count <= x0 ?", "count <= x0 + 1 ?"),
+];
+
+/// The same of f32.
+const FUSED_LOW: [Mutant; 2] = [
+    ("low sums of a tall panel", "sums.cuh", "struct FusedSums", "if (*height < kRowsOfW)", "if (true)"),
+    (
+        "low sums of one row",
+        "sums.cuh",
+        "struct FusedSums",
+        "j < kRows; j++) XORZ_UNROLL",
+        "j < kRows - (kRows == 2); j++) XORZ_UNROLL",
+    ),
+];
+
 /// Caught by the thread sanitizer, whatever the order of threads.
 const RACES: [Mutant; 8] = [
     (
@@ -342,9 +383,11 @@ struct Wanted {
     exact: bool,
 }
 
-/// Early and late, in two orders of threads.
-fn ways(large: impl Fn(bool, u64) -> Large) -> Vec<Large> {
-    [(false, 1), (true, 2), (true, 0)].map(|(late, seed)| large(late, seed)).into()
+/// Early and late, in two orders of threads, and once of low panels instead of on `blocks` blocks.
+fn ways(blocks: Option<usize>, large: impl Fn(bool, u64, Option<usize>) -> Large) -> Vec<Large> {
+    [(false, 1, LOW_PANELS), (true, 2, blocks), (true, 0, blocks)]
+        .map(|(l, s, blocks)| large(l, s, blocks))
+        .into()
 }
 
 /// Tenants of every kind; of slot 10 a step has more differences than a row has lanes, some words two of
@@ -385,7 +428,7 @@ fn of_fleet(rng: &mut Rng, dtype: Dtype, (n, k, m): (usize, usize, usize), odd: 
     let mut all = vec![];
     for map in [distinct, uneven] {
         let want = fleet.reference(&x, &map);
-        let launched = ways(|late, seed| fleet.large(&x, &map, Some(5), late, seed));
+        let launched = ways(Some(5), |late, seed, blocks| fleet.large(&x, &map, blocks, late, seed));
         all.extend(launched.into_iter().map(|large| (large, want.clone())));
     }
     Wanted { dtype, all, exact }
@@ -444,7 +487,8 @@ fn of_columns(rng: &mut Rng) -> Wanted {
         }
         assert!(Resident::parse(&case.blob).unwrap().header().exceptions > 1500, "{encoding}");
         let want = case.reference(&x, k, None);
-        let launched = ways(|late, seed| alone(&case, &case.blob, &x, k, seed).large(None, late));
+        let launched =
+            ways(None, |late, seed, blocks| alone(&case, &case.blob, &x, k, seed).large(blocks, late));
         all.extend(launched.into_iter().map(|large| (large, want.clone())));
     }
     Wanted { dtype, all, exact: true }
@@ -467,7 +511,7 @@ fn of_pairs(rng: &mut Rng, dtype: Dtype, encoding: Encoding, share: f64, m: usiz
     }
     let x = integers(rng, dtype, m * shape.k, 1);
     let want = case.reference(&x, m, None);
-    let all = ways(|late, seed| alone(&case, &case.blob, &x, m, seed).large(Some(2), late));
+    let all = ways(Some(2), |late, seed, blocks| alone(&case, &case.blob, &x, m, seed).large(blocks, late));
     Wanted { dtype, all: all.into_iter().map(|large| (large, want.clone())).collect(), exact: true }
 }
 
@@ -487,7 +531,7 @@ fn of_few(rng: &mut Rng, dtype: Dtype) -> Wanted {
     padding_in_column_0(&mut case.blob, shape.n.div_ceil(16));
     let x = integers(rng, dtype, m * shape.k, 1);
     let want = case.reference(&x, m, None);
-    let all = ways(|late, seed| alone(&case, &case.blob, &x, m, seed).large(None, late));
+    let all = ways(None, |late, seed, blocks| alone(&case, &case.blob, &x, m, seed).large(blocks, late));
     Wanted { dtype, all: all.into_iter().map(|large| (large, want.clone())).collect(), exact: true }
 }
 
@@ -544,7 +588,8 @@ fn of_contradictions(rng: &mut Rng) -> Vec<Large> {
         left_over[128..160].iter_mut().for_each(|w| *w -= u8::from(*w > 1));
         let of_streams = [disordered, three, left_over].map(|blob| (blob, &streams));
         for (blob, case) in [(beyond, &entries)].into_iter().chain(of_streams) {
-            all.extend([0, 1, 2].map(|seed| alone(case, &blob, &x, 1, seed).large(None, true)));
+            let seeds = [(0, None), (1, None), (2, LOW_PANELS)];
+            all.extend(seeds.map(|(seed, blocks)| alone(case, &blob, &x, 1, seed).large(blocks, true)));
         }
     }
     all
@@ -618,10 +663,22 @@ fn mutants_of_streams_and_of_the_rest_are_caught() {
 }
 
 #[test]
+fn mutants_of_low_panels_are_caught() {
+    caught_by_results(&LOW);
+}
+
+#[test]
 fn mutants_of_f32_are_caught() {
     let mut rng = Rng::new(163);
-    let wanted = [of_fleet(&mut rng, Dtype::F32, (33, 100, 13), 0.0), of_columns(&mut rng)];
-    all_caught(&[&FUSED[..], &QUADS].concat(), FUSED_LIST, &[], |device| check(device, &wanted, &[]));
+    // More rows of x than half of a low panel's, too.
+    let wanted = [
+        of_fleet(&mut rng, Dtype::F32, (33, 100, 13), 0.0),
+        of_pairs(&mut Rng::new(169), Dtype::F32, Encoding::Sparse, 0.4, 40),
+        of_columns(&mut rng),
+    ];
+    all_caught(&[&FUSED[..], &FUSED_LOW, &QUADS].concat(), FUSED_LIST, &[], |device| {
+        check(device, &wanted, &[])
+    });
 }
 
 #[test]
