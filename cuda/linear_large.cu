@@ -53,6 +53,7 @@ struct LargeShared {
   };
   TenantRows tenant;
   AgainBits<W> again;
+  // Kept where it costs no registers, too: f32 has none left.
   Workspace work;
   Pair pair;
   uint32_t rows[kRowsOfX<W>];
@@ -183,7 +184,7 @@ XORZ_DEVICE void linear_large(LargeShared<typename D::Word>& shared, const Produ
     shared.work = work;
     pair.at = block_x() / tiles;
     pair.tile = block_x() % tiles;
-    // Two blocks are a multiprocessor's: a quarter of them on half of the multiprocessors.
+    // A multiprocessor holds two blocks: pairs for a quarter of the blocks would leave half of the multiprocessors without one.
     const uint64_t pairs = (p.n + kRowsOfW - 1) / kRowsOfW * tiles;
     pair.height = 4 * pairs <= blocks_x() ? kRowsOfW / 2 : kRowsOfW;
   }

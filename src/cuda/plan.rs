@@ -154,7 +154,7 @@ pub struct Large {
     /// The first launch.
     pub segments: Launch,
     entry: Entry,
-    /// Most blocks that have something to do, or by which the second launch knows that half of them had nothing.
+    /// Most blocks that the second launch may have a use for.
     blocks: u64,
     /// Bytes of device memory, aligned to [`WORKSPACE_ALIGN`], that the first launch writes and the second
     /// reads.
@@ -379,7 +379,8 @@ pub fn linear(dtype: Dtype, rows: ProductRows, shape: Shape) -> Result<Product> 
     }
     // The small product's sums depend on who shares a block.
     if rows.deterministic || takes_tiles(rows, four_byte) {
-        // Panels are of half as many rows where those would be pairs for a quarter of the blocks at most.
+        // Four for each pair: a grid that has them all says that the device has room for panels of half as many rows, and the kernel
+        // takes those (`cuda/linear_large.cu`).
         return Ok(Product::Large(Large::new("large", dtype, rows, 4 * shape.n.div_ceil(LARGE_W_ROWS))?));
     }
     // Tensor cores multiply sixteen rows by fewer instructions than FMAs one; f32 has none.

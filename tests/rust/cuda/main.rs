@@ -29,6 +29,7 @@ mod hostile;
 mod kernels;
 mod large;
 mod large_mutants;
+mod large_wanted;
 mod launch;
 mod layout0;
 mod mutants;
