@@ -1,7 +1,7 @@
 // delta_linear and delta_linear_grouped for many rows of x: a GEMM on tiles of W that are patched in shared
 // memory, so that what is multiplied are the fine-tuned words themselves. After linear_segments.cu.
 //
-//   for each of the block's pairs (panel of 64 or 32 rows of W, row tile: up to 128 rows of x of one tenant, f32: 64):
+//   for each of the block's pairs (panel of 64 rows of W, row tile: up to 128 rows of x of one tenant, f32: 64):
 //     the tenant's delta, opened before; refused: NaN
 //     for each tile column of the delta (the base, `raw`: one of all columns):
 //       where the panel's rows begin in the delta's streams (patch_*.cuh)
@@ -11,11 +11,10 @@
 //     sum + bias: finite -> round once -> y;  else again from the fine-tuned words in f64 (again_f64_tile.cuh)
 //
 // One barrier a step. Pairs go to blocks with the row tiles of a panel side by side, so that a panel's words and
-// deltas are read from DRAM once and from L2 for the others. Panels are of 32 rows where those of 64 would leave half of the
-// multiprocessors without one: a few dozen rows of one tenant wait for the memory, which one half of the machine cannot ask enough.
+// deltas are read from DRAM once and from L2 for the others.
 //
 // The order of one output is that of sums.cuh over all columns, + bias, one rounding to the dtype: it depends on
-// the row and its tenant's words alone, and not on the panel.
+// the row and its tenant's words alone.
 //
 // Bytes: a panel's base words and its tenant's tiles once a pair (a pair has up to 128 rows of x: they are read, and
 // the deltas decoded, ceil(rows of the tenant / 128) times; `exponent` reads base words twice a pair), x once a panel,
@@ -26,6 +25,11 @@
 // operands (a warp has 32 x 32 outputs) and 96 of copies (a block 64 x 128) take 2.75 cycles of it, and the mma one. Warps of 64 x 64
 // and blocks of 256 x 128 would take 1.4; they need 128 registers for sums alone, so one block a multiprocessor, and a quarter of
 // the pairs, of which 4096 rows of W and 256 of x then give 32 for 132 multiprocessors.
+//
+// Tried, and taken out by arithmetic, not measured: panels of 32 rows of W where those of 64 leave half of the multiprocessors without
+// one. Each panel reads its rows of x from L2 again: of 4096 x 4096, bf16, L2 gave 101 MB in place of 67 for 64 rows of x and 168 in place
+// of 101 for 128, so 20 us in place of 13 and 34 in place of 20 at 5 TB/s, while issuing (64 rows, sparse 1 %) fell from 11.2 us to 9.4 and
+// the bytes of W in flight over the machine stayed the same.
 #include "again_f64_tile.cuh"
 #include "patch_entries.cuh"
 #include "patch_rows.cuh"
@@ -35,13 +39,12 @@
 namespace xorz {
 namespace {
 
-// What the block is at: panel `at`, of `height` rows where there are so many, and tile `tile` of the rows of x: rows r0 .. of W,
-// `panel` of them, and `count` rows of x. In shared memory, where it costs no registers.
+// What the block is at: panel `at` and tile `tile` of the rows of x: rows r0 .. of W, `panel` of them, and
+// `count` rows of x. In shared memory, where it costs no registers.
 struct Pair {
   uint64_t r0;
   uint32_t at, tile;
   uint32_t panel, count;
-  uint32_t height;
 };
 
 template <class W>
@@ -53,8 +56,6 @@ struct LargeShared {
   };
   TenantRows tenant;
   AgainBits<W> again;
-  // Kept where it costs no registers, too: f32 has none left.
-  Workspace work;
   Pair pair;
   uint32_t rows[kRowsOfX<W>];
   // Bit i: sixteen rows of the panel, from 16 i on, in which a tile contradicts itself.
@@ -93,10 +94,10 @@ XORZ_DEVICE bool write_sums(LargeShared<typename D::Word>& shared, const Product
   const uint32_t lost = refused ? ~0u : shared.corrupt;
   if (p.biases != nullptr && !refused) {
     const W* bias = p.biases + bias_row(p, shared.tenant.slot) + pair.r0;
-    sums.add(pair.height, [&](uint32_t r) { return r < pair.panel ? D::value(load_once(bias + r)) : 0; });
+    sums.add([&](uint32_t r) { return r < pair.panel ? D::value(load_once(bias + r)) : 0; });
   }
   bool again = false;
-  sums.each_row(pair.height, [&](uint32_t j, const auto& each_of_row) {
+  sums.each_row([&](uint32_t j, const auto& each_of_row) {
     if (j >= pair.count) return;
     W* row = p.out + shared.rows[j] * p.n + pair.r0;
     each_of_row([&](uint32_t r, float sum) {
@@ -131,7 +132,7 @@ XORZ_DEVICE void linear_pair(LargeShared<typename D::Word>& shared, const Produc
   const View& view = shared.tenant.view;
   const uint32_t way = shared.tenant.way, k = static_cast<uint32_t>(p.k);
   Sums sums;
-  sums.begin(shared.pair.height, shared.pair.count);
+  sums.begin(shared.pair.count);
   if (way == kOnEntries)
     add_patched<typename EntriesOf<D>::Type>(shared, p, p.weight, view.across, view.tile_cols(), sums);
   else if (way == kOnStream)
@@ -150,9 +151,8 @@ XORZ_DEVICE void linear_pair(LargeShared<typename D::Word>& shared, const Produc
 
 // The pair's tenant and rows to shared memory. The block calls.
 template <class W>
-XORZ_DEVICE void fetch_pair(LargeShared<W>& shared, const Product<W>& p) {
+XORZ_DEVICE void fetch_pair(LargeShared<W>& shared, const Product<W>& p, const Workspace& work) {
   const uint32_t thread = thread_index_anew();
-  const Workspace& work = shared.work;
   Pair& pair = shared.pair;
   const Vector record = load_vector_once(work.tiles + pair.tile);
   const uint32_t first = record.part[1], count = record.part[2];
@@ -166,8 +166,8 @@ XORZ_DEVICE void fetch_pair(LargeShared<W>& shared, const Product<W>& p) {
   if (thread == 0) {
     shared.corrupt = 0;
     shared.tenant.view.bytes = p.arena + shared.tenant.offset;
-    pair.r0 = static_cast<uint64_t>(pair.at) * pair.height;
-    pair.panel = p.n - pair.r0 < pair.height ? static_cast<uint32_t>(p.n - pair.r0) : pair.height;
+    pair.r0 = static_cast<uint64_t>(pair.at) * kRowsOfW;
+    pair.panel = p.n - pair.r0 < kRowsOfW ? static_cast<uint32_t>(p.n - pair.r0) : kRowsOfW;
     pair.count = count;
   }
   block_sync();
@@ -181,20 +181,16 @@ XORZ_DEVICE void linear_large(LargeShared<typename D::Word>& shared, const Produ
   if (tiles == 0) return;
   Pair& pair = shared.pair;
   if (thread_index_anew() == 0) {
-    shared.work = work;
     pair.at = block_x() / tiles;
     pair.tile = block_x() % tiles;
-    // A multiprocessor holds two blocks: pairs for a quarter of the blocks would leave half of the multiprocessors without one.
-    const uint64_t pairs = (p.n + kRowsOfW - 1) / kRowsOfW * tiles;
-    pair.height = 4 * pairs <= blocks_x() ? kRowsOfW / 2 : kRowsOfW;
   }
   block_sync();
   XORZ_NO_UNROLL
-  while (static_cast<uint64_t>(pair.at) * pair.height < p.n) {
-    fetch_pair(shared, p);
+  while (static_cast<uint64_t>(pair.at) * kRowsOfW < p.n) {
+    fetch_pair(shared, p, workspace_of(p, workspace));
     linear_pair<D>(shared, p);
     if (thread_index_anew() == 0) {
-      const uint32_t all = load_once(shared.work.tile_count);
+      const uint32_t all = load_once(work.tile_count);
       const uint32_t tile = pair.tile + blocks_x() % all;
       pair.at += blocks_x() / all + (tile >= all);
       pair.tile = tile >= all ? tile - all : tile;

@@ -2,10 +2,8 @@
 //
 //   bf16, f16: 128 rows of x by 64 of W, warp w has rows 32 (w / 2) .. + 31 by 32 (w % 2) .. + 31
 //     for each 16 columns: ldmatrix 2 x 16 rows of x and 2 x 16 of W, 8 mma.m16n8k16; sixteens of x beyond `count` are left out
-//     by 32 rows of W: warp w has rows 16 w .. + 15 of x by all of them
 //   f32: 64 by 64, thread (i, j) = (t / 16, t % 16) has rows i, i + 16, .. of x by j, j + 16, .. of W
 //     for each 4 columns: 4 + 4 loads of 16 bytes, 64 FMAs (no TF32: every product is that of the f32 words)
-//     by 32 rows of W: the first two of the thread's rows of W, 32 FMAs
 //
 // Order of one output: columns from left to right, 16 an mma (whose inner order is the machine's), or one an
 // FMA. It depends on nothing else: not on the row's place, nor on its company.
@@ -25,23 +23,14 @@ struct TensorSums {
   uint32_t x_at, w_at, sixteens;
   uint32_t live;  // `sixteens`; 0 before the first step
 
-  // Of a panel of `height` rows of W: the warp's first row of x, and of W.
-  static XORZ_DEVICE uint32_t first_of_x(uint32_t height) {
-    const uint32_t warp = thread_index_anew() / 32;
-    return height < kRowsOfW ? warp * 16 : warp / 2 * 32;
-  }
-  static XORZ_DEVICE uint32_t first_of_w(uint32_t height) {
-    return height < kRowsOfW ? 0 : thread_index_anew() / 32 % 2 * 32;
-  }
-
-  // All sums 0, of a tile of `count` rows of x and a panel of `height` of W.
-  XORZ_DEVICE void begin(uint32_t height, uint32_t count) {
+  // All sums 0, of a tile of `count` rows of x.
+  XORZ_DEVICE void begin(uint32_t count) {
     using S = Stages<W>;
-    const uint32_t lane = thread_index_anew() % 32;
-    const uint32_t x0 = first_of_x(height), w0 = first_of_w(height);
+    const uint32_t lane = thread_index_anew() % 32, warp = thread_index_anew() / 32;
+    const uint32_t x0 = warp / 2 * 32, w0 = warp % 2 * 32;
     x_at = S::piece_at(x0 + lane % 16, lane / 16);
     w_at = S::template word_of_window<S::kSteps>(w0 + lane / 16 * 8 + lane % 8, lane / 8 % 2 * S::kPer);
-    sixteens = count <= x0 ? 0 : count <= x0 + 16 || height < kRowsOfW ? 1 : 2;
+    sixteens = count <= x0 ? 0 : count <= x0 + 16 ? 1 : 2;
     XORZ_UNROLL
     for (uint32_t i = 0; i < 2; i++) XORZ_UNROLL
     for (uint32_t j = 0; j < 4; j++) XORZ_UNROLL
@@ -86,11 +75,11 @@ struct TensorSums {
 
   // The sums of row r of W become larger by f(r).
   template <class F>
-  XORZ_DEVICE void add(uint32_t height, F f) {
-    const uint32_t lane = thread_index_anew() % 32, w0 = first_of_w(height);
+  XORZ_DEVICE void add(F f) {
+    const uint32_t lane = thread_index_anew() % 32, warp = thread_index_anew() / 32;
     XORZ_UNROLL
     for (uint32_t j = 0; j < 8; j++) {
-      const float more = f(w0 + j / 2 * 8 + lane % 4 * 2 + j % 2);
+      const float more = f(warp % 2 * 32 + j / 2 * 8 + lane % 4 * 2 + j % 2);
       XORZ_UNROLL
       for (uint32_t i = 0; i < 4; i++) sum[i / 2][j / 2][i % 2 * 2 + j % 2] += more;
     }
@@ -98,27 +87,22 @@ struct TensorSums {
 
   // f(row of x, each) for the thread's rows of x, where each(g) is g(row of W, sum) for its sums of the row.
   template <class F>
-  XORZ_DEVICE void each_row(uint32_t height, F f) const {
-    const uint32_t lane = thread_index_anew() % 32, x0 = first_of_x(height), w0 = first_of_w(height);
+  XORZ_DEVICE void each_row(F f) const {
+    const uint32_t lane = thread_index_anew() % 32, warp = thread_index_anew() / 32;
     XORZ_UNROLL
-    for (uint32_t i = 0; i < 4; i++) {
-      // Sixteen rows are the warp's where the panel is low: the others are the next warp's.
-      if (i >= 2 && height < kRowsOfW) break;
-      f(x0 + i * 8 + lane / 4, [&](auto g) {
+    for (uint32_t i = 0; i < 4; i++)
+      f(warp / 2 * 32 + i * 8 + lane / 4, [&](auto g) {
         XORZ_UNROLL
         for (uint32_t j = 0; j < 8; j++)
-          g(w0 + j / 2 * 8 + lane % 4 * 2 + j % 2, sum[i / 2][j / 2][i % 2 * 2 + j % 2]);
+          g(warp % 2 * 32 + j / 2 * 8 + lane % 4 * 2 + j % 2, sum[i / 2][j / 2][i % 2 * 2 + j % 2]);
       });
-    }
   }
 };
 
 struct FusedSums {
   float sum[4][4];
-  const uint32_t* height;  // of the panel; looked up for each step, since no register is left for it
 
-  XORZ_DEVICE void begin(const uint32_t& of_panel, uint32_t) {
-    height = &of_panel;
+  XORZ_DEVICE void begin(uint32_t) {
     XORZ_UNROLL
     for (uint32_t i = 0; i < 4; i++) XORZ_UNROLL
     for (uint32_t j = 0; j < 4; j++) sum[i][j] = 0;
@@ -128,28 +112,19 @@ struct FusedSums {
   XORZ_DEVICE void start() {}
 
   XORZ_DEVICE void step(const uint32_t* x, const uint32_t* w, uint32_t, bool counts) {
-    if (!counts) return;
-    if (*height < kRowsOfW)
-      step_of<2>(x, w);
-    else
-      step_of<4>(x, w);
-  }
-
-  // Of `kRows` rows of W a thread.
-  template <uint32_t kRows>
-  XORZ_DEVICE void step_of(const uint32_t* x, const uint32_t* w) {
     using S = Stages<uint32_t>;
+    if (!counts) return;
     const uint32_t i0 = thread_index_anew() / 16, j0 = thread_index_anew() % 16;
     XORZ_NO_UNROLL
     for (uint32_t piece = 0; piece < S::kPieces; piece++) {
-      Vector b[kRows];
+      Vector b[4];
       XORZ_UNROLL
-      for (uint32_t j = 0; j < kRows; j++) b[j] = load_shared(w + S::piece_at(j0 + j * 16, piece));
+      for (uint32_t j = 0; j < 4; j++) b[j] = load_shared(w + S::piece_at(j0 + j * 16, piece));
       XORZ_UNROLL
       for (uint32_t i = 0; i < 4; i++) {
         const Vector a = load_shared(x + S::piece_at(i0 + i * 16, piece));
         XORZ_UNROLL
-        for (uint32_t j = 0; j < kRows; j++) XORZ_UNROLL
+        for (uint32_t j = 0; j < 4; j++) XORZ_UNROLL
         for (uint32_t c = 0; c < 4; c++)
           sum[i][j] = fused(float_of(b[j].part[c]), float_of(a.part[c]), sum[i][j]);
       }
@@ -157,7 +132,7 @@ struct FusedSums {
   }
 
   template <class F>
-  XORZ_DEVICE void add(uint32_t, F f) {
+  XORZ_DEVICE void add(F f) {
     XORZ_UNROLL
     for (uint32_t j = 0; j < 4; j++) {
       const float more = f(thread_index_anew() % 16 + j * 16);
@@ -167,7 +142,7 @@ struct FusedSums {
   }
 
   template <class F>
-  XORZ_DEVICE void each_row(uint32_t, F f) const {
+  XORZ_DEVICE void each_row(F f) const {
     XORZ_UNROLL
     for (uint32_t i = 0; i < 4; i++)
       f(thread_index_anew() / 16 + i * 16, [&](auto g) {

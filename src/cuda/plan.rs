@@ -14,7 +14,7 @@ pub const THREADS: u32 = 256;
 pub const MOST_BLOCKS: (u32, u32) = (i32::MAX as u32, 65535);
 /// Rows of W of a block of the small product.
 pub const SMALL_W_ROWS: usize = 16;
-/// Rows of W of a panel of the large product; half as many where few pairs would leave multiprocessors without one.
+/// Rows of W of a tile of the large product.
 pub const LARGE_W_ROWS: usize = 64;
 /// Rows of grad of a block of the gradient.
 pub const GRAD_ROWS: usize = 64;
@@ -154,15 +154,15 @@ pub struct Large {
     /// The first launch.
     pub segments: Launch,
     entry: Entry,
-    /// Most blocks that the second launch may have a use for.
-    blocks: u64,
+    /// Most pairs of a tile of rows of x and a part of W.
+    pairs: u64,
     /// Bytes of device memory, aligned to [`WORKSPACE_ALIGN`], that the first launch writes and the second
     /// reads.
     pub workspace_bytes: usize,
 }
 
 impl Large {
-    /// Of each tile of rows of x with each of `parts`, a block each.
+    /// Of each tile of rows of x with each of `parts`.
     fn new(what: &str, dtype: Dtype, rows: ProductRows, parts: usize) -> Result<Self> {
         let (name, four_byte) = (name_of(dtype)?, dtype == Dtype::F32);
         let (m, slots) = (rows.m as u64, rows.slots.unwrap_or(1) as u64);
@@ -172,7 +172,7 @@ impl Large {
         Ok(Self {
             segments: Launch { entry: Entry::find(&format!("xorz_linear_segments_{name}"))?, grid: (1, 1) },
             entry: Entry::find(&format!("xorz_linear_{what}_{name}"))?,
-            blocks: (m / tile_rows + tenants) * parts as u64,
+            pairs: (m / tile_rows + tenants) * parts as u64,
             workspace_bytes: bytes as usize,
         })
     }
@@ -180,7 +180,7 @@ impl Large {
     /// The second launch, on a device of so many multiprocessors: what they hold at once, or less.
     pub fn tiles(&self, multiprocessors: u32) -> Launch {
         let held = u64::from(multiprocessors.saturating_mul(LARGE_BLOCKS).min(MOST_BLOCKS.0));
-        Launch { entry: self.entry, grid: (self.blocks.min(held).max(1) as u32, 1) }
+        Launch { entry: self.entry, grid: (self.pairs.min(held).max(1) as u32, 1) }
     }
 }
 
@@ -379,9 +379,7 @@ pub fn linear(dtype: Dtype, rows: ProductRows, shape: Shape) -> Result<Product> 
     }
     // The small product's sums depend on who shares a block.
     if rows.deterministic || takes_tiles(rows, four_byte) {
-        // Four for each pair: a grid that has them all says that the device has room for panels of half as many rows, and the kernel
-        // takes those (`cuda/linear_large.cu`).
-        return Ok(Product::Large(Large::new("large", dtype, rows, 4 * shape.n.div_ceil(LARGE_W_ROWS))?));
+        return Ok(Product::Large(Large::new("large", dtype, rows, shape.n.div_ceil(LARGE_W_ROWS))?));
     }
     // Tensor cores multiply sixteen rows by fewer instructions than FMAs one; f32 has none.
     let block_rows = if four_byte && m <= 4 { 4 } else { 16 };

@@ -81,10 +81,6 @@ class Case:
         """Rows of x of the fullest of them."""
         return min(TILE, max(1, self.m // self.tenants))
 
-    def height(self, machine: Machine) -> int:
-        """Rows of W of its panels, as linear_large.cu has it: half of 64 where half of the multiprocessors would have none."""
-        return 32 if 2 * self.tiles * (N // 64) <= machine.processors else 64
-
     @property
     def records(self) -> float:
         """Of a tile of 16 rows: its fullest lane's entries."""
@@ -176,7 +172,7 @@ def rounds_of_window(share: float) -> float:
     return 1 + sum(1 - sum(some[:least]) ** WARP_ROWS for least in range(AT_ONCE, WINDOW + 1, AT_ONCE))
 
 
-def large_trips(case: Case, height: int) -> Callable[[sass.Loop, list[sass.Loop]], float]:
+def large_trips(case: Case) -> Callable[[sass.Loop, list[sass.Loop]], float]:
     """The same of `linear_large`, of one pair of a panel and a tile of rows of x."""
     across = K / 1024 if case.kind == "exponent" else 1
 
@@ -193,8 +189,8 @@ def large_trips(case: Case, height: int) -> Callable[[sass.Loop, list[sass.Loop]
         if loop.name == "entries_taken":
             return rounds_of_window(case.amount)
         if loop.name == "walk":
-            # A tile of 16 rows of the panel a warp, of so many of the block's warps.
-            return 16 * 1024 / 256 * (height / 16) / WARPS
+            # Four of the block's warps have a tile of 16 rows of the panel.
+            return 16 * 1024 / 256 / 2
         raise KeyError(f"nobody knows how often {loop.name} is gone through")
 
     return trips
@@ -230,13 +226,12 @@ def restore_trips(case: Case) -> Callable[[sass.Loop, list[sass.Loop]], float]:
 FULL = Case(TILE, 1, "base", 0.0)
 
 
-def matrices(case: Case, height: int) -> float:
-    """How many mma of 16 x 8 x 16 `linear_large` has for a panel of `height` rows and a tile; a warp: 32 rows of x, or 16."""
-    each = height // 2
-    return math.ceil(case.tile_rows / each) * each / 16 * height / 8 * K / 16
+def matrices(case: Case) -> float:
+    """How many mma of 16 x 8 x 16 `linear_large` has for a panel and a tile: sixteens of x without rows have none."""
+    return math.ceil(case.tile_rows / 16) * 64 / 8 * K / 16
 
 
-def fractions(case: Case, height: int) -> dict[str, float]:
+def fractions(case: Case) -> dict[str, float]:
     """Of what is unrolled for more than there is, or not always done."""
     each = max(1, case.m // case.tenants)
     block = 16  # rows of x
@@ -252,9 +247,10 @@ def fractions(case: Case, height: int) -> dict[str, float]:
         "product": 0.0 if case.kind == "exponent" else 1 / (max(1, min(case.m, block) // each) + 1),
         "streams": float(case.kind == "exponent"),
         "entries": float(case.kind == "sparse"),
-        "patchers": PATCHERS * height / 64,
-        # The compiler joins the ways of 32 rows of x and of 16: what the longer one has, by how many mma there are.
-        "multiplied": matrices(case, height) / matrices(FULL, 64),
+        "patchers": PATCHERS,
+        # A warp with sixteen rows of x loads three quarters of what one with 32 does, for half of the mma. Here it loads half:
+        # the table has no such warp.
+        "multiplied": matrices(case) / matrices(FULL),
         "differences": 0.0,
         "refill": case.amount / 16 if case.kind == "exponent" else 0.0,
     }
@@ -263,15 +259,12 @@ def fractions(case: Case, height: int) -> dict[str, float]:
 AROUND = {"rows": "pairs"}
 
 
-def instructions(kernel_name: str, kernel: sass.Kernel, case: Case, marks: dict, machine: Machine) -> float:
+def instructions(kernel_name: str, kernel: sass.Kernel, case: Case, marks: dict) -> float:
     """What a warp issues for its share of a panel, or of a block's tile."""
-    height = case.height(machine)
     trips = (
-        large_trips(case, height)
-        if "large" in kernel_name
-        else (restore_trips if "restore" in kernel_name else small_trips)(case)
-    )
-    share = fractions(case, height)
+        large_trips if "large" in kernel_name else restore_trips if "restore" in kernel_name else small_trips
+    )(case)
+    share = fractions(case)
     weight = [1.0] * len(kernel.code)
     loops = sass.marked_loops(kernel, marks["hot"])
     for loop in loops:
@@ -282,35 +275,43 @@ def instructions(kernel_name: str, kernel: sass.Kernel, case: Case, marks: dict,
                 times *= trips(outer, [outer])
         for at in range(loop.first, loop.last + 1):
             weight[at] *= times
-    for at, i in enumerate(kernel.code):
-        names = {marks["each"][line] for line in i.lines & marks["each"].keys()}
-        for name in names:
+    names = [{marks["each"][line] for line in i.lines & marks["each"].keys()} for i in kernel.code]
+    for at, here in enumerate(names):
+        for name in here - {"multiplied"}:
             weight[at] *= share[name]
-        # Sixteen rows of x by 32 of W load three quarters of what twice as many rows of x do, for half of the mma.
-        if "multiplied" in names and height == 32 and not i.name.startswith("HMMA"):
-            weight[at] *= 1.5
     if "large" in kernel_name:
-        hmma = [w if i.name.startswith("HMMA") else 0.0 for w, i in zip(weight, kernel.code, strict=True)]
-        counted, wanted = WARPS * sass.warp_cost(kernel, hmma, set(marks["cold"])), matrices(case, height)
+        # Before the rows of x are looked at, so of a full tile, whatever the case has.
+        mma = [i.name.startswith("HMMA") for i in kernel.code]
+        if any(is_mma and "multiplied" not in here for is_mma, here in zip(mma, names, strict=True)):
+            raise SystemExit(
+                f"cuda-gate: {kernel_name} has mma that are of no line marked `each: multiplied`"
+            )
+        of_mma = [w if is_mma else 0.0 for w, is_mma in zip(weight, mma, strict=True)]
+        counted, wanted = WARPS * sass.warp_cost(kernel, of_mma, set(marks["cold"])), matrices(FULL)
         if counted != wanted:
             raise SystemExit(
-                f"cuda-gate: {case} has {counted} mma by the machine code, and {wanted} by its shape"
+                f"cuda-gate: {kernel_name} has {counted} mma for a panel and a full tile of `{case.kind}` by the machine code, "
+                f"and {wanted} by its shape"
             )
+    for at, here in enumerate(names):
+        if "multiplied" in here:
+            weight[at] *= share["multiplied"]
     return sass.warp_cost(kernel, weight, set(marks["cold"]))
 
 
-def panels(case: Case, machine: Machine) -> int:
+def panels(case: Case) -> int:
     """Blocks' worth of work: panels of W by blocks or tiles of rows of x."""
     if "large" not in case.kernel:
         return N // 16 * -(-case.m // 16)
-    return N // case.height(machine) * case.tiles
+    return N // 64 * case.tiles
 
 
-def times(case: Case, cost: float, machine: Machine) -> tuple[float, float, float]:
+def times(case: Case, cost: float, arch: int) -> tuple[float, float, float]:
     """Microseconds to issue, to move the bytes, and to multiply where tensor cores do, of one machine."""
-    most = math.ceil(panels(case, machine) / machine.processors)
+    machine = MACHINES[arch]
+    most = math.ceil(panels(case) / machine.processors)
     issue = most * cost * WARPS / 4 / machine.ghz / 1e3
-    multiplied = most * matrices(case, case.height(machine)) if "large" in case.kernel else 0
+    multiplied = most * matrices(case) if "large" in case.kernel else 0
     return issue, case.bytes / machine.terabytes / 1e6, multiplied / machine.matrices / machine.ghz / 1e3
 
 
@@ -320,9 +321,8 @@ Written by `make cuda-gate ARGS=--write` and compared by `make cuda-gate`. **Pre
 this. For 4096 x 4096 of bf16:
 
 - *instructions*: what a block's eight warps issue for a panel (16 rows of W by up to 16 rows of x; `large`: 64 by up to
-  128, or 32 where those would leave half of the multiprocessors without one), on sm_90: the longest way through the machine
-  code that ptxas makes, loops counted as often as shape and encoding say. What one warp does for the block (whose rows are
-  whose, opening deltas) counts once, what such rows never reach does not.
+  128), on sm_90: the longest way through the machine code that ptxas makes, loops counted as often as shape and encoding
+  say. What one warp does for the block (whose rows are whose, opening deltas) counts once, what such rows never reach does not.
 - *issue*: that of the multiprocessor with the most panels, at four instructions a cycle; *bytes*: base, deltas, x and y
   once, at the memory's full speed. Microseconds, by the machines' data sheets ({machines}). A ratio below 1 says that
   issuing is not what such a product waits for; what it does wait for (latency, barriers, a pipe that takes fewer than four
@@ -360,17 +360,17 @@ def restored(found: dict[int, dict[str, sass.Kernel]], marks: dict) -> list[str]
             case = Case(m, 1, kind, amount)
             cells = [case.name, str(m)]
             for arch, machine in MACHINES.items():
-                cost = instructions(RESTORE, found[arch][f"xorz_{RESTORE}"], case, marks, machine)
+                cost = instructions(RESTORE, found[arch][f"xorz_{RESTORE}"], case, marks)
                 most = math.ceil(N / 16 / machine.processors)
                 issue = most * cost * WARPS / 4 / machine.ghz / 1e3
                 moved = (case.bytes - 2 * m * (N + K) + 2 * N * K) / machine.terabytes / 1e6
                 peak = m / 16 * N / 8 * K / 16 / machine.processors / machine.matrices / machine.ghz / 1e3
                 product = max(peak, 2 * (N * K + m * (N + K)) / machine.terabytes / 1e6)
-                large = instructions(case.kernel, found[arch][f"xorz_{case.kernel}"], case, marks, machine)
+                large = instructions(case.kernel, found[arch][f"xorz_{case.kernel}"], case, marks)
                 cells += [
                     f"{issue:.1f} ({moved:.1f})",
                     f"{product:.1f}",
-                    f"{times(case, large, machine)[0]:.1f}",
+                    f"{times(case, large, arch)[0]:.1f}",
                 ]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -465,14 +465,14 @@ def table(found: dict[int, dict[str, sass.Kernel]], used: dict[int, dict[str, tu
     lines.append("|---|---|---|---|---|" + "---|---|---|" * len(MACHINES) + "---|")
     for case in CASES:
         cost = {
-            arch: instructions(case.kernel, found[arch][f"xorz_{case.kernel}"], case, marks, machine)
-            for arch, machine in MACHINES.items()
+            arch: instructions(case.kernel, found[arch][f"xorz_{case.kernel}"], case, marks)
+            for arch in MACHINES
         }
         cells = [case.name, str(case.m), str(case.tenants), case.kernel, f"{cost[90] * WARPS:.0f}"]
-        for arch, machine in MACHINES.items():
-            issue, moved, _ = times(case, cost[arch], machine)
+        for arch in MACHINES:
+            issue, moved, _ = times(case, cost[arch], arch)
             cells += [f"{issue:.1f}", f"{moved:.1f}", f"{issue / moved:.2f}"]
-        issue, _, multiplied = times(case, cost[90], MACHINES[90])
+        issue, _, multiplied = times(case, cost[90], 90)
         cells.append(f"{multiplied / issue:.0%}" if multiplied else "")
         lines.append("| " + " | ".join(cells) + " |")
     return (

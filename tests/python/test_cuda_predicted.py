@@ -107,7 +107,7 @@ def test_marks_are_of_whole_statements(tmp_path):
     }
 
 
-def steps(mma):
+def steps(mma, each=True):
     """A kernel of one loop: the steps of `linear_large`, of so many mma each and two loads of what they multiply."""
     code = [
         "MOV R1, R2",
@@ -122,26 +122,40 @@ def steps(mma):
         line = 2 if what.startswith(("LDSM", "HMMA")) else 3 if "BRA" in what else 1
         text.append(f'\t//## File "/somewhere/cuda/parts.cuh", line {line}')
         text.append(what if what.startswith(".") else f"        /*{16 * at:04x}*/                   {what} ;")
-    marks = {"hot": {("parts.cuh", 3): "step"}, "each": {("parts.cuh", 2): "multiplied"}, "cold": {}}
+    marks = {
+        "hot": {("parts.cuh", 3): "step"},
+        "each": {("parts.cuh", 2): "multiplied"} if each else {},
+        "cold": {},
+    }
     return sass.parsed("\n".join(text))["steps"], marks
 
 
 def test_mma_are_those_of_the_shape_and_warps_without_rows_have_none():
-    h200, a100 = predicted.MACHINES[90], predicted.MACHINES[80]
     name = predicted.FULL.kernel
     # A warp multiplies 32 rows of x by 32 of W: 8 mma for each 16 of a window's 64 columns.
     found, marks = steps(32)
-    every = predicted.Case(256, 1, "base", 0.0)
-    assert predicted.instructions(name, found, every, marks, h200) == 1 + 64 * (2 + 32 + 1) + 1
-    # Half of the warps have rows; by low panels half of the warps, of half as many rows, which load three quarters as much.
-    half = predicted.Case(64, 1, "base", 0.0)
-    assert (half.height(h200), half.height(a100)) == (32, 64)
-    assert predicted.instructions(name, found, half, marks, a100) == 1 + 64 * (34 / 2 + 1) + 1
-    assert predicted.instructions(name, found, half, marks, h200) == 1 + 64 * (2 * 3 / 8 + 32 / 4 + 1) + 1
+    for m, tenants, sixteens in [
+        (256, 1, 8),
+        (128, 1, 8),
+        (100, 1, 7),
+        (64, 1, 4),
+        (256, 8, 2),
+        (256, 32, 1),
+    ]:
+        case = predicted.Case(m, tenants, "base", 0.0)
+        assert predicted.matrices(case) == 64 / 8 * 4096 / 16 * sixteens
+        assert predicted.instructions(name, found, case, marks) == 1 + 64 * (34 * sixteens / 8 + 1) + 1
     for mma in (31, 33):
         found, marks = steps(mma)
-        with pytest.raises(SystemExit, match=r"16384\.0 by its shape"):
-            predicted.instructions(name, found, every, marks, h200)
+        for m in (256, 64):
+            # Of a full tile, whatever the rows.
+            with pytest.raises(
+                SystemExit, match=rf"{mma * 512}\.0 mma .* full tile of `base` .* 16384\.0 by its shape"
+            ):
+                predicted.instructions(name, found, predicted.Case(m, 1, "base", 0.0), marks)
+    found, marks = steps(32, each=False)
+    with pytest.raises(SystemExit, match="no line marked"):
+        predicted.instructions(name, found, predicted.FULL, marks)
 
 
 def kernels_of(path, m, tenants, kernel):

@@ -15,8 +15,7 @@ pub fn grad(linear: &Linear<'_>, blocks: Option<usize>, late: bool) -> Large {
         launch.params[LINEAR_OUT] = Param::Out(vec![0x5A; linear.m * k * w], 0);
     }
     all.product.kernel = all.product.kernel.replace("large", "grad");
-    let enough = 2 * strips * tiles;
-    all.product.blocks = (blocks.unwrap_or(enough).clamp(1, (4 * enough).max(1)) as u32, 1);
+    all.product.blocks = (blocks.unwrap_or(2 * strips * tiles).max(1) as u32, 1);
     all
 }
 

@@ -226,9 +226,6 @@ pub struct Large {
 /// Where in the parameters of both the workspace is.
 pub const LARGE_WORKSPACE: usize = 14;
 
-/// So many blocks that panels of W are of 32 rows, not of 64.
-pub const LOW_PANELS: Option<usize> = Some(usize::MAX);
-
 /// Rows of x of a tile.
 pub fn large_rows(dtype: Dtype) -> usize {
     if dtype == Dtype::F32 { 64 } else { 128 }
@@ -243,14 +240,14 @@ impl Linear<'_> {
         (bytes, (tiles + tenants) * self.shape.n.div_ceil(64))
     }
 
-    /// On `blocks` blocks, up to [`LOW_PANELS`], or as many as there may be pairs.
+    /// On `blocks` blocks, or as many as there may be pairs.
     pub fn large(&self, blocks: Option<usize>, late: bool) -> Large {
         let (bytes, pairs) = self.large_sizes();
         let mut one = self.launch();
         one.late = late;
         one.params.push(Param::Out(vec![0xEE; bytes], 0));
         let name = self.dtype.name().to_lowercase();
-        let blocks = blocks.unwrap_or(pairs).clamp(1, (4 * pairs).max(1)) as u32;
+        let blocks = blocks.unwrap_or(pairs).clamp(1, pairs.max(1)) as u32;
         let kernel = |what: &str, blocks| Launch {
             kernel: format!("xorz_linear_{what}_{name}"),
             blocks: (blocks, 1),
@@ -357,7 +354,7 @@ impl Fleet {
         self.linear(x, map, rows, seed, |linear| linear.launch())
     }
 
-    /// As a product of many rows, on `blocks` blocks, up to [`LOW_PANELS`], or as many as there may be pairs.
+    /// As a product of many rows, on `blocks` blocks or as many as there may be pairs.
     pub fn large(&self, x: &[u8], map: &[i32], blocks: Option<usize>, late: bool, seed: u64) -> Large {
         self.linear(x, map, 16, seed, |linear| linear.large(blocks, late))
     }

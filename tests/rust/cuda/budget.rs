@@ -184,22 +184,3 @@ fn large_products_read_base_and_deltas_once_for_a_tile_of_rows_of_x() {
         }
     }
 }
-
-#[test]
-fn panels_are_low_where_tall_ones_would_leave_half_of_the_multiprocessors_without_one() {
-    let (device, mut rng, shape) = (Device::new("plain", &["-O2"]), Rng::new(54), Shape { n: 200, k: 512 });
-    let base = rng.weights(DTYPE, shape.n * shape.k);
-    let case = case(&mut rng, shape, &base, Encoding::Sparse, 0.01);
-    let m = 40;
-    let x = rng.weights(DTYPE, m * shape.k);
-    // One tile of rows of x by four panels of 64 rows, or seven of 32: x is read once for each, the base once.
-    for (blocks, panels) in [(16, 7), (15, 4), (5, 4)] {
-        let mut large = Linear::of_one(&case, &x, m).large(Some(blocks), false);
-        assert_eq!(large.product.blocks, (blocks as u32, 1));
-        large.product.count = true;
-        let after = run_large(&device, &[large]).unwrap().remove(0);
-        assert_eq!(status(&after, LINEAR_STATUS), 0);
-        let times = |at: usize, bytes: usize| 32.0 * after[at].sectors.1 as f64 / bytes as f64;
-        assert_eq!((times(0, x.len()), times(1, base.len())), (f64::from(panels), 1.0), "{blocks} blocks");
-    }
-}

@@ -306,8 +306,8 @@ const MANY: [Mutant; 8] = [
         "the last sixteen of a tile that is not full",
         "sums.cuh",
         "void begin(",
-        "count <= x0 + 16 ||",
-        "count <= x0 + 16 + (x0 == 96) ||",
+        "count <= x0 + 16 ?",
+        "count <= x0 + 16 + (x0 == 96) ?",
     ),
     (
         "no bias in the decode path",

@@ -5,8 +5,8 @@
 use crate::common::data::{Rng, adversarial, perturbed, value, word};
 use crate::common::device::{After, Device, Param};
 use crate::common::kernels::{
-    Fleet, LARGE_WORKSPACE, LINEAR_OUT, LINEAR_STATUS, LOW_PANELS, Large, Linear, assert_streams, device,
-    maps, nudged, on_tiles, run_large, status,
+    Fleet, LARGE_WORKSPACE, LINEAR_OUT, LINEAR_STATUS, Large, Linear, assert_streams, device, maps, nudged,
+    on_tiles, run_large, status,
 };
 use crate::common::linear::{Case, DTYPES, ENCODINGS, first_difference, integers, values};
 use xorz::codec::Encoding;
@@ -36,13 +36,9 @@ fn one_hot_x_gives_the_fine_tuned_column_exactly() {
             let all: Vec<_> = cases
                 .iter()
                 .enumerate()
-                .flat_map(|(i, c)| {
-                    let linear = Linear::of_one(c, &x, k);
-                    [linear.large(None, i % 2 == 0), linear.large(LOW_PANELS, i % 2 != 0)]
-                })
+                .map(|(i, c)| Linear::of_one(c, &x, k).large(None, i % 2 == 0))
                 .collect();
-            let twice = cases.iter().flat_map(|case| [case, case]);
-            for (after, case) in run_large(&device, &all).unwrap().iter().zip(twice) {
+            for (after, case) in run_large(&device, &all).unwrap().iter().zip(&cases) {
                 assert_eq!(status(after, LINEAR_STATUS), 0);
                 for (i, y) in after[LINEAR_OUT].bytes.chunks(w).enumerate() {
                     let (j, r) = (i / n, i % n);
@@ -54,10 +50,10 @@ fn one_hot_x_gives_the_fine_tuned_column_exactly() {
     }
 }
 
-/// Every map of `m` rows as a product, early and late, on few blocks or many, of panels of 64 rows or of 32.
+/// Every map of `m` rows as a product, early and late, on few blocks or many.
 fn mixes(fleet: &Fleet, rng: &mut Rng, m: usize, x: &[u8]) -> Vec<(Large, Vec<i32>)> {
     let one = |(i, map): (usize, Vec<i32>)| {
-        let blocks = [None, Some(1), Some(3), LOW_PANELS][(rng.next() % 4) as usize];
+        let blocks = [None, Some(1), Some(3)][(rng.next() % 3) as usize];
         (fleet.large(x, &map, blocks, i % 2 == 0, rng.next() % 3), map)
     };
     maps(&mut Rng::new(m as u64), m).into_iter().enumerate().map(one).collect()
@@ -153,12 +149,10 @@ fn a_rows_bits_are_its_own_whatever_its_company() {
                 fleet.large(&dirty, &map, None, true, 8),
                 fleet.large(alone, &map[keep..=keep], None, true, 0),
                 fleet.large(&turned, &turned_map, Some(1), false, 9),
-                fleet.large(&clean, &map, LOW_PANELS, true, 10),
             ];
             let after = run_large(&device, &all).unwrap();
             let row = |i: usize, at: usize| &after[i][LINEAR_OUT].bytes[at * y_row..][..y_row];
             assert!(after[0][LINEAR_OUT].bytes == after[1][LINEAR_OUT].bytes, "{dtype} {map:?}: order shows");
-            assert!(after[0][LINEAR_OUT].bytes == after[5][LINEAR_OUT].bytes, "{dtype} {map:?}: panels show");
             assert!(row(0, keep) == row(2, keep), "{dtype} row {keep} of {map:?}: values of others");
             assert!(row(0, keep) == row(3, 0), "{dtype} row {keep} of {map:?}: alone");
             (0..m)
@@ -320,12 +314,9 @@ fn tiles_of_every_size_are_patched() {
             case.blob = on_tiles(&case, rows, cols);
             cases.push(case);
         }
-        let all: Vec<_> = cases
-            .iter()
-            .flat_map(|c| [None, LOW_PANELS].map(|b| Linear::of_one(c, &x, 5).large(b, b.is_none())))
-            .collect();
-        let twice = cases.iter().flat_map(|case| [case, case]);
-        for (after, case) in run_large(&device, &all).unwrap().iter().zip(twice) {
+        let all: Vec<_> =
+            cases.iter().enumerate().map(|(i, c)| Linear::of_one(c, &x, 5).large(None, i % 2 == 0)).collect();
+        for (after, case) in run_large(&device, &all).unwrap().iter().zip(&cases) {
             assert_eq!(status(after, LINEAR_STATUS), 0, "{}", case.name());
             let difference = first_difference(dtype, &after[LINEAR_OUT].bytes, &case.reference(&x, 5, None));
             assert_eq!(difference, None, "{}", case.name());

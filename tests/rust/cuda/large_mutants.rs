@@ -265,45 +265,6 @@ const REST: [Mutant; 8] = [
     ),
 ];
 
-/// Panels of 32 rows.
-const LOW: [Mutant; 5] = [
-    (
-        "rows of a low panel passed over",
-        "linear_large.cu",
-        "fetch_pair(",
-        "(pair.at) * pair.height",
-        "(pair.at) * kRowsOfW",
-    ),
-    (
-        "low panels counted as tall",
-        "linear_large.cu",
-        "block_sync();\n  XORZ_NO_UNROLL",
-        "(pair.at) * pair.height",
-        "(pair.at) * kRowsOfW",
-    ),
-    ("rows of x of a tall panel's warp", "sums.cuh", "first_of_x(", "warp * 16", "warp / 2 * 32"),
-    ("rows of W of a tall panel's warp", "sums.cuh", "first_of_w(", "height < kRowsOfW ? 0 :", "false ? 0 :"),
-    (
-        "sums of the next warp's rows",
-        "sums.cuh",
-        "next warp's",
-        "if (i >= 2 && height < kRowsOfW) break;",
-        "",
-    ),
-];
-
-/// The same of f32.
-const FUSED_LOW: [Mutant; 2] = [
-    ("low sums of a tall panel", "sums.cuh", "struct FusedSums", "if (*height < kRowsOfW)", "if (true)"),
-    (
-        "low sums of one row",
-        "sums.cuh",
-        "struct FusedSums",
-        "j < kRows; j++) XORZ_UNROLL",
-        "j < kRows - (kRows == 2); j++) XORZ_UNROLL",
-    ),
-];
-
 /// Caught by the thread sanitizer, whatever the order of threads.
 const RACES: [Mutant; 8] = [
     (
@@ -411,22 +372,10 @@ fn mutants_of_streams_and_of_the_rest_are_caught() {
 }
 
 #[test]
-fn mutants_of_low_panels_are_caught() {
-    caught_by_results(&LOW);
-}
-
-#[test]
 fn mutants_of_f32_are_caught() {
     let mut rng = Rng::new(163);
-    // More rows of x than half of a low panel's, too.
-    let wanted = [
-        of_fleet(&mut rng, Dtype::F32, (33, 100, 13), 0.0),
-        of_pairs(&mut Rng::new(169), Dtype::F32, Encoding::Sparse, 0.4, 40),
-        of_columns(&mut rng),
-    ];
-    all_caught(&[&FUSED[..], &FUSED_LOW, &QUADS].concat(), FUSED_LIST, &[], |device| {
-        check(device, &wanted, &[])
-    });
+    let wanted = [of_fleet(&mut rng, Dtype::F32, (33, 100, 13), 0.0), of_columns(&mut rng)];
+    all_caught(&[&FUSED[..], &QUADS].concat(), FUSED_LIST, &[], |device| check(device, &wanted, &[]));
 }
 
 #[test]

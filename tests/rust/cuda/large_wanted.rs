@@ -4,8 +4,7 @@
 use crate::common::data::{Rng, adversarial, perturbed, value, word};
 use crate::common::device::Device;
 use crate::common::kernels::{
-    Fleet, LINEAR_OUT, LINEAR_STATUS, LOW_PANELS, Large, Linear, all_apart, nudged, on_tiles, run_large,
-    status,
+    Fleet, LINEAR_OUT, LINEAR_STATUS, Large, Linear, all_apart, nudged, on_tiles, run_large, status,
 };
 use crate::common::linear::{Case, first_difference, integers, values};
 use xorz::codec::Encoding;
@@ -22,12 +21,11 @@ pub(crate) struct Wanted {
 }
 
 /// How many [`ways`] there are.
-pub(crate) const WAYS: usize = 4;
+pub(crate) const WAYS: usize = 3;
 
-/// Early and late, in two orders of threads, on `blocks` blocks; and once by low panels.
-fn ways(blocks: Option<usize>, large: impl Fn(bool, u64, Option<usize>) -> Large) -> [Large; WAYS] {
-    [(false, 1, blocks), (true, 2, blocks), (true, 0, blocks), (true, 1, LOW_PANELS)]
-        .map(|(late, seed, blocks)| large(late, seed, blocks))
+/// Early and late, in two orders of threads.
+fn ways(large: impl Fn(bool, u64) -> Large) -> [Large; WAYS] {
+    [(false, 1), (true, 2), (true, 0)].map(|(late, seed)| large(late, seed))
 }
 
 /// Tenants of every kind; of slot 10 a step has more differences than a row has lanes, some words two of
@@ -68,7 +66,7 @@ pub(crate) fn of_fleet(rng: &mut Rng, dtype: Dtype, (n, k, m): (usize, usize, us
     let mut all = vec![];
     for map in [distinct, uneven] {
         let want = fleet.reference(&x, &map);
-        let launched = ways(Some(5), |late, seed, blocks| fleet.large(&x, &map, blocks, late, seed));
+        let launched = ways(|late, seed| fleet.large(&x, &map, Some(5), late, seed));
         all.extend(launched.into_iter().map(|large| (large, want.clone())));
     }
     Wanted { dtype, all, exact }
@@ -127,8 +125,7 @@ pub(crate) fn of_columns(rng: &mut Rng) -> Wanted {
         }
         assert!(Resident::parse(&case.blob).unwrap().header().exceptions > 1500, "{encoding}");
         let want = case.reference(&x, k, None);
-        let launched =
-            ways(None, |late, seed, blocks| alone(&case, &case.blob, &x, k, seed).large(blocks, late));
+        let launched = ways(|late, seed| alone(&case, &case.blob, &x, k, seed).large(None, late));
         all.extend(launched.into_iter().map(|large| (large, want.clone())));
     }
     Wanted { dtype, all, exact: true }
@@ -151,7 +148,7 @@ pub(crate) fn of_pairs(rng: &mut Rng, dtype: Dtype, encoding: Encoding, share: f
     }
     let x = integers(rng, dtype, m * shape.k, 1);
     let want = case.reference(&x, m, None);
-    let all = ways(Some(2), |late, seed, blocks| alone(&case, &case.blob, &x, m, seed).large(blocks, late));
+    let all = ways(|late, seed| alone(&case, &case.blob, &x, m, seed).large(Some(2), late));
     Wanted { dtype, all: all.into_iter().map(|large| (large, want.clone())).collect(), exact: true }
 }
 
@@ -171,7 +168,7 @@ pub(crate) fn of_few(rng: &mut Rng, dtype: Dtype) -> Wanted {
     padding_in_column_0(&mut case.blob, shape.n.div_ceil(16));
     let x = integers(rng, dtype, m * shape.k, 1);
     let want = case.reference(&x, m, None);
-    let all = ways(None, |late, seed, blocks| alone(&case, &case.blob, &x, m, seed).large(blocks, late));
+    let all = ways(|late, seed| alone(&case, &case.blob, &x, m, seed).large(None, late));
     Wanted { dtype, all: all.into_iter().map(|large| (large, want.clone())).collect(), exact: true }
 }
 
@@ -228,8 +225,7 @@ pub(crate) fn of_contradictions(rng: &mut Rng) -> Vec<Large> {
         left_over[128..160].iter_mut().for_each(|w| *w -= u8::from(*w > 1));
         let of_streams = [disordered, three, left_over].map(|blob| (blob, &streams));
         for (blob, case) in [(beyond, &entries)].into_iter().chain(of_streams) {
-            let seeds = [(0, None), (1, None), (2, None), (0, LOW_PANELS)];
-            all.extend(seeds.map(|(seed, blocks)| alone(case, &blob, &x, 1, seed).large(blocks, true)));
+            all.extend([0, 1, 2].map(|seed| alone(case, &blob, &x, 1, seed).large(None, true)));
         }
     }
     all

@@ -293,12 +293,11 @@ fn many_rows_take_tiles_unless_tenants_would_leave_them_empty() {
             let (r, s) = (large_rows(dtype == Dtype::F32), slots.unwrap_or(1));
             let t = m.min(s + 2);
             assert_eq!(large.workspace_bytes, 64 + 144 * t + 16 * (m / r) + 4 * (s + 2) + 4 * m);
-            // Four for each pair of a tile and a panel of 64 rows.
-            let blocks = ((m / r + t) * 4 * 3) as u32;
+            let pairs = ((m / r + t) * 3) as u32;
             for multiprocessors in [1, 4, 108, u32::MAX] {
                 let launch = large.tiles(multiprocessors);
                 assert_eq!(launch.entry.name(), format!("xorz_linear_large_{name}"));
-                assert_eq!(launch.grid, (blocks.min(multiprocessors.saturating_mul(2)), 1));
+                assert_eq!(launch.grid, (pairs.min(multiprocessors.saturating_mul(2)), 1));
             }
         }
     }

@@ -299,20 +299,17 @@ fn passes(kernel: &str, machine: &Machine) -> Result<(), String> {
         _ => (Way::Many, 40),
     };
     if way == Way::Many {
-        // The base, entries and streams; whole windows; warps with sixteen rows of x, and with more; on one block, so by panels of 64
-        // rows of W, and on so many that they are of 32.
+        // The base, entries and streams; whole windows; warps with sixteen rows of x, and with more.
         let fleet = Fleet::new(&mut rng, dtype, Shape { n: 20, k: 320 }, words, 0.1);
-        [(-1, 1), (0, 1), (3, 1), (0, 3)]
+        [-1, 0, 3]
             .into_iter()
-            .try_for_each(|(tenant, seed)| check_exact(machine, &fleet, way, &vec![tenant; rows], seed))?;
+            .try_for_each(|tenant| check_exact(machine, &fleet, way, &vec![tenant; rows], 3))?;
     }
     // Rows that begin anywhere, and rows that go by sixteen bytes.
     [(35, 259), (72, 544)].into_iter().try_for_each(|(n, k)| {
         let fleet = Fleet::new(&mut rng, dtype, Shape { n, k }, words, 0.1);
         let maps = maps(&mut rng, rows);
-        [(2, 1), (0, 4)]
-            .into_iter()
-            .try_for_each(|(map, seed)| check_exact(machine, &fleet, way, &maps[map], seed))
+        [2, 0].into_iter().try_for_each(|map| check_exact(machine, &fleet, way, &maps[map], 3))
     })
 }
 
