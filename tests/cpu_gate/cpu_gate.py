@@ -74,8 +74,8 @@ exponent_shared_8: dot 8, expand 8, compare 1, classes 1, prefetch 3: 32 words o
 exponent_restored: expand 1, compare 1, classes 1, store 1: 32 words to memory
 exponent_f32_1: expand32 2, compare 2, fma 2, prefetch 4: 32 words of f32, one row of x
 exponent_f32_restored: expand32 2, compare 2, store 2: 32 words of f32 to memory
-base_1: dot 4, prefetch 4: 32 columns of 4 rows, one row of x
-base_2: dot 16, prefetch 8: 32 columns of 8 rows, two rows of x
+base_1: dot 4, prefetch 0: 32 columns of 4 rows, one row of x
+base_2: dot 16, prefetch 0: 32 columns of 8 rows, two rows of x
 base_4: dot 16, prefetch 4: 32 columns of 4 rows, four rows of x of four
 base_8: dot 16, prefetch 2: 32 columns of 4 rows, four rows of x of eight
 base_16: dot 16, prefetch 1: 32 columns of 4 rows, four rows of x of sixteen

@@ -127,6 +127,9 @@ fn sum16(a: &[__m512; SIMD_LANES]) -> [f32; SIMD_LANES] {
     out
 }
 
+/// Steps that rows are asked for ahead as they are packed.
+const AHEAD: usize = 4;
+
 /// Sixteen rows of sixteen pairs of words, to sixteen vectors of one pair each: 64 shuffles for 512 words.
 #[target_feature(enable = "avx512f")]
 #[inline]
@@ -159,13 +162,20 @@ fn transpose(mut a: [__m512i; SIMD_LANES]) -> [__m512i; SIMD_LANES] {
 #[inline]
 fn pack(rows: [&[u8]; SIMD_LANES], panel: &mut [Pair], at: usize) {
     assert!(at.is_multiple_of(SIMD_LANES) && at < PANEL_ROWS, "rows {at} of a panel");
+    let whole = rows.iter().map(|row| row.len() / STEP).min().unwrap_or(0);
     for (block, pairs) in panel.chunks_mut(SIMD_LANES).enumerate() {
         let mut loaded = [_mm512_setzero_si512(); SIMD_LANES];
         for r in 0..SIMD_LANES {
-            let left = rows[r].len().saturating_sub(block * STEP).min(STEP) as u32;
-            let from = rows[r].as_ptr().wrapping_add(block * STEP).cast();
-            // SAFETY: only bytes before the row's end are read; `wrapping_add` computes any address.
-            loaded[r] = unsafe { _mm512_maskz_loadu_epi8(_bzhi_u64(u64::MAX, left), from) };
+            let from = rows[r].as_ptr().wrapping_add(block * STEP);
+            _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD * STEP).cast());
+            if block < whole {
+                // SAFETY: `whole` steps lie within every row.
+                loaded[r] = unsafe { _mm512_loadu_si512(from.cast()) };
+            } else {
+                let left = rows[r].len().saturating_sub(block * STEP).min(STEP) as u32;
+                // SAFETY: only bytes before the row's end are read; `wrapping_add` computes any address.
+                loaded[r] = unsafe { _mm512_maskz_loadu_epi8(_bzhi_u64(u64::MAX, left), from.cast()) };
+            }
         }
         let transposed = transpose(loaded);
         for i in 0..SIMD_LANES.min(pairs.len()) {
