@@ -1,7 +1,7 @@
 //! `delta_linear` on the CPU beside the base product alone (`unchanged`, the same kernel): what the delta costs.
 //!
 //! `cargo bench --bench cpu_linear [-- SIZE THREADS ROWS...]`: SIZE x SIZE bf16 (with `WIDTH=K` in the
-//! environment SIZE x K), several distinct matrices, beyond the caches unless made small, variants interleaved pass by pass; best
+//! environment SIZE x K; with `SHARES=0.5,3` those percentages changed), several distinct matrices, beyond the caches unless made small, variants interleaved pass by pass; best
 //! and median, ratios of both. GB/s count the bytes of base and delta, each once, at the best.
 #![allow(missing_docs)]
 
@@ -72,6 +72,26 @@ impl Rng {
     }
 }
 
+/// Bytes that begin with a cache line, as torch's tensors do: a loop that reads lines takes up to twice as long elsewhere.
+struct Lines {
+    held: Vec<u8>,
+    from: usize,
+}
+
+impl Lines {
+    fn of(bytes: &[u8]) -> Self {
+        let mut held = vec![0; bytes.len() + 63];
+        let from = held.as_ptr().align_offset(64);
+        held[from..from + bytes.len()].copy_from_slice(bytes);
+        held.truncate(from + bytes.len());
+        Self { held, from }
+    }
+
+    fn get(&self) -> &[u8] {
+        &self.held[self.from..]
+    }
+}
+
 fn matrix(shape: Shape, words: &[u8]) -> Matrix<'_> {
     Matrix::new(Dtype::BF16, shape, words).unwrap()
 }
@@ -79,6 +99,13 @@ fn matrix(shape: Shape, words: &[u8]) -> Matrix<'_> {
 /// Distinct matrices: what a pass touches is far beyond a cache of 32 MiB.
 const COPIES: usize = 3;
 const SHARES: [f64; 4] = [0.005, 0.03, 0.10, 0.30];
+
+/// The percentages of `SHARES` in the environment, or those above.
+fn shares() -> Vec<f64> {
+    let asked = std::env::var("SHARES").ok();
+    let part = |p: &str| p.trim().parse::<f64>().ok().map(|p| p / 100.0);
+    asked.map_or(SHARES.to_vec(), |asked| asked.split(',').filter_map(part).collect())
+}
 
 fn main() {
     let args: Vec<usize> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
@@ -88,21 +115,24 @@ fn main() {
     let width = std::env::var("WIDTH").ok().and_then(|w| w.parse().ok()).unwrap_or(size);
     let shape = Shape { n: size, k: width };
     let mut rng = Rng(0x9E37_79B9_7F4A_7C15);
-    let bases: Vec<Vec<u8>> = (0..COPIES).map(|_| rng.weights(size * width)).collect();
+    let bases: Vec<Lines> = (0..COPIES).map(|_| Lines::of(&rng.weights(size * width))).collect();
     // Variant 0 is the base alone; then sparse at each share.
     let mut blobs: Vec<Vec<Vec<u8>>> = vec![
         bases
             .iter()
             .map(|b| {
+                let b = b.get();
                 encode_as(&mut Pair::new(matrix(shape, b), matrix(shape, b)).unwrap(), Encoding::Unchanged)
                     .unwrap()
             })
             .collect(),
     ];
-    for share in SHARES {
-        let encode = |b: &Vec<u8>| {
+    let shares = shares();
+    for &share in &shares {
+        let encode = |b: &Lines| {
+            let b = b.get();
             let mut rng = Rng(share.to_bits());
-            let mut f = b.clone();
+            let mut f = b.to_vec();
             for w in f.chunks_exact_mut(2) {
                 if rng.unit() < share {
                     let v = u16::from_le_bytes([w[0], w[1]]).wrapping_add((rng.next() % 3 + 1) as u16);
@@ -116,7 +146,7 @@ fn main() {
     println!("{size} x {width} bf16, {} threads, {}", threads, Isa::active().unwrap().name());
     println!("   m   changed   best ms  median ms  GB/s   over base alone: best, median");
     for m in rows {
-        let x = rng.weights(m * width);
+        let x = Lines::of(&rng.weights(m * width));
         let mut out = vec![0u32; m * size / 2 + 1];
         let out = &mut bytemuck::cast_slice_mut::<u32, u8>(&mut out)[..m * size * 2];
         let passes = (600 / m).clamp(5, 25);
@@ -126,9 +156,9 @@ fn main() {
                 for (base, blob) in bases.iter().zip(blobs) {
                     let delta = Resident::parse(blob).unwrap();
                     let args = LinearArgs {
-                        x: &x,
+                        x: x.get(),
                         m,
-                        base: matrix(shape, base),
+                        base: matrix(shape, base.get()),
                         delta,
                         bias: None,
                         mode: Mode::Fast,
@@ -142,8 +172,8 @@ fn main() {
         times.iter_mut().for_each(|t| t.sort_by(f64::total_cmp));
         let figures: Vec<_> = times.iter().map(|t| (t[0], t[t.len() / 2])).collect();
         for (v, &(best, median)) in figures.iter().enumerate() {
-            let bytes = bases[0].len() + if v == 0 { 0 } else { blobs[v][0].len() };
-            let share = if v == 0 { 0.0 } else { SHARES[v - 1] * 100.0 };
+            let bytes = bases[0].get().len() + if v == 0 { 0 } else { blobs[v][0].len() };
+            let share = if v == 0 { 0.0 } else { shares[v - 1] * 100.0 };
             let rate = bytes as f64 / best / 1e9;
             let (r, q) = (best / figures[0].0, median / figures[0].1);
             println!(
