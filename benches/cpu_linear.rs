@@ -72,7 +72,7 @@ impl Rng {
     }
 }
 
-/// Bytes that begin with a cache line, as torch's tensors do: a loop that reads lines takes up to twice as long elsewhere.
+/// Bytes that begin with a cache line, as torch's tensors do: elsewhere each load of a line would touch two.
 struct Lines {
     held: Vec<u8>,
     from: usize,
